@@ -1,0 +1,93 @@
+# `make train` and `make test` do everything themselves, on a machine with Python 3.10-3.13, git and make.
+
+# the first Python that works; name another one by PYTHON=...
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$p && exit; done; echo python3)
+# which torch goes into a new .venv: a version, or the path of a wheel (a CPU or a CUDA build)
+TORCH ?= torch==2.13.0
+# further arguments for every pip install
+PIP_ARGS ?=
+# processes of `make train`, and where its run lies
+NPROC ?= 2
+RUN_DIR ?= runs/quickstart
+# further arguments for the command of a target
+ARGS ?=
+
+export OMP_NUM_THREADS ?= 1
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VENV := .venv
+PY := $(VENV)/bin/python
+SPEC := setup.py pyproject.toml constraints.txt
+# without build isolation the build tools are the pinned ones, and nothing is fetched twice
+INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
+
+.PHONY: help train test check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
+	@echo "make test    run the tests                           [ARGS=\"-k routing\"]"
+	@echo "make check   lint, formatting, types"
+	@echo "make bench   compare one layer with its peers        [ARGS=...]"
+	@echo "make clean   remove $(VENV) and caches; runs stay"
+	@echo "A new $(VENV) is made with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+
+train: $(VENV)/.stamp-train
+	@if [ -n "$$(ls -A $(RUN_DIR) 2>/dev/null)" ] && ! echo " $(ARGS)" | grep -q -e ' --resume'; then \
+		echo "$(RUN_DIR) already holds a run. Choose one of:"; \
+		echo "  make train ARGS=--resume             go on with it"; \
+		echo "  make train RUN_DIR=runs/another      start a second one"; \
+		echo "  rm -r $(RUN_DIR) && make train       start again"; \
+		exit 1; fi
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+		-m equimoe.launch.train --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
+
+test: $(VENV)/.stamp-dev
+	$(PY) -m pytest $(ARGS)
+
+# the links let mypy see the folders under the names that they are imported by
+check: $(VENV)/.stamp-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@mkdir -p $(VENV)/typing/equimoe
+	@for d in moe kernels launch; do ln -sfn "$(CURDIR)/$$d" $(VENV)/typing/equimoe/$$d; done
+	MYPYPATH=$(VENV)/typing $(PY) -m mypy -p equimoe.moe -p equimoe.kernels -p equimoe.launch
+
+bench: $(VENV)/.stamp-bench
+	$(PY) benchmarks/bench_layer.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); EquiMoE needs Python 3.10 to 3.13:" \
+		"make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { \
+		echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# torch comes first and by itself: whichever build TORCH names, everything after it must fit to that one
+$(VENV)/.stamp-train: $(SPEC) | $(VENV)/bin/python
+	@echo "installing $(TORCH) and what training needs (once; some minutes on a slow line)"
+	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(INSTALL) '$(TORCH)' setuptools wheel
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
+	@$(PY) -c 'from importlib.metadata import version; print("triton==" + version("triton"))' \
+		>> $(VENV)/constraints.txt 2>/dev/null || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-train
+	@echo "installing what the tests need (once)"
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	@echo "installing the systems to compare with (once)"
+	DS_BUILD_OPS=0 $(PY) -m pip install -q -c $(VENV)/constraints.txt $(PIP_ARGS) -e '.[deepspeed,hf]'
+	@touch $@

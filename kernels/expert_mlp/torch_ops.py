@@ -1,0 +1,44 @@
+"""One autograd.Function over two ways to multiply: a loop on the CPU, grouped products elsewhere."""
+
+# S source rows, K choices per row, D hidden, F expert width, E experts, R routed rows.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..sort_by_expert import ExpertOrder
+from . import grouped, loop
+
+
+class _ExpertMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x_SD: Tensor,
+        weights_SK: Tensor,
+        gate_up_EFD: Tensor,
+        down_EDF: Tensor,
+        order_R: Tensor,
+        inverse_SK: Tensor,
+        offsets_E: Tensor,
+    ) -> Tensor:
+        order = ExpertOrder(order_R, inverse_SK, offsets_E)
+        ctx.path = loop if x_SD.device.type == "cpu" else grouped
+        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF)
+        ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
+        return y_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
+        pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order = ctx.saved_tensors
+        grads = ctx.path.backward(
+            dy_SD, pre_RF, x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF, ctx.needs_input_grad[:4]
+        )
+        return *grads, None, None, None
+
+
+def expert_mlp(x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order)

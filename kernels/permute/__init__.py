@@ -1,0 +1,47 @@
+"""Bring rows into expert order, and back."""
+
+# S source rows, K choices per row, D hidden, R = S*K routed rows.
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import pick
+from ..sort_by_expert import ExpertOrder
+from . import reference, torch_ops
+
+__all__ = ["combine", "permute"]
+
+_PERMUTE = {"reference": reference.permute, "torch": torch_ops.permute}
+_COMBINE = {"reference": reference.combine, "torch": torch_ops.combine}
+
+
+def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int | None = None, backend: str = "auto") -> Tensor:
+    """[num_rows, D] copies of the source rows in expert order; dropped rows, which come last, are zero.
+
+    ``num_rows`` cuts the result after so many of the R sorted rows; None keeps all. A caller who knows how many
+    rows are kept passes that number and copies no dropped row. Differentiable in ``x_SD``; the backward pass is
+    :func:`combine`. Raises ValueError when the sizes do not fit.
+    """
+    rows, (sources, choices) = order.order_R.numel(), order.inverse_SK.shape
+    if x_SD.dim() != 2 or x_SD.shape[0] != sources:
+        raise ValueError(f"x_SD={list(x_SD.shape)}: the order was made for {sources} source rows of shape [S, D]")
+    num_rows = rows if num_rows is None else num_rows
+    if not 0 <= num_rows <= rows:
+        raise ValueError(f"num_rows={num_rows}: there are {rows} sorted rows ({sources} x {choices})")
+    return pick("permute", _PERMUTE, backend)(x_SD, order, num_rows)
+
+
+def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tensor:
+    """[S, D] the sum of each source row's K rows, in the order of k, accumulated in fp32 (fp64 for fp64 rows).
+
+    ``rows_RD`` holds the rows in expert order, at least the ``offsets[E]`` kept ones; dropped choices contribute
+    zero. Differentiable in ``rows_RD``; the backward pass is :func:`permute`. Raises ValueError when there are more
+    rows than the order has and, on the CPU, when kept rows are missing.
+    """
+    rows = order.order_R.numel()
+    if rows_RD.dim() != 2 or rows_RD.shape[0] > rows:
+        raise ValueError(f"rows_RD={list(rows_RD.shape)}: give at most {rows} rows of shape [R, D]")
+    if rows_RD.device.type == "cpu" and rows_RD.shape[0] < int(order.offsets_E[-1]):
+        raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {int(order.offsets_E[-1])} rows; give them all")
+    return pick("combine", _COMBINE, backend)(rows_RD, order)

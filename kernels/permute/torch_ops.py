@@ -1,0 +1,87 @@
+"""Gathers both ways: each op is the other's backward, so neither adds into memory in an unknown order."""
+
+# S source rows, K choices per row, D hidden, R routed rows.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..memory import empty
+from ..sort_by_expert import ExpertOrder
+
+
+def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    """[num_rows, D] row r is the source of sorted row r; zero where that row is dropped."""
+    choices = order.inverse_SK.shape[1]
+    rows_RD = empty(num_rows, x_SD.shape[1], like=x_SD)
+    if num_rows == 0:
+        return rows_RD
+    torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)
+    if x_SD.device.type == "cpu":
+        rows_RD[int(order.offsets_E[-1]) :] = 0
+        return rows_RD
+    dropped_R = torch.arange(num_rows, device=x_SD.device) >= order.offsets_E[-1]
+    return rows_RD.masked_fill_(dropped_R[:, None], 0)
+
+
+def sum_rows(rows_RD: Tensor, inverse_SK: Tensor, weights_SK: Tensor | None = None, all_kept: bool = False) -> Tensor:
+    """[S, D] sum over k of rows[inverse[s, k]] (times weights[s, k], of rows' dtype), accumulated in fp32 or fp64.
+
+    A negative inverse contributes zero. ``all_kept`` promises that there is none.
+    """
+    sources, choices = inverse_SK.shape
+    if rows_RD.shape[0] == 0 or inverse_SK.numel() == 0:
+        return rows_RD.new_zeros(sources, rows_RD.shape[1])
+    if all_kept and rows_RD.device.type == "cpu":  # one pass over the rows, fp32 inside
+        return F.embedding_bag(inverse_SK, rows_RD, mode="sum", per_sample_weights=weights_SK)
+    wide = torch.float64 if rows_RD.dtype == torch.float64 else torch.float32
+    y_SD = torch.zeros(sources, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
+    for k in range(choices):
+        row_S = inverse_SK[:, k]
+        term_SD = rows_RD.index_select(0, row_S.clamp(min=0)).masked_fill_((row_S < 0)[:, None], 0)
+        y_SD = y_SD.add_(term_SD) if weights_SK is None else y_SD.addcmul_(term_SD, weights_SK[:, k, None])
+    return y_SD.to(rows_RD.dtype)
+
+
+def _combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
+    on_cpu = rows_RD.device.type == "cpu"
+    all_kept = on_cpu and int(order.offsets_E[-1]) == order.order_R.numel()
+    return sum_rows(rows_RD, order.inverse_SK, all_kept=all_kept)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
+        ctx.save_for_backward(*order)
+        return gather_rows(x_SD, ExpertOrder(*order), num_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, drows_RD: Tensor) -> tuple[Tensor | None, ...]:
+        order = ExpertOrder(*ctx.saved_tensors)
+        return _combine(drows_RD.contiguous(), order), None, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, *order: Tensor) -> Tensor:
+        ctx.save_for_backward(*order)
+        ctx.num_rows = rows_RD.shape[0]
+        return _combine(rows_RD.contiguous(), ExpertOrder(*order))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
+        order = ExpertOrder(*ctx.saved_tensors)
+        return gather_rows(dy_SD, order, ctx.num_rows), None, None, None
+
+
+def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    return _Permute.apply(x_SD, num_rows, *order)
+
+
+def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
+    return _Combine.apply(rows_RD, *order)

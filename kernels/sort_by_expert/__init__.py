@@ -1,0 +1,33 @@
+"""Sort the routed rows by expert."""
+
+# S source rows, K choices per row, R = S*K routed rows, E experts.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import pick
+from . import reference, torch_ops
+from .order import ExpertOrder
+
+__all__ = ["ExpertOrder", "sort_by_expert"]
+
+_BACKENDS = {"reference": reference.sort_by_expert, "torch": torch_ops.sort_by_expert}
+
+
+def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> ExpertOrder:
+    """Order the S*K routed rows by expert, stably: rows of one expert keep the order s*K + k.
+
+    ``ids_SK`` is int64 [S, K] with entries in [0, num_experts), or -1 for a choice that is dropped or masked.
+    Raises ValueError for another dtype or shape and, on the CPU, for ids out of range.
+    """
+    if ids_SK.dtype != torch.int64 or ids_SK.dim() != 2:
+        raise ValueError(f"ids_SK={ids_SK.dtype}{list(ids_SK.shape)}: give int64 expert ids of shape [S, K]")
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts}: must be at least 1")
+    if ids_SK.device.type == "cpu" and ids_SK.numel():
+        low, high = (int(bound) for bound in ids_SK.aminmax())
+        if low < -1 or high >= num_experts:
+            raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
+    return pick("sort_by_expert", _BACKENDS, backend)(ids_SK, num_experts)

@@ -1,0 +1,24 @@
+"""The oracle: Python's own stable sort."""
+
+# S source rows, K choices per row, R = S*K routed rows, E experts.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .order import ExpertOrder
+
+
+def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
+    ids = ids_SK.reshape(-1).tolist()
+    order = sorted(range(len(ids)), key=lambda i: num_experts if ids[i] < 0 else ids[i])
+    inverse = [-1] * len(ids)
+    for row, i in enumerate(order):
+        if ids[i] >= 0:
+            inverse[i] = row
+    offsets = [sum(0 <= e < bound for e in ids) for bound in range(num_experts + 1)]
+    new = {"dtype": torch.int64, "device": ids_SK.device}
+    return ExpertOrder(
+        torch.tensor(order, **new), torch.tensor(inverse, **new).view(ids_SK.shape), torch.tensor(offsets, **new)
+    )

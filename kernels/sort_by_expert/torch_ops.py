@@ -1,0 +1,21 @@
+"""One stable sort, no host synchronisation on accelerators."""
+
+# S source rows, K choices per row, R = S*K routed rows, E experts.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .order import ExpertOrder
+
+
+def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
+    ids_R = ids_SK.reshape(-1)
+    dropped_R = ids_R < 0
+    sorted_R, order_R = torch.sort(ids_R.masked_fill(dropped_R, num_experts), stable=True)
+    experts = torch.arange(num_experts + 1, device=ids_R.device)
+    offsets_E = torch.searchsorted(sorted_R, experts)
+    rows_R = torch.arange(ids_R.numel(), device=ids_R.device)
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R).masked_fill_(dropped_R, -1)
+    return ExpertOrder(order_R, inverse_R.view(ids_SK.shape), offsets_E)

@@ -1,0 +1,98 @@
+"""The process: its place among the ranks, its device, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+T = TypeVar("T")
+
+#: exit codes, after sysexits.h
+CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started; alone when nothing did."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator of this local rank, else the CPU."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def this_process() -> Process:
+    """Read torchrun's environment."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    return Process(rank, world, local)
+
+
+_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+@contextmanager
+def joined(process: Process, timeout_s: float) -> Iterator[None]:
+    """Be part of the default process group, when there is more than one process."""
+    if process.world == 1:
+        yield
+        return
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # a restarted attempt must not read the addresses that the one before left in the store
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    cuda = process.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(process.device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def stop(process: Process, code: int, message: str) -> NoReturn:
+    """End with one line on stderr, from rank 0, and an exit code; for errors that every rank has found alike."""
+    if process.rank == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def together(process: Process, code: int, work: Callable[[], T], fingerprint: Callable[[T], str] = lambda _: "") -> T:
+    """Do ``work`` on every rank, and go on only if all succeeded and came to the same fingerprint.
+
+    A ValueError or OSError on any rank ends all of them with ``code`` and that rank's message; different
+    fingerprints with :data:`DISAGREEMENT`.
+    """
+    error, result = "", None
+    try:
+        result = work()
+    except (ValueError, OSError) as problem:
+        error = " ".join(str(problem).split())
+    reports: list[tuple[str, str]] = [("", "")] * process.world
+    mine = (error, "" if error else fingerprint(result))  # type: ignore[arg-type]
+    if process.world > 1:
+        dist.all_gather_object(reports, mine)
+    else:
+        reports = [mine]
+    failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]
+    if failed:
+        everywhere = len(failed) == process.world and len({text for _, text in failed}) == 1
+        stop(process, code, failed[0][1] if everywhere else f"rank {failed[0][0]}: {failed[0][1]}")
+    others = [rank for rank, (_, seen) in enumerate(reports) if seen != reports[0][1]]
+    if others:
+        stop(process, DISAGREEMENT, f"ranks {others} read other data or configuration than rank 0; give all the same")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,337 @@
+"""The command line of ``python -m equimoe.launch.train``: a recipe, YAML files over it, options over both."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ..moe.train.config import TrainConfig
+from .recipes import RECIPES
+
+USAGE = "usage: python -m equimoe.launch.train [--recipe NAME] [--config FILE] [--SECTION.FIELD VALUE] ..."
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one command line asks for."""
+
+    config: TrainConfig
+    #: name of the recipe that the configuration began with
+    recipe: str
+    #: where metrics, checkpoints and the report go
+    run_dir: Path
+    #: go on from the newest checkpoint in ``run_dir``
+    resume: bool = False
+    #: check everything, train nothing
+    dry_run: bool = False
+    #: print the configuration (:func:`to_yaml`), train nothing
+    print_config: bool = False
+
+
+#: options that are not part of the configuration: type and help
+RUN_OPTIONS: dict[str, tuple[Any, str]] = {
+    "recipe": (str, "the configuration to begin with"),
+    "config": (str, "a YAML file, merged over the recipe; may be given more than once"),
+    "run_dir": (str, "folder of metrics, checkpoints and report; default runs/RECIPE"),
+    "resume": (bool, "go on from the newest checkpoint in the run folder"),
+    "dry_run": (bool, "check the configuration and the data, build the model, train nothing"),
+    "print_config": (bool, "print the whole configuration as YAML for --config, train nothing"),
+    "help": (bool, "print this text"),
+}
+
+
+def parse(argv: list[str]) -> Launch:
+    """Read a command line (without the program's name).
+
+    Later options win over earlier ones, options over files, files over the recipe. ``--help`` prints every option and
+    raises SystemExit(0). ValueError, always in one line, for an unknown option or key (with the nearest that exists),
+    a value of the wrong type, a file that cannot be read, or a configuration that does not fit together.
+    """
+    given = list(_given(argv))
+    run: dict[str, Any] = {name: False if hint is bool else None for name, (hint, _) in RUN_OPTIONS.items()}
+    files = [text for name, text in given if name == "config"]
+    for name, text in given:
+        if name in RUN_OPTIONS:
+            run[name] = _from_text(RUN_OPTIONS[name][0], name, text)
+    recipe = "quickstart" if run["recipe"] is None else run["recipe"]
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
+    start = RECIPES[recipe]()
+    if run["help"]:
+        print(help_text(start))
+        raise SystemExit(0)
+    if run["run_dir"] == "":
+        raise ValueError("--run-dir=: give the name of a folder")
+    values = asdict(start)
+    for file in files:
+        _merge(values, _read_yaml(str(file)), TrainConfig, "", str(file))
+    for name, text in given:
+        if name not in RUN_OPTIONS:
+            _override(values, name, text)
+    return Launch(
+        config=_build(TrainConfig, values),
+        recipe=recipe,
+        run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
+        resume=run["resume"],
+        dry_run=run["dry_run"],
+        print_config=run["print_config"],
+    )
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML; given back by ``--config`` it makes an equal configuration."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+# ---- the fields, as the dataclasses declare them
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass that ``hint`` is, or is when it is not None; else None."""
+    return next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+
+
+def fields_of(cls: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type, for every field; an optional section also has an entry of its own."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        section = _section(hint)
+        if section is None or type(None) in get_args(hint):
+            found[prefix + name] = hint
+        if section is not None:
+            found |= fields_of(section, f"{prefix}{name}.")
+    return found
+
+
+def _suggest(name: str, names: list[str], mark: str = "") -> str:
+    """``; did you mean ...?`` with the nearest name: the same field of another section first."""
+    same = [other for other in names if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = same[:1] or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {mark}{near[0]}?" if near else ""
+
+
+def _wanted(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    parts = [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Literal else [hint]
+    kind = parts[0] if parts else hint
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    text = f"one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else words.get(kind, "")
+    if section := _section(hint):
+        text = f"a mapping of {', '.join(_hints(section))}"
+    return text + (" or none" if type(None) in get_args(hint) else "")
+
+
+# ---- from the command line
+
+
+def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Name (with underscores) and text of each option; the text is None where none was given."""
+    names = [*RUN_OPTIONS, *fields_of()]
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if token == "-h":
+            token = "--help"
+        if not token.startswith("--") or token == "--":
+            raise ValueError(f"{token}: not an option; options are written --name value")
+        typed, equals, text = token[2:].partition("=")
+        name = typed.replace("-", "_")
+        if name not in names:
+            inside = [other for other in names if other.startswith(name + ".")]
+            if inside:
+                raise ValueError(f"--{typed}: is a section; set one of its fields, such as --{inside[0]}")
+            raise ValueError(f"--{typed}: no such option{_suggest(name, names, '--')}")
+        if equals:
+            yield name, text
+        else:
+            yield name, rest.pop(0) if rest and not rest[0].startswith("--") else None
+
+
+def _from_text(hint: Any, name: str, text: str | None) -> Any:
+    """The value that ``text`` means for a field of this type; a bare option of truth is true."""
+    if text is None:
+        if hint is not bool:
+            raise ValueError(f"--{name}: give a value ({_wanted(hint)}), as in --{name} VALUE or --{name}=VALUE")
+        return True
+    if type(None) in get_args(hint) and text.strip().lower() in ("none", "null"):
+        return None
+    if section := _section(hint):
+        raise ValueError(f"--{name}={text}: use none, or set a field, such as --{name}.{next(iter(_hints(section)))}")
+    try:
+        return _adapter(hint).validate_strings(text)
+    except ValidationError:
+        raise ValueError(f"--{name}={text}: must be {_wanted(hint)}") from None
+
+
+def _override(values: dict[str, Any], name: str, text: str | None) -> None:
+    """Set one dotted field; an optional section that was off is switched on with its defaults."""
+    value = _from_text(fields_of()[name], name, text)
+    *path, last = name.split(".")
+    for part in path:
+        if values[part] is None:
+            values[part] = {}
+        values = values[part]
+    values[last] = value
+
+
+# ---- from YAML
+
+
+def _read_yaml(file: str) -> dict[Any, Any]:
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config={file}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--config={file}: is not UTF-8 text; give a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{file}: {where}not YAML: {' '.join(problem.split())}") from None
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{file}: must be a mapping of {', '.join(_hints(TrainConfig))}")
+    return found or {}
+
+
+def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str, file: str) -> None:
+    """Lay a nested mapping over ``values``, type by type."""
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name not in _hints(cls):
+            near = _suggest(prefix + name, [*fields_of(), *_hints(TrainConfig)])
+            remedy = "no such key" + near if name not in fields_of() else "nest the key under its section"
+            raise ValueError(f"{file}: {prefix}{key}: {remedy}")
+        hint = _hints(cls)[name]
+        section = _section(hint)
+        if section is not None and isinstance(value, dict):
+            inside = values.get(name) or {}
+            _merge(inside, value, section, f"{prefix}{name}.", file)
+            values[name] = inside
+        else:
+            values[name] = _from_yaml(hint, prefix + name, value, file)
+
+
+def _from_yaml(hint: Any, name: str, value: Any, file: str) -> Any:
+    kinds = (hint, *get_args(hint))
+    if type(None) in kinds and str not in kinds and isinstance(value, str) and value.lower() == "none":
+        value = None
+    try:
+        if value is None and type(None) in kinds:
+            return None
+        if isinstance(value, str) and float in kinds:  # YAML 1.1 reads 1e-3, without a point, as text
+            return _adapter(hint).validate_strings(value)
+        if _section(hint) is None:
+            return _adapter(hint).validate_python(value)
+    except ValidationError:
+        pass
+    raise ValueError(f"{file}: {name}={value!r}: must be {_wanted(hint)}")
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    """The dataclass of a nested mapping; the classes' own checks speak for themselves."""
+    made = dict(values)
+    for name, hint in _hints(cls).items():
+        if _section(hint) is not None and made.get(name) is not None:
+            made[name] = _build(_section(hint), made[name])
+    return cls(**made)
+
+
+# ---- help
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The ``#:`` lines above each field, from the class's source; empty where the source is not at hand."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except OSError:
+        return {}
+    lines, found = source.splitlines(), {}
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.ClassDef)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            above = [line.strip() for line in lines[: item.lineno - 1]]
+            comment = list(takewhile(lambda line: line.startswith("#:"), reversed(above)))[::-1]
+            text = " ".join(line.removeprefix("#:").strip() for line in comment)
+            found[item.target.id] = re.sub(r":\w+:`([^`]*)`", r"\1", text).replace("``", "")
+    return found
+
+
+def _placeholder(hint: Any) -> str:
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    if get_origin(hint) is Literal:
+        text = "|".join(map(str, get_args(hint)))
+    elif bool in kinds:
+        text = "true|false"
+    else:
+        text = {int: "INT", float: "NUMBER", str: "TEXT"}.get(kinds[0], "")
+    return "|".join(filter(None, (text, "none" if type(None) in get_args(hint) else "")))
+
+
+def _row(name: str, placeholder: str, text: str) -> str:
+    left = f"  --{name} {placeholder}".rstrip()
+    pad = " " * 44
+    body = textwrap.fill(text, 116, initial_indent=pad, subsequent_indent=pad)
+    return left + body[len(left) :] if len(left) < len(pad) - 1 else f"{left}\n{body}".rstrip()
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
+    cls, current = _section(hint), getattr(start, name)
+    title = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
+    yield f"\n{name}: {title}"
+    if type(None) in get_args(hint):
+        state = "off" if current is None else "on"
+        yield _row(name, "none", f"switch it off; any option of {name} switches it on (default: {state})")
+    comments = field_comments(cls)
+    for field, kind in _hints(cls).items():
+        default = _shown(getattr(cls() if current is None else current, field))
+        text = "; ".join(filter(None, (comments.get(field, ""), f"default {default}")))
+        yield _row(f"{name}.{field}", _placeholder(kind), text)
+
+
+def help_text(start: TrainConfig) -> str:
+    """Every option with its type, its default in ``start``, and the comment above its field."""
+    lines = [USAGE, "(for several processes: torchrun --nproc-per-node N -m equimoe.launch.train ...)"]
+    lines += ["Dashes and underscores in names are the same.", ""]
+    for name, (hint, text) in RUN_OPTIONS.items():
+        lines.append(_row(name.replace("_", "-"), "" if hint is bool else _placeholder(hint), text))
+    lines.append("\nrecipes:")
+    for name, recipe in RECIPES.items():
+        summary = (inspect.getdoc(recipe) or "").split("\n\n")[0].replace("\n", " ")
+        lines.append(textwrap.fill(f"{name}: {summary}", 116, initial_indent="  ", subsequent_indent="      "))
+    lines.append("\nrun:")
+    comments = field_comments(TrainConfig)
+    for name, hint in _hints(TrainConfig).items():
+        if _section(hint) is None:
+            text = "; ".join(filter(None, (comments.get(name, ""), f"default {_shown(getattr(start, name))}")))
+            lines.append(_row(name, _placeholder(hint), text))
+    for name, hint in _hints(TrainConfig).items():
+        if _section(hint) is not None:
+            lines.extend(_section_help(name, hint, start))
+    return "\n".join(lines)

@@ -1,0 +1,17 @@
+"""Recipes: named functions that return a whole :class:`~equimoe.moe.train.config.TrainConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...moe.train.config import TrainConfig
+from .mixtral import mixtral
+from .quickstart import quickstart
+from .qwen3_global_batch import qwen3_global_batch
+
+#: what ``--recipe NAME`` may name
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "quickstart": quickstart,
+    "qwen3_global_batch": qwen3_global_batch,
+    "mixtral": mixtral,
+}

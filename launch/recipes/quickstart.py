@@ -1,0 +1,41 @@
+"""A first run: a few minutes on the CPU of a laptop."""
+
+from __future__ import annotations
+
+from ...moe.config import BalanceConfig
+from ...moe.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+
+def quickstart() -> TrainConfig:
+    """A small byte-level model on the text that comes with Python, on two CPU processes that share the experts.
+
+    Start it with ``torchrun --nproc-per-node 2 -m equimoe.launch.train``. Each optimizer step takes 16 sequences of 256
+    bytes, one micro-batch of 8 on each rank; the load is balanced over all of them together.
+    """
+    return TrainConfig(
+        steps=300,
+        model=ModelConfig(
+            hidden_size=192,
+            num_layers=4,
+            num_heads=6,
+            intermediate_size=512,
+            num_experts=8,
+            top_k=2,
+            moe_intermediate_size=192,
+            moe_every=1,
+        ),
+        balance=BalanceConfig(scope="global", coefficient=0.01),
+        data=DataConfig(seq_len=256, global_batch=16, micro_batch=8, max_bytes_per_domain=2_000_000),
+        optim=OptimConfig(lr=3e-3, warmup_steps=20),
+        parallel=ParallelConfig(ep=2),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=10, eval_every=100),
+    )

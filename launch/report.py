@@ -1,0 +1,312 @@
+"""A run's metrics as one HTML page: ``python -m equimoe.launch.report RUN_DIR`` writes RUN_DIR/report.html.
+
+The page needs no network and nothing beside it; each figure is in it twice, for light and for dark screens.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from ..moe.train.metrics import duration, write_atomically
+from . import figures
+from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
+
+REPORT_FILE = "report.html"
+EX_USAGE, EX_NOINPUT, EX_CANTCREAT = 64, 66, 73
+
+CSS = """
+:root {
+  color-scheme: light dark;
+  --text: #24292f; --quiet: #5b646e; --page: #f6f7f8; --card: #ffffff; --line: #dfe3e7;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --text: #dfe3e8; --quiet: #9aa4af; --page: #101317; --card: #181c22; --line: #2c333b; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1040px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 0 0 8px; }
+.quiet, figcaption { color: var(--quiet); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 12px; margin: 20px 0; }
+.cards div, section, figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.cards div { padding: 12px 16px; }
+.cards b { display: block; font-size: 1.5rem; font-weight: 600; }
+.cards span { color: var(--quiet); font-size: .88rem; }
+section, figure { margin: 0 0 18px; padding: 18px 20px; overflow-x: auto; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { font-size: .93rem; margin-top: 10px; max-width: 90ch; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 500; color: var(--quiet); }
+td.n, th.n { text-align: right; }
+"""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the report: its id, heading, what to look for, and how it is drawn."""
+
+    id: str
+    title: str
+    caption: str
+    draw: Callable[[Run, Style], Drawn | str]
+
+
+PLOTS = (
+    Plot(
+        "loss",
+        "Loss",
+        "Both curves should fall together. Training far below held-out text means that the model learns its text by "
+        "heart. The dashed line is a table of pairs of tokens, counted on the training text: a model that has learnt "
+        "more than which token follows which lies below it. Over many steps the training curve is smoothed, the raw "
+        "values are behind it.",
+        figures.draw_loss,
+    ),
+    Plot(
+        "domain-loss",
+        "Loss by domain",
+        "Lines are training, dots are held-out text. Domains differ in how predictable they are; look for one that "
+        "stops falling while the others go on.",
+        figures.draw_domains,
+    ),
+    Plot(
+        "balance",
+        "Load balance",
+        "The balance loss is 1.0 when every expert gets the same share of the whole step, and the number of experts "
+        "divided by top-k at worst. On the right, how much more than the mean the busiest expert gets, which is also "
+        "how long the others wait for it. Both should come down early and stay down.",
+        figures.draw_balance,
+    ),
+    Plot(
+        "load",
+        "Load of every expert over time",
+        "One row for each expert: orange is more than the mean load, blue is less, and the colours should fade to the "
+        "neutral one of 1. A row that stays blue is an expert that is not trained; one orange row among many blue ones "
+        "is a collapse.",
+        figures.draw_load,
+    ),
+    Plot(
+        "routing",
+        "Which experts each domain uses",
+        "The last evaluation, on held-out text: how often a domain chooses an expert, as a multiple of the uniform "
+        "share, which is 1. Rows that differ from each other mean that experts have specialised; balance over the "
+        "global batch allows this, balance over every micro-batch holds all rows near 1.0.",
+        figures.draw_routing,
+    ),
+    Plot(
+        "divergence",
+        "How differently the domains are routed",
+        "The Jensen-Shannon divergence between two domains' use of the experts, mean of all pairs: 0 when all domains "
+        "use the same experts, 1 bit when they share none. A rising line is growing specialisation.",
+        figures.draw_divergence,
+    ),
+    Plot(
+        "optimizer",
+        "Gradient and learning rate",
+        "Single peaks of the norm are cut by clipping; a norm that keeps growing comes before a loss that diverges.",
+        figures.draw_optimizer,
+    ),
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and return its path.
+
+    What the run has not recorded yet is named in a sentence. ValueError if there are no metrics; OSError if the page
+    cannot be written, in which case an earlier page stays.
+    """
+    run_dir = Path(run_dir)
+    run = Run.read(run_dir)
+    path = run_dir / REPORT_FILE
+    write_atomically(path, _page(run, run_dir.resolve().name).encode())
+    return path
+
+
+def _page(run: Run, name: str) -> str:
+    title = html.escape(name)
+    return "\n".join(
+        [
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{CSS}</style></head><body><main>",
+            f'<h1>{title}</h1><p class="quiet">{html.escape(_subtitle(run))}</p>',
+            _cards(run),
+            _domain_table(run),
+            *(_figure(run, plot) for plot in PLOTS),
+            _settings(run),
+            "</main></body></html>\n",
+        ]
+    )
+
+
+# ---- numbers
+
+
+def _last(values: Any) -> float | None:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return finite[-1] if finite else None
+
+
+def _text(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _short(count: float | None) -> str:
+    """1234567 -> 1.2M."""
+    if count is None:
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _subtitle(run: Run) -> str:
+    done, planned = _last(numbers(run.train, "step")), run.option("steps")
+    parts = ["no training step yet" if done is None else f"step {done:.0f}" + (f" of {planned}" if planned else "")]
+    if (seen := _last(numbers(run.train, "tokens"))) is not None:
+        parts.append(f"{_short(seen)} tokens")
+    if (elapsed := _last(numbers(run.train, "elapsed_s"))) is not None:
+        parts.append(duration(elapsed))
+    if world := run.run.get("world_size"):
+        parts.append(f"{world} process" + ("es" if world > 1 else ""))
+    broken = sum(bool(record.get("nonfinite")) for record in run.train)
+    if broken:
+        parts.append(f"{broken} records hold numbers that are not finite")
+    return " | ".join(parts)
+
+
+def _cards(run: Run) -> str:
+    train, heldout = numbers(run.train, "loss"), _last(numbers(run.evals, "loss"))
+    bigram, last = run.bigram.get("all"), run.train[-1] if run.train else {}
+    layers = last.get("layers") or []
+    cards = [
+        (_text(float(np.nanmean(tail)) if np.isfinite(tail := train[-10:]).any() else None, ".3f"), "training loss")
+    ]
+    cards.append((_text(heldout, ".3f"), "held-out loss (nats per token)"))
+    if heldout is not None and run.option("data", "tokenizer") == "bytes":
+        cards.append((f"{heldout / math.log(2):.2f}", "bits per byte, held-out text"))
+    if heldout is not None and bigram is not None:
+        cards.append((f"{heldout - bigram:+.2f}", "nats from the bigram table (below 0 is better)"))
+    rate = numbers(run.train, "tokens_per_s")[1:]
+    if np.isfinite(rate).any():
+        cards.append((f"{np.nanmedian(rate):,.0f}", "tokens per second (median)"))
+    if layers:
+        total = sum(len(layer["counts"]) for layer in layers)
+        cards.append((_text(last.get("max_over_mean"), ".2f"), "busiest expert / mean, worst layer"))
+        cards.append((f"{sum(layer.get('dead') or 0 for layer in layers):.0f} of {total}", "dead experts at the end"))
+    items = (f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in cards)
+    return f'<div class="cards" id="summary">{"".join(items)}</div>'
+
+
+def _domain_table(run: Run) -> str:
+    head = "<section id='domains'><h2>Held-out loss by domain</h2>"
+    if not run.evals:
+        return head + "<p>There is no evaluation yet.</p></section>"
+    last = run.evals[-1]
+    rows = {"all": {"loss": last.get("loss")}, **dict(sorted((last.get("domains") or {}).items()))}
+    lines = []
+    for domain, entry in rows.items():
+        loss, bigram = entry.get("loss"), run.bigram.get(domain)
+        gap = None if loss is None or bigram is None else loss - bigram
+        cells = (_text(loss, ".3f"), _text(bigram, ".3f"), _text(gap, "+.3f"), _short(entry.get("tokens")))
+        lines.append(
+            f"<tr><td>{html.escape(domain)}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells) + "</tr>"
+        )
+    names = ("held-out loss", "bigram table", "difference", "tokens")
+    columns = "".join(f'<th class="n">{name}</th>' for name in names)
+    return (
+        f"{head}<table><thead><tr><th>domain</th>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        f'<p class="quiet">Nats per token at step {last["step"]}. The bigram table is counted on the training text.</p>'
+        "</section>"
+    )
+
+
+def _settings(run: Run) -> str:
+    """The configuration, one row for each section."""
+    config = run.run.get("config")
+    if not isinstance(config, dict):
+        return "<section id='settings'><h2>Settings</h2><p>The run has not recorded its configuration.</p></section>"
+    top = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    sections = {"run": top, **{name: value for name, value in config.items() if isinstance(value, dict)}}
+    sizes = {"parameters": run.run.get("parameters"), "active for each token": run.run.get("active_parameters")}
+    sections["size"] = {name: _short(count) for name, count in sizes.items() if count is not None}
+    sections["versions"] = run.run.get("versions") or {}
+    rows = []
+    for name, values in sections.items():
+        items = ", ".join(f"{key} {_shown(value)}" for key, value in values.items())
+        if items:
+            rows.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(items)}</td></tr>")
+    return f"<section id='settings'><h2>Settings</h2><table>{''.join(rows)}</table></section>"
+
+
+# ---- pictures
+
+
+def _figure(run: Run, plot: Plot) -> str:
+    head = f'<figure id="{plot.id}"><h2>{plot.title}</h2>'
+    images = []
+    for style in (LIGHT, DARK):
+        image = _image(run, plot, style)
+        if isinstance(image, str):
+            return f"{head}<p>{html.escape(image)}</p></figure>"
+        images.append(image)
+    (light, alt), (dark, _) = images
+    return (
+        f'{head}<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{html.escape(alt)}"></picture><figcaption>{plot.caption}</figcaption></figure>'
+    )
+
+
+def _image(run: Run, plot: Plot, style: Style) -> tuple[str, str] | str:
+    """Data URI and text of a plot, or the sentence why there is none."""
+    with matplotlib.rc_context(style.rc()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names of domains may be in any script
+        drawn = plot.draw(run, style)
+        if isinstance(drawn, str):
+            return drawn
+        figure, alt = drawn
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}", alt
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status: 64 usage, 66 no metrics, 73 the page cannot be written."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        print("usage: python -m equimoe.launch.report RUN_DIR\nWrites RUN_DIR/report.html from RUN_DIR/metrics.jsonl.")
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("report: give one folder of a run: python -m equimoe.launch.report RUN_DIR", file=sys.stderr)
+        return EX_USAGE
+    try:
+        print(f"report: {write_report(Path(argv[0]))}")
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return EX_NOINPUT
+    except OSError as error:
+        print(f"report: {error.filename or argv[0]}: cannot be written ({error.strerror})", file=sys.stderr)
+        return EX_CANTCREAT
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+"""Train a language model: ``torchrun --nproc-per-node 2 -m equimoe.launch.train --recipe quickstart``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..moe.parallel import build_mesh, check_degrees
+from ..moe.train import checkpoint
+from ..moe.train.config import TrainConfig
+from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
+from ..moe.train.loop import Trainer, run
+from ..moe.train.metrics import METRICS_FILE, MetricsWriter, Progress, read_records
+from ..moe.train.step import NonFiniteError
+from . import env
+from .options import Launch, parse, to_yaml
+from .report import write_report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with the codes of :mod:`equimoe.launch.env`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    process = env.this_process()
+    try:
+        launch = parse(arguments)
+        config = launch.config
+        if launch.print_config:
+            print(to_yaml(config), end="") if process.rank == 0 else None
+            return
+        check_degrees(process.world, config.parallel.ep, config.model.num_experts)
+        config.micro_batches(process.world)
+    except ValueError as error:
+        env.stop(process, env.CONFIG, str(error))
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
+    with env.joined(process, config.parallel.timeout_s):
+        _train(launch, process, arguments)
+
+
+def _train(launch: Launch, process: env.Process, arguments: list[str]) -> None:
+    config, run_dir = launch.config, launch.run_dir
+    env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
+    corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
+    found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch))
+    mesh = build_mesh(config.parallel.ep, process.device.type, config.parallel.timeout_s) if process.world > 1 else None
+    trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
+    if found is not None:
+        env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found))
+    if process.rank == 0:
+        _introduce(trainer, launch)
+    if launch.dry_run:
+        return
+    metrics = env.together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
+    progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
+    try:
+        result = run(trainer, run_dir, metrics, progress)
+    except NonFiniteError as error:
+        env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
+    finally:
+        if progress is not None:
+            progress.close()
+        if metrics is not None:
+            metrics.close()
+    if process.rank == 0:
+        _conclude(trainer, launch, result, arguments)
+
+
+def _digest(config: TrainConfig) -> str:
+    versions = f"{sys.version_info[:2]} {torch.__version__}"
+    return hashlib.sha256(f"{to_yaml(config)}{versions}".encode()).hexdigest()
+
+
+def _read_corpus(config: TrainConfig) -> Corpus:
+    corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
+    vocabulary = config.model.vocab_size
+    if vocabulary is not None and vocabulary < corpus.vocab_size:
+        raise ValueError(f"model.vocab_size={vocabulary}: the tokenizer has {corpus.vocab_size} entries; leave it out")
+    return corpus
+
+
+def _find_checkpoint(launch: Launch) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from; None for a new run, whose folder must not hold another one."""
+    root = launch.run_dir / "checkpoints"
+    if not launch.resume:
+        if (launch.run_dir / METRICS_FILE).exists() or checkpoint.complete(root):
+            raise ValueError(
+                f"run_dir={str(launch.run_dir)!r}: holds another run; go on with --resume, or choose another --run-dir"
+            )
+        return None
+    path = checkpoint.newest(root)
+    manifest = checkpoint.read_manifest(path)
+    if manifest["step"] >= launch.config.steps:
+        raise ValueError(f"steps={launch.config.steps}: {path} is at step {manifest['step']} already; raise --steps")
+    return path, manifest
+
+
+def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> MetricsWriter | None:
+    if process.rank > 0:
+        return None
+    new = trainer.step == 0
+    metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
+    (launch.run_dir / "config.yaml").write_text(to_yaml(launch.config))
+    metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
+    if new:
+        data, log = launch.config.data, launch.config.log
+        bigram = bigram_loss(trainer.corpus, trainer.corpus.vocab_size, data.seq_len, log.eval_sequences)
+        metrics.write({"kind": "baseline", "bigram": bigram})
+    return metrics
+
+
+def _introduce(trainer: Trainer, launch: Launch) -> None:
+    corpus, config = trainer.corpus, trainer.config
+    sizes = ", ".join(f"{domain} {len(stream) / 1e6:.1f}M" for domain, stream in corpus.train.items())
+    layers = trainer.model.moe_layers()
+    print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
+    print(
+        f"{len(layers)} MoE layers of {config.model.num_experts} experts, top-{config.model.top_k}; "
+        f"{trainer.axis.size} ranks, expert parallel {config.parallel.ep}, "
+        f"{trainer.micro_batches} micro-batches per step"
+    )
+    print(f"training tokens: {sizes}", *corpus.notes, sep="\n", flush=True)
+
+
+def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:
+    run_dir, config = launch.run_dir, launch.config
+    records = read_records(run_dir / METRICS_FILE)
+    bigram = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
+    trained = [record for record in records if record["kind"] == "train"][-1]
+    print("\nheld-out loss (nats per token), beside a bigram model of the same training tokens:")
+    rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
+    for domain, loss in rows:
+        print(f"  {domain:<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
+    dead = sum(int(layer["dead"]) for layer in trained["layers"])
+    print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.model.num_experts}")
+    print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
+    print(f"metrics:    {run_dir / METRICS_FILE}")
+    print(f"report:     {write_report(run_dir)}")
+    print(f"to go on:   {_command(arguments, trainer.axis.size, 2 * config.steps)}", flush=True)
+
+
+def _command(arguments: list[str], world: int, steps: int) -> str:
+    again = [a for a in arguments if a != "--resume"]
+    command = ["torchrun", "--nproc-per-node", str(world), "-m", "equimoe.launch.train", *again]
+    return shlex.join([*command, "--resume", "--steps", str(steps)])
+
+
+if __name__ == "__main__":
+    main()

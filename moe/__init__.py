@@ -1,0 +1,22 @@
+"""A drop-in Mixture-of-Experts layer with exact global-batch load balancing.
+
+>>> from equimoe.moe import MoE, MoEConfig
+>>> layer = MoE(MoEConfig(hidden_size=512, intermediate_size=1024, num_experts=16, top_k=2))
+"""
+
+from .balance import counting_pass, recompute
+from .config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
+from .layer import MoE
+from .types import Routing, RoutingStats
+
+__all__ = [
+    "BalanceConfig",
+    "CapacityConfig",
+    "MoE",
+    "MoEConfig",
+    "RouterConfig",
+    "Routing",
+    "RoutingStats",
+    "counting_pass",
+    "recompute",
+]

@@ -1,0 +1,7 @@
+"""Load balancing: counts of the step, losses of every scope, and how they reach the router."""
+
+from .global_batch import Balancer, Pass, counting_pass
+from .losses import SCOPES, loss_value
+from .recompute import recompute
+
+__all__ = ["SCOPES", "Balancer", "Pass", "counting_pass", "loss_value", "recompute"]

@@ -1,0 +1,36 @@
+"""Hang a loss on a tensor on its way through the graph, so that nobody has to add it to theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Callable[[], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        ctx.gradients = gradients
+        ctx.shape, ctx.dtype = prob_sums_BE.shape, prob_sums_BE.dtype
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_BE, grad_z = ctx.gradients()
+        return grad, grad_BE.expand(ctx.shape).to(ctx.dtype), grad_z.to(ctx.dtype), None
+
+
+def attach(
+    carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Callable[[], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """``carrier`` unchanged; its backward also sends ``gradients()`` to the two sums.
+
+    ``gradients`` is called in the backward, so that it can read counts that arrived after the forward. It returns
+    the gradients of the loss with respect to ``prob_sums_BE`` ([E] or [B, E]) and ``z_sum`` (scalar).
+    """
+    return _Attach.apply(carrier, prob_sums_BE, z_sum, gradients)

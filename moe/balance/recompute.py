@@ -1,0 +1,80 @@
+"""Activation checkpointing that never routes twice.
+
+``torch.utils.checkpoint`` runs a region again in the backward. A layer recognises that by itself as long as
+one micro-batch is in flight; :func:`recompute` makes the match exact for any number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .counts import MicroBatch, Window
+
+
+class _Region:
+    """The slots that a region's forward opened, in order, and how far its recomputation has come."""
+
+    def __init__(self) -> None:
+        self.slots: list[MicroBatch] = []
+        self.next: int | None = None
+
+
+class _Within:
+    """Makes a region the current one, as often as it is entered (a graph may be walked backward twice)."""
+
+    def __init__(self, region: _Region, replay: bool) -> None:
+        self.region, self.replay = region, replay
+
+    def __enter__(self) -> None:
+        self.region.next = 0 if self.replay else None
+        self.token = _region.set(self.region)
+
+    def __exit__(self, *error: object) -> None:
+        _region.reset(self.token)
+
+
+_region: ContextVar[_Region | None] = ContextVar("equimoe_recompute_region", default=None)
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``, routing decisions kept."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        region = _Region()
+        return _Within(region, replay=False), _Within(region, replay=True)
+
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def slot_being_recomputed(window: Window) -> tuple[MicroBatch | None, bool]:
+    """The slot whose forward is now run again, and whether its decision is known to be this pass's.
+
+    (None, False) when the pass is a first one.
+    """
+    region = _region.get()
+    if region is not None and region.next is not None:
+        region.next += 1
+        return region.slots[region.next - 1], True
+    backward = torch._C._current_graph_task_id()
+    if backward == -1:
+        return None, False
+    # Inside a backward only a checkpointed region runs forward. If torch's non-reentrant kind, the slot is open, or
+    # this very backward has just used it; the reentrant kind's first pass had no gradient and was not counted.
+    last = window.last_used
+    if last is not None and last.backward_id == backward:
+        return last, True
+    in_flight = [slot for slot in window.slots if not slot.done and not slot.ahead]
+    return (in_flight[0], len(in_flight) == 1) if in_flight else (None, False)
+
+
+def remember(slot: MicroBatch) -> None:
+    """Note a slot that a first pass opened, for the region's recomputation."""
+    region = _region.get()
+    if region is not None:
+        region.slots.append(slot)

@@ -1,0 +1,35 @@
+"""The experts: SwiGLU MLPs on rows, which know nothing of tokens' origin. E experts, F width, D hidden."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.expert_mlp import expert_mlp
+from ..types import DispatchPlan
+
+
+class GroupedExperts(nn.Module):
+    """E SwiGLU MLPs in two stacked weights, laid out as Hugging Face transformers v5 does.
+
+    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, ``down_proj`` [E, D, F]. Under expert parallelism
+    they are DTensors split over E, and each rank computes with its own part.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int, backend: str, init_std: float) -> None:
+        super().__init__()
+        self.backend = backend
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=init_std)
+
+    def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Each source row's weighted sum over the experts it chose on this rank: [S, D]."""
+        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        return expert_mlp(rows_SD, plan.weights_SK, plan.order, gate_up, down, backend=self.backend)
+
+
+def _local(weight: Tensor) -> Tensor:
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else to_local()

@@ -1,0 +1,60 @@
+"""Experts that every token takes, beside the routed ones (DeepSeekMoE, arXiv 2401.06066). T tokens, D hidden."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one weight with the gate rows first."""
+
+    def __init__(self, hidden_size: int, width: int, init_std: float) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class SharedExperts(nn.Module):
+    """Adds the shared experts' output to the routed one."""
+
+    def __init__(self, hidden_size: int, width: int, gated: bool, init_std: float) -> None:
+        super().__init__()
+        self.mlp = SwiGLU(hidden_size, width, init_std)
+        self.gate = Gate(hidden_size, init_std) if gated else Open()
+
+    def forward(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        return y_TD + self.gate(x_TD) * self.mlp(x_TD)
+
+
+class Gate(nn.Module):
+    """sigmoid(w . x): how much of the shared experts a token takes (Qwen2-MoE)."""
+
+    def __init__(self, hidden_size: int, init_std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden_size))
+        nn.init.normal_(self.weight, std=init_std)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x_TD, self.weight))
+
+
+class Open(nn.Module):
+    """A gate that lets everything through."""
+
+    def forward(self, x_TD: Tensor) -> float:
+        return 1.0
+
+
+class NoSharedExperts(nn.Module):
+    """Adds nothing."""
+
+    def forward(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        return y_TD

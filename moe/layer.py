@@ -1,0 +1,98 @@
+"""The Mixture-of-Experts layer.  T tokens, D hidden, E experts, K top-k."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .balance import Balancer, Pass
+from .config import MoEConfig
+from .dispatch import Capacity, Dispatcher, Dropless, LocalDispatcher
+from .experts import GroupedExperts, NoSharedExperts, SharedExperts
+from .routing import Router
+from .types import Routing, RoutingStats
+
+
+class MoE(nn.Module):
+    """A feed-forward made of experts, in place of a dense one: ``y = layer(x)``.
+
+    ``x`` is [..., hidden_size] in a floating dtype; ``y`` has its shape and dtype. ``mask`` ([...], True where a token
+    is valid) keeps padding out of experts and statistics; masked tokens get the shared experts' output alone. For
+    ``scope="sequence"`` the dimension before the last is the sequence.
+
+    The balance loss hangs on ``y`` in the graph: train on your own loss and add nothing. ``stats`` tells what the last
+    training forward did; evaluation, no-grad and recomputed passes leave it and all counts alone.
+
+    Weights: ``router.weight`` [E, D], ``experts.gate_up_proj`` [E, 2F, D], ``experts.down_proj`` [E, D, F].
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, std = config.hidden_size, config.init_std
+        self.router = Router(hidden, config.num_experts, config.top_k, config.router, std)
+        self.experts = GroupedExperts(config.num_experts, hidden, config.intermediate_size, config.backend, std)
+        self.shared: nn.Module = NoSharedExperts()
+        if config.shared_intermediate_size:
+            self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
+        self.capacity = Dropless() if config.capacity is None else Capacity(config.capacity)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.balancer = Balancer(config.balance, config.top_k, config.router.z_loss)
+        self._stats: RoutingStats | None = None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x_TD, mask_T, sequences = self._flatten(x, mask)
+        this = self.balancer.begin(self.training, self.router.weight)
+        routing = self.router(x_TD, mask_T, sequences, this.decision)
+        routing = self.capacity(routing)
+        self.balancer.count(routing, this)
+        rows_SD, plan = self.dispatcher.dispatch(x_TD, routing)
+        rows_SD = self.experts(rows_SD, plan)
+        y_TD = self.dispatcher.combine(rows_SD, plan)
+        y_TD = self.shared(y_TD, x_TD)
+        self._keep_stats(routing, this)
+        return self.balancer.attach(y_TD, routing, this).view(x.shape).to(x.dtype)
+
+    @property
+    def stats(self) -> RoutingStats:
+        """What the last training forward did on this rank."""
+        if self._stats is None:
+            raise RuntimeError("MoE.stats: no training forward yet; call the layer with gradients enabled first")
+        return self._stats
+
+    def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+        hidden = self.config.hidden_size
+        if not x.is_floating_point():
+            raise ValueError(f"x.dtype={x.dtype}: must be a floating dtype; give hidden states, not token ids")
+        if x.dim() == 0 or x.shape[-1] != hidden:
+            raise ValueError(f"x.shape={tuple(x.shape)}: the last dimension must be hidden_size={hidden}")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask: {mask.dtype} {tuple(mask.shape)}; must be torch.bool {tuple(x.shape[:-1])}, True where valid"
+            )
+        x_TD = x.reshape(-1, hidden)
+        tokens_each = x.shape[-2] if x.dim() > 1 else 1
+        sequences = x_TD.shape[0] // tokens_each if x_TD.shape[0] else 1
+        return x_TD, None if mask is None else mask.reshape(-1), sequences
+
+    @torch.no_grad()
+    def _keep_stats(self, routing: Routing, this: Pass) -> None:
+        if this.slot is None or not this.first:
+            return
+        counts_E = routing.counts_BE.sum(0)
+        self._stats = RoutingStats(
+            counts=counts_E,
+            tokens=routing.tokens_B.sum(),
+            dropped_choices=counts_E.sum() - (routing.ids_TK >= 0).sum(),
+            loss_values=partial(self.balancer.loss_values, routing.detach(), this.slot),
+        )
+
+    def __deepcopy__(self, memo: dict) -> MoE:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_stats"})
+        copy._stats = None
+        return copy

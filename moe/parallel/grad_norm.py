@@ -1,0 +1,47 @@
+"""The norm of a gradient whose parts are replicated, or split over some axis of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (0: leave them); returns the norm before.
+
+    Each element is counted once: a split gradient's squares are summed over the axes that split it, a replicated
+    one's are not. A norm that is not finite scales nothing, so that the caller can skip the step with weights intact.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    by_split: dict[tuple, list[Tensor]] = {(): []}
+    for grad in grads:
+        by_split.setdefault(_splitting_groups(grad), []).append(_local(grad))
+    total = torch.zeros((), dtype=torch.float64)
+    for groups, parts in by_split.items():
+        square = torch.zeros((), dtype=torch.float64)
+        if parts:
+            norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
+            square = norms.square().sum()
+            total = total.to(square.device)
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total + square
+    norm = total.sqrt()
+    if max_norm > 0 and bool(norm.isfinite()) and float(norm) > max_norm:
+        torch._foreach_mul_([_local(grad) for grad in grads], float(max_norm / norm))
+    return norm.float()
+
+
+def _splitting_groups(grad: Tensor) -> tuple:
+    if not isinstance(grad, DTensor):
+        return ()
+    mesh = grad.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(grad.placements) if isinstance(placed, Shard))
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -1,0 +1,5 @@
+"""Hidden states to routing decisions."""
+
+from .router import Router
+
+__all__ = ["Router"]

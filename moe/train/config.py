@@ -1,0 +1,214 @@
+"""What a training run can choose. A recipe is a function that returns a whole :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig, require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder language model around the MoE layers."""
+
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    #: width of the dense feed-forwards
+    intermediate_size: int = 512
+    num_experts: int = 8
+    top_k: int = 2
+    #: width of one expert
+    moe_intermediate_size: int = 256
+    #: every n-th feed-forward, counted from the last of each n, is an MoE layer; 1: all, 0: none
+    moe_every: int = 1
+    shared_intermediate_size: int = 0
+    #: entries of the embedding; None: as many as the tokenizer has
+    vocab_size: int | None = None
+    #: recompute each block's activations in the backward pass
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("num_experts", "top_k", "moe_intermediate_size"):
+            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(self.moe_every >= 0, "model.moe_every", self.moe_every, "use 1 for every layer, 2 for every second")
+        require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"2 * num_heads must divide model.hidden_size={self.hidden_size} (rotary embedding halves each head)",
+        )
+        require(
+            self.top_k <= self.num_experts,
+            "model.top_k",
+            self.top_k,
+            f"must be at most model.num_experts={self.num_experts}",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut into sequences."""
+
+    #: a file or folder of text, .jsonl or flat token files; None: the text that comes with Python
+    path: str | None = None
+    #: "bytes", or a Hugging Face tokenizer.json
+    tokenizer: str = "bytes"
+    seq_len: int = 256
+    #: sequences per optimizer step, over all ranks
+    global_batch: int = 16
+    #: sequences per forward pass on one rank
+    micro_batch: int = 8
+    #: share of the documents that is never trained on
+    heldout_fraction: float = 0.02
+    #: how a document gets its domain: its top folder, its kind of file, or a field of the jsonl
+    #: record; "auto": the field where there is one, else the folder, else the kind
+    domain_by: Literal["auto", "folder", "kind", "field"] = "auto"
+    text_field: str = "text"
+    domain_field: str = "domain"
+    #: stop reading a domain after so many bytes (the built-in text is larger than a quick run needs)
+    max_bytes_per_domain: int | None = None
+    #: type of a flat token file's entries
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "global_batch", "micro_batch"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        require(
+            0 < self.heldout_fraction < 1,
+            "data.heldout_fraction",
+            self.heldout_fraction,
+            "must lie between 0 and 1; 0.02 is usual",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    #: cosine decay, or warmup-stable-decay
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 20
+    #: share of the steps over which wsd decays, at the end
+    decay_fraction: float = 0.2
+    #: the last learning rate as a share of the first
+    min_lr_ratio: float = 0.1
+    #: largest norm of the gradient; 0 switches clipping off
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        require(self.schedule in ("cosine", "wsd"), "optim.schedule", self.schedule, "use 'cosine' or 'wsd'")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
+        require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
+        require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must not be negative; 0 switches it off")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks share the work. Data parallelism takes what is left."""
+
+    #: ranks among which the experts are split; divides the world size and num_experts
+    ep: int = 1
+    #: seconds a collective may take before the run ends with an error
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        require(self.ep >= 1, "parallel.ep", self.ep, "must be at least 1")
+        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When a checkpoint is written, and how many stay."""
+
+    #: steps between checkpoints; 0: only the last step
+    every: int = 100
+    #: how many of the newest complete checkpoints stay
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, "must not be negative; 0 saves only the last step")
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is measured, and how often."""
+
+    #: steps between progress lines
+    every: int = 10
+    #: steps between evaluations on held-out text; 0: only at the end
+    eval_every: int = 100
+    #: sequences per domain in an evaluation; all that there are when fewer
+    eval_sequences: int = 16
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "log.every", self.every, "must be at least 1")
+        require(self.eval_every >= 0, "log.eval_every", self.eval_every, "must not be negative; 0: only at the end")
+        require(self.eval_sequences >= 1, "log.eval_sequences", self.eval_sequences, "must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run."""
+
+    steps: int = 300
+    seed: int = 0
+    #: "bfloat16" computes in bf16 from fp32 master weights
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    capacity: CapacityConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
+        require(
+            self.model.num_experts % self.parallel.ep == 0,
+            "parallel.ep",
+            self.parallel.ep,
+            f"must divide model.num_experts={self.model.num_experts}",
+        )
+
+    def micro_batches(self, data_parallel: int) -> int:
+        """Forward passes per optimizer step and rank, for ``data_parallel`` ranks."""
+        per_pass = self.data.micro_batch * data_parallel
+        require(
+            self.data.global_batch % per_pass == 0,
+            "data.global_batch",
+            self.data.global_batch,
+            f"must be a multiple of data.micro_batch * ranks = {self.data.micro_batch} * {data_parallel}",
+        )
+        return self.data.global_batch // per_pass
+
+    def moe(self, micro_batches: int) -> MoEConfig:
+        """The configuration of each MoE layer."""
+        return MoEConfig(
+            hidden_size=self.model.hidden_size,
+            intermediate_size=self.model.moe_intermediate_size,
+            num_experts=self.model.num_experts,
+            top_k=self.model.top_k,
+            router=self.router,
+            balance=replace(self.balance, micro_batches=micro_batches),
+            capacity=self.capacity,
+            shared_intermediate_size=self.model.shared_intermediate_size,
+        )

@@ -1,0 +1,151 @@
+"""How well the previous token alone predicts the next one: the loss a language model has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from ...config import require
+from .corpus import Corpus
+from .packing import heldout_starts
+from .sources import CHUNK
+
+#: largest vocabulary whose pairs are counted in a dense table
+DENSE = 4096
+#: variants to choose among, the first where nothing can choose: what is taken off each pair's count for the
+#: pairs never seen, how many more such counts each token gets, and whether the back-off is Kneser-Ney's
+DISCOUNTS = (0.5, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95)
+STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+CONTINUATION = (True, False)
+#: share of each domain's training tokens, at its end, that chooses among the variants
+TAIL = 0.05
+
+
+def bigram_loss(
+    corpus: Corpus, vocab_size: int, seq_len: int = 1, sequences_per_domain: int | None = None
+) -> dict[str, float]:
+    """Held-out loss of a bigram model, in nats per token, by domain and over all tokens as ``"all"``.
+
+    The model is fitted on the training tokens of all domains together: absolute discounting with a
+    strength (as in a Pitman-Yor process, Teh 2006), backed off to Kneser-Ney continuation counts or
+    to token counts, whichever does best on the end of the training text. The labels are those that
+    :func:`heldout_batches` gives for the same ``seq_len`` and ``sequences_per_domain``; without
+    these, all held-out tokens but each domain's first. Domains without any do not occur. Raises
+    ``ValueError`` when ``vocab_size`` is smaller than the corpus's.
+    """
+    require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, f"the corpus has {corpus.vocab_size} ids")
+    head, tail = [], []
+    for stream in corpus.train.values():
+        cut = len(stream) - int(len(stream) * TAIL)
+        head.append(stream[:cut])
+        tail.append(stream[max(cut - 1, 0) :])
+    head_pairs, tail_pairs = _count(head, vocab_size), _count(tail, vocab_size)
+    variant = _choose(head_pairs, tail_pairs, vocab_size)
+    model = _Bigram(_merge([head_pairs, tail_pairs]), vocab_size)
+
+    losses: dict[str, float] = {}
+    sums = np.zeros(2)
+    for domain, stream in corpus.heldout.items():
+        starts = heldout_starts(len(stream), seq_len, sequences_per_domain)
+        if len(starts):
+            label = (starts[:, None] + np.arange(1, seq_len + 1)).ravel()
+            label = label[label < len(stream)]
+            keys = _keys(stream[label - 1], stream[label], vocab_size)
+            nats = model.nats(keys, model.find(keys), *variant)
+            losses[domain] = float(nats.mean())
+            sums += nats.sum(), len(nats)
+    if losses:
+        losses["all"] = float(sums[0] / sums[1])
+    return losses
+
+
+@dataclass
+class _Pairs:
+    """Occurring pairs as sorted ``first * vocab_size + second``, and how often each occurs."""
+
+    keys: np.ndarray
+    counts: np.ndarray
+
+
+def _keys(first: np.ndarray, second: np.ndarray, vocab_size: int) -> np.ndarray:
+    return first.astype(np.int64) * vocab_size + second
+
+
+def _chunks(streams: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
+    """Keys of all neighbours, a piece at a time: eight bytes each would be many times the stream."""
+    for stream in streams:
+        for start in range(0, len(stream) - 1, CHUNK):
+            piece = stream[start : start + CHUNK + 1]
+            yield _keys(piece[:-1], piece[1:], vocab_size)
+
+
+def _count(streams: Iterable[np.ndarray], vocab_size: int) -> _Pairs:
+    if vocab_size <= DENSE:
+        table = np.zeros(vocab_size**2, np.int64)
+        for keys in _chunks(streams, vocab_size):
+            table += np.bincount(keys, minlength=vocab_size**2)
+        occurring = np.flatnonzero(table)
+        return _Pairs(occurring, table[occurring])
+    total = _Pairs(np.empty(0, np.int64), np.empty(0, np.int64))
+    for keys in _chunks(streams, vocab_size):
+        total = _merge([total, _Pairs(*np.unique(keys, return_counts=True))])
+    return total
+
+
+def _merge(pairs: list[_Pairs]) -> _Pairs:
+    keys = np.concatenate([p.keys for p in pairs])
+    counts = np.concatenate([p.counts for p in pairs])
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return _Pairs(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
+
+
+def _choose(head: _Pairs, tail: _Pairs, vocab_size: int) -> tuple[float, float, bool]:
+    """The variant of the model of ``head`` under which ``tail`` is likeliest."""
+    model = _Bigram(head, vocab_size)
+    counts = model.find(tail.keys)
+
+    def loss(variant: tuple[float, float, bool]) -> float:
+        return float(model.nats(tail.keys, counts, *variant) @ tail.counts)
+
+    return min(product(DISCOUNTS, STRENGTHS, CONTINUATION), key=loss)
+
+
+class _Bigram:
+    """P(b|a) = (max(c(ab) - d, 0) + (s + d * followers(a)) * P(b)) / (c(a) + s); P(b) where a was never seen."""
+
+    def __init__(self, pairs: _Pairs, vocab_size: int) -> None:
+        self._pairs, self._vocab_size = pairs, vocab_size
+        first, second = np.divmod(pairs.keys, vocab_size)
+        self._total = np.bincount(first, weights=pairs.counts, minlength=vocab_size)
+        self._followers = np.bincount(first, minlength=vocab_size)
+        # how often b occurs, or after how many different tokens
+        occurrences = {
+            False: np.bincount(second, weights=pairs.counts, minlength=vocab_size),
+            True: np.bincount(second, minlength=vocab_size),
+        }
+        # half a count for each id (Jeffreys), so that no id is impossible
+        self._single = {kind: (n + 0.5) / (n.sum() + 0.5 * vocab_size) for kind, n in occurrences.items()}
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """How often each of ``keys`` occurs in the training text."""
+        if not len(self._pairs.keys):
+            return np.zeros(len(keys), np.int64)
+        place = np.minimum(np.searchsorted(self._pairs.keys, keys), len(self._pairs.keys) - 1)
+        return np.where(self._pairs.keys[place] == keys, self._pairs.counts[place], 0)
+
+    def nats(
+        self, keys: np.ndarray, counts: np.ndarray, discount: float, strength: float, continuation: bool
+    ) -> np.ndarray:
+        """-log P(second|first) of each key, given how often each occurs."""
+        first, second = np.divmod(keys, self._vocab_size)
+        # a token never seen has no counts: one made-up count, all of it for the back-off
+        unseen = self._total == 0
+        scale_V = 1 / (self._total + strength + unseen)
+        backoff_V = (discount * self._followers + strength + unseen) * scale_V
+        kept = np.maximum(counts - discount, 0) * scale_V[first]
+        return -np.log(kept + backoff_V[first] * self._single[continuation][second])

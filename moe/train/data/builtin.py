@@ -1,0 +1,178 @@
+"""The text that comes with Python: no download, real, and of several kinds.
+
+Five domains with different statistics: source code of the standard library, its bytecode as an
+assembler would show it, English prose, C headers (where installed) and the Unicode character table.
+A paragraph that occurs twice is kept once, so no held-out text is trained on under another name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import os
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+
+from .sources import Budget, Document, by_hash
+
+#: tests and data written as code; the code pages are eighty near copies of one table
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "_bundled"}
+#: names that Unicode makes by rule from the number
+BY_RULE = ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT IDEO", "TANGUT COMP", "NUSHU", "KHITAN")
+#: code points per document of the character table
+BLOCK = 128
+#: characters from which on a paragraph counts as more than a common phrase
+PARAGRAPH = 60
+
+Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class Once:
+    """Drops the paragraphs that have been there before, whatever their indentation."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, text: str) -> str:
+        kept = []
+        for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+            key = " ".join(paragraph.split())
+            if len(key) < PARAGRAPH or key not in self._seen:
+                kept.append(paragraph)
+                self._seen.add(key)
+        return "\n\n".join(kept)
+
+
+def builtin_documents(budget: Budget) -> Iterator[Document]:
+    """The built-in text up to the budget, in an order that depends on names alone."""
+    once = Once()
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    for document in _all(stdlib, budget):
+        document.text = once(document.text or "")
+        if document.text.strip():
+            yield from budget.take(document)
+
+
+def _all(stdlib: Path, budget: Budget) -> Iterator[Document]:
+    yield from _manual(stdlib)
+    yield from _modules(stdlib, budget)
+    yield from _headers(budget)
+    yield from _characters(budget)
+
+
+def _below(root: Path, suffix: str) -> list[tuple[str, Path]]:
+    """Files below ``root`` as ``(name below root, path)``, in hashed order, without :data:`SKIPPED` folders."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED]
+        paths = [Path(folder, file) for file in files if file.endswith(suffix)]
+        found += [(path.relative_to(root).as_posix(), path) for path in paths]
+    return sorted(found, key=lambda item: by_hash(item[0]))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _manual(stdlib: Path) -> Iterator[Document]:
+    """Python's licence and the language reference, as prose. Its pages quote each other, see :class:`Once`."""
+    for name in ("LICENSE.txt", "LICENSE"):
+        yield Document("prose", name, _read(stdlib / name))
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    for name in sorted(topics, key=by_hash):
+        yield Document("prose", f"topics/{name}", topics[name])
+
+
+def _modules(stdlib: Path, budget: Budget) -> Iterator[Document]:
+    """Each module's docstrings as prose, and the rest as source or, of every third module, as bytecode."""
+    for name, path in _below(stdlib, ".py"):
+        if name.startswith("_sysconfigdata"):
+            continue
+        domain = "bytecode" if by_hash(name)[-1] % 3 == 0 else "python"
+        if not budget.left("python") and not budget.left("bytecode"):
+            return
+        if not budget.left(domain):
+            continue
+        source = _read(path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(source)
+                listing = _disassemble(tree, name) if domain == "bytecode" else ""
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+        prose, code = _without_docstrings(source, tree)
+        yield Document("prose", f"docstrings/{name}", prose)
+        yield Document(domain, f"{domain}/{name}", listing or code)
+
+
+def _without_docstrings(source: str, tree: ast.Module) -> tuple[str, str]:
+    """The docstrings of a module, and its source without them."""
+    lines = source.encode().split(b"\n")
+    prose = []
+    found = [node for node in ast.walk(tree) if isinstance(node, Documented) and ast.get_docstring(node, clean=False)]
+    # from the end on, so that earlier positions stay right
+    for node in sorted(found, key=lambda node: -node.body[0].lineno):
+        prose.append(ast.get_docstring(node) or "")
+        string = node.body[0]
+        first, last = string.lineno - 1, (string.end_lineno or string.lineno) - 1
+        before, after = lines[first][: string.col_offset], lines[last][string.end_col_offset :]
+        alone = not before.strip() and not after.strip() and len(node.body) > 1
+        lines[first : last + 1] = [] if alone else [before + b"pass" + after]
+    return "\n\n".join(reversed(prose)), b"\n".join(lines).decode()
+
+
+def _disassemble(tree: ast.Module, name: str) -> str:
+    """One paragraph per code object: a line with its name, then one line per instruction."""
+    # optimize=2 leaves docstrings out
+    pending: list[CodeType] = [compile(tree, name, "exec", dont_inherit=True, optimize=2)]
+    blocks = []
+    while pending:
+        code = pending.pop()
+        pending += reversed([constant for constant in code.co_consts if isinstance(constant, CodeType)])
+        lines = [f"{code.co_name}({', '.join(code.co_varnames[: code.co_argcount])}):"]
+        for step in dis.get_instructions(code):
+            lines.append(f"{step.offset:5} {step.opname} {_operand(step)}".rstrip())
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _operand(step: dis.Instruction) -> str:
+    """What the instruction works on; neither addresses nor the order of a set, as they differ between processes."""
+    value = step.argval
+    if isinstance(value, CodeType):
+        return f"<code {value.co_name}>"
+    if isinstance(value, frozenset):
+        return "{" + ", ".join(sorted(map(repr, value))) + "}"
+    return step.argrepr
+
+
+def _headers(budget: Budget) -> Iterator[Document]:
+    include = Path(sysconfig.get_paths()["include"])
+    for name, path in _below(include, ".h"):
+        if not budget.left("c"):
+            return
+        yield Document("c", f"include/{name}", _read(path))
+
+
+def _characters(budget: Budget) -> Iterator[Document]:
+    """The Unicode character table: number, character, category, name."""
+    for start in sorted(range(0, 0x30000, BLOCK), key=lambda start: by_hash(f"U+{start:04X}")):
+        if not budget.left("unicode"):
+            return
+        lines = []
+        for character in map(chr, range(start, start + BLOCK)):
+            name = unicodedata.name(character, "")
+            if name and not name.startswith(BY_RULE):
+                lines.append(f"{ord(character):04X} {character} {unicodedata.category(character)} {name}")
+        yield Document("unicode", f"U+{start:04X}", "\n".join(lines))

@@ -1,0 +1,246 @@
+"""Documents from files and folders: text, jsonl records and flat token files."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import require
+from ..config import DataConfig
+
+JSONL = (".jsonl", ".ndjson")
+TOKENS = (".bin", ".tokens", ".npy")
+KINDS = {
+    ".py": "python", ".pyi": "python", ".md": "markdown", ".txt": "text", "": "text", ".c": "c", ".h": "c",
+    ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hh": "cpp", ".hpp": "cpp", ".htm": "html", ".js": "javascript",
+    ".mjs": "javascript", ".ts": "typescript", ".sh": "shell", ".bash": "shell", ".yml": "yaml", ".rs": "rust",
+}  # fmt: skip
+#: ids looked at in one go
+CHUNK = 1 << 24
+
+
+@dataclass
+class Document:
+    """One text, or one file of ids, of one domain."""
+
+    domain: str
+    #: path below data.path, for messages
+    name: str
+    text: str | None = None
+    #: ids of a flat token file, shape ``(T,)``
+    tokens: np.ndarray | None = None
+
+
+@dataclass
+class Budget:
+    """How many bytes may still be read of each domain, and what the reader should be told."""
+
+    #: bytes per domain; None: no end
+    cap: int | None
+    spent: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def left(self, domain: str) -> int:
+        """Bytes that may still be read of ``domain``."""
+        return (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
+
+    def spend(self, domain: str, count: int) -> None:
+        self.spent[domain] = self.spent.get(domain, 0) + count
+
+    def take(self, document: Document) -> Iterator[Document]:
+        """The text document, cut to what is left of its domain; nothing when that is nothing."""
+        raw = (document.text or "").encode("utf-8", errors="replace")[: self.left(document.domain)]
+        if raw:
+            self.spend(document.domain, len(raw))
+            yield Document(document.domain, document.name, raw.decode("utf-8", errors="ignore"))
+
+
+def by_hash(name: str) -> bytes:
+    """Sort key that is the same everywhere, and unlike the alphabet favours no kind of name."""
+    return hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()
+
+
+def file_documents(config: DataConfig, budget: Budget) -> Iterator[Document]:
+    """All documents of ``config.path``, in an order that depends on names alone.
+
+    Raises ``ValueError`` for what cannot be read; see the single readers.
+    """
+    assert config.path is not None
+    root = Path(config.path)
+    remedy = "does not exist or cannot be reached; give a file or folder, or None for the text that comes with Python"
+    require(os.path.exists(root), "data.path", config.path, remedy)
+    files = [(root, root.name)] if root.is_file() else _walk(root)
+    require(bool(files), "data.path", config.path, "has no files (hidden ones are skipped); give a folder with text")
+    skipped = 0
+    for path, name in sorted(files, key=lambda item: by_hash(item[1])):
+        suffix = path.suffix.lower()
+        if suffix in JSONL:
+            yield from _jsonl(path, name, config, budget)
+            continue
+        domain = _domain(path, name, config)
+        if budget.left(domain) == 0:
+            continue
+        if suffix in TOKENS:
+            yield from _token_file(path, name, domain, config, budget)
+            continue
+        text = _text(path, budget.left(domain))
+        if text is None:
+            skipped += 1
+        else:
+            yield from budget.take(Document(domain, name, text))
+    if skipped:
+        budget.notes.append(f"{skipped} of {len(files)} files are not UTF-8 text and were skipped")
+
+
+def _walk(root: Path) -> list[tuple[Path, str]]:
+    """Every file below ``root`` that is not hidden, with its name below ``root``."""
+    files: list[tuple[Path, str]] = []
+    entered: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(str(error.filename), error)
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        # a link to a folder above would never end
+        fresh = os.path.realpath(folder) not in entered
+        entered.add(os.path.realpath(folder))
+        subfolders[:] = sorted(s for s in subfolders if fresh and not s.startswith("."))
+        for name in names if fresh else ():
+            path = Path(folder, name)
+            # a broken link is reported when it is read; a pipe or a socket is passed over
+            if not name.startswith(".") and (path.is_file() or not path.exists()):
+                files.append((path, path.relative_to(root).as_posix()))
+    return files
+
+
+def _unreadable(path: Path | str, error: OSError) -> ValueError:
+    reason = error.strerror or str(error)
+    return ValueError(f"data.path={str(path)!r}: cannot be read ({reason}); make it readable or move it away")
+
+
+def _domain(path: Path, name: str, config: DataConfig) -> str:
+    """The domain of a file, as ``config.domain_by`` wants it."""
+    require(
+        config.domain_by != "field",
+        "data.domain_by",
+        "field",
+        f"{str(path)!r} is not jsonl and has no fields; use 'auto', 'folder' or 'kind'",
+    )
+    top, _, below = name.partition("/")
+    if below and config.domain_by != "kind":
+        return top
+    if config.domain_by == "folder":
+        return path.resolve().parent.name or "root"
+    suffix = path.suffix.lower()
+    return "tokens" if suffix in TOKENS else KINDS.get(suffix, suffix[1:])
+
+
+def _text(path: Path, limit: int) -> str | None:
+    """The first ``limit`` bytes of a text file, or None when it is binary."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(min(limit, path.stat().st_size))
+            whole = not file.read(1)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if b"\0" in raw:
+        return None
+    try:
+        # a cut may fall inside a character
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=whole)
+    except UnicodeDecodeError:
+        return None
+
+
+def _jsonl(path: Path, name: str, config: DataConfig, budget: Budget) -> Iterator[Document]:
+    """One document per line, in an order that depends on the texts alone, as a cap takes the first ones."""
+    records: list[Document] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(_record(line, path, name, number, config))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if budget.cap is not None:
+        records.sort(key=lambda record: by_hash(record.text or ""))
+    for record in records:
+        yield from budget.take(record)
+
+
+def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig) -> Document:
+    where = f"{str(path)!r} line {number}"
+    try:
+        record: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+        reason = str(error)
+        raise ValueError(f"data.path={where}: is not JSON ({reason}); write one JSON object per line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"data.path={where}: is a JSON {type(record).__name__}; write one JSON object per line")
+    fields = ", ".join(map(repr, record)) or "none"
+    text = record.get(config.text_field)
+    if not isinstance(text, str):
+        problem = f"is a {type(text).__name__}, not a string" if config.text_field in record else "is missing"
+        message = f"{problem} in {where}; name the field that holds the text, there are: {fields}"
+        raise ValueError(f"data.text_field={config.text_field!r}: {message}")
+    label = record.get(config.domain_field)
+    labelled = isinstance(label, (str, int)) and label != ""
+    if config.domain_by == "field" and not labelled:
+        message = f"no such label in {where}; name the field that holds the domain, there are: {fields}"
+        raise ValueError(f"data.domain_field={config.domain_field!r}: {message}")
+    domain = str(label) if labelled and config.domain_by in ("auto", "field") else _domain(path, name, config)
+    return Document(domain, f"{name}:{number}", text)
+
+
+def _token_file(path: Path, name: str, domain: str, config: DataConfig, budget: Budget) -> Iterator[Document]:
+    """The ids of a flat token file: little-endian without a header, or a one-dimensional integer ``.npy``."""
+    try:
+        ids = _npy(path) if path.suffix.lower() == ".npy" else _flat(path, config)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    ids = ids[: max(budget.left(domain) // ids.dtype.itemsize, 1)]
+    if len(ids):
+        budget.spend(domain, ids.nbytes)
+        yield Document(domain, name, tokens=ids)
+
+
+def _flat(path: Path, config: DataConfig) -> np.ndarray:
+    dtype = np.dtype(config.token_dtype).newbyteorder("<")
+    size = path.stat().st_size
+    remedy = f"{size} bytes are no whole number of {config.token_dtype} entries; set data.token_dtype to the file's"
+    require(size % dtype.itemsize == 0, "data.path", str(path), remedy)
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        message = f"is not a plain .npy array ({' '.join(str(error).split())}); save it with np.save"
+        raise ValueError(f"data.path={str(path)!r}: {message}") from None
+    ok = ids.ndim == 1 and ids.dtype.kind in "iu"
+    remedy = f"holds {ids.dtype} of shape {ids.shape}; save a one-dimensional integer array"
+    require(ok, "data.path", str(path), remedy)
+    return ids
+
+
+def check_ids(ids: np.ndarray, path: str, vocab_size: int, tokenizer: str) -> None:
+    """Raise ``ValueError`` naming the first of ``ids`` that is not in ``[0, vocab_size)``."""
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start : start + CHUNK]
+        if chunk.max() < vocab_size and chunk.min() >= 0:
+            continue
+        position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+        what = f"id {int(ids[position])} at position {position}"
+        if ids[position] < 0:
+            raise ValueError(f"data.path={path!r}: {what} is negative; write ids from 0 on")
+        remedy = f"is beyond the {vocab_size} ids of data.tokenizer={tokenizer!r}; name the tokenizer of this file"
+        raise ValueError(f"data.path={path!r}: {what} {remedy}")

@@ -1,0 +1,200 @@
+"""A training run from its first step to its report.  N domains, L MoE layers, E experts."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..balance import loss_value
+from ..collectives import sum_over, world_axis
+from ..engines import DataParallel
+from ..model import Decoder
+from ..parallel import parallelize
+from ..types import load_summary
+from . import checkpoint
+from .config import ModelConfig, TrainConfig
+from .data import Batches, Corpus
+from .evaluate import evaluate
+from .metrics import MetricsWriter, Progress
+from .optim import build_optimizer, learning_rate
+from .step import Losses, train_step
+
+
+def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
+    """The whole model of a configuration, the same on every rank: the seed alone decides its weights."""
+    torch.manual_seed(config.seed)
+    return Decoder(
+        vocab_size=vocab_size,
+        seq_len=config.data.seq_len,
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_heads,
+        intermediate_size=config.model.intermediate_size,
+        moe=config.moe(micro_batches),
+        moe_every=config.model.moe_every,
+        recompute_blocks=config.model.recompute,
+    )
+
+
+class Trainer:
+    """Model, optimizer and data of a run on this rank."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device) -> None:
+        self.config, self.corpus, self.device = config, corpus, device
+        self.axis = world_axis()
+        self.micro_batches = config.micro_batches(self.axis.size)
+        model = build_model(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.active_parameters = self.parameters - sum(
+            w.numel() * (config.model.num_experts - config.model.top_k) // config.model.num_experts
+            for layer in model.moe_layers()
+            for w in layer.experts.parameters()
+        )
+        self.model = model.to(device)
+        if mesh is not None:
+            parallelize(self.model, mesh)
+        self.engine = DataParallel(self.model, mesh)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
+        self.losses = Losses(len(corpus.domains), device)
+        self.step = 0
+        torch.manual_seed(config.seed + 1 + self.axis.rank)
+
+    def train_step(self) -> Tensor:
+        """Do the next optimizer step; returns the gradient's norm."""
+        rate = learning_rate(self.config.optim, self.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = self.batches.sample(
+            self.step, self.axis.rank, self.axis.size, self.micro_batches, self.config.data.micro_batch
+        )
+        norm = train_step(self.engine, self.optimizer, batches, self.config, self.losses)
+        self.step += 1
+        return norm
+
+    def evaluate(self) -> dict[str, Any]:
+        """An ``eval`` record: see :mod:`equimoe.moe.train.metrics`."""
+        return {"kind": "eval", "step": self.step} | evaluate(self.model, self.corpus, self.config, self.device)
+
+    def record(self, norm: Tensor) -> dict[str, Any]:
+        """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce."""
+        layers = self.model.moe_layers()
+        parts = [self.losses.sums_N2.flatten()]
+        for layer in layers:
+            totals = layer.balancer.window.last
+            assert totals is not None
+            parts += [totals.local_counts_E.double(), totals.local_prob_sums_E.double()]
+            last = (totals.local_tokens, layer.stats.dropped_choices, layer.stats.counts.sum())
+            parts.append(torch.stack(last).double())
+        joined = sum_over(torch.cat(parts), self.axis).get().cpu()
+        sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
+        by_layer = joined[sums_N2.numel() :].view(len(layers), -1)
+        rows = [_layer_record(row, self.config.model) for row in by_layer]
+        self.losses = Losses(len(self.corpus.domains), self.device)
+        nats, tokens = sums_N2.sum(0).tolist()
+        return {
+            "kind": "train",
+            "step": self.step,
+            "loss": nats / max(tokens, 1.0),
+            "grad_norm": float(norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "balance": float(np.mean([row["balance"] for row in rows])) if rows else 1.0,
+            "max_over_mean": max((row["max_over_mean"] for row in rows), default=1.0),
+            "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
+            "domain_loss": {
+                d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t
+            },
+            "layers": rows,
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that a resume needs. Between steps the balance counts are empty, by design."""
+        generators = {f"cpu.{self.axis.rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators[f"cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
+        return checkpoint.training_state(self.model, self.optimizer, generators)
+
+    def save(self, root: Path) -> Path:
+        """Write a checkpoint of the present step. Every rank calls it."""
+        position = {"world": self.axis.size, "ep": self.config.parallel.ep, "data": self.corpus.fingerprint}
+        return checkpoint.save(root, self.step, self.state(), position, self.config.checkpoint.keep_last)
+
+    def resume(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Go on exactly where the checkpoint was written. Every rank calls it."""
+        position = manifest["position"]
+        if position.get("data") != self.corpus.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"{path}: was trained on other data; give the same data.path, tokenizer and sizes, or a new run folder"
+            )
+        state = self.state()
+        checkpoint.load(path, state, manifest)
+        torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
+        self.step = int(manifest["step"])
+
+    def describe(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A ``run`` record."""
+        return {
+            "kind": "run",
+            "config": config,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "world_size": self.axis.size,
+            "device": self.device.type,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+        }
+
+
+def _layer_record(row: Tensor, model: ModelConfig) -> dict[str, Any]:
+    """Counts, probability sums, tokens, and dropped and wanted choices of a layer, as the metrics want them."""
+    counts_E, prob_sums_E = row[: model.num_experts].long(), row[model.num_experts : -3]
+    tokens, dropped, wanted = row[-3:]
+    return {
+        "counts": counts_E.tolist(),
+        "balance": float(loss_value(counts_E, tokens, prob_sums_E, tokens, model.top_k)),
+        **load_summary(counts_E),
+        "dropped": float(dropped / wanted.clamp_min(1)),
+    }
+
+
+def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress: Progress | None) -> dict[str, Any]:
+    """Train to the configured last step, with evaluations and checkpoints on the way; returns the last evaluation.
+
+    ``metrics`` and ``progress`` are rank 0's; the others pass None.
+    """
+    config, start = trainer.config, time.perf_counter()
+    since, tokens_per_step = (trainer.step, start), config.data.global_batch * config.data.seq_len
+    last_eval: dict[str, Any] = {}
+
+    def publish(record: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(record)
+        if progress is not None:
+            progress.show(record)
+
+    while trainer.step < config.steps:
+        norm = trainer.train_step()
+        step, last = trainer.step, trainer.step == config.steps
+        if progress is not None:
+            progress.advance(step)
+        if step % config.log.every == 0 or last:
+            record, now = trainer.record(norm), time.perf_counter()
+            record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
+            record["elapsed_s"] = now - start
+            publish(record)
+            since = (step, time.perf_counter())
+        busy = time.perf_counter()
+        if last or (config.log.eval_every and step % config.log.eval_every == 0):
+            last_eval = trainer.evaluate()
+            publish(last_eval)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            trainer.save(run_dir / "checkpoints")
+        since = (since[0], since[1] + time.perf_counter() - busy)  # training's own speed
+    return last_eval

@@ -1,0 +1,46 @@
+"""AdamW and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone; norms, being vectors, get none.
+
+    The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        # a group is updated by one fused call, which cannot mix plain tensors and DTensors
+        groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of ``step`` (from 0) in a run of ``steps``: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, steps - math.ceil(config.decay_fraction * steps))
+    if step < start:
+        return config.lr
+    progress = (step - start + 1) / max(steps - start, 1)
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * falling)

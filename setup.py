@@ -1,0 +1,58 @@
+"""The folders moe/, kernels/ and launch/ become the packages equimoe.moe, equimoe.kernels and equimoe.launch.
+
+`equimoe` itself is a namespace without a file, because a top-level package called `kernels` would overwrite
+another project's of that name. tests/ and benchmarks/ are not installed. Nothing is compiled.
+"""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("moe", "kernels", "launch")
+
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19"],
+    "megatron": ["megatron-core>=0.16"],
+    "hf": ["transformers>=5", "tokenizers>=0.22", "safetensors>=0.5"],
+    "track": ["wandb"],
+    "dev": [
+        "build",
+        "hypothesis",
+        "mypy",
+        "pytest>=8",
+        "pytest-timeout",
+        "ruff",
+        "setuptools>=77",
+        "tokenizers>=0.22",
+        "types-PyYAML",
+        "wheel",
+    ],
+}
+
+setup(
+    name="equimoe",
+    version="0.1.0",
+    description="Mixture-of-Experts training for PyTorch with exact global-batch load balancing",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    package_dir={f"equimoe.{folder}": folder for folder in FOLDERS},
+    packages=[
+        name
+        for folder in FOLDERS
+        for name in (f"equimoe.{folder}", *(f"equimoe.{folder}.{sub}" for sub in find_packages(folder)))
+    ],
+    package_data={"equimoe.launch": ["slurm/*.sbatch", "k8s/*.yaml"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.11",
+        'triton>=3.6; sys_platform == "linux"',
+        "numpy",
+        "pydantic>=2",
+        "pyyaml",
+        "matplotlib",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require=EXTRAS,
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
+)

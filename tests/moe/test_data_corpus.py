@@ -1,0 +1,341 @@
+"""What is read, under which domain, and what of it is held out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equimoe.moe.train.config import DataConfig
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(path, **changes):
+    return replace(DataConfig(path=str(path), seq_len=4), **changes)
+
+
+def load(path, **changes):
+    return load_corpus(config(path, **changes), BYTES)
+
+
+def documents(tokens):
+    """The set of texts between the end-of-document ids."""
+    pieces = np.split(tokens, np.flatnonzero(tokens == 256))
+    return {BYTES.decode(piece) for piece in pieces if len(piece)}
+
+
+def write(root, files):
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+def texts(count, prefix="document"):
+    return [f"{prefix} {i} " + "word " * (i % 7 + 3) for i in range(count)]
+
+
+def test_kinds_hidden_binary_and_empty_files(tmp_path):
+    files = {
+        "a.py": "print('a')", "b.PY": "print('b')", "c.md": "# title", "README": "read me", "d.xyz": "some text",
+        "e.png": b"\x89PNG\0\0", "f.dat": b"\xff\xfe latin", ".hidden.py": "secret", ".git/x.py": "secret",
+        "bom.txt": b"\xef\xbb\xbfmarked", "empty.txt": "",
+    }  # fmt: skip
+    corpus = load(write(tmp_path, files))
+    assert corpus.domains == ("markdown", "python", "text", "xyz")
+    assert list(corpus.train) == list(corpus.heldout) == list(corpus.domains)
+    assert documents(corpus.train["python"]) | documents(corpus.heldout["python"]) == {"print('a')", "print('b')"}
+    assert documents(corpus.train["text"]) | documents(corpus.heldout["text"]) == {"read me", "marked"}
+    assert "2 of 9 files are not UTF-8 text and were skipped" in corpus.notes
+
+
+def test_folders_name_domains_and_the_kind_can_be_asked_for(tmp_path):
+    write(
+        tmp_path, {"law/a.txt": "law " * 9, "law/deep/b.md": "law b " * 9, "code/c.py": "code " * 9, "d.md": "top " * 9}
+    )
+    assert load(tmp_path).domains == ("code", "law", "markdown")
+    assert load(tmp_path, domain_by="folder").domains == tuple(sorted(["code", "law", tmp_path.name]))
+    assert load(tmp_path, domain_by="kind").domains == ("markdown", "python", "text")
+    assert load(tmp_path / "d.md").domains == ("markdown",)
+
+
+def test_linked_folders_are_read_and_circles_end(tmp_path):
+    write(tmp_path, {"far/a.txt": "far away " * 9, "data/b.txt": "near " * 9})
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    assert load(tmp_path / "data").domains == ("link", "text")
+
+
+def test_jsonl_fields(tmp_path):
+    rows = [{"body": f"row {i} " * 5, "lang": "en" if i % 2 else 7} for i in range(8)] + [{"body": "none " * 9}]
+    lines = "\n\n".join(map(json.dumps, rows)) + "\n"
+    write(tmp_path, {"sub/x.jsonl": lines})
+    fields = {"text_field": "body", "domain_field": "lang"}
+    corpus = load(tmp_path, **fields)
+    assert corpus.domains == ("7", "en", "sub")
+    assert documents(corpus.train["en"]) | documents(corpus.heldout["en"]) == {f"row {i} " * 5 for i in (1, 3, 5, 7)}
+    assert load(tmp_path, domain_by="kind", **fields).domains == ("jsonl",)
+    assert load(tmp_path / "sub" / "x.jsonl", domain_by="folder", **fields).domains == ("sub",)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_flat_token_files_are_cut_by_position(tmp_path, dtype):
+    ids = np.arange(200, dtype=dtype)
+    for name in ("x.bin", "y.tokens"):
+        ids.astype(f"<{dtype[0]}{np.dtype(dtype).itemsize}").tofile(tmp_path / name)
+        corpus = load(tmp_path / name, token_dtype=dtype, heldout_fraction=0.1)
+        assert np.array_equal(corpus.train["tokens"], ids[:180]) and np.array_equal(corpus.heldout["tokens"], ids[180:])
+    np.save(tmp_path / "z.npy", ids.astype(np.int64))
+    corpus = load(tmp_path / "z.npy", heldout_fraction=0.1)
+    assert np.array_equal(corpus.train["tokens"], ids[:180]) and corpus.train["tokens"].dtype == np.uint16
+    # several: each is cut, and the pieces are joined
+    corpus = load(tmp_path, token_dtype=dtype, heldout_fraction=0.1)
+    assert len(corpus.train["tokens"]) == 3 * 180 + 2 and len(corpus.heldout["tokens"]) == 3 * 20 + 2
+
+
+def test_one_document_is_cut_by_position(tmp_path):
+    corpus = load(write(tmp_path, {"a.txt": "0123456789" * 10}), heldout_fraction=0.05)
+    assert BYTES.decode(corpus.heldout["text"]) == "56789"
+    assert len(corpus.train["text"]) == 95
+    corpus = load(write(tmp_path, {"a.txt": "0123456789"}), heldout_fraction=0.05)
+    assert BYTES.decode(corpus.heldout["text"]) == "89"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=40), st.floats(0.001, 0.999))
+def test_at_least_one_document_on_either_side_and_none_on_both(tmp_path_factory, sizes, fraction):
+    root = write(tmp_path_factory.mktemp("d"), {f"{i}.txt": f"{i:03}" + "x" * size for i, size in enumerate(sizes)})
+    corpus = load(root, heldout_fraction=fraction, seq_len=1)
+    train, heldout = documents(corpus.train["text"]), documents(corpus.heldout["text"])
+    assert train and heldout and not train & heldout
+    assert len(train) + len(heldout) == len(sizes)
+    total = sum(map(len, train | heldout))
+    held = sum(map(len, heldout))
+    longest_two = sorted(map(len, train | heldout))[-2]
+    assert held <= 1.5 * fraction * total + longest_two
+
+
+def test_the_held_out_share_is_near_what_was_asked(tmp_path):
+    corpus = load(write(tmp_path, {f"{i}.txt": t for i, t in enumerate(texts(400))}), heldout_fraction=0.1)
+    share = len(corpus.heldout["text"]) / (len(corpus.heldout["text"]) + len(corpus.train["text"]))
+    assert 0.1 <= share < 0.13
+
+
+def test_split_depends_on_contents_not_on_names_or_order(tmp_path):
+    content = texts(60)
+    first = load(write(tmp_path / "a", {f"{i}.txt": t for i, t in enumerate(content)}))
+    random.Random(0).shuffle(content)
+    second = load(write(tmp_path / "b", {f"n{i}.txt": t for i, t in enumerate(content)}))
+    rows = [json.dumps({"text": t, "domain": "text"}) for t in content]
+    third = load(write(tmp_path / "c", {"x.jsonl": "\n".join(rows)}))
+    assert first.fingerprint == second.fingerprint == third.fingerprint
+    assert np.array_equal(first.train["text"], third.train["text"])
+
+
+def test_copies_never_stand_on_both_sides(tmp_path):
+    copies = {f"{folder}/{i}.txt": t for folder in ("a", "b") for i, t in enumerate(texts(30))}
+    corpus = load(write(tmp_path, {**copies, "b/other.txt": "not in a " * 5}))
+    train = set().union(*map(documents, corpus.train.values()))
+    heldout = set().union(*map(documents, corpus.heldout.values()))
+    assert heldout and not train & heldout
+    assert "30 documents are copies of others and were left out" in corpus.notes
+
+
+def test_fingerprint_tells_data_apart(tmp_path):
+    files = {f"{i}.txt": t for i, t in enumerate(texts(20))}
+    base = load(write(tmp_path, files)).fingerprint
+    assert len(base) == 64 and load(tmp_path).fingerprint == base
+    assert load(tmp_path, heldout_fraction=0.3).fingerprint != base
+    write(tmp_path, {"3.txt": files["3.txt"] + "!"})
+    assert load(tmp_path).fingerprint != base
+
+
+def test_the_cap_bounds_each_domain_and_does_not_follow_the_alphabet(tmp_path):
+    write(tmp_path, {f"a/{i:03}.txt": t for i, t in enumerate(texts(200, "file"))})
+    rows = "\n".join(json.dumps({"text": t, "domain": "b"}) for t in texts(200, "row"))
+    write(tmp_path, {"b.jsonl": rows})
+    np.arange(1000, dtype=np.uint8).astype(np.uint16).tofile(tmp_path / "t.bin")
+    corpus = load(tmp_path, max_bytes_per_domain=1000)
+    for domain in corpus.domains:
+        sides = (corpus.train[domain], corpus.heldout[domain])
+        ids = np.concatenate(sides)
+        assert (ids != 256).sum() * (2 if domain == "tokens" else 1) == 1000
+        if domain != "tokens":
+            numbers = [int(text.split()[1]) for side in sides for text in documents(side) if text.count(" ") > 1]
+            assert max(numbers) > 100
+    assert load(tmp_path, max_bytes_per_domain=1000).fingerprint == corpus.fingerprint
+
+
+def test_a_cap_inside_a_character_keeps_whole_characters(tmp_path):
+    corpus = load(write(tmp_path, {"a.txt": "\u00e9" * 100}), max_bytes_per_domain=51)
+    assert BYTES.decode(np.concatenate([corpus.train["text"], corpus.heldout["text"]])) == "\u00e9" * 25
+
+
+@pytest.mark.parametrize(
+    ("files", "changes", "message"),
+    [
+        ({}, {}, r"data\.path='.*': has no files"),
+        ({"a.png": b"\0\1", "b.txt": ""}, {}, r"data\.path='.*': no text found; 1 of 2 files are not UTF-8 .*; give"),
+        (
+            {"a.bin": b"\1\0\2"},
+            {},
+            r"data\.path='.*a\.bin': 3 bytes are no whole number of uint16 .*set data\.token_dtype",
+        ),
+        (
+            {"a.bin": np.array([5, 6, 300, 400], "<u2").tobytes()},
+            {},
+            r"data\.path='.*a\.bin': id 300 at position 2 is beyond the 257 ids of data\.tokenizer='bytes'; name the",
+        ),
+        (
+            {"x.jsonl": '{"text": "good"}\n{"text": \n'},
+            {},
+            r"data\.path='.*x\.jsonl' line 2: is not JSON \(.*; write one",
+        ),
+        ({"x.jsonl": b'{"text": "\xff"}\n'}, {}, r"data\.path='.*x\.jsonl' line 1: is not JSON"),
+        ({"x.jsonl": "[1]\n"}, {}, r"data\.path='.*x\.jsonl' line 1: is a JSON list; write one JSON object per line"),
+        (
+            {"x.jsonl": '\n{"body": "b", "id": 3}\n'},
+            {},
+            r"data\.text_field='text': is missing in '.*x\.jsonl' line 2; .*there are: 'body', 'id'",
+        ),
+        ({"x.jsonl": '{"text": [1]}\n'}, {}, r"data\.text_field='text': is a list, not a string in .* line 1; name"),
+        (
+            {"x.jsonl": '{"text": "t", "source": "s"}\n'},
+            {"domain_by": "field"},
+            r"data\.domain_field='domain': no such label in '.*' line 1; .*there are: 'text', 'source'",
+        ),
+        ({"a.txt": "text"}, {"domain_by": "field"}, r"data\.domain_by='field': '.*a\.txt' is not jsonl .*use 'auto'"),
+        ({"a.txt": "text"}, {"domain_by": "size"}, r"data\.domain_by='size': use one of auto, folder, kind, field"),
+        ({"a.txt": "text"}, {"token_dtype": "int8"}, r"data\.token_dtype='int8': use one of uint16, uint32"),
+        ({"a.txt": "text"}, {"max_bytes_per_domain": 0}, r"data\.max_bytes_per_domain=0: must be at least 1"),
+        (
+            {"a.txt": "0123456789"},
+            {"seq_len": 8},
+            r"data\.path='.*': no domain has the 9 training tokens of one sequence \(the longest has 8\); give more",
+        ),
+        (
+            {"z.npy": b"not numpy"},
+            {},
+            r"data\.path='.*z\.npy': is not a plain \.npy array \(.*\); save it with np\.save",
+        ),
+    ],
+)
+def test_errors_name_field_value_and_remedy(tmp_path, files, changes, message):
+    with pytest.raises(ValueError, match="^" + message) as caught:
+        load(write(tmp_path, files), **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([1, 2, -3, 4]), r"id -3 at position 2 is negative; write ids from 0 on"),
+        (np.array([1, 2, 3, 1 << 40]), r"id 1099511627776 at position 3 is beyond the 257 ids"),
+        (np.ones(4), r"holds float64 of shape \(4,\); save a one-dimensional integer array"),
+        (np.ones((2, 2), int), r"holds int64 of shape \(2, 2\); save a one-dimensional integer array"),
+        (np.array([{}]), r"is not a plain \.npy array \(Object arrays cannot be loaded .*; save it with np\.save"),
+    ],
+)
+def test_npy_errors(tmp_path, array, message):
+    np.save(tmp_path / "z.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match=r"^data\.path='.*z\.npy': " + message):
+        load(tmp_path)
+
+
+def test_bad_ids_are_found_behind_the_first_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("equimoe.moe.train.data.sources.CHUNK", 10)
+    ids = np.zeros(35, np.uint16)
+    ids[[23, 31]] = 257
+    ids.tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="id 257 at position 23 "):
+        load(tmp_path)
+
+
+def test_unreadable_paths(tmp_path):
+    with pytest.raises(ValueError, match=r"^data\.path='.*nowhere': does not exist or cannot be reached; give a file"):
+        load(tmp_path / "nowhere")
+    write(tmp_path, {"a.txt": "text " * 9})
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(
+        ValueError, match=r"^data\.path='.*gone\.txt': cannot be read \(No such file.*; make it readable"
+    ):
+        load(tmp_path)
+
+
+def test_domains_too_short_are_reported(tmp_path):
+    corpus = load(write(tmp_path, {"a/a.txt": "long " * 40, "b/b.txt": "xyz", "c/c.txt": "x"}))
+    assert "too short for one sequence and not trained on: 'b', 'c'" in corpus.notes
+    assert any("domain 'c' has too few tokens to hold any out" in note for note in corpus.notes)
+
+
+BUILTIN = DataConfig(max_bytes_per_domain=200_000)
+
+
+def test_built_in_text_is_enough_and_of_several_kinds():
+    corpus = load_corpus(BUILTIN, BYTES)
+    assert len(corpus.domains) >= 3 and {"prose", "python", "unicode", "bytecode"} <= {*corpus.domains, "prose"}
+    frequencies = []
+    for domain in corpus.domains:
+        assert 150_000 < len(corpus.train[domain]) <= 200_000
+        assert len(corpus.heldout[domain]) > 2000
+        frequencies.append(np.bincount(corpus.train[domain], minlength=257) / len(corpus.train[domain]))
+    for i, one in enumerate(frequencies):
+        for other in frequencies[:i]:
+            assert np.abs(one - other).sum() / 2 > 0.1
+
+
+def test_no_paragraph_of_the_built_in_text_is_both_trained_on_and_held_out():
+    corpus = load_corpus(BUILTIN, BYTES)
+
+    def paragraphs(streams):
+        whole = "\n\n".join(text for stream in streams.values() for text in documents(stream))
+        keys = {" ".join(paragraph.split()) for paragraph in whole.split("\n\n")}
+        return {key for key in keys if len(key) >= 60}
+
+    train, heldout = paragraphs(corpus.train), paragraphs(corpus.heldout)
+    assert len(heldout) > 100 and len(train) > 3000
+    assert not train & heldout
+
+
+def test_docstrings_leave_the_source():
+    import ast
+
+    from equimoe.moe.train.data.builtin import _without_docstrings
+
+    source = '"""M\u00e9."""\nclass A:\n    """A."""\n    x = 1\ndef f(): "F."\ndef g():\n    """G\n    g."""\n'
+    prose, code = _without_docstrings(source, ast.parse(source))
+    assert prose == "M\u00e9.\n\nA.\n\nF.\n\nG\ng."
+    assert code == "class A:\n    x = 1\ndef f(): pass\ndef g():\n    pass\n"
+    ast.parse(code)
+
+
+def test_the_corpus_is_the_same_in_every_process():
+    program = (
+        "from equimoe.moe.train.config import DataConfig; from equimoe.moe.train.data import *;"
+        "print(load_corpus(DataConfig(max_bytes_per_domain=200_000), load_tokenizer('bytes')).fingerprint)"
+    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    fingerprints = [run.communicate(timeout=60)[0].strip() for run in runs]
+    assert fingerprints == [load_corpus(BUILTIN, BYTES).fingerprint] * 2

@@ -1,0 +1,289 @@
+"""The command line of a training run: recipe, then files, then options, and one line for every mistake."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+
+from equimoe.launch.options import Launch, field_comments, fields_of, help_text, parse, to_yaml
+from equimoe.launch.recipes import RECIPES
+from equimoe.moe.config import CapacityConfig, RouterConfig
+from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
+
+#: valid values where the next larger number or the last choice would not be
+OTHER_VALUES = {"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25", "parallel.ep": "4"}
+
+
+def value_of(config: TrainConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def another_value(name: str, hint: Any, current: Any) -> str:
+    """Text for a value of this type that is not ``current``."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else [hint]
+    kind = kinds[0] if kinds else hint
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != current)
+    if kind is bool:
+        return "false" if current else "true"
+    if kind is float:
+        return str(0.75 if current is None or current != 0.75 else 0.5)
+    if kind is int:
+        return str(2 * (current or 4))
+    assert kind is str, f"{name}: no value for {hint}"
+    return "elsewhere"
+
+
+FIELDS = [name for name, hint in fields_of().items() if name != "capacity"]
+
+
+def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
+    def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
+        found = set()
+        for name, value in values.items():
+            found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+        return found
+
+    assert set(FIELDS) == leaves(asdict(replace(TrainConfig(), capacity=CapacityConfig())))
+    assert len(FIELDS) > 40
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("joined", [True, False])
+def test_every_field_can_be_set(name: str, joined: bool) -> None:
+    start = RECIPES["quickstart"]()
+    current = None if name.startswith("capacity.") else value_of(start, name)
+    text = another_value(name, fields_of()[name], current)
+    option = "--" + name.replace("_", "-")
+    config = parse([f"{option}={text}"] if joined else [option, text]).config
+    found = value_of(config, name)
+    assert found != current
+    assert str(found).lower() == text
+    changed = {n for n in FIELDS if not n.startswith("capacity.") and value_of(config, n) != value_of(start, n)}
+    assert changed == (set() if name.startswith("capacity.") else {name})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path) -> None:
+    argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--capacity.factor", "1.1", "--data.text_field", "1e-3"]
+    config = parse(argv).config
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    for other in RECIPES:
+        assert parse(["--recipe", other, "--config", str(file)]).config == config
+    assert config.data.text_field == "1e-3"
+
+
+@pytest.mark.parametrize("name", [n for n, hint in fields_of().items() if hint is str or str in get_args(hint)])
+@pytest.mark.parametrize("text", ["null", "none", "true", "12", "1e3", "~", " x: y", "#"])
+def test_awkward_text_comes_back_exactly(name: str, text: str, tmp_path: Path) -> None:
+    section, field = name.split(".")
+    config = replace(TrainConfig(), data=replace(DataConfig(), **{field: text}))
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert section == "data"
+    assert parse(["--config", str(file)]).config == config
+
+
+def test_defaults() -> None:
+    assert parse([]) == Launch(RECIPES["quickstart"](), "quickstart", Path("runs/quickstart"))
+    assert parse(["--recipe", "mixtral"]).run_dir == Path("runs/mixtral")
+
+
+def test_flags_of_the_run() -> None:
+    launch = parse(["--run-dir", "a/b", "--resume", "--dry-run", "--print_config", "--steps", "7"])
+    assert (launch.run_dir, launch.resume, launch.dry_run, launch.print_config) == (Path("a/b"), True, True, True)
+    assert launch.config.steps == 7
+    assert parse(["--run_dir=c", "--resume=false"]) == Launch(RECIPES["quickstart"](), "quickstart", Path("c"))
+
+
+def test_later_wins_over_earlier_and_options_over_files(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("steps: 5\nseed: 6\noptim:\n  lr: 1e-3\n  warmup-steps: 9\n")
+    second.write_text("steps: 8\n")
+    argv = ["--seed", "1", "--config", str(first), "--config", str(second), "--seed", "2"]
+    config = parse(argv).config
+    assert (config.steps, config.seed) == (8, 2)
+    assert (config.optim.lr, config.optim.warmup_steps) == (0.001, 9)
+    assert config.optim.beta2 == RECIPES["quickstart"]().optim.beta2
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--capacity.factor", "1.5"], CapacityConfig(factor=1.5)),
+        (["--capacity.drop", "position"], CapacityConfig(drop="position")),
+        (["--capacity.factor", "1.5", "--capacity", "none"], None),
+        (["--capacity", "none", "--capacity.factor", "2", "--capacity.drop=position"], CapacityConfig(2.0, "position")),
+    ],
+)
+def test_the_optional_section(argv: list[str], expected: CapacityConfig | None) -> None:
+    assert parse(argv).config.capacity == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "expected"),
+    [
+        ("", "capacity: {}", CapacityConfig()),
+        ("", "capacity: {factor: 2}", CapacityConfig(factor=2.0)),
+        ("capacity: {factor: 3.0}", "capacity: {drop: position}", CapacityConfig(factor=3.0, drop="position")),
+        ("capacity: {factor: 3.0}", "capacity: {}", CapacityConfig(factor=3.0)),
+        ("capacity: {factor: 3.0}", "", CapacityConfig(factor=3.0)),
+        ("capacity: {factor: 3.0}", "capacity: null", None),
+        ("capacity: {factor: 3.0}", "capacity: none", None),
+    ],
+)
+def test_the_optional_section_in_files(before: str, text: str, expected: CapacityConfig | None, tmp_path: Path) -> None:
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text(before)
+    second.write_text(text)
+    assert parse(["--config", str(first), "--config", str(second)]).config.capacity == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--model.recompute"], True),
+        (["--model.recompute", "--steps", "3"], True),
+        (["--model.recompute", "true"], True),
+        (["--model.recompute=False"], False),
+        (["--model.recompute", "--model.recompute", "no"], False),
+    ],
+)
+def test_booleans(argv: list[str], expected: bool) -> None:
+    assert parse(argv).config.model.recompute is expected
+
+
+def test_numbers_and_none() -> None:
+    config = parse(["--optim.lr", "1e-3", "--optim.grad_clip", "2", "--data.max_bytes_per_domain", "none"]).config
+    assert config.optim == replace(RECIPES["quickstart"]().optim, lr=0.001, grad_clip=2.0)
+    assert isinstance(config.optim.grad_clip, float)
+    assert config.data.max_bytes_per_domain is None
+    assert parse(["--model.vocab_size", "512"]).config.model.vocab_size == 512
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model.num_expert", "3"], "--model.num_expert: no such option; did you mean --model.num_experts?"),
+        (["--lr", "1"], "--lr: no such option; did you mean --optim.lr?"),
+        (["--recip", "x"], "--recip: no such option; did you mean --recipe?"),
+        (["--qqqqqq", "1"], "--qqqqqq: no such option"),
+        (["--model", "3"], "--model: is a section; set one of its fields, such as --model.hidden_size"),
+        (["--capacity", "3"], "--capacity=3: use none, or set a field, such as --capacity.factor"),
+        (["--steps", "1.5"], "--steps=1.5: must be a whole number"),
+        (["--steps", "abc"], "--steps=abc: must be a whole number"),
+        (["--steps", "true"], "--steps=true: must be a whole number"),
+        (["--steps", "none"], "--steps=none: must be a whole number"),
+        (["--steps="], "--steps=: must be a whole number"),
+        (["--steps"], "--steps: give a value (a whole number), as in --steps VALUE or --steps=VALUE"),
+        (["--optim.lr", "nan"], "--optim.lr=nan: must be a finite number"),
+        (["--optim.lr", "true"], "--optim.lr=true: must be a finite number"),
+        (["--model.recompute", "maybe"], "--model.recompute=maybe: must be true or false"),
+        (["--model.vocab_size", "x"], "--model.vocab_size=x: must be a whole number or none"),
+        (["--dtype", "fp16"], "--dtype=fp16: must be one of float32, bfloat16"),
+        (["--recipe", "nope"], f"--recipe=nope: no such recipe; use one of {', '.join(RECIPES)}"),
+        (["--resume", "runs/x"], "--resume=runs/x: must be true or false"),
+        (["--run-dir="], "--run-dir=: give the name of a folder"),
+        (["steps"], "steps: not an option; options are written --name value"),
+        (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
+        (["--steps", "0"], "steps=0: must be at least 1"),
+        (["--optim.lr", "-1e-3"], "optim.lr=-0.001: must be positive"),
+        (["--model.top-k", "99"], "model.top_k=99: must be at most model.num_experts=8"),
+        (["--capacity.factor=-1"], "capacity.factor=-1.0: must be positive; 1.25 is usual"),
+        (["--parallel.ep", "3"], "parallel.ep=3: must divide model.num_experts=8"),
+    ],
+)
+def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {}", "modle: no such key; did you mean model?"),
+        ("model: {num_expert: 3}", "model.num_expert: no such key; did you mean model.num_experts?"),
+        ("model.num_experts: 3", "model.num_experts: nest the key under its section"),
+        ("model: 3", "model=3: must be a mapping of hidden_size, num_layers"),
+        ("model:", "model=None: must be a mapping of hidden_size, num_layers"),
+        ("capacity: 3", "capacity=3: must be a mapping of factor, drop or none"),
+        ("steps: 1.5", "steps=1.5: must be a whole number"),
+        ("steps: true", "steps=True: must be a whole number"),
+        ("steps: '5'", "steps='5': must be a whole number"),
+        ("optim: {lr: fast}", "optim.lr='fast': must be a finite number"),
+        ("optim: {lr: .nan}", "optim.lr=nan: must be a finite number"),
+        ("model: {recompute: 1}", "model.recompute=1: must be true or false"),
+        ("data: {path: 5}", "data.path=5: must be text or none"),
+        ("[1, 2]", "must be a mapping of steps, seed"),
+        ("a: b: c", "line 1, column 5: not YAML: mapping values are not allowed here"),
+        ("a: [1", "not YAML: "),
+    ],
+)
+def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as error:
+        parse(["--config", str(file)])
+    assert str(error.value).startswith(f"{file}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"is not UTF-8 text; give a YAML file$"):
+        parse(["--config", str(file)])
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)$"):
+        parse(["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["--recipe", "mixtral", "--help"]])
+def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(asked)
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    for name in fields_of():
+        assert f"--{name} " in text
+    for recipe in RECIPES:
+        assert f"  {recipe}: " in text
+    assert "--dtype float32|bfloat16" in flat
+    assert "every n-th feed-forward, counted from the last of each n, is an MoE layer; 1: all, 0: none" in flat
+    assert "--model.vocab_size INT|none" in flat
+    assert ("router.softmax_after_topk true|false" in flat) and (":func:" not in text) and ("``" not in text)
+    shown = RECIPES["mixtral" if "mixtral" in asked else "quickstart"]()
+    assert f"--model.hidden_size INT default {shown.model.hidden_size} " in flat
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_help_is_read_from_the_source() -> None:
+    comments = field_comments(OptimConfig)
+    assert comments["schedule"] == "cosine decay, or warmup-stable-decay"
+    assert comments["lr"] == ""
+    assert "chosen logits (Mixtral) instead of the chosen scores" in field_comments(RouterConfig)["softmax_after_topk"]
+    assert field_comments(type("Made", (), {})) == {}
+    assert "default 2000000" in help_text(RECIPES["quickstart"]())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe: str) -> None:
+    config = RECIPES[recipe]()
+    ranks = 2 if recipe == "quickstart" else 8
+    assert config.micro_batches(ranks) >= 1
+    assert config.moe(config.micro_batches(ranks)).balance.scope == ("micro" if recipe == "mixtral" else "global")
+    assert ranks % config.parallel.ep == 0
+    assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.model.num_experts
+    assert (RECIPES[recipe].__doc__ or "").strip()

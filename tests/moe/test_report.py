@@ -1,0 +1,284 @@
+"""The report of a run: one file, every figure with a picture in it, and a sentence where there is none."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from equimoe.launch.figures import LIGHT, Run, draw_load, draw_loss, draw_routing, jensen_shannon
+from equimoe.launch.report import PLOTS, main, write_report
+from equimoe.moe.train.metrics import to_line
+from tests.helpers.runs import made_up_run
+
+IDS = ["loss", "domain-loss", "balance", "load", "routing", "divergence", "optimizer"]
+
+
+class Page(HTMLParser):
+    """What a reader gets: the pictures, words and text of each figure, and every address that is asked for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.current = ""
+        self.addresses: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], "tags that are never closed"
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+        self.addresses += [values[name] or "" for name in ("src", "srcset", "href") if name in values]
+        if tag == "figure":
+            self.current = values["id"] or ""
+            self.figures[self.current] = {"pictures": [], "alt": "", "text": ""}
+        if tag in ("img", "source"):
+            self.figures[self.current]["pictures"].append(values.get("src") or values.get("srcset"))
+        if tag == "img":
+            self.figures[self.current]["alt"] = values["alt"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "figure":
+            self.current = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            return
+        self.words += data
+        if self.current:
+            self.figures[self.current]["text"] += data
+
+
+def decode(address: str) -> np.ndarray:
+    head, _, data = address.partition(",")
+    assert head == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    image.load()
+    return np.asarray(image.convert("RGBA"))
+
+
+def write_run(run_dir: Path, records: list[dict[str, Any]], tail: bytes = b"") -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join(map(to_line, records)) + tail)
+    return run_dir
+
+
+def report(run_dir: Path, records: list[dict[str, Any]], tail: bytes = b"") -> Page:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = write_report(write_run(run_dir, records, tail))
+    assert path == run_dir / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return report(tmp_path_factory.mktemp("report") / "my-run", made_up_run(steps=300, every=10))
+
+
+def test_every_figure_is_there_with_words(page: Page) -> None:
+    assert list(page.figures) == IDS == [plot.id for plot in PLOTS]
+    for plot in PLOTS:
+        figure = page.figures[plot.id]
+        assert plot.title in figure["text"]
+        assert plot.caption[:40] in figure["text"]
+        assert len(figure["alt"]) > 30
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_every_figure_holds_two_pictures_that_are_not_blank(page: Page, name: str) -> None:
+    pictures = [decode(address) for address in page.figures[name]["pictures"]]
+    assert len(pictures) == 2
+    for pixels in pictures:
+        height, width, _ = pixels.shape
+        assert width > 1000
+        assert height > 300
+        drawn = pixels[..., 3] > 0  # the ground is transparent: it is the page's
+        assert 0.01 < drawn.mean() < 0.999
+        rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+        assert np.ptp(rows) > 0.8 * height
+        assert np.ptp(columns) > 0.8 * width
+        assert len(np.unique(pixels[drawn][:, :3], axis=0)) > 20
+    assert not np.array_equal(*pictures), "light and dark differ"
+
+
+def test_the_page_asks_for_nothing_outside(page: Page) -> None:
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert len(page.addresses) == 2 * len(IDS)
+
+
+def test_the_summary_says_the_numbers(page: Page) -> None:
+    words = " ".join(page.words.split())
+    records = made_up_run(steps=300, every=10)
+    last = [record for record in records if record["kind"] == "eval"][-1]
+    train = [record for record in records if record["kind"] == "train"]
+    assert f"{last['loss']:.3f}" in words
+    assert f"{np.mean([record['loss'] for record in train[-10:]]):.3f}training loss" in words
+    assert f"{last['loss'] - 2.45:+.2f}nats from the bigram table" in words
+    assert f"{np.median([record['tokens_per_s'] for record in train[1:]]):,.0f}tokens per second" in words
+    assert "1 of 32dead experts at the end" in words
+    assert f"code{last['domains']['code']['loss']:.3f}2.300" in words
+    assert "step 300 of 300 | 1.23M tokens | 4m 06s | 2 processes" in words
+    assert "num_experts 8" in words and "torch 2.13.0" in words and "parameters 5.3M" in words
+
+
+def edited(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda record: {**record, **changes}
+
+
+MISSING: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
+    "no evaluation": (made_up_run(steps=40, eval_every=0), {"routing", "divergence"}),
+    "one domain": (made_up_run(steps=40, eval_every=20, domains=("all of it",)), {"divergence"}),
+    "no MoE layer": (made_up_run(steps=40, eval_every=20, layers=0), {"balance", "load", "routing", "divergence"}),
+    "only the beginning": (made_up_run()[:1], set(IDS)),
+    "one step": (made_up_run(steps=5), {"routing", "divergence"}),
+    "no run record": (made_up_run(steps=40, eval_every=20)[2:], set()),
+    "only an evaluation": (made_up_run(steps=5, eval_every=5)[-1:], {"balance", "load", "optimizer"}),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_missing_parts_are_said_in_a_sentence(case: str, tmp_path: Path) -> None:
+    records, missing = MISSING[case]
+    page = report(tmp_path, records)
+    assert list(page.figures) == IDS
+    for name, figure in page.figures.items():
+        if name in missing:
+            assert figure["pictures"] == []
+            assert re.search(r"[a-z]\.$", figure["text"].strip()), figure["text"]
+        else:
+            assert decode(figure["pictures"][0])[..., 3].any()
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    records = made_up_run(steps=400, every=5)
+    for record in records[20:30]:
+        if record["kind"] == "train":
+            record.update(
+                loss=float("nan"), grad_norm=float("inf"), domain_loss=dict.fromkeys(record["domain_loss"], np.nan)
+            )
+    page = report(tmp_path, records)
+    assert "10 records hold numbers that are not finite" in page.words
+    assert page.figures["loss"]["pictures"]
+
+
+def test_a_run_that_is_lost_altogether(tmp_path: Path) -> None:
+    records = [{**r, "loss": float("nan"), "grad_norm": float("nan")} for r in made_up_run(steps=20, eval_every=10)]
+    assert report(tmp_path, records).figures["loss"]["pictures"]
+
+
+def test_names_of_domains_cannot_break_the_page(tmp_path: Path) -> None:
+    domains = ("<b>&", "_hidden", "$x^{$", "\u65e5\u672c", 'a"quote', "x" * 90)
+    page = report(tmp_path, made_up_run(steps=20, every=5, eval_every=10, domains=domains))
+    for domain in domains:
+        assert domain in page.words
+        assert domain in page.figures["routing"]["alt"]
+
+
+def test_a_half_written_last_line_is_no_matter(tmp_path: Path) -> None:
+    page = report(tmp_path, made_up_run(steps=20, eval_every=0), tail=b'{"kind": "train", "step": 25, "lo')
+    assert "step 20 of 20" in page.words
+
+
+def test_many_layers_and_experts_stay_readable(tmp_path: Path) -> None:
+    records = made_up_run(steps=50, every=5, experts=64, layers=20, eval_every=50)
+    run = Run.read(write_run(tmp_path, records))
+    for draw in (draw_load, draw_routing):
+        drawn = draw(run, LIGHT)
+        assert not isinstance(drawn, str)
+        titles = [axes.get_title(loc="center") or axes.get_title(loc="left") for axes in drawn[0].axes]
+        assert [title for title in titles if title] == [f"MoE layer {i}" for i in (0, 3, 5, 8, 11, 14, 16, 19)]
+        assert drawn[0].get_suptitle() == "8 of the 20 layers"
+
+
+def test_the_heat_map_shows_the_load(tmp_path: Path) -> None:
+    records = made_up_run(steps=3000, every=5, layers=1, eval_every=0)  # 600 records: two for each column
+    drawn = draw_load(Run.read(write_run(tmp_path, records)), LIGHT)
+    assert not isinstance(drawn, str)
+    mesh = drawn[0].axes[0].collections[0]
+    counts_NE = np.array([record["layers"][0]["counts"] for record in records[2:]], float)
+    pairs_NE = counts_NE.reshape(300, 2, 8).sum(axis=1)
+    ratio_NE = pairs_NE / pairs_NE.mean(axis=1, keepdims=True)
+    expected = np.clip(np.log2(np.maximum(ratio_NE, 1e-9)), -2, 2)
+    np.testing.assert_allclose(mesh.get_array().reshape(8, 300), expected.T)
+    corners = mesh.get_coordinates()
+    assert (corners[0, 0, 0], corners[0, 1, 0], corners[0, -1, 0]) == (0, 10, 3000)
+
+
+def test_a_resumed_run_is_drawn_once(tmp_path: Path) -> None:
+    records = made_up_run(steps=20, every=5, eval_every=0)
+    again = [{**record, "loss": 9.0} for record in records if record.get("step") == 20]
+    run = Run.read(write_run(tmp_path, records + again))
+    drawn = draw_loss(run, LIGHT)
+    assert not isinstance(drawn, str)
+    steps, losses = drawn[0].axes[0].lines[0].get_data()
+    assert list(steps) == [5, 10, 15, 20]
+    assert losses[-1] == 9.0
+
+
+def test_jensen_shannon() -> None:
+    uniform, one, other = np.full(4, 0.25), np.array([1.0, 0, 0, 0]), np.array([0, 1.0, 0, 0])
+    assert jensen_shannon(uniform, uniform) == 0
+    assert jensen_shannon(one, other) == pytest.approx(1.0)
+    mixed = (one + uniform) / 2
+    entropy = -sum(p * np.log2(p) for p in mixed)
+    assert jensen_shannon(one, uniform) == pytest.approx(entropy - 1.0)  # H(mix) - (0 + 2) / 2
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = write_run(tmp_path / "run", made_up_run(steps=10, eval_every=0))
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"report: {run_dir / 'report.html'}\n"
+    assert main(["--help"]) == 0
+    assert main([]) == main(["--quick"]) == main(["a", "b"]) == 64
+    capsys.readouterr()
+    assert main([str(tmp_path / "none")]) == 66
+    error = capsys.readouterr().err
+    assert error == (
+        f"report: {tmp_path / 'none' / 'metrics.jsonl'}: cannot be read (No such file or directory); "
+        "give the folder of a run\n"
+    )
+    assert main([str(write_run(tmp_path / "empty", []))]) == 66
+    assert "holds no records yet" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = write_run(tmp_path, made_up_run()[:1])
+    (run_dir / "report.html").write_text("old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert main([str(run_dir)]) == 73
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (run_dir / "report.html").read_text() == "old"
+    assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "equimoe.launch.report", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 66
+    assert done.stderr.startswith("report: ") and done.stderr.count("\n") == 1
