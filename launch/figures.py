@@ -14,9 +14,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..moe.train.metrics import METRICS_FILE, Record, read_records
@@ -42,7 +44,7 @@ class Style:
     #: words on cold or hot
     on_color: str
 
-    def rc(self) -> dict[str, Any]:
+    def rc(self) -> dict[Any, Any]:
         quiet = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), self.faint)
         words = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), self.text)
         labels = dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), self.text)
@@ -50,7 +52,7 @@ class Style:
         rest = {
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+            "axes.prop_cycle": cycler(color=COLORS),
             "grid.color": self.grid,
             "legend.frameon": False,
             "font.size": 10,
@@ -296,7 +298,7 @@ def draw_load(run: Run, style: Style) -> Drawn | str:
         heat_EN = _log2_ratio(load_NLE[:, layer].T)
         image = axes.pcolormesh(edges, np.arange(experts + 1) - 0.5, heat_EN, cmap=style.heat(), vmin=-2, vmax=2)
         axes.set_ylabel("expert")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.locator_params(axis="x", nbins=6)
     _label_below(panels, 2, "step")
     _heat_scale(figure, panels, image)

@@ -73,7 +73,8 @@ class Window:
     - when an optimizer that holds the router's weight steps; as long as none was seen to hold it (wrappers with
       master weights of their own, FSDP) any optimizer's step counts;
     - when ``micro_batches`` were given and that many have been backpropagated;
-    - when a forward finds the weight's gradient gone, though it has been seen before: the step was skipped.
+    - when a forward finds the weight's gradient gone that a backward had left: the step was skipped. (Not where an
+      engine takes gradients away by itself; there, the next optimizer step it is, or ``micro_batches``.)
     """
 
     def __init__(self, micro_batches: int | None) -> None:
@@ -86,7 +87,8 @@ class Window:
         self._last_length = 1
         self._weight: Any = lambda: None
         self._held_by_optimizer = False
-        self._gradient_seen = False
+        self._trained_elsewhere = False
+        self._gradient_left = False
         _windows.add(self)
 
     def __deepcopy__(self, memo: dict) -> Window:
@@ -103,10 +105,11 @@ class Window:
     def begin_pass(self, weight: Tensor) -> None:
         """Tell the window that a training forward begins, with the router's weight as this pass uses it."""
         self._weight = weakref.ref(weight)
-        self._gradient_seen = self._gradient_seen or weight.grad is not None
         finished = sum(slot.done for slot in self.slots)
         full = self.given is not None and finished >= self.given
-        if finished and (full or (self._gradient_seen and weight.grad is None)):
+        mine = self._held_by_optimizer or not self._trained_elsewhere
+        skipped = mine and self._gradient_left and weight.grad is None
+        if finished and (full or skipped):
             self.close(kept=[slot for slot in self.slots if not slot.done])
 
     def open(self, ahead: bool) -> MicroBatch:
@@ -121,6 +124,12 @@ class Window:
         """Note that a backward uses the slot now."""
         slot.backward_id = torch._C._current_graph_task_id()
         self.last_used = slot
+        if not self._gradient_left:
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        weight = self._weight()
+        self._gradient_left = weight is not None and weight.grad is not None
 
     def totals(self, slot: MicroBatch) -> Tensor:
         """int64 [E + 1]: counts and tokens of all micro-batches known, with ``slot`` among them."""
@@ -149,12 +158,12 @@ class Window:
 
     def optimizer_stepped(self, parameters: set[int]) -> None:
         """Called after every optimizer step in the process, with the ids of that optimizer's parameters."""
-        weight = self._weight()
-        if id(weight) in parameters:
+        if id(self._weight()) in parameters:
             self._held_by_optimizer = True
-            self._gradient_seen = self._gradient_seen or weight.grad is not None
         elif self._held_by_optimizer:
             return
+        else:
+            self._trained_elsewhere = True
         self.close()
 
 

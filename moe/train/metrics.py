@@ -131,7 +131,7 @@ class MetricsWriter:
             raise ValueError(
                 f"run_dir={str(run_dir)!r}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
-        self._board = self._open_board(0 if resume_step is None else resume_step + 1) if tensorboard else None
+        self._board: Any = self._open_board(0 if resume_step is None else resume_step + 1) if tensorboard else None
 
     def _cut(self, step: int) -> None:
         records = (_parse(line) for line in self.path.read_bytes().split(b"\n"))

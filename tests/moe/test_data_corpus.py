@@ -246,7 +246,7 @@ def test_errors_name_field_value_and_remedy(tmp_path, files, changes, message):
         (np.array([1, 2, 3, 1 << 40]), r"id 1099511627776 at position 3 is beyond the 257 ids"),
         (np.ones(4), r"holds float64 of shape \(4,\); save a one-dimensional integer array"),
         (np.ones((2, 2), int), r"holds int64 of shape \(2, 2\); save a one-dimensional integer array"),
-        (np.array([{}]), r"is not a plain \.npy array \(Object arrays cannot be loaded .*; save it with np\.save"),
+        (np.array([{}]), r"is not a plain \.npy array \(.*[Oo]bject.*\); save it with np\.save"),
     ],
 )
 def test_npy_errors(tmp_path, array, message):
@@ -286,7 +286,7 @@ BUILTIN = DataConfig(max_bytes_per_domain=200_000)
 
 def test_built_in_text_is_enough_and_of_several_kinds():
     corpus = load_corpus(BUILTIN, BYTES)
-    assert len(corpus.domains) >= 3 and {"prose", "python", "unicode", "bytecode"} <= {*corpus.domains, "prose"}
+    assert {"python", "bytecode", "unicode"} <= set(corpus.domains)
     frequencies = []
     for domain in corpus.domains:
         assert 150_000 < len(corpus.train[domain]) <= 200_000
@@ -298,7 +298,7 @@ def test_built_in_text_is_enough_and_of_several_kinds():
 
 
 def test_no_paragraph_of_the_built_in_text_is_both_trained_on_and_held_out():
-    corpus = load_corpus(BUILTIN, BYTES)
+    corpus = load_corpus(replace(BUILTIN, max_bytes_per_domain=500_000), BYTES)
 
     def paragraphs(streams):
         whole = "\n\n".join(text for stream in streams.values() for text in documents(stream))

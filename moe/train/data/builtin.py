@@ -23,6 +23,8 @@ from .sources import Budget, Document, by_hash
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "_bundled"}
 #: names that Unicode makes by rule from the number
 BY_RULE = ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT IDEO", "TANGUT COMP", "NUSHU", "KHITAN")
+#: a domain needs about so many headers; without a compiler some systems have one or two
+HEADERS = 20
 #: code points per document of the character table
 BLOCK = 128
 #: characters from which on a paragraph counts as more than a common phrase
@@ -159,7 +161,8 @@ def _operand(step: dis.Instruction) -> str:
 
 def _headers(budget: Budget) -> Iterator[Document]:
     include = Path(sysconfig.get_paths()["include"])
-    for name, path in _below(include, ".h"):
+    headers = _below(include, ".h")
+    for name, path in headers if len(headers) >= HEADERS else ():
         if not budget.left("c"):
             return
         yield Document("c", f"include/{name}", _read(path))

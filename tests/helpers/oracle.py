@@ -1,0 +1,58 @@
+"""Slow and obvious: the layer and its losses as the definitions read.  T tokens, D hidden, E experts, K top-k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from equimoe.moe import MoE
+
+
+def route(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, probabilities (summing to 1), ids and weights, token by token."""
+    config = layer.config
+    logits_TE = x_TD @ layer.router.weight.to(x_TD.dtype).T
+    scores_TE = logits_TE.softmax(-1) if config.router.score == "softmax" else logits_TE.sigmoid()
+    ids = []
+    for row in scores_TE.detach().tolist():
+        ids.append(sorted(range(len(row)), key=lambda e: (-row[e], e))[: config.top_k])
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, config.top_k)
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if config.router.softmax_after_topk:
+        weights_TK = logits_TE.gather(1, ids_TK).softmax(-1)
+    elif config.router.normalize_weights:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return logits_TE, scores_TE / scores_TE.sum(-1, keepdim=True), ids_TK, weights_TK * config.router.weight_scale
+
+
+def forward(layer: MoE, x_TD: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+    """The routed experts' output; ``kept_TK`` False drops a choice."""
+    _, _, ids_TK, weights_TK = route(layer, x_TD)
+    gate_up, down = layer.experts.gate_up_proj.to(x_TD.dtype), layer.experts.down_proj.to(x_TD.dtype)
+    rows = []
+    for t, x_D in enumerate(x_TD):
+        y_D = torch.zeros_like(x_D)
+        for k, e in enumerate(ids_TK[t].tolist()):
+            if kept_TK is None or bool(kept_TK[t, k]):
+                gate, up = (gate_up[e] @ x_D).chunk(2)
+                y_D = y_D + weights_TK[t, k] * (down[e] @ (F.silu(gate) * up))
+        rows.append(y_D)
+    return torch.stack(rows) if rows else x_TD * 0
+
+
+def balance_loss(layer: MoE, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """E / (K T) sum_i c_i * (1/T) sum_t p_i(t) over the valid tokens of one process that holds them all."""
+    _, probs_TE, ids_TK, _ = route(layer, x_TD)
+    if mask_T is not None:
+        probs_TE, ids_TK = probs_TE[mask_T], ids_TK[mask_T]
+    tokens, num_experts = probs_TE.shape
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).to(probs_TE.dtype)
+    return num_experts / (layer.config.top_k * tokens) * (counts_E * probs_TE.mean(0)).sum()
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of ``want`` (the plain norm where that is zero but for rounding)."""
+    got, want = got.detach().double(), want.detach().double()
+    scale = float(want.norm())
+    return float((got - want).norm()) / (scale if scale > 1e-12 else 1.0)
