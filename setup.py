@@ -4,6 +4,8 @@
 another project's of that name. tests/ and benchmarks/ are not installed. Nothing is compiled.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = ("moe", "kernels", "launch")
@@ -31,6 +33,8 @@ setup(
     name="equimoe",
     version="0.1.0",
     description="Mixture-of-Experts training for PyTorch with exact global-batch load balancing",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
@@ -54,5 +58,8 @@ setup(
         "tqdm",
     ],
     extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": ["equimoe-train = equimoe.launch.train:main", "equimoe-report = equimoe.launch.report:main"]
+    },
     classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
 )

@@ -197,9 +197,9 @@ def _cards(run: Run) -> str:
     train, heldout = numbers(run.train, "loss"), _last(numbers(run.evals, "loss"))
     bigram, last = run.bigram.get("all"), run.train[-1] if run.train else {}
     layers = last.get("layers") or []
-    cards = [
-        (_text(float(np.nanmean(tail)) if np.isfinite(tail := train[-10:]).any() else None, ".3f"), "training loss")
-    ]
+    tail = train[-max(1, len(train) // 20) :]  # one step alone is noisy, many would be of another time
+    mean = float(np.nanmean(tail)) if np.isfinite(tail).any() else None
+    cards = [(_text(mean, ".3f"), "training loss at the end")]
     cards.append((_text(heldout, ".3f"), "held-out loss (nats per token)"))
     if heldout is not None and run.option("data", "tokenizer") == "bytes":
         cards.append((f"{heldout / math.log(2):.2f}", "bits per byte, held-out text"))

@@ -236,7 +236,8 @@ GOOD = {
     "moe/train/__init__.py": "from ..engines import DataParallel",
     "moe/train/checkpoint.py": "import pickle\nclass Reader(pickle.Unpickler):\n    def find_class(self, m, n): ...",
     "launch/__init__.py": "",
-    "launch/train.py": "from ..moe.train import checkpoint\nfrom . import __name__",
+    "launch/train.py": "from ..moe.train import checkpoint\nfrom . import env",
+    "launch/env.py": "import torch.distributed as dist",
 }
 
 

@@ -31,8 +31,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             dist.all_reduce(square, group=group)
         total = total + square
     norm = total.sqrt()
-    if max_norm > 0 and bool(norm.isfinite()) and float(norm) > max_norm:
-        torch._foreach_mul_([_local(grad) for grad in grads], float(max_norm / norm))
+    factor = max_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+    if max_norm > 0 and 0 < factor < 1:
+        torch._foreach_mul_([_local(grad) for grad in grads], factor)
     return norm.float()
 
 

@@ -98,6 +98,7 @@ def test_flat_token_files_are_cut_by_position(tmp_path, dtype):
         ids.astype(f"<{dtype[0]}{np.dtype(dtype).itemsize}").tofile(tmp_path / name)
         corpus = load(tmp_path / name, token_dtype=dtype, heldout_fraction=0.1)
         assert np.array_equal(corpus.train["tokens"], ids[:180]) and np.array_equal(corpus.heldout["tokens"], ids[180:])
+        assert isinstance(corpus.train["tokens"], np.memmap)
     np.save(tmp_path / "z.npy", ids.astype(np.int64))
     corpus = load(tmp_path / "z.npy", heldout_fraction=0.1)
     assert np.array_equal(corpus.train["tokens"], ids[:180]) and corpus.train["tokens"].dtype == np.uint16
@@ -320,6 +321,19 @@ def test_docstrings_leave_the_source():
     assert prose == "M\u00e9.\n\nA.\n\nF.\n\nG\ng."
     assert code == "class A:\n    x = 1\ndef f(): pass\ndef g():\n    pass\n"
     ast.parse(code)
+
+
+def test_bytecode_has_neither_docstrings_nor_an_order_of_sets():
+    import ast
+
+    from equimoe.moe.train.data.builtin import _disassemble
+
+    names = [f"name{i}" for i in range(9)]
+    source = f"'Doc of m.'\ndef f(x):\n    return x in {{{', '.join(map(repr, reversed(names)))}}}\n"
+    listing = _disassemble(ast.parse(source), "m.py")
+    assert "f(x):" in listing and "<code f>" in listing
+    assert "{" + ", ".join(map(repr, names)) + "}" in listing
+    assert "Doc" not in listing and " at 0x" not in listing
 
 
 def test_the_corpus_is_the_same_in_every_process():

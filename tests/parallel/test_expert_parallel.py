@@ -1,0 +1,199 @@
+"""A layer whose experts are split over ranks equals one process that holds all tokens and all experts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe import BalanceConfig, CapacityConfig, MoE, MoEConfig, recompute
+from equimoe.moe.engines import DataParallel
+from equimoe.moe.parallel import build_mesh, check_degrees, clip_grad_norm_, parallelize
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+CONFIG = MoEConfig(
+    hidden_size=8, intermediate_size=6, num_experts=4, top_k=2, balance=BalanceConfig(coefficient=0.2), init_std=0.5
+)
+
+
+def make(config: MoEConfig = CONFIG) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(MoE(config), torch.nn.Linear(8, 8), MoE(config)).double()
+
+
+def tokens(rank: int, lengths: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(lengths[rank % len(lengths)], 8, dtype=torch.float64, generator=generator)
+
+
+def full(parameter: Tensor) -> Tensor:
+    full_tensor = getattr(parameter, "full_tensor", None)
+    return (parameter if full_tensor is None else full_tensor()).detach().clone()
+
+
+def train(rank: int, world: int, ep: int, lengths: tuple[int, ...], config: MoEConfig, again: bool) -> dict[str, Any]:
+    """Three SGD steps; outputs of the first, gradients and norm of the first, parameters after the last."""
+    mesh = build_mesh(ep)
+    model = make(config)
+    parallelize(model, mesh)
+    engine = DataParallel(model, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    result: dict[str, Any] = {}
+    x = tokens(rank, lengths)
+    total = sum(lengths[r % len(lengths)] for r in range(world))
+    for step in range(3):
+        with engine.accumulate(last=True):
+            y = recompute(engine, x) if again else engine(x)
+            (y.square().sum() * (world / total)).backward()
+        engine.reduce_expert_gradients()
+        gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+        norm = clip_grad_norm_(model.parameters(), 0.5)
+        if step == 0:
+            result |= {"y": y.detach(), "gradients": gradients, "norm": float(norm)}
+        optimizer.step()
+        optimizer.zero_grad()
+    return result | {"parameters": {name: full(p) for name, p in model.named_parameters()}}
+
+
+def alone(world: int, lengths: tuple[int, ...], config: MoEConfig = CONFIG) -> dict[str, Any]:
+    """The same in one process with the whole batch, on the slow backend and torch's own norm."""
+    model = make(replace(config, backend="reference"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.cat([tokens(rank, lengths) for rank in range(world)])
+    result: dict[str, Any] = {}
+    for step in range(3):
+        y = model(x)
+        (y.square().sum() / len(x)).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if step == 0:
+            result |= {"y": y.detach(), "gradients": gradients, "norm": float(norm)}
+        optimizer.step()
+        optimizer.zero_grad()
+    return result | {"parameters": {name: p.detach() for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "recompute"])
+@pytest.mark.parametrize("lengths", [(6,), (9, 1, 4, 2), (0, 7, 3, 0)], ids=["equal", "unequal", "zero"])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_equals_one_process(world: int, ep: int, lengths: tuple[int, ...], again: bool) -> None:
+    if world == 1:
+        lengths = (max(lengths),)
+    want = alone(world, lengths)
+    results = run_ranks(train, world, ep, lengths, CONFIG, again)
+    y = torch.cat([result["y"] for result in results])
+    assert oracle.relative_error(y, want["y"]) < 1e-10
+    for result in results:
+        assert result["norm"] == pytest.approx(want["norm"], rel=1e-6)
+        for kind in ("gradients", "parameters"):
+            for name, value in want[kind].items():
+                assert oracle.relative_error(result[kind][name], value) < 1e-10, (kind, name)
+
+
+def test_every_token_on_one_experts_rank() -> None:
+    """All choices go to the first rank's experts: the others receive nothing and still take part."""
+
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        mesh = build_mesh(2)
+        layer = collapsed()
+        parallelize(layer, mesh)
+        engine = DataParallel(layer, mesh)
+        engine(tokens(rank, (5, 3)).abs()).square().sum().backward()
+        engine.reduce_expert_gradients()
+        return {name: full(p.grad) for name, p in layer.named_parameters()}
+
+    def collapsed() -> MoE:
+        torch.manual_seed(0)
+        layer = MoE(replace(CONFIG, balance=BalanceConfig(coefficient=0.0))).double()
+        with torch.no_grad():
+            layer.router.weight[:2] = 1.0
+            layer.router.weight[2:] = -1.0
+        return layer
+
+    layer = collapsed()
+    (layer(torch.cat([tokens(r, (5, 3)) for r in range(2)]).abs()).square().sum() / 2).backward()
+    for got in run_ranks(script, 2):
+        for name, p in layer.named_parameters():
+            assert oracle.relative_error(got[name], p.grad) < 1e-10, name
+        assert float(got["experts.gate_up_proj"][2:].abs().max()) == 0.0
+
+
+def test_capacity_counts_before_the_drop() -> None:
+    """Capacity limits each rank's own choices; the counts, and with them the balance gradient, do not see it."""
+
+    def script(rank: int, world: int, capacity: CapacityConfig | None) -> tuple[Tensor, float]:
+        mesh = build_mesh(2)
+        torch.manual_seed(0)
+        layer = MoE(replace(CONFIG, capacity=capacity)).double()
+        parallelize(layer, mesh)
+        engine = DataParallel(layer, mesh)
+        (engine(tokens(rank, (8, 8))) * 0).sum().backward()
+        return layer.router.weight.grad, layer.stats.dropped_fraction
+
+    tight = run_ranks(script, 2, CapacityConfig(0.5))
+    for (got, dropped), (want, _) in zip(tight, run_ranks(script, 2, None), strict=True):
+        assert dropped > 0.2 and oracle.relative_error(got, want) < 1e-12
+
+
+def test_split_that_does_not_fit_is_refused_before_the_exchange() -> None:
+    def script(rank: int, world: int) -> str:
+        from equimoe.moe.collectives import exchange_rows, world_axis
+
+        try:
+            exchange_rows(torch.zeros(3, 2), [1, 1], [1, 1], world_axis())
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert all("splits [1, 1] and [1, 1] do not fit 3 rows" in text for text in run_ranks(script, 2))
+
+
+def test_same_collectives_on_every_rank() -> None:
+    """torch's own checker sees no rank out of step, with a rank that has no tokens."""
+
+    def script(rank: int, world: int) -> bool:
+        model = parallelize(make(), build_mesh(2))
+        for _ in range(2):
+            model(tokens(rank, (0, 5))).sum().backward()
+        return bool(clip_grad_norm_(model.parameters(), 1.0).isfinite())
+
+    assert run_ranks(script, 2, detail=True) == [True, True]
+
+
+def test_degrees_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="parallel.ep=3: must divide the number of processes, which is 4"):
+        check_degrees(4, 3, 6)
+    with pytest.raises(ValueError, match="model.num_experts=6: must be divisible by parallel.ep=4"):
+        check_degrees(4, 4, 6)
+
+
+def test_norm_counts_split_gradients_once() -> None:
+    """All-ones gradients: the norm is the square root of the number of elements, whatever is split or replicated."""
+
+    def script(rank: int, world: int, ep: int) -> tuple[float, float]:
+        model = parallelize(make(), build_mesh(ep))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        norm = clip_grad_norm_(model.parameters(), 1.0)
+        return float(norm), float(clip_grad_norm_(model.parameters(), 0.0))
+
+    count = sum(p.numel() for p in make().parameters())
+    for ep in (1, 2, 4):
+        for norm, after in run_ranks(script, 4, ep):
+            assert norm == pytest.approx(count**0.5, rel=1e-6) and after == pytest.approx(1.0, rel=1e-6)
+
+
+def test_norm_that_is_not_finite_scales_nothing() -> None:
+    model = make()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[1].bias.grad[0] = float("nan")
+    before = copy.deepcopy([p.grad for p in model.parameters()])
+    assert not clip_grad_norm_(model.parameters(), 1.0).isfinite()
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad.nan_to_num(7.0), grad.nan_to_num(7.0))

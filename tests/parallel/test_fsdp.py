@@ -1,0 +1,59 @@
+"""The layer alone under FSDP2, in a script that knows nothing of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+CONFIG = MoEConfig(
+    hidden_size=8, intermediate_size=6, num_experts=4, top_k=2, balance=BalanceConfig(coefficient=0.5), init_std=0.5
+)
+
+
+def tokens(rank: int, micro_batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + micro_batch)
+    return torch.randn(5 + rank, 8, dtype=torch.float64, generator=generator)
+
+
+def make() -> MoE:
+    torch.manual_seed(0)
+    return MoE(CONFIG).double()
+
+
+def test_router_gradient_and_window() -> None:
+    """Two steps of two micro-batches: FSDP's unsharded weights lose their gradients, and the step still goes on."""
+
+    def script(rank: int, world: int) -> tuple[list[Tensor], list[int]]:
+        layer = make()
+        fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, foreach=False)
+        gradients, lengths = [], []
+        for _ in range(2):
+            outs = []
+            for m in range(2):
+                outs.append(layer(tokens(rank, m)))
+                (outs[-1] * 0).sum().backward()
+            gradients.append(layer.router.weight.grad.full_tensor())
+            lengths.append(len(layer.balancer.window.slots))
+            optimizer.step()
+            optimizer.zero_grad()
+            lengths.append(len(layer.balancer.window.slots))
+        return gradients, lengths
+
+    layer = make()
+    weighted = torch.zeros(())
+    seen = torch.zeros(4, dtype=torch.float64)
+    routed = [oracle.route(layer, torch.cat([tokens(r, m) for r in range(2)])) for m in range(2)]
+    for m, (_, probs_TE, ids_TK, _) in enumerate(routed):  # rolling: the counts so far
+        seen = seen + torch.bincount(ids_TK.flatten(), minlength=4)
+        weighted = weighted + 4 * (seen / (2 * 11 * (m + 1)) * probs_TE.sum(0)).sum() / 22
+    (0.5 * weighted).backward()
+    for gradients, lengths in run_ranks(script, 2):
+        assert lengths == [2, 0, 2, 0]
+        assert oracle.relative_error(gradients[1], layer.router.weight.grad) < 1e-10

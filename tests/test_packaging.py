@@ -1,0 +1,223 @@
+"""The wheel, the checkout and the files around them, used the way that users use them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("moe", "kernels", "launch")
+
+IMPORT = """
+import equimoe.moe, equimoe.kernels, equimoe.launch, equimoe.moe.train.config, equimoe.launch.options
+import importlib.util, sys
+for module in (equimoe.moe, equimoe.kernels, equimoe.launch):
+    print(module.__file__)
+print(getattr(equimoe, "__file__", None))
+"""
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
+    """Run ``code`` in a process that knows nothing of this one; returns its lines."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def pip(*arguments: object) -> None:
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the sources, so that nothing is written into the checkout."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (*FOLDERS, "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "equimoe.py"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-build-isolation", "-w", out, source)
+    (built,) = out.glob("equimoe-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    pip("install", "--target", target, wheel)
+    return target
+
+
+def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    ours = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        f"equimoe/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
+    }
+    data = {"equimoe/launch/slurm/train.sbatch", "equimoe/launch/k8s/train.yaml"}
+    assert ours == expected | data
+
+
+def test_the_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    *files, namespace = python(IMPORT, tmp_path, installed)
+    assert files == [str(installed / "equimoe" / folder / "__init__.py") for folder in FOLDERS]
+    assert namespace == "None", "equimoe must stay a namespace package"
+
+
+def test_other_packages_keep_the_names_of_our_folders(installed: Path, tmp_path: Path) -> None:
+    names = (*FOLDERS, "transformers")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("theirs = True\n")
+    assert not any((installed / name).exists() for name in names)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + "".join(
+        f"import {name}; assert {name}.theirs\n" for name in names
+    )
+    files = python(code + IMPORT, tmp_path, installed)[:3]
+    assert all(file.startswith(str(installed)) for file in files)
+
+
+def test_a_checkout_imports_from_anywhere_without_installation(tmp_path: Path) -> None:
+    *files, namespace = python(IMPORT, tmp_path, ROOT)
+    assert files == [str(ROOT / folder / "__init__.py") for folder in FOLDERS]
+    assert namespace == str(ROOT / "equimoe.py")
+
+
+def test_an_editable_installation_uses_the_files_of_the_checkout(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print(u.find_spec('equimoe') is not None and u.find_spec('equimoe.moe').origin)"
+    (found,) = python(code, tmp_path)
+    if found == "False":
+        pytest.skip("equimoe is not installed in this environment")
+    assert found == str(ROOT / "moe" / "__init__.py")
+
+
+def test_every_dependency_has_a_pin_for_every_python() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert "//" not in text, "a pin must not name where it comes from"
+    pins = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
+    source = "import setuptools\nsetuptools.setup = lambda **k: print(*k['install_requires'], *k['extras_require']['dev'],"
+    code = f"{source} sep='\\n')\nexec(compile(open('setup.py').read(), 'setup.py', 'exec'), {{'__file__': 'setup.py'}})"
+    wanted = [Requirement(line) for line in python(code, ROOT)]
+    assert len(wanted) > 10
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        here = {"python_version": version, "sys_platform": "linux"}
+        for need in wanted:
+            found = [p for p in pins if p.name.lower() == need.name.lower() and (not p.marker or p.marker.evaluate(here))]
+            assert len(found) == 1, f"{need.name} has {len(found)} pins for Python {version}"
+            assert need.specifier.contains(str(found[0].specifier)[2:]), f"{found[0]} is not {need}"
+
+
+def test_the_slurm_script_is_valid_bash() -> None:
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    head = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert any("--nodes" in line for line in head) and any("--requeue" in line for line in head)
+
+
+def slurm(tmp_path: Path, run_dir: Path) -> list[str]:
+    """The command that train.sbatch starts on a node, with srun and scontrol replaced by ones that print."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node-a; echo node-b")):
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(stat.S_IRWXU)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "RUN_DIR": str(run_dir), "SLURM_JOB_ID": "77"}
+    env |= {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    done = subprocess.run(["bash", script, "--steps", "7"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_slurm_script_meets_on_the_first_node_and_resumes(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = " ".join(slurm(tmp_path, run_dir))
+    for part in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-backend c10d", "--rdzv-endpoint node-a:", "--rdzv-id 77"):
+        assert part in command, command
+    assert f"--run-dir {run_dir}" in command and command.endswith("--steps 7")
+    assert "--resume" not in command
+    (run_dir / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert " --resume" in " ".join(slurm(tmp_path, run_dir))
+
+
+def test_the_kubernetes_job_is_consistent() -> None:
+    text = (ROOT / "launch" / "k8s" / "train.yaml").read_text()
+    service, job = yaml.safe_load_all(text)
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    assert service["spec"]["clusterIP"] == "None"
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] > 1
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    (container,) = pod["containers"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert int(env["NNODES"]) == spec["completions"]
+    assert env["RDZV_HOST"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    script = container["args"][0]
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for part in ("--nnodes", "--nproc-per-node", "--rdzv-backend c10d", "--rdzv-endpoint", "--max-restarts", "--run-dir"):
+        assert part in script
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs"} and env["RUN_DIR"].startswith("/runs")
+    assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """``make`` in a copy of the build files whose set-up counts as done; returns (exit code, output)."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    os.symlink("/bin/echo", tmp_path / ".venv" / "bin" / "python")  # shows what would run
+    for stamp in ("train", "dev", "bench"):
+        (tmp_path / ".venv" / f".stamp-{stamp}").touch()
+
+    def run(*arguments: str) -> tuple[int, str]:
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+        for name in ("ARGS", "RUN_DIR", "NPROC", "PYTHON", "TORCH", "PIP_ARGS"):
+            env.pop(name, None)
+        done = subprocess.run(["make", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_make_train_runs_the_quickstart(make) -> None:
+    code, output = make("train", "ARGS=--steps 5")
+    assert code == 0
+    assert "--nproc-per-node 2 -m equimoe.launch.train --recipe quickstart --run-dir runs/quickstart --steps 5" in output
+
+
+def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "quickstart" / "checkpoints").mkdir(parents=True)
+    code, output = make("train")
+    assert code != 0 and "ARGS=--resume" in output and "RUN_DIR=" in output and "torch.distributed.run" not in output
+    assert make("train", "ARGS=--steps 9 --resume")[0] == 0
+    assert make("train", "RUN_DIR=runs/second")[0] == 0
+
+
+def test_make_refuses_a_python_that_is_too_old(make, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / ".venv")
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
+    old.chmod(stat.S_IRWXU)
+    code, output = make("test", f"PYTHON={old}")
+    assert code != 0 and "Python 3.9.1" in output and "3.10 to 3.13" in output
+    assert not (tmp_path / ".venv").exists()
