@@ -164,7 +164,9 @@ def use_violations(source: Source) -> Iterator[tuple[int, str]]:
         if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__"):
             yield node.lineno, f"{node.func.id}() is banned"
         for keyword in node.keywords:
-            if keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False):
+            if keyword.arg == "shell" and not (
+                isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+            ):
                 yield node.lineno, "shell= is banned"
             if keyword.arg == "trust_remote_code":
                 yield node.lineno, "trust_remote_code= is banned"
@@ -214,7 +216,9 @@ def test_a_pickle_is_read_only_with_an_allow_list() -> None:
         ]
         for reader in readers:
             assert "find_class" in [item.name for item in reader.body if isinstance(item, ast.FunctionDef)]
-        bare = [n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pickle.Unpickler"]
+        bare = [
+            n for n in ast.walk(source.tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pickle.Unpickler"
+        ]
         assert not bare, f"{source.file} reads a pickle without an allow-list"
 
 
@@ -260,7 +264,11 @@ def test_the_checker_accepts_a_good_tree(tmp_path: Path) -> None:
         ("moe/routing/router.py", "from ..balance import x", "moe.routing must not import moe.balance"),
         ("moe/balance/__init__.py", "from .. import routing", "moe.balance must not import moe.routing"),
         ("moe/balance/__init__.py", "from .. import MoE", "moe.balance must not import moe"),
-        ("moe/dispatch/__init__.py", "def f():\n    from ..routing.router import R", "must not import moe.routing.router"),
+        (
+            "moe/dispatch/__init__.py",
+            "def f():\n    from ..routing.router import R",
+            "must not import moe.routing.router",
+        ),
         ("moe/types.py", "from .routing import Router", "moe.types must not import moe.routing"),
         ("moe/layer.py", "from .parallel import parallelize", "moe.layer must not import moe.parallel"),
         ("moe/layer.py", "from .train.config import x", "moe.layer must not import moe.train"),

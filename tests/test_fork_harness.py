@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
 from tests.helpers.fork import run_ranks
 
 
@@ -22,8 +24,7 @@ def sum_of_ranks(rank: int, world: int, scale: float) -> torch.Tensor:
 
 def own_pid_then(action: str, culprit: int, path: str, rank: int) -> None:
     """Write this rank's process id to ``path``, then misbehave on the rank ``culprit``."""
-    with open(f"{path}/{rank}", "w") as file:
-        file.write(str(os.getpid()))
+    Path(path, str(rank)).write_text(str(os.getpid()))
     dist.barrier()
     if rank == culprit:
         if action == "raise":
@@ -42,7 +43,7 @@ def misbehave(rank: int, world: int, action: str, culprit: int, path: str) -> No
 
 
 def assert_all_gone(path: str, world: int) -> None:
-    pids = [int(open(f"{path}/{rank}").read()) for rank in range(world)]
+    pids = [int(Path(path, str(rank)).read_text()) for rank in range(world)]
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -106,19 +109,52 @@ def test_an_editable_installation_uses_the_files_of_the_checkout(tmp_path: Path)
     assert found == str(ROOT / "moe" / "__init__.py")
 
 
+def readme_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    counts = " ".join(python(readme_examples()[0], tmp_path, ROOT)).split("]")[0]
+    assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
+
+
+def test_expert_parallel_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    show = "print(f'gradient {float(model.router.weight.grad.norm()) > 0}', flush=True)"
+    (tmp_path / "train.py").write_text(readme_examples()[1] + show)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gradient True") == 2
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text()):
+            assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), f"{document}: {target}"
+
+
 def test_every_dependency_has_a_pin_for_every_python() -> None:
     text = (ROOT / "constraints.txt").read_text()
     assert "//" not in text, "a pin must not name where it comes from"
     pins = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in pins)
-    source = "import setuptools\nsetuptools.setup = lambda **k: print(*k['install_requires'], *k['extras_require']['dev'],"
-    code = f"{source} sep='\\n')\nexec(compile(open('setup.py').read(), 'setup.py', 'exec'), {{'__file__': 'setup.py'}})"
+    source = (
+        "import setuptools\nsetuptools.setup = lambda **k: print(*k['install_requires'], *k['extras_require']['dev'],"
+    )
+    code = (
+        f"{source} sep='\\n')\nexec(compile(open('setup.py').read(), 'setup.py', 'exec'), {{'__file__': 'setup.py'}})"
+    )
     wanted = [Requirement(line) for line in python(code, ROOT)]
     assert len(wanted) > 10
     for version in ("3.10", "3.11", "3.12", "3.13"):
         here = {"python_version": version, "sys_platform": "linux"}
         for need in wanted:
-            found = [p for p in pins if p.name.lower() == need.name.lower() and (not p.marker or p.marker.evaluate(here))]
+            found = [
+                p for p in pins if p.name.lower() == need.name.lower() and (not p.marker or p.marker.evaluate(here))
+            ]
             assert len(found) == 1, f"{need.name} has {len(found)} pins for Python {version}"
             assert need.specifier.contains(str(found[0].specifier)[2:]), f"{found[0]} is not {need}"
 
@@ -130,33 +166,55 @@ def test_the_slurm_script_is_valid_bash() -> None:
     assert any("--nodes" in line for line in head) and any("--requeue" in line for line in head)
 
 
-def slurm(tmp_path: Path, run_dir: Path) -> list[str]:
-    """The command that train.sbatch starts on a node, with srun and scontrol replaced by ones that print."""
+STAND_INS = {
+    "scontrol": "echo node-a; echo node-b",
+    "srun": 'shift; exec "$@"',
+    "torchrun": 'while [ "$1" != --no-python ]; do printf "%s " "$1"; shift; done; shift; exec "$@"',
+    "python": 'echo python "$@"',
+}
+
+
+def command_of(script: list[str], tmp_path: Path, **env: str) -> str:
+    """What a cluster script runs on its first node: torchrun's options, then the worker's command line."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
-    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node-a; echo node-b")):
+    for name, text in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(stat.S_IRWXU)
-    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "RUN_DIR": str(run_dir), "SLURM_JOB_ID": "77"}
-    env |= {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
-    script = ROOT / "launch" / "slurm" / "train.sbatch"
-    done = subprocess.run(["bash", script, "--steps", "7"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    everything = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"} | env
+    done = subprocess.run(["bash", *script], env=everything, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return done.stdout.strip()
+
+
+def assert_resumes_only_from_a_checkpoint(command: Callable[[], str], run_dir: Path) -> None:
+    assert "--resume" not in command()
+    (run_dir / "checkpoints" / "step-00000010.tmp").mkdir(parents=True)  # a save that did not finish
+    assert "--resume" not in command()
+    (run_dir / "checkpoints" / "step-00000010").mkdir()
+    assert command().count("--resume") == 1
 
 
 def test_the_slurm_script_meets_on_the_first_node_and_resumes(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    command = " ".join(slurm(tmp_path, run_dir))
+    run_dir = tmp_path / "a run"
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
+    script = [str(ROOT / "launch" / "slurm" / "train.sbatch"), "--steps", "7"]
+
+    def command() -> str:
+        return command_of(script, tmp_path, RUN_DIR=str(run_dir), SLURM_GPUS_ON_NODE="8", **job)
+
+    first = command()
     for part in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-backend c10d", "--rdzv-endpoint node-a:", "--rdzv-id 77"):
-        assert part in command, command
-    assert f"--run-dir {run_dir}" in command and command.endswith("--steps 7")
-    assert "--resume" not in command
-    (run_dir / "checkpoints" / "step-00000010").mkdir(parents=True)
-    assert " --resume" in " ".join(slurm(tmp_path, run_dir))
+        assert part in first, first
+    assert first.endswith(f"python -m equimoe.launch.train --run-dir {run_dir} --steps 7")
+    assert_resumes_only_from_a_checkpoint(command, run_dir)
 
 
-def test_the_kubernetes_job_is_consistent() -> None:
+def pod_gpus(container: dict[str, Any]) -> int:
+    return int(container["resources"]["limits"]["nvidia.com/gpu"])
+
+
+def test_the_kubernetes_job_is_consistent(tmp_path: Path) -> None:
     text = (ROOT / "launch" / "k8s" / "train.yaml").read_text()
     service, job = yaml.safe_load_all(text)
     assert (service["kind"], job["kind"]) == ("Service", "Job")
@@ -169,11 +227,20 @@ def test_the_kubernetes_job_is_consistent() -> None:
     env = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert int(env["NNODES"]) == spec["completions"]
     assert env["RDZV_HOST"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    script = container["args"][0]
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for part in ("--nnodes", "--nproc-per-node", "--rdzv-backend c10d", "--rdzv-endpoint", "--max-restarts", "--run-dir"):
-        assert part in script
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs"} and env["RUN_DIR"].startswith("/runs")
+    run_dir = tmp_path / "run"
+
+    def command(index: str = "0") -> str:
+        given = {name: str(value) for name, value in env.items()} | {"RUN_DIR": str(run_dir), "EXTRA": "--steps 7"}
+        return command_of(["-c", container["args"][0]], tmp_path, **given, JOB_COMPLETION_INDEX=index)
+
+    assert f"--nnodes 2 --nproc-per-node {pod_gpus(container)} " in command()
+    assert "--rdzv-backend c10d --rdzv-endpoint equimoe-train-0.equimoe:29400" in command()
+    assert "is_host=true" in command("0") and "is_host=false" in command("1")
+    assert command().endswith(f"equimoe.launch.train --run-dir {run_dir} --recipe {env['RECIPE']} --steps 7")
+    assert_resumes_only_from_a_checkpoint(command, run_dir)
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs"} and env["RUN_DIR"].startswith(
+        "/runs"
+    )
     assert pod["securityContext"]["runAsNonRoot"] is True
 
 
@@ -202,7 +269,9 @@ def make(tmp_path: Path):
 def test_make_train_runs_the_quickstart(make) -> None:
     code, output = make("train", "ARGS=--steps 5")
     assert code == 0
-    assert "--nproc-per-node 2 -m equimoe.launch.train --recipe quickstart --run-dir runs/quickstart --steps 5" in output
+    assert (
+        "--nproc-per-node 2 -m equimoe.launch.train --recipe quickstart --run-dir runs/quickstart --steps 5" in output
+    )
 
 
 def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path) -> None:

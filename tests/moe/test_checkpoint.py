@@ -1,0 +1,230 @@
+"""A checkpoint is whole or absent, and is data: damage and ill will are found before anything is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.moe.parallel import build_mesh
+from equimoe.moe.train import checkpoint
+from equimoe.moe.train.checkpoint import CheckpointError
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
+from tests.helpers import small
+from tests.helpers.fork import run_ranks
+
+
+def state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"model.w": torch.full((5, 3), value), "step": torch.tensor(7), "half": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def save(root: Path, step: int = 1, value: float = 1.0, keep: int = 2) -> Path:
+    return checkpoint.save(root, step, state(value), {"world": 1}, keep)
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    into = {name: torch.zeros_like(value) for name, value in state().items()}
+    checkpoint.load(path, into, checkpoint.read_manifest(path))
+    return into
+
+
+def test_round_trip_and_retention(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, float(step), keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000004", "step-00000005"]
+    got = load(checkpoint.newest(tmp_path))
+    assert all(torch.equal(got[name], value) for name, value in state(5.0).items())
+
+
+def test_interrupted_save_is_ignored_and_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_write_durably", _fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert checkpoint.newest(tmp_path) == first and (tmp_path / "step-00000002.tmp").exists()
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def _fail(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000009.tmp").mkdir()
+    with pytest.raises(CheckpointError, match="no complete checkpoint; start without --resume"):
+        checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_flipped_bit_is_found(tmp_path: Path, seed: int) -> None:
+    path = save(tmp_path)
+    rng = random.Random(seed)
+    file = rng.choice([f for f in sorted(path.iterdir()) if f.name != checkpoint.MANIFEST])
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file.name}: sha256 differs.*delete this checkpoint to resume"):
+        load(path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_truncated_or_missing_file(tmp_path: Path, cut: int) -> None:
+    path = save(tmp_path)
+    file = path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match="bytes instead of"):
+        load(path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="missing, or not a plain file"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema": 1}', "[" * 100_000, '{"schema": 1, "files": 3}', "\x00\x01", "NaN"]
+)
+def test_broken_manifest(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path)
+    (path / checkpoint.MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match="not a readable manifest"):
+        load(path)
+
+
+def forge(path: Path, **changes: Any) -> None:
+    """Change the manifest, and make its digests fit whatever the files now hold."""
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        content = (path / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest |= changes
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, file: str) -> None:
+    """With digests that fit, as whoever plants it can make them."""
+    path, sentinel = save(tmp_path / "run"), tmp_path / "executed"
+    if file == ".metadata":
+        (path / file).write_bytes(pickle.dumps(Evil(sentinel)))
+    else:
+        buffer = (path / file).read_bytes()
+        (path / file).write_bytes(pickle.dumps(Evil(sentinel)).ljust(len(buffer), b"\0"))
+    forge(path)
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (DCP wraps what its reader raises)
+        load(path)
+    assert not sentinel.exists(), caught
+    if file == ".metadata":
+        assert "which no checkpoint of ours does" in str(caught.value)
+
+
+def test_metadata_that_holds_bytes_is_refused(tmp_path: Path) -> None:
+    """DCP would unpickle an entry of bytes freely."""
+    import torch.distributed.checkpoint as dcp
+
+    path = save(tmp_path)
+    other = tmp_path / "other"
+    dcp.save({"model.w": {"not": "a tensor"}, "x": Path("y")}, checkpoint_id=other, no_dist=True)
+    shutil.copy(other / ".metadata", path / ".metadata")
+    forge(path)
+    with pytest.raises(Exception, match="refused: "):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "__0_0.distcp/../../x", "evil.so"])
+def test_files_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path)
+    forge(path, files={name: {"bytes": 1, "sha256": "0"}})
+    with pytest.raises(CheckpointError, match="not a plain file of a checkpoint"):
+        load(path)
+
+
+def test_symbolic_link_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "run")
+    file = path / "__0_0.distcp"
+    shutil.move(file, tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model.w": torch.zeros(5, 4)},
+        {"model.w": torch.zeros(5, 3, dtype=torch.float64)},
+        {"model.v": torch.zeros(5, 3)},
+        {"extra": torch.zeros(1)},
+    ],
+    ids=["shape", "dtype", "name", "missing"],
+)
+def test_strict_in_both_directions(tmp_path: Path, other: dict[str, torch.Tensor]) -> None:
+    path = save(tmp_path)
+    into = {"extra": None} | state()
+    into.pop("extra")
+    if "model.v" in other:
+        into.pop("model.w")
+    with pytest.raises(CheckpointError, match=f"{next(iter(other))}|model.w: this run wants"):
+        checkpoint.load(path, into | other, checkpoint.read_manifest(path))
+
+
+def test_resume_is_bit_identical_and_experts_are_all_there(tmp_path: Path) -> None:
+    """On every mesh: 6 steps, and 3 + resume + 3, end in the same bits; the file holds each expert's own weights."""
+    config = small.on(small.write_texts(tmp_path / "texts"), steps=6)
+    corpus = load_corpus(config.data, load_tokenizer("bytes"))
+
+    def script(rank: int, world: int, ep: int) -> tuple[bool, int]:
+        run = small.on(tmp_path / "texts", ep=ep, steps=6)
+        root = tmp_path / f"{world}-{ep}"
+        mesh = build_mesh(ep) if world > 1 else None
+
+        def trainer() -> Trainer:
+            return Trainer(run, corpus, mesh, torch.device("cpu"))
+
+        straight, first, second = trainer(), trainer(), trainer()
+        for _ in range(6):
+            straight.train_step()
+        for _ in range(3):
+            first.train_step()
+        path = first.save(root)
+        second.resume(path, checkpoint.read_manifest(path))
+        for _ in range(3):
+            second.train_step()
+        one, two = straight.state(), second.state()
+        equal = all(torch.equal(_whole(one[name]), _whole(two[name])) for name in one)
+        weights = _whole(one["model.blocks.0.mlp.experts.gate_up_proj"])
+        return equal, len({w.numpy().tobytes() for w in weights})
+
+    for world, ep in ((1, 1), (2, 1), (2, 2), (4, 2)):
+        assert run_ranks(script, world, ep) == [(True, 4)] * world
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def test_resume_with_other_data_is_refused(tmp_path: Path) -> None:
+    config = small.on(small.write_texts(tmp_path / "texts"))
+    trainer = Trainer(config, load_corpus(config.data, load_tokenizer("bytes")), None, torch.device("cpu"))
+    path = trainer.save(tmp_path / "run")
+    (tmp_path / "texts" / "domain0" / "new.txt").write_text("something else " * 30)
+    other = Trainer(config, load_corpus(config.data, load_tokenizer("bytes")), None, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        other.resume(path, checkpoint.read_manifest(path))

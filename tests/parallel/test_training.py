@@ -1,0 +1,93 @@
+"""The same training run on any mapping: loss curves, evaluation, and the data each step sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.moe import BalanceConfig, RouterConfig
+from equimoe.moe.parallel import build_mesh
+from equimoe.moe.train.config import TrainConfig
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
+from tests.helpers import small
+from tests.helpers.fork import run_ranks
+
+
+def curve(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
+    """Records of every step, and the evaluation at the end."""
+    corpus = load_corpus(config.data, load_tokenizer("bytes"))
+    mesh = build_mesh(config.parallel.ep) if world > 1 else None
+    trainer = Trainer(config, corpus, mesh, torch.device("cpu"))
+    records = [trainer.record(trainer.train_step()) for _ in range(config.steps)]
+    return {"records": records, "eval": trainer.evaluate()}
+
+
+def same(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
+    for key in ("loss", "grad_norm", "balance"):
+        assert [r[key] for r in one["records"]] == pytest.approx([r[key] for r in two["records"]], rel=tolerance), key
+    assert one["eval"]["loss"] == pytest.approx(two["eval"]["loss"], rel=tolerance)
+    assert one["eval"]["domains"].keys() == two["eval"]["domains"].keys()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_texts(tmp_path_factory.mktemp("texts"))
+
+
+BALANCE = BalanceConfig(coefficient=0.05, estimator="exact")
+
+
+def test_expert_parallel_1_2_and_4(texts: Path) -> None:
+    config = small.on(texts, balance=BALANCE, router=RouterConfig(z_loss=1e-3))
+    alone = run_ranks(curve, 1, config)[0]
+    losses = [r["loss"] for r in alone["records"]]
+    assert losses[-1] < losses[0] - 0.5
+    for world, ep in ((2, 2), (4, 4), (4, 2)):
+        results = run_ranks(curve, world, replace(config, parallel=replace(config.parallel, ep=ep)))
+        for result in results:
+            same(result, alone, 1e-5)
+        assert [r["layers"][0]["counts"] for r in results[0]["records"]] == [
+            r["layers"][0]["counts"] for r in alone["records"]
+        ]
+
+
+@pytest.mark.parametrize(
+    "balance",
+    [BALANCE, replace(BALANCE, scope="micro"), replace(BALANCE, scope="sequence")],
+    ids=["global-exact", "micro", "sequence"],
+)
+def test_four_ranks_equal_four_micro_batches(texts: Path, balance: BalanceConfig) -> None:
+    config = small.on(texts, balance=balance)
+    same(run_ranks(curve, 4, config)[0], run_ranks(curve, 1, config)[0], 1e-5)
+
+
+def test_rolling_is_exact_with_one_micro_batch_per_step(texts: Path) -> None:
+    rolling = small.on(texts, steps=5, balance=replace(BALANCE, estimator="rolling"))
+    exact = small.on(texts, steps=5, balance=BALANCE)
+    same(run_ranks(curve, 4, rolling)[0], run_ranks(curve, 4, exact)[0], 1e-9)
+
+
+def test_recomputation_changes_nothing(texts: Path) -> None:
+    config = small.on(texts, ep=2, steps=6, balance=replace(BALANCE, estimator="rolling"))
+    again = replace(config, model=replace(config.model, recompute=True))
+    one, two = run_ranks(curve, 2, config)[0], run_ranks(curve, 2, again)[0]
+    assert one["records"] == two["records"]
+
+
+def test_bf16_follows_fp32(texts: Path) -> None:
+    config = small.on(texts, ep=2)
+    fp32, bf16 = run_ranks(curve, 2, config)[0], run_ranks(curve, 2, replace(config, dtype="bfloat16"))[0]
+    same(bf16, fp32, 5e-2)
+    assert fp32["records"] != bf16["records"]
+
+
+def test_same_seed_same_bits(texts: Path) -> None:
+    config = small.on(texts, ep=2, steps=8)
+    assert run_ranks(curve, 2, config) == run_ranks(curve, 2, config)
+    other = run_ranks(curve, 2, replace(config, seed=1))
+    assert other[0]["records"][-1]["loss"] != run_ranks(curve, 2, config)[0]["records"][-1]["loss"]
