@@ -7,6 +7,7 @@ import random
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # read when the libraries load, so before numpy and torch
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher has it
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402

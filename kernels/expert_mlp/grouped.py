@@ -81,7 +81,7 @@ def _layout(x_SD: Tensor, down_EDF: Tensor, order: ExpertOrder) -> _Grouped | _B
 
 
 def forward(
-    x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor
+    x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The output [S, D] and the pre-activations [P, 2F]."""
     if order.order_R.numel() == 0:

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..sort_by_expert import ExpertOrder
 from . import grouped, loop
+
+
+def _path(x_SD: Tensor) -> ModuleType:
+    return loop if x_SD.device.type == "cpu" else grouped
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -25,7 +31,7 @@ class _ExpertMLP(torch.autograd.Function):
         offsets_E: Tensor,
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
-        ctx.path = loop if x_SD.device.type == "cpu" else grouped
+        ctx.path = _path(x_SD)
         y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
         return y_SD
@@ -41,4 +47,7 @@ class _ExpertMLP(torch.autograd.Function):
 
 
 def expert_mlp(x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, keep=False)[0]
     return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order)

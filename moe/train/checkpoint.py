@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -138,8 +139,14 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
         ours, theirs = want.get(name), have.get(name)
         if ours != theirs:
             raise CheckpointError(f"{path}: {name}: this run wants {ours}, the checkpoint has {theirs}; same config?")
-    with _one_process_is_fine():
-        dcp.load(cast(dict[str, Any], state), storage_reader=_SafeReader(path), no_dist=not _distributed())
+    reader = _SafeReader(path)
+    reader.read_metadata()  # refused here in one line, before DCP makes a page of it
+    try:
+        with _one_process_is_fine():
+            dcp.load(cast(dict[str, Any], state), storage_reader=reader, no_dist=not _distributed())
+    except CheckpointException as error:
+        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+        raise CheckpointError(f"{path}: refused: {causes[:300]}") from None
 
 
 def training_state(

@@ -127,11 +127,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, file: str) -> None:
         buffer = (path / file).read_bytes()
         (path / file).write_bytes(pickle.dumps(Evil(sentinel)).ljust(len(buffer), b"\0"))
     forge(path)
-    with pytest.raises(Exception) as caught:  # noqa: PT011  (DCP wraps what its reader raises)
+    with pytest.raises(CheckpointError, match="refused: ") as caught:
         load(path)
     assert not sentinel.exists(), caught
-    if file == ".metadata":
-        assert "which no checkpoint of ours does" in str(caught.value)
 
 
 def test_metadata_that_holds_bytes_is_refused(tmp_path: Path) -> None:
@@ -143,7 +141,7 @@ def test_metadata_that_holds_bytes_is_refused(tmp_path: Path) -> None:
     dcp.save({"model.w": {"not": "a tensor"}, "x": Path("y")}, checkpoint_id=other, no_dist=True)
     shutil.copy(other / ".metadata", path / ".metadata")
     forge(path)
-    with pytest.raises(Exception, match="refused: "):
+    with pytest.raises(CheckpointError, match="refused: the metadata names .*BytesStorageMetadata"):
         load(path)
 
 

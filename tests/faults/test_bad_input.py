@@ -1,0 +1,170 @@
+"""Whatever is wrong: one line that names it, the same exit code on every rank within seconds, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from equimoe.launch import env
+from equimoe.launch.options import to_yaml
+from tests.helpers import small
+from tests.helpers.command import Ended, launch
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Ended]:
+    """Launch the small run with more options; asserts nothing."""
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
+
+    def command(*options: str, world: int = 2) -> Ended:
+        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
+        return launch([*base, *options], world, cwd=tmp_path)
+
+    return command
+
+
+def refused(ended: Ended, code: int, *words: str) -> None:
+    assert ended.codes == [code] * len(ended.codes), ended
+    assert len(ended.errors) == 1, ended.errors
+    assert all(word in ended.errors[0] for word in words), ended.errors[0]
+    assert ended.seconds < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.num_expert", "8"], ["--model.num_expert", "did you mean --model.num_experts?"]),
+        (["--steps", "abc"], ["--steps", "abc"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
+        (["--optim.lr", "-1"], ["optim.lr=-1", "must be positive"]),
+        (["--model.top_k", "5"], ["model.top_k=5", "at most model.num_experts=4"]),
+        (["--parallel.ep", "3", "--model.num_experts", "6"], ["parallel.ep=3", "number of processes, which is 2"]),
+        (["--parallel.ep", "2", "--model.num_experts", "5"], ["parallel.ep=2", "must divide model.num_experts=5"]),
+        (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * ranks = 2 * 2"]),
+        (["--recipe", "nope"], ["nope", "quickstart"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+    ],
+)
+def test_configuration(run: Callable[..., Ended], tmp_path: Path, options: list[str], words: list[str]) -> None:
+    refused(run(*options), env.CONFIG, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def _tokens(folder: Path) -> str:
+    np.full(5000, 60000, dtype=np.uint16).tofile(folder / "bad.bin")
+    return str(folder / "bad.bin")
+
+
+def _jsonl(folder: Path) -> str:
+    (folder / "bad.jsonl").write_text(json.dumps({"text": "fine " * 100}) + "\n{not json\n")
+    return str(folder / "bad.jsonl")
+
+
+def _empty(folder: Path) -> str:
+    (folder / "empty").mkdir()
+    return str(folder / "empty")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: str(folder / "absent"), ["data.path", "absent"]),
+        (_empty, ["data.path", "empty"]),
+        (_tokens, ["bad.bin", "60000", "257"]),
+        (_jsonl, ["bad.jsonl", "2"]),
+    ],
+    ids=["absent", "empty", "token-beyond-vocabulary", "not-json"],
+)
+def test_data(run: Callable[..., Ended], tmp_path: Path, make: Callable[[Path], str], words: list[str]) -> None:
+    refused(run("--data.path", make(tmp_path)), env.DATA, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_vocabulary_smaller_than_the_tokenizers(run: Callable[..., Ended]) -> None:
+    refused(run("--model.vocab_size", "100"), env.DATA, "model.vocab_size=100", "257")
+
+
+def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that differs between two machines is found before the first step, on every rank."""
+    import equimoe.launch.train as train
+
+    real = train._read_corpus
+
+    def per_rank(config: object) -> object:
+        import os
+        from dataclasses import replace
+
+        folder = tmp_path / f"texts{os.environ['RANK']}"
+        return real(replace(config, data=replace(config.data, path=str(folder))))  # type: ignore
+
+    for rank in range(2):
+        small.write_texts(tmp_path / f"texts{rank}")
+    (tmp_path / "texts1" / "domain0" / "0.txt").write_text("other words " * 60)
+    monkeypatch.setattr(train, "_read_corpus", per_rank)
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(tmp_path / "texts0", steps=2)))
+    ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")], 2)
+    refused(ended, env.DISAGREEMENT, "ranks [1] read other data or configuration than rank 0")
+
+
+def test_one_rank_that_fails_ends_all(tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import equimoe.launch.train as train
+
+    real = train._read_corpus
+
+    def unreadable(config: object) -> object:
+        if os.environ["RANK"] == "1":
+            raise OSError(5, "Input/output error", "texts/domain0/0.txt")
+        return real(config)  # type: ignore
+
+    monkeypatch.setattr(train, "_read_corpus", unreadable)
+    refused(run(), env.DATA, "rank 1: ", "Input/output error", "texts/domain0/0.txt")
+
+
+def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_path: Path) -> None:
+    assert run().codes == [0, 0]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    refused(run(), env.CHECKPOINT, "run_dir=", "holds another run", "--resume")
+    refused(run("--resume"), env.CHECKPOINT, "steps=2", "raise --steps")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert run("--resume", "--steps", "4").codes == [0, 0]
+
+
+def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Path) -> None:
+    refused(run("--resume"), env.CHECKPOINT, "no complete checkpoint")
+    assert not (tmp_path / "run").exists()
+    assert run().codes == [0, 0]
+    shard = tmp_path / "run" / "checkpoints" / "step-00000002" / "__1_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    refused(run("--resume", "--steps", "4"), env.CHECKPOINT, "__1_0.distcp", "sha256 differs", "delete this checkpoint")
+
+
+def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
+    assert run().codes == [0, 0]
+    other = run("--resume", "--steps", "4", "--model.moe_intermediate_size", "8")
+    refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "same config?")
+
+
+def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    refused(run(), env.CANNOT_WRITE, "run_dir=", "cannot be written")
+
+
+def test_gradient_that_is_not_finite(run: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = run("--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9")
+    refused(ended, env.NON_FINITE, "step ", "gradient norm is", "lower optim.lr")
+
+
+def test_dry_run_and_print_config_write_nothing(run: Callable[..., Ended], tmp_path: Path) -> None:
+    dry = run("--dry-run")
+    assert dry.codes == [0, 0] and "parameters" in dry.out[0] and dry.out[1] == ""
+    shown = run("--print-config", "--steps", "77", world=1)
+    assert shown.codes == [0] and "steps: 77" in shown.out[0]
+    assert not (tmp_path / "run").exists()

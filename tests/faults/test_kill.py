@@ -1,0 +1,104 @@
+"""A run under torchrun that is killed goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from equimoe.launch.options import to_yaml
+from equimoe.moe.train import checkpoint
+from equimoe.moe.train.config import CheckpointConfig
+from equimoe.moe.train.metrics import read_records
+from tests.helpers import small
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(config: Path, run_dir: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "equimoe.launch.train", "--config", str(config), "--run-dir", str(run_dir), *options]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    return out
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started, each in a session of its own."""
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listing.stdout.split()]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            if any(record.get("step", 0) >= step for record in read_records(run_dir / "metrics.jsonl")):
+                return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in 60 s")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    manifest = checkpoint.read_manifest(path)
+    dtypes = {name: getattr(torch, dtype.removeprefix("torch.")) for name, (dtype, _) in manifest["tensors"].items()}
+    state = {name: torch.zeros(shape, dtype=dtypes[name]) for name, (_, shape) in manifest["tensors"].items()}
+    dcp.load(state, storage_reader=checkpoint._SafeReader(path), no_dist=True)
+    return state
+
+
+@pytest.mark.timeout(200)
+def test_killed_at_step_60_and_resumed_ends_in_the_same_bits(tmp_path: Path) -> None:
+    config = small.on(
+        small.write_texts(tmp_path / "texts"), ep=2, steps=100, checkpoint=CheckpointConfig(every=20, keep_last=9)
+    )
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    straight = start(tmp_path / "small.yaml", tmp_path / "straight")
+    killed = start(tmp_path / "small.yaml", tmp_path / "killed")
+    wait_for_step(tmp_path / "killed", 60)
+    for pid in [killed.pid, *ranks_of(killed)]:
+        os.kill(pid, signal.SIGKILL)
+    killed.communicate()
+    assert checkpoint.newest(tmp_path / "killed" / "checkpoints").name != "step-00000100"
+    finish(straight)
+    out = finish(start(tmp_path / "small.yaml", tmp_path / "killed", "--resume"))
+    assert "held-out loss" in out and "to go on:" in out and "report.html" in out
+
+    ends = [weights(tmp_path / run / "checkpoints" / "step-00000100") for run in ("straight", "killed")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("straight", "killed")]
+    curves = [{r["step"]: r["loss"] for r in map(json.loads, log) if r["kind"] == "train"} for log in logs]
+    assert curves[0] == curves[1] and len(curves[0]) == 100
+
+
+@pytest.mark.timeout(120)
+def test_one_killed_rank_ends_the_run_within_seconds(tmp_path: Path) -> None:
+    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=100_000)
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    process = start(tmp_path / "small.yaml", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 3)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    since = time.monotonic()
+    os.kill(ranks[-1], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - since < 20

@@ -1,0 +1,67 @@
+"""Runs ``equimoe.launch.train`` on forked ranks, as torchrun would start it but without its seconds of imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import equimoe.launch.train as train
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: exit codes, seconds, and what each wrote."""
+
+    codes: list[int]
+    seconds: float
+    out: list[str]
+    err: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        """All lines on all ranks' stderr."""
+        return [line for text in self.err for line in text.splitlines()]
+
+
+def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0) -> Ended:
+    """Call the command's main on ``world`` ranks; a rank that is not done in time has the exit code -9."""
+    fork, start, port = multiprocessing.get_context("fork"), time.monotonic(), _free_port()
+    with tempfile.TemporaryDirectory(prefix="command-") as folder:
+        ranks = [fork.Process(target=_main, args=(argv, rank, world, port, folder, cwd)) for rank in range(world)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(max(0.0, start + timeout - time.monotonic()))
+            if rank.is_alive():
+                rank.kill()
+                rank.join()
+        texts = [[Path(folder, f"{kind}{r}").read_text() for r in range(world)] for kind in ("out", "err")]
+    return Ended([rank.exitcode for rank in ranks], time.monotonic() - start, *texts)
+
+
+def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        file = os.open(f"{folder}/{kind}{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(d, "w", buffering=1) for d in (1, 2))
+    if cwd is not None:
+        os.chdir(cwd)
+    train.main(argv)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
