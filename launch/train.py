@@ -130,7 +130,7 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
 def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:
     run_dir, config = launch.run_dir, launch.config
     records = read_records(run_dir / METRICS_FILE)
-    bigram = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
+    bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
     trained = [record for record in records if record["kind"] == "train"][-1]
     print("\nheld-out loss (nats per token), beside a bigram model of the same training tokens:")
     rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
@@ -145,9 +145,16 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
 
 
 def _command(arguments: list[str], world: int, steps: int) -> str:
-    again = [a for a in arguments if a != "--resume"]
-    command = ["torchrun", "--nproc-per-node", str(world), "-m", "equimoe.launch.train", *again]
-    return shlex.join([*command, "--resume", "--steps", str(steps)])
+    """What to type to train on, in the folder where this run was started."""
+    kept, skip = [], False
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if not skip and name not in ("--resume", "--steps"):
+            kept.append(argument)
+        skip = not skip and argument == "--steps"
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return shlex.join([*command, "-m", "equimoe.launch.train", *kept, "--resume", "--steps", str(steps)])
 
 
 if __name__ == "__main__":

@@ -85,9 +85,7 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         require(self.factor > 0, "capacity.factor", self.factor, "must be positive; 1.25 is usual")
-        require(
-            self.drop in ("probability", "position"), "capacity.drop", self.drop, "use 'probability' or 'position'"
-        )
+        require(self.drop in ("probability", "position"), "capacity.drop", self.drop, "use 'probability' or 'position'")
 
 
 @dataclass(frozen=True)

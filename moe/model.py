@@ -23,6 +23,9 @@ from .layer import MoE
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions (arXiv 2104.09864)."""
 
+    cos_SH: Tensor
+    sin_SH: Tensor
+
     def __init__(self, hidden_size: int, num_heads: int, seq_len: int) -> None:
         super().__init__()
         self.num_heads = num_heads

@@ -8,7 +8,7 @@ replicas (edp) and divided by the number of ranks, as the dense ones are, not by
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class DataParallel:
         torch._foreach_div_(grads, float(self.ranks))
 
 
-def _local_gradient(parameter: Tensor) -> Tensor:
+def _local_gradient(parameter: DTensor) -> Tensor:
     if parameter.grad is None:  # every rank must join the same collectives
         parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.to_local()
+    return cast(DTensor, parameter.grad).to_local()

@@ -35,22 +35,26 @@ _FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp")
 _MAX_MANIFEST_BYTES = 64 << 20
 
 #: all that the metadata of a checkpoint may name
-ALLOWED = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
-        *("StorageMeta", "_MEM_FORMAT_ENCODING"),
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-} | {("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+ALLOWED = (
+    {
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+            *("StorageMeta", "_MEM_FORMAT_ENCODING"),
+        )
+    }
+    | {
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "PurePosixPath"),
+        ("pathlib._local", "PosixPath"),
+        ("collections", "OrderedDict"),
+    }
+    | {("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+)
 
 
 class CheckpointError(ValueError):

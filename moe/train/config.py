@@ -78,6 +78,12 @@ class DataConfig:
         for name in ("seq_len", "global_batch", "micro_batch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
+            self.max_bytes_per_domain is None or self.max_bytes_per_domain >= 1,
+            "data.max_bytes_per_domain",
+            self.max_bytes_per_domain,
+            "must be at least 1; leave it out for no limit",
+        )
+        require(
             0 < self.heldout_fraction < 1,
             "data.heldout_fraction",
             self.heldout_fraction,
@@ -182,6 +188,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
+        require(
+            self.balance.micro_batches is None,
+            "balance.micro_batches",
+            self.balance.micro_batches,
+            "follows from data.global_batch, data.micro_batch and the ranks; leave it out",
+        )
         require(
             self.model.num_experts % self.parallel.ep == 0,
             "parallel.ep",

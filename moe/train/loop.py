@@ -107,9 +107,7 @@ class Trainer:
             "balance": float(np.mean([row["balance"] for row in rows])) if rows else 1.0,
             "max_over_mean": max((row["max_over_mean"] for row in rows), default=1.0),
             "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
-            "domain_loss": {
-                d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t
-            },
+            "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
             "layers": rows,
         }
 

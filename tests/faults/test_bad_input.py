@@ -110,7 +110,9 @@ def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused(ended, env.DISAGREEMENT, "ranks [1] read other data or configuration than rank 0")
 
 
-def test_one_rank_that_fails_ends_all(tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_that_fails_ends_all(
+    tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     import equimoe.launch.train as train

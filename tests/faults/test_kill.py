@@ -29,9 +29,7 @@ def start(config: Path, run_dir: Path, *options: str) -> subprocess.Popen[str]:
     command += ["-m", "equimoe.launch.train", "--config", str(config), "--run-dir", str(run_dir), *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -42,8 +40,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that torchrun has started, each in a session of its own."""
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in listing.stdout.split()]
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
