@@ -24,23 +24,25 @@ CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 6
 class Process:
     """This process among those that torchrun started; alone when nothing did."""
 
-    rank: int
-    world: int
-    local_rank: int
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    #: how often torchrun has started all of them anew after a failure
+    restarts: int = 0
 
     @property
     def device(self) -> torch.device:
-        """The accelerator of this local rank, else the CPU."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        """This local rank's own GPU; the CPU where there is not one for every rank of the machine."""
+        one_each = torch.cuda.is_available() and torch.cuda.device_count() >= self.local_world
+        return torch.device("cuda", self.local_rank) if one_each else torch.device("cpu")
 
 
 def this_process() -> Process:
     """Read torchrun's environment."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in _PLACE)
-    return Process(rank, world, local)
-
-
-_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    alone = ("0", "1", "0", "1", "0")
+    return Process(*(int(os.environ.get(name, value)) for name, value in zip(names, alone, strict=True)))
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
     timeout = timedelta(seconds=timeout_s)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # a restarted attempt must not read the addresses that the one before left in the store
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"attempt{process.restarts}", store)
     cuda = process.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(process.device)

@@ -47,7 +47,7 @@ def _train(launch: Launch, process: env.Process, arguments: list[str]) -> None:
     config, run_dir = launch.config, launch.run_dir
     env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
     corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
-    found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch))
+    found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, process))
     mesh = build_mesh(config.parallel.ep, process.device.type, config.parallel.timeout_s) if process.world > 1 else None
     trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
@@ -84,10 +84,16 @@ def _read_corpus(config: TrainConfig) -> Corpus:
     return corpus
 
 
-def _find_checkpoint(launch: Launch) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from; None for a new run, whose folder must not hold another one."""
+def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from; None for a new run, whose folder must not hold another one.
+
+    An attempt that torchrun makes after a failure goes on from this run's checkpoint, or begins again before the first.
+    """
     root = launch.run_dir / "checkpoints"
-    if not launch.resume:
+    again = process.restarts > 0
+    if again and not checkpoint.complete(root):
+        return None
+    if not launch.resume and not again:
         if (launch.run_dir / METRICS_FILE).exists() or checkpoint.complete(root):
             raise ValueError(
                 f"run_dir={str(launch.run_dir)!r}: holds another run; go on with --resume, or choose another --run-dir"

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..balance import loss_value
 from ..collectives import sum_over, world_axis
 from ..engines import DataParallel
 from ..model import Decoder
-from ..parallel import parallelize
+from ..parallel import Mesh, parallelize
 from ..types import load_summary
 from . import checkpoint
 from .config import ModelConfig, TrainConfig
@@ -45,7 +44,7 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
 class Trainer:
     """Model, optimizer and data of a run on this rank."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
         self.config, self.corpus, self.device = config, corpus, device
         self.axis = world_axis()
         self.micro_batches = config.micro_batches(self.axis.size)

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
 
@@ -16,10 +15,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
     The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, type], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         # a group is updated by one fused call, which cannot mix plain tensors and DTensors
-        groups.setdefault((parameter.dim() > 1, isinstance(parameter, DTensor)), []).append(parameter)
+        groups.setdefault((parameter.dim() > 1, type(parameter.data)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}

@@ -24,9 +24,9 @@ from tests.helpers import small
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(config: Path, run_dir: Path, *options: str) -> subprocess.Popen[str]:
+def start(config: Path, run_dir: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "equimoe.launch.train", "--config", str(config), "--run-dir", str(run_dir), *options]
+    command += ["--max-restarts", str(restarts), "-m", "equimoe.launch.train", "--config", str(config), "--run-dir", str(run_dir), *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -99,3 +99,17 @@ def test_one_killed_rank_ends_the_run_within_seconds(tmp_path: Path) -> None:
     os.kill(ranks[-1], signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - since < 20
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("step", [3, 12], ids=["before the first checkpoint", "after it"])
+def test_torchrun_restarts_a_run_by_itself(tmp_path: Path, step: int) -> None:
+    config = small.on(
+        small.write_texts(tmp_path / "texts"), ep=2, steps=200, checkpoint=CheckpointConfig(every=10, keep_last=2)
+    )
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    process = start(tmp_path / "small.yaml", tmp_path / "run", restarts=2)
+    wait_for_step(tmp_path / "run", step)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert "held-out loss" in finish(process)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000200"
