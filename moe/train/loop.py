@@ -93,7 +93,7 @@ class Trainer:
             parts.append(torch.stack(last).double())
         joined = sum_over(torch.cat(parts), self.axis).get().cpu()
         sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        by_layer = joined[sums_N2.numel() :].view(len(layers), -1)
+        by_layer = joined[sums_N2.numel() :].view(len(layers), 2 * self.config.model.num_experts + 3)
         rows = [_layer_record(row, self.config.model) for row in by_layer]
         self.losses = Losses(len(self.corpus.domains), self.device)
         nats, tokens = sums_N2.sum(0).tolist()
