@@ -261,7 +261,9 @@ def main() -> None:
     line = summary(ratios)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({**facts, "size": asdict(size), "figures": figures, "ratios": ratios, "summary": line}, file, indent=1)
+            json.dump(
+                {**facts, "size": asdict(size), "figures": figures, "ratios": ratios, "summary": line}, file, indent=1
+            )
     print(f"\n{line}")
 
 

@@ -36,7 +36,10 @@ class _Grouped:
 
 
 class _Blocks:
-    """Rows in blocks of one expert each; empty places repeat source row 0 and are cut off the weight gradients."""
+    """Rows in blocks of one expert each; empty places repeat some row and are cut off the weight gradients.
+
+    A NaN in one expert's weight gradient reaches the others', which are added up in one product.
+    """
 
     def __init__(self, order: ExpertOrder) -> None:
         rows, choices = order.order_R.numel(), max(order.inverse_SK.shape[1], 1)
@@ -71,7 +74,7 @@ class _Blocks:
         left_PO, right_PI = (t.masked_fill(~self.filled_P[:, None], 0) for t in (left_PO, right_PI))
         wide = torch.float64 if left_PO.dtype == torch.float64 else torch.float32
         grad_BOI = torch.bmm(self._batch(left_PO).mT, self._batch(right_PI)).to(wide)
-        member_EB = F.one_hot(self.expert_B, self.experts).t().to(wide)
+        member_EB = (self.expert_B == torch.arange(self.experts, device=left_PO.device)[:, None]).to(wide)
         return (member_EB @ grad_BOI.flatten(1)).view(-1, *grad_BOI.shape[1:]).to(left_PO.dtype)
 
 

@@ -17,6 +17,7 @@ from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
 from .swiglu import SwiGLU
 
+
 class _Rows:
     """Where each expert's rows stand, and buffers for the rows of one expert that serve all.
 

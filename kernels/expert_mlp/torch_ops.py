@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ..sort_by_expert import ExpertOrder
 from . import grouped, loop
@@ -21,7 +22,7 @@ def _path(x_SD: Tensor) -> ModuleType:
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x_SD: Tensor,
         weights_SK: Tensor,
         gate_up_EFD: Tensor,
@@ -38,7 +39,7 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order = ctx.saved_tensors
         grads = ctx.path.backward(
             dy_SD, pre_RF, x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF, ctx.needs_input_grad[:4]

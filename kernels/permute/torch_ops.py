@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ..memory import empty
 from ..sort_by_expert import ExpertOrder
@@ -54,27 +56,27 @@ def _combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
+    def forward(ctx: Any, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
         return gather_rows(x_SD, ExpertOrder(*order), num_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, drows_RD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, drows_RD: Tensor) -> tuple[Tensor | None, ...]:
         order = ExpertOrder(*ctx.saved_tensors)
         return _combine(drows_RD.contiguous(), order), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, *order: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
         ctx.num_rows = rows_RD.shape[0]
         return _combine(rows_RD.contiguous(), ExpertOrder(*order))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         order = ExpertOrder(*ctx.saved_tensors)
         return gather_rows(dy_SD, order, ctx.num_rows), None, None, None
 

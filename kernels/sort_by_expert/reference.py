@@ -18,7 +18,8 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
         if ids[i] >= 0:
             inverse[i] = row
     offsets = [sum(0 <= e < bound for e in ids) for bound in range(num_experts + 1)]
-    new = {"dtype": torch.int64, "device": ids_SK.device}
-    return ExpertOrder(
-        torch.tensor(order, **new), torch.tensor(inverse, **new).view(ids_SK.shape), torch.tensor(offsets, **new)
-    )
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=ids_SK.device)
+
+    return ExpertOrder(tensor(order), tensor(inverse).view(ids_SK.shape), tensor(offsets))

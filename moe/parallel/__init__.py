@@ -6,5 +6,4 @@ from .apply import parallelize
 from .grad_norm import clip_grad_norm_
 from .mesh import build_mesh, check_degrees
 
-__all__ = [
-    "Mesh","build_mesh", "check_degrees", "clip_grad_norm_", "parallelize"]
+__all__ = ["Mesh", "build_mesh", "check_degrees", "clip_grad_norm_", "parallelize"]

@@ -189,12 +189,6 @@ class TrainConfig:
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
         require(
-            self.balance.micro_batches is None,
-            "balance.micro_batches",
-            self.balance.micro_batches,
-            "follows from data.global_batch, data.micro_batch and the ranks; leave it out",
-        )
-        require(
             self.model.num_experts % self.parallel.ep == 0,
             "parallel.ep",
             self.parallel.ep,
@@ -210,7 +204,14 @@ class TrainConfig:
             self.data.global_batch,
             f"must be a multiple of data.micro_batch * ranks = {self.data.micro_batch} * {data_parallel}",
         )
-        return self.data.global_batch // per_pass
+        passes = self.data.global_batch // per_pass
+        require(
+            self.balance.micro_batches in (None, passes),
+            "balance.micro_batches",
+            self.balance.micro_batches,
+            f"data.global_batch, data.micro_batch and {data_parallel} ranks make it {passes}; leave it out",
+        )
+        return passes
 
     def moe(self, micro_batches: int) -> MoEConfig:
         """The configuration of each MoE layer."""

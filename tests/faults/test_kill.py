@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(config: Path, run_dir: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", "equimoe.launch.train", "--config", str(config), "--run-dir", str(run_dir), *options]
+    command += ["--max-restarts", str(restarts), "-m", "equimoe.launch.train"]
+    command += ["--config", str(config), "--run-dir", str(run_dir), *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,20 @@
+"""Memory that was never written is NaN in all of these tests, the pool's included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poison_everywhere(poison: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``poison``, and the same for torch.frombuffer, through which pooled memory becomes a tensor."""
+    real = torch.frombuffer
+
+    def frombuffer(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return poison(real(*args, **kwargs))
+
+    monkeypatch.setattr(torch, "frombuffer", frombuffer)

@@ -1,0 +1,399 @@
+"""Forward and every gradient against the fp64 reference, which gradcheck holds to the formula.
+
+S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.kernels.expert_mlp import expert_mlp, grouped, torch_ops
+from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
+
+#: largest relative error by norm, and of the worst row against the rows' root mean square
+TOLERANCE = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
+TOLERANCE[torch.float16] = (2e-3, 1e-2)
+NAMES = ("x", "weights", "gate_up", "down")
+#: the backends, and the accelerators' two layouts of the torch one, which run on the CPU too
+PATHS = ("reference", "torch", "grouped", "blocks")
+
+
+@dataclass
+class Case:
+    """Unit-scale inputs of one call, and the gradient that arrives at its output."""
+
+    ids_SK: Tensor
+    order: ExpertOrder
+    inputs: dict[str, Tensor]
+    dy_SD: Tensor
+
+    def rounded(self, dtype: torch.dtype) -> Case:
+        """The same numbers as ``dtype`` has them (weights: fp32), in fp64, so that only the op's own errors remain."""
+        narrow = {name: t.to(torch.float32 if name == "weights" else dtype) for name, t in self.inputs.items()}
+        inputs = {name: t.to(torch.float64) for name, t in narrow.items()}
+        return Case(self.ids_SK, self.order, inputs, self.dy_SD.to(dtype).to(torch.float64))
+
+    def run(self, path: str = "torch", dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """The output and the gradients."""
+        backend = path if path in ("reference", "torch") else "torch"
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = {
+            name: t.detach().to(wide if name == "weights" else dtype).requires_grad_()
+            for name, t in self.inputs.items()
+        }
+        y_SD = call(leaves, self.order, backend)
+        grads = torch.autograd.grad(y_SD, list(leaves.values()), self.dy_SD.to(dtype))
+        return {"y": y_SD.detach(), **dict(zip(NAMES, grads, strict=True))}
+
+
+def call(leaves: dict[str, Tensor], order: ExpertOrder, backend: str = "torch") -> Tensor:
+    return expert_mlp(leaves["x"], leaves["weights"], order, leaves["gate_up"], leaves["down"], backend=backend)
+
+
+def make(
+    sources: int = 63, choices: int = 2, hidden: int = 31, width: int = 17, experts: int = 3, ids: str = "random"
+) -> Case:
+    generator = torch.Generator().manual_seed(sources + 7 * choices + 31 * hidden + 101 * width + 1009 * experts)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    ids_SK = torch.randint(0, experts, (sources, choices), generator=generator)
+    if ids == "some dropped":
+        ids_SK[torch.rand(sources, choices, generator=generator) < 0.4] = -1
+    elif ids == "one expert":
+        ids_SK[:] = experts - 1
+    elif ids == "duplicates":
+        ids_SK[:, 1:] = ids_SK[:, :1]
+    elif ids == "all dropped":
+        ids_SK[:] = -1
+    inputs = {
+        "x": normal(sources, hidden),
+        "weights": torch.rand(sources, choices, generator=generator, dtype=torch.float64),
+        "gate_up": normal(experts, 2 * width, hidden) / hidden**0.5,
+        "down": normal(experts, hidden, width) / width**0.5,
+    }
+    return Case(ids_SK, sort_by_expert(ids_SK, experts), inputs, normal(sources, hidden))
+
+
+@pytest.fixture
+def route(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sends the torch backend down the path of an accelerator."""
+
+    def choose(path: str) -> None:
+        if path in ("grouped", "blocks"):
+            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: grouped)
+        if path == "blocks":
+            monkeypatch.setattr(grouped, "_layout", lambda x_SD, down_EDF, order: grouped._Blocks(order))
+
+    return choose
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> None:
+    by_norm, by_row = TOLERANCE[dtype]
+    for name, want in expected.items():
+        got, want = found[name].double(), want.double()
+        assert got.shape == want.shape and got.isfinite().all(), name
+        zero = want == 0
+        assert (got[zero] == 0).all() if zero.all(-1).any() or zero.all() else True, f"{name}: exactly zero"
+        if want.norm() == 0:
+            continue
+        assert (got - want).norm() <= by_norm * want.norm(), name
+        error_N, scale_N = ((t.reshape(-1, want.shape[-1]).norm(dim=1)) for t in (got - want, want))
+        assert error_N.max() <= by_row * scale_N[scale_N > 0].square().mean().sqrt(), f"{name}: worst row"
+
+
+IDS = ("random", "some dropped", "one expert", "duplicates", "all dropped")
+SHAPES = [  # S, K, D, F, E
+    (63, 2, 31, 17, 3),
+    (63, 3, 31, 17, 3),
+    (63, 1, 31, 17, 1),
+    (63, 4, 31, 17, 16),
+    (64, 2, 32, 24, 16),
+    (1, 1, 8, 8, 1),
+    (1, 2, 8, 16, 16),
+    (0, 2, 8, 8, 4),
+    (40, 2, 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_fp64(
+    shape: tuple[int, ...], ids: str, dtype: torch.dtype, path: str, route: Callable[[str], None]
+) -> None:
+    case = make(*shape, ids=ids).rounded(dtype)
+    expected = case.run("reference", torch.float64)
+    route(path)
+    found = case.run(path, dtype)
+    assert found["y"].dtype == found["x"].dtype == found["gate_up"].dtype == found["down"].dtype == dtype
+    assert found["weights"].dtype == torch.float32
+    compare(found, expected, dtype)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes(dtype: torch.dtype, path: str, route: Callable[[str], None]) -> None:
+    case = make(ids="some dropped")
+    expected = case.run("reference", torch.float64)
+    route(path)
+    compare(case.run(path, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradcheck(path: str, route: Callable[[str], None]) -> None:
+    case = make(5, 2, 3, 4, 3, ids="some dropped")
+    route(path)
+    leaves = [t.clone().requires_grad_() for t in case.inputs.values()]
+    backend = "reference" if path == "reference" else "torch"
+    assert torch.autograd.gradcheck(
+        lambda *t: call(dict(zip(NAMES, t, strict=True)), case.order, backend), leaves, fast_mode=False
+    )
+
+
+def test_the_formula_by_hand() -> None:
+    """One row, one expert, scalars: y = w * silu(x g) * (x u) * d."""
+    x, w, g, u, d = 1.5, 0.25, 0.8, -1.1, 2.0
+    order = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 1)
+    double = {"dtype": torch.float64}
+    gate_up, down = torch.tensor([[[g], [u]]], **double), torch.tensor([[[d]]], **double)
+    y = expert_mlp(torch.tensor([[x]], **double), torch.tensor([[w]], **double), order, gate_up, down)
+    pre = torch.tensor(x * g, **double)
+    torch.testing.assert_close(y.squeeze(), w * pre * torch.sigmoid(pre) * (x * u) * d)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    sources=st.integers(0, 20),
+    choices=st.integers(1, 5),
+    hidden=st.integers(1, 12),
+    width=st.integers(1, 12),
+    experts=st.integers(1, 6),
+    ids=st.sampled_from(IDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(
+    sources: int, choices: int, hidden: int, width: int, experts: int, ids: str, dtype: torch.dtype
+) -> None:
+    case = make(sources, choices, hidden, width, experts, ids).rounded(dtype)
+    expected, found = case.run("reference"), case.run("torch", dtype)
+    by_norm = TOLERANCE[dtype][0] * (1 if dtype == torch.float32 else 4)
+    for name, want in expected.items():
+        assert found[name].isfinite().all()
+        # cancellation in a sum of few terms has no bound relative to the sum: an absolute term at unit scale
+        assert (found[name].double() - want).norm() <= by_norm * (want.norm() + want.numel() ** 0.5), name
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("wanted", [(name,) for name in NAMES] + [("x", "down"), ("weights", "gate_up"), ()])
+def test_each_gradient_alone(wanted: tuple[str, ...], path: str, route: Callable[[str], None]) -> None:
+    case = make(ids="some dropped")
+    expected = case.run("reference")
+    route(path)
+    leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in case.inputs.items()}
+    y_SD = call(leaves, case.order, "reference" if path == "reference" else "torch")
+    assert y_SD.requires_grad == bool(wanted)
+    if wanted:
+        y_SD.backward(case.dy_SD)
+    found = {name: leaf.grad for name, leaf in leaves.items()}
+    assert {name for name, grad in found.items() if grad is not None} == set(wanted)
+    compare({name: found[name] for name in wanted}, {name: expected[name] for name in wanted}, torch.float64)
+    with torch.no_grad():
+        leaves = {name: t.clone().requires_grad_() for name, t in case.inputs.items()}
+        assert not call(leaves, case.order).requires_grad
+        compare({"y": call(leaves, case.order)}, {"y": expected["y"]}, torch.float64)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(dtype: torch.dtype, path: str, route: Callable[[str], None]) -> None:
+    case = make(48, 2, 32, 16, 4, ids="some dropped")
+    route(path)
+    wide = {name: t.to(torch.float32 if name == "weights" else dtype) for name, t in case.inputs.items()}
+    dense = {name: t.clone().requires_grad_() for name, t in wide.items()}
+    strided = {name: t.mT.contiguous().mT.requires_grad_() for name, t in wide.items()}
+    assert not any(t.is_contiguous() for t in strided.values())
+    for leaves in (dense, strided):
+        call(leaves, case.order).sum().backward()  # sum hands back an expanded gradient
+    for name in NAMES:
+        assert dense[name].grad.norm() > 0
+        torch.testing.assert_close(strided[name].grad, dense[name].grad)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_row_spoils_no_other_expert(dtype: torch.dtype, path: str, route: Callable[[str], None]) -> None:
+    """Padding and dropped rows must not carry another row's NaN: 0 * NaN is NaN."""
+    case = make(33, 1, 32, 16, 3)
+    case.ids_SK[:] = torch.arange(33)[:, None] % 3
+    case.ids_SK[0], case.ids_SK[1] = -1, 2
+    bad = 1 if path == "blocks" or dtype == torch.float32 and path == "grouped" else 2  # see grouped._Blocks
+    case.order = sort_by_expert(case.ids_SK, 3)
+    clean = case.run("reference")
+    route(path)
+    case.inputs["x"][:bad] = float("nan")
+    case.dy_SD[:bad] = float("nan")
+    found = case.run(path, dtype)
+    assert (found["y"][0] == 0).all() and (found["x"][0] == 0).all() and (found["weights"][0] == 0).all()
+    for name in ("gate_up", "down"):
+        compare({name: found[name][:2]}, {name: clean[name][:2]}, dtype)
+    for name in ("y", "x", "weights"):
+        compare({name: found[name][2:]}, {name: clean[name][2:]}, dtype)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_experts_without_rows_get_zero(path: str, route: Callable[[str], None]) -> None:
+    case = make(24, 2, 16, 8, 6)
+    case.ids_SK = case.ids_SK % 2 * 3  # experts 0 and 3
+    case.order = sort_by_expert(case.ids_SK, 6)
+    route(path)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = case.run(path, dtype)
+        for expert in (1, 2, 4, 5):
+            assert (found["gate_up"][expert] == 0).all() and (found["down"][expert] == 0).all()
+        assert found["gate_up"][0].norm() > 0 and found["gate_up"][3].norm() > 0
+
+
+def test_weights_of_zero_have_a_gradient() -> None:
+    case = make()
+    case.inputs["weights"] = torch.zeros_like(case.inputs["weights"])
+    expected, found = case.run("reference"), case.run("torch", torch.float32)
+    assert expected["weights"].norm() > 0
+    compare(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_bit_for_bit(dtype: torch.dtype, path: str, route: Callable[[str], None]) -> None:
+    case = make(200, 4, 64, 48, 8, ids="some dropped")
+    route(path)
+    first = case.run(path, dtype)
+    for _ in range(2):
+        again = case.run(path, dtype)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_large_buffers_from_the_pool() -> None:
+    """Large enough that results and scratch come from the pool; poisoned as everywhere."""
+    case = make(700, 2, 96, 512, 3, ids="some dropped")
+    compare(case.run("torch", torch.float32), case.run("reference"), torch.float32)
+    kept = case.run("torch", torch.float32)
+    copies = {name: t.clone() for name, t in kept.items()}
+    case.dy_SD = -case.dy_SD
+    case.run("torch", torch.float32)
+    assert all(torch.equal(kept[name], copies[name]) for name in kept), "results that are alive are left alone"
+
+
+def test_backward_twice_over_one_graph() -> None:
+    case = make(ids="some dropped")
+    leaves = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
+    y_SD = call(leaves, case.order)
+    first, second = (
+        torch.autograd.grad(y_SD, list(leaves.values()), case.dy_SD.float(), retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_second_derivative() -> None:
+    case = make(5, 1, 3, 2, 2)
+    leaves = {name: t.requires_grad_() for name, t in case.inputs.items()}
+    (grad,) = torch.autograd.grad(call(leaves, case.order).square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("path", PATHS[1:])
+def test_checkpointing_recomputes_the_same(path: str, route: Callable[[str], None]) -> None:
+    case = make()
+    route(path)
+    plain = case.run(path, torch.float32)
+    leaves = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
+    y_SD = checkpoint(call, leaves, case.order, use_reentrant=False)
+    grads = torch.autograd.grad(y_SD, list(leaves.values()), case.dy_SD.float())
+    assert torch.equal(y_SD, plain["y"])
+    assert all(torch.equal(grad, plain[name]) for name, grad in zip(NAMES, grads, strict=True))
+
+
+def test_what_backward_needs_is_saved_where_hooks_see_it() -> None:
+    case = make()
+    leaves = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y_SD = call(leaves, case.order)
+    routed = case.order.order_R.numel()
+    activations = [t for t in saved if t.is_floating_point() and t.shape[0] == routed]
+    assert [t.shape[1] for t in activations] == [2 * 17], "the pre-activation and nothing else of R rows"
+    y_SD.backward(case.dy_SD.float())
+    expected = case.run("reference")
+    compare({name: leaves[name].grad for name in NAMES}, {name: expected[name] for name in NAMES}, torch.float32)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast(path: str, route: Callable[[str], None]) -> None:
+    case = make(64, 2, 32, 16, 4)
+    expected = case.run("reference")
+    route(path)
+    leaves = {name: t.float().requires_grad_() for name, t in case.inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        y_SD = call(leaves, case.order, "reference" if path == "reference" else "torch")
+    assert y_SD.dtype == torch.bfloat16
+    y_SD.backward(case.dy_SD.bfloat16())
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+    found = {"y": y_SD.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+    compare(found, expected, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(case.inputs, case.order).dtype == torch.float64, "fp64 is left alone"
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value would have to come to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", ["grouped", "blocks"])
+def test_the_accelerators_path_never_waits_for_a_value(path: str, route: Callable[[str], None]) -> None:
+    case = make(40, 2, 32, 16, 4, ids="some dropped")
+    route(path)
+    with _NoHostReads():
+        case.run(path, torch.bfloat16)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHostReads():
+        case.order.offsets_E[0].item()
+
+
+def test_mistakes() -> None:
+    case = make(4, 2, 8, 6, 3)
+    x, weights, gate_up, down = case.inputs.values()
+    wrong = [
+        ((x.float(), weights, case.order, gate_up, down), "one dtype"),
+        ((x.long(), weights, case.order, gate_up.long(), down.long()), "one dtype"),
+        ((x[:3], weights, case.order, gate_up, down), "weights_SK"),
+        ((x, weights[:, :1], case.order, gate_up, down), "weights_SK"),
+        ((x, weights, case.order, gate_up[:, :-2], down), r"\[3, 2F, 8\]"),
+        ((x, weights, case.order, gate_up[:2], down[:2]), r"\[3, 2F, 8\]"),
+        ((x, weights, case.order, gate_up, down.mT), r"\[3, 2F, 8\]"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            expert_mlp(*arguments)
+    with pytest.raises(ValueError, match="backend='slow'"):
+        expert_mlp(x, weights, case.order, gate_up, down, backend="slow")
