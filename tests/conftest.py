@@ -8,6 +8,8 @@ import random
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # read when the libraries load, so before numpy and torch
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher has it
+if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads: without a GPU, its kernels run on numpy
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
