@@ -80,11 +80,15 @@ def test_coefficient_scales_the_gradient_and_zero_switches_it_off() -> None:
     assert norms[0] == 0.0 and norms[2] == pytest.approx(2 * norms[1], rel=1e-6)
 
 
-def test_ties_go_to_the_lower_index() -> None:
-    layer = make(top_k=3)
-    with torch.no_grad():
+@pytest.mark.parametrize("num_experts", [4, 33, 300])
+def test_ties_go_to_the_lower_index(num_experts: int) -> None:
+    layer = make(num_experts=num_experts, top_k=3)
+    with torch.no_grad():  # three levels of logits, so that nearly all are tied
         layer.router.weight.zero_()
-    assert layer.router(torch.randn(40, 12)).ids_TK.tolist() == [[0, 1, 2]] * 40
+        layer.router.weight[:, 0] = torch.randint(0, 3, (num_experts,)).float()
+    ids_TK = layer.router(torch.ones(40, 12)).ids_TK
+    level = layer.router.weight[:, 0].tolist()
+    assert ids_TK.tolist() == [sorted(range(num_experts), key=lambda e: (-level[e], e))[:3]] * 40
 
 
 def test_router_computes_in_fp32_under_autocast() -> None:
