@@ -24,13 +24,14 @@ SPEC := setup.py pyproject.toml constraints.txt
 # without build isolation the build tools are the pinned ones, and nothing is fetched twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test check bench clean
+.PHONY: help train test check kernels bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the tests                           [ARGS=\"-k routing\"]"
 	@echo "make check   lint, formatting, types"
+	@echo "make kernels compile every Triton kernel for every GPU generation, without a GPU"
 	@echo "make bench   compare one layer with its peers        [ARGS=...]"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
 	@echo "A new $(VENV) is made with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
@@ -55,6 +56,9 @@ check: $(VENV)/.stamp-dev
 	@mkdir -p $(VENV)/typing/equimoe
 	@for d in moe kernels launch; do ln -sfn "$(CURDIR)/$$d" $(VENV)/typing/equimoe/$$d; done
 	MYPYPATH=$(VENV)/typing $(PY) -m mypy -p equimoe.moe -p equimoe.kernels -p equimoe.launch
+
+kernels: $(VENV)/.stamp-dev
+	$(PY) benchmarks/compile_gate.py $(ARGS)
 
 bench: $(VENV)/.stamp-bench
 	$(PY) benchmarks/bench_layer.py $(ARGS)

@@ -4,7 +4,8 @@
 
 All contestants have the same weights, inputs and number of threads, live in one process, and take turns in every
 round, each round starting with another one; a ratio is the median over rounds of peer time / our time, so that what
-the machine does meanwhile meets all alike. Nothing is reported unless our layer agrees with its reference.
+the machine does meanwhile meets all alike. Every round has new tokens, as every step of a training run has, so the
+experts' loads change and nothing can be tuned to them. Nothing is reported unless our layer agrees with its reference.
 """
 
 # T tokens, H hidden, F expert width, E experts, K top-k.
@@ -37,7 +38,6 @@ OURS, DENSE = "equimoe", "dense"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: relative error, by norm, that our layer may have against its reference backend
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-Step = Callable[[], None]
 
 
 class SwiGLU(nn.Module):
@@ -166,18 +166,21 @@ def verify(ours: MoE, size: LayerSize, dtype: str) -> dict[str, float]:
     return errors
 
 
-def measure(steps: dict[str, tuple[Step, Step]], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds per round; each step is (timed, untimed clean-up)."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+def measure(
+    layers: dict[str, nn.Module], size: LayerSize, dtype: str, rounds: int, warmup: int
+) -> dict[str, list[float]]:
+    """Seconds per round of forward and backward."""
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    names = list(layers)
     for index in range(-warmup, rounds):
+        x, dy = layer_inputs(size, DTYPES[dtype], seed=warmup + index + 1)
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            step, clean = steps[name]
             start = time.perf_counter()
-            step()
+            layers[name](x).backward(dy)
             stop = time.perf_counter()
-            clean()
+            layers[name].zero_grad(set_to_none=True)
+            x.grad = None
             if index >= 0:
                 seconds[name].append(stop - start)
     return seconds
@@ -188,22 +191,11 @@ def bench(size: LayerSize, dtype: str, rounds: int, warmup: int) -> dict[str, ob
     layers, missing = contestants(size)
     layers = {name: layer.to(DTYPES[dtype]).train() for name, layer in layers.items()}
     errors = verify(layers[OURS], size, dtype)
-    x, dy = layer_inputs(size, DTYPES[dtype])
-
-    def pair(layer: nn.Module) -> tuple[Step, Step]:
-        def step() -> None:
-            layer(x).backward(dy)
-
-        def clean() -> None:
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-
-        return step, clean
-
+    x, _ = layer_inputs(size, DTYPES[dtype])
     with torch.no_grad():
         ours_y = deepcopy(layers[OURS])(x)
         apart = {name: relative_error(layer(x), ours_y) for name, layer in layers.items() if "dense" not in name}
-    seconds = measure({name: pair(layer) for name, layer in layers.items()}, rounds, warmup)
+    seconds = measure(layers, size, dtype, rounds, warmup)
     return {"errors": errors, "apart": apart, "missing": missing, "seconds": seconds}
 
 

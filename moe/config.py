@@ -103,8 +103,8 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     #: scale the shared experts' output by a sigmoid gate of the token (Qwen2-MoE)
     shared_gate: bool = False
-    #: which kernels: "reference" (slow, obvious), "torch", or "auto", the best for the device
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    #: which kernels: "reference" (slow, obvious), "torch", "triton", or "auto", the ones measured to be best
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
     #: standard deviation of the initial weights
     init_std: float = 0.02
 
@@ -132,8 +132,8 @@ class MoEConfig:
             "needs shared experts; set shared_intermediate_size",
         )
         require(
-            self.backend in ("auto", "torch", "reference"),
+            self.backend in ("auto", "torch", "triton", "reference"),
             "backend",
             self.backend,
-            "use 'auto', 'torch' or 'reference'",
+            "use 'auto', 'torch', 'triton' or 'reference'",
         )

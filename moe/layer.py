@@ -39,7 +39,7 @@ class MoE(nn.Module):
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
         self.capacity = Dropless() if config.capacity is None else Capacity(config.capacity)
-        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts, config.backend)
         self.balancer = Balancer(config.balance, config.top_k, config.router.z_loss)
         self._stats: RoutingStats | None = None
 

@@ -13,7 +13,14 @@ from . import reference, torch_ops
 
 __all__ = ["expert_mlp"]
 
-_BACKENDS = {"reference": reference.expert_mlp, "torch": torch_ops.expert_mlp}
+
+def _triton(x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    from . import triton_ops  # only here: triton is not needed for the other backends
+
+    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF)
+
+
+_BACKENDS = {"reference": reference.expert_mlp, "torch": torch_ops.expert_mlp, "triton": _triton}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

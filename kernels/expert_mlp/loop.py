@@ -1,13 +1,17 @@
 """Expert by expert over the sorted rows, for the CPU.
 
 What it is built around: matrix products run near the machine's peak whatever their layout, so the time beyond them
-is memory. Rows are gathered, and the activation is computed, in scratch that stays in cache from one expert to the
-next; products write where their result belongs; the backward pass keeps the pre-activation and nothing else.
+is memory and waiting. Rows are gathered, and the activation is computed, in scratch that stays in cache from one
+expert to the next; products write where their result belongs; threads work on different experts; the backward pass
+keeps the pre-activation and nothing else.
 """
 
-# S source rows, K choices per row, D hidden, F expert width, E experts, R kept routed rows, N rows of one expert.
+# S source rows, K choices per row, D hidden, F expert width, E experts, R sorted rows (P: padded), N rows of an expert.
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,80 +20,119 @@ from ..memory import empty
 from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
 from .swiglu import SwiGLU
+from .workers import each
+
+
+class _Span(NamedTuple):
+    """One expert's rows: ``start:stop`` in sorted order, ``place:end`` in padded buffers."""
+
+    expert: int
+    start: int
+    stop: int
+    place: int
+    end: int
 
 
 class _Rows:
-    """Where each expert's rows stand, and buffers for the rows of one expert that serve all.
+    """Where each expert's rows stand.
 
     oneDNN, which multiplies 16-bit matrices, compiles code for every number of rows it meets and is slow where that
-    is no multiple of 16. Its products therefore get a few zero rows more; what they write past an expert's rows is
-    overwritten by the next expert.
+    is no multiple of 16. Its products get a few zero rows more, so buffers of all rows have room for these.
     """
 
     def __init__(self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder) -> None:
         bounds = order.offsets_E.tolist()
-        self.like = x_SD
+        self.like, self.order = x_SD, order
         self.kept = bounds[-1]
-        self.all_kept = self.kept == order.order_R.numel()
-        self.multiple = 16 if x_SD.element_size() == 2 else 1
-        #: (expert, first row, row after the last), of experts that have rows
-        self.spans = [(e, a, b) for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a < b]
-        self.idle = [e for e, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) if a == b]
-        self.most = max((self.padded(b - a) for _, a, b in self.spans), default=0)
+        multiple = 16 if x_SD.element_size() == 2 else 1
+        #: of the experts that have rows
+        self.spans: list[_Span] = []
+        self.shifts, place = [], 0
+        for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            end = place - (start - stop) // multiple * multiple
+            self.shifts.append(place - start)
+            if start < stop:
+                self.spans.append(_Span(expert, start, stop, place, end))
+            place = end
+        self.padded = place
         flat_R = order.order_R[: self.kept]
         self.source_R = flat_R // max(weights_SK.shape[1], 1)
         self.weights_R1 = weights_SK.reshape(-1)[flat_R, None]
 
-    def padded(self, size: int) -> int:
-        return -(-size // self.multiple) * self.multiple
+    def buffer(self, width: int) -> Tensor:
+        return empty(self.padded, width, like=self.like)
 
-    def scratch(self, width: int) -> Tensor:
-        return empty(self.most, width, like=self.like)
+    def new_gradient(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a stacked weight, zero for the experts without rows."""
+        grad = empty(*weight.shape, like=weight)
+        for expert in set(range(weight.shape[0])) - {span.expert for span in self.spans}:
+            grad[expert].zero_()
+        return grad
 
-    def result(self, width: int) -> Tensor:
-        """A buffer for all kept rows, with room for what the last product writes past them."""
-        return empty(self.kept + self.multiple - 1, width, like=self.like)
+    def each(self, work: Callable[[Sequence[_Span]], None]) -> None:
+        if self.spans:
+            each(self.spans, [span.end - span.place for span in self.spans], work)
 
-    def gather(self, from_SD: Tensor, start: int, stop: int, buffer: Tensor) -> Tensor:
-        """The source rows of an expert, zero rows added."""
-        size = stop - start
-        torch.index_select(from_SD, 0, self.source_R[start:stop], out=buffer[:size])
-        return self.pad(buffer[:size])
+    def gather(self, from_SD: Tensor, span: _Span, scratch: Tensor) -> Tensor:
+        """The source rows of an expert, padded."""
+        return pad(
+            torch.index_select(from_SD, 0, self.source_R[span.start : span.stop], out=self.cut(scratch, span)), span
+        )
 
-    def pad(self, rows_N: Tensor) -> Tensor:
-        """The same rows, which begin a scratch buffer, and zero rows after them."""
-        size, width = rows_N.shape
-        total = self.padded(size)
-        if total == size:
-            return rows_N
-        padded = rows_N.as_strided((total, width), rows_N.stride())
-        padded[size:].zero_()
-        return padded
+    def cut(self, scratch: Tensor, span: _Span) -> Tensor:
+        return scratch[: span.stop - span.start]
+
+    def sum(self, rows_PD: Tensor) -> Tensor:
+        """[S, D] the sum of each source row's rows."""
+        inverse_SK, all_kept = self.order.inverse_SK, self.kept == self.order.order_R.numel()
+        if self.padded > self.kept > 0:
+            shift_R = torch.tensor(self.shifts).repeat_interleave(self.order.offsets_E.diff())
+            place_R = shift_R.add_(torch.arange(self.kept))
+            inverse_SK = place_R[inverse_SK] if all_kept else torch.where(inverse_SK < 0, -1, place_R[inverse_SK])
+        return sum_rows(rows_PD, inverse_SK, all_kept=all_kept)
+
+
+def _scratch(spans: Sequence[_Span], like: Tensor, *widths: int) -> list[Tensor]:
+    most = max(span.end - span.place for span in spans)
+    return [empty(most, width, like=like) for width in widths]
+
+
+def pad(rows_ND: Tensor, span: _Span) -> Tensor:
+    """The same rows, which begin a scratch buffer, and the zero rows that belong after them."""
+    size, total = span.stop - span.start, span.end - span.place
+    if total == size:
+        return rows_ND
+    padded = rows_ND.as_strided((total, rows_ND.shape[1]), rows_ND.stride())
+    padded[size:].zero_()
+    return padded
 
 
 def forward(
     x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor, keep: bool = True
-) -> tuple[Tensor, Tensor]:
-    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [R, 2F]."""
+) -> tuple[Tensor, Tensor | None]:
+    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [P, 2F]."""
     rows = _Rows(x_SD, weights_SK, order)
     hidden, width = x_SD.shape[1], down_EDF.shape[2]
-    swiglu = SwiGLU(rows.most, width, x_SD)
-    x_buffer = rows.scratch(hidden)
-    pre_RF = rows.result(2 * width) if keep else rows.scratch(2 * width)
-    out_RD = rows.result(hidden)
-    for expert, start, stop in rows.spans:
-        x_ND = rows.gather(x_SD, start, stop, x_buffer)
-        stop_padded = start + x_ND.shape[0]
-        pre_NF = pre_RF[start:stop_padded] if keep else pre_RF[: x_ND.shape[0]]
-        torch.mm(x_ND, gate_up_EFD[expert].t(), out=pre_NF)
-        h_NF = swiglu.forward(pre_NF[: stop - start], rows.weights_R1[start:stop])
-        torch.mm(rows.pad(h_NF), down_EDF[expert].t(), out=out_RD[start:stop_padded])
-    return sum_rows(out_RD, order.inverse_SK, all_kept=rows.all_kept), pre_RF
+    pre_PF = rows.buffer(2 * width) if keep else None
+    out_PD = rows.buffer(hidden)
+
+    def work(spans: Sequence[_Span]) -> None:
+        swiglu = SwiGLU(max(span.end - span.place for span in spans), width, x_SD)
+        x_scratch, pre_scratch = _scratch(spans, x_SD, hidden, 0 if keep else 2 * width)
+        for span in spans:
+            x_ND = rows.gather(x_SD, span, x_scratch)
+            pre_NF = pre_scratch[: x_ND.shape[0]] if pre_PF is None else pre_PF[span.place : span.end]
+            torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_NF)
+            h_NF = swiglu.forward(rows.cut(pre_NF, span), rows.weights_R1[span.start : span.stop])
+            torch.mm(pad(h_NF, span), down_EDF[span.expert].t(), out=out_PD[span.place : span.end])
+
+    rows.each(work)
+    return rows.sum(out_PD), pre_PF
 
 
 def backward(
     dy_SD: Tensor,
-    pre_RF: Tensor,
+    pre_PF: Tensor,
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
@@ -101,37 +144,33 @@ def backward(
     rows = _Rows(x_SD, weights_SK, order)
     hidden, width = x_SD.shape[1], down_EDF.shape[2]
     needs_x, needs_weights, needs_gate_up, needs_down = needs
-    dx_RD = rows.result(hidden) if needs_x else None
+    dx_PD = rows.buffer(hidden) if needs_x else None
     dweights_R = empty(rows.kept, like=weights_SK) if needs_weights else None
-    dgate_up_EFD = _new_gradient(gate_up_EFD, rows.idle) if needs_gate_up else None
-    ddown_EDF = _new_gradient(down_EDF, rows.idle) if needs_down else None
-    swiglu = SwiGLU(rows.most, width, x_SD)
-    row_buffer, dh_buffer = rows.scratch(hidden), rows.scratch(width)
-    for expert, start, stop in rows.spans:
-        size, w_N1 = stop - start, rows.weights_R1[start:stop]
-        dy_ND = rows.gather(dy_SD, start, stop, row_buffer)
-        dh_NF = torch.mm(dy_ND, down_EDF[expert], out=dh_buffer[: dy_ND.shape[0]])
-        dw_N = None if dweights_R is None else dweights_R[start:stop]
-        h_NF, dpre_NF = swiglu.backward(pre_RF[start:stop], w_N1, dh_NF[:size], dw_N)
-        if ddown_EDF is not None:
-            torch.mm(dy_ND.t(), rows.pad(h_NF), out=ddown_EDF[expert])
-        dpre_NF = rows.pad(dpre_NF)
-        if dgate_up_EFD is not None:
-            x_ND = rows.gather(x_SD, start, stop, row_buffer)
-            torch.mm(dpre_NF.t(), x_ND, out=dgate_up_EFD[expert])
-        if dx_RD is not None:
-            torch.mm(dpre_NF, gate_up_EFD[expert], out=dx_RD[start : start + dpre_NF.shape[0]])
-    dx_SD = None if dx_RD is None else sum_rows(dx_RD, order.inverse_SK, all_kept=rows.all_kept)
+    dgate_up_EFD = rows.new_gradient(gate_up_EFD) if needs_gate_up else None
+    ddown_EDF = rows.new_gradient(down_EDF) if needs_down else None
+
+    def work(spans: Sequence[_Span]) -> None:
+        swiglu = SwiGLU(max(span.end - span.place for span in spans), width, x_SD)
+        row_scratch, dh_scratch = _scratch(spans, x_SD, hidden, width)
+        for span in spans:
+            sorted_rows = slice(span.start, span.stop)
+            dy_ND = rows.gather(dy_SD, span, row_scratch)
+            dh_NF = torch.mm(dy_ND, down_EDF[span.expert], out=dh_scratch[: dy_ND.shape[0]])
+            pre_NF = rows.cut(pre_PF[span.place : span.end], span)
+            dw_N = None if dweights_R is None else dweights_R[sorted_rows]
+            h_NF, dpre_NF = swiglu.backward(pre_NF, rows.weights_R1[sorted_rows], rows.cut(dh_NF, span), dw_N)
+            if ddown_EDF is not None:
+                torch.mm(dy_ND.t(), pad(h_NF, span), out=ddown_EDF[span.expert])
+            dpre_NF = pad(dpre_NF, span)
+            if dgate_up_EFD is not None:
+                torch.mm(dpre_NF.t(), rows.gather(x_SD, span, row_scratch), out=dgate_up_EFD[span.expert])
+            if dx_PD is not None:
+                torch.mm(dpre_NF, gate_up_EFD[span.expert], out=dx_PD[span.place : span.end])
+
+    rows.each(work)
+    dx_SD = None if dx_PD is None else rows.sum(dx_PD)
     dweights_SK = None if dweights_R is None else _unsort(dweights_R, order)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF
-
-
-def _new_gradient(weight: Tensor, idle: list[int]) -> Tensor:
-    """Room for the gradient of a stacked weight, zero for the experts without rows."""
-    grad = empty(*weight.shape, like=weight)
-    for expert in idle:
-        grad[expert].zero_()
-    return grad
 
 
 def _unsort(values_R: Tensor, order: ExpertOrder) -> Tensor:

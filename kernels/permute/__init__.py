@@ -12,8 +12,21 @@ from . import reference, torch_ops
 
 __all__ = ["combine", "permute"]
 
-_PERMUTE = {"reference": reference.permute, "torch": torch_ops.permute}
-_COMBINE = {"reference": reference.combine, "torch": torch_ops.combine}
+
+def _triton_permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    from . import triton_ops  # only here: triton is not needed for the other backends
+
+    return triton_ops.permute(x_SD, order, num_rows)
+
+
+def _triton_combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
+    from . import triton_ops
+
+    return triton_ops.combine(rows_RD, order)
+
+
+_PERMUTE = {"reference": reference.permute, "torch": torch_ops.permute, "triton": _triton_permute}
+_COMBINE = {"reference": reference.combine, "torch": torch_ops.combine, "triton": _triton_combine}
 
 
 def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int | None = None, backend: str = "auto") -> Tensor:

@@ -13,7 +13,14 @@ from .order import ExpertOrder
 
 __all__ = ["ExpertOrder", "sort_by_expert"]
 
-_BACKENDS = {"reference": reference.sort_by_expert, "torch": torch_ops.sort_by_expert}
+
+def _triton(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
+    from . import triton_ops  # only here: triton is not needed for the other backends
+
+    return triton_ops.sort_by_expert(ids_SK, num_experts)
+
+
+_BACKENDS = {"reference": reference.sort_by_expert, "torch": torch_ops.sort_by_expert, "triton": _triton}
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> ExpertOrder:

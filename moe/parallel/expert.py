@@ -17,7 +17,7 @@ def apply_expert_parallel(layer: MoE, ep_mesh: DeviceMesh) -> None:
     The weights become DTensors split over experts, so that norms, optimizers and checkpoints know what is split.
     """
     axis = axis_of("ep", ep_mesh.get_group())
-    layer.dispatcher = AllToAllDispatcher(layer.config.num_experts, axis)
+    layer.dispatcher = AllToAllDispatcher(layer.config.num_experts, axis, layer.config.backend)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
         own = weight.detach().chunk(ep_mesh.size())[ep_mesh.get_local_rank()].clone()
         split = DTensor.from_local(own, ep_mesh, (Shard(0),), run_check=False)

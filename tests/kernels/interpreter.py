@@ -1,8 +1,8 @@
 """Makes Triton's interpreter multiply bfloat16 tiles correctly; import this before launching a kernel in a test.
 
-numpy has no bfloat16: the interpreter keeps the bits as uint16 and `tl.dot` multiplies those integers. Widening both operands to
-float32 first is exact, and is what the hardware does. Everything else in bfloat16 is wrong in the interpreter too, which is why the
-kernels upcast right after every load that does not feed `tl.dot`.
+numpy has no bfloat16: the interpreter keeps the bits as uint16 and `tl.dot` multiplies those integers. Widening both
+operands to float32 first is exact, and is what the hardware does. Everything else in bfloat16 is wrong in the
+interpreter too, which is why the kernels upcast right after every load that does not feed `tl.dot`.
 """
 
 from __future__ import annotations

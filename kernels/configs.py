@@ -1,0 +1,123 @@
+"""Tile sizes of the matrix kernels: a shipped table, so that nothing is tuned or compiled anew when the batch changes.
+
+Every entry is held to its chip's registers, shared memory and matrix instructions by benchmarks/compile_gate.py.
+"""
+
+# M rows of a tile, N columns, K reduction.
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """One tile shape; ``group`` row tiles share the weights they read, for the L2 cache."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+
+#: one product; gate and up in one tile (``n`` columns of each); the gradient behind the activation; weight gradients
+OPS = ("gemm", "gated", "gated_grad", "wgrad")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+BUCKETS = ("few", "many")
+#: experts with fewer rows than this on average take the small tiles
+MANY_ROWS = 256
+
+_SMALL = Config(16, 16, 16, 1, 1, 2)
+_FP32 = {
+    "gemm": Config(32, 64, 16, 8, 2),
+    "gated": Config(32, 32, 16, 8, 2),
+    "gated_grad": Config(32, 32, 16, 8, 2),
+    "wgrad": Config(64, 64, 16, 8, 2),
+}
+_FEW = {
+    "gemm": Config(64, 128, 32, 4, 3),
+    "gated": Config(64, 64, 32, 4, 3),
+    "gated_grad": Config(64, 64, 32, 4, 3),
+    "wgrad": Config(64, 128, 32, 4, 3),
+}
+_HALF: dict[tuple[str, str], dict[str, Config]] = {
+    ("sm_80", "few"): _FEW,
+    ("sm_80", "many"): {
+        "gemm": Config(128, 128, 32, 4, 4),
+        "gated": Config(128, 64, 32, 8, 4),
+        "gated_grad": Config(128, 32, 32, 8, 3),
+        "wgrad": Config(128, 128, 32, 8, 4),
+    },
+    ("sm_90", "few"): {
+        "gemm": Config(64, 128, 64, 4, 4),
+        "gated": Config(64, 64, 64, 4, 4),
+        "gated_grad": Config(64, 64, 64, 8, 3),
+        "wgrad": Config(64, 128, 64, 4, 3),
+    },
+    ("sm_90", "many"): {
+        "gemm": Config(128, 256, 64, 8, 3),
+        "gated": Config(128, 64, 64, 8, 4),
+        "gated_grad": Config(128, 64, 64, 8, 3),
+        "wgrad": Config(128, 128, 64, 8, 3),
+    },
+    ("sm_100", "few"): {
+        "gemm": Config(64, 128, 64, 4, 4),
+        "gated": Config(64, 64, 64, 4, 4),
+        "gated_grad": Config(64, 64, 64, 8, 3),
+        "wgrad": Config(64, 128, 64, 4, 3),
+    },
+    ("sm_100", "many"): {
+        "gemm": Config(128, 256, 64, 8, 3),
+        "gated": Config(128, 64, 64, 8, 4),
+        "gated_grad": Config(128, 64, 64, 8, 3),
+        "wgrad": Config(128, 128, 64, 8, 3),
+    },
+    ("sm_120", "few"): {**_FEW, "gated_grad": Config(64, 32, 32, 4, 3)},
+    ("sm_120", "many"): {
+        "gemm": Config(128, 128, 32, 8, 3),
+        "gated": Config(128, 64, 32, 8, 3),
+        "gated_grad": Config(128, 32, 32, 8, 3),
+        "wgrad": Config(128, 128, 32, 8, 3),
+    },
+    **{(arch, "few"): {op: Config(64, 64, 32, 4, 2) for op in OPS} for arch in ("gfx942", "gfx950")},
+    **{
+        (arch, "many"): {
+            "gemm": Config(128, 128, 64, 8, 2),
+            "gated": Config(128, 64, 64, 8, 2),
+            "gated_grad": Config(128, 64, 64, 8, 2),
+            "wgrad": Config(128, 128, 64, 8, 2),
+        }
+        for arch in ("gfx942", "gfx950")
+    },
+}
+
+
+def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int) -> Config:
+    """The tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter"); depends on nothing else."""
+    if arch == "interpreter":
+        return _SMALL
+    if dtype == torch.float32:
+        return _FP32[op]
+    return _HALF[arch, BUCKETS[rows_per_expert >= MANY_ROWS]][op]
+
+
+@lru_cache
+def _gpu_arch(index: int) -> str:
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName
+        return "gfx950" if name.startswith("gfx95") else "gfx942"
+    capability = torch.cuda.get_device_capability(index)
+    # 8.6, 8.7 and 8.9 have the instructions of 8.0 and no more shared memory than 12.0
+    table = {8: "sm_80" if capability[1] == 0 else "sm_120", 9: "sm_90", 10: "sm_100"}
+    return table.get(capability[0], "sm_120")
+
+
+def arch_of(device: torch.device) -> str:
+    """The entry of the table for a device; "interpreter" for the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,0 +1,335 @@
+"""Triton kernels over rows of varying count per expert; the counts stay on the device.
+
+A small kernel maps row tiles to experts; as many tiles are launched as there can be, and those past the end leave at
+once. A tile holds rows of one expert. Rows past the last expert's belong to nobody: they form one more group, whose
+result is zero. Nothing is accumulated by atomics, so results repeat bit for bit.
+"""
+
+# R rows sorted by expert, E experts, K in width, N out width, T row tiles.
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import CompileCase, compile_case, launch_on, next_power_of_2
+from ..configs import ARCHS, BUCKETS, MANY_ROWS, Config, arch_of, pick_config
+
+_MAP_BLOCK = 16
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def _tile_map_kernel(
+    offsets_ptr, tiles_ptr, num_rows, num_tiles, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    e = tl.arange(0, BLOCK_E)
+    start_E = tl.load(offsets_ptr + e, mask=e <= E, other=num_rows)
+    stop_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=num_rows)
+    count_E = ((stop_E - start_E + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+    end_E = tl.cumsum(count_E, 0)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    before_TE = end_E[None, :] <= t[:, None]
+    expert_T = tl.sum(before_TE.to(tl.int32), 1)
+    first_T = tl.sum(tl.where(before_TE, count_E[None, :], 0), 1)
+    used = expert_T <= E
+    row_T = tl.load(offsets_ptr + expert_T, mask=used, other=0) + (t - first_T).to(tl.int64) * BLOCK_M
+    stop_T = tl.load(offsets_ptr + expert_T + 1, mask=expert_T < E, other=num_rows)
+    there = t < num_tiles
+    tl.store(tiles_ptr + t, tl.where(used, expert_T, -1).to(tl.int64), mask=there)
+    tl.store(tiles_ptr + num_tiles + t, row_T, mask=there)
+    tl.store(tiles_ptr + 2 * num_tiles + t, stop_T, mask=there)
+
+
+@triton.jit
+def swizzle(pid, num_tiles, num_columns, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles go through the columns together, so that they share what they read."""
+    in_group = GROUP * num_columns
+    first = pid // in_group * GROUP
+    size = min(num_tiles - first, GROUP)
+    return first + pid % in_group % size, pid % in_group // size
+
+
+@triton.jit
+def locate(tiles_ptr, tile, num_tiles):
+    """(expert, first row, row after the expert's last) of a row tile; expert -1 past the end, E for nobody's rows."""
+    expert = tl.load(tiles_ptr + tile)
+    return expert, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _gemm_kernel(
+    rows_ptr,
+    index_ptr,
+    weight_ptr,
+    out_ptr,
+    tiles_ptr,
+    num_tiles,
+    E,
+    N,
+    K,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out[R, N] = rows[R, K] @ weight[e]: [N, K] transposed, or [K, N] when TRANSPOSED."""
+    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, row, stop = locate(tiles_ptr, tile, num_tiles)
+    if expert < 0:
+        return
+    m = row + tl.arange(0, BLOCK_M)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # rows past the expert's last read its first: they are never stored, and loads without a mask are faster
+    source = tl.where(m < stop, m, row)
+    if index_ptr is not None:
+        source = tl.load(index_ptr + source)
+    a_ptrs = rows_ptr + source[:, None] * K + k[None, :]
+    b_ptrs = weight_ptr + expert * N * K
+    if TRANSPOSED:
+        b_ptrs += k[:, None].to(tl.int64) * N + n[None, :]
+    else:
+        b_ptrs += n[None, :].to(tl.int64) * K + k[:, None]
+    b_step = BLOCK_K
+    if TRANSPOSED:
+        b_step = BLOCK_K * N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = tl.cdiv(K, BLOCK_K)
+    if expert == E:
+        steps = 0
+    for step in range(0, steps):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs, mask=n[None, :] < N, other=0.0)
+        else:
+            left = K - step * BLOCK_K
+            a = tl.load(a_ptrs, mask=k[None, :] < left, other=0.0)
+            b = tl.load(b_ptrs, mask=(n[None, :] < N) & (k[:, None] < left), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BLOCK_K
+        b_ptrs += b_step
+    out_ptrs = out_ptr + m[:, None] * N + n[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < stop) & (n[None, :] < N))
+
+
+@triton.jit
+def _wgrad_kernel(
+    dy_ptr,
+    dy_index_ptr,
+    rows_ptr,
+    index_ptr,
+    out_ptr,
+    offsets_ptr,
+    N,
+    K,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """out[e] = dy[rows of e].T @ rows[rows of e]: tiles of BLOCK_M x BLOCK_N, BLOCK_K rows at a time."""
+    tiles_n, tiles_k = tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    expert = pid // (tiles_n * tiles_k)
+    tile_n, tile_k = swizzle(pid % (tiles_n * tiles_k), tiles_n, tiles_k, GROUP)
+    start, stop = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, tl.cdiv(stop - start, BLOCK_K).to(tl.int32)):
+        r = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
+        there = r < stop
+        a_row, b_row = r, r
+        if dy_index_ptr is not None:
+            a_row = tl.load(dy_index_ptr + r, mask=there, other=0)
+        if index_ptr is not None:
+            b_row = tl.load(index_ptr + r, mask=there, other=0)
+        # both sides are masked: what another expert's row holds may be NaN, and 0 * NaN is NaN
+        a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=there[:, None] & (n[None, :] < N), other=0.0)
+        b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=there[:, None] & (k[None, :] < K), other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+    out_ptrs = out_ptr + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
+    mask = (n[:, None] < N) & (k[None, :] < K)
+    if ACCUMULATE:
+        acc += tl.load(out_ptrs, mask=mask, other=0.0)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """The keyword arguments by which a kernel gets its tile."""
+    return {
+        "BLOCK_M": config.m,
+        "BLOCK_N": config.n,
+        "BLOCK_K": config.k,
+        "GROUP": config.group,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int) -> Config:
+    """The shipped tile of ``op``; raises ValueError for rows of a dtype that the kernels have no tile for."""
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={rows.dtype}: backend='triton' has fp32, bf16 and fp16; use backend='torch'")
+    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1))
+
+
+def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
+    """int64 [3, T]: expert, first row and end of every row tile of ``block`` rows; T = ceil(R / block) + E."""
+    experts = offsets_E.numel() - 1
+    num_tiles = -(-num_rows // block) + experts
+    tiles_3T = torch.empty(3, num_tiles, dtype=torch.int64, device=offsets_E.device)
+    with launch_on(offsets_E):
+        _tile_map_kernel[(-(-num_tiles // _MAP_BLOCK),)](
+            offsets_E, tiles_3T, num_rows, num_tiles, experts, block, next_power_of_2(experts + 1), _MAP_BLOCK
+        )
+    return tiles_3T
+
+
+def gemm(
+    rows: Tensor, weight_EAB: Tensor, offsets_E: Tensor, index_R: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """[R, A] rows @ weight[e].T, or [R, B] rows @ weight[e] when ``transposed``; zero for nobody's rows."""
+    experts, width_n, width_k = weight_EAB.shape
+    if transposed:
+        width_n, width_k = width_k, width_n
+    num_rows = (rows if index_R is None else index_R).shape[0]
+    config = config_for("gemm", rows, num_rows, experts)
+    tiles_3T = tile_map(offsets_E, num_rows, config.m)
+    out_RN = torch.empty(num_rows, width_n, dtype=rows.dtype, device=rows.device)
+    num_tiles = tiles_3T.shape[1]
+    with launch_on(rows):
+        _gemm_kernel[(num_tiles * -(-width_n // config.n),)](
+            rows.contiguous(),
+            index_R,
+            weight_EAB.contiguous(),
+            out_RN,
+            tiles_3T,
+            num_tiles,
+            experts,
+            width_n,
+            width_k,
+            TRANSPOSED=transposed,
+            EVEN_K=width_k % config.k == 0,
+            **launch_options(config),
+        )
+    return out_RN
+
+
+def weight_grad(
+    dy: Tensor,
+    rows: Tensor,
+    offsets_E: Tensor,
+    dy_index_R: Tensor | None = None,
+    index_R: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` when it is given."""
+    experts, width_n, width_k = offsets_E.numel() - 1, dy.shape[1], rows.shape[1]
+    num_rows = (rows if index_R is None else index_R).shape[0]
+    config = config_for("wgrad", rows, num_rows, experts)
+    grad_ENK = out
+    if grad_ENK is None:
+        grad_ENK = torch.empty(experts, width_n, width_k, dtype=dy.dtype, device=dy.device)
+    with launch_on(dy):
+        _wgrad_kernel[(experts * -(-width_n // config.m) * -(-width_k // config.n),)](
+            dy.contiguous(),
+            dy_index_R,
+            rows.contiguous(),
+            index_R,
+            grad_ENK,
+            offsets_E,
+            width_n,
+            width_k,
+            ACCUMULATE=out is not None,
+            **launch_options(config),
+        )
+    return grad_ENK
+
+
+@torch.library.custom_op("equimoe::grouped_gemm", mutates_args=())
+def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
+    return gemm(rows, weight_ENK, offsets_E, index_R)
+
+
+@torch.library.custom_op("equimoe::grouped_gemm_dgrad", mutates_args=())
+def dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    return gemm(dy_RN, weight_ENK, offsets_E, transposed=True)
+
+
+@torch.library.custom_op("equimoe::grouped_gemm_wgrad", mutates_args=())
+def _wgrad(dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None) -> Tensor:
+    return weight_grad(dy, rows, offsets_E, dy_index_R, index_R)
+
+
+@torch.library.custom_op("equimoe::grouped_gemm_wgrad_", mutates_args=("out",))
+def _wgrad_(
+    dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor
+) -> None:
+    weight_grad(dy, rows, offsets_E, dy_index_R, index_R, out)
+
+
+def wgrad(
+    dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor | None
+) -> Tensor:
+    if out is None:
+        return _wgrad(dy, rows, offsets_E, dy_index_R, index_R)
+    _wgrad_(dy, rows, offsets_E, dy_index_R, index_R, out)
+    return out
+
+
+@forward.register_fake
+def _(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
+    return rows.new_empty((rows if index_R is None else index_R).shape[0], weight_ENK.shape[1])
+
+
+@dgrad.register_fake
+def _(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    return dy_RN.new_empty(dy_RN.shape[0], weight_ENK.shape[2])
+
+
+@_wgrad.register_fake
+def _(dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None) -> Tensor:
+    return dy.new_empty(offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
+
+
+def shipped(op: str) -> list[tuple[str, str, Config]]:
+    """(element type, label, tile) of every entry of the table for ``op``; the label begins with its chip."""
+    kinds = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+    found = []
+    for arch, bucket, (name, dtype) in product(ARCHS, BUCKETS, kinds):
+        config = pick_config(op, arch, dtype, MANY_ROWS * BUCKETS.index(bucket))
+        if name != "fp32" or bucket == "many":
+            found.append((name, f"{arch} {op} {name} {bucket}", config))
+    return found
+
+
+def case(kernel, types: str, config: Config, label: str, **constants: object) -> CompileCase:
+    """A compile case of a matrix kernel in one tile."""
+    options = launch_options(config)
+    tuning = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    *start, _, final = compile_case(kernel, types, {**constants, **options}, label, config.num_warps)
+    return *start, tuning, final
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel in every shipped tile, for an ahead-of-time compiler. A label that begins with a chip is for it."""
+    blocks = {"BLOCK_M": 128, "BLOCK_E": 128, "BLOCK_T": _MAP_BLOCK}
+    cases = [compile_case(_tile_map_kernel, "*i64 *i64 i32 i32 i32", blocks, "tile map")]
+    for dtype, label, config in shipped("gemm"):
+        for transposed, even in ((False, True), (True, True), (False, False)):
+            types = f"*{dtype} *i64 *{dtype} *{dtype} *i64 i32 i32 i32 i32"
+            name = f"{label}{' transposed' * transposed}{' tail' * (not even)}"
+            cases.append(case(_gemm_kernel, types, config, name, TRANSPOSED=transposed, EVEN_K=even))
+    for dtype, label, config in shipped("wgrad"):
+        for left, right, out, name in (("*i64", "None", dtype, "left"), ("None", "*i64", "fp32", "right, add")):
+            types = f"*{dtype} {left} *{dtype} {right} *{out} *i64 i32 i32"
+            cases.append(case(_wgrad_kernel, types, config, f"{label} {name}", ACCUMULATE=name != "left"))
+    return cases

@@ -1,0 +1,157 @@
+"""Gathers both ways: each op is the other's backward, so neither adds into memory in an unknown order."""
+
+# S source rows, K choices per row, D hidden, E experts, R routed rows.
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import CompileCase, compile_case, launch_on, next_power_of_2
+from ..sort_by_expert import ExpertOrder
+
+
+@triton.jit(do_not_specialize=["num_rows", "experts"])
+def permute_rows(
+    x, order, offsets, rows, num_rows, experts, D: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
+    """rows[r] = x[order[r] // K], zero for dropped rows, which start at offsets[experts]."""
+    r_R = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    d_D = tl.program_id(1) * BD + tl.arange(0, BD)
+    kept_R = r_R < tl.load(offsets + experts)
+    source_R = tl.load(order + r_R, mask=r_R < num_rows, other=0) // K
+    inside_RD = (r_R < num_rows)[:, None] & (d_D < D)[None, :]
+    x_RD = tl.load(x + source_R[:, None] * D + d_D[None, :], mask=inside_RD & kept_R[:, None], other=0.0)
+    tl.store(rows + r_R[:, None] * D + d_D[None, :], x_RD, mask=inside_RD)
+
+
+@triton.jit(do_not_specialize=["sources", "num_rows"])
+def combine_rows(
+    rows, inverse, y, sources, num_rows, D: tl.constexpr, K: tl.constexpr, SUM: tl.constexpr, BS: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """y[s] = sum over k, in this order, of rows[inverse[s, k]]; zero for a row that is dropped or not there."""
+    s_S = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    d_D = tl.program_id(1) * BD + tl.arange(0, BD)
+    sum_SD = tl.zeros([BS, BD], SUM)
+    for k in range(K):
+        row_S = tl.load(inverse + s_S * K + k, mask=s_S < sources, other=-1)
+        inside_SD = ((row_S >= 0) & (row_S < num_rows))[:, None] & (d_D < D)[None, :]
+        sum_SD += tl.load(rows + row_S[:, None] * D + d_D[None, :], mask=inside_SD, other=0.0).to(SUM)
+    inside_SD = (s_S < sources)[:, None] & (d_D < D)[None, :]
+    tl.store(y + s_S[:, None] * D + d_D[None, :], sum_SD.to(y.dtype.element_ty), mask=inside_SD)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+#: by bytes of an element; 32 or 64 bytes per thread. Narrower hidden sizes take more rows instead of idle columns
+TILES = {2: Tile(4, 1024, 4), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)}
+_MAX_ROWS = 64
+
+
+def tile_for(element_size: int, hidden: int) -> Tile:
+    """The tile for a dtype and a hidden size; never for a number of rows."""
+    tile = TILES[element_size]
+    columns = max(min(tile.columns, next_power_of_2(hidden)), 16)
+    return Tile(min(tile.rows * tile.columns // columns, _MAX_ROWS), columns, tile.warps)
+
+
+_ORDER = "Tensor order, Tensor inverse, Tensor offsets"
+
+
+@torch.library.custom_op("equimoe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}, int num_rows) -> Tensor")
+def _permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    hidden, choices = x.shape[1], inverse.shape[1]
+    rows = torch.empty(num_rows, hidden, dtype=x.dtype, device=x.device)
+    if rows.numel():
+        tile = tile_for(x.element_size(), hidden)
+        grid = (triton.cdiv(num_rows, tile.rows), triton.cdiv(hidden, tile.columns))
+        with launch_on(x):
+            permute_rows[grid](
+                x.contiguous(), order.contiguous(), offsets.contiguous(), rows, num_rows, offsets.numel() - 1,
+                D=hidden, K=choices, BR=tile.rows, BD=tile.columns, num_warps=tile.warps,
+            )  # fmt: skip
+    return rows
+
+
+@_permute.register_fake
+def _fake_permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+    return torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("equimoe::combine", mutates_args=(), schema=f"(Tensor rows, {_ORDER}) -> Tensor")
+def _combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+    (sources, choices), (num_rows, hidden) = inverse.shape, rows.shape
+    y = torch.empty(sources, hidden, dtype=rows.dtype, device=rows.device)
+    if y.numel():
+        tile = tile_for(rows.element_size(), hidden)
+        grid = (triton.cdiv(sources, tile.rows), triton.cdiv(hidden, tile.columns))
+        with launch_on(rows):
+            combine_rows[grid](
+                rows.contiguous(), inverse.contiguous(), y, sources, num_rows, D=hidden, K=choices,
+                SUM=_sum_dtype(rows.element_size()), BS=tile.rows, BD=tile.columns, num_warps=tile.warps,
+            )  # fmt: skip
+    return y
+
+
+@_combine.register_fake
+def _fake_combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+    return torch.empty(inverse.shape[0], rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+
+def _sum_dtype(element_size: int) -> tl.dtype:
+    return tl.float64 if element_size == 8 else tl.float32
+
+
+def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _differentiate_permute(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+    return _combine(drows, *ctx.saved_tensors), None, None, None, None
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+    ctx.num_rows = inputs[0].shape[0]
+
+
+def _differentiate_combine(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _permute(dy, *ctx.saved_tensors, ctx.num_rows), None, None, None
+
+
+_permute.register_autograd(_differentiate_permute, setup_context=_save_permute)
+_combine.register_autograd(_differentiate_combine, setup_context=_save_combine)
+
+
+def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    return _permute(x_SD, *order, num_rows)
+
+
+def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
+    return _combine(rows_RD, *order)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel at every tile, for compiling without a device."""
+    cases = []
+    for dtype, size in {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}.items():
+        for hidden in (16, 100, 2048, 7168):
+            tile, label = tile_for(size, hidden), f"D{hidden} {dtype}"
+            constants = {"D": hidden, "K": 6, "BR": tile.rows, "BD": tile.columns}
+            types = f"*{dtype} *i64 *i64 *{dtype} i32 i32"
+            cases.append(compile_case(permute_rows, types, constants, f"permute_rows {label}", tile.warps))
+            constants = {"D": hidden, "K": 6, "SUM": _sum_dtype(size), "BS": tile.rows, "BD": tile.columns}
+            types = f"*{dtype} *i64 *{dtype} i32 i32"
+            cases.append(compile_case(combine_rows, types, constants, f"combine_rows {label}", tile.warps))
+    return cases

@@ -1,0 +1,84 @@
+"""Logits to routing: score, select, weigh and count in one op."""
+
+# T tokens, E experts, K top-k, B sequences of equal length.
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import pick
+from . import reference, torch_ops
+from .gate import Gate, Method
+
+__all__ = ["Gate", "topk_gate"]
+
+
+def _triton(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> Gate:
+    from . import triton_ops  # only here: triton is not needed for the other backends
+
+    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, method)
+
+
+_BACKENDS = {"reference": reference.topk_gate, "torch": torch_ops.topk_gate, "triton": _triton}
+
+
+def topk_gate(
+    logits_TE: Tensor,
+    k: int,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    bias_E: Tensor | None = None,
+    groups: int = 1,
+    kept_groups: int = 1,
+    normalize: bool = True,
+    softmax_after_topk: bool = False,
+    scale: float = 1.0,
+    mask_T: Tensor | None = None,
+    sequences: int = 1,
+    backend: str = "auto",
+) -> Gate:
+    """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
+
+    A token's experts are those of its k highest scores plus ``bias_E`` (finite, [E]), which chooses and never weighs
+    (DeepSeek-V3, arXiv 2412.19437); of equal ones the expert with the lower index. With ``groups`` of E/groups
+    consecutive experts, only the ``kept_groups`` best can be chosen from, a group being worth the sum of its two best
+    biased scores. The weights are the chosen scores, divided by their sum if ``normalize``, or with
+    ``softmax_after_topk`` the softmax of the chosen logits (Mixtral, arXiv 2401.04088), times ``scale``.
+
+    ``mask_T`` is bool [T], False for tokens that do not count; the T tokens are ``sequences`` sequences of equal
+    length. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum. The triton backend takes
+    fp32, bf16 and fp16 logits, k up to 64 and E up to 4096. Raises ValueError for values that do not fit.
+    """
+    method = Method(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
+    _check(logits_TE, bias_E, mask_T, method)
+    with torch.autocast(logits_TE.device.type, enabled=False):
+        return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, method)
+
+
+def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> None:
+    shape = list(logits_TE.shape)
+    if len(shape) != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE={logits_TE.dtype}{shape}: give floating-point logits of shape [T, E]")
+    tokens, experts = shape
+    if not 1 <= method.k <= experts:
+        raise ValueError(f"k={method.k}: must lie in 1..{experts}, the number of experts")
+    if method.score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score={method.score!r}: use 'softmax' or 'sigmoid'")
+    if method.groups < 1 or experts % method.groups:
+        raise ValueError(f"groups={method.groups}: must divide the {experts} experts")
+    if not 1 <= method.kept_groups <= method.groups:
+        raise ValueError(f"kept_groups={method.kept_groups}: must lie in 1..{method.groups}, the number of groups")
+    if method.kept_groups * (experts // method.groups) < method.k:
+        held = method.kept_groups * (experts // method.groups)
+        raise ValueError(f"kept_groups={method.kept_groups}: they hold {held} experts; keep enough for k={method.k}")
+    if not method.scale > 0:
+        raise ValueError(f"scale={method.scale}: must be positive")
+    if bias_E is not None and bias_E.shape != (experts,):
+        raise ValueError(f"bias_E={list(bias_E.shape)}: must be [{experts}], one per expert")
+    if mask_T is not None and (mask_T.shape != (tokens,) or mask_T.dtype != torch.bool):
+        raise ValueError(f"mask_T={mask_T.dtype}{list(mask_T.shape)}: must be bool [{tokens}], one per token")
+    if method.sequences < 1 or tokens % method.sequences:
+        raise ValueError(f"sequences={method.sequences}: must divide the {tokens} tokens")

@@ -1,0 +1,40 @@
+"""What a gate is asked and what it answers. T tokens, E experts, K top-k, B sequences."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Gate(NamedTuple):
+    """The experts each token takes, and the sums over tokens that a balance loss of any scope needs.
+
+    Floating-point values are fp32 (fp64 for fp64 logits). Sums leave masked tokens out.
+    """
+
+    #: int64 [T, K], the experts chosen, best first; masked tokens have theirs too
+    ids_TK: Tensor
+    #: [T, K], differentiable
+    weights_TK: Tensor
+    #: int64 [B, E], choices per sequence and expert
+    counts_BE: Tensor
+    #: int64 [B], valid tokens per sequence
+    tokens_B: Tensor
+    #: [B, E], sum over tokens of the scores normalised to 1, differentiable
+    prob_sums_BE: Tensor
+    #: scalar, sum over tokens of logsumexp(logits)^2, differentiable
+    z_sum: Tensor
+
+
+class Method(NamedTuple):
+    """The choices of :func:`topk_gate` that are no tensors."""
+
+    k: int
+    score: Literal["softmax", "sigmoid"]
+    groups: int
+    kept_groups: int
+    normalize: bool
+    softmax_after_topk: bool
+    scale: float
+    sequences: int

@@ -1,0 +1,236 @@
+"""T tokens, E experts, K top-k, B sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+#: largest relative error of the worst row in fp32, a fifth of it by norm: gradients that nearly cancel amplify
+TOLERANCE = 1e-5
+SOFTMAX: dict[str, Any] = {}
+MIXTRAL: dict[str, Any] = {"softmax_after_topk": True}
+SIGMOID: dict[str, Any] = {"score": "sigmoid", "scale": 2.5}
+RAW: dict[str, Any] = {"normalize": False}
+
+# tokens, experts, k, sequences, has a bias, share of masked tokens, method
+CASES = {
+    "softmax": (37, 12, 3, 1, False, 0.0, SOFTMAX),
+    "softmax, masked sequences": (210, 7, 2, 3, False, 0.3, SOFTMAX),
+    "raw": (33, 65, 5, 1, True, 0.2, RAW),
+    "after top-k": (40, 8, 2, 4, False, 0.3, MIXTRAL),
+    "after top-1": (9, 5, 1, 1, False, 0.0, MIXTRAL),
+    "top-1": (9, 5, 1, 1, False, 0.0, SOFTMAX),
+    "sigmoid": (34, 20, 4, 2, True, 0.2, SIGMOID),
+    "sigmoid, raw": (34, 20, 4, 1, False, 0.0, SIGMOID | RAW),
+    "sigmoid after top-k": (34, 20, 4, 1, True, 0.2, SIGMOID | MIXTRAL),
+    "groups": (35, 24, 4, 1, True, 0.2, SIGMOID | {"groups": 4, "kept_groups": 2}),
+    "odd groups": (35, 27, 6, 5, True, 0.2, SIGMOID | {"groups": 9, "kept_groups": 4}),
+    "groups of one": (20, 6, 2, 1, False, 0.0, {"groups": 6, "kept_groups": 3}),
+    "groups of two": (20, 6, 3, 1, False, 0.0, RAW | {"groups": 3, "kept_groups": 2}),
+    "all groups": (20, 6, 5, 1, True, 0.0, {"groups": 3, "kept_groups": 3}),
+    "every expert": (10, 5, 5, 1, False, 0.0, SOFTMAX),
+    "one expert": (70, 1, 1, 2, False, 0.2, SOFTMAX),
+    "many choices": (3, 150, 64, 1, False, 0.0, SOFTMAX),
+    "many experts": (3, 1025, 4, 1, True, 0.3, SIGMOID),
+    "all masked": (12, 6, 2, 2, False, 1.0, SOFTMAX),
+}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    """By relative error, as a whole and of the worst row; rows that should be zero are."""
+    assert found.shape == expected.shape and bool(found.isfinite().all())
+    found, expected = torch.atleast_2d(found.double(), expected.double())
+    error, scale = (found - expected).norm(dim=1), expected.norm(dim=1)
+    # a row of less than a hundredth of the mean is what is left of larger terms
+    floor = 0.01 * scale.mean()
+    assert found.numel() == 0 or error.norm() <= tolerance / 5 * scale.norm(), float(error.norm() / scale.norm())
+    assert (error <= tolerance * scale.maximum(floor)).all(), float((error / scale.maximum(floor)).max())
+
+
+def inputs(
+    tokens: int, experts: int, bias: bool, masked: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    logits_TE = torch.randn(tokens, experts, device=DEVICE).to(dtype)
+    bias_E = torch.randn(experts, device=DEVICE) * 0.3 if bias else None
+    mask_T = torch.rand(tokens, device=DEVICE) >= masked if masked else None
+    return logits_TE, {"bias_E": bias_E, "mask_T": mask_T}
+
+
+def with_gradient(logits_TE: Tensor, k: int, dout: list[Tensor], **kwargs: Any) -> tuple[Gate, Tensor]:
+    logits_TE = logits_TE.detach().requires_grad_()
+    gate = topk_gate(logits_TE, k, **kwargs)
+    outputs = (gate.weights_TK, gate.prob_sums_BE, gate.z_sum)
+    grads = [d.to(o.dtype) for d, o in zip(dout, outputs, strict=True)]
+    return gate, torch.autograd.grad(outputs, logits_TE, grads)[0]
+
+
+def random_gradients(tokens: int, experts: int, k: int, sequences: int) -> list[Tensor]:
+    shapes = ((tokens, k), (sequences, experts), ())
+    return [torch.randn(shape, dtype=torch.float64, device=DEVICE) for shape in shapes]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str, backend: str) -> None:
+    tokens, experts, k, sequences, bias, masked, method = CASES[case]
+    logits_TE, tensors = inputs(tokens, experts, bias, masked)
+    dout = random_gradients(tokens, experts, k, sequences)
+    method = method | tensors | {"sequences": sequences}
+    found, dfound_TE = with_gradient(logits_TE, k, dout, backend=backend, **method)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), k, dout, backend="reference", **method)
+    for name in ("ids_TK", "counts_BE", "tokens_B"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == torch.int64 and torch.equal(a, b), name
+    for name in ("weights_TK", "prob_sums_BE", "z_sum"):
+        assert getattr(found, name).dtype == torch.float32
+        close(getattr(found, name), getattr(expected, name))
+    assert dfound_TE.dtype == torch.float32
+    close(dfound_TE, dexpected_TE)
+
+
+@pytest.mark.parametrize("output", ["weights_TK", "prob_sums_BE", "z_sum"])
+@pytest.mark.parametrize("method", [SOFTMAX, RAW, MIXTRAL, SIGMOID, SIGMOID | RAW, SIGMOID | MIXTRAL])
+def test_each_gradient_alone(method: dict[str, Any], output: str) -> None:
+    logits_TE, tensors = inputs(18, 10, True, 0.3)
+    grads = []
+    for logits, backend in ((logits_TE, "triton"), (logits_TE.double(), "reference")):
+        gate = topk_gate(logits.requires_grad_(), 3, backend=backend, sequences=2, **tensors, **method)
+        value = getattr(gate, output)
+        weight = torch.linspace(1, 99, value.numel(), device=DEVICE, dtype=torch.float64).cos().view(value.shape)
+        grads.append(torch.autograd.grad((value * weight.to(value.dtype)).sum(), logits)[0])
+    close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", [SOFTMAX, SIGMOID])
+def test_half_precision_logits(dtype: torch.dtype, method: dict[str, Any]) -> None:
+    logits_TE, tensors = inputs(40, 11, False, 0.2, dtype)
+    dout = random_gradients(40, 11, 3, 1)
+    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend="triton", **method, **tensors)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **method, **tensors)
+    assert torch.equal(found.ids_TK, expected.ids_TK) and found.weights_TK.dtype == torch.float32
+    close(found.weights_TK, expected.weights_TK)
+    close(found.prob_sums_BE, expected.prob_sums_BE)
+    assert dfound_TE.dtype == dtype
+    close(dfound_TE, dexpected_TE, 5 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("method", [SOFTMAX, SIGMOID | {"groups": 5, "kept_groups": 2}])
+def test_ties_go_to_the_lower_index(method: dict[str, Any], backend: str) -> None:
+    logits_TE = torch.randint(-1, 2, (60, 20), device=DEVICE).float()
+    bias_E = -torch.full((20,), 0.5, device=DEVICE)  # negative and zero scores too
+    for tensors in ({}, {"bias_E": bias_E}):
+        found = topk_gate(logits_TE, 6, backend=backend, **method, **tensors)
+        expected = topk_gate(logits_TE, 6, backend="reference", **method, **tensors)
+        assert torch.equal(found.ids_TK, expected.ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
+    flat = topk_gate(torch.zeros(3, 9, device=DEVICE), 4, backend=backend)
+    assert torch.equal(flat.ids_TK, torch.arange(4, device=DEVICE).expand(3, 4))
+
+
+def test_minus_zero_ties_with_zero() -> None:
+    bias_E = torch.tensor([-0.0, 0.0, -0.0], device=DEVICE)
+    logits_TE = torch.full((1, 3), -200.0, device=DEVICE)  # sigmoid 0
+    gate = topk_gate(logits_TE, 3, score="sigmoid", bias_E=bias_E, backend="triton")
+    assert gate.ids_TK.tolist() == [[0, 1, 2]]
+    assert bool(gate.weights_TK.isfinite().all()) and bool(gate.prob_sums_BE.isfinite().all())
+
+
+def test_bias_never_weighs_and_decides_by_sign() -> None:
+    logits_TE = torch.randn(8, 6, device=DEVICE)
+    bias_E = torch.tensor([-9.0, -8.0, 9.0, -7.0, 8.0, -6.0], device=DEVICE)
+    gate = topk_gate(logits_TE, 2, bias_E=bias_E, normalize=False, backend="triton")
+    assert gate.ids_TK.tolist() == [[2, 4]] * 8
+    close(gate.weights_TK, logits_TE.double().softmax(1)[:, [2, 4]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_bad_logits_still_choose_different_experts(value: float) -> None:
+    logits_TE = torch.randn(4, 6, device=DEVICE)
+    logits_TE[1] = value
+    logits_TE[2, 3] = value
+    for method in (SOFTMAX, SIGMOID | {"groups": 3, "kept_groups": 2}):
+        ids_TK = topk_gate(logits_TE, 4, backend="triton", **method).ids_TK
+        assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids_TK.tolist())
+        good = topk_gate(logits_TE[::3], 4, backend="triton", **method).ids_TK
+        assert torch.equal(ids_TK[::3], good)
+
+
+def test_large_and_tiny_logits() -> None:
+    logits_TE = torch.randn(6, 8, device=DEVICE) * 100
+    for method in (SOFTMAX, RAW, MIXTRAL):
+        dout = random_gradients(6, 8, 2, 1)
+        found, dfound_TE = with_gradient(logits_TE, 2, dout, backend="triton", **method)
+        expected, dexpected_TE = with_gradient(logits_TE.double(), 2, dout, backend="torch", **method)
+        close(found.weights_TK, expected.weights_TK, 5e-5)
+        close(found.z_sum, expected.z_sum, 5e-5)
+        close(dfound_TE, dexpected_TE, 5e-5)
+
+
+@pytest.mark.usefixtures("poison")
+def test_no_tokens_and_strides() -> None:
+    gate = topk_gate(torch.zeros(0, 5, device=DEVICE, requires_grad=True), 2, sequences=3, backend="triton")
+    assert gate.ids_TK.shape == (0, 2) and gate.tokens_B.tolist() == [0, 0, 0]
+    assert not gate.counts_BE.any() and not gate.prob_sums_BE.any() and float(gate.z_sum.detach()) == 0
+    (gate.weights_TK.sum() + gate.z_sum).backward()
+    wide = torch.randn(9, 30, device=DEVICE)
+    mask_T = torch.tensor([True, False] * 30, device=DEVICE)[::2]
+    strided = topk_gate(wide.t(), 2, mask_T=mask_T, backend="triton")
+    plain = topk_gate(wide.t().contiguous(), 2, mask_T=mask_T.contiguous(), backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+
+
+def test_repeats_bit_for_bit() -> None:
+    logits_TE, tensors = inputs(300, 9, True, 0.1)
+    dout = random_gradients(300, 9, 2, 2)
+    runs = [with_gradient(logits_TE, 2, dout, sequences=2, backend="triton", **tensors) for _ in range(2)]
+    (first, dfirst_TE), (second, dsecond_TE) = runs
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(dfirst_TE, dsecond_TE)
+
+
+def test_custom_ops() -> None:
+    """Schemas, fakes and autograd registrations agree with what the ops do."""
+    logits_TE, tensors = inputs(10, 6, True, 0.3)
+    args = (logits_TE.requires_grad_(), tensors["bias_E"], tensors["mask_T"])
+    topk_gate(logits_TE, 2, backend="triton")  # registers the ops
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.equimoe.topk_gate.default, (*args, 2, "sigmoid", 3, 2, True, False, 2.0, 2), test_utils=utils
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0}, r"k=0: must lie in 1\.\.6"),
+        ({"k": 7}, "k=7"),
+        ({"score": "tanh"}, "score='tanh'"),
+        ({"groups": 4}, "groups=4: must divide the 6"),
+        ({"groups": 3, "kept_groups": 4}, "kept_groups=4"),
+        ({"groups": 6, "kept_groups": 1}, "hold 1 experts"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"bias_E": torch.zeros(5)}, r"bias_E=\[5\]"),
+        ({"mask_T": torch.zeros(8)}, "mask_T=torch.float32"),
+        ({"mask_T": torch.zeros(7, dtype=torch.bool)}, r"bool \[8\]"),
+        ({"sequences": 3}, "sequences=3"),
+        ({"backend": "fast"}, "backend='fast'.*'triton'"),
+        ({"logits_TE": torch.zeros(6)}, "logits_TE"),
+        ({"logits_TE": torch.zeros(8, 6, dtype=torch.int64)}, "floating-point"),
+        ({"logits_TE": torch.zeros(8, 6, dtype=torch.float64), "backend": "triton"}, "computes in fp32"),
+        ({"logits_TE": torch.zeros(8, 4097), "backend": "triton"}, "4097 experts"),
+        ({"logits_TE": torch.zeros(8, 99), "k": 65, "backend": "triton"}, "k=65"),
+    ],
+)
+def test_mistakes(changes: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"logits_TE": torch.zeros(8, 6), "k": 2} | changes
+    with pytest.raises(ValueError, match=message):
+        topk_gate(values.pop("logits_TE"), values.pop("k"), **values)

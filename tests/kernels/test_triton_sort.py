@@ -1,0 +1,75 @@
+"""S source rows, K choices per row, R = S*K routed rows, E experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+
+
+def check(ids_SK: Tensor, num_experts: int) -> None:
+    found = sort_by_expert(ids_SK, num_experts, backend="triton")
+    expected = sort_by_expert(ids_SK, num_experts, backend="torch")
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), name
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("ids", "num_experts"),
+    [
+        (torch.zeros(0, 2, dtype=torch.int64), 3),
+        (torch.zeros(4, 0, dtype=torch.int64), 3),
+        (torch.zeros(5, 2, dtype=torch.int64), 1),
+        (torch.full((5, 2), -1), 4),
+        (torch.full((600, 2), 2), 4),
+        (torch.tensor([[3, -1], [0, 3], [-1, -1], [3, 3]]), 4),
+        (torch.tensor([[1, 0, 2], [0, 1, -1]]).t(), 3),
+    ],
+    ids=["no rows", "no choices", "one expert", "all dropped", "all on one", "duplicates", "not contiguous"],
+)
+def test_edges(ids: Tensor, num_experts: int) -> None:
+    check(ids.to(DEVICE), num_experts)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("sources", "choices", "experts"),
+    [(512, 1, 7), (513, 1, 7), (511, 3, 60), (2048, 2, 512), (1400, 2, 513), (1025, 1, 2500), (40, 8, 4096)],
+)
+def test_many_rows(sources: int, choices: int, experts: int) -> None:
+    """Around the edges of a block, a tile of bins and both sizes of block."""
+    check(torch.randint(-1, experts, (sources, choices), device=DEVICE), experts)
+
+
+@pytest.mark.usefixtures("poison")
+def test_prefixes_carry_over_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from equimoe.kernels.sort_by_expert import triton_ops
+
+    monkeypatch.setattr(triton_ops, "_PREFIX_BLOCKS", 2)  # steps that otherwise take 131073 rows or 1024 experts
+    monkeypatch.setattr(triton_ops, "_PREFIX_ALL", 4)
+    check(torch.randint(-1, 9, (5 * 512 + 3, 1), device=DEVICE), 9)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), sources=st.integers(0, 12), choices=st.integers(1, 4), num_experts=st.integers(1, 6))
+def test_any(data: st.DataObject, sources: int, choices: int, num_experts: int) -> None:
+    size = sources * choices
+    ids = data.draw(st.lists(st.integers(-1, num_experts - 1), min_size=size, max_size=size))
+    check(torch.tensor(ids, dtype=torch.int64, device=DEVICE).view(sources, choices), num_experts)
+
+
+def test_custom_op() -> None:
+    """Schema and fake agree with what the op does."""
+    ids_SK = torch.tensor([[1, 0], [2, -1]], device=DEVICE)
+    sort_by_expert(ids_SK, 3, backend="triton")  # registers the op
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.equimoe.sort_by_expert.default, (ids_SK, 3), test_utils=utils)
