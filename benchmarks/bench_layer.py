@@ -23,6 +23,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
 from importlib.util import find_spec
+from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -186,7 +187,7 @@ def measure(
     return seconds
 
 
-def bench(size: LayerSize, dtype: str, rounds: int, warmup: int) -> dict[str, object]:
+def bench(size: LayerSize, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
     """All figures of one dtype."""
     layers, missing = contestants(size)
     layers = {name: layer.to(DTYPES[dtype]).train() for name, layer in layers.items()}
@@ -204,7 +205,7 @@ def ratio(seconds: dict[str, list[float]], name: str) -> float:
     return statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds[OURS], strict=True))
 
 
-def report(size: LayerSize, dtype: str, figures: dict[str, object]) -> dict[str, float]:
+def report(size: LayerSize, dtype: str, figures: dict[str, Any]) -> dict[str, float]:
     """Print one dtype's table; the ratios by name."""
     seconds = figures["seconds"]
     ratios = {name: ratio(seconds, name) for name in seconds}

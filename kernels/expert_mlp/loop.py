@@ -22,6 +22,10 @@ from ..sort_by_expert import ExpertOrder
 from .swiglu import SwiGLU
 from .workers import each
 
+#: multiply-adds of a forward pass from which threads work on different experts. OpenMP's own threads keep a core busy
+#: for some milliseconds after what ran before, which a small layer would wait for.
+_WORTH_WORKERS = 2 << 30
+
 
 class _Span(NamedTuple):
     """One expert's rows: ``start:stop`` in sorted order, ``place:end`` in padded buffers."""
@@ -69,9 +73,11 @@ class _Rows:
             grad[expert].zero_()
         return grad
 
-    def each(self, work: Callable[[Sequence[_Span]], None]) -> None:
-        if self.spans:
+    def each(self, work: Callable[[Sequence[_Span]], None], width: int) -> None:
+        if self.padded * self.like.shape[1] * 3 * width >= _WORTH_WORKERS:
             each(self.spans, [span.end - span.place for span in self.spans], work)
+        elif self.spans:
+            work(self.spans)
 
     def gather(self, from_SD: Tensor, span: _Span, scratch: Tensor) -> Tensor:
         """The source rows of an expert, padded."""
@@ -126,7 +132,7 @@ def forward(
             h_NF = swiglu.forward(rows.cut(pre_NF, span), rows.weights_R1[span.start : span.stop])
             torch.mm(pad(h_NF, span), down_EDF[span.expert].t(), out=out_PD[span.place : span.end])
 
-    rows.each(work)
+    rows.each(work, width)
     return rows.sum(out_PD), pre_PF
 
 
@@ -167,7 +173,7 @@ def backward(
             if dx_PD is not None:
                 torch.mm(dpre_NF, gate_up_EFD[span.expert], out=dx_PD[span.place : span.end])
 
-    rows.each(work)
+    rows.each(work, width)
     dx_SD = None if dx_PD is None else rows.sum(dx_PD)
     dweights_SK = None if dweights_R is None else _unsort(dweights_R, order)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF

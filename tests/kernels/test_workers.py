@@ -16,8 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from equimoe.kernels.expert_mlp import expert_mlp, workers
+from equimoe.kernels.expert_mlp import expert_mlp, loop, workers
 from equimoe.kernels.sort_by_expert import sort_by_expert
+
+
+@pytest.fixture(autouse=True)
+def at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_WORTH_WORKERS", 1)
 
 
 @pytest.fixture
@@ -107,6 +112,12 @@ def test_share_out(sizes: list[int], count: int) -> None:
         return
     assert sorted(item for part in parts for item in part) == items
     assert max(sum(sizes[i] for i in part) for part in parts) <= workers._SLACK * sum(sizes) / count
+
+
+def test_small_layers_stay_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_WORTH_WORKERS", 150 * 2 * 3 * 24 * 16 + 1)
+    monkeypatch.setattr(loop, "each", lambda *_: pytest.fail("shared out"))
+    run(*make(torch.float32))
 
 
 def test_one_busy_expert_is_not_shared_out() -> None:
