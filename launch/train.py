@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..moe.parallel import build_mesh, check_degrees
+from ..moe.parallel import build_mesh
 from ..moe.train import checkpoint
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         if launch.print_config:
             print(to_yaml(config), end="") if process.rank == 0 else None
             return
-        check_degrees(process.world, config.parallel.ep, config.model.num_experts)
-        config.micro_batches(process.world)
+        config.micro_batches(config.parallel.resolve(process.world).dp)
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
@@ -48,7 +47,7 @@ def _train(launch: Launch, process: env.Process, arguments: list[str]) -> None:
     env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
     corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
     found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, process))
-    mesh = build_mesh(config.parallel.ep, process.device.type, config.parallel.timeout_s) if process.world > 1 else None
+    mesh = build_mesh(config.parallel, process.device.type) if process.world > 1 else None
     trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
         env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found))

@@ -8,18 +8,18 @@ from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one weight with the gate rows first."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, init_std: float) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
         for weight in self.parameters():
             nn.init.normal_(weight, std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class SharedExperts(nn.Module):

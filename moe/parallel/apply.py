@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from ..collectives import world_axis
 from ..layer import MoE
+from ..model import Attention, Decoder
+from .context import ContextAttention, positions
 from .expert import apply_expert_parallel
+from .mesh import Mesh
+from .sharded import apply_fully_sharded
+from .tensor import apply_tensor_parallel
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Split the experts of every MoE layer over the mesh's "ep" axis, in place.
+def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
+    """Split a model over ``mesh`` (from :func:`equimoe.moe.parallel.build_mesh`), in place.
 
-    ``mesh`` comes from :func:`equimoe.moe.parallel.build_mesh`. The model's weights must be the same on all ranks (same
-    seed). All ranks hold different tokens, so loads are counted over all of them. Data parallelism comes after:
-    :class:`equimoe.moe.engines.DataParallel`, or DDP with the expert parameters left to you.
+    The weights must be the same on all ranks (same seed). MoE layers in any model get their experts split and their
+    loads counted over all ranks; tensor and context parallelism, and FSDP2, know :class:`equimoe.moe.model.Decoder`
+    and pipeline stages of it. ``dtype`` is what FSDP2 computes in. Gradients are sums over ranks, not means: let each
+    rank's loss be its share of the whole. :class:`equimoe.moe.engines.DataParallel` finishes them.
     """
-    for layer in (module for module in model.modules() if isinstance(module, MoE)):
-        layer.balancer.axis = world_axis()
-        if mesh["ep"].size() > 1:
-            apply_expert_parallel(layer, mesh["ep"])
+    degrees = mesh.degrees
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        layer.balancer.axis = mesh["stage"]
+        layer.balancer.averaged_ranks = 1
+        if mesh["ep"].size * mesh["etp"].size > 1:
+            apply_expert_parallel(layer, mesh)
+    if degrees.cp > 1:
+        apply_context_parallel(_decoder(model, "cp"), mesh)
+    if degrees.tp > 1:
+        apply_tensor_parallel(_decoder(model, "tp"), mesh.dense["tp"], degrees.sequence_parallel)
+    if degrees.data_parallel == "fsdp":
+        apply_fully_sharded(model, mesh, dtype)
+    return model
+
+
+def apply_context_parallel(model: Decoder, mesh: Mesh) -> None:
+    """Let attention reach over the ranks that hold parts of the same sequences."""
+    axis = mesh["cp"]
+    for attention in [module for module in model.modules() if isinstance(module, Attention)]:
+        attention.attend = ContextAttention(axis, method=mesh.degrees.context)
+        attention.hold(positions(attention.cos_SH.shape[0], axis.size, axis.rank))
+
+
+def _decoder(model: nn.Module, degree: str) -> Decoder:
+    if not isinstance(model, Decoder):
+        found = type(model).__name__
+        raise ValueError(f"parallel.{degree}: knows how to split a Decoder, not {found}; set parallel.{degree}=1")
     return model

@@ -1,24 +1,26 @@
-"""Expert parallelism: each rank of the axis owns num_experts / ep experts."""
+"""Expert parallelism: each rank of the ep axis owns num_experts / ep experts; those of the etp axis a part of each."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from ..collectives import axis_of
 from ..dispatch import AllToAllDispatcher
 from ..layer import MoE
+from .mesh import Mesh
 
 
-def apply_expert_parallel(layer: MoE, ep_mesh: DeviceMesh) -> None:
-    """Keep this rank's experts of a layer whose full weights are the same on all ranks; exchange rows by all-to-all.
+def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
+    """Keep this rank's part of the experts of a layer whose full weights are the same on all ranks.
 
-    The weights become DTensors split over experts, so that norms, optimizers and checkpoints know what is split.
+    The weights become DTensors, so that norms, optimizers and checkpoints know what is split.
     """
-    axis = axis_of("ep", ep_mesh.get_group())
-    layer.dispatcher = AllToAllDispatcher(layer.config.num_experts, axis, layer.config.backend)
+    config = layer.config
+    if config.num_experts % mesh["ep"].size:
+        raise ValueError(f"model.num_experts={config.num_experts}: must be divisible by parallel.ep={mesh['ep'].size}")
+    layer.dispatcher = AllToAllDispatcher(config.num_experts, mesh["ep"], config.backend)
+    placements = (Shard(0), Replicate())
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
-        own = weight.detach().chunk(ep_mesh.size())[ep_mesh.get_local_rank()].clone()
-        split = DTensor.from_local(own, ep_mesh, (Shard(0),), run_check=False)
+        own = weight.detach().chunk(mesh["ep"].size)[mesh["ep"].rank].clone()
+        split = DTensor.from_local(own, mesh.expert["ep"], (Shard(0),), run_check=False)
         layer.experts.register_parameter(name, nn.Parameter(split, requires_grad=weight.requires_grad))

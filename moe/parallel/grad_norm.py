@@ -7,14 +7,17 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+
+from ..collectives import LOCAL, Axis, sum_over
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
     """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (0: leave them); returns the norm before.
 
     Each element is counted once: a split gradient's squares are summed over the axes that split it, a replicated
-    one's are not. A norm that is not finite scales nothing, so that the caller can skip the step with weights intact.
+    one's are not; parameters of other pipeline ``stages`` belong to the norm too. A norm that is not finite scales
+    nothing, so that the caller can skip the step with weights intact.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     by_split: dict[tuple, list[Tensor]] = {(): []}
@@ -30,7 +33,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square
-    norm = total.sqrt()
+    norm = sum_over(total, stages).get().sqrt()
     factor = max_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
     if max_norm > 0 and 0 < factor < 1:
         torch._foreach_mul_([_local(grad) for grad in grads], factor)
@@ -41,7 +44,7 @@ def _splitting_groups(grad: Tensor) -> tuple:
     if not isinstance(grad, DTensor):
         return ()
     mesh = grad.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placed in enumerate(grad.placements) if isinstance(placed, Shard))
+    return tuple(mesh.get_group(dim) for dim, placed in enumerate(grad.placements) if not placed.is_replicate())
 
 
 def _local(grad: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig, require
+from ..parallel.config import ParallelConfig as ParallelConfig  # one section of a run's configuration
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """How ranks share the work. Data parallelism takes what is left."""
-
-    #: ranks among which the experts are split; divides the world size and num_experts
-    ep: int = 1
-    #: seconds a collective may take before the run ends with an error
-    timeout_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        require(self.ep >= 1, "parallel.ep", self.ep, "must be at least 1")
-        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     """When a checkpoint is written, and how many stay."""
 
@@ -189,7 +176,7 @@ class TrainConfig:
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
         require(
-            self.model.num_experts % self.parallel.ep == 0,
+            self.parallel.ep == -1 or self.model.num_experts % self.parallel.ep == 0,
             "parallel.ep",
             self.parallel.ep,
             f"must divide model.num_experts={self.model.num_experts}",

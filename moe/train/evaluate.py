@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..collectives import sum_over, world_axis
+from ..collectives import LOCAL, sum_over, world_axis
 from ..layer import MoE
 from ..model import Decoder
+from ..parallel import Mesh, share_of, token_nats, vocabulary_parallel
 from ..types import Routing
 from .config import TrainConfig
 from .data import Corpus, heldout_batches
@@ -39,12 +39,14 @@ def watch_routing(layers: list[MoE]) -> Iterator[list[Routing]]:
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Held-out loss in nats per token, over all and by domain, and how often each domain's tokens choose each expert.
 
     Every rank calls it and gets the same answer: {"loss", "domains": {d: {"loss", "tokens"}}, "routing": {d: [L][E]}}.
     """
-    axis = world_axis()
+    data = LOCAL if mesh is None else mesh["dp"]
     layers = model.moe_layers()
     number = {domain: i for i, domain in enumerate(corpus.domains)}
     sums_N2 = torch.zeros(len(number), 2, dtype=torch.float64, device=device)
@@ -52,14 +54,18 @@ def evaluate(model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.
     was_training = model.training
     model.eval()
     batches = heldout_batches(
-        corpus, config.data.seq_len, config.log.eval_sequences, config.data.micro_batch, axis.rank, axis.size
+        corpus, config.data.seq_len, config.log.eval_sequences, config.data.micro_batch, data.rank, data.size
     )
-    with watch_routing(layers) as routings, mixed_precision(config, device):
+    counted = mesh is None or mesh["tp"].rank == 0  # the others of a tensor-parallel group have the same losses
+    with watch_routing(layers) as routings, vocabulary_parallel(mesh):
         for domain, *parts in batches:
             inputs_BS, labels_BS, mask_BS = (part.to(device) for part in parts)
-            logits_BSV = model(inputs_BS)
-            nats = F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none")
-            sums_N2[number[domain]] += torch.stack((nats.double() @ mask_BS.flatten().double(), mask_BS.sum().double()))
+            share = share_of(inputs_BS, labels_BS, mask_BS, mesh)
+            assert share.mask is not None
+            with mixed_precision(config, device):
+                logits_BSV = model(share.inputs)
+            nats = token_nats(logits_BSV, share).double().sum()
+            sums_N2[number[domain]] += torch.stack((nats, share.mask.sum().double())) * counted
             whole_B = mask_BS.all(dim=1)  # sequences that are padded would count padding
             for i, routing in enumerate(routings):
                 counts_NLE[number[domain], i] += routing.counts_BE[whole_B].sum(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..balance import loss_value
-from ..collectives import sum_over, world_axis
+from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import DataParallel
 from ..model import Decoder
 from ..parallel import Mesh, parallelize
@@ -45,9 +46,11 @@ class Trainer:
     """Model, optimizer and data of a run on this rank."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
-        self.config, self.corpus, self.device = config, corpus, device
+        self.config, self.corpus, self.device, self.mesh = config, corpus, device, mesh
         self.axis = world_axis()
-        self.micro_batches = config.micro_batches(self.axis.size)
+        #: the ranks that read different sequences
+        self.data = LOCAL if mesh is None else mesh["dp"]
+        self.micro_batches = config.micro_batches(self.data.size)
         model = build_model(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
@@ -57,7 +60,7 @@ class Trainer:
         )
         self.model = model.to(device)
         if mesh is not None:
-            parallelize(self.model, mesh)
+            parallelize(self.model, mesh, torch.bfloat16 if config.dtype == "bfloat16" else None)
         self.engine = DataParallel(self.model, mesh)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
@@ -71,7 +74,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self.batches.sample(
-            self.step, self.axis.rank, self.axis.size, self.micro_batches, self.config.data.micro_batch
+            self.step, self.data.rank, self.data.size, self.micro_batches, self.config.data.micro_batch
         )
         norm = train_step(self.engine, self.optimizer, batches, self.config, self.losses)
         self.step += 1
@@ -79,7 +82,9 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """An ``eval`` record: see :mod:`equimoe.moe.train.metrics`."""
-        return {"kind": "eval", "step": self.step} | evaluate(self.model, self.corpus, self.config, self.device)
+        return {"kind": "eval", "step": self.step} | evaluate(
+            self.model, self.corpus, self.config, self.device, self.mesh
+        )
 
     def record(self, norm: Tensor) -> dict[str, Any]:
         """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce."""
@@ -119,7 +124,8 @@ class Trainer:
 
     def save(self, root: Path) -> Path:
         """Write a checkpoint of the present step. Every rank calls it."""
-        position = {"world": self.axis.size, "ep": self.config.parallel.ep, "data": self.corpus.fingerprint}
+        degrees = {} if self.mesh is None else asdict(self.mesh.degrees)
+        position = {"world": self.axis.size, "parallel": degrees, "data": self.corpus.fingerprint}
         return checkpoint.save(root, self.step, self.state(), position, self.config.checkpoint.keep_last)
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +16,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
     The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
     """
-    groups: dict[tuple[bool, type], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        # a group is updated by one fused call, which cannot mix plain tensors and DTensors
-        groups.setdefault((parameter.dim() > 1, type(parameter.data)), []).append(parameter)
+        # a group is updated by one fused call, which cannot mix plain tensors and DTensors, or DTensors of two meshes
+        groups.setdefault((parameter.dim() > 1, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}

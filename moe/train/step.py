@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..balance import counting_pass
+from ..collectives import LOCAL
 from ..engines import DataParallel
-from ..parallel import clip_grad_norm_
+from ..parallel import Share, clip_grad_norm_, share_of, token_nats, vocabulary_parallel
 from .config import TrainConfig
 
 #: inputs [B, S], labels [B, S], domain of each sequence [B]
@@ -41,6 +43,34 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContex
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
+def gradients(
+    engine: DataParallel,
+    shares: list[Share],
+    tokens: float,
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    exact: bool = False,
+) -> list[Tensor]:
+    """Forward, backward and reduction over the micro-batches of a step; the nats [B, S] of each share.
+
+    The loss is the sum over all shares of all ranks, over ``tokens``. ``exact`` counts loads in a pass ahead.
+    """
+    if exact:
+        with counting_pass(), precision():
+            for share in shares:
+                engine.model(share.inputs, share.layer_mask)
+    found = []
+    with vocabulary_parallel(engine.mesh):
+        for i, share in enumerate(shares):
+            with engine.accumulate(last=i + 1 == len(shares)):
+                with precision():
+                    logits_BSV = engine(share.inputs, share.layer_mask)
+                nats_BS = token_nats(logits_BSV, share)
+                (nats_BS.sum() / tokens).backward()
+            found.append(nats_BS.detach())
+    engine.reduce_gradients()
+    return found
+
+
 def train_step(
     engine: DataParallel,
     optimizer: torch.optim.Optimizer,
@@ -53,24 +83,16 @@ def train_step(
     The loss is the mean over all tokens of the step on all ranks, whatever the number of micro-batches and ranks.
     Raises NonFiniteError, on every rank and before the update, when the norm is not finite.
     """
-    device = losses.sums_N2.device
+    device, mesh = losses.sums_N2.device, engine.mesh
     tokens = config.data.global_batch * config.data.seq_len
-    batches = [tuple(part.to(device) for part in batch) for batch in batches]  # type: ignore[misc]
-    if config.balance.estimator == "exact":
-        with counting_pass(), mixed_precision(config, device):
-            for inputs_BS, _, _ in batches:
-                engine.model(inputs_BS)
-    for i, (inputs_BS, labels_BS, domain_B) in enumerate(batches):
-        with engine.accumulate(last=i + 1 == len(batches)):
-            with mixed_precision(config, device):
-                logits_BSV = engine(inputs_BS)
-            nats_BS = F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), reduction="none")
-            nats_BS = nats_BS.view(labels_BS.shape)
-            # the engine takes the mean over ranks of what are shares of one sum
-            (nats_BS.sum() * (engine.ranks / tokens)).backward()
-        losses.add(nats_BS.detach(), domain_B)
-    engine.reduce_expert_gradients()
-    norm = clip_grad_norm_(engine.model.parameters(), config.optim.grad_clip)
+    shares = [share_of(inputs.to(device), labels.to(device), mesh=mesh) for inputs, labels, _ in batches]
+    exact = config.balance.estimator == "exact"
+    nats = gradients(engine, shares, tokens, partial(mixed_precision, config, device), exact)
+    if mesh is None or mesh["tp"].rank == 0:  # the others of a tensor-parallel group have the same
+        for nats_BS, (_, _, domain_B) in zip(nats, batches, strict=True):
+            losses.add(nats_BS, domain_B.to(device))
+    stages = LOCAL if mesh is None else mesh["pp"]
+    norm = clip_grad_norm_(engine.parameters(), config.optim.grad_clip, stages)
     if not bool(norm.isfinite()):
         optimizer.zero_grad()
         raise NonFiniteError(f"gradient norm is {float(norm)}: lower optim.lr, or resume from an earlier checkpoint")

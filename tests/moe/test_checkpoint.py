@@ -190,7 +190,7 @@ def test_resume_is_bit_identical_and_experts_are_all_there(tmp_path: Path) -> No
     def script(rank: int, world: int, ep: int) -> tuple[bool, int]:
         run = small.on(tmp_path / "texts", ep=ep, steps=6)
         root = tmp_path / f"{world}-{ep}"
-        mesh = build_mesh(ep) if world > 1 else None
+        mesh = build_mesh(run.parallel) if world > 1 else None
 
         def trainer() -> Trainer:
             return Trainer(run, corpus, mesh, torch.device("cpu"))

@@ -115,8 +115,9 @@ def test_bf16_module() -> None:
 def test_shared_experts(gated: bool) -> None:
     layer = make(shared_intermediate_size=6, shared_gate=gated)
     x = torch.randn(8, 12)
-    gate, up = (x @ layer.shared.mlp.gate_up_proj.weight.T).chunk(2, -1)
-    shared = (torch.nn.functional.silu(gate) * up) @ layer.shared.mlp.down_proj.weight.T
+    mlp = layer.shared.mlp
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    shared = (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.weight.T
     if gated:
         shared = torch.sigmoid(x @ layer.shared.gate.weight.T) * shared
     assert oracle.relative_error(layer(x), oracle.forward(layer, x) + shared) < 1e-5

@@ -15,7 +15,10 @@ from equimoe.moe.config import CapacityConfig, RouterConfig
 from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
 
 #: valid values where the next larger number or the last choice would not be
-OTHER_VALUES = {"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25", "parallel.ep": "4"}
+OTHER_VALUES = {
+    **{"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25"},
+    **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
+}
 
 
 def value_of(config: TrainConfig, name: str) -> Any:

@@ -107,7 +107,7 @@ def test_step_that_is_not_finite_leaves_the_weights(config: TrainConfig) -> None
 @pytest.mark.parametrize(("every", "where"), [(0, []), (1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2])])
 def test_where_the_moe_layers_are(config: TrainConfig, every: int, where: list[int]) -> None:
     trainer = trainer_of(replace(config, model=replace(config.model, num_layers=4, moe_every=every)))
-    kinds = [type(block.mlp).__name__ for block in trainer.model.blocks]
+    kinds = [type(block.mlp).__name__ for block in trainer.model.blocks.values()]
     assert [i for i, kind in enumerate(kinds) if kind == "MoE"] == where
     record = trainer.record(trainer.train_step())
     assert len(record["layers"]) == len(where)

@@ -21,7 +21,7 @@ from tests.helpers.fork import run_ranks
 def curve(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     """Records of every step, and the evaluation at the end."""
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
-    mesh = build_mesh(config.parallel.ep) if world > 1 else None
+    mesh = build_mesh(config.parallel) if world > 1 else None
     trainer = Trainer(config, corpus, mesh, torch.device("cpu"))
     records = [trainer.record(trainer.train_step()) for _ in range(config.steps)]
     return {"records": records, "eval": trainer.evaluate()}

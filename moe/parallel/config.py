@@ -1,0 +1,85 @@
+"""How ranks share the work: the degrees by the names that users know, and the choice of methods."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..config import require
+
+DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT = ("edp", "ep", "etp")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Two foldings of the same ranks, for the dense part and for the experts; -1 stands for what is left.
+
+    The ranks are pp x dp_replicate x dp_shard x cp x tp to the one, and pp x edp x ep x etp to the other.
+    """
+
+    #: pipeline stages (ranks; a schedule may give each rank several)
+    pp: int = 1
+    #: groups of data-parallel ranks that each hold all weights (HSDP)
+    dp_replicate: int = 1
+    #: data-parallel ranks within such a group; they hold different sequences, as the groups do
+    dp_shard: int = -1
+    #: ranks that hold parts of the same sequences
+    cp: int = 1
+    #: ranks among which attention, dense feed-forwards, embedding and head are split
+    tp: int = 1
+    #: replicas of an expert
+    edp: int = -1
+    #: ranks among which the experts are split
+    ep: int = 1
+    #: ranks that split each expert
+    etp: int = 1
+    #: under tp, let each rank hold a part of the tokens between the split layers
+    sequence_parallel: bool = True
+    #: weights are replicated over data-parallel ranks ("ddp"), or split over dp_shard x cp ("fsdp", torch's FSDP2)
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
+    #: how attention reaches over cp: keys and values travel around, or are gathered
+    context: Literal["ring", "all_gather"] = "ring"
+    #: in which order a pipeline's stages work on the micro-batches
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
+    #: seconds a collective may take before the run ends with an error
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for names in (DENSE, EXPERT):
+            for name in names:
+                value = getattr(self, name)
+                require(value >= 1 or value == -1, f"parallel.{name}", value, "must be at least 1, or -1 for the rest")
+            rest = [name for name in names if getattr(self, name) == -1]
+            require(len(rest) < 2, f"parallel.{' and '.join(rest)}", -1, "only one of these can be the rest")
+        for name, choices in (
+            ("data_parallel", ("ddp", "fsdp")),
+            ("context", ("ring", "all_gather")),
+            ("schedule", ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")),
+        ):
+            require(getattr(self, name) in choices, f"parallel.{name}", getattr(self, name), f"use one of {choices}")
+        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
+
+    def resolve(self, world: int) -> ParallelConfig:
+        """The same with every -1 replaced, for ``world`` ranks. Raises ValueError where the degrees do not fit."""
+        dense = self._fill(DENSE, world, "the number of processes")
+        what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
+        return replace(self, **dense, **self._fill(EXPERT, world // dense["pp"], what))
+
+    def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, int]:
+        degrees = {name: getattr(self, name) for name in names}
+        known = math.prod(value for value in degrees.values() if value != -1)
+        rest = [name for name, value in degrees.items() if value == -1]
+        if rest and total % known == 0:
+            degrees[rest[0]] = total // known
+        elif rest or known != total:
+            text = " * ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value not in (1, -1))
+            must = "must divide" if rest else "must be equal to, or have one at -1 and divide,"
+            raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}")
+        return degrees
+
+    @property
+    def dp(self) -> int:
+        """Ranks that hold different sequences, when resolved."""
+        return self.dp_replicate * self.dp_shard

@@ -1,0 +1,319 @@
+"""Context parallelism: each rank holds some chunks of every sequence, and attends to the keys of all ranks.
+
+A causal sequence cut into P equal parts would leave the first rank idle: it has few keys to attend to. Balanced, it is
+cut into 2P chunks, and rank r holds chunks r and 2P-1-r; then all ranks compute the same number of blocks. A block is
+one chunk of queries against one of keys; partial results meet by their logsumexp (online softmax, arXiv 1805.02867).
+
+B sequences, N query heads, M key/value heads, G = N / M, S positions of this rank, H head width, P ranks of the axis,
+Q queries and C keys of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..collectives import Axis
+
+# torch 2.13 has new names for both and warns of the old ones
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+#: queries whose scores are in memory at a time
+TILE = 512
+
+
+def positions(seq_len: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+    """The positions of a sequence that this rank holds, in its order: int64 [seq_len / size]."""
+    return shard_sequence(torch.arange(seq_len), 0, size, rank, balanced)
+
+
+def shard_sequence(t: Tensor, dim: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+    """This rank's part of a tensor that has whole sequences along ``dim``. Differentiable.
+
+    Raises ValueError where the sequence does not divide into 2 * size chunks (balanced) or size (not).
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank={rank}: must be from 0 to {size - 1}, for size={size} context-parallel ranks")
+    held = [_held(r, size, balanced) for r in range(size)]
+    count = sum(map(len, held))
+    if t.shape[dim] == 0 or t.shape[dim] % count:
+        raise ValueError(
+            f"seq_len={t.shape[dim]}: must be divisible by {count}, {len(held[0])} for each of {size} "
+            "context-parallel ranks; pad the sequences or lower parallel.cp"
+        )
+    chunks = t.chunk(count, dim)
+    return torch.cat([chunks[i] for i in held[rank]], dim)
+
+
+def unshard(parts: Sequence[Tensor], dim: int, balanced: bool = True) -> Tensor:
+    """The whole sequences from the parts of all ranks, in rank order."""
+    chunks: dict[int, Tensor] = {}
+    for rank, part in enumerate(parts):
+        held = _held(rank, len(parts), balanced)
+        chunks.update(zip(held, part.chunk(len(held), dim), strict=True))
+    return torch.cat([chunks[i] for i in range(len(chunks))], dim)
+
+
+class ContextAttention:
+    """Causal attention over sequences that are split over an axis, in place of scaled_dot_product_attention.
+
+    ``method``: "ring" passes K and V from rank to rank while blocks are computed, so that a rank holds two ranks' K and
+    V at a time (arXiv 2310.01889); "all_gather" holds all ranks', and has one collective instead of P - 1 exchanges.
+    ``balanced`` tells how the sequences were split (:func:`shard_sequence`). All ranks must call it with equal shapes.
+    """
+
+    def __init__(self, axis: Axis, method: str = "ring", balanced: bool = True) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
+        self.axis, self.method, self.balanced = axis, method, balanced
+
+    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
+        """This rank's rows, as F.scaled_dot_product_attention(is_causal=True) on the whole sequences has them.
+
+        Query head n uses key head n // (N / M); v may have a width of its own. Sums are fp32 (fp64 for fp64).
+        """
+        self._check(q_BNSH, k_BMSH, v_BMSH)
+        if self.axis.size == 1:
+            grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
+            return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=grouped)
+        q_BNSH, k_BMSH, v_BMSH = (_autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
+        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, METHODS[self.method], self.balanced)
+
+    def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> None:
+        shapes = [tuple(t.shape) for t in (q_BNSH, k_BMSH, v_BMSH)]
+        q, k, v = shapes
+        heads_fit = len(q) == len(k) == len(v) == 4 and k[1] > 0 and q[1] % k[1] == 0
+        if not heads_fit or k[:3] != v[:3] or (q[0], *q[2:]) != (k[0], *k[2:]):
+            raise ValueError(
+                f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any], M a divisor of N"
+            )
+        chunks = len(_held(0, self.axis.size, self.balanced))
+        if q[2] == 0 or q[2] % chunks:
+            raise ValueError(
+                f"seq_len={q[2] * self.axis.size}: must be divisible by {chunks * self.axis.size}, {chunks} chunks for "
+                f"each rank of axis {self.axis.name!r}; pad the sequences and split them with shard_sequence"
+            )
+
+
+# ---- which chunks, which blocks
+
+
+def _held(rank: int, size: int, balanced: bool) -> tuple[int, ...]:
+    return (rank, 2 * size - 1 - rank) if balanced and size > 1 else (rank,)
+
+
+def _tiles(axis: Axis, source: int, balanced: bool, length: int) -> Iterator[tuple[slice, slice, bool]]:
+    """Own queries, ``source``'s keys that they may see, and whether the last keys are hidden from the first queries.
+
+    Both are given as positions in what a rank holds. What is hidden altogether does not appear.
+    """
+    own, other = _held(axis.rank, axis.size, balanced), _held(source, axis.size, balanced)
+    chunk = length // len(own)
+    for a, i in enumerate(own):
+        for b, j in enumerate(other):
+            if j > i:
+                continue
+            for start in range(0, chunk, TILE):
+                end = min(start + TILE, chunk)
+                seen = end if i == j else chunk
+                yield slice(a * chunk + start, a * chunk + end), slice(b * chunk, b * chunk + seen), i == j
+
+
+# ---- how K and V reach all ranks, and their gradients the owner
+
+
+class _Arriving:
+    """Tensors on their way to the next rank of the ring; :meth:`get` waits for those of the rank before."""
+
+    def __init__(self, tensors: Sequence[Tensor], axis: Axis, tag: int) -> None:
+        self.sent = [t.contiguous() for t in tensors]  # kept until they have left
+        self.received = [torch.empty_like(t) for t in self.sent]
+        after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+        ops = []
+        for i, (out, into) in enumerate(zip(self.sent, self.received, strict=True)):
+            ops.append(dist.P2POp(dist.isend, out, group=axis.group, tag=tag + i, group_peer=after))
+            ops.append(dist.P2POp(dist.irecv, into, group=axis.group, tag=tag + i, group_peer=before))
+        self.works = dist.batch_isend_irecv(ops)
+
+    def get(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def _ring_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    for step in range(axis.size):
+        last = step == axis.size - 1
+        arriving = None if last else _Arriving(kv, axis, tag=0)
+        yield (axis.rank - step) % axis.size, kv
+        if arriving is not None:
+            kv = arriving.get()
+
+
+class _RingReturn:
+    """Gradients follow their K and V around the ring, gather each rank's share, and go home with the last hop."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.own: Sequence[Tensor] = ()
+        self.arriving: _Arriving | None = None
+
+    def add(self, source: int, share: Sequence[Tensor]) -> None:
+        if source == self.axis.rank:
+            self.own = share
+            return
+        self.arriving = _Arriving(self._plus_arrived(share), self.axis, tag=2)
+
+    def get(self) -> Sequence[Tensor]:
+        return self._plus_arrived(self.own)
+
+    def _plus_arrived(self, share: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.arriving is None:
+            return share
+        return [mine.add_(others) for mine, others in zip(share, self.arriving.get(), strict=True)]
+
+
+def _gather_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    sent = [t.contiguous() for t in kv]
+    gathered = [t.new_empty((axis.size, *t.shape)) for t in sent]
+    works = [
+        _all_gather(into.flatten(0, 1), out, group=axis.group, async_op=True)
+        for into, out in zip(gathered, sent, strict=True)
+    ]
+    yield axis.rank, kv
+    for work in works:
+        work.wait()
+    for step in range(1, axis.size):
+        source = (axis.rank - step) % axis.size
+        yield source, [t[source] for t in gathered]
+
+
+class _GatherReturn:
+    """One reduce-scatter sums all ranks' shares at the owner."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self.shares: dict[int, Sequence[Tensor]] = {}
+
+    def add(self, source: int, share: Sequence[Tensor]) -> None:
+        self.shares[source] = share
+
+    def get(self) -> Sequence[Tensor]:
+        sums = [torch.empty_like(t) for t in self.shares[0]]
+        works = []
+        for i, into in enumerate(sums):
+            shares = torch.cat([self.shares[source][i] for source in range(self.axis.size)])
+            works.append(_reduce_scatter(into, shares, group=self.axis.group, async_op=True))
+        for work in works:
+            work.wait()
+        return sums
+
+
+class _Return(Protocol):
+    def add(self, source: int, share: Sequence[Tensor]) -> None:
+        """Take this rank's share, its own to change, of the gradients of ``source``'s K and V."""
+
+    def get(self) -> Sequence[Tensor]:
+        """The gradients of this rank's K and V."""
+
+
+@dataclass(frozen=True)
+class _Method:
+    """Every rank's K and V, own first and then backwards around the ring; and their gradients' way home."""
+
+    visits: Callable[[Sequence[Tensor], Axis], Iterator[tuple[int, Sequence[Tensor]]]]
+    way_home: Callable[[Axis], _Return]
+
+
+METHODS = {
+    "ring": _Method(_ring_visits, _RingReturn),
+    "all_gather": _Method(_gather_visits, _GatherReturn),
+}
+
+
+# ---- the mathematics
+
+
+def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Tensor:
+    """Scores [B, M, G, Q, C] of scaled queries; with ``hidden_last`` query i sees all keys but the last Q - 1 - i."""
+    scores = (q_BMGQH.flatten(2, 3) @ k_BMCH.mT).unflatten(2, q_BMGQH.shape[2:4])
+    if hidden_last:
+        queries, keys = scores.shape[-2:]
+        hidden_QC = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+        scores = scores.masked_fill_(hidden_QC, float("-inf"))
+    return scores
+
+
+class _ContextAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, method: _Method, balanced: bool) -> Tensor:
+        ctx.how = (axis, method, balanced)
+        with torch.autocast(q.device.type, enabled=False):
+            q_BMGSH = _scaled(q, k.shape[1])
+            out_BMGSH = q_BMGSH.new_zeros((*q_BMGSH.shape[:-1], v.shape[-1]))
+            lse_BMGS = q_BMGSH.new_full(q_BMGSH.shape[:-1], float("-inf"))
+            for source, kv in method.visits((k, v), axis):
+                k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
+                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                    scores = _products(q_BMGSH[..., rows, :], k_BMSH[:, :, keys], hidden_last)
+                    most = scores.amax(-1, keepdim=True)
+                    p = scores.sub_(most).exp_()
+                    block = (p.flatten(2, 3) @ v_BMSH[:, :, keys]).unflatten(2, p.shape[2:4])
+                    most, before = most.squeeze(-1), lse_BMGS[..., rows]
+                    after = torch.logaddexp(before, most + p.sum(-1).log_())
+                    block.mul_((most - after).exp_().unsqueeze(-1))
+                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(block)
+                    lse_BMGS[..., rows] = after
+        out = out_BMGSH.flatten(1, 2).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse_BMGS)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse_BMGS = ctx.saved_tensors
+        axis, method, balanced = ctx.how
+        heads = k.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            q_BMGSH = _scaled(q, heads)
+            do_BMGSH = grad.to(q_BMGSH.dtype).unflatten(1, (heads, -1))
+            delta_BMGS = (do_BMGSH * out.unflatten(1, (heads, -1))).sum(-1)
+            dq_BMGSH = torch.zeros_like(q_BMGSH)
+            home = method.way_home(axis)
+            for source, kv in method.visits((k, v), axis):
+                k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
+                dk_BMSH, dv_BMSH = (t.new_zeros(t.shape) for t in (k_BMSH, v_BMSH))
+                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                    q_tile, do_tile = q_BMGSH[..., rows, :], do_BMGSH[..., rows, :]
+                    scores = _products(q_tile, k_BMSH[:, :, keys], hidden_last)
+                    p = scores.sub_(lse_BMGS[..., rows].unsqueeze(-1)).exp_()
+                    dp = _products(do_tile, v_BMSH[:, :, keys])
+                    ds = dp.sub_(delta_BMGS[..., rows].unsqueeze(-1)).mul_(p)
+                    p, ds, q_tile, do_tile = (t.flatten(2, 3) for t in (p, ds, q_tile, do_tile))
+                    dv_BMSH[:, :, keys] += p.mT @ do_tile
+                    dk_BMSH[:, :, keys] += ds.mT @ q_tile
+                    dq_BMGSH[..., rows, :] += (ds @ k_BMSH[:, :, keys]).unflatten(2, dq_BMGSH[..., rows, :].shape[2:4])
+                home.add(source, (dk_BMSH, dv_BMSH))
+            dk, dv = home.get()
+            dq = dq_BMGSH.mul_(q.shape[-1] ** -0.5).flatten(1, 2)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:
+    """[B, M, G, S, H] times H^-0.5, in the dtype of the sums."""
+    dtype = torch.promote_types(q_BNSH.dtype, torch.float32)
+    return (q_BNSH.to(dtype) * q_BNSH.shape[-1] ** -0.5).unflatten(1, (heads, -1))
+
+
+def _autocast(t: Tensor) -> Tensor:
+    """What autocast does to the arguments of scaled_dot_product_attention."""
+    device = t.device.type
+    wanted = torch.is_autocast_enabled(device) and t.dtype != torch.float64
+    return t.to(torch.get_autocast_dtype(device)) if wanted else t

@@ -1,0 +1,41 @@
+"""Weights split over data-parallel ranks: torch's FSDP2, dense and expert weights each on their own mesh."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from ..layer import MoE
+from ..model import Block
+from .mesh import Mesh
+
+
+def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None = None) -> None:
+    """Split all weights over the data-parallel ranks (and keep dp_replicate copies: HSDP), in place.
+
+    With ``dtype``, weights and activations are computed in it; gradients are reduced in fp32, and routers stay in
+    fp32. Gradients are added up over the ranks, not averaged.
+    """
+    policy, exact = MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    if dtype is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        fully_shard(layer.experts, mesh=expert, mp_policy=policy)
+        if dtype is not None:
+            fully_shard(layer.router, mesh=dense, mp_policy=exact)
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=dense, mp_policy=policy)
+    fully_shard(model, mesh=dense, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _submesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+    """One dimension to split over; two where there are several copies."""
+    return mesh[shard] if mesh[replicate].size() == 1 else mesh[replicate, shard]

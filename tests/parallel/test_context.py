@@ -1,0 +1,350 @@
+"""Causal attention over split sequences equals attention on the whole sequence.
+
+B sequences, N query heads, M key/value heads, S positions, H head width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.moe.collectives import Axis, axis_of, world_axis
+from equimoe.moe.parallel import context
+from equimoe.moe.parallel.context import METHODS, ContextAttention, positions, shard_sequence, unshard
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+SEQ = 48
+LAYOUTS = pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "contiguous"])
+BOTH = pytest.mark.parametrize("method", METHODS)
+
+#: batch, query heads, key heads, head width, width of v
+SHAPES = {"plain": (2, 2, 2, 4, 4), "grouped": (1, 6, 2, 4, 4), "one_head": (1, 4, 1, 3, 5)}
+
+
+def inputs(shape: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, for whole sequences."""
+    batch, heads, kv_heads, width, v_width = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((heads, width), (kv_heads, width), (kv_heads, v_width), (heads, v_width))
+    return tuple(torch.randn(batch, n, SEQ, h, dtype=torch.float64, generator=generator).to(dtype) for n, h in sizes)
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    """Output and gradients of torch's own attention in fp64."""
+    qkv = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+    out.backward(grad.double())
+    return [out.detach(), *(t.grad for t in qkv)]
+
+
+def part(tensors: tuple[Tensor, ...], axis: Axis, balanced: bool) -> list[Tensor]:
+    return [shard_sequence(t, 2, axis.size, axis.rank, balanced) for t in tensors]
+
+
+def split(tensors: tuple[Tensor, ...], axis: Axis, method: str, balanced: bool, run: Any = None) -> list[Tensor]:
+    """This rank's output and gradients; ``run(attention, q, k, v)`` may wrap the call."""
+    *qkv, grad = part(tensors, axis, balanced)
+    qkv = [t.requires_grad_() for t in qkv]
+    attention = ContextAttention(axis, method, balanced)
+    out = run(attention, *qkv) if run else attention(*qkv)
+    out.backward(grad)
+    return [out.detach(), *(t.grad for t in qkv)]
+
+
+def errors(results: list[list[Tensor]], want: list[Tensor], balanced: bool) -> list[float]:
+    """Relative errors of output, dq, dk, dv put together from all ranks."""
+    return [
+        oracle.relative_error(unshard(parts, 2, balanced), value)
+        for parts, value in zip(zip(*results, strict=True), want, strict=True)
+    ]
+
+
+def counting(module: Any, name: str, note: Callable[..., None]) -> None:
+    """Note each call of a function (in a forked rank, which nobody sees afterwards)."""
+    original = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
+# ---- the layout
+
+
+@LAYOUTS
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_position_is_held_once(size: int, balanced: bool) -> None:
+    held = [positions(SEQ, size, rank, balanced) for rank in range(size)]
+    assert all(t.dtype == torch.int64 and len(t) == SEQ // size for t in held)
+    assert torch.cat(held).sort().values.tolist() == list(range(SEQ))
+    x_BS = torch.randn(3, SEQ)
+    parts = [shard_sequence(x_BS, 1, size, rank, balanced) for rank in range(size)]
+    assert all(torch.equal(x_BS[:, ids], own) for ids, own in zip(held, parts, strict=True))
+    assert torch.equal(unshard(parts, 1, balanced), x_BS)
+
+
+def test_balanced_rank_holds_one_chunk_of_either_end() -> None:
+    assert positions(8, 2, 0).tolist() == [0, 1, 6, 7] and positions(8, 2, 1).tolist() == [2, 3, 4, 5]
+    assert positions(8, 2, 1, balanced=False).tolist() == [4, 5, 6, 7]
+    assert positions(7, 1, 0).tolist() == list(range(7))  # one rank has nothing to balance
+
+
+# ---- the mathematics
+
+
+@LAYOUTS
+@BOTH
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
+    """All shapes; queries also in tiles that do not divide a chunk."""
+
+    def script(rank: int, world: int) -> list[Any]:
+        results = []
+        for shape in SHAPES:
+            for tile in (512, 5):
+                context.TILE = tile
+                results.append(split(inputs(shape), world_axis(), method, balanced))
+        return results
+
+    per_rank = run_ranks(script, size)
+    for i, shape in enumerate(shape for shape in SHAPES for _ in range(2)):
+        found = errors([results[i] for results in per_rank], whole(*inputs(shape)), balanced)
+        assert max(found) < 1e-10, (shape, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@BOTH
+def test_low_precision(method: str, dtype: torch.dtype) -> None:
+    """Against fp64 on the same rounded inputs; results keep the dtype, sums and travelling gradients are fp32."""
+
+    def script(rank: int, world: int) -> list[Tensor]:
+        return split(inputs("grouped", dtype), world_axis(), method, True)
+
+    results = run_ranks(script, 4)
+    assert {t.dtype for result in results for t in result} == {dtype}
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert max(errors(results, whole(*inputs("grouped", dtype)), True)) < limit
+
+
+def test_large_scores_do_not_overflow() -> None:
+    tensors = inputs("plain")
+    tensors = (tensors[0] * 300, *tensors[1:])
+
+    def script(rank: int, world: int) -> list[Tensor]:
+        return split(tensors, world_axis(), "ring", True)
+
+    assert max(errors(run_ranks(script, 2), whole(*tensors), True)) < 1e-10
+
+
+@BOTH
+def test_any_strides(method: str) -> None:
+    """q, k, v as the model has them, views of one projection, and a gradient without memory of its own."""
+
+    def script(rank: int, world: int) -> list[Tensor]:
+        dense: list[bool] = []
+        q, k, v, _ = part(inputs("plain"), world_axis(), True)
+        batch, heads, length, width = q.shape
+        qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()  # [B, S, 3, N, H]
+        views = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        assert not any(t.is_contiguous() for t in views)
+        # nccl takes contiguous tensors alone, gloo any
+        counting(context, "_all_gather", lambda into, t, **_: dense.append(t.is_contiguous()))
+        counting(dist, "batch_isend_irecv", lambda ops: dense.extend(op.tensor.is_contiguous() for op in ops))
+        out = ContextAttention(world_axis(), method)(*views)
+        out.backward(torch.ones(()).double().expand(batch, heads, length, width))
+        assert len(dense) >= 4 and all(dense)
+        return [out.detach(), *(t.transpose(1, 2) for t in qkv.grad.unbind(2))]
+
+    q, k, v, grad = inputs("plain")
+    assert max(errors(run_ranks(script, 2), whole(q, k, v, torch.ones_like(grad)), True)) < 1e-10
+
+
+@BOTH
+def test_autocast_is_that_of_torch(method: str) -> None:
+    """fp32 arguments become bf16, and nothing inside is rounded beyond that, in the backward neither."""
+
+    def script(rank: int, world: int) -> list[Any]:
+        results = []
+        for dtype, enabled in ((torch.float32, True), (torch.bfloat16, False)):
+            tensors = tuple(t.bfloat16().to(dtype) for t in inputs("plain"))
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                *qkv, grad = (t.requires_grad_() for t in part(tensors, world_axis(), True))
+                out = ContextAttention(world_axis(), method)(*qkv)
+                assert out.dtype == torch.bfloat16
+                out.backward(grad.detach().bfloat16())
+            results.append([out.detach(), *(t.grad.bfloat16() for t in qkv)])
+        return results
+
+    for with_autocast, without in run_ranks(script, 2):
+        assert all(torch.equal(a, b) for a, b in zip(with_autocast, without, strict=True))
+
+
+# ---- what it costs
+
+
+@BOTH
+def test_hidden_blocks_are_not_computed(method: str) -> None:
+    """Balanced: 2P + 1 blocks of (S / 2P)^2 on each rank, twice that in the backward. Contiguous: rank r has r + 1."""
+
+    def script(rank: int, world: int, balanced: bool) -> tuple[int, int]:
+        products: list[tuple[int, int]] = []
+        counting(context, "_products", lambda q, k, hidden_last=False: products.append((q.shape[3], k.shape[2])))
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis(), balanced))
+        out = ContextAttention(world_axis(), method, balanced)(q, k, v)
+        forward = len(products)
+        out.backward(grad.detach())
+        chunk = SEQ // (2 * world if balanced else world)
+        assert set(products) == {(chunk, chunk)}
+        return forward, len(products) - forward
+
+    for world in (2, 4):
+        assert run_ranks(script, world, True) == [(2 * world + 1, 4 * world + 2)] * world
+        assert run_ranks(script, world, False) == [(r + 1, 2 * r + 2) for r in range(world)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
+    """K and V of P - 1 ranks each way; their gradients, in the dtype of the sums, P - 1 times on the way back."""
+
+    def script(rank: int, world: int, method: str) -> list[tuple[int, int]]:
+        warnings.simplefilter("error")
+        sent: list[int] = []
+
+        def exchange(ops: list[dist.P2POp]) -> None:
+            sent.append(sum(op.tensor.nbytes for op in ops if op.op is dist.isend))
+            assert sent[-1] == sum(op.tensor.nbytes for op in ops if op.op is dist.irecv)
+
+        counting(dist, "batch_isend_irecv", exchange)
+        counting(context, "_all_gather", lambda into, t, **_: sent.append(into.nbytes - t.nbytes))
+        counting(context, "_reduce_scatter", lambda into, t, **_: sent.append(t.nbytes - into.nbytes))
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("one_head", dtype), world_axis(), True))
+        out = ContextAttention(world_axis(), method)(q, k, v)
+        forward = (len(sent), sum(sent))
+        out.backward(grad.detach())
+        return [forward, (len(sent) - forward[0], sum(sent) - forward[1])]
+
+    batch, _, kv_heads, width, v_width = SHAPES["one_head"]
+    elements = batch * kv_heads * SEQ // size * (width + v_width)
+    hops = size - 1
+    forward = hops * elements * dtype.itemsize
+    backward = forward + hops * elements * max(dtype.itemsize, 4)
+    calls = (hops, 2 * hops)
+    assert run_ranks(script, size, "ring") == [[(calls[0], forward), (calls[1], backward)]] * size
+    calls = (2, 4) if size > 1 else (0, 0)
+    assert run_ranks(script, size, "all_gather") == [[(calls[0], forward), (calls[1], backward)]] * size
+
+
+def test_ring_computes_while_it_communicates() -> None:
+    """Each exchange starts before the blocks that it has nothing to do with, and is waited for after them."""
+
+    def script(rank: int, world: int) -> list[str]:
+        events: list[str] = []
+        counting(context, "_products", lambda *_: events.append("block"))
+        counting(dist, "batch_isend_irecv", lambda *_: events.append("start"))
+        counting(context._Arriving, "get", lambda *_: events.append("wait"))
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis(), True))
+        out = ContextAttention(world_axis())(q, k, v)
+        events.append("backward")
+        out.backward(grad.detach())
+        return events
+
+    forward = "start 3 wait start 2 wait 2 backward"
+    # K and V; then the gradients too, which leave as soon as the next rank's K and V are there to be added to
+    backward = "start 6 wait start 4 start wait 4 wait start wait"
+    numbers = {str(n): ["block"] * n for n in (2, 3, 4, 6)}
+    want = [event for word in f"{forward} {backward}".split() for event in numbers.get(word, [word])]
+    assert run_ranks(script, 3) == [want] * 3
+
+
+@BOTH
+def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
+    def script(rank: int, world: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        saved: list[Tensor] = []
+        q, k, v, _ = (t.requires_grad_() for t in part(inputs("grouped", torch.bfloat16), world_axis(), True))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            ContextAttention(world_axis(), method)(q, k, v)
+        return [(tuple(t.shape), t.dtype) for t in saved]
+
+    batch, heads, kv_heads, width, _ = SHAPES["grouped"]
+    local = SEQ // 2
+    q, kv = (batch, heads, local, width), (batch, kv_heads, local, width)
+    lse = (batch, kv_heads, heads // kv_heads, local)
+    want = [*((shape, torch.bfloat16) for shape in (q, kv, kv, q)), (lse, torch.float32)]
+    assert run_ranks(script, 2) == [want] * 2
+
+
+# ---- in company
+
+
+@BOTH
+def test_same_bits_again_and_under_checkpoint(method: str) -> None:
+    def script(rank: int, world: int) -> bool:
+        def again(attention: ContextAttention, *qkv: Tensor) -> Tensor:
+            return checkpoint(attention, *qkv, use_reentrant=False)
+
+        tensors = inputs("grouped", torch.float32)
+        first = split(tensors, world_axis(), method, True)
+        others = [split(tensors, world_axis(), method, True, run) for run in (None, None, again)]
+        return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+    assert run_ranks(script, 4) == [True] * 4
+
+
+@BOTH
+def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
+    """Two groups of two of four ranks, not adjacent, each with a sequence of its own, through two layers."""
+
+    def script(rank: int, world: int) -> list[Tensor]:
+        groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+        axis = axis_of("cp", groups[rank % 2])
+        tensors = tuple(t + rank % 2 for t in inputs("plain"))
+
+        def twice(attention: ContextAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(attention(q, k, v), k, v)
+
+        return split(tensors, axis, method, True, twice)
+
+    results = run_ranks(script, 4, detail=True)
+    for group in range(2):
+        q, k, v, grad = (t + group for t in inputs("plain"))
+        qkv = [t.requires_grad_() for t in (q, k, v)]
+        once = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        out = F.scaled_dot_product_attention(once, *qkv[1:], is_causal=True)
+        out.backward(grad)
+        assert max(errors(results[group::2], [out, *(t.grad for t in qkv)], True)) < 1e-10
+
+
+# ---- what is refused
+
+
+def test_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="seq_len=12: must be divisible by 8, 2 for each of 4 .* pad"):
+        positions(12, 4, 0)
+    with pytest.raises(ValueError, match="seq_len=10: must be divisible by 4, 1 for each of 4 .* pad"):
+        shard_sequence(torch.zeros(3, 10), 1, 4, 0, balanced=False)
+    with pytest.raises(ValueError, match="rank=2: must be from 0 to 1"):
+        positions(8, 2, 2)
+    with pytest.raises(ValueError, match="method='tree': unknown; use one of ring, all_gather"):
+        ContextAttention(Axis("cp"), "tree")
+    two = ContextAttention(Axis("cp", size=2))
+    with pytest.raises(ValueError, match="seq_len=6: must be divisible by 4, 2 chunks for each rank of axis 'cp'"):
+        two(*(torch.zeros(1, 2, 3, 4) for _ in range(3)))
+
+
+@pytest.mark.parametrize("bad", [(1, 3, 4, 4), (1, 2, 2, 4), (1, 2, 4, 3), (2, 2, 4, 4), (2, 4, 4)])
+def test_refuses_keys_that_do_not_fit(bad: tuple[int, ...]) -> None:
+    q = torch.zeros(1, 4, 4, 4)
+    with pytest.raises(ValueError, match="q, k, v have shapes .* must be"):
+        ContextAttention(Axis("cp", size=2))(q, torch.zeros(bad), torch.zeros(bad))
