@@ -21,6 +21,11 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor)
 
 
+def without_fp64(backend: str, dtype: torch.dtype) -> str:
+    """``backend``, but "torch" instead of "auto" for fp64, which the matrix kernels do not have."""
+    return "torch" if backend == "auto" and dtype == torch.float64 else backend
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n`` >= 1."""
     return 1 << (n - 1).bit_length()

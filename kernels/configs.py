@@ -24,8 +24,9 @@ class Config(NamedTuple):
     group: int = 8
 
 
-#: one product; gate and up in one tile (``n`` columns of each); the gradient behind the activation; weight gradients
-OPS = ("gemm", "gated", "gated_grad", "wgrad")
+#: one product; one with an activation; gate and up in one tile (``n`` columns of each); the gradient behind the
+#: activation; weight gradients
+OPS = ("gemm", "plain", "gated", "gated_grad", "wgrad")
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 BUCKETS = ("few", "many")
 #: experts with fewer rows than this on average take the small tiles
@@ -34,12 +35,14 @@ MANY_ROWS = 256
 _SMALL = Config(16, 16, 16, 1, 1, 2)
 _FP32 = {
     "gemm": Config(32, 64, 16, 8, 2),
+    "plain": Config(32, 64, 16, 8, 2),
     "gated": Config(32, 32, 16, 8, 2),
     "gated_grad": Config(32, 32, 16, 8, 2),
     "wgrad": Config(64, 64, 16, 8, 2),
 }
 _FEW = {
     "gemm": Config(64, 128, 32, 4, 3),
+    "plain": Config(64, 128, 32, 8, 3),
     "gated": Config(64, 64, 32, 4, 3),
     "gated_grad": Config(64, 64, 32, 4, 3),
     "wgrad": Config(64, 128, 32, 4, 3),
@@ -48,30 +51,35 @@ _HALF: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_80", "few"): _FEW,
     ("sm_80", "many"): {
         "gemm": Config(128, 128, 32, 4, 4),
+        "plain": Config(128, 64, 32, 8, 4),
         "gated": Config(128, 64, 32, 8, 4),
         "gated_grad": Config(128, 32, 32, 8, 3),
         "wgrad": Config(128, 128, 32, 8, 4),
     },
     ("sm_90", "few"): {
         "gemm": Config(64, 128, 64, 4, 4),
+        "plain": Config(64, 128, 64, 8, 4),
         "gated": Config(64, 64, 64, 4, 4),
         "gated_grad": Config(64, 64, 64, 8, 3),
         "wgrad": Config(64, 128, 64, 4, 3),
     },
     ("sm_90", "many"): {
         "gemm": Config(128, 256, 64, 8, 3),
+        "plain": Config(128, 128, 64, 8, 4),
         "gated": Config(128, 64, 64, 8, 4),
         "gated_grad": Config(128, 64, 64, 8, 3),
         "wgrad": Config(128, 128, 64, 8, 3),
     },
     ("sm_100", "few"): {
         "gemm": Config(64, 128, 64, 4, 4),
+        "plain": Config(64, 128, 64, 8, 4),
         "gated": Config(64, 64, 64, 4, 4),
         "gated_grad": Config(64, 64, 64, 8, 3),
         "wgrad": Config(64, 128, 64, 4, 3),
     },
     ("sm_100", "many"): {
         "gemm": Config(128, 256, 64, 8, 3),
+        "plain": Config(128, 128, 64, 8, 4),
         "gated": Config(128, 64, 64, 8, 4),
         "gated_grad": Config(128, 64, 64, 8, 3),
         "wgrad": Config(128, 128, 64, 8, 3),
@@ -79,6 +87,7 @@ _HALF: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_120", "few"): {**_FEW, "gated_grad": Config(64, 32, 32, 4, 3)},
     ("sm_120", "many"): {
         "gemm": Config(128, 128, 32, 8, 3),
+        "plain": Config(128, 128, 32, 8, 3),
         "gated": Config(128, 64, 32, 8, 3),
         "gated_grad": Config(128, 32, 32, 8, 3),
         "wgrad": Config(128, 128, 32, 8, 3),
@@ -87,6 +96,7 @@ _HALF: dict[tuple[str, str], dict[str, Config]] = {
     **{
         (arch, "many"): {
             "gemm": Config(128, 128, 64, 8, 2),
+            "plain": Config(128, 128, 64, 8, 2),
             "gated": Config(128, 64, 64, 8, 2),
             "gated_grad": Config(128, 64, 64, 8, 2),
             "wgrad": Config(128, 128, 64, 8, 2),

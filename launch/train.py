@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..moe.parallel import build_mesh
+from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.train import checkpoint
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
@@ -122,14 +123,20 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
 def _introduce(trainer: Trainer, launch: Launch) -> None:
     corpus, config = trainer.corpus, trainer.config
     sizes = ", ".join(f"{domain} {len(stream) / 1e6:.1f}M" for domain, stream in corpus.train.items())
-    layers = trainer.model.moe_layers()
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
     print(
-        f"{len(layers)} MoE layers of {config.model.num_experts} experts, top-{config.model.top_k}; "
-        f"{trainer.axis.size} ranks, expert parallel {config.parallel.ep}, "
-        f"{trainer.micro_batches} micro-batches per step"
+        f"{len(trainer.moe_numbers)} MoE layers of {config.model.num_experts} experts, top-{config.model.top_k}; "
+        f"{trainer.axis.size} ranks{_degrees(trainer)}, {trainer.micro_batches} micro-batches per step"
     )
     print(f"training tokens: {sizes}", *corpus.notes, sep="\n", flush=True)
+
+
+def _degrees(trainer: Trainer) -> str:
+    if trainer.mesh is None:
+        return ""
+    degrees = trainer.mesh.degrees
+    split = {name: getattr(degrees, name) for name in (*DENSE, *EXPERT)}
+    return f" ({degrees.data_parallel}, {', '.join(f'{name} {size}' for name, size in split.items() if size > 1)})"
 
 
 def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:

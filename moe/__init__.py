@@ -5,13 +5,14 @@
 """
 
 from .balance import counting_pass, recompute
-from .config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
+from .config import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
 from .layer import MoE
 from .types import Routing, RoutingStats
 
 __all__ = [
     "BalanceConfig",
     "CapacityConfig",
+    "DispatchConfig",
     "MoE",
     "MoEConfig",
     "RouterConfig",

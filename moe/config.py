@@ -30,11 +30,25 @@ class RouterConfig:
     weight_scale: float = 1.0
     #: coefficient of mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off
     z_loss: float = 0.0
+    #: groups of consecutive experts (those of a node), of which a token may choose from the best ``kept_groups`` only,
+    #: a group being worth the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437); 1: no such limit
+    groups: int = 1
+    kept_groups: int = 1
 
     def __post_init__(self) -> None:
         require(self.score in ("softmax", "sigmoid"), "router.score", self.score, "use 'softmax' or 'sigmoid'")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
+        for name in ("groups", "kept_groups"):
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(ok, f"router.{name}", value, "must be an integer of at least 1")
+        require(
+            self.kept_groups <= self.groups,
+            "router.kept_groups",
+            self.kept_groups,
+            f"must be at most router.groups={self.groups}",
+        )
 
 
 @dataclass(frozen=True)
@@ -76,16 +90,136 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """How a decoder's blocks attend."""
+
+    #: heads with queries, keys and values of their own or shared in groups, or made from latents (DeepSeek-V2 and V3)
+    kind: Literal["grouped", "latent"] = "grouped"
+    #: of "grouped": key/value heads; none: as many as query heads
+    num_kv_heads: int | None = None
+    #: of "grouped": width of a head; none: hidden size / heads
+    head_width: int | None = None
+    #: of "grouped": RMSNorm of each head's query and key (Qwen3)
+    qk_norm: bool = False
+    #: the rotation of pair i of a width R is position / rotary_base^(2i/R)
+    rotary_base: float = 10000.0
+    #: of "latent": width of the queries' latent; 0: queries come from the hidden state
+    q_lora_rank: int = 1536
+    #: of "latent": width of the latent that keys and values share
+    kv_lora_rank: int = 512
+    #: of "latent": widths of a head's query and key that are not and that are rotated, and of its value
+    qk_nope_width: int = 128
+    qk_rope_width: int = 64
+    v_width: int = 128
+
+    def __post_init__(self) -> None:
+        require(self.kind in ("grouped", "latent"), "attention.kind", self.kind, "use 'grouped' or 'latent'")
+        for name in ("num_kv_heads", "head_width", "kv_lora_rank", "qk_nope_width", "qk_rope_width", "v_width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"attention.{name}", value, "must be at least 1")
+        require(self.q_lora_rank >= 0, "attention.q_lora_rank", self.q_lora_rank, "must not be negative; 0: no latent")
+        require(self.rotary_base > 1, "attention.rotary_base", self.rotary_base, "must be more than 1; 10000 is usual")
+        for name in ("head_width", "qk_rope_width"):
+            value = getattr(self, name)
+            require(value is None or value % 2 == 0, f"attention.{name}", value, "must be even: pairs are rotated")
+
+    def check(self, hidden_size: int, num_heads: int) -> None:
+        """Refuse a model of these sizes, in one line, where the heads do not come out even."""
+        if self.kind == "latent":
+            return
+        kv_heads = self.num_kv_heads or num_heads
+        require(
+            num_heads % kv_heads == 0, "attention.num_kv_heads", kv_heads, f"must divide model.num_heads={num_heads}"
+        )
+        require(
+            self.head_width is not None or hidden_size % (2 * num_heads) == 0,
+            "model.num_heads",
+            num_heads,
+            f"2 * num_heads must divide model.hidden_size={hidden_size} (rotary embedding halves each head), "
+            "or set attention.head_width",
+        )
+
+
+@dataclass(frozen=True)
 class CapacityConfig:
     """A limit of ceil(factor * K * T / E) rows per expert; without one the layer is dropless."""
 
     factor: float = 1.25
     #: who stays when an expert is full: the highest weights, or the earliest tokens
     drop: Literal["probability", "position"] = "probability"
+    #: whose T tokens share a limit and compete for it: this rank's alone; those of its whole sequences, over the
+    #: ranks that hold parts of them; those of all ranks
+    scope: Literal["local", "sequence", "global"] = "local"
+    #: what is limited: each expert, or all experts of an expert-parallel rank together (DeepSeek-V2, arXiv 2405.04434)
+    level: Literal["expert", "device"] = "expert"
+    #: exchange ceil(factor * K * T / E) rows per expert whatever was routed, the rest of them empty: the host knows all
+    #: sizes without waiting for the device
+    pad: bool = False
+    #: T of a padded exchange, the same on all ranks and at least what any forward has; None: as many tokens as the
+    #: forward has, which must then be equally many on all ranks
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(self.factor > 0, "capacity.factor", self.factor, "must be positive; 1.25 is usual")
         require(self.drop in ("probability", "position"), "capacity.drop", self.drop, "use 'probability' or 'position'")
+        scopes = ("local", "sequence", "global")
+        require(self.scope in scopes, "capacity.scope", self.scope, f"use one of {', '.join(scopes)}")
+        require(self.level in ("expert", "device"), "capacity.level", self.level, "use 'expert' or 'device'")
+        require(
+            not self.pad or (self.scope, self.level) == ("local", "expert"),
+            "capacity.pad",
+            self.pad,
+            "needs scope='local' and level='expert'; other limits do not bound what one rank sends to one expert",
+        )
+        require(
+            self.max_tokens is None or (self.pad and self.max_tokens >= 1),
+            "capacity.max_tokens",
+            self.max_tokens,
+            "the most tokens of a rank, at least 1, for pad=True; else leave it out",
+        )
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How rows reach the ranks of their experts; in effect where experts are split over ranks."""
+
+    #: all_to_all: one exchange, a row per choice. hierarchical: between nodes, then within; a row goes to each node and
+    #: rank once, whatever it chose there. overlapped: all_to_all in chunks, while other chunks are computed.
+    #: all_gather: every rank sees every token. deepep: DeepSeek's kernels, where package deep_ep is installed
+    name: Literal["all_to_all", "hierarchical", "overlapped", "all_gather", "deepep"] = "all_to_all"
+    #: of "overlapped"
+    chunks: int = 1
+    #: of "hierarchical": ranks of the expert axis on a node; None: as the launcher's LOCAL_WORLD_SIZE says
+    node_size: int | None = None
+    #: how rows travel: as they are computed; rounded to bf16; or to fp8 (e4m3) with a scale per row on the way to the
+    #: experts, and to bf16 on the way home and for gradients
+    wire: Literal["compute", "bf16", "fp8"] = "compute"
+    #: all ranks always have equally many tokens, so that "all_gather" need not ask for their number
+    equal_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("all_to_all", "hierarchical", "overlapped", "all_gather", "deepep")
+        require(self.name in names, "dispatch.name", self.name, f"use one of {', '.join(names)}")
+        require(self.chunks >= 1, "dispatch.chunks", self.chunks, "must be at least 1")
+        require(
+            self.chunks == 1 or self.name == "overlapped",
+            "dispatch.chunks",
+            self.chunks,
+            f"dispatch.name={self.name!r} does not cut rows into chunks; use 'overlapped'",
+        )
+        require(
+            self.node_size is None or (self.node_size >= 1 and self.name == "hierarchical"),
+            "dispatch.node_size",
+            self.node_size,
+            "the ranks of a node, at least 1, for dispatch.name='hierarchical'; else leave it out",
+        )
+        require(self.wire in ("compute", "bf16", "fp8"), "dispatch.wire", self.wire, "use 'compute', 'bf16' or 'fp8'")
+        require(
+            self.wire == "compute" or self.name != "deepep",
+            "dispatch.wire",
+            self.wire,
+            "deepep sends rows as they are computed; use 'compute'",
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +233,14 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    #: of the routed experts; "gelu" is by the error function, "relu2" the square of ReLU
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    #: the routed experts compute down(act(gate(x)) * up(x)); without a gate, down(act(up(x)))
+    gated: bool = True
+    #: keep the experts' input alone for the backward pass, which computes the pre-activation again: less memory, one
+    #: more matrix product
+    recompute_experts: bool = False
     #: width of the shared experts together (every token takes them); 0: none
     shared_intermediate_size: int = 0
     #: scale the shared experts' output by a sigmoid gate of the token (Qwen2-MoE)
@@ -119,6 +261,21 @@ class MoEConfig:
             self.top_k,
             f"must be at most num_experts={self.num_experts}",
         )
+        groups, kept = self.router.groups, self.router.kept_groups
+        require(self.num_experts % groups == 0, "router.groups", groups, f"must divide num_experts={self.num_experts}")
+        held = kept * (self.num_experts // groups)
+        require(
+            self.top_k <= held,
+            "router.kept_groups",
+            kept,
+            f"they hold {held} experts; keep enough for top_k={self.top_k}",
+        )
+        require(
+            self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
+            "capacity.pad",
+            True,
+            f"dispatch.name={self.dispatch.name!r} has no padded form; use 'all_to_all' or 'overlapped'",
+        )
         require(
             self.shared_intermediate_size >= 0,
             "shared_intermediate_size",
@@ -131,6 +288,10 @@ class MoEConfig:
             self.shared_gate,
             "needs shared experts; set shared_intermediate_size",
         )
+        activations = ("silu", "gelu", "gelu_tanh", "relu2")
+        require(self.activation in activations, "activation", self.activation, f"use one of {', '.join(activations)}")
+        for name in ("gated", "recompute_experts"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "use True or False")
         require(
             self.backend in ("auto", "torch", "triton", "reference"),
             "backend",

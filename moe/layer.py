@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Pass
 from .config import MoEConfig
-from .dispatch import Capacity, Dispatcher, Dropless, LocalDispatcher
+from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import GroupedExperts, NoSharedExperts, SharedExperts
 from .routing import Router
 from .types import Routing, RoutingStats
@@ -33,28 +33,32 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         hidden, std = config.hidden_size, config.init_std
-        self.router = Router(hidden, config.num_experts, config.top_k, config.router, std)
+        self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
         self.experts = GroupedExperts(config.num_experts, hidden, config.intermediate_size, config.backend, std)
         self.shared: nn.Module = NoSharedExperts()
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
-        self.capacity = Dropless() if config.capacity is None else Capacity(config.capacity)
-        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts, config.backend)
+        self.duplicates = DropDuplicates()
+        self.capacity = build_capacity(config)
+        self.dispatcher: Dispatcher = build_dispatcher(config)
         self.balancer = Balancer(config.balance, config.top_k, config.router.z_loss)
         self._stats: RoutingStats | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        whole = x.shape
+        x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
         this = self.balancer.begin(self.training, self.router.weight)
         routing = self.router(x_TD, mask_T, sequences, this.decision)
         routing = self.capacity(routing)
         self.balancer.count(routing, this)
-        rows_SD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_SD = self.experts(rows_SD, plan)
-        y_TD = self.dispatcher.combine(rows_SD, plan)
-        y_TD = self.shared(y_TD, x_TD)
+        shared = cache(partial(self.shared, x_TD))  # computed once: while rows travel, or else below
+        y_TD = self.dispatcher(x_TD, routing, self.experts, meanwhile=shared)
+        if (shared_TD := shared()) is not None:
+            y_TD = y_TD + shared_TD
         self._keep_stats(routing, this)
-        return self.balancer.attach(y_TD, routing, this).view(x.shape).to(x.dtype)
+        y = self.balancer.attach(y_TD, routing, this).view(x.shape).to(x.dtype)
+        return self.duplicates.join(y, whole)
 
     @property
     def stats(self) -> RoutingStats:

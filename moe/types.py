@@ -67,23 +67,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """What an expert's rank must know of the S source rows it holds, and how they go home."""
+    """What experts must know of the S source rows that they are given."""
 
     #: fp32 [S, k], the weight of each choice that is computed here, differentiable
     weights_SK: Tensor
     #: where the S*k choices stand, sorted by the experts of this rank
     order: ExpertOrder
-    #: how the results travel back; None when they never left
-    route_home: RouteHome | None = None
 
 
-@dataclass(frozen=True)
-class RouteHome:
-    """The way back of rows that were exchanged between ranks."""
-
-    order: ExpertOrder
-    sent: list[int]
-    received: list[int]
+#: source rows [S, D] and their plan to each row's weighted sum over its choices [S, D]
+Experts = Callable[[Tensor, DispatchPlan], Tensor]
 
 
 @dataclass(frozen=True)

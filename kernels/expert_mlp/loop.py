@@ -3,10 +3,11 @@
 What it is built around: matrix products run near the machine's peak whatever their layout, so the time beyond them
 is memory and waiting. Rows are gathered, and the activation is computed, in scratch that stays in cache from one
 expert to the next; products write where their result belongs; threads work on different experts; the backward pass
-keeps the pre-activation and nothing else.
+keeps the pre-activation and nothing else, or not even that.
 """
 
-# S source rows, K choices per row, D hidden, F expert width, E experts, R sorted rows (P: padded), N rows of an expert.
+# S source rows, K choices per row, D hidden, F expert width, U width of the pre-activation (2F or F), E experts,
+# R sorted rows (P: padded), N rows of an expert.
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from ..memory import empty
 from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .swiglu import SwiGLU
+from .activation import Activation
+from .kind import Kind
 from .workers import each
 
 #: multiply-adds of a forward pass from which threads work on different experts. OpenMP's own threads keep a core busy
@@ -73,8 +75,9 @@ class _Rows:
             grad[expert].zero_()
         return grad
 
-    def each(self, work: Callable[[Sequence[_Span]], None], width: int) -> None:
-        if self.padded * self.like.shape[1] * 3 * width >= _WORTH_WORKERS:
+    def each(self, work: Callable[[Sequence[_Span]], None], widths: int) -> None:
+        """``work`` on all experts; ``widths`` are of the weights' outputs, by which its cost is known."""
+        if self.padded * self.like.shape[1] * widths >= _WORTH_WORKERS:
             each(self.spans, [span.end - span.place for span in self.spans], work)
         elif self.spans:
             work(self.spans)
@@ -114,41 +117,51 @@ def pad(rows_ND: Tensor, span: _Span) -> Tensor:
 
 
 def forward(
-    x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor, keep: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [P, 2F]."""
-    rows = _Rows(x_SD, weights_SK, order)
-    hidden, width = x_SD.shape[1], down_EDF.shape[2]
-    pre_PF = rows.buffer(2 * width) if keep else None
-    out_PD = rows.buffer(hidden)
-
-    def work(spans: Sequence[_Span]) -> None:
-        swiglu = SwiGLU(max(span.end - span.place for span in spans), width, x_SD)
-        x_scratch, pre_scratch = _scratch(spans, x_SD, hidden, 0 if keep else 2 * width)
-        for span in spans:
-            x_ND = rows.gather(x_SD, span, x_scratch)
-            pre_NF = pre_scratch[: x_ND.shape[0]] if pre_PF is None else pre_PF[span.place : span.end]
-            torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_NF)
-            h_NF = swiglu.forward(rows.cut(pre_NF, span), rows.weights_R1[span.start : span.stop])
-            torch.mm(pad(h_NF, span), down_EDF[span.expert].t(), out=out_PD[span.place : span.end])
-
-    rows.each(work, width)
-    return rows.sum(out_PD), pre_PF
-
-
-def backward(
-    dy_SD: Tensor,
-    pre_PF: Tensor,
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
+    kind: Kind,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [P, U]."""
+    rows = _Rows(x_SD, weights_SK, order)
+    hidden, width, both = x_SD.shape[1], down_EDF.shape[2], gate_up_EFD.shape[1]
+    pre_PU = rows.buffer(both) if keep else None
+    out_PD = rows.buffer(hidden)
+
+    def work(spans: Sequence[_Span]) -> None:
+        activation = Activation(kind, max(span.end - span.place for span in spans), width, x_SD)
+        x_scratch, pre_scratch = _scratch(spans, x_SD, hidden, 0 if keep else both)
+        for span in spans:
+            x_ND = rows.gather(x_SD, span, x_scratch)
+            pre_NU = pre_scratch[: x_ND.shape[0]] if pre_PU is None else pre_PU[span.place : span.end]
+            torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_NU)
+            h_NF = activation.forward(rows.cut(pre_NU, span), rows.weights_R1[span.start : span.stop])
+            torch.mm(pad(h_NF, span), down_EDF[span.expert].t(), out=out_PD[span.place : span.end])
+
+    rows.each(work, both + width)
+    return rows.sum(out_PD), pre_PU
+
+
+def backward(
+    dy_SD: Tensor,
+    pre_PU: Tensor | None,
+    x_SD: Tensor,
+    weights_SK: Tensor,
+    order: ExpertOrder,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    kind: Kind,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weights, gate_up and down; None where ``needs`` is False."""
+    """The gradients of x, weights, gate_up and down; None where ``needs`` is False.
+
+    A pre-activation that was not kept is computed again, expert by expert.
+    """
     rows = _Rows(x_SD, weights_SK, order)
-    hidden, width = x_SD.shape[1], down_EDF.shape[2]
+    hidden, width, both = x_SD.shape[1], down_EDF.shape[2], gate_up_EFD.shape[1]
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     dx_PD = rows.buffer(hidden) if needs_x else None
     dweights_R = empty(rows.kept, like=weights_SK) if needs_weights else None
@@ -156,24 +169,30 @@ def backward(
     ddown_EDF = rows.new_gradient(down_EDF) if needs_down else None
 
     def work(spans: Sequence[_Span]) -> None:
-        swiglu = SwiGLU(max(span.end - span.place for span in spans), width, x_SD)
-        row_scratch, dh_scratch = _scratch(spans, x_SD, hidden, width)
+        activation = Activation(kind, max(span.end - span.place for span in spans), width, x_SD)
+        row_scratch, dh_scratch, pre_scratch = _scratch(spans, x_SD, hidden, width, both if pre_PU is None else 0)
         for span in spans:
             sorted_rows = slice(span.start, span.stop)
+            if pre_PU is None:
+                x_ND = rows.gather(x_SD, span, row_scratch)
+                pre_NU = torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_scratch[: x_ND.shape[0]])
+            else:
+                pre_NU = pre_PU[span.place : span.end]
             dy_ND = rows.gather(dy_SD, span, row_scratch)
             dh_NF = torch.mm(dy_ND, down_EDF[span.expert], out=dh_scratch[: dy_ND.shape[0]])
-            pre_NF = rows.cut(pre_PF[span.place : span.end], span)
             dw_N = None if dweights_R is None else dweights_R[sorted_rows]
-            h_NF, dpre_NF = swiglu.backward(pre_NF, rows.weights_R1[sorted_rows], rows.cut(dh_NF, span), dw_N)
+            h_NF, dpre_NU = activation.backward(
+                rows.cut(pre_NU, span), rows.weights_R1[sorted_rows], rows.cut(dh_NF, span), dw_N
+            )
             if ddown_EDF is not None:
                 torch.mm(dy_ND.t(), pad(h_NF, span), out=ddown_EDF[span.expert])
-            dpre_NF = pad(dpre_NF, span)
+            dpre_NU = pad(dpre_NU, span)
             if dgate_up_EFD is not None:
-                torch.mm(dpre_NF.t(), rows.gather(x_SD, span, row_scratch), out=dgate_up_EFD[span.expert])
+                torch.mm(dpre_NU.t(), rows.gather(x_SD, span, row_scratch), out=dgate_up_EFD[span.expert])
             if dx_PD is not None:
-                torch.mm(dpre_NF, gate_up_EFD[span.expert], out=dx_PD[span.place : span.end])
+                torch.mm(dpre_NU, gate_up_EFD[span.expert], out=dx_PD[span.place : span.end])
 
-    rows.each(work, width)
+    rows.each(work, both + width)
     dx_SD = None if dx_PD is None else rows.sum(dx_PD)
     dweights_SK = None if dweights_R is None else _unsort(dweights_R, order)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..sort_by_expert import ExpertOrder
 from . import grouped, loop
+from .kind import Kind
 
 
 def _path(x_SD: Tensor) -> ModuleType:
@@ -30,10 +31,12 @@ class _ExpertMLP(torch.autograd.Function):
         order_R: Tensor,
         inverse_SK: Tensor,
         offsets_E: Tensor,
+        kind: Kind,
+        recompute: bool,
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
-        ctx.path = _path(x_SD)
-        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF)
+        ctx.path, ctx.kind = _path(x_SD), kind
+        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, not recompute)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
         return y_SD
 
@@ -41,14 +44,21 @@ class _ExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order = ctx.saved_tensors
-        grads = ctx.path.backward(
-            dy_SD, pre_RF, x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF, ctx.needs_input_grad[:4]
-        )
-        return *grads, None, None, None
+        needs = ctx.needs_input_grad[:4]
+        inputs = (x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF)
+        return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.kind, needs), None, None, None, None, None
 
 
-def expert_mlp(x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+def expert_mlp(
+    x_SD: Tensor,
+    weights_SK: Tensor,
+    order: ExpertOrder,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    kind: Kind,
+    recompute: bool,
+) -> Tensor:
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, keep=False)[0]
-    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
+        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, False)[0]
+    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, kind, recompute)

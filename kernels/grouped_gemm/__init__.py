@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import pick
+from .._triton import without_fp64
 from . import reference, torch_ops
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
@@ -31,8 +32,8 @@ _BACKENDS: dict[str, Callable[[], ModuleType]] = {
 }
 
 
-def _module(backend: str) -> ModuleType:
-    return pick("grouped_gemm", _BACKENDS, backend)()
+def _module(backend: str, dtype: torch.dtype) -> ModuleType:
+    return pick("grouped_gemm", _BACKENDS, without_fp64(backend, dtype))()
 
 
 def grouped_gemm(
@@ -51,7 +52,7 @@ def grouped_gemm(
 def grouped_gemm_dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor, backend: str = "auto") -> Tensor:
     """[R, K] dy[r] @ weight[e], the gradient of :func:`grouped_gemm`'s (gathered) rows. Not differentiable."""
     _check(dy_RN, offsets_E, None, weight_ENK, dy_RN.shape[1], 1)
-    return _module(backend).dgrad(dy_RN.detach(), weight_ENK.detach(), offsets_E)
+    return _module(backend, dy_RN.dtype).dgrad(dy_RN.detach(), weight_ENK.detach(), offsets_E)
 
 
 def grouped_gemm_wgrad(
@@ -76,7 +77,7 @@ def grouped_gemm_wgrad(
     if out is not None and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
         raise ValueError(f"out={out.dtype}{list(out.shape)}: must be contiguous fp32 {list(shape)}")
     with torch.no_grad():
-        return _module(backend).wgrad(dy, rows, offsets_E, dy_index_R, index_R, out)
+        return _module(backend, dy.dtype).wgrad(dy, rows, offsets_E, dy_index_R, index_R, out)
 
 
 def _check(rows: Tensor, offsets_E: Tensor, index_R: Tensor | None, weight_ENK: Tensor, width: int, dim: int) -> None:
@@ -96,20 +97,20 @@ class _GroupedGEMM(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight_ENK, offsets_E, index_R)
         ctx.backend = backend
-        return _module(backend).forward(rows, weight_ENK, offsets_E, index_R)
+        return _module(backend, rows.dtype).forward(rows, weight_ENK, offsets_E, index_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight_ENK, offsets_E, index_R = ctx.saved_tensors
-        drows = dweight_ENK = None
+        module, drows, dweight_ENK = _module(ctx.backend, rows.dtype), None, None
         if ctx.needs_input_grad[0]:
-            drows = _module(ctx.backend).dgrad(dy_RN, weight_ENK, offsets_E)
+            drows = module.dgrad(dy_RN, weight_ENK, offsets_E)
             if index_R is not None:
                 # index_put sorts what it adds up, so that the order of the sum is always the same
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
                 zeros = torch.zeros(rows.shape, dtype=wide, device=rows.device)
                 drows = zeros.index_put_((index_R,), drows.to(wide), accumulate=True).to(rows.dtype)
         if ctx.needs_input_grad[1]:
-            dweight_ENK = _module(ctx.backend).wgrad(dy_RN, rows, offsets_E, None, index_R, None)
+            dweight_ENK = module.wgrad(dy_RN, rows, offsets_E, None, index_R, None)
         return drows, dweight_ENK, None, None, None

@@ -1,4 +1,4 @@
-"""One product per expert, writing where its result belongs. Reads the offsets on the host."""
+"""On the CPU one product per expert, writing where its result belongs; elsewhere all at once, without waiting."""
 
 # R rows sorted by expert, E experts, K in width, N out width.
 
@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import grouped
+
 
 def _spans(offsets_E: Tensor) -> list[tuple[int, int, int]]:
     bounds = offsets_E.tolist()
@@ -14,6 +16,8 @@ def _spans(offsets_E: Tensor) -> list[tuple[int, int, int]]:
 
 
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
+    if rows.device.type != "cpu":
+        return grouped.forward(rows, weight_ENK, offsets_E, index_R)
     num_rows = (rows if index_R is None else index_R).shape[0]
     out_RN = rows.new_zeros(num_rows, weight_ENK.shape[1])
     for e, a, b in _spans(offsets_E):
@@ -29,6 +33,8 @@ def dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
 def wgrad(
     dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor | None
 ) -> Tensor:
+    if rows.device.type != "cpu":
+        return grouped.wgrad(dy, rows, offsets_E, dy_index_R, index_R, out)
     shape = (offsets_E.numel() - 1, dy.shape[1], rows.shape[1])
     grad_ENK = dy.new_zeros(shape) if out is None else out
     for e, a, b in _spans(offsets_E):

@@ -54,10 +54,37 @@ def swizzle(pid, num_tiles, num_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def locate(tiles_ptr, tile, num_tiles):
-    """(expert, first row, row after the expert's last) of a row tile; expert -1 past the end, E for nobody's rows."""
-    expert = tl.load(tiles_ptr + tile)
-    return expert, tl.load(tiles_ptr + num_tiles + tile), tl.load(tiles_ptr + 2 * num_tiles + tile)
+def locate(tiles_ptr, num_tiles, num_columns, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """(expert, column tile, rows, rows to read, row after the expert's last) of this program.
+
+    The expert is -1 past the end, and E for nobody's rows. Rows past the expert's last read its first: they are never
+    stored, and loads without a mask are faster.
+    """
+    tile, column = swizzle(tl.program_id(0), num_tiles, num_columns, GROUP)
+    expert, first = tl.load(tiles_ptr + tile), tl.load(tiles_ptr + num_tiles + tile)
+    stop = tl.load(tiles_ptr + 2 * num_tiles + tile)
+    m = first + tl.arange(0, BLOCK_M)
+    return expert, column, m, tl.where(m < stop, m, first), stop
+
+
+@triton.jit
+def weight_tile(weight_ptr, first, n, k, N, K, TRANSPOSED: tl.constexpr):
+    """Pointers [k, n] into a weight that begins after ``first`` elements: [N, K], or [K, N] when TRANSPOSED."""
+    at = k[:, None].to(tl.int64) * N + n[None, :] if TRANSPOSED else n[None, :].to(tl.int64) * K + k[:, None]
+    return weight_ptr + first + at
+
+
+@triton.jit
+def load_rows(ptrs, k, left, EVEN: tl.constexpr):
+    """A tile [m, k], of whose columns ``left`` are there."""
+    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=k[None, :] < left, other=0.0)
+
+
+@triton.jit
+def load_weight(ptrs, n, N, k, left, EVEN: tl.constexpr):
+    """A tile [k, n] of a weight of N columns, of whose rows ``left`` are there."""
+    inside = n[None, :] < N
+    return tl.load(ptrs, mask=inside if EVEN else inside & (k[:, None] < left), other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -79,39 +106,26 @@ def _gemm_kernel(
     GROUP: tl.constexpr,
 ):
     """out[R, N] = rows[R, K] @ weight[e]: [N, K] transposed, or [K, N] when TRANSPOSED."""
-    tile, column = swizzle(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert, row, stop = locate(tiles_ptr, tile, num_tiles)
+    expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
     if expert < 0:
         return
-    m = row + tl.arange(0, BLOCK_M)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # rows past the expert's last read its first: they are never stored, and loads without a mask are faster
-    source = tl.where(m < stop, m, row)
     if index_ptr is not None:
         source = tl.load(index_ptr + source)
     a_ptrs = rows_ptr + source[:, None] * K + k[None, :]
-    b_ptrs = weight_ptr + expert * N * K
+    b_ptrs = weight_tile(weight_ptr, expert * N * K, n, k, N, K, TRANSPOSED)
+    b_step = tl.cast(BLOCK_K, tl.int64)
     if TRANSPOSED:
-        b_ptrs += k[:, None].to(tl.int64) * N + n[None, :]
-    else:
-        b_ptrs += n[None, :].to(tl.int64) * K + k[:, None]
-    b_step = BLOCK_K
-    if TRANSPOSED:
-        b_step = BLOCK_K * N
+        b_step *= N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(K, BLOCK_K)
     if expert == E:
         steps = 0
     for step in range(0, steps):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs, mask=n[None, :] < N, other=0.0)
-        else:
-            left = K - step * BLOCK_K
-            a = tl.load(a_ptrs, mask=k[None, :] < left, other=0.0)
-            b = tl.load(b_ptrs, mask=(n[None, :] < N) & (k[:, None] < left), other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        left = K - step * BLOCK_K
+        a = load_rows(a_ptrs, k, left, EVEN_K)
+        acc = tl.dot(a, load_weight(b_ptrs, n, N, k, left, EVEN_K), acc, input_precision="ieee")
         a_ptrs += BLOCK_K
         b_ptrs += b_step
     out_ptrs = out_ptr + m[:, None] * N + n[None, :]

@@ -89,8 +89,8 @@ def _fake_permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, nu
     return torch.empty(num_rows, x.shape[1], dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("equimoe::combine", mutates_args=(), schema=f"(Tensor rows, {_ORDER}) -> Tensor")
-def _combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+def sum_rows(rows: Tensor, inverse: Tensor) -> Tensor:
+    """[S, D] the sum over k of rows[inverse[s, k]], in the order of k; -1 adds nothing."""
     (sources, choices), (num_rows, hidden) = inverse.shape, rows.shape
     y = torch.empty(sources, hidden, dtype=rows.dtype, device=rows.device)
     if y.numel():
@@ -102,6 +102,11 @@ def _combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> T
                 SUM=_sum_dtype(rows.element_size()), BS=tile.rows, BD=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
     return y
+
+
+@torch.library.custom_op("equimoe::combine", mutates_args=(), schema=f"(Tensor rows, {_ORDER}) -> Tensor")
+def _combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
+    return sum_rows(rows, inverse)
 
 
 @_combine.register_fake

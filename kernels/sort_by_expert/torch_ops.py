@@ -17,5 +17,5 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
     experts = torch.arange(num_experts + 1, device=ids_R.device)
     offsets_E = torch.searchsorted(sorted_R, experts)
     rows_R = torch.arange(ids_R.numel(), device=ids_R.device)
-    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, rows_R).masked_fill_(dropped_R, -1)
+    inverse_R = rows_R.scatter(0, order_R, rows_R).masked_fill_(dropped_R, -1)
     return ExpertOrder(order_R, inverse_R.view(ids_SK.shape), offsets_E)

@@ -12,14 +12,17 @@ from torch import Tensor
 from .. import pick
 from . import reference, torch_ops
 from .gate import Gate, Method
+from .tiles import MAX_EXPERTS, MAX_K
 
 __all__ = ["Gate", "topk_gate"]
 
 
-def _triton(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> Gate:
+def _triton(
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
+) -> Gate:
     from . import triton_ops  # only here: triton is not needed for the other backends
 
-    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, method)
+    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, method)
 
 
 _BACKENDS = {"reference": reference.topk_gate, "torch": torch_ops.topk_gate, "triton": _triton}
@@ -38,6 +41,7 @@ def topk_gate(
     scale: float = 1.0,
     mask_T: Tensor | None = None,
     sequences: int = 1,
+    ids_TK: Tensor | None = None,
     backend: str = "auto",
 ) -> Gate:
     """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
@@ -49,13 +53,30 @@ def topk_gate(
     ``softmax_after_topk`` the softmax of the chosen logits (Mixtral, arXiv 2401.04088), times ``scale``.
 
     ``mask_T`` is bool [T], False for tokens that do not count; the T tokens are ``sequences`` sequences of equal
-    length. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum. The triton backend takes
-    fp32, bf16 and fp16 logits, k up to 64 and E up to 4096. Raises ValueError for values that do not fit.
+    length. ``ids_TK`` (int64 [T, K]) is a choice that was made before: it is weighed and counted, not made again, and
+    bias and groups have no say. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum.
+
+    The triton backend takes fp32, bf16 and fp16 logits, k up to 64 and E up to 4096; "auto" takes torch for others.
+    Raises ValueError for values that do not fit and, on the CPU, for ids out of range.
     """
     method = Method(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
     _check(logits_TE, bias_E, mask_T, method)
+    if ids_TK is not None:
+        _check_ids(ids_TK, logits_TE, k)
+    if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
+        backend = "torch"
     with torch.autocast(logits_TE.device.type, enabled=False):
-        return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, method)
+        return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, method)
+
+
+def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
+    tokens, experts = logits_TE.shape
+    if ids_TK.shape != (tokens, k) or ids_TK.dtype != torch.int64:
+        raise ValueError(f"ids_TK={ids_TK.dtype}{list(ids_TK.shape)}: must be int64 [{tokens}, {k}], k per token")
+    if ids_TK.device.type == "cpu" and ids_TK.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in ids_TK.aminmax())
+        if low < 0 or high >= experts:
+            raise ValueError(f"ids_TK in [{low}, {high}]: use 0..{experts - 1}, and mask_T for tokens without a choice")
 
 
 def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> None:

@@ -9,18 +9,25 @@ from torch import Tensor
 
 from .gate import Gate, Method
 
+#: up to so many choices, taking the best of all one by one is faster than sorting all; not where launches cost
+_ONE_BY_ONE = 16
 
-def topk_gate(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> Gate:
+
+def topk_gate(
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
+) -> Gate:
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     scores_TE = logits_TE.softmax(dim=-1) if method.score == "softmax" else logits_TE.sigmoid()
-    ids_TK = choose(scores_TE, bias_E, method)
+    if ids_TK is None:
+        ids_TK = choose(scores_TE, bias_E, method)
+    weights_TK = _weigh(logits_TE, scores_TE, ids_TK, method)
     probs_TE, z_T = _normalized(scores_TE), logits_TE.logsumexp(dim=-1).square()
     if mask_T is not None:
         probs_TE, z_T = torch.where(mask_T[:, None], probs_TE, 0.0), torch.where(mask_T, z_T, 0.0)
     counts_BE, tokens_B = _count(ids_TK, mask_T, method.sequences, logits_TE.shape[1])
     return Gate(
         ids_TK=ids_TK,
-        weights_TK=_weigh(logits_TE, scores_TE, ids_TK, method),
+        weights_TK=weights_TK,
         counts_BE=counts_BE,
         tokens_B=tokens_B,
         prob_sums_BE=probs_TE.reshape(method.sequences, -1, logits_TE.shape[1]).sum(dim=1),
@@ -30,15 +37,26 @@ def topk_gate(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, m
 
 @torch.no_grad()
 def choose(scores_TE: Tensor, bias_E: Tensor | None, method: Method) -> Tensor:
-    """int64 [T, K] the chosen experts, best first; torch.topk would leave the order of equal ones open."""
+    """int64 [T, K] the chosen experts, best first."""
     wanted_TE = scores_TE if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
     if method.kept_groups < method.groups:
         size = scores_TE.shape[1] // method.groups
         worth_TG = wanted_TE.unflatten(1, (method.groups, size)).topk(min(2, size), dim=-1).values.sum(dim=-1)
-        best_TG = worth_TG.sort(dim=-1, descending=True, stable=True).indices[:, : method.kept_groups]
-        kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, best_TG, True)
+        kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, _best(worth_TG, method.kept_groups), True)
         wanted_TE = torch.where(kept_TG.repeat_interleave(size, dim=1), wanted_TE, float("-inf"))
-    return wanted_TE.sort(dim=-1, descending=True, stable=True).indices[:, : method.k].contiguous()
+    return _best(wanted_TE, method.k)
+
+
+def _best(values_TE: Tensor, k: int) -> Tensor:
+    """int64 [T, K] the columns of the k highest, best first, of equal ones the lower; torch.topk leaves that open."""
+    if not values_TE.is_cpu or k > _ONE_BY_ONE:
+        return values_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    left_TE, best = values_TE.clone(), []
+    for _ in range(k):
+        best.append(left_TE.argmax(dim=-1, keepdim=True))  # the first of equal ones
+        left_TE.scatter_(1, best[-1], float("-inf"))
+    return torch.cat(best, dim=1)
 
 
 def _normalized(scores: Tensor) -> Tensor:

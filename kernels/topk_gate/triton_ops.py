@@ -100,7 +100,7 @@ def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, AFTER: t
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def gate_forward(
-    logits, bias, mask, ids, weights, counts, sums, length, chunks, scale, E: tl.constexpr, K: tl.constexpr,
+    logits, bias, mask, given, ids, weights, counts, sums, length, chunks, scale, E: tl.constexpr, K: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, AFTER: tl.constexpr,
     CHUNK: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -112,11 +112,12 @@ def gate_forward(
     column_E, k_K = tl.arange(0, BG * BJ), tl.arange(0, BK)
     expert_E = column_E // BJ * SIZE + column_E % BJ
     valid_E = (column_E // BJ < GROUPS) & (column_E % BJ < SIZE)
-    narrow: tl.constexpr = tl.int8 if BT == 1 else tl.int32  # of at most CHUNK / BT = 32; large tiles lack registers
+    # counts of chosen experts are at most CHUNK / BT = 32, and large tiles lack registers
+    narrow: tl.constexpr = tl.int8 if BT == 1 and given is None else tl.int32
     counts_TE = tl.zeros([BT, BG * BJ], narrow)
     probs_TE = tl.zeros([BT, BG * BJ], tl.float32)
     tokens_T, z_T = tl.zeros([BT], tl.int32), tl.zeros([BT], tl.float32)
-    for start in range(0, CHUNK, BT):
+    for start in range(0, tl.minimum(length - first, CHUNK).to(tl.int32), BT):
         t_T, inside_T, counted_T = _tokens(mask, sequence, first + start, length, BT)
         x_TE = tl.load(logits + t_T[:, None] * E + expert_E, mask=inside_T[:, None] & valid_E[None, :], other=0.0)
         x_TE = tl.where(valid_E[None, :], x_TE.to(tl.float32), float("-inf"))
@@ -131,19 +132,26 @@ def gate_forward(
             scores_TE = scores_TE / total_T[:, None]
             p_TE = scores_TE
         probs_TE += tl.where(counted_T[:, None], p_TE, 0.0)
-        wanted_TE = scores_TE
-        if bias is not None:
-            wanted_TE += tl.load(bias + expert_E, mask=valid_E, other=0.0).to(tl.float32)[None, :]
-        keys_TE = _keys(wanted_TE, column_E, valid_E)
-        if KEPT < GROUPS:
-            keys_TE = _best_groups(keys_TE, GROUPS, KEPT, SIZE, BT, BG, BJ)
-        chosen_TK = tl.zeros([BT, BK], tl.int32)
-        for k in range(K):
-            best_T = tl.max(keys_TE, 1)
-            keys_TE = tl.where(keys_TE == best_T[:, None], _TAKEN, keys_TE)
-            chosen_TK = tl.where(k_K[None, :] == k, _column_of(best_T)[:, None], chosen_TK)
-        counts_TE += ((keys_TE == _TAKEN) & counted_T[:, None]).to(narrow)
-        chosen_TK = chosen_TK // BJ * SIZE + chosen_TK % BJ
+        if given is not None:
+            chosen_TK = tl.load(given + t_T[:, None] * K + k_K, mask=inside_T[:, None] & (k_K < K)[None, :], other=0)
+            chosen_TK = chosen_TK.to(tl.int32)
+            for k in range(K):
+                id_T = tl.sum(tl.where(k_K[None, :] == k, chosen_TK, 0), 1)
+                counts_TE += ((expert_E[None, :] == id_T[:, None]) & valid_E[None, :] & counted_T[:, None]).to(narrow)
+        else:
+            wanted_TE = scores_TE
+            if bias is not None:
+                wanted_TE += tl.load(bias + expert_E, mask=valid_E, other=0.0).to(tl.float32)[None, :]
+            keys_TE = _keys(wanted_TE, column_E, valid_E)
+            if KEPT < GROUPS:
+                keys_TE = _best_groups(keys_TE, GROUPS, KEPT, SIZE, BT, BG, BJ)
+            chosen_TK = tl.zeros([BT, BK], tl.int32)
+            for k in range(K):
+                best_T = tl.max(keys_TE, 1)
+                keys_TE = tl.where(keys_TE == best_T[:, None], _TAKEN, keys_TE)
+                chosen_TK = tl.where(k_K[None, :] == k, _column_of(best_T)[:, None], chosen_TK)
+            counts_TE += ((keys_TE == _TAKEN) & counted_T[:, None]).to(narrow)
+            chosen_TK = chosen_TK // BJ * SIZE + chosen_TK % BJ
         valid_TK = inside_T[:, None] & (k_K < K)[None, :]
         logits_TK = tl.load(logits + t_T[:, None] * E + chosen_TK, mask=valid_TK, other=0.0).to(tl.float32)
         # an outside token keeps a choice, so that nothing in its row is divided by zero
@@ -197,7 +205,7 @@ def gate_backward(
     valid_E, valid_K = e_E < E, k_K < K
     dp_E = tl.load(dprob_sums + sequence * E + e_E, mask=valid_E, other=0.0)
     dz_one = tl.load(dz + sequence)
-    for start in range(0, CHUNK, BT):
+    for start in range(0, tl.minimum(length - first, CHUNK).to(tl.int32), BT):
         t_T, inside_T, counted_T = _tokens(mask, sequence, first + start, length, BT)
         inside_TE = inside_T[:, None] & valid_E[None, :]
         x_TE = tl.load(logits + t_T[:, None] * E + e_E, mask=inside_TE, other=0.0)
@@ -222,7 +230,7 @@ def gate_backward(
         for k in range(K):
             id_T = tl.sum(tl.where(k_K[None, :] == k, ids_TK, 0), 1)
             d_T = tl.sum(tl.where(k_K[None, :] == k, dw_TK, 0.0), 1)
-            dchosen_TE = tl.where(e_E[None, :] == id_T[:, None], d_T[:, None], dchosen_TE)
+            dchosen_TE += tl.where(e_E[None, :] == id_T[:, None], d_T[:, None], 0.0)
 
         dscores_TE = tl.where(counted_T[:, None], dp_E[None, :], 0.0)
         if SIGMOID:
@@ -251,14 +259,16 @@ _METHOD = "int k, str score, int groups, int kept_groups, bool normalize, bool a
 @torch.library.custom_op(
     "equimoe::topk_gate",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, {_METHOD})"
+    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_METHOD})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _gate(logits: Tensor, bias: Tensor | None, mask: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _gate(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
     method = Method(*options)
     tokens, experts = logits.shape
-    out = _fake_gate(logits, bias, mask, *options)
-    ids, weights, counts_BE, tokens_B, prob_sums_BE, z_B = out
+    out = _fake_gate(logits, bias, mask, given, *options)
+    weights, prob_sums_BE, z_B, ids, counts_BE, tokens_B = out
     constants = forward_constants(experts, method)
     length = tokens // method.sequences
     chunks = triton.cdiv(length, constants["CHUNK"])
@@ -268,7 +278,8 @@ def _gate(logits: Tensor, bias: Tensor | None, mask: Tensor | None, *options: An
     with launch_on(logits):
         if tokens:
             gate_forward[(method.sequences * chunks,)](
-                logits.contiguous(), None if bias is None else bias.contiguous(), bytes_T, ids, weights, counts, sums,
+                logits.contiguous(), None if bias is None else bias.contiguous(), bytes_T,
+                None if given is None else given.contiguous(), ids, weights, counts, sums,
                 length, chunks, method.scale, **constants,
                 num_warps=tile_for(constants["BG"] * constants["BJ"]).warps,
             )  # fmt: skip
@@ -280,7 +291,9 @@ def _gate(logits: Tensor, bias: Tensor | None, mask: Tensor | None, *options: An
 
 
 @_gate.register_fake
-def _fake_gate(logits: Tensor, bias: Tensor | None, mask: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
+def _fake_gate(
+    logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
     method = Method(*options)
     tokens, experts = logits.shape
 
@@ -288,12 +301,12 @@ def _fake_gate(logits: Tensor, bias: Tensor | None, mask: Tensor | None, *option
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     return (
-        empty(torch.int64, tokens, method.k),
         empty(torch.float32, tokens, method.k),
-        empty(torch.int64, method.sequences, experts),
-        empty(torch.int64, method.sequences),
         empty(torch.float32, method.sequences, experts),
         empty(torch.float32, method.sequences),
+        empty(torch.int64, tokens, method.k),
+        empty(torch.int64, method.sequences, experts),
+        empty(torch.int64, method.sequences),
     )
 
 
@@ -329,29 +342,33 @@ def _fake_gate_backward(logits: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, mask, *ctx.options = inputs
-    ctx.save_for_backward(logits, mask, output[0])
-    ctx.mark_non_differentiable(output[0], output[2], output[3])
+    logits, _, mask, _, *ctx.options = inputs
+    ctx.save_for_backward(logits, mask, output[3])
+    ctx.mark_non_differentiable(*output[3:])
 
 
 def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     logits, mask, ids = ctx.saved_tensors
-    dlogits = _gate_backward(logits, mask, ids, grads[1], grads[4], grads[5], *ctx.options)
-    return dlogits, None, None, *(None for _ in ctx.options)
+    dlogits = _gate_backward(logits, mask, ids, *grads[:3], *ctx.options)
+    return dlogits, None, None, None, *(None for _ in ctx.options)
 
 
 _gate.register_autograd(_differentiate, setup_context=_save)
 
 
-def topk_gate(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> Gate:
+def topk_gate(
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
+) -> Gate:
     """The Triton backend. Raises ValueError beyond its limits and for tensors on the CPU."""
     if logits_TE.dtype == torch.float64:
         raise ValueError("logits_TE=torch.float64: the triton backend computes in fp32; use backend='torch'")
     if logits_TE.shape[1] > MAX_EXPERTS or method.k > MAX_K:
         given = f"{logits_TE.shape[1]} experts, k={method.k}"
         raise ValueError(f"{given}: the triton backend takes {MAX_EXPERTS} and {MAX_K}; use backend='torch'")
+    if ids_TK is not None:
+        bias_E, method = None, method._replace(groups=1, kept_groups=1)
     bias_E = None if bias_E is None else bias_E.detach()
-    ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B = _gate(logits_TE, bias_E, mask_T, *method)
+    weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *method)
     return Gate(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())
 
 
@@ -362,9 +379,13 @@ def compile_cases() -> list[CompileCase]:
         forward, backward = forward_constants(experts, method), backward_constants(experts, method)
         bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
         label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
-        types = f"{logits} {bias} {mask} *i64 *fp32 *i32 *fp32 i32 i32 fp32"
+        types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
         warps = tile_for(forward["BG"] * forward["BJ"]).warps
         cases.append(compile_case(gate_forward, types, forward, f"gate_forward {label}", warps))
+        forward = forward_constants(experts, method._replace(groups=1, kept_groups=1))
+        types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
+        warps = tile_for(forward["BJ"]).warps
+        cases.append(compile_case(gate_forward, types, forward, f"gate_forward given {label}", warps))
         types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
         warps = tile_for(backward["BE"]).warps
         cases.append(compile_case(gate_backward, types, backward, f"gate_backward {label}", warps))

@@ -27,6 +27,7 @@ class MicroBatch:
         self.counts_BE: Tensor
         self.tokens_B: Tensor
         self.prob_sums_E: Tensor
+        #: int64 [1 or B, E + 1], counts and tokens; by sequence where the loss is of sequences or micro-batches
         self.summed: Pending
         #: counted by a pass ahead of the training forward
         self.ahead = False
@@ -40,16 +41,21 @@ class MicroBatch:
         """Its backward has run."""
         return self.backward_id is not None
 
-    def assign(self, routing: Routing, axis: Axis) -> None:
-        """Take this micro-batch's decision and counts, and start to sum them over the ranks."""
+    def assign(self, routing: Routing, axis: Axis, by_sequence: bool) -> None:
+        """Take this micro-batch's decision and counts, and start to sum them over the ranks of ``axis``."""
         self.prob_sums_E = routing.prob_sums_BE.detach().sum(0)
         if self.ahead:  # counted and summed before
             self.ahead = False
             return
         self.decision = routing.decision
         self.counts_BE, self.tokens_B = routing.counts_BE, routing.tokens_B
-        local = torch.cat((self.counts_BE.sum(0), self.tokens_B.sum().reshape(1)))
-        self.summed = sum_over(local, axis)
+        local = torch.cat((self.counts_BE, self.tokens_B[:, None]), dim=1)
+        self.summed = sum_over(local if by_sequence else local.sum(0, keepdim=True), axis)
+
+    @property
+    def total(self) -> Tensor:
+        """int64 [E + 1]: counts and tokens of this micro-batch on the ranks it was summed over."""
+        return self.summed.get().sum(0)
 
 
 @dataclass(frozen=True)
@@ -135,14 +141,14 @@ class Window:
         """int64 [E + 1]: counts and tokens of all micro-batches known, with ``slot`` among them."""
         if slot.step_total is not None:
             return slot.step_total
-        return torch.stack([s.summed.get() for s in self.slots]).sum(0)
+        return torch.stack([s.total for s in self.slots]).sum(0)
 
     def close(self, kept: list[MicroBatch] | None = None) -> None:
         """Start anew, remembering the totals of the step that ends."""
         kept = kept or []
         ended = [slot for slot in self.slots if slot not in kept]
         if ended:
-            total = torch.stack([slot.summed.get() for slot in ended]).sum(0)
+            total = torch.stack([slot.total for slot in ended]).sum(0)
             for slot in ended:
                 slot.step_total = total
             self.last = StepTotals(
@@ -155,6 +161,8 @@ class Window:
             )
             self._last_length = len(ended)
         self.slots = kept
+        # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
+        self._gradient_left = False
 
     def optimizer_stepped(self, parameters: set[int]) -> None:
         """Called after every optimizer step in the process, with the ids of that optimizer's parameters."""

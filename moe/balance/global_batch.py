@@ -52,6 +52,7 @@ class Balancer:
     """Keeps the counts of the optimizer step and attaches the losses.
 
     ``axis`` names the ranks that hold different tokens; None: the default process group, if there is one by then.
+    ``sequence_axis`` names those among them that hold parts of the same sequences.
     ``averaged_ranks`` is how many ranks' gradients the engine averages; None: those of the axis.
     ``loss_scale`` must be what the loss is multiplied by before its backward (a gradient scaler's scale).
     """
@@ -62,6 +63,7 @@ class Balancer:
         self.z_coefficient = z_coefficient
         self.window = Window(config.micro_batches)
         self.axis: Axis | None = None
+        self.sequence_axis = LOCAL
         self.averaged_ranks: int | None = None
         self.loss_scale: float | Tensor = 1.0
         self._gradients_of = SCOPES[config.scope]
@@ -82,7 +84,7 @@ class Balancer:
     def count(self, routing: Routing, this: Pass) -> None:
         """Keep the decision and counts of a pass that is made for the first time."""
         if this.slot is not None and this.first:
-            this.slot.assign(routing, self.counting_axis)
+            this.slot.assign(routing, self.counting_axis, by_sequence=self.config.scope != "global")
             this.slot.ahead = _counting.get()
 
     def attach(self, carrier: Tensor, routing: Routing, this: Pass) -> Tensor:
@@ -111,20 +113,20 @@ class Balancer:
 
     @property
     def counting_axis(self) -> Axis:
-        """The ranks whose tokens are counted together; local scopes need no communication."""
-        return self.token_axis if self.config.scope == "global" else LOCAL
+        """The ranks whose tokens are counted together; scopes within one rank need no communication."""
+        return self.token_axis if self.config.scope == "global" else self.sequence_axis
 
     def view(self, slot: MicroBatch) -> StepView:
         """The step as it is known now, around one of its micro-batches."""
-        totals = self.window.totals(slot)
+        totals, own_BX = self.window.totals(slot), slot.summed.get()
         return StepView(
-            counts_BE=slot.counts_BE,
-            tokens_B=slot.tokens_B,
+            counts_BE=own_BX[:, :-1],
+            tokens_B=own_BX[:, -1],
             step_counts_E=totals[:-1],
             step_tokens=totals[-1],
             seen=max(len(self.window.slots), 1),
             micro_batches=self.window.micro_batches,
-            ranks=self.token_axis.size,
+            ranks=self.token_axis.size // self.sequence_axis.size,
             top_k=self.top_k,
         )
 

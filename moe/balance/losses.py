@@ -16,7 +16,7 @@ from torch import Tensor
 class StepView:
     """What is known, at backward time, of a micro-batch and of the optimizer step it belongs to."""
 
-    #: int64 [B, E] and [B], this micro-batch on this rank
+    #: int64 [B, E] and [B], this micro-batch on the ranks that hold parts of its sequences
     counts_BE: Tensor
     tokens_B: Tensor
     #: int64 [E] and scalar, all ranks and all micro-batches of the step known so far
@@ -25,7 +25,7 @@ class StepView:
     #: micro-batches in step_counts, and in the whole step
     seen: int
     micro_batches: int
-    #: ranks that hold different tokens
+    #: ranks, or groups of ranks that hold parts of the same sequences, with different micro-batches
     ranks: int
     top_k: int
 
@@ -51,7 +51,7 @@ def global_batch(view: StepView) -> tuple[Tensor, Tensor]:
 
 
 def micro_batch(view: StepView) -> tuple[Tensor, Tensor]:
-    """The load of one micro-batch on one rank (Switch, GShard); the step's loss is the mean over these."""
+    """The load of one micro-batch of one data-parallel rank (Switch, GShard); the step's loss is the mean over these."""
     weight = 1.0 / (view.tokens_B.sum().double().clamp_min(1) * view.micro_batches * view.ranks)
     return loads(view.counts_BE.sum(0), view.tokens_B.sum(), view.top_k) * weight, weight
 

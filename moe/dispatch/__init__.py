@@ -1,21 +1,48 @@
 """Bring tokens to the ranks of their experts, and results back."""
 
-from typing import Protocol
+from collections.abc import Callable
 
-from torch import Tensor
-
-from ..types import DispatchPlan, Routing
-from .all_to_all import AllToAllDispatcher
-from .capacity import Capacity, Dropless
+from ..collectives import LOCAL, Axis
+from ..config import MoEConfig
+from .all_gather import AllGatherDispatcher
+from .all_to_all import AllToAllDispatcher, OverlappedDispatcher
+from .base import Dispatcher
+from .capacity import Capacity, Dropless, build_capacity
+from .deepep import deepep
+from .duplicates import DropDuplicates
+from .hierarchical import HierarchicalDispatcher
 from .local import LocalDispatcher
 
+#: all are made alike: see :class:`Dispatcher`
+DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
+    "local": LocalDispatcher,
+    "all_gather": AllGatherDispatcher,
+    "all_to_all": AllToAllDispatcher,
+    "hierarchical": HierarchicalDispatcher,
+    "overlapped": OverlappedDispatcher,
+    "deepep": deepep,
+}
 
-class Dispatcher(Protocol):
-    """The contract of a dispatcher: rows there, with a plan, and results back by that plan."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]: ...
+def build_dispatcher(config: MoEConfig, ep: Axis = LOCAL, etp: Axis = LOCAL) -> Dispatcher:
+    """The dispatcher that ``config.dispatch`` names, for experts split over ``ep``, each over ``etp``."""
+    name = config.dispatch.name if ep.size > 1 else "local"
+    return DISPATCHERS[name](
+        config.num_experts, ep, config.backend, etp=etp, config=config.dispatch, capacity=config.capacity
+    )
 
-    def combine(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor: ...
 
-
-__all__ = ["AllToAllDispatcher", "Capacity", "Dispatcher", "Dropless", "LocalDispatcher"]
+__all__ = [
+    "DISPATCHERS",
+    "AllGatherDispatcher",
+    "AllToAllDispatcher",
+    "Capacity",
+    "Dispatcher",
+    "DropDuplicates",
+    "Dropless",
+    "HierarchicalDispatcher",
+    "LocalDispatcher",
+    "OverlappedDispatcher",
+    "build_capacity",
+    "build_dispatcher",
+]

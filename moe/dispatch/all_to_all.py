@@ -1,57 +1,71 @@
-"""Experts split over the ranks of an axis; each routed row travels to its expert's rank and back.
+"""Each routed row travels to its expert's rank and back, in one exchange or in chunks that overlap with computing.
 
-T tokens, D hidden, K top-k, R routed rows of this rank, S rows received, P ranks, e experts per rank.
-Every rank runs the same collectives, also with no rows at all.
+T tokens, D hidden, K top-k, X rows sent, S rows received.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...kernels.permute import combine, permute
-from ...kernels.sort_by_expert import sort_by_expert
-from ..collectives import Axis, exchange_counts, exchange_rows
-from ..types import DispatchPlan, RouteHome, Routing
+from ..collectives import start_exchange
+from ..types import Experts, Routing
+from .base import Dispatcher, as_computed, nothing
+from .manifest import Chunk, dropless, padded
 
 
-class AllToAllDispatcher:
-    """Dropless exchange whose receive splits come from the senders' counts."""
+class AllToAllDispatcher(Dispatcher):
+    """One row per choice, each way; split sizes from the senders' counts, or fixed by a padded capacity."""
 
-    def __init__(self, num_experts: int, axis: Axis, backend: str = "auto") -> None:
-        if num_experts % axis.size:
-            raise ValueError(f"num_experts={num_experts}: must be divisible by expert parallel = {axis.size} ranks")
-        self.num_experts = num_experts
-        self.axis = axis
-        self.backend = backend
+    chunks = 1
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        """Rows [S, D] that this rank's experts have to do, and the way home."""
-        order = sort_by_expert(routing.ids_TK, self.num_experts, backend=self.backend)
-        counts_Pe = order.offsets_E.diff().view(self.axis.size, -1)
-        received_Pe = exchange_counts(counts_Pe, self.axis)
-        # the one copy to the host: an all-to-all must be told its split sizes
-        sent, received = torch.stack((counts_Pe.sum(1), received_Pe.sum(1))).tolist()
-        home = RouteHome(order, sent, received)
-        kept = sum(sent)
-        rows_RD = permute(_as_computed(x_TD), order, kept, backend=self.backend)
-        weights_R1 = routing.weights_TK.reshape(-1, 1)[order.order_R[:kept]]
-        rows_SD = exchange_rows(rows_RD, sent, received, self.axis)
-        weights_S1 = exchange_rows(weights_R1, sent, received, self.axis)
-        expert_of = torch.arange(received_Pe.shape[1], device=x_TD.device).repeat(self.axis.size)
-        ids_S1 = expert_of.repeat_interleave(received_Pe.flatten(), output_size=sum(received))[:, None]
-        here = sort_by_expert(ids_S1, received_Pe.shape[1], backend=self.backend)
-        return rows_SD, DispatchPlan(weights_S1, here, home)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        pads = self.capacity is not None and self.capacity.pad
+        self.pack = partial(padded, capacity=self.capacity) if pads else dropless
+        self.fixed_sizes = pads
 
-    def combine(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Send the results [S, D] home and sum each token's choices: [T, D]."""
-        assert plan.route_home is not None
-        home = plan.route_home
-        rows_RD = exchange_rows(rows_SD, home.received, home.sent, self.axis)
-        return combine(rows_RD, home.order, backend=self.backend)
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
+        load = self.pack(routing, self.num_experts, self.axis, self.chunks, self.backend)
+        x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
+        if load.padded:
+            x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))
+        rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)
+        weights_X1 = weights_SK.reshape(-1, 1)[load.order.order_R[: load.rows]]
+        sizes = [sum(chunk.sent) for chunk in load.chunks]
+        # all chunks leave at once; while the first ones are computed and sent home, the others still arrive
+        under_way = [
+            (start_exchange(rows, c.sent, c.received, self.axis, self.there), self.start_weights(weights, c))
+            for c, rows, weights in zip(load.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
+        ]
+        meanwhile()
+        going_home = []
+        for c, (rows, weights) in zip(load.chunks, under_way, strict=True):
+            rows_SD = rows.wait()
+            etp_sizes = [rows_SD.shape[0]] * self.etp.size if self.fixed_sizes and self.etp.size > 1 else None
+            y_SD = self.compute(rows_SD, weights.wait(), c.ids_S1, experts, etp_sizes)
+            going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.home))
+        home = [transit.wait() for transit in going_home]
+        y_XD = home[0] if len(home) == 1 else torch.cat(home)
+        return combine(y_XD, load.order, backend=self.backend)[: x_TD.shape[0]]
+
+    def start_weights(self, weights_X1: Tensor, chunk: Chunk):
+        """The router's weights go with their rows, as exactly as they are."""
+        return start_exchange(weights_X1, chunk.sent, chunk.received, self.axis)
 
 
-def _as_computed(x_TD: Tensor) -> Tensor:
-    """Rows travel in the dtype in which they will be computed."""
-    device = x_TD.device.type
-    return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD
+class OverlappedDispatcher(AllToAllDispatcher):
+    """The same in ``chunks``, cut along each expert's rows, so that every chunk is for all ranks (Tutel).
+
+    Backward passes overlap as forward ones do: chunks' gradients leave before the last is computed.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.chunks = self.config.chunks

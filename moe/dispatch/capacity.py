@@ -1,4 +1,7 @@
-"""Which choices an expert with limited capacity keeps. T tokens, K top-k, E experts, R = T*K choices."""
+"""Which choices an expert with limited capacity keeps.
+
+T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ranks that share a limit).
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import CapacityConfig
+from ..collectives import LOCAL, Axis, exchange_sizes, gather_rows
+from ..config import CapacityConfig, MoEConfig
 from ..types import Routing
 
 
-def by_probability(routing: Routing) -> Tensor:
+def by_probability(weights_R: Tensor) -> Tensor:
     """The highest weights first; of equal ones the earlier token."""
-    return torch.sort(routing.weights_TK.detach().flatten(), descending=True, stable=True).indices
+    return torch.sort(weights_R, descending=True, stable=True).indices
 
 
-def by_position(routing: Routing) -> Tensor:
+def by_position(weights_R: Tensor) -> Tensor:
     """The earliest tokens first."""
-    return torch.arange(routing.ids_TK.numel(), device=routing.ids_TK.device)
+    return torch.arange(weights_R.numel(), device=weights_R.device)
 
 
-#: the order, int64 [R], in which choices ask for a place
-DROP_POLICIES: dict[str, Callable[[Routing], Tensor]] = {"probability": by_probability, "position": by_position}
+#: the order, int64 [R], in which choices ask for a place, given their weights by position of the token
+DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probability, "position": by_position}
 
 
 class Dropless:
@@ -33,22 +37,62 @@ class Dropless:
 
 
 class Capacity:
-    """At most ceil(factor * K * T / E) choices per expert, T the valid tokens of this rank's micro-batch."""
+    """At most ceil(factor * K * T / bins) choices per bin: an expert, or the experts of one device.
 
-    def __init__(self, config: CapacityConfig) -> None:
-        self.factor = config.factor
+    T counts the valid tokens over ``axis``, whose ranks share the limit: each knows all choices and keeps its own of
+    those that stay. Tokens are ordered by rank, or, with ``by_sequence``, by sequence and then by rank, for ranks that
+    hold consecutive parts of the same sequences. Counts of the balance loss do not see the drop.
+    """
+
+    def __init__(self, config: CapacityConfig, bins: int, axis: Axis = LOCAL, by_sequence: bool = False) -> None:
+        self.factor, self.bins, self.axis, self.by_sequence = config.factor, bins, axis, by_sequence
         self.order = DROP_POLICIES[config.drop]
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:
-        ids_TK, num_experts = routing.ids_TK, routing.counts_BE.shape[1]
-        limit = torch.ceil(routing.tokens_B.sum() * ids_TK.shape[1] * (self.factor / num_experts))
-        asking_R = self.order(routing)
-        ids_R = ids_TK.flatten()[asking_R]
-        by_expert_R = torch.sort(ids_R, stable=True).indices
-        sorted_R = ids_R[by_expert_R]
-        # place in the queue of its expert: distance to the expert's first row
-        place_R = torch.arange(ids_R.numel(), device=ids_R.device) - torch.searchsorted(sorted_R, sorted_R)
-        kept_R = torch.empty_like(ids_R, dtype=torch.bool)
-        kept_R[asking_R[by_expert_R]] = place_R < limit
-        return routing.keep(kept_R.view_as(ids_TK))
+        ids_TK, (sequences, num_experts) = routing.ids_TK, routing.counts_BE.shape
+        tokens = gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
+        # fp64, and in the same order as `rows_per_expert`: a padded exchange has a place for all that stay
+        limit = torch.ceil(tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins)
+        bin_TK = torch.div(ids_TK, num_experts // self.bins, rounding_mode="floor")
+        sizes = exchange_sizes(ids_TK, self.axis)
+        bin_R = gather_rows(bin_TK, sizes, self.axis).flatten()
+        weight_R = gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
+        position_R = self._by_position(sizes, sequences, ids_TK)
+        asking_R = position_R[self.order(weight_R[position_R])]
+        kept_R = _first(bin_R, asking_R, limit)
+        start = sum(sizes[: self.axis.rank])
+        return routing.keep(kept_R.view(-1, ids_TK.shape[1])[start : start + ids_TK.shape[0]])
+
+    def _by_position(self, sizes: list[int], sequences: int, ids_TK: Tensor) -> Tensor:
+        """int64 [R], the choices of all ranks in the order of their tokens."""
+        top_k, device = ids_TK.shape[1], ids_TK.device
+        if not self.by_sequence:
+            return torch.arange(sum(sizes) * top_k, device=device)
+        sequence_R = torch.cat([torch.arange(n * top_k, device=device) * sequences // max(n * top_k, 1) for n in sizes])
+        return torch.sort(sequence_R, stable=True).indices
+
+
+def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
+    """bool [R]: which choices are among the first ``limit`` of their bin to ask."""
+    asked_R = bin_R[asking_R]
+    by_bin_R = torch.sort(asked_R, stable=True).indices
+    sorted_R = asked_R[by_bin_R]
+    # place in the queue of its bin: distance to the bin's first row
+    place_R = torch.arange(bin_R.numel(), device=bin_R.device) - torch.searchsorted(sorted_R, sorted_R)
+    kept_R = torch.empty_like(bin_R, dtype=torch.bool)
+    kept_R[asking_R[by_bin_R]] = place_R < limit
+    return kept_R
+
+
+def build_capacity(
+    config: MoEConfig, sequence: Axis = LOCAL, tokens: Axis = LOCAL, devices: int = 1
+) -> Dropless | Capacity:
+    """What ``config.capacity`` asks for, given the ranks that hold parts of the same sequences, those that hold
+    different tokens, and the number of expert-parallel ranks."""
+    capacity = config.capacity
+    if capacity is None:
+        return Dropless()
+    axis = {"local": LOCAL, "sequence": sequence, "global": tokens}[capacity.scope]
+    bins = {"expert": config.num_experts, "device": devices}[capacity.level]
+    return Capacity(capacity, bins, axis, by_sequence=capacity.scope == "sequence")

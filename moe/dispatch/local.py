@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from ...kernels.sort_by_expert import sort_by_expert
-from ..types import DispatchPlan, Routing
+from ..types import Experts, Routing
+from .base import Dispatcher, as_computed, nothing
 
 
-class LocalDispatcher:
-    """The tokens themselves are the source rows; the experts gather them as they go."""
+class LocalDispatcher(Dispatcher):
+    """The tokens themselves are the source rows; the experts gather them as they go.
 
-    def __init__(self, num_experts: int, backend: str = "auto") -> None:
-        self.num_experts = num_experts
-        self.backend = backend
+    Raises ValueError for experts that are split over several ranks.
+    """
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, DispatchPlan]:
-        """Source rows [T, D] and where each of their choices stands."""
-        order = sort_by_expert(routing.ids_TK, self.num_experts, backend=self.backend)
-        return x_TD, DispatchPlan(routing.weights_TK, order)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.axis.size > 1:
+            raise ValueError(f"dispatch 'local': experts are split over {self.axis.size} ranks; use another dispatcher")
 
-    def combine(self, rows_TD: Tensor, plan: DispatchPlan) -> Tensor:
-        """The experts have summed each token's choices already."""
-        return rows_TD
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
+        x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD
+        sizes = [x_TD.shape[0]] * self.etp.size if self.config.equal_tokens and self.etp.size > 1 else None
+        return self.compute(x_TD, routing.weights_TK, routing.ids_TK, experts, sizes)

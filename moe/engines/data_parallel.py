@@ -8,7 +8,7 @@ already holds the tokens of its whole ep group, which the exchange brought there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..attention import HeadNorm
+from ..balance import counting_pass
 from ..layer import MoE
-from ..parallel import Mesh
+from ..parallel import Mesh, Share, token_nats, vocabulary_parallel
 
 _EXPERT = {"edp_replicate", "edp_shard", "ep", "etp"}
 
@@ -34,12 +36,18 @@ class DataParallel:
     ...         (loss_sum(engine(batch)) / tokens_of_the_step).backward()
     >>> engine.reduce_gradients()
 
-    Pipeline stages, whose forward belongs to their schedule, are given as a list: no call, only ``reduce_gradients``.
+    or, for a language model, :meth:`gradients`. ``precision`` makes the context of every forward (autocast).
     """
 
-    def __init__(self, model: nn.Module | Sequence[nn.Module], mesh: Mesh | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        mesh: Mesh | None,
+        precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.parts = [model] if isinstance(model, nn.Module) else list(model)
         self.mesh = mesh
+        self.precision = precision
         self.forward: Any = self.parts[0]
         self._joined_by_ddp: set[int] = set()
         if mesh is not None and mesh.degrees.data_parallel == "ddp" and mesh["dense"].size > 1:
@@ -54,9 +62,9 @@ class DataParallel:
         """The model, or the first stage of this rank."""
         return self.parts[0]
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All parameters of this rank."""
-        return [p for part in self.parts for p in part.parameters()]
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of this rank, by the names that they have in the whole model."""
+        return {name: p for part in self.parts for name, p in part.named_parameters()}
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """Around each micro-batch's forward and backward; gradients are joined in the last one of a step."""
@@ -66,6 +74,38 @@ class DataParallel:
             return nullcontext()
         return self.forward.no_sync()
 
+    def gradients(self, shares: list[Share], tokens: float, exact: bool = False) -> list[Tensor]:
+        """Forward, backward and reduction over the micro-batches of a step; the nats [B, S] of each share.
+
+        The loss is the sum over all shares of all ranks, over ``tokens``. ``exact`` counts loads in a pass ahead.
+        """
+        if exact:
+            with counting_pass(), self.precision():
+                for share in shares:
+                    self.model(share.inputs, share.mask)
+        found = []
+        with vocabulary_parallel(self.mesh):
+            for i, share in enumerate(shares):
+                with self.accumulate(last=i + 1 == len(shares)):
+                    with self.precision():
+                        logits_BSV = self(share.inputs, share.mask)
+                    nats_BS = token_nats(logits_BSV, share.labels)
+                    (nats_BS.sum() / tokens).backward()
+                found.append(nats_BS.detach())
+        self.reduce_gradients()
+        return found
+
+    @property
+    def at_once(self) -> int:
+        """How many shares :meth:`evaluate` takes best."""
+        return 1
+
+    @torch.no_grad()
+    def evaluate(self, shares: list[Share]) -> list[Tensor]:
+        """The nats [B, S] of each share, forward only. Masks are not given to the layers."""
+        with vocabulary_parallel(self.mesh), self.precision():
+            return [token_nats(self.model(share.inputs), share.labels) for share in shares]
+
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Join what no wrapper has joined; call it after a step's last backward, on every rank."""
@@ -73,7 +113,8 @@ class DataParallel:
             return
         by_axis: dict[str, list[Tensor]] = {}
         for part in self.parts:
-            inside = {id(p) for m in part.modules() if isinstance(m, MoE) for p in m.parameters()}
+            # layers whose copies on tensor-parallel ranks work on other tokens, or on other heads
+            inside = {id(p) for m in part.modules() if isinstance(m, (MoE, HeadNorm)) for p in m.parameters()}
             for p in part.parameters():
                 for axis in self._left(p, id(p) in inside):
                     if self.mesh[axis].size > 1:
@@ -82,7 +123,7 @@ class DataParallel:
             for work in [dist.all_reduce(grad, group=self.mesh[axis].group, async_op=True) for grad in grads]:
                 work.wait()
 
-    def _left(self, parameter: nn.Parameter, in_moe: bool) -> list[str]:
+    def _left(self, parameter: nn.Parameter, sees_its_own: bool) -> list[str]:
         """The axes over which a parameter's gradient is still in parts."""
         assert self.mesh is not None
         degrees = self.mesh.degrees
@@ -91,8 +132,8 @@ class DataParallel:
         if dims & _EXPERT:
             return [] if sharded else ["edp"]
         data = [] if sharded or id(parameter) in self._joined_by_ddp else ["dense"]
-        sees_own_tokens = "tp" not in dims and (degrees.sequence_parallel or in_moe)
-        return [*data, "tp"] if sees_own_tokens else data
+        partial = "tp" not in dims and (degrees.sequence_parallel or sees_its_own)
+        return [*data, "tp"] if partial else data
 
     def _wrap(self, model: nn.Module, mesh: Mesh) -> DistributedDataParallel:
         plain = {name for name, p in model.named_parameters() if not isinstance(p, DTensor)}

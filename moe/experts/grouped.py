@@ -1,6 +1,8 @@
-"""The experts: SwiGLU MLPs on rows, which know nothing of tokens' origin. E experts, F width, D hidden."""
+"""The experts: MLPs on rows, which know nothing of tokens' origin. E experts, F width, D hidden."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +12,27 @@ from ..types import DispatchPlan
 
 
 class GroupedExperts(nn.Module):
-    """E SwiGLU MLPs in two stacked weights, laid out as Hugging Face transformers v5 does.
+    """E MLPs in two stacked weights, laid out as Hugging Face transformers v5 does.
 
-    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, ``down_proj`` [E, D, F]. Under expert parallelism
-    they are DTensors split over E, and each rank computes with its own part.
+    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] of experts that are not ``gated``, and
+    ``down_proj`` [E, D, F]. Under expert parallelism they are DTensors split over E, and each rank computes with its
+    own part; where ranks split each expert's width, ``gate_up_proj`` is [E, 2, F, D], split over F. ``activation`` and ``recompute`` as in :func:`expert_mlp`.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, width: int, backend: str, init_std: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        backend: str,
+        init_std: float,
+        activation: str = "silu",
+        gated: bool = True,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.backend = backend
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden_size))
+        self.mlp = partial(expert_mlp, backend=backend, activation=activation, gated=gated, recompute=recompute)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width if gated else width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         for weight in self.parameters():
             nn.init.normal_(weight, std=init_std)
@@ -27,7 +40,7 @@ class GroupedExperts(nn.Module):
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Each source row's weighted sum over the experts it chose on this rank: [S, D]."""
         gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
-        return expert_mlp(rows_SD, plan.weights_SK, plan.order, gate_up, down, backend=self.backend)
+        return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -23,15 +23,15 @@ class SwiGLU(nn.Module):
 
 
 class SharedExperts(nn.Module):
-    """Adds the shared experts' output to the routed one."""
+    """The output to add to that of the routed experts."""
 
     def __init__(self, hidden_size: int, width: int, gated: bool, init_std: float) -> None:
         super().__init__()
         self.mlp = SwiGLU(hidden_size, width, init_std)
         self.gate = Gate(hidden_size, init_std) if gated else Open()
 
-    def forward(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
-        return y_TD + self.gate(x_TD) * self.mlp(x_TD)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.gate(x_TD) * self.mlp(x_TD)
 
 
 class Gate(nn.Module):
@@ -54,7 +54,7 @@ class Open(nn.Module):
 
 
 class NoSharedExperts(nn.Module):
-    """Adds nothing."""
+    """Nothing to add."""
 
-    def forward(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
-        return y_TD
+    def forward(self, x_TD: Tensor) -> None:
+        return None

@@ -7,8 +7,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..attention import Attention
 from ..layer import MoE
-from ..model import Attention, Decoder
+from ..model import Decoder
 from .context import ContextAttention, positions
 from .expert import apply_expert_parallel
 from .mesh import Mesh
@@ -28,10 +29,7 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     """
     degrees = mesh.degrees
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        layer.balancer.axis = mesh["stage"]
-        layer.balancer.averaged_ranks = 1
-        if mesh["ep"].size * mesh["etp"].size > 1:
-            apply_expert_parallel(layer, mesh)
+        apply_expert_parallel(layer, mesh)
     if degrees.cp > 1:
         apply_context_parallel(_decoder(model, "cp"), mesh)
     if degrees.tp > 1:
@@ -46,7 +44,7 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> None:
     axis = mesh["cp"]
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
         attention.attend = ContextAttention(axis, method=mesh.degrees.context)
-        attention.hold(positions(attention.cos_SH.shape[0], axis.size, axis.rank))
+        attention.hold(positions(attention.cos_SR.shape[0], axis.size, axis.rank))
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

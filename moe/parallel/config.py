@@ -43,6 +43,8 @@ class ParallelConfig:
     context: Literal["ring", "all_gather"] = "ring"
     #: in which order a pipeline's stages work on the micro-batches
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
+    #: stages that each rank of a pipeline holds; none: as few as the schedule takes
+    stages_per_rank: int | None = None
     #: seconds a collective may take before the run ends with an error
     timeout_s: float = 300.0
 
@@ -59,6 +61,8 @@ class ParallelConfig:
             ("schedule", ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")),
         ):
             require(getattr(self, name) in choices, f"parallel.{name}", getattr(self, name), f"use one of {choices}")
+        given = self.stages_per_rank
+        require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
 
     def resolve(self, world: int) -> ParallelConfig:
@@ -78,6 +82,11 @@ class ParallelConfig:
             must = "must divide" if rest else "must be equal to, or have one at -1 and divide,"
             raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}")
         return degrees
+
+    @property
+    def stages_of_rank(self) -> int:
+        """Pipeline stages that each rank holds."""
+        return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
 
     @property
     def dp(self) -> int:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 
-from ..dispatch import AllToAllDispatcher
+from ..dispatch import DropDuplicates, build_capacity, build_dispatcher
 from ..layer import MoE
 from .mesh import Mesh
 
 
 def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
-    """Keep this rank's part of the experts of a layer whose full weights are the same on all ranks.
+    """Let a layer whose full weights are the same on all ranks work among the ranks of ``mesh``.
 
-    The weights become DTensors, so that norms, optimizers and checkpoints know what is split.
+    Each keeps its part of the experts, as DTensors, so that norms, optimizers and checkpoints know what is split.
+    Raises ValueError for sizes that the degrees do not divide.
     """
-    config = layer.config
-    if config.num_experts % mesh["ep"].size:
-        raise ValueError(f"model.num_experts={config.num_experts}: must be divisible by parallel.ep={mesh['ep'].size}")
-    layer.dispatcher = AllToAllDispatcher(config.num_experts, mesh["ep"], config.backend)
-    placements = (Shard(0), Replicate())
+    config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
+    if config.num_experts % ep.size:
+        raise ValueError(f"model.num_experts={config.num_experts}: must be divisible by parallel.ep={ep.size}")
+    if config.intermediate_size % etp.size:
+        width = config.intermediate_size
+        raise ValueError(f"model.moe_intermediate_size={width}: must be divisible by parallel.etp={etp.size}")
+    layer.balancer.axis, layer.balancer.sequence_axis = mesh["stage"], mesh["sequence"]
+    layer.balancer.averaged_ranks = 1
+    if not degrees.sequence_parallel:
+        layer.duplicates = DropDuplicates(mesh["tp"])
+    layer.capacity = build_capacity(config, mesh["sequence"], mesh["stage"], ep.size)
+    layer.dispatcher = build_dispatcher(config, ep, etp)
+    if ep.size * etp.size == 1:
+        return
+    if etp.size > 1:  # so that a slice of the width has both halves
+        stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
+        layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
-        own = weight.detach().chunk(mesh["ep"].size)[mesh["ep"].rank].clone()
-        split = DTensor.from_local(own, mesh.expert["ep"], (Shard(0),), run_check=False)
+        own, placements = weight.detach().chunk(ep.size)[ep.rank], [Shard(0)]
+        if etp.size > 1:
+            width = weight.dim() - (2 if name == "gate_up_proj" else 1)
+            own, placements = own.chunk(etp.size, width)[etp.rank], [Shard(0), Shard(width)]
+        split = _dtensor(own.clone(), mesh, placements)
         layer.experts.register_parameter(name, nn.Parameter(split, requires_grad=weight.requires_grad))
+
+
+def _dtensor(own, mesh: Mesh, placements: list[Placement]) -> DTensor:
+    axes = mesh.expert["ep"] if len(placements) == 1 else mesh.expert["ep", "etp"]
+    return DTensor.from_local(own, axes, placements, run_check=False)

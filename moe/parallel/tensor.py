@@ -7,13 +7,16 @@ all ranks.  B sequences, S positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from ..attention import Attention, GroupedAttention, LatentAttention
 from ..experts import SwiGLU
-from ..model import Attention, Block, Decoder
+from ..model import Block, Decoder
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -24,11 +27,16 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
     check_sizes(model, mesh.size())
     outside = Shard(1) if sequence_parallel else Replicate()
     column, row = ColwiseParallel(input_layouts=outside), RowwiseParallel(output_layouts=outside)
-    attention: dict[str, ParallelStyle] = {"qkv_proj": column, "out_proj": row}
+    # the projections to latents are narrow: every rank has them whole, and what is gathered is the latents
+    by_latent = {"q_up_proj": column, "kv_up_proj": column, "common_key": _ForAllHeads(outside), "out_proj": row}
+    attention: dict[type, dict[str, ParallelStyle]] = {
+        GroupedAttention: {"qkv_proj": column, "out_proj": row},
+        LatentAttention: by_latent,
+    }
     feed_forward: dict[str, ParallelStyle] = {"gate_proj": column, "up_proj": column, "down_proj": row}
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        parallelize_module(block.attention, mesh, attention)
+        parallelize_module(block.attention, mesh, attention[type(block.attention)])
         if isinstance(block.mlp, SwiGLU):
             parallelize_module(block.mlp, mesh, feed_forward)
     ends: dict[str, ParallelStyle] = {}
@@ -39,13 +47,28 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
     parallelize_module(model, mesh, ends)
 
 
+class _ForAllHeads(ParallelStyle):
+    """The positions of all ranks on each; its gradient is the sum of what every rank's own heads make of it."""
+
+    def __init__(self, outside: Placement) -> None:
+        self.outside = outside
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def gather(_module: nn.Module, _args: Any, part: Tensor) -> Tensor:
+            split = DTensor.from_local(part, device_mesh, (self.outside,), run_check=False)
+            return split.redistribute(placements=(Replicate(),)).to_local(grad_placements=(Partial(),))
+
+        module.register_forward_hook(gather)
+        return module
+
+
 def check_sizes(model: Decoder, tp: int) -> None:
     """Refuse sizes that tensor parallelism of this degree cannot split evenly."""
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            heads = module.qkv_proj.weight.shape[0] // (3 * module.head_width)
-            if heads % tp:
-                raise ValueError(f"parallel.tp={tp}: must divide model.num_heads={heads}")
+            if module.split_heads % tp:
+                field = "attention.num_kv_heads" if isinstance(module, GroupedAttention) else "model.num_heads"
+                raise ValueError(f"parallel.tp={tp}: must divide {field}={module.split_heads}")
         elif isinstance(module, SwiGLU) and ".shared." not in name and module.down_proj.weight.shape[1] % tp:
             width = module.down_proj.weight.shape[1]
             raise ValueError(f"parallel.tp={tp}: must divide model.intermediate_size={width}")

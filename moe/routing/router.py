@@ -1,33 +1,46 @@
-"""Hidden states to a :class:`Routing`. T tokens, D hidden, E experts, K top-k, B sequences, N tokens of each."""
+"""Hidden states to a :class:`Routing`. T tokens, D hidden, E experts, K top-k, B sequences."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.topk_gate import topk_gate
 from ..config import RouterConfig
 from ..types import Decision, Routing
-from .score import SCORES, probabilities
-from .select import top_k
-from .weight import WEIGHTS
 
 
 class Router(nn.Module):
-    """A linear gate, then score, select and weight.
+    """A linear gate, then the op :func:`topk_gate`.
 
-    Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast.
+    Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast. ``bias_E`` is added
+    to the scores where experts are chosen, never where they are weighed (DeepSeek-V3, arXiv 2412.19437): None, or once
+    a balancing method assigns it an fp32 tensor, a buffer that is saved, moves with the module and stays fp32.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, k: int, config: RouterConfig, init_std: float) -> None:
+    bias_E: Tensor | None
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, k: int, config: RouterConfig, init_std: float, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.k = k
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=init_std)
-        self.score = SCORES[config.score]
-        plain = "normalized" if config.normalize_weights else "raw"
-        self.weigh = WEIGHTS["softmax_after_topk" if config.softmax_after_topk else plain]
-        self.weight_scale = config.weight_scale
+        self.register_buffer("bias_E", None)
+        self.method: dict[str, Any] = {
+            "score": config.score,
+            "groups": config.groups,
+            "kept_groups": config.kept_groups,
+            "normalize": config.normalize_weights,
+            "softmax_after_topk": config.softmax_after_topk,
+            "scale": config.weight_scale,
+            "backend": backend,
+        }
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
@@ -39,37 +52,19 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-            scores_TE = self.score(logits_TE)
-            if decision is None:
-                decision = _decide(scores_TE, self.k, mask_T)
-            weights_TK = self.weigh(logits_TE, scores_TE, decision.chosen_TK) * self.weight_scale
-            probs_TE, z_T = probabilities(scores_TE), logits_TE.logsumexp(dim=-1).square()
-            if mask_T is not None:
-                probs_TE = torch.where(mask_T[:, None], probs_TE, 0.0)
-                z_T = torch.where(mask_T, z_T, 0.0)
-            counts_BE, tokens_B = _count(decision.chosen_TK, mask_T, sequences, self.weight.shape[0])
-            return Routing(
-                decision=decision,
-                weights_TK=weights_TK,
-                counts_BE=counts_BE,
-                tokens_B=tokens_B,
-                prob_sums_BE=probs_TE.unflatten(0, (sequences, -1)).sum(dim=1),
-                z_sum=z_T.sum(),
-            )
+        chosen_TK = None if decision is None else decision.chosen_TK
+        gate = topk_gate(
+            logits_TE, self.k, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK, **self.method
+        )
+        if decision is None:
+            ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
+            decision = Decision(gate.ids_TK, ids_TK)
+        return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
 
-
-def _decide(scores_TE: Tensor, k: int, mask_T: Tensor | None) -> Decision:
-    chosen_TK = top_k(scores_TE, k)
-    return Decision(chosen_TK, chosen_TK if mask_T is None else chosen_TK.masked_fill(~mask_T[:, None], -1))
-
-
-@torch.no_grad()
-def _count(ids_TK: Tensor, mask_T: Tensor | None, sequences: int, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Choices per sequence and expert, int64 [B, E], and valid tokens per sequence, int64 [B]."""
-    if mask_T is None:
-        mask_T = torch.ones(ids_TK.shape[0], dtype=torch.bool, device=ids_TK.device)
-    valid_BN = mask_T.view(sequences, -1).long()
-    ids_BX = ids_TK.view(sequences, -1)
-    ones_BX = valid_BN.repeat_interleave(ids_TK.shape[1], dim=1)
-    counts_BE = ids_TK.new_zeros(sequences, num_experts).scatter_add_(1, ids_BX, ones_BX)
-    return counts_BE, valid_BN.sum(dim=1)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """As for every module, but ``bias_E`` stays fp32: its updates are too small for 16 bits."""
+        before = self.bias_E
+        super()._apply(fn, recurse)
+        if before is not None and self.bias_E is not None and self.bias_E.dtype != before.dtype:
+            self.bias_E = before.to(self.bias_E.device)
+        return self

@@ -154,11 +154,11 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
 
 
 def training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """All tensors of a run under logical names that do not depend on the mesh. Makes the optimizer's state if new."""
-    state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    state: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
         if not moments:
             moments["step"] = torch.zeros((), dtype=torch.float32)

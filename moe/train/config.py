@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig, require
+from ..config import AttentionConfig, BalanceConfig, CapacityConfig, MoEConfig, RouterConfig, require
 from ..parallel.config import ParallelConfig as ParallelConfig  # one section of a run's configuration
 
 
@@ -24,6 +24,8 @@ class ModelConfig:
     moe_intermediate_size: int = 256
     #: every n-th feed-forward, counted from the last of each n, is an MoE layer; 1: all, 0: none
     moe_every: int = 1
+    #: the first n feed-forwards are dense whatever ``moe_every`` says
+    dense_layers: int = 0
     shared_intermediate_size: int = 0
     #: entries of the embedding; None: as many as the tokenizer has
     vocab_size: int | None = None
@@ -37,10 +39,10 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.moe_every >= 0, "model.moe_every", self.moe_every, "use 1 for every layer, 2 for every second")
         require(
-            self.hidden_size % (2 * self.num_heads) == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"2 * num_heads must divide model.hidden_size={self.hidden_size} (rotary embedding halves each head)",
+            0 <= self.dense_layers <= self.num_layers,
+            "model.dense_layers",
+            self.dense_layers,
+            f"must lie between 0 and model.num_layers={self.num_layers}",
         )
         require(
             self.top_k <= self.num_experts,
@@ -163,6 +165,7 @@ class TrainConfig:
     #: "bfloat16" computes in bf16 from fp32 master weights
     dtype: Literal["float32", "bfloat16"] = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
@@ -175,6 +178,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
+        self.attention.check(self.model.hidden_size, self.model.num_heads)
         require(
             self.parallel.ep == -1 or self.model.num_experts % self.parallel.ep == 0,
             "parallel.ep",

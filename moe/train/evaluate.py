@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..collectives import LOCAL, sum_over, world_axis
+from ..collectives import sum_over, world_axis
 from ..layer import MoE
-from ..model import Decoder
-from ..parallel import Mesh, share_of, token_nats, vocabulary_parallel
+from ..parallel import share_of
+from ..parallel.share import IGNORED
 from ..types import Routing
-from .config import TrainConfig
-from .data import Corpus, heldout_batches
-from .step import mixed_precision
+from .data import heldout_batches
+
+if TYPE_CHECKING:
+    from .loop import Trainer
 
 
 @contextmanager
-def watch_routing(layers: list[MoE]) -> Iterator[list[Routing]]:
-    """Within it, the list holds each layer's routing of the last forward, of whatever kind that was."""
-    seen: list[Any] = [None] * len(layers)
-
-    def keep(place: int) -> Any:
-        def hook(router: Any, inputs: Any, routing: Routing) -> None:
-            seen[place] = routing
-
-        return hook
-
-    handles = [layer.router.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
+def watch_routing(layers: Iterable[MoE]) -> Iterator[list[list[Routing]]]:
+    """Within it, the list of a layer grows by its routing of every forward, of whatever kind that is."""
+    handles, seen = [], []
+    for layer in layers:
+        found: list[Routing] = []
+        # called with module, inputs and output
+        handles.append(layer.router.register_forward_hook(lambda *of, found=found: found.append(of[2])))
+        seen.append(found)
     try:
         yield seen
     finally:
@@ -39,37 +38,41 @@ def watch_routing(layers: list[MoE]) -> Iterator[list[Routing]]:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Decoder, corpus: Corpus, config: TrainConfig, device: torch.device, mesh: Mesh | None = None
-) -> dict[str, Any]:
+def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Held-out loss in nats per token, over all and by domain, and how often each domain's tokens choose each expert.
 
     Every rank calls it and gets the same answer: {"loss", "domains": {d: {"loss", "tokens"}}, "routing": {d: [L][E]}}.
     """
-    data = LOCAL if mesh is None else mesh["dp"]
-    layers = model.moe_layers()
-    number = {domain: i for i, domain in enumerate(corpus.domains)}
-    sums_N2 = torch.zeros(len(number), 2, dtype=torch.float64, device=device)
-    counts_NLE = torch.zeros(len(number), len(layers), config.model.num_experts, dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
+    corpus, config, mesh, device = trainer.corpus, trainer.config, trainer.mesh, trainer.device
+    engine, numbers = trainer.engine, trainer.moe_numbers
+    place = {domain: i for i, domain in enumerate(corpus.domains)}
+    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device)
+    counts_NLE = torch.zeros(len(place), len(numbers), config.model.num_experts, dtype=torch.float64, device=device)
+    for part in engine.parts:
+        part.eval()
     batches = heldout_batches(
-        corpus, config.data.seq_len, config.log.eval_sequences, config.data.micro_batch, data.rank, data.size
+        corpus,
+        config.data.seq_len,
+        config.log.eval_sequences,
+        config.data.micro_batch,
+        trainer.data.rank,
+        trainer.data.size,
     )
     counted = mesh is None or mesh["tp"].rank == 0  # the others of a tensor-parallel group have the same losses
-    with watch_routing(layers) as routings, vocabulary_parallel(mesh):
-        for domain, *parts in batches:
-            inputs_BS, labels_BS, mask_BS = (part.to(device) for part in parts)
-            share = share_of(inputs_BS, labels_BS, mask_BS, mesh)
-            assert share.mask is not None
-            with mixed_precision(config, device):
-                logits_BSV = model(share.inputs)
-            nats = token_nats(logits_BSV, share).double().sum()
-            sums_N2[number[domain]] += torch.stack((nats, share.mask.sum().double())) * counted
-            whole_B = mask_BS.all(dim=1)  # sequences that are padded would count padding
-            for i, routing in enumerate(routings):
-                counts_NLE[number[domain], i] += routing.counts_BE[whole_B].sum(0)
-    model.train(was_training)
+    while several := list(islice(batches, engine.at_once)):
+        whole = [tuple(part.to(device) for part in parts) for _, *parts in several]
+        shares = [share_of(*parts, mesh=mesh) for parts in whole]
+        with watch_routing(trainer.layers.values()) as routings:
+            found = engine.evaluate(shares)
+        for (domain, *_), share, nats_BS in zip(several, shares, found, strict=False):  # none before the last stage
+            tokens = (share.labels != IGNORED).sum()
+            sums_N2[place[domain]] += torch.stack((nats_BS.double().sum(), tokens.double())) * counted
+        for number, of_layer in zip(trainer.layers, routings, strict=True):
+            for (domain, *_), (_, _, mask_BS), routing in zip(several, whole, of_layer, strict=False):
+                # sequences that are padded would count padding
+                counts_NLE[place[domain], numbers.index(number)] += routing.counts_BE[mask_BS.all(dim=1)].sum(0)
+    for part in engine.parts:
+        part.train()
     return _summary(corpus.domains, _summed(sums_N2), _summed(counts_NLE))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from ..balance import loss_value
 from ..collectives import LOCAL, sum_over, world_axis
-from ..engines import DataParallel
-from ..model import Decoder
-from ..parallel import Mesh, parallelize
+from ..engines import build_engine
+from ..model import Decoder, numbered_moe_layers
+from ..parallel import Mesh
 from ..types import load_summary
 from . import checkpoint
 from .config import ModelConfig, TrainConfig
@@ -24,7 +25,7 @@ from .data import Batches, Corpus
 from .evaluate import evaluate
 from .metrics import MetricsWriter, Progress
 from .optim import build_optimizer, learning_rate
-from .step import Losses, train_step
+from .step import Losses, mixed_precision, train_step
 
 
 def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
@@ -38,6 +39,8 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
         intermediate_size=config.model.intermediate_size,
         moe=config.moe(micro_batches),
         moe_every=config.model.moe_every,
+        dense_layers=config.model.dense_layers,
+        attention=config.attention,
         recompute_blocks=config.model.recompute,
     )
 
@@ -58,15 +61,29 @@ class Trainer:
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
-        self.model = model.to(device)
-        if mesh is not None:
-            parallelize(self.model, mesh, torch.bfloat16 if config.dtype == "bfloat16" else None)
-        self.engine = DataParallel(self.model, mesh)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        #: the decoder's layers that are MoE
+        self.moe_numbers = list(numbered_moe_layers([model]))
+        self.engine = build_engine(
+            model.to(device),
+            mesh,
+            micro_batches=self.micro_batches,
+            shape=(config.data.micro_batch, config.data.seq_len),
+            device=device,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            precision=partial(mixed_precision, config, device),
+        )
+        #: those of them that are on this rank
+        self.layers = numbered_moe_layers(self.engine.parts)
+        self.optimizer = build_optimizer(self.engine.named_parameters().values(), config.optim)
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
         self.step = 0
         torch.manual_seed(config.seed + 1 + self.axis.rank)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder; under pipeline parallelism this rank's first stage."""
+        return cast(Decoder, self.engine.model)
 
     def train_step(self) -> Tensor:
         """Do the next optimizer step; returns the gradient's norm."""
@@ -82,24 +99,23 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """An ``eval`` record: see :mod:`equimoe.moe.train.metrics`."""
-        return {"kind": "eval", "step": self.step} | evaluate(
-            self.model, self.corpus, self.config, self.device, self.mesh
-        )
+        return {"kind": "eval", "step": self.step} | evaluate(self)
 
     def record(self, norm: Tensor) -> dict[str, Any]:
         """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce."""
-        layers = self.model.moe_layers()
-        parts = [self.losses.sums_N2.flatten()]
-        for layer in layers:
+        experts = self.config.model.num_experts
+        table = torch.zeros(len(self.moe_numbers), 2 * experts + 3, dtype=torch.float64, device=self.device)
+        for row, number in zip(table, self.moe_numbers, strict=True):
+            if number not in self.layers:
+                continue
+            layer = self.layers[number]
             totals = layer.balancer.window.last
             assert totals is not None
-            parts += [totals.local_counts_E.double(), totals.local_prob_sums_E.double()]
-            last = (totals.local_tokens, layer.stats.dropped_choices, layer.stats.counts.sum())
-            parts.append(torch.stack(last).double())
-        joined = sum_over(torch.cat(parts), self.axis).get().cpu()
+            row[:experts], row[experts:-3] = totals.local_counts_E, totals.local_prob_sums_E
+            row[-3:] = torch.stack((totals.local_tokens, layer.stats.dropped_choices, layer.stats.counts.sum()))
+        joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
         sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        by_layer = joined[sums_N2.numel() :].view(len(layers), 2 * self.config.model.num_experts + 3)
-        rows = [_layer_record(row, self.config.model) for row in by_layer]
+        rows = [_layer_record(row, self.config.model) for row in joined[sums_N2.numel() :].view(table.shape)]
         self.losses = Losses(len(self.corpus.domains), self.device)
         nats, tokens = sums_N2.sum(0).tolist()
         return {
@@ -120,7 +136,7 @@ class Trainer:
         generators = {f"cpu.{self.axis.rank}": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators[f"cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
-        return checkpoint.training_state(self.model, self.optimizer, generators)
+        return checkpoint.training_state(self.engine.named_parameters(), self.optimizer, generators)
 
     def save(self, root: Path) -> Path:
         """Write a checkpoint of the present step. Every rank calls it."""

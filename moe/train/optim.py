@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,19 +12,19 @@ from torch import nn
 from .config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone; norms, being vectors, get none.
 
     The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
     """
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         # a group is updated by one fused call, which cannot mix plain tensors and DTensors, or DTensors of two meshes
         groups.setdefault((parameter.dim() > 1, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
-            for (decays, _), parameters in groups.items()
+            {"params": group, "weight_decay": config.weight_decay if decays else 0.0}
+            for (decays, _), group in groups.items()
         ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from ..balance import counting_pass
 from ..collectives import LOCAL
 from ..engines import DataParallel
-from ..parallel import Share, clip_grad_norm_, share_of, token_nats, vocabulary_parallel
+from ..parallel import clip_grad_norm_, share_of
 from .config import TrainConfig
 
 #: inputs [B, S], labels [B, S], domain of each sequence [B]
@@ -43,34 +40,6 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContex
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-def gradients(
-    engine: DataParallel,
-    shares: list[Share],
-    tokens: float,
-    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
-    exact: bool = False,
-) -> list[Tensor]:
-    """Forward, backward and reduction over the micro-batches of a step; the nats [B, S] of each share.
-
-    The loss is the sum over all shares of all ranks, over ``tokens``. ``exact`` counts loads in a pass ahead.
-    """
-    if exact:
-        with counting_pass(), precision():
-            for share in shares:
-                engine.model(share.inputs, share.layer_mask)
-    found = []
-    with vocabulary_parallel(engine.mesh):
-        for i, share in enumerate(shares):
-            with engine.accumulate(last=i + 1 == len(shares)):
-                with precision():
-                    logits_BSV = engine(share.inputs, share.layer_mask)
-                nats_BS = token_nats(logits_BSV, share)
-                (nats_BS.sum() / tokens).backward()
-            found.append(nats_BS.detach())
-    engine.reduce_gradients()
-    return found
-
-
 def train_step(
     engine: DataParallel,
     optimizer: torch.optim.Optimizer,
@@ -86,13 +55,12 @@ def train_step(
     device, mesh = losses.sums_N2.device, engine.mesh
     tokens = config.data.global_batch * config.data.seq_len
     shares = [share_of(inputs.to(device), labels.to(device), mesh=mesh) for inputs, labels, _ in batches]
-    exact = config.balance.estimator == "exact"
-    nats = gradients(engine, shares, tokens, partial(mixed_precision, config, device), exact)
+    nats = engine.gradients(shares, tokens, exact=config.balance.estimator == "exact")
     if mesh is None or mesh["tp"].rank == 0:  # the others of a tensor-parallel group have the same
-        for nats_BS, (_, _, domain_B) in zip(nats, batches, strict=True):
+        for nats_BS, (_, _, domain_B) in zip(nats, batches, strict=False):  # none where the last stage is not
             losses.add(nats_BS, domain_B.to(device))
     stages = LOCAL if mesh is None else mesh["pp"]
-    norm = clip_grad_norm_(engine.parameters(), config.optim.grad_clip, stages)
+    norm = clip_grad_norm_(engine.named_parameters().values(), config.optim.grad_clip, stages)
     if not bool(norm.isfinite()):
         optimizer.zero_grad()
         raise NonFiniteError(f"gradient norm is {float(norm)}: lower optim.lr, or resume from an earlier checkpoint")

@@ -37,4 +37,19 @@ def patch_dot() -> None:
     BUILDER.create_dot = create_dot
 
 
+def patch_index() -> None:
+    """Triton 3.6 takes the one number of a 1-element array for a loop's bound, which numpy 2.4 no longer does."""
+    plain = interpreter._patch_lang_tensor
+    if getattr(plain, "indexes_arrays", False):
+        return
+
+    def patch_lang_tensor(tensor, *scope):
+        plain(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.reshape(()))
+
+    patch_lang_tensor.indexes_arrays = True
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
 patch_dot()
+patch_index()

@@ -97,18 +97,70 @@ def test_it_keeps_the_pre_activation_and_no_other_rows() -> None:
     assert [list(t.shape) for t in saved if t.is_floating_point() and t.shape[0] == 46] == [[46, 38]]
 
 
-def test_compiles_in_one_graph_and_repeats_bit_for_bit() -> None:
-    ids_SK, inputs, dy_SD = make(ids="some dropped")
+@pytest.mark.parametrize(("gated", "recompute"), [(True, False), (False, True)])
+def test_compiles_in_one_graph_and_repeats_bit_for_bit(gated: bool, recompute: bool) -> None:
+    """Both ways: the gradients come out of the same compiled graph's backward."""
+    ids_SK, inputs, dy_SD = make(12, 2, 18, 19, ids="some dropped")
+    inputs[2] = inputs[2] if gated else inputs[2][:, :19].contiguous()
     order = sort_by_expert(ids_SK, 3)
+    options = {"activation": "gelu", "gated": gated, "recompute": recompute}
 
     def step(*leaves: Tensor) -> Tensor:
-        return expert_mlp(leaves[0], leaves[1], order, leaves[2], leaves[3], backend="triton")
+        return expert_mlp(leaves[0], leaves[1], order, leaves[2], leaves[3], backend="triton", **options)
 
     leaves = [t.requires_grad_() for t in inputs]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     first, again, third = (torch.autograd.grad(f(*leaves), leaves, dy_SD) for f in (step, step, compiled))
     for a, b, c in zip(first, again, third, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_custom_ops(gated: bool) -> None:
+    """Schemas, fakes and autograd registrations agree with what the ops do, with fixed and with symbolic sizes."""
+    ids_SK, inputs, dy_SD = make(6, 2, 8, 7)  # none dropped: what is kept of those is undefined
+    inputs[2] = inputs[2] if gated else inputs[2][:, :7].contiguous()
+    order = sort_by_expert(ids_SK, 3)
+    expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton", gated=gated)  # registers the ops
+    for keep in (True, False):
+        arguments = ([t.detach().requires_grad_() for t in inputs], order, ("silu", gated, keep))
+        torch.library.opcheck(torch.ops.equimoe.expert_mlp.default, [t for part in arguments for t in part])
+        pre_RU = torch.randn(12 if keep else 0, inputs[2].shape[1], device=DEVICE)
+        for needs in ([True] * 4, [False, True, False, False]):
+            rest = (dy_SD, pre_RU, *inputs, *order, "silu", gated, keep, needs)
+            torch.library.opcheck(torch.ops.equimoe.expert_mlp_backward.default, rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_captured_graph_follows_other_routing(recompute: bool) -> None:
+    """Sorting, both passes and all sizes are the device's own: a CUDA graph is replayed on routing it never saw."""
+    sources, experts, dtype = 512, 8, torch.bfloat16
+    ids_SK, inputs, dy_SD = make(sources, 2, 256, 128, experts)
+    leaves = [t.to(torch.float32 if i == 1 else dtype).requires_grad_() for i, t in enumerate(inputs)]
+    dy_SD = dy_SD.to(dtype)
+
+    def step() -> list[Tensor]:
+        order = sort_by_expert(ids_SK, experts, backend="triton")
+        y_SD = expert_mlp(leaves[0], leaves[1], order, leaves[2], leaves[3], backend="triton", recompute=recompute)
+        return [y_SD, *torch.autograd.grad(y_SD, leaves, dy_SD)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles everything before the capture
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for ids in ("random", "some dropped", "one expert", "all dropped"):
+        other_SK, others, _ = make(sources, 2, 256, 128, experts, ids=ids)
+        ids_SK.copy_(other_SK)
+        with torch.no_grad():
+            leaves[0].copy_(others[0])
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True)), ids
 
 
 def test_strided_inputs_and_gradients() -> None:

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+if DEVICE == "cpu":
+    from . import interpreter  # noqa: F401
 #: largest relative error of the worst row in fp32, a fifth of it by norm: gradients that nearly cancel amplify
 TOLERANCE = 1e-5
 SOFTMAX: dict[str, Any] = {}
@@ -41,6 +43,9 @@ CASES = {
     "many choices": (3, 150, 64, 1, False, 0.0, SOFTMAX),
     "many experts": (3, 1025, 4, 1, True, 0.3, SIGMOID),
     "all masked": (12, 6, 2, 2, False, 1.0, SOFTMAX),
+    "one token": (1, 10, 3, 1, True, 0.0, SIGMOID),
+    "both limits": (1, 4096, 64, 1, False, 0.0, SOFTMAX),
+    "odd at the limits": (1, 4095, 63, 1, True, 0.0, SIGMOID | {"groups": 45, "kept_groups": 7}),
 }
 
 
@@ -97,6 +102,45 @@ def test_values_and_gradients(case: str, backend: str) -> None:
     close(dfound_TE, dexpected_TE)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    "method", [SOFTMAX, RAW, MIXTRAL, SIGMOID | {"groups": 3, "kept_groups": 2}, SIGMOID | MIXTRAL]
+)
+def test_a_given_choice_is_weighed_and_counted(method: dict[str, Any], backend: str) -> None:
+    """Whatever it is: none of the best, in any order, even one expert twice."""
+    logits_TE, tensors = inputs(40, 12, True, 0.3)
+    ids_TK = torch.randint(0, 12, (3, 40), device=DEVICE).t()
+    dout = random_gradients(40, 12, 3, 2)
+    method = method | tensors | {"sequences": 2, "ids_TK": ids_TK}
+    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend=backend, **method)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **method)
+    assert torch.equal(found.ids_TK, ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
+    assert (ids_TK.sort(1).values.diff(dim=1) == 0).any(), "no expert twice"
+    for name in ("weights_TK", "prob_sums_BE", "z_sum"):
+        close(getattr(found, name), getattr(expected, name))
+    close(dfound_TE, dexpected_TE)
+    chosen = topk_gate(logits_TE, 3, backend=backend, **method | {"ids_TK": None})
+    repeated = topk_gate(logits_TE, 3, backend=backend, **method | {"ids_TK": chosen.ids_TK})
+    assert all(torch.equal(a, b) for a, b in zip(chosen, repeated, strict=True))
+
+
+def test_gradients_that_are_expanded_or_strided() -> None:
+    wide_TE = torch.randn(40, 22, device=DEVICE)
+    for weight_TK in (torch.ones((), device=DEVICE).expand(40, 3), torch.randn(3, 40, device=DEVICE).t()):
+        grads = []
+        for logits_TE in (wide_TE[:, ::2], wide_TE[:, ::2].contiguous()):
+            logits_TE = logits_TE.detach().requires_grad_()
+            gate = topk_gate(logits_TE, 3, sequences=2, normalize=False, backend="triton")
+            outputs = (gate.weights_TK, gate.prob_sums_BE, gate.z_sum)
+            if logits_TE.is_contiguous():
+                weight_TK = weight_TK.contiguous()
+            dprob_BE = torch.full((1, 1), 2.0, device=DEVICE).expand(2, 11)
+            dout = (weight_TK, dprob_BE, torch.ones((), device=DEVICE))
+            grads.append(torch.autograd.grad(outputs, logits_TE, dout)[0])
+        assert torch.equal(*grads) and bool(grads[0].any())
+
+
 @pytest.mark.parametrize("output", ["weights_TK", "prob_sums_BE", "z_sum"])
 @pytest.mark.parametrize("method", [SOFTMAX, RAW, MIXTRAL, SIGMOID, SIGMOID | RAW, SIGMOID | MIXTRAL])
 def test_each_gradient_alone(method: dict[str, Any], output: str) -> None:
@@ -125,13 +169,13 @@ def test_half_precision_logits(dtype: torch.dtype, method: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("method", [SOFTMAX, SIGMOID | {"groups": 5, "kept_groups": 2}])
-def test_ties_go_to_the_lower_index(method: dict[str, Any], backend: str) -> None:
+@pytest.mark.parametrize(("method", "k"), [(SOFTMAX, 6), (SOFTMAX, 19), (SIGMOID | {"groups": 5, "kept_groups": 2}, 6)])
+def test_ties_go_to_the_lower_index(method: dict[str, Any], k: int, backend: str) -> None:
     logits_TE = torch.randint(-1, 2, (60, 20), device=DEVICE).float()
     bias_E = -torch.full((20,), 0.5, device=DEVICE)  # negative and zero scores too
     for tensors in ({}, {"bias_E": bias_E}):
-        found = topk_gate(logits_TE, 6, backend=backend, **method, **tensors)
-        expected = topk_gate(logits_TE, 6, backend="reference", **method, **tensors)
+        found = topk_gate(logits_TE, k, backend=backend, **method, **tensors)
+        expected = topk_gate(logits_TE, k, backend="reference", **method, **tensors)
         assert torch.equal(found.ids_TK, expected.ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
     flat = topk_gate(torch.zeros(3, 9, device=DEVICE), 4, backend=backend)
     assert torch.equal(flat.ids_TK, torch.arange(4, device=DEVICE).expand(3, 4))
@@ -153,15 +197,16 @@ def test_bias_never_weighs_and_decides_by_sign() -> None:
     close(gate.weights_TK, logits_TE.double().softmax(1)[:, [2, 4]])
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_bad_logits_still_choose_different_experts(value: float) -> None:
+def test_bad_logits_still_choose_different_experts(value: float, backend: str) -> None:
     logits_TE = torch.randn(4, 6, device=DEVICE)
     logits_TE[1] = value
     logits_TE[2, 3] = value
     for method in (SOFTMAX, SIGMOID | {"groups": 3, "kept_groups": 2}):
-        ids_TK = topk_gate(logits_TE, 4, backend="triton", **method).ids_TK
+        ids_TK = topk_gate(logits_TE, 4, backend=backend, **method).ids_TK
         assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids_TK.tolist())
-        good = topk_gate(logits_TE[::3], 4, backend="triton", **method).ids_TK
+        good = topk_gate(logits_TE[::3], 4, backend=backend, **method).ids_TK
         assert torch.equal(ids_TK[::3], good)
 
 
@@ -197,15 +242,19 @@ def test_repeats_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(dfirst_TE, dsecond_TE)
 
 
-def test_custom_ops() -> None:
-    """Schemas, fakes and autograd registrations agree with what the ops do."""
+@pytest.mark.parametrize("given", [False, True])
+def test_custom_ops(given: bool) -> None:
+    """Schemas, fakes, autograd and tracing agree with what the ops do."""
     logits_TE, tensors = inputs(10, 6, True, 0.3)
-    args = (logits_TE.requires_grad_(), tensors["bias_E"], tensors["mask_T"])
     topk_gate(logits_TE, 2, backend="triton")  # registers the ops
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.equimoe.topk_gate.default, (*args, 2, "sigmoid", 3, 2, True, False, 2.0, 2), test_utils=utils
-    )
+    ids_TK = torch.randint(0, 6, (10, 2), device=DEVICE)
+    options = (2, "sigmoid", 1 if given else 3, 1 if given else 2, True, False, 2.0, 2)
+    bias_E, mask_T = tensors["bias_E"], tensors["mask_T"]
+    args = (logits_TE.requires_grad_(), None if given else bias_E, mask_T, ids_TK if given else None)
+    torch.library.opcheck(torch.ops.equimoe.topk_gate.default, (*args, *options))
+    grads = [torch.randn(shape, device=DEVICE) for shape in ((10, 2), (2, 6), (2,))]
+    args = (logits_TE.detach(), mask_T, ids_TK, *grads)
+    torch.library.opcheck(torch.ops.equimoe.topk_gate_backward.default, (*args, *options))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +271,10 @@ def test_custom_ops() -> None:
         ({"mask_T": torch.zeros(8)}, "mask_T=torch.float32"),
         ({"mask_T": torch.zeros(7, dtype=torch.bool)}, r"bool \[8\]"),
         ({"sequences": 3}, "sequences=3"),
+        ({"ids_TK": torch.zeros(8, 3, dtype=torch.int64)}, r"ids_TK=torch.int64\[8, 3\]: must be int64 \[8, 2\]"),
+        ({"ids_TK": torch.zeros(8, 2)}, "ids_TK=torch.float32"),
+        ({"ids_TK": torch.full((8, 2), 6)}, r"ids_TK in \[6, 6\]: use 0..5"),
+        ({"ids_TK": torch.full((8, 2), -1)}, r"ids_TK in \[-1, -1\]"),
         ({"backend": "fast"}, "backend='fast'.*'triton'"),
         ({"logits_TE": torch.zeros(6)}, "logits_TE"),
         ({"logits_TE": torch.zeros(8, 6, dtype=torch.int64)}, "floating-point"),

@@ -107,6 +107,22 @@ def test_compiles_in_one_graph_and_repeats_bit_for_bit() -> None:
         torch.testing.assert_close(a, c)
 
 
+def test_custom_ops() -> None:
+    """Schemas and fakes agree with what the ops do, with fixed and with symbolic sizes."""
+    bounds, rows, weight, dy = offsets((3, 0, 2)), randn(6, 8), randn(3, 7, 8), randn(6, 7)
+    index_R, sources = torch.randint(0, 4, (6,), device=DEVICE), randn(4, 8)
+    grouped_gemm(rows, weight, bounds, backend="triton")  # registers the ops
+    for op, arguments in (
+        ("grouped_gemm", (rows, weight, bounds, None)),
+        ("grouped_gemm", (sources, weight, bounds, index_R)),
+        ("grouped_gemm_dgrad", (dy, weight, bounds)),
+        ("grouped_gemm_wgrad", (dy, rows, bounds, None, None)),
+        ("grouped_gemm_wgrad", (dy, sources, bounds, None, index_R)),
+        ("grouped_gemm_wgrad_", (dy, rows, bounds, None, None, randn(3, 7, 8))),
+    ):
+        torch.library.opcheck(getattr(torch.ops.equimoe, op).default, arguments)
+
+
 def test_mistakes() -> None:
     bounds, rows, weight = offsets((2, 2)), randn(4, 8), randn(2, 6, 8)
     for arguments, message in (

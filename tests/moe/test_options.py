@@ -17,6 +17,7 @@ from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
 #: valid values where the next larger number or the last choice would not be
 OTHER_VALUES = {
     **{"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25"},
+    **{"model.dense_layers": "2", "attention.num_kv_heads": "3", "attention.rotary_base": "500.0"},
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
 }
 
@@ -284,9 +285,10 @@ def test_help_is_read_from_the_source() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str) -> None:
     config = RECIPES[recipe]()
-    ranks = 2 if recipe == "quickstart" else 8
-    assert config.micro_batches(ranks) >= 1
-    assert config.moe(config.micro_batches(ranks)).balance.scope == ("micro" if recipe == "mixtral" else "global")
-    assert ranks % config.parallel.ep == 0
+    degrees = config.parallel.resolve({"quickstart": 2, "deepseek_v3": 1024, "qwen3_235b": 1024}.get(recipe, 8))
+    passes = config.micro_batches(degrees.dp)
+    assert passes >= max(degrees.pp, 1)
+    scope = {"mixtral": "micro", "deepseek_v3": "sequence"}.get(recipe, "global")
+    assert config.moe(passes).balance.scope == scope
     assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.model.num_experts
     assert (RECIPES[recipe].__doc__ or "").strip()

@@ -8,7 +8,7 @@ from equimoe.launch.mesh import main
 
 
 def test_groups_and_nodes(capsys: pytest.CaptureFixture[str]) -> None:
-    main("--world 64 --tp 2 --cp 2 --pp 2 --ep 8".split())
+    main(["--world", "64", "--tp", "2", "--cp", "2", "--pp", "2", "--ep", "8"])
     lines = capsys.readouterr().out.splitlines()
     at = {line.split()[0]: i for i, line in enumerate(lines) if line and line[0] != " "}
     assert lines[0] == "dense:   pp 2 * dp_replicate 1 * dp_shard 8 * cp 2 * tp 2"
@@ -19,7 +19,7 @@ def test_groups_and_nodes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_part_of_the_groups_within_a_node(capsys: pytest.CaptureFixture[str]) -> None:
-    main("--world 12 --tp 3 --node 4 --all".split())
+    main(["--world", "12", "--tp", "3", "--node", "4", "--all"])
     lines = capsys.readouterr().out.splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("tp"))
     assert "2 of 4" in lines[row] and lines[row + 4].split() == ["9", "10", "11"]

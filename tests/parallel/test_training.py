@@ -57,6 +57,33 @@ def test_expert_parallel_1_2_and_4(texts: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, {"data_parallel": "fsdp", "ep": 2}),
+        (2, {"tp": 2, "ep": 2}),
+        (2, {"cp": 2}),
+        (4, {"data_parallel": "fsdp", "tp": 2, "ep": 4}),
+    ],
+    ids=str,
+)
+def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
+    """A run's curve, loads, domain losses and evaluation do not depend on how the model is split."""
+    config = small.on(texts, balance=BALANCE, steps=10)
+    config = replace(config, model=replace(config.model, vocab_size=260))
+    alone = run_ranks(curve, 1, config)[0]
+    for result in run_ranks(curve, world, replace(config, parallel=replace(config.parallel, **parallel))):
+        same(result, alone, 1e-5)
+        for got, want in zip(result["records"], alone["records"], strict=True):
+            assert [row["counts"] for row in got["layers"]] == [row["counts"] for row in want["layers"]]
+            assert got["domain_loss"] == pytest.approx(want["domain_loss"], rel=1e-5)
+        assert result["eval"]["domains"] == {
+            domain: pytest.approx(entry, rel=1e-5) for domain, entry in alone["eval"]["domains"].items()
+        }
+        for domain, table in result["eval"]["routing"].items():
+            assert torch.allclose(torch.tensor(table), torch.tensor(alone["eval"]["routing"][domain]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "balance",
     [BALANCE, replace(BALANCE, scope="micro"), replace(BALANCE, scope="sequence")],
     ids=["global-exact", "micro", "sequence"],

@@ -1,0 +1,186 @@
+"""The expert path and the whole layer beside their peers: forward, backward, memory; uniform and skewed routing."""
+
+# T tokens, D hidden, F expert width, E experts, K top-k.
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import torch
+from agreement import NAMES, Red, compare, reduced, reference, step
+from cost import Rates, floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
+from peers import OURS, Contestant, build_all
+from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch
+from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary, told
+from torch import Tensor, nn
+
+from equimoe.moe import MoE, MoEConfig
+
+LAYER = "equimoe with router"
+#: hidden batches that a contestant goes through by turns, so that routing changes from step to step
+_BATCHES = 2
+
+
+@dataclass
+class Context:
+    """What all measurements of one run share."""
+
+    timer: Timer
+    dtype: torch.dtype
+    backend: str
+    rates: Rates
+    builders: dict[str, Callable[..., Contestant]]
+    rounds: int
+    seconds_each: float
+    #: contestants that take part in no shape, or not in the shape under way, with the reason
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.timer.device
+
+
+def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
+    """Our errors at a reduced size, and the peers that may not run and why. Raises Red when we are wrong."""
+    small, dtype, device = reduced(shape, context.device), context.dtype, context.device
+    gate_up, down = expert_weights(small, dtype, device)
+    contestants, refused = build_all(context.builders, small, gate_up, down)
+    found: dict[str, Any] = {"size": [small.T, small.D, small.F, small.E, small.K]}
+    for routing in ROUTINGS:
+        batch = make_batch(small, routing, dtype, device)
+        expected = reference(batch, gate_up, down)
+        for name, one in contestants.items():
+            if not one.routed or name in refused:
+                continue
+            try:
+                seen = compare(step(one, batch), expected, NAMES, dtype)
+            except Exception as error:  # a peer may fail in any way that it likes
+                if name == OURS:
+                    raise
+                refused[name] = f"disagrees: {error}" if isinstance(error, Red) else f"fails: {told(error)}"
+                continue
+            if name == OURS:
+                found[routing] = {key: list(pair) for key, pair in seen.items()}
+    found["layer"] = gate_layer(small, context)
+    return found, refused
+
+
+def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
+    """The whole layer in fp32 against itself in fp64 with the reference backend; in 16 bits routing could flip."""
+    layer = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend=context.backend)).to(context.device)
+    with torch.no_grad():
+        layer.router.weight.normal_(std=small.D**-0.5)
+        for weight in layer.experts.parameters():
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+    oracle = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend="reference")).to(context.device).double()
+    oracle.load_state_dict(layer.state_dict())
+    batch = make_batch(small, "uniform", torch.float32, context.device)
+    results = []
+    for module, dtype in ((layer, torch.float32), (oracle, torch.float64)):
+        x_TD = batch.x_TD.detach().to(dtype).requires_grad_()
+        y_TD = module(x_TD)
+        names = [name for name, _ in module.named_parameters()]
+        grads = torch.autograd.grad(y_TD, (x_TD, *module.parameters()), batch.dy_TD.to(dtype))
+        results.append((y_TD.detach(), *grads))
+    seen = compare(results[0], results[1], ("layer output", "layer x", *(f"layer {n}" for n in names)), torch.float32)
+    return {name: list(pair) for name, pair in seen.items()}
+
+
+def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
+    """Our MoE module with router, gate, balance loss and statistics, on the same experts."""
+    layer = MoE(MoEConfig(shape.D, 8, shape.E, shape.K, backend=backend)).to(gate_up.device, gate_up.dtype)
+    with torch.no_grad():
+        layer.router.weight.normal_(std=shape.D**-0.5)
+    layer.experts.gate_up_proj, layer.experts.down_proj = gate_up, down
+
+    def run(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        return layer(x_TD)
+
+    return Contestant(run, tuple(layer.parameters()), routed=False)
+
+
+def make_step(one: Contestant, batches: list[Batch]) -> Step:
+    turns = cycle(batches)
+
+    def timed(mark: Callable[[], None]) -> None:
+        batch = next(turns)
+        inputs = (batch.x_TD, batch.weights_TK) if one.routed else (batch.x_TD,)
+        mark()
+        y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
+        mark()
+        torch.autograd.grad(y_TD, (*inputs, *one.leaves), batch.dy_TD)
+        mark()
+
+    return timed
+
+
+def memory(one: Contestant, batch: Batch, device: torch.device) -> dict[str, int | None]:
+    """What stays for the backward pass, and the most that a forward and a whole step have at once."""
+
+    def forward() -> Tensor:
+        return one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
+
+    whole = make_step(one, [batch])
+    return {
+        "kept_bytes": kept_for_backward(forward, one.leaves),
+        "peak_forward_bytes": peak_bytes(forward, device),
+        "peak_step_bytes": peak_bytes(lambda: whole(lambda: None), device),
+    }
+
+
+def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str, Any]:
+    """All figures of one shape."""
+    gate_up, down = expert_weights(shape, context.dtype, context.device)
+    builders = {name: build for name, build in context.builders.items() if name not in refused}
+    contestants, absent = build_all(builders, shape, gate_up, down)
+    contestants[LAYER] = build_layer(shape, gate_up, down, context.backend)
+    absent = {**refused, **absent}
+    result: dict[str, Any] = {"floor": floors(shape, context.rates), "kept_formula_bytes": kept_bytes(shape)}
+    for routing in ROUTINGS:
+        batches = [make_batch(shape, routing, context.dtype, context.device) for _ in range(_BATCHES)]
+        chosen = {name: one for name, one in contestants.items() if one.routed or routing == "uniform"}
+        steps = {name: make_step(one, batches) for name, one in chosen.items()}
+        seconds, failed = interleave(context.timer, steps, context.rounds, context.seconds_each, must=(OURS, LAYER))
+        absent.update(failed)
+        result[routing] = {}
+        for name, parts in seconds.items():
+            result[routing][name] = figures(shape, parts)
+            if routing == "uniform":
+                result[routing][name].update(memory(chosen[name], batches[0], context.device))
+        del batches, steps
+    result["absent"] = absent
+    del contestants, gate_up, down
+    gc.collect()
+    if context.timer.cuda:
+        torch.cuda.empty_cache()
+    return result
+
+
+def figures(shape: Shape, parts: list[list[float]]) -> dict[str, Any]:
+    """Forward, backward (of each run: total - forward) and total, with 6*T*K*F*D and 12*T*K*F*D operations."""
+    forward, backward = ([run[i] for run in parts] for i in (0, 1))
+    found: dict[str, Any] = {
+        "forward": summary(forward),
+        "backward": summary(backward),
+        "total": summary([sum(run) for run in parts]),
+    }
+    work = {"forward": shape.forward_flops, "backward": shape.backward_flops}
+    work["total"] = sum(work.values())
+    for part, flops in work.items():
+        found[part]["tflops"] = flops / found[part]["median_us"] / 1e6
+    return found
+
+
+def floors(shape: Shape, rates: Rates) -> dict[str, float]:
+    """The least that the path, and the layer with its router, can take at the measured rates, in microseconds."""
+    stages = {
+        "path_forward_us": path_forward(shape),
+        "path_backward_us": path_backward(shape),
+        "layer_forward_us": layer_forward(shape),
+        "layer_backward_us": layer_backward(shape),
+    }
+    return {name: floor(each, rates) * 1e6 for name, each in stages.items()}

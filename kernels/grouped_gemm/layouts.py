@@ -1,0 +1,84 @@
+"""Products of every expert at once and no host synchronisation, for accelerators.
+
+Two layouts of the sorted rows behind one contract. ``Grouped`` is ``torch``'s grouped product, for bf16 rows of a
+multiple of 16 bytes. ``Blocks`` serves every other dtype and width: it pads each expert to whole blocks of about R/E
+rows, so that there are at most 2E+1 blocks whatever the routing, and multiplies them as one batch.
+"""
+
+# R rows sorted by expert, E experts, P places of a layout, B blocks; I and O the in and out width of a product.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Grouped:
+    """Places are sorted rows; what lies past the kept ones is undefined and must not be read."""
+
+    def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
+        self.ends_E = offsets_E[1:].to(torch.int32)
+
+    def spread(self, index_R: Tensor) -> Tensor:
+        """[P] an entry per sorted row, at the places."""
+        return index_R
+
+    def places(self, row: Tensor) -> Tensor:
+        """The places of sorted rows; -1 stays -1."""
+        return row
+
+    def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
+        return F.grouped_mm(rows_PI, weight_EIO, offs=self.ends_E)
+
+    def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
+        """[E, O, I] left.T @ right by expert; undefined for experts without rows."""
+        return F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
+
+
+class Blocks:
+    """Rows in blocks of one expert each; empty places repeat some row and are cut off the weight gradients."""
+
+    def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
+        device, self.experts = offsets_E.device, offsets_E.numel() - 1
+        self.size = -(-num_rows // (16 * self.experts)) * 16
+        num_blocks = -(-num_rows // self.size) + self.experts
+        counts_E = offsets_E.diff()
+        blocks_E = (counts_E + self.size - 1) // self.size
+        ends_E = blocks_E.cumsum(0)
+        first_E = (ends_E - blocks_E) * self.size
+        expert_B = torch.searchsorted(ends_E, torch.arange(num_blocks, device=device), right=True)
+        self.expert_B = expert_B.clamp_(max=self.experts - 1)
+        expert_P = self.expert_B.repeat_interleave(self.size)
+        rank_P = torch.arange(num_blocks * self.size, device=device) - first_E[expert_P]
+        self.filled_P = rank_P < counts_E[expert_P]
+        self.row_P = (rank_P + offsets_E[expert_P]).clamp_(max=num_rows - 1)
+        row_R = torch.arange(num_rows, device=device)
+        expert_R = (torch.searchsorted(offsets_E, row_R, right=True) - 1).clamp_(max=self.experts - 1)
+        self.place_R = row_R - offsets_E[expert_R] + first_E[expert_R]
+
+    def spread(self, index_R: Tensor) -> Tensor:
+        return index_R[self.row_P]
+
+    def places(self, row: Tensor) -> Tensor:
+        return torch.where(row < 0, -1, self.place_R[row.clamp(min=0)])
+
+    def _batch(self, rows_PI: Tensor) -> Tensor:
+        return rows_PI.view(-1, self.size, rows_PI.shape[1])
+
+    def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
+        return torch.bmm(self._batch(rows_PI), weight_EIO[self.expert_B]).flatten(0, 1)
+
+    def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
+        left_PO, right_PI = (t.masked_fill(~self.filled_P[:, None], 0) for t in (left_PO, right_PI))
+        wide = torch.float64 if left_PO.dtype == torch.float64 else torch.float32
+        grad_BOI = torch.bmm(self._batch(left_PO).mT, self._batch(right_PI)).to(wide)
+        # index_put sorts what it adds up, so that the order of the sum is always the same
+        grad_EOI = grad_BOI.new_zeros(self.experts, *grad_BOI.shape[1:])
+        return grad_EOI.index_put_((self.expert_B,), grad_BOI, accumulate=True).to(left_PO.dtype)
+
+
+def layout(offsets_E: Tensor, num_rows: int, dtype: torch.dtype, *widths: int) -> Grouped | Blocks:
+    """The better one for at least one row of ``dtype``, and products of these in and out widths."""
+    aligned = all(width % 8 == 0 for width in widths)
+    return (Grouped if dtype == torch.bfloat16 and aligned else Blocks)(offsets_E, num_rows)

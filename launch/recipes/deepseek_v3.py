@@ -1,0 +1,58 @@
+"""DeepSeek-V3 at its published size."""
+
+from __future__ import annotations
+
+from ...moe.config import AttentionConfig, BalanceConfig, RouterConfig
+from ...moe.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+
+def deepseek_v3() -> TrainConfig:
+    """671 billion parameters, 37 of them active: latent attention and 256 narrow experts, for 1,024 ranks.
+
+    The pieces, after DeepSeek-V3 (DeepSeek-AI 2024, arXiv 2412.19437, sections 2 and 4):
+
+    * multi-head latent attention: 128 heads of 128 + 64 (rotated) and values of 128, from latents of 1536 and 512;
+    * three dense layers, then 58 with one shared and 256 routed experts of width 2048, of which a token takes eight;
+    * scores: sigmoid; a token chooses within its four best of eight groups; weights sum to 2.5;
+    * balance: the sequence-wise loss with weight 0.0001;
+    * 15,360 sequences of 4,096 tokens a step, 14.8 trillion tokens; AdamW with 0.9, 0.95 and decay 0.1, gradients
+      clipped at 1; 2.2e-4 after 2,000 steps of warm-up, falling at the end.
+
+    Sixteen pipeline stages and experts over 64 ranks are theirs, too. Not here: multi-token prediction, FP8, the batch's
+    growth in the beginning, and DualPipe, in whose place blocks are recomputed and the schedule is 1F1B.
+    """
+    return TrainConfig(
+        steps=235_000,
+        dtype="bfloat16",
+        model=ModelConfig(
+            hidden_size=7168,
+            num_layers=61,
+            num_heads=128,
+            intermediate_size=18432,
+            num_experts=256,
+            top_k=8,
+            moe_intermediate_size=2048,
+            dense_layers=3,
+            shared_intermediate_size=2048,
+            vocab_size=129280,
+            recompute=True,
+        ),
+        attention=AttentionConfig(
+            kind="latent", q_lora_rank=1536, kv_lora_rank=512, qk_nope_width=128, qk_rope_width=64, v_width=128
+        ),
+        router=RouterConfig(score="sigmoid", normalize_weights=True, weight_scale=2.5, groups=8, kept_groups=4),
+        balance=BalanceConfig(scope="sequence", coefficient=1e-4),
+        data=DataConfig(seq_len=4096, global_batch=15360, micro_batch=1),
+        optim=OptimConfig(lr=2.2e-4, schedule="wsd", warmup_steps=2000, decay_fraction=0.3, min_lr_ratio=0.1),
+        parallel=ParallelConfig(pp=16, ep=64, data_parallel="fsdp", timeout_s=1800.0),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=10, eval_every=1000, eval_sequences=64),
+    )

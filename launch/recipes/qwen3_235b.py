@@ -1,0 +1,53 @@
+"""Qwen3-235B-A22B at its published size."""
+
+from __future__ import annotations
+
+from ...moe.config import AttentionConfig, BalanceConfig, RouterConfig
+from ...moe.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+
+def qwen3_235b() -> TrainConfig:
+    """235 billion parameters, 22 of them active: grouped-query attention and 128 experts, for 1,024 ranks.
+
+    The pieces, after Qwen3 (Yang et al. 2025, arXiv 2505.09388) and the paper of its balance loss (Qiu et al. 2025,
+    arXiv 2501.11873):
+
+    * 64 query heads of 128 on four key/value heads, queries and keys normalised before they are rotated;
+    * 94 layers, all with 128 experts of width 1536 and none shared, of which a token takes eight by normalised softmax;
+    * balance: the loss over the global batch; 0.008 and the z-loss 0.001 are those of the second paper;
+    * sequences of 4,096 tokens, 36 trillion tokens in all.
+
+    Its learning rate, batch and mapping are not published: 4,096 sequences a step and the rate are chosen as is usual
+    at this size. Experts are split over 32 ranks of a stage's 64, which tensor parallelism shares two by two.
+    """
+    return TrainConfig(
+        steps=2_145_000,
+        dtype="bfloat16",
+        model=ModelConfig(
+            hidden_size=4096,
+            num_layers=94,
+            num_heads=64,
+            intermediate_size=12288,
+            num_experts=128,
+            top_k=8,
+            moe_intermediate_size=1536,
+            vocab_size=151936,
+            recompute=True,
+        ),
+        attention=AttentionConfig(num_kv_heads=4, head_width=128, qk_norm=True, rotary_base=1e6),
+        router=RouterConfig(score="softmax", normalize_weights=True, z_loss=0.001),
+        balance=BalanceConfig(scope="global", coefficient=0.008),
+        data=DataConfig(seq_len=4096, global_batch=4096, micro_batch=1),
+        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup_steps=2000),
+        parallel=ParallelConfig(pp=16, tp=2, ep=32, data_parallel="fsdp", timeout_s=1800.0),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=10, eval_every=1000, eval_sequences=64),
+    )

@@ -1,0 +1,140 @@
+"""Causal self-attention with rotary positions (arXiv 2104.09864), with heads of their own or from a latent.
+
+B sequences, S tokens of each, D hidden, N query heads, M key/value heads, G = N / M, H width of a query or key head,
+W width of a value head, R rotated width, C width of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import AttentionConfig
+
+EPS = 1e-5
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head, with one weight [H] for all: its gradient is a sum over heads, wherever they are."""
+
+
+class Attention(nn.Module):
+    """What all kinds have in common: hidden states [B, S, D] to the same shape, by ``out_proj`` of what heads give.
+
+    Parallelism works on it from outside: tensor parallelism gives a rank some of the ``split_heads`` heads, context
+    parallelism some positions (:meth:`hold`) and another ``attend``.
+    """
+
+    cos_SR: Tensor
+    sin_SR: Tensor
+
+    def __init__(self, seq_len: int, rotated: int, base: float, split_heads: int) -> None:
+        super().__init__()
+        cos_SR, sin_SR = _rotary(seq_len, rotated, base)
+        self.register_buffer("cos_SR", cos_SR, persistent=False)
+        self.register_buffer("sin_SR", sin_SR, persistent=False)
+        #: heads among which the weights can be divided
+        self.split_heads = split_heads
+        #: (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W]) to [B, N, S, W]
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+
+    def hold(self, positions_S: Tensor) -> None:
+        """Let the rows of a sequence stand at these positions of it, instead of at 0, 1, 2, ..."""
+        self.cos_SR, self.sin_SR = self.cos_SR[positions_S], self.sin_SR[positions_S]
+
+    def _rotate(self, t: Tensor) -> Tensor:
+        """Turn each pair (i, i + R/2) of [..., S, R] by its position's angle."""
+        first, second = t.chunk(2, dim=-1)
+        cos_SR = self.cos_SR[: t.shape[-2]].to(t.dtype)
+        sin_SR = self.sin_SR[: t.shape[-2]].to(t.dtype)
+        return torch.cat((first * cos_SR - second * sin_SR, second * cos_SR + first * sin_SR), dim=-1)
+
+
+class GroupedAttention(Attention):
+    """N query heads on M key/value heads (GQA, arXiv 2305.13245); multi-head attention where M = N.
+
+    The rows of ``qkv_proj`` are ordered by key/value head, then its G queries, key, value, so that a slice of them is
+    whole heads. With ``qk_norm``, queries and keys are normalised before they are rotated (Qwen3, arXiv 2505.09388).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
+        kv_heads, width = config.num_kv_heads or num_heads, config.head_width or hidden_size // num_heads
+        super().__init__(seq_len, width, config.rotary_base, kv_heads)
+        self.group, self.head_width = num_heads // kv_heads, width
+        self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * kv_heads) * width, bias=False)
+        self.out_proj = nn.Linear(num_heads * width, hidden_size, bias=False)
+        self.q_norm: nn.Module = HeadNorm(width, eps=EPS) if config.qk_norm else nn.Identity()
+        self.k_norm: nn.Module = HeadNorm(width, eps=EPS) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.group + 2, self.head_width)).permute(0, 2, 3, 1, 4)
+        q_BMGSH, k_BM1SH, v_BM1SH = qkv.split((self.group, 1, 1), dim=2)
+        q_BNSH = self._rotate(self.q_norm(q_BMGSH)).flatten(1, 2)
+        k_BMSH = self._rotate(self.k_norm(k_BM1SH)).flatten(1, 2)
+        out_BNSH = self.attend(q_BNSH, k_BMSH, v_BM1SH.flatten(1, 2))
+        return self.out_proj(out_BNSH.transpose(1, 2).flatten(2))
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437), as it is trained.
+
+    Queries come from one latent, keys and values from another, both normalised; a head's query and key have a part
+    that is rotated, and that part of the key is the same for all heads. The rows of the up-projections are whole
+    heads: query = (plain, rotated), key and value = (plain key, value). With ``q_lora_rank=0`` queries come from x.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
+        super().__init__(seq_len, config.qk_rope_width, config.rotary_base, num_heads)
+        self.q_widths = (config.qk_nope_width, config.qk_rope_width)
+        self.kv_widths = (config.qk_nope_width, config.v_width)
+        self.latent_widths = (config.kv_lora_rank, config.qk_rope_width)
+        self.q_down_proj: nn.Module = nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()
+        if config.q_lora_rank:
+            self.q_down_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=EPS)
+        self.q_up_proj = nn.Linear(config.q_lora_rank or hidden_size, num_heads * sum(self.q_widths), bias=False)
+        self.kv_down_proj = nn.Linear(hidden_size, sum(self.latent_widths), bias=False)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=EPS)
+        self.kv_up_proj = nn.Linear(config.kv_lora_rank, num_heads * sum(self.kv_widths), bias=False)
+        self.out_proj = nn.Linear(num_heads * config.v_width, hidden_size, bias=False)
+        #: the heads' common key [B, S, R] on its way to them: a place where tensor parallelism brings it to all ranks
+        self.common_key = nn.Identity()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        q_BNSH = _heads(self.q_up_proj(self.q_norm(self.q_down_proj(x_BSD))), sum(self.q_widths))
+        latent_BSC, common_BSR = self.kv_down_proj(x_BSD).split(self.latent_widths, dim=-1)
+        kv_BNSX = _heads(self.kv_up_proj(self.kv_norm(latent_BSC)), sum(self.kv_widths))
+        plain_q, rotated_q = q_BNSH.split(self.q_widths, dim=-1)
+        plain_k, v_BNSW = kv_BNSX.split(self.kv_widths, dim=-1)
+        common_B1SR = self._rotate(self.common_key(common_BSR).unsqueeze(1))
+        q_BNSH = torch.cat((plain_q, self._rotate(rotated_q)), dim=-1)
+        k_BNSH = torch.cat((plain_k, common_B1SR.expand(-1, plain_k.shape[1], -1, -1)), dim=-1)
+        out_BNSW = self.attend(q_BNSH, k_BNSH, v_BNSW)
+        return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
+
+
+#: kind -> its module, made from (hidden_size, num_heads, seq_len, config)
+ATTENTION: dict[str, Callable[[int, int, int, AttentionConfig], Attention]] = {
+    "grouped": GroupedAttention,
+    "latent": LatentAttention,
+}
+
+
+def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor) -> Tensor:
+    """Softmax attention of each position to itself and those before it; query head n has key head n // (N / M)."""
+    grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
+    return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, is_causal=True, enable_gqa=grouped)
+
+
+def _heads(rows_BSX: Tensor, width: int) -> Tensor:
+    return rows_BSX.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def _rotary(seq_len: int, width: int, base: float) -> tuple[Tensor, Tensor]:
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle_SR = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
+    return angle_SR.cos().float(), angle_SR.sin().float()

@@ -1,0 +1,97 @@
+"""Between nodes first, then within the node: a row crosses to each node, and to each rank there, at most once.
+
+T tokens, D hidden, K top-k, S source rows of one hop, X rows sent, G destinations of a hop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ...kernels.permute import combine, permute
+from ...kernels.sort_by_expert import sort_by_expert
+from ..collectives import Axis, exchange_counts, exchange_rows, global_ranks, split_axis, splits, start_exchange
+from ..types import Experts, Routing
+from .base import Dispatcher, as_computed, nothing
+
+#: (rows [S, D], weights [S, K], ids [S, K]) to each row's weighted sum over the ids that are not -1
+Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class HierarchicalDispatcher(Dispatcher):
+    """Two hops of the same kind. Rank i of a node talks to rank i of other nodes only, so that messages between nodes
+    are few and large; a node's results for a token are summed before they go home.
+
+    Raises ValueError when nodes do not have equally many adjacent ranks of the axis.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        size = node_size(self.axis) if self.config.node_size is None else self.config.node_size
+        if size < 1 or self.axis.size % size:
+            raise ValueError(f"dispatch.node_size={size}: must divide expert parallel = {self.axis.size} ranks")
+        self.between, self.within = split_axis(self.axis, size)
+
+    def __call__(
+        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
+    ) -> Tensor:
+        compute = partial(self.compute, experts=experts)
+        inner = partial(self.hop, self.within, inner=compute)
+        return self.hop(self.between, as_computed(x_TD), routing.weights_TK, routing.ids_TK, inner, meanwhile)
+
+    def hop(
+        self,
+        axis: Axis,
+        x_SD: Tensor,
+        weights_SK: Tensor,
+        ids_SK: Tensor,
+        inner: Inner,
+        meanwhile: Callable[[], object] = nothing,
+    ) -> Tensor:
+        """Let ``inner`` compute on the ranks of the axis, over which the experts of ``ids_SK`` are split evenly.
+
+        A row goes once to each rank that has experts of its, with the choices it has there, and comes back summed.
+        """
+        if axis.size == 1:
+            meanwhile()
+            return inner(x_SD, weights_SK, ids_SK)
+        # ids count within the innermost group that holds all ranks of this hop
+        each = self.experts_here * (self.within.size if axis is self.between else 1)
+        to_SK = torch.div(ids_SK, each, rounding_mode="floor")  # -1 stays -1
+        order = sort_by_expert(to_SK.masked_fill(repeated(to_SK), -1), axis.size, backend=self.backend)
+        counts_G = order.offsets_E.diff()
+        sent, received = splits(counts_G, exchange_counts(counts_G[:, None], axis).flatten())
+        rows_X = sum(sent)
+        rows_XD, weights_XK = (permute(t, order, rows_X, backend=self.backend) for t in (x_SD, weights_SK))
+        choice_X = order.order_R[:rows_X]
+        source_X, rank_X = choice_X // to_SK.shape[1], to_SK.flatten()[choice_X]
+        chosen_XK = to_SK[source_X] == rank_X[:, None]
+        there_XK = torch.where(chosen_XK, ids_SK[source_X] - rank_X[:, None] * each, -1)
+
+        rows = start_exchange(rows_XD, sent, received, axis, self.there)
+        weights = start_exchange(torch.where(chosen_XK, weights_XK, 0.0), sent, received, axis)
+        ids = start_exchange(there_XK.int(), sent, received, axis)
+        meanwhile()
+        y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())
+        return combine(exchange_rows(y_SD, received, sent, axis, self.home), order, backend=self.backend)
+
+
+def repeated(to_SK: Tensor) -> Tensor:
+    """Where an earlier choice of the same row has the same destination: bool [S, K]."""
+    same_SKK = to_SK[:, :, None] == to_SK[:, None, :]
+    return same_SKK.tril(-1).any(-1)
+
+
+def node_size(axis: Axis) -> int:
+    """Ranks of the axis on each node, by the launcher's LOCAL_WORLD_SIZE; without it all are on one."""
+    ranks = global_ranks(axis)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
+    blocks = [len(list(block)) for _, block in groupby(ranks, key=lambda rank: rank // per_node)]
+    if len(set(blocks)) > 1:
+        raise ValueError(f"dispatch 'hierarchical': ranks {ranks} are not blocks of equal size on nodes of {per_node}")
+    return blocks[0]

@@ -1,0 +1,405 @@
+"""What one rank of a job would do, watched while the real code runs on tensors that have shapes but no memory.
+
+A :class:`Recorder` is entered above torch's FakeTensorMode, in a job whose process group is torch's "fake" one. It sees
+every operation: memory that is allocated and freed, collectives with their groups, and matrix products.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from math import comb
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from ..attention import Attention
+from ..collectives import Axis, believe_splits, record_traffic, shares
+from ..config import MoEConfig
+from ..experts import SwiGLU
+from ..layer import MoE
+from ..routing import Router
+from .mesh import Mesh
+
+aten = torch.ops.aten
+
+#: module -> the part of the model whose products it counts under; an inner one wins
+PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
+
+#: who uses a group when several axes have the same ranks: by what is done
+USERS = {
+    "all_gather": ("tp", "edp_shard", "fsdp", "cp"),
+    "reduce_scatter": ("tp", "edp_shard", "fsdp", "cp"),
+    "all_reduce": ("tp", "edp_replicate", "edp", "edp_shard", "dp_replicate", "dense", "fsdp", "stage", "pp"),
+    "all_to_all": ("ep", "cp"),
+    "send": ("pp", "cp"),
+    "recv": ("pp", "cp"),
+}
+
+
+@dataclass
+class Block:
+    """One piece of memory, from its allocation to its end."""
+
+    bytes: int
+    #: "parameters", "gradients", ... where somebody said so; else found out by its life
+    kind: str = ""
+    #: backward passes that had begun when it was allocated, and whether one was under way
+    born: int = 0
+    in_backward: bool = False
+    #: backward passes that had begun when it was freed; none: it outlived the step
+    died: int | None = None
+    #: freed and allocated again (FSDP's whole weights)
+    resized: bool = False
+    #: sent or received
+    travels: bool = False
+
+    def found(self) -> str:
+        """Its kind, told by its life where nobody named it."""
+        if self.kind:
+            return self.kind
+        if self.resized:
+            return "gathered weights"
+        if not self.in_backward and self.died is not None and self.died > self.born:
+            return "activations"
+        if self.in_backward and (self.died is None or self.died > self.born):
+            return "whole gradients"
+        return "communication buffers" if self.travels else "temporary" if self.died is not None else "other"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A kind of collective that this rank takes part in."""
+
+    verb: str
+    #: the axis of the mesh, or "world"
+    axis: str
+    ranks: int
+    #: all of them on one node
+    inside_node: bool
+    #: "forward and backward", once per micro-batch unless FSDP waits for the last; or "once a step"
+    when: str
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Everything that happens on this rank while it is entered."""
+
+    mesh: Mesh | None
+    #: ranks of a node
+    node: int
+    #: rows of x that a MoE layer dispatches on this rank, and its configuration
+    tokens: int
+    moe: MoEConfig
+    #: a label for collectives, changed from outside
+    when: str = "forward and backward"
+    flops: Counter[str] = field(default_factory=Counter)
+    calls: Counter[Collective] = field(default_factory=Counter)
+    sent: Counter[Collective] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._blocks: dict[int, Block] = {}
+        self._alive: dict[int, weakref.ref] = {}
+        self._events: list[tuple[Block, int]] = []
+        self._backward, self._task = 0, -1
+        #: parts whose forward is under way; where each part's autograd nodes begin, by their sequence numbers
+        self._parts: list[str] = []
+        self._starts: list[int] = [0]
+        self._labels: list[str] = ["head"]
+        self._names: dict[str, list[str]] = {}
+        for axis in () if self.mesh is None else self.mesh.axes.values():
+            if axis.size > 1:
+                self._names.setdefault(axis.group.group_name, []).append(axis.name)
+
+    def __enter__(self) -> Recorder:
+        self._stack = ExitStack()
+        self._traffic = self._stack.enter_context(record_traffic())
+        self._stack.enter_context(believe_splits(self._balanced))
+        self._stack.enter_context(_FusedKernels())
+        resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = partialmethod_of(self._resized, resize)  # type: ignore[method-assign]
+        self._stack.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.close()
+
+    def watch(self, model: nn.Module) -> None:
+        """Count the products of the model's parts under their names."""
+        for module in model.modules():
+            part = next((name for kind, name in PARTS.items() if isinstance(module, kind)), None)
+            if part is not None:
+                module.register_forward_pre_hook(partial(self._enter, part))
+                module.register_forward_hook(self._leave, always_call=True)
+
+    def name(self, kind: str, tensors: Iterator[Tensor]) -> None:
+        """Say what the memory of these tensors is for. Memory that is not known yet is known from here on."""
+        for t in tensors:
+            local = t.to_local() if isinstance(t, DTensor) else t
+            self._seen(local).kind = kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
+            return NotImplemented  # they are made of the tensors that are seen here
+        if func is aten._local_scalar_dense.default:
+            return _believed(args[0].dtype)
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._backward += task != -1
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._communicates(func, args)
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in FLOPS:
+            self.flops[self._part(func)] += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out=out)
+        for t in tree_iter(out):
+            if isinstance(t, FakeTensor):
+                self._seen(t)
+        return out
+
+    # ---- memory
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind at the moment when most was allocated."""
+        now: Counter[str] = Counter()
+        total, highest, best = 0, -1, dict(now)
+        kinds = {id(block): block.found() for block, _ in self._events}
+        for block, change in self._events:
+            now[kinds[id(block)]] += change
+            total += change
+            if total > highest:
+                highest, best = total, dict(now)
+        return {kind: size for kind, size in best.items() if size}
+
+    def _seen(self, t: Tensor) -> Block:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self._blocks:
+            block = Block(storage.nbytes(), born=self._backward, in_backward=self._task != -1)
+            self._blocks[key] = block
+            self._alive[key] = weakref.ref(storage, partial(self._freed, key))
+            self._events.append((block, block.bytes))
+        return self._blocks[key]
+
+    def _freed(self, key: int, _: Any) -> None:
+        block = self._blocks.pop(key)
+        del self._alive[key]
+        block.died = self._backward
+        self._events.append((block, -block.bytes))
+
+    def _resized(self, resize: Callable[..., Any], storage: torch.UntypedStorage, size: int) -> Any:
+        block = self._blocks.get(storage._cdata)
+        if block is not None:
+            block.resized = True
+            self._events.append((block, size - block.bytes))
+            block.bytes = size
+        return resize(storage, size)
+
+    # ---- communication
+
+    def _communicates(self, func: Any, args: tuple[Any, ...]) -> None:
+        verb = _verb(func._opname)
+        tensors = [t for t in tree_iter(args) if isinstance(t, FakeTensor)]
+        for t in tensors:
+            self._seen(t).travels = True
+        if verb is None:
+            return
+        group = _group(args)
+        size, names = group.size(), self._names.get(group.group_name, ["world"])
+        noted = self._traffic[-1].axis if self._traffic else None  # by our own verbs, just before they call
+        self._traffic.clear()
+        users = [name for name in USERS.get(verb, ()) if name in names]
+        axis = noted or (users or names)[0]
+        ranks = dist.get_process_group_ranks(group)
+        if verb in ("send", "recv"):
+            ranks = [dist.get_rank(), ranks[args[2]]]
+        once = self.when == "forward and backward" and verb in ("reduce_scatter", "all_reduce") and axis in _WEIGHTS
+        inside = len({rank // self.node for rank in ranks}) == 1
+        kind = Collective(verb, axis, size, inside, "once a step" if once else self.when)
+        self.calls[kind] += 1
+        self.sent[kind] += _bytes_sent(verb, func, args, size, group.rank())
+
+    def _balanced(self, parts: int, axis: Axis) -> list[int]:
+        """Rows to each of ``parts`` destinations when all experts are chosen equally often."""
+        moe, (hop, ranks) = self.moe, (axis.name.rsplit(".", 1)[-1], axis.size)
+        if hop not in ("across", "within"):
+            return shares(self.tokens * moe.top_k, Axis("", size=parts))
+        nodes = ranks if hop == "across" else _ep_size(self.mesh) // ranks
+        experts = moe.num_experts // (nodes if hop == "across" else nodes * ranks)
+        sources = self.tokens * (1 if hop == "across" else nodes)
+        return [round(sources * chosen_share(moe, experts))] * parts
+
+    # ---- products
+
+    def _enter(self, part: str, *_: Any) -> None:
+        self._parts.append(part)
+        self._mark(part)
+
+    def _leave(self, *_: Any) -> None:
+        self._parts.pop()
+        self._mark(self._parts[-1] if self._parts else "head")
+
+    def _mark(self, part: str) -> None:
+        self._starts.append(torch._C._autograd._get_sequence_nr())
+        self._labels.append(part)
+
+    def _part(self, func: Any) -> str:
+        if func.namespace == "equimoe":
+            return "experts"
+        node = torch._C._current_autograd_node() if self._task != -1 and not self._parts else None
+        if node is not None:  # a backward belongs to the part whose forward made it
+            return self._labels[bisect_right(self._starts, node._sequence_nr()) - 1]
+        return self._parts[-1] if self._parts else "head"
+
+
+_WEIGHTS = ("fsdp", "dp_replicate", "dense", "edp", "edp_shard", "edp_replicate")
+
+
+def partialmethod_of(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``method(original, self, ...)`` as a function that can stand in a class."""
+    return lambda storage, *args: method(original, storage, *args)
+
+
+def _believed(dtype: torch.dtype) -> bool | int | float:
+    """What a tensor without values holds when somebody must know: checks pass, gradients are finite and are clipped."""
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _ep_size(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh["ep"].size
+
+
+def chosen_share(moe: MoEConfig, experts: int) -> float:
+    """The share of the tokens that choose at least one of ``experts`` experts of one place, choosing at random."""
+    groups, kept = moe.router.groups, moe.router.kept_groups
+    if experts > moe.num_experts // groups:
+        groups = kept = 1  # the place is wider than a group
+    open_to = moe.num_experts * kept // groups
+    return kept / groups * (1 - comb(open_to - experts, moe.top_k) / comb(open_to, moe.top_k))
+
+
+# ---- collectives
+
+
+def _verb(op: str) -> str | None:
+    """What a c10d or functional operation does; none for those that only wait."""
+    words = {
+        "all_gather": ("allgather", "all_gather"),
+        "reduce_scatter": ("reduce_scatter",),
+        "all_to_all": ("alltoall", "all_to_all"),
+        "all_reduce": ("allreduce", "all_reduce"),
+        "broadcast": ("broadcast",),
+        "send": ("send",),
+        "recv": ("recv",),
+    }
+    return next((verb for verb, starts in words.items() if op.strip("_").startswith(starts)), None)
+
+
+def _group(args: tuple[Any, ...]) -> Any:
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(arg)
+            except RuntimeError:
+                continue  # a ReduceOp
+    name = next(arg for arg in reversed(args) if isinstance(arg, str) and arg not in ("sum", "avg"))
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def _bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: int) -> int:
+    """Bytes that a rank sends to others, by the ring algorithms (all-reduce sends twice what reduce-scatter does)."""
+    schema = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    inputs = next(
+        schema[name]
+        for name in ("input_tensor", "inputs", "input", "tensors", "input_tensors", "self")
+        if name in schema
+    )
+    data = sum(t.nbytes for t in tree_iter(inputs) if isinstance(t, Tensor))
+    if verb == "recv":
+        return 0
+    if verb in ("send", "broadcast"):
+        return data
+    if verb == "all_gather":
+        return data * (size - 1)
+    if verb == "all_reduce":
+        return 2 * data * (size - 1) // size
+    splits = schema.get("input_split_sizes") or schema.get("input_split_sizes_")
+    if verb == "all_to_all" and splits and sum(splits):
+        return data * (sum(splits) - splits[rank]) // sum(splits)
+    return data * (size - 1) // size
+
+
+# ---- kernels and their products
+
+
+class _FusedKernels(TorchFunctionMode):
+    """Take the kernels that a GPU has where the CPU's would keep other tensors for the backward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            if q.shape[-1] == v.shape[-1]:
+                return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+            return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
+        if func is F.rms_norm or func is torch.rms_norm:
+            return aten._fused_rms_norm(*_rms_arguments(*args, **kwargs))[0]
+        return func(*args, **kwargs)
+
+
+def _rms_arguments(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> tuple[Any, ...]:
+    return x, list(shape), weight, eps
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:
+    """A causal product touches the S * (S + 1) / 2 pairs that are visible."""
+    batch, heads, length, width = q.shape
+    pairs = batch * heads * length * (length + 1) // 2
+    return 2 * pairs * (products_of_q * width + products_of_v * v.shape[-1])
+
+
+def _experts(x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * order.numel() * x.shape[1] * (gate_up.shape[1] + down.shape[2])
+
+
+def _experts_backward(
+    dy: Tensor, pre: Tensor, x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tensor, *rest: Any, out: Any
+) -> int:
+    keep, needs = rest[-2], rest[-1]
+    up = 2 * order.numel() * x.shape[1] * gate_up.shape[1]
+    return up * (needs[0] + needs[2] + (not keep)) + 2 * order.numel() * x.shape[1] * down.shape[2] * (1 + needs[3])
+
+
+def _torchs(formula: Callable[..., int]) -> Callable[..., int]:
+    return lambda *args, out=None, **kwargs: formula(*args, **kwargs, out_val=out)
+
+
+#: operation -> floating-point operations of a call, a multiplication and an addition being two
+FLOPS: dict[Any, Callable[..., int]] = {
+    **{op: _torchs(flop_registry[op]) for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm) if op in flop_registry},
+    aten._scaled_dot_product_flash_attention: lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
+    aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
+    # scores again, dq, dk; dp, dv
+    aten._scaled_dot_product_flash_attention_backward: lambda _, q, k, v, *__, **___: _attention(q, k, v, 3, 2),
+    aten._scaled_dot_product_efficient_attention_backward: lambda _, q, k, v, *__, **___: _attention(q, k, v, 3, 2),
+    torch.ops.equimoe.expert_mlp: _experts,
+    torch.ops.equimoe.expert_mlp_backward: _experts_backward,
+}

@@ -1,0 +1,359 @@
+"""Pipeline parallelism: the blocks of a decoder over ranks, by the schedules of ``torch.distributed.pipelining``.
+
+B sequences of a micro-batch, S tokens of each, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from ..balance import counting_pass, recompute
+from ..balance.counts import Window
+from ..collectives import Axis, sum_over
+from ..config import require
+from ..layer import MoE
+from ..model import Decoder
+
+#: (logits [B, S, V] of a micro-batch, its labels) to its shares of the step's loss, of any shape: they are summed
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order a rank runs the forwards and backwards of its stages."""
+
+    runner: type
+    #: how many stages a rank may hold
+    stages_per_rank: range
+    #: the stages of a rank lie on the way there and back (0 and 2P-1) instead of one round apart (0 and P)
+    v_shaped: bool = False
+    #: gradients of activations first, those of weights when there is time
+    split_backward: bool = False
+    #: every forward of a step comes before its first backward, so that all counts are known by then
+    forwards_first: bool = False
+    #: at least as many micro-batches as stages
+    fills_stages: bool = False
+    #: micro-batches run in equal rounds of at least one per rank
+    rounds: bool = False
+
+
+_MANY = range(2, 1 << 16)
+
+SCHEDULES: dict[str, Schedule] = {
+    # arXiv 1811.06965
+    "gpipe": Schedule(schedules.ScheduleGPipe, range(1, 2), forwards_first=True),
+    # arXiv 1806.03377
+    "1f1b": Schedule(schedules.Schedule1F1B, range(1, 2), fills_stages=True),
+    # arXiv 2104.04473
+    "interleaved_1f1b": Schedule(schedules.ScheduleInterleaved1F1B, _MANY, rounds=True),
+    # arXiv 2401.10241, ZB1P and ZB-V
+    "interleaved_zero_bubble": Schedule(
+        schedules.ScheduleInterleavedZeroBubble, _MANY, split_backward=True, rounds=True
+    ),
+    "zbv": Schedule(schedules.ScheduleZBVZeroBubble, range(2, 3), v_shaped=True, split_backward=True),
+}
+
+
+def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int) -> None:
+    """Refuse degrees that do not fit, in one line that names them."""
+    require(schedule in SCHEDULES, "parallel.schedule", schedule, f"use one of {', '.join(SCHEDULES)}")
+    kind, stages = SCHEDULES[schedule], pp * stages_per_rank
+    require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks")
+    allowed = "2 or more" if kind.stages_per_rank is _MANY else kind.stages_per_rank[0]
+    require(
+        stages_per_rank in kind.stages_per_rank,
+        "parallel.stages_per_rank",
+        stages_per_rank,
+        f"parallel.schedule={schedule!r} takes {allowed}",
+    )
+    require(
+        num_layers >= stages,
+        "model.num_layers",
+        num_layers,
+        f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}",
+    )
+    least = stages if kind.fills_stages else pp if kind.rounds else 1
+    require(
+        micro_batches >= least,
+        "micro_batches",
+        micro_batches,
+        f"parallel.schedule={schedule!r} needs at least {least} with parallel.pp={pp}",
+    )
+    rounds = max(1, micro_batches // pp) if kind.rounds else 1
+    require(
+        micro_batches % rounds == 0,
+        "micro_batches",
+        micro_batches,
+        f"parallel.schedule={schedule!r} runs {rounds} equal rounds; use a multiple of parallel.pp={pp}",
+    )
+
+
+def stage_ids(schedule: str, pp_size: int, pp_rank: int, stages_per_rank: int) -> list[int]:
+    """The stages of a rank, in the order in which a micro-batch meets them."""
+    if SCHEDULES[schedule].v_shaped:
+        return [pp_rank, 2 * pp_size - 1 - pp_rank]
+    return [pp_rank + i * pp_size for i in range(stages_per_rank)]
+
+
+def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
+    """One stage of a decoder: its share of the blocks, the embedding on the first, norm and head on the last.
+
+    Parameters keep their names and are the model's own, not copies. Where the blocks do not divide, earlier stages
+    take one more (the last has the head). Raises ValueError when there are fewer blocks than stages.
+    """
+    names = list(model.blocks)
+    require(len(names) >= num_stages, "model.num_layers", len(names), f"fewer than the {num_stages} pipeline stages")
+    require(0 <= stage < num_stages, "stage", stage, f"must be at least 0 and less than {num_stages}")
+    each, more = divmod(len(names), num_stages)
+    start = stage * each + min(stage, more)
+    own = names[start : start + each + (stage < more)]
+    part = copy.copy(model)
+    tables = {key: copy.copy(table) for key, table in vars(model).items() if isinstance(table, (dict, set))}
+    vars(part).update(tables)  # a module's shallow copy shares its tables of children and hooks
+    part.blocks = nn.ModuleDict({name: model.blocks[name] for name in own})
+    if stage > 0:
+        part.embedding = None
+    if stage < num_stages - 1:
+        part.norm = part.head = None
+    return part
+
+
+def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
+    """The sum of what the stages' ranks hold, on all of them. No gradient."""
+    return sum_over(value.detach().clone(), axis).get()
+
+
+class _Stage(PipelineStage):
+    """torch's stage, with autocast around the forward and forward-only passes that hold on all its versions."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        number: int,
+        num_stages: int,
+        device: torch.device,
+        group: Any,
+        inputs_BS: Tensor,
+        hidden_BSD: Tensor,
+        precision: Callable[[], AbstractContextManager],
+    ) -> None:
+        # with both given, torch runs no pass of its own to find shapes: that would open balance slots
+        given = hidden_BSD if number else inputs_BS
+        super().__init__(module, number, num_stages, device, input_args=given, output_args=hidden_BSD, group=group)
+        self.hidden_BSD = hidden_BSD
+        self.precision = precision
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision():
+            return super().forward_maybe_with_nosync(*args, **kwargs)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.is_last:
+            self._check_hidden(output)
+        elif not self.has_backward:
+            self.fwd_cache[fwd_chunk_id] = ((), [])  # no backward comes for the logits
+        return output
+
+    def _check_hidden(self, hidden_BSD: Tensor) -> None:
+        """Other memory than the receiver's buffer would arrive as garbage, or never."""
+        for name, found, told in (
+            ("hidden_shape", tuple(hidden_BSD.shape), tuple(self.hidden_BSD.shape)),
+            ("hidden_dtype", hidden_BSD.dtype, self.hidden_BSD.dtype),
+        ):
+            require(found == told, name, told, f"stage {self.stage_index} gives {found}; make the pipeline with that")
+
+    def _validate_fwd_outputs(self, outputs: Any) -> None:
+        """As above; torch 2.11 would hold the logits to the shape and dtype of hidden states, too."""
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_activations(fwd_chunk_id)
+        for hidden in received:  # torch 2.11 decides when it makes the buffers, which may be for an evaluation
+            hidden.requires_grad_(self.has_backward)
+        return received
+
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        # torch 2.11 greets the neighbours, in a V also where the neighbour is this rank itself, which gloo cannot
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+class Pipeline:
+    """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
+
+    ``stages``: decoders from :func:`split`, in the order of :func:`stage_ids`, on ``device``, and already parallelized:
+    every MoE layer must know the ranks that hold other tokens of the same stage. ``micro_batches``: how many an
+    optimizer step has; one :meth:`step` is one optimizer step. ``hidden_shape``: [B, S, D] of one micro-batch, as it
+    travels between stages in ``hidden_dtype``; ``inputs_shape`` [B, S], where sequence parallelism makes that another
+    S. ``precision`` makes the context of every stage's forward (autocast).
+
+    Gradients are sums over the micro-batches. The balance estimator is exact after :meth:`count`, which "gpipe" does
+    not need. ``rolling`` reads the counts of the forwards that the schedule has run on a stage before a backward:
+    all of them in "gpipe", and in "1f1b" min(micro_batches, k + P - stage) for the backward of micro-batch k.
+    """
+
+    def __init__(
+        self,
+        stages: list[Decoder],
+        axis: Axis,
+        schedule: str,
+        micro_batches: int,
+        device: torch.device,
+        hidden_shape: tuple[int, int, int],
+        hidden_dtype: torch.dtype = torch.float32,
+        inputs_shape: tuple[int, int] | None = None,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        num_stages = axis.size * len(stages)
+        check_pipeline(schedule, axis.size, len(stages), micro_batches, num_layers=num_stages)
+        self.kind = SCHEDULES[schedule]
+        self.stages = stages
+        self.micro_batches = micro_batches
+        self.inputs_shape = tuple(inputs_shape or hidden_shape[:2])
+        self.masks_shape = tuple(hidden_shape[:2])
+        self.windows = [_claim(layer, micro_batches) for stage in stages for layer in _moe_layers(stage)]
+        ids = stage_ids(schedule, axis.size, axis.rank, len(stages))
+        self.holds_first, self.holds_last = 0 in ids, num_stages - 1 in ids
+        inputs_BS = torch.empty(self.inputs_shape, dtype=torch.int64, device="meta")
+        hidden_BSD = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
+        runners = []
+        for stage, number in zip(stages, ids, strict=True):
+            _check_stage(stage, schedule, number, num_stages)
+            if self.kind.split_backward and isinstance(stage, FSDPModule):
+                # torch looks for the weights before the backward gathers them: gathered they must stay
+                stage.set_reshard_after_forward(False)
+            runners.append(_Stage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision))
+        self._loss_fn: LossFunction | None = None
+        self._shares: list[Tensor] = []
+        self._counted = False
+        first: Any = runners if len(runners) > 1 else runners[0]
+        self._schedule = self.kind.runner(first, micro_batches, loss_fn=self._loss, scale_grads=False)
+
+    def step(
+        self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
+    ) -> list[Tensor]:
+        """Forward and backward of all micro-batches; gradients are added to ``.grad``.
+
+        ``inputs`` int64 [B, S], ``masks`` bool [B, S] as hidden states have it, ``labels`` of any shape [B, ...]. All
+        ranks of the pipeline give the same lists. Returns what ``loss_fn`` returned for each micro-batch, detached,
+        where the last stage is; elsewhere nothing. Raises ValueError for a number or shape of micro-batches other than
+        the pipeline's.
+        """
+        self._begin(counted=self._counted)
+        self._counted = False
+        with self._losses(loss_fn) as shares:
+            self._run(self._schedule.step, inputs, labels, masks)
+        return shares
+
+    def count(self, inputs: list[Tensor], masks: list[Tensor] | None = None) -> None:
+        """Count the step's choices ahead of :meth:`step`, for ``estimator="exact"``, in a pass without gradient.
+
+        Under "gpipe" it does nothing: all forwards have counted before the first backward asks.
+        """
+        if self.kind.forwards_first:
+            return
+        self._begin(counted=False)
+        with counting_pass(), self._losses(None):
+            self._run(self._schedule.eval, inputs, inputs, masks)
+        self._counted = True
+
+    @torch.no_grad()
+    def evaluate(
+        self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
+    ) -> list[Tensor]:
+        """Like :meth:`step`, forward only and without a trace; here fewer micro-batches will do."""
+        number = len(inputs)
+        pad = (self.micro_batches - number) if number else 0
+        inputs, labels = inputs + inputs[:1] * pad, labels + labels[:1] * pad
+        masks = None if masks is None else masks + masks[:1] * pad
+        with self._losses(loss_fn) as shares:
+            self._run(self._schedule.eval, inputs, labels, masks)
+        return shares[:number]
+
+    def _run(self, run: Any, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None) -> None:
+        first = tuple(labels[0].shape) if labels else ()
+        wanted = (("inputs", inputs, self.inputs_shape), ("labels", labels, first), ("masks", masks, self.masks_shape))
+        for name, parts, want in wanted:
+            if parts is None:
+                continue
+            shapes = [tuple(part.shape) for part in parts]
+            require(
+                len(shapes) == self.micro_batches and all(shape == want for shape in shapes),
+                f"{name}.shape",
+                shapes,
+                f"give {self.micro_batches} micro-batches of {want}",
+            )
+        args = (torch.cat(inputs),) if self.holds_first else ()
+        target = torch.cat(labels) if self.holds_last else None
+        kwargs = {} if masks is None else {"mask": torch.cat(masks)}
+        run(*args, target=target, return_outputs=False, **kwargs)
+
+    def _begin(self, counted: bool) -> None:
+        """End whatever step the windows still hold: one that was broken off, or that no optimizer took."""
+        for window in self.windows:
+            window.close(kept=[slot for slot in window.slots if slot.ahead] if counted else [])
+
+    @contextmanager
+    def _losses(self, loss_fn: LossFunction | None) -> Iterator[list[Tensor]]:
+        self._loss_fn, self._shares = loss_fn, []
+        try:
+            yield self._shares
+        finally:
+            self._loss_fn, self._shares = None, []
+
+    def _loss(self, logits_BSV: Tensor, labels: Tensor) -> Tensor:
+        if self._loss_fn is None:
+            return logits_BSV.new_zeros(())
+        shares = self._loss_fn(logits_BSV, labels)
+        self._shares.append(shares.detach())
+        return shares.sum()
+
+
+def _moe_layers(stage: nn.Module) -> list[MoE]:
+    return [module for module in stage.modules() if isinstance(module, MoE)]
+
+
+def _claim(layer: MoE, micro_batches: int) -> Window:
+    """Tell a layer's window how many micro-batches a step has; what the engine does to gradients is no hint then."""
+    balancer = layer.balancer
+    require(
+        balancer.axis is not None,
+        "balancer.axis",
+        balancer.axis,
+        "the ranks of other stages hold the same tokens; parallelize every stage before the pipeline is made",
+    )
+    given = balancer.config.micro_batches
+    require(given in (None, micro_batches), "balance.micro_batches", given, f"the pipeline runs {micro_batches} a step")
+    balancer.window.given = micro_batches
+    return balancer.window
+
+
+def _check_stage(stage: Decoder, schedule: str, number: int, num_stages: int) -> None:
+    for name, place in (("embedding", 0), ("head", num_stages - 1)):
+        if (getattr(stage, name) is not None) != (number == place):
+            raise ValueError(
+                f"stage {number} of {num_stages}: {name} belongs to stage {place}; see split and stage_ids"
+            )
+    if SCHEDULES[schedule].split_backward and stage.run_block is recompute:
+        raise ValueError(
+            f"parallel.schedule={schedule!r}: a split backward would recompute each block once per weight; "
+            "use 'interleaved_1f1b' or model.recompute=False"
+        )

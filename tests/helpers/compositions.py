@@ -1,0 +1,90 @@
+"""The compositions of parallelisms that are held to one process, in the order of the table."""
+
+from __future__ import annotations
+
+from equimoe.moe import CapacityConfig
+from equimoe.moe import DispatchConfig as D
+from equimoe.moe.parallel import ParallelConfig as P
+from tests.helpers.parity import Composition as C
+
+BF16 = "bfloat16"
+
+COMPOSITIONS: dict[str, C] = {
+    # data and expert parallelism
+    "dp 2": C(2, tokens="equal"),
+    "dp 2, no tokens on a rank": C(2, tokens="zero"),
+    "dp 4, ep 4": C(4, P(ep=4)),
+    "dp 4, ep 2, recompute": C(4, P(ep=2), recompute=True),
+    "dp 4, ep 2, no tokens on a rank": C(4, P(ep=2), tokens="zero"),
+    "dp 8, ep 4, edp 2": C(8, P(ep=4), micro_batches=1),
+    "dp 2, ep 2, micro scope": C(2, P(ep=2), scope="micro"),
+    "dp 2, ep 2, sequence scope": C(2, P(ep=2), scope="sequence"),
+    "dp 2, ep 2, capacity": C(2, P(ep=2), capacity=CapacityConfig(1.0), tokens="equal"),
+    "dp 2, ep 2, bf16": C(2, P(ep=2), dtype=BF16),
+    # sharded data parallelism
+    "fsdp 2": C(2, P(data_parallel="fsdp")),
+    "fsdp 4, ep 2": C(4, P(data_parallel="fsdp", ep=2)),
+    "fsdp 4, ep 4, recompute": C(4, P(data_parallel="fsdp", ep=4), recompute=True),
+    "hsdp 2 x 2": C(4, P(dp_replicate=2, data_parallel="fsdp")),
+    "hsdp 2 x 2, ep 2": C(4, P(dp_replicate=2, data_parallel="fsdp", ep=2), tokens="zero"),
+    "hsdp 2 x 2, ep 4": C(4, P(dp_replicate=2, data_parallel="fsdp", ep=4)),
+    "fsdp 2, ep 2, bf16": C(2, P(data_parallel="fsdp", ep=2), dtype=BF16),
+    # tensor and sequence parallelism; experts fold over it
+    "tp 2": C(2, P(tp=2)),
+    "tp 2, ep 2 > dp 1": C(2, P(tp=2, ep=2)),
+    "tp 4, ep 4 > dp 1, recompute": C(4, P(tp=4, ep=4), recompute=True),
+    "tp 2, fsdp 2, ep 4 > dp 2": C(4, P(tp=2, data_parallel="fsdp", ep=4)),
+    "tp 2, dp 2, ep 2, no tokens on a rank": C(4, P(tp=2, ep=2), tokens="zero"),
+    "tp 2, hsdp 2 x 2, ep 2": C(8, P(tp=2, dp_replicate=2, data_parallel="fsdp", ep=2), micro_batches=1),
+    "tp 2, ep 2, micro scope": C(2, P(tp=2, ep=2), scope="micro"),
+    "tp 2, ep 2, sequence scope": C(2, P(tp=2, ep=2), scope="sequence"),
+    "tp 2, ep 2, bf16": C(2, P(tp=2, ep=2), dtype=BF16),
+    # context parallelism; experts fold over it
+    "cp 2, ring": C(2, P(cp=2)),
+    "cp 2, gathered, ep 2 > dp 1": C(2, P(cp=2, ep=2, context="all_gather")),
+    "cp 4, ep 4 > dp 1": C(4, P(cp=4, ep=4)),
+    "cp 2, fsdp 2, ep 2": C(4, P(cp=2, data_parallel="fsdp", ep=2), recompute=True),
+    "cp 2, dp 2, ep 4, no tokens on a rank": C(4, P(cp=2, ep=4), tokens="zero"),
+    "cp 2, ep 2, sequence scope": C(2, P(cp=2, ep=2), scope="sequence"),
+    "cp 2, tp 2, ep 4 > dp 1": C(4, P(cp=2, tp=2, ep=4)),
+    "cp 2, tp 2, fsdp 2, ep 4 > dp 2": C(8, P(cp=2, tp=2, data_parallel="fsdp", ep=4), micro_batches=1),
+    "cp 2, tp 2, dp 2, ep 8 > dp 2": C(8, P(cp=2, tp=2, ep=8), micro_batches=1, recompute=True),
+    # expert tensor parallelism
+    "dp 2, etp 2": C(2, P(etp=2)),
+    "tp 2, etp 2, bf16": C(2, P(tp=2, etp=2), dtype=BF16),
+    "dp 4, ep 2, etp 2, recompute": C(4, P(ep=2, etp=2), recompute=True),
+    "tp 2, fsdp 2, ep 2, etp 2": C(4, P(tp=2, data_parallel="fsdp", ep=2, etp=2)),
+    "cp 2, tp 2, hsdp 2, ep 2, etp 2": C(
+        8, P(cp=2, tp=2, dp_replicate=2, data_parallel="fsdp", ep=2, etp=2), micro_batches=1, tokens="zero"
+    ),
+    # tensor without sequence parallelism: each token is dispatched once
+    "tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False)),
+    "tp 4, no sp, ep 4, recompute": C(4, P(tp=4, ep=4, sequence_parallel=False), recompute=True),
+    "tp 2, no sp, fsdp 2, ep 4": C(4, P(tp=2, ep=4, sequence_parallel=False, data_parallel="fsdp"), tokens="zero"),
+    "tp 2, no sp, dp 2, etp 2": C(4, P(tp=2, etp=2, sequence_parallel=False)),
+    # how rows travel
+    "all_gather, dp 4, ep 4": C(4, P(ep=4), dispatch=D("all_gather")),
+    "all_gather, tp 2, cp 2, ep 4": C(4, P(tp=2, cp=2, ep=4), dispatch=D("all_gather"), recompute=True),
+    "hierarchical, 2 nodes, dp 4, ep 4": C(4, P(ep=4), dispatch=D("hierarchical", node_size=2)),
+    "hierarchical, 2 nodes, tp 2, fsdp 4, ep 8": C(
+        8,
+        P(tp=2, ep=8, data_parallel="fsdp"),
+        dispatch=D("hierarchical", node_size=4),
+        micro_batches=1,
+        recompute=True,
+    ),
+    "hierarchical, 2 nodes, no tokens on a rank": C(4, P(ep=4), dispatch=D("hierarchical", node_size=2), tokens="zero"),
+    "overlapped 2, dp 2, ep 2": C(2, P(ep=2), dispatch=D("overlapped", chunks=2)),
+    "overlapped 4, fsdp 4, ep 2, etp 2": C(
+        4, P(ep=2, etp=2, data_parallel="fsdp"), dispatch=D("overlapped", chunks=4), tokens="zero"
+    ),
+    "overlapped 8, dp 4, ep 4, recompute": C(4, P(ep=4), dispatch=D("overlapped", chunks=8), recompute=True),
+    "bf16 on the wire, dp 4, ep 4": C(4, P(ep=4), dispatch=D(wire="bf16"), dtype=BF16),
+    # limited capacity
+    "capacity, padded, dp 2, ep 2": C(2, P(ep=2), capacity=CapacityConfig(2.0, pad=True), tokens="equal"),
+    "capacity of all ranks, dp 4, ep 4": C(4, P(ep=4), capacity=CapacityConfig(1.0, scope="global"), micro_batches=1),
+    "capacity of the sequence, cp 2, tp 2, ep 4": C(
+        4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(1.0, scope="sequence"), micro_batches=2
+    ),
+    "cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16),
+}

@@ -1,0 +1,160 @@
+"""The benchmark's floors against published numbers, its byte counts against tensors and launches of real runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.kernels.expert_mlp import expert_mlp
+from equimoe.kernels.sort_by_expert import sort_by_expert
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import cost
+import shapes
+import timing
+
+#: what an H200 was measured to do: 788 TFLOP/s of dense bf16, 4.3 TB/s copied
+H200 = cost.Rates(788e12, 4.3e12)
+
+#: forward GFLOP, forward MB, floors in microseconds forward and backward, MiB of x and pre-activation
+TABLE = {
+    "Qwen3-30B-8k": (618.5, 2259, 865, 1657, 224),
+    "Qwen3-30B-32k": (2473.9, 5411, 3461, 6627, 896),
+    "Mixtral-8x7B-8k": (5772.4, 5168, 7388, 14729, 960),
+    "Qwen3-235B-32k": (9895.6, 13196, 13192, 25807, 1792),
+    "OLMoE-32k": (3298.5, 5528, 4504, 8718, 1152),
+    "gpt-oss-20b-32k": (6523.0, 6701, 8544, 16864, 1620),
+    "DeepSeek-V3-32k": (23089.7, 35848, 30447, 59892, 2496),
+}
+#: TFLOP/s at the floor, forward and backward
+CAPS = {
+    "1.4B-a": (592, 641), "1.4B-b": (661, 676), "1.4B-c": (700, 694), "7B-a": (601, 675), "7B-b": (665, 713),
+    "7B-c": (702, 733), "30B-a": (617, 687), "30B-b": (684, 728), "30B-c": (722, 749), "120B-a": (692, 734),
+    "120B-b": (733, 757), "120B-c": (754, 768),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_work_traffic_and_floors_of_published_shapes(name: str) -> None:
+    shape, (gflop, megabytes, forward, backward, mebibytes) = shapes.BY_NAME[name], TABLE[name]
+    assert round(shape.forward_flops / 1e9, 1) == gflop
+    assert round(sum(stage.bytes for stage in cost.layer_forward(shape)) / 1e6) == megabytes
+    assert round(cost.floor(cost.layer_forward(shape), H200) * 1e6) == forward
+    assert round(cost.floor(cost.layer_backward(shape), H200) * 1e6) == backward
+    assert cost.kept_bytes(shape) == mebibytes << 20
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_caps_of_the_twelve_configurations(name: str) -> None:
+    shape = shapes.BY_NAME[name]
+    forward = shape.forward_flops / cost.floor(cost.layer_forward(shape), H200)
+    backward = shape.backward_flops / cost.floor(cost.layer_backward(shape), H200)
+    assert (round(forward / 1e12), round(backward / 1e12)) == CAPS[name]
+
+
+def test_every_stage_of_one_shape() -> None:
+    """Microseconds of arithmetic and of traffic, tabulated for 7B-a; the sum of operations is 18*T*K*F*D."""
+    shape = shapes.BY_NAME["7B-a"]
+    stages = [*cost.path_forward(shape)[1:], *cost.path_backward(shape)]
+    found = {s.name: (round(s.flops / H200.flops * 1e6), round(s.bytes / H200.bytes * 1e6)) for s in stages}
+    assert found == {
+        "up": (392, 135), "down": (196, 187), "combine": (1, 158), "dh": (196, 158), "down_wgrad": (196, 64),
+        "up_dgrad": (392, 234), "up_wgrad": (392, 111), "dx_sum": (0, 158),
+    }  # fmt: skip
+    products = sum(s.flops for s in stages if s.name not in ("combine", "dx_sum"))
+    assert products == shape.forward_flops + shape.backward_flops
+    assert [s.name for s in stages if s.memory_bound(H200)] == ["combine", "dx_sum"]
+
+
+def test_a_sum_of_ops_is_the_path() -> None:
+    shape = shapes.BY_NAME["30B-b"]
+    ops = cost.ops(shape)
+    for part, stages in (("forward", cost.path_forward(shape)[1:]), ("backward", cost.path_backward(shape))):
+        assert cost.floor(ops[f"expert_mlp {part}"], H200) == cost.floor(stages, H200)
+    assert ops["combine"][0].bytes >= 2 * (shape.rows + shape.T) * shape.D
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_a_run_keeps_is_what_the_formula_says(backend: str) -> None:
+    """Beyond x and the pre-activation: the order's 64-bit indices, the weights, and rows that pad experts to 16."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        import tests.kernels.interpreter  # noqa: F401
+    shape = shapes.Shape("s", 160, 96, 64, 4, 2)
+    gate_up, down = shapes.expert_weights(shape, torch.bfloat16, torch.device("cpu"))
+    batch = shapes.make_batch(shape, "uniform", torch.bfloat16, torch.device("cpu"))
+    order = sort_by_expert(batch.ids_TK, shape.E)
+
+    def forward() -> torch.Tensor:
+        return expert_mlp(batch.x_TD, batch.weights_TK, order, gate_up, down, backend=backend)
+
+    kept = timing.kept_for_backward(forward, (gate_up, down))
+    small = 8 * (2 * shape.rows + shape.E + 1) + 4 * shape.rows
+    padding = 4 * shape.F * 15 * shape.E * (backend == "torch")
+    assert 0 <= kept - cost.kept_bytes(shape) - small <= padding
+
+
+def test_what_is_kept_counts_memory_once_and_no_weights() -> None:
+    weight, x = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    assert timing.kept_for_backward(lambda: (x @ weight) + (x @ weight), (weight,)) == 4 * 8 * 4
+    assert timing.kept_for_backward(lambda: x @ weight, ()) == (4 + 8) * 8 * 4
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Bytes of the tensors given to each launch, and its kernel."""
+    pytest.importorskip("triton")
+    import triton.runtime.interpreter as interpreter
+
+    import tests.kernels.interpreter  # noqa: F401
+
+    found: list[tuple[int, str]] = []
+    plain: Callable[..., Any] = interpreter.GridExecutor.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        found.append((sum(t.numel() * t.element_size() for t in given), self.fn.__name__))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
+    return found
+
+
+@pytest.mark.parametrize("shape", [shapes.Shape("a", 72, 48, 32, 4, 2), shapes.Shape("b", 50, 32, 48, 5, 3)], ids="ab")
+def test_counted_traffic_is_that_of_the_launches(shape: shapes.Shape, recorded: list[tuple[int, str]]) -> None:
+    import kernel_suite
+    import layer_suite
+    import traffic
+
+    context = layer_suite.Context(
+        timing.Timer(torch.device("cpu")), torch.float32, "triton", H200, {}, rounds=1, seconds_each=0
+    )
+    bench = kernel_suite.Bench(shape, context)
+    calls: dict[str, Callable[[], Any]] = dict(bench.calls())
+    for op, (forward, backward) in bench.pairs().items():
+        y = forward()
+        calls |= {f"{op} forward": forward, f"{op} backward": lambda y=y, backward=backward: backward(y)}
+    expected = traffic.launches(shape, "interpreter", torch.float32)
+    assert calls.keys() == expected.keys()
+    for op, call in calls.items():
+        recorded.clear()
+        call()
+        counted = [(launch.operands, launch.kernel) for launch in expected[op] if launch.kernel != traffic.TORCH]
+        assert sorted(counted) == sorted(recorded), op
+
+
+def test_tiles_ask_for_more_than_memory_gives_and_the_floor_is_less() -> None:
+    import traffic
+
+    shape = shapes.BY_NAME["Qwen3-30B-8k"]
+    moved = traffic.moved(shape, "sm_90", torch.bfloat16)
+    for op, stages in cost.ops(shape).items():
+        least = sum(stage.bytes for stage in stages)
+        operands, issued = moved[op]
+        assert least <= operands <= issued, op
+    assert moved["grouped_gemm up"][1] > 3 * moved["grouped_gemm up"][0]

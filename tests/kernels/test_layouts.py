@@ -1,0 +1,96 @@
+"""The accelerators' grouped products, which run on the CPU too, beside the CPU's own.
+
+R rows sorted by expert, E experts, K in width, N out width, S source rows.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.kernels.grouped_gemm import grouped, layouts, torch_ops
+
+from .cases import NoHostReads
+
+#: largest relative error by norm between two ways to sum
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+COUNTS = [(20, 0, 1, 33), (0, 0, 0), (16,), (0, 32, 5, 0, 17, 1), (0, 0, 7), (40, 0, 0)]
+#: 16 and 24 fit the grouped product in bf16; 19 and 37 never do
+WIDTHS = [(24, 16), (19, 37)]
+
+
+def offsets(counts: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0)
+
+
+def close(found: Tensor, want: Tensor) -> None:
+    assert found.dtype == want.dtype and found.shape == want.shape
+    assert (found.double() - want.double()).norm() <= TOLERANCE[want.dtype] * want.double().norm()
+
+
+def test_which_layout() -> None:
+    bounds = offsets((3, 4))
+    assert type(layouts.layout(bounds, 7, torch.bfloat16, 24, 16)) is layouts.Grouped
+    for dtype, width in ((torch.bfloat16, 19), (torch.float16, 16), (torch.float32, 16)):
+        assert type(layouts.layout(bounds, 7, dtype, 24, width)) is layouts.Blocks
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_same_as_on_the_cpu(
+    counts: tuple[int, ...], gathered: bool, widths: tuple[int, int], dtype: torch.dtype
+) -> None:
+    (n, k), kept, experts = widths, sum(counts), len(counts)
+    num_rows, bounds = kept + 3, offsets(counts)  # the last three are nobody's
+    index_R, dy_index_R = (torch.randint(0, 9, (num_rows,)) if gathered else None for _ in range(2))
+    sources = 9 if gathered else num_rows
+    rows, weight = torch.randn(sources, k).to(dtype), torch.randn(experts, n, k).to(dtype)
+    dy, dy_RN = torch.randn(sources, n).to(dtype), torch.randn(num_rows, n).to(dtype)
+    arguments = (dy, rows, bounds, dy_index_R, index_R)
+    before = torch.randn(experts, n, k)
+    with NoHostReads():
+        out = grouped.forward(rows, weight, bounds, index_R)
+        drows = grouped.forward(dy_RN, weight.mT, bounds, None)
+        grad = grouped.wgrad(*arguments, None)
+        added = grouped.wgrad(*arguments, before.clone()) if dtype != torch.float64 else before
+    close(out, torch_ops.forward(rows, weight, bounds, index_R))
+    close(drows, torch_ops.dgrad(dy_RN, weight, bounds))
+    close(grad, torch_ops.wgrad(*arguments, None))
+    assert (out[kept:] == 0).all() and (drows[kept:] == 0).all()
+    for e, count in enumerate(counts):
+        assert count or ((grad[e] == 0).all() and torch.equal(added[e], before[e]))
+    if dtype != torch.float64:
+        wide = torch_ops.wgrad(*arguments, before.clone())
+        assert (added - wide).norm() <= 1e-6 * wide.norm(), "added up in fp32 whatever the rows are"
+
+
+def test_nothing_to_multiply() -> None:
+    bounds, weight, none = offsets((0, 0)), torch.randn(2, 5, 4), torch.empty(0, 4)
+    before = torch.randn(2, 5, 4)
+    assert grouped.forward(none, weight, bounds, None).shape == (0, 5)
+    assert torch.equal(grouped.wgrad(torch.empty(0, 5), none, bounds, None, None, None), torch.zeros(2, 5, 4))
+    assert torch.equal(grouped.wgrad(torch.empty(0, 5), none, bounds, None, None, before.clone()), before)
+
+
+@pytest.mark.parametrize("kind", [layouts.Grouped, layouts.Blocks])
+def test_a_bad_row_spoils_no_other_expert(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "layout", lambda bounds, num_rows, *_: kind(bounds, num_rows))
+    bounds = offsets((5, 1, 40, 7))
+    rows, dy, weight = (torch.randn(*shape).bfloat16() for shape in ((60, 16), (60, 24), (4, 24, 16)))
+    rows[5], rows[53:], dy[5], dy[53:] = (float("nan"),) * 4  # expert 1's row, and nobody's
+    out = grouped.forward(rows, weight, bounds, None)
+    assert out[5].isnan().all() and (out[53:] == 0).all()
+    assert out[:5].isfinite().all() and out[6:53].isfinite().all()
+    grad = grouped.wgrad(dy, rows, bounds, None, None, None)
+    assert grad[1].isnan().all() and grad[[0, 2, 3]].isfinite().all()
+
+
+def test_other_devices_take_it() -> None:
+    """Where tensors have no values at all, as on the meta device, nothing can have been read on the host."""
+    rows, weight, bounds = (t.to("meta") for t in (torch.randn(60, 16), torch.randn(4, 24, 16), offsets((1, 2, 3, 4))))
+    assert torch_ops.forward(rows, weight, bounds, None).shape == (60, 24)
+    assert torch_ops.dgrad(torch.empty(60, 24, device="meta"), weight, bounds).shape == (60, 16)
+    assert torch_ops.wgrad(torch.empty(60, 24, device="meta"), rows, bounds, None, None, None).shape == (4, 24, 16)

@@ -1,0 +1,215 @@
+"""Formats of rows on the wire, and the bytes that every dispatcher sends, against the closed formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Routing
+from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, split_axis, world_axis
+from equimoe.moe.dispatch import DropDuplicates, build_dispatcher, traffic
+from equimoe.moe.dispatch.traffic import Bytes, Load
+from equimoe.moe.dispatch.wire import WIRES, BFloat16, Float8
+from equimoe.moe.types import Decision, DispatchPlan
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+T, D, K, E = 16, 6, 2, 8
+CONFIG = MoEConfig(hidden_size=D, intermediate_size=4, num_experts=E, top_k=K, init_std=0.5)
+
+
+# ---- formats ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_error_of_a_round_trip(dtype: torch.dtype) -> None:
+    rows = (torch.randn(64, 48) * 10.0 ** torch.randint(-6, 6, (64, 1))).to(dtype)
+    largest = rows.abs().amax(-1, keepdim=True)
+    for codec, relative, absolute in ((BFloat16(), 2.0**-8, 0.0), (Float8(), 2.0**-4, 2.0**-10 / 448)):
+        payload = codec.encode(rows)
+        back = codec.decode(payload, dtype)
+        assert back.dtype == dtype and payload.shape[0] == 64
+        bound = rows.abs() * (relative * 1.01) + largest * absolute
+        assert bool(((back - rows).abs() <= bound).all())
+    assert Float8().encode(rows).dtype == torch.uint8 and Float8().encode(rows).shape == (64, 48 + 4)
+    assert float((Float8().decode(Float8().encode(rows), dtype) - rows).abs().max()) > 0
+
+
+@pytest.mark.parametrize("codec", [BFloat16(), Float8()])
+def test_rows_that_need_care(codec: BFloat16 | Float8) -> None:
+    """No rows; zero rows stay zero; tiny and huge rows survive; a row that is not finite arrives so, and alone."""
+    assert codec.decode(codec.encode(torch.zeros(0, 5)), torch.float32).shape == (0, 5)
+    rows = torch.ones(7, 5)
+    rows[0], rows[1], rows[2] = 0.0, 1e-40, 3e38
+    rows[3, 2], rows[4, 0], rows[5, 1] = float("inf"), float("nan"), -float("inf")
+    back = codec.decode(codec.encode(rows), torch.float32)
+    assert bool((back[0] == 0).all()) and bool((back[1].abs() < 1e-38).all())
+    assert oracle.relative_error(back[2] / 3e38, rows[2] / 3e38) < 0.01 and bool((back[6] == 1).all())
+    assert [bool(back[i].isfinite().all()) for i in range(7)] == [True, True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_layer_with_rounded_rows_is_near_the_exact_one(wire: str) -> None:
+    """Forward and gradients differ by the format's rounding, and do differ; weights of the router travel exactly."""
+    bound = {"compute": 1e-6, "bf16": 8e-3, "fp8": 6e-2}[wire]
+
+    def script(rank: int, world: int, wire: str) -> list[Tensor]:
+        config = replace(CONFIG, dispatch=DispatchConfig(wire=wire), balance=BalanceConfig(coefficient=0.0))
+        torch.manual_seed(0)
+        layer, axis = MoE(config), world_axis()
+        for name, weight in list(layer.experts.named_parameters()):
+            setattr(layer.experts, name, torch.nn.Parameter(weight.detach().chunk(2)[rank].clone()))
+        layer.dispatcher = build_dispatcher(config, axis)
+        x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+    for got, want in zip(run_ranks(script, 2, wire), run_ranks(script, 2, "compute"), strict=True):
+        errors = [oracle.relative_error(a, b) for a, b in zip(got, want, strict=True)]
+        assert max(errors) < bound and (wire == "compute" or min(errors[:2]) > bound / 100)
+
+
+def test_gradients_take_their_own_format() -> None:
+    """To the experts: fp8, and bf16 for the gradient that comes back."""
+
+    def script(rank: int, world: int) -> tuple[Tensor, Tensor]:
+        rows = torch.linspace(0.1, 1, 2 * 5).view(2, 5).requires_grad_()
+        out = exchange_rows(rows, [1, 1], [1, 1], world_axis(), WIRES["fp8"][0])
+        out.backward(torch.linspace(0.1, 1, 2 * 5).view(2, 5))
+        return out.detach(), rows.grad
+
+    rows = torch.linspace(0.1, 1, 2 * 5).view(2, 5)
+    for rank, (out, grad) in enumerate(run_ranks(script, 2)):
+        small = Float8().decode(Float8().encode(rows), torch.float32)
+        assert torch.equal(out, small[rank].expand(2, 5)) and not torch.equal(small, rows)
+        # both ranks' gradients for this rank's two rows: row `rank` of each
+        assert torch.equal(grad, rows[rank].bfloat16().float().expand(2, 5))
+
+
+# ---- bytes --------------------------------------------------------------------------------------------------------
+
+#: ids of token t: on two ranks of different nodes (of two), on two ranks of one node, on one rank
+SPREADS = {
+    "nodes": (lambda t: (t % E, (t + 4) % E), 2, 2),
+    "ranks": (lambda t: (t % E, t % E // 4 * 4 + (t + 2) % 4), 1, 2),
+    "one rank": (lambda t: (t % E, t % E ^ 1), 1, 1),
+}
+
+
+def routing(spread: str, dtype: torch.dtype) -> Routing:
+    ids_TK = torch.tensor([SPREADS[spread][0](t) for t in range(T)])
+    weights = torch.full((T, K), 0.5, dtype=dtype, requires_grad=True)
+    counts = torch.bincount(ids_TK.flatten(), minlength=E)[None]
+    return Routing(Decision(ids_TK, ids_TK), weights, counts, torch.tensor([T]), torch.zeros(1, E), torch.zeros(()))
+
+
+def measure(
+    rank: int, world: int, dispatch: DispatchConfig, capacity: CapacityConfig | None, etp: int, spread: str
+) -> tuple[int, int]:
+    """Bytes that this rank sends in a forward and a backward, without counts."""
+    axis, etp_axis = split_axis(world_axis(), etp)
+    dispatcher = build_dispatcher(replace(CONFIG, dispatch=dispatch, capacity=capacity), axis, etp_axis)
+    x_TD = torch.randn(T, D, requires_grad=True)
+
+    def experts(rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
+        return rows_SD * plan.weights_SK.sum(1, keepdim=True)
+
+    with record_traffic() as forward:
+        y_TD = dispatcher(x_TD, routing(spread, torch.float32), experts)
+    with record_traffic() as backward:
+        y_TD.sum().backward()
+    assert {entry.size for entry in forward + backward} <= {2, 4}
+    sums = [sum(entry.sent for entry in entries if entry.verb != "exchange_counts") for entries in (forward, backward)]
+    return sums[0], sums[1]
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
+    load = Load(T, D, K, value=4, weight=4, wire=wire)
+    _, nodes_each, ranks_each = SPREADS[spread]
+    capacity = CapacityConfig(factor=1.0, pad=True)
+    expected: list[tuple[DispatchConfig, CapacityConfig | None, int, Bytes]] = [
+        (DispatchConfig(), None, 1, traffic.all_to_all(load, 4)),
+        (DispatchConfig(), None, 2, traffic.all_to_all(load, 2, 2)),
+        (DispatchConfig(), None, 4, traffic.local(load, 4)),
+        (DispatchConfig(), capacity, 1, traffic.padded(load, 4, T * K // E, E)),
+        (DispatchConfig("overlapped", chunks=2), None, 1, traffic.all_to_all(load, 4)),
+        (DispatchConfig("all_gather"), None, 1, traffic.all_gather(load, 4)),
+        (DispatchConfig("all_gather", equal_tokens=True), None, 2, traffic.all_gather(load, 2, 2)),
+        (
+            DispatchConfig("hierarchical", node_size=2),
+            None,
+            1,
+            traffic.hierarchical(load, 2, 2, nodes_each, ranks_each),
+        ),
+    ]
+
+    def script(rank: int, world: int) -> list[tuple[int, int]]:
+        cases = [(replace(dispatch, wire=wire), capacity, etp) for dispatch, capacity, etp, _ in expected]
+        return [measure(rank, world, *case, spread) for case in cases]
+
+    for result in run_ranks(script, 4):
+        assert result == [tuple(want) for *_, want in expected]
+
+
+def test_formula_of_the_paper() -> None:
+    """K T h [2 (e - 1)/e + 2 (g - 1)] values forward, without the router's weights and ids."""
+    for ep, etp in ((1, 1), (4, 1), (2, 4), (8, 2)):
+        load = Load(tokens=64, hidden=1 << 20, top_k=3, value=2, weight=0)
+        rows = 3 * 64 * (1 << 20) * (2 * (ep - 1) / ep + 2 * (etp - 1))
+        assert traffic.all_to_all(load, ep, etp).forward == pytest.approx(rows * 2, rel=1e-5)
+
+
+def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
+    """Random routing: on the axis between nodes, as many rows as there are pairs of a token and another node."""
+
+    def script(rank: int, world: int) -> tuple[int, int]:
+        config = replace(CONFIG, top_k=5, dispatch=DispatchConfig("hierarchical", node_size=2))
+        dispatcher = build_dispatcher(config, replace(world_axis(), name="ep"))
+        generator = torch.Generator().manual_seed(rank)
+        ids_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :5]
+        made = replace(routing("nodes", torch.float32), decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(T, 5))
+        with record_traffic() as entries, torch.no_grad():
+            dispatcher(torch.randn(T, D), made, lambda rows, plan: rows)
+        between = [e.sent for e in entries if e.axis == "ep.across" and e.verb == "exchange_rows"]
+        other = [[int(i) for i in row if int(i) // 4 != rank // 2] for row in ids_TK]
+        return between[0], sum(bool(row) for row in other) * D * 4
+
+    for sent, want in run_ranks(script, 4):
+        assert sent == want > 0
+
+
+def test_dropped_duplicates_exchange_a_share() -> None:
+    """1/tp of the rows in the all-to-all, and the gathered outputs."""
+
+    def script(rank: int, world: int, drop: bool) -> tuple[int, int]:
+        axis = world_axis()
+        dispatcher, duplicates = build_dispatcher(CONFIG, axis), DropDuplicates(axis if drop else LOCAL)
+        x = torch.randn(T, D, requires_grad=True)
+        made = routing("nodes", torch.float32)
+        with record_traffic() as entries:
+            share, _ = duplicates.split(x)
+            ids_TK = made.ids_TK[rank * T // world : (rank + 1) * T // world] if drop else made.ids_TK
+            own = replace(made, decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(len(ids_TK), K))
+            y = dispatcher(share, own, lambda rows, plan: rows)
+            duplicates.join(y, x.shape).sum().backward()
+        sums = [sum(e.sent for e in entries if e.verb == verb) for verb in ("exchange_rows", "gather_rows")]
+        return sums[0], sums[1]
+
+    whole, share = run_ranks(script, 4, False), run_ranks(script, 4, True)
+    want = traffic.drop_duplicates(Load(T, D, K, value=4), 4)
+    for (all_rows, none), (rows, gathered) in zip(whole, share, strict=True):
+        assert all_rows == 4 * rows > 0 and none == 0 and gathered == want.forward + want.backward
+
+
+def test_nothing_is_recorded_when_nobody_asks() -> None:
+    from equimoe.moe import collectives
+
+    with record_traffic() as entries:
+        pass
+    assert entries == [] and collectives._record is None

@@ -1,0 +1,179 @@
+"""The benchmark command from end to end on tiny shapes, and that it says nothing about a wrong kernel's speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import agreement
+import peers
+import report
+import shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = ["--device", "cpu", "--shapes", "tiny-b", "--threads", "1", "--compiled", "0", "--only", "loop,grouped_mm,dense"]
+#: runs the command with one op replaced
+BROKEN = """
+import sys
+sys.path[:0] = {paths!r}
+import torch
+import equimoe.kernels.{op} as op
+right = op.{table}["torch"]
+def wrong(*args, **kwargs):
+    {wrong}
+op.{table}["torch"] = wrong
+import run
+sys.exit(run.main({arguments!r}))
+"""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_the_command_measures_and_writes_everything(tmp_path: Path) -> None:
+    done = python("benchmarks/run.py", *TINY, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    text = path.with_suffix(".md").read_text()
+    assert text in done.stdout
+    result = json.loads(path.read_text())
+    assert result["facts"]["versions"]["torch"] == torch.__version__ and result["facts"]["device"]
+    assert {"commit", "threads", "cpu"} <= result["facts"].keys() and result["arguments"]["shapes"] == "tiny-b"
+    assert all(rates["matmul_tflops"] > 0 and rates["copy_tbs"] > 0 for rates in result["yardstick"].values())
+    assert result["aims"] == [] and "Aims" not in text and result["left_out"] == {}
+    shape = result["shapes"]["tiny-b"]
+    check_layer(shape["layer"])
+    check_kernels(shape["kernels"])
+    errors = [pair for routing in ("uniform", "zipf") for pair in shape["gate"]["layer"][routing].values()]
+    assert len(errors) == 2 * len(agreement.NAMES) and all(0 <= norm < 1e-2 for norm, _ in errors)
+    assert 0 < shape["gate"]["layer"]["layer"]["layer router.weight"][0] < 1e-5
+
+
+def check_layer(layer: dict) -> None:
+    contestants = {"equimoe", "loop", "grouped_mm"}
+    assert layer["uniform"].keys() == contestants | {"dense", "equimoe with router"}
+    assert layer["zipf"].keys() == contestants
+    shape = shapes.BY_NAME["tiny-b"]
+    for figures in layer["uniform"].values():
+        forward = figures["forward"]
+        assert forward["median_us"] > 0 and forward["iqr_us"] >= 0 and forward["runs"] >= 3
+        assert forward["tflops"] == pytest.approx(shape.forward_flops / forward["median_us"] / 1e6)
+        assert figures["peak_step_bytes"] is None and figures["kept_bytes"] > 0
+    ours, floor = layer["uniform"]["equimoe"], layer["floor"]
+    assert layer["kept_formula_bytes"] < ours["kept_bytes"] < 2.5 * layer["kept_formula_bytes"]
+    assert 0 < floor["path_forward_us"] < floor["layer_forward_us"] < ours["forward"]["median_us"]
+    assert ours["kept_bytes"] < layer["uniform"]["grouped_mm"]["kept_bytes"]
+
+
+def check_kernels(kernels: dict) -> None:
+    import cost
+
+    assert kernels["failed"] == {} and list(kernels["ops"]) == list(cost.ops(shapes.BY_NAME["tiny-b"]))
+    for row in kernels["ops"].values():
+        assert row["median_us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["median_us"])
+        assert row["floor_bytes"] <= row["triton_bytes"] <= row["triton_issued_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("op", "table", "wrong"),
+    [
+        # one row of many
+        ("expert_mlp", "_BACKENDS", "y = right(*args, **kwargs); return torch.cat([-y[:1], y[1:]])"),
+        ("permute", "_COMBINE", "return right(*args, **kwargs) * 1.05"),
+        ("sort_by_expert", "_BACKENDS", "o = right(*args, **kwargs); return o._replace(order_R=o.order_R.flip(0))"),
+    ],
+)
+def test_a_wrong_kernel_gets_no_figures(op: str, table: str, wrong: str, tmp_path: Path) -> None:
+    paths = [str(ROOT / "benchmarks"), str(ROOT)]
+    arguments = [*TINY, "--suite", "layer" if op == "expert_mlp" else "kernels", "--out", str(tmp_path)]
+    done = python("-c", BROKEN.format(paths=paths, op=op, table=table, wrong=wrong, arguments=arguments))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "WRONG" in done.stderr and "no figures" in done.stderr
+    assert "TFLOP/s" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_wrong_peer_is_not_timed(tmp_path: Path) -> None:
+    peer = tmp_path / "peer.py"
+    peer.write_text(
+        "import torch\n"
+        "def build(shape, gate_up, down):\n"
+        "    return lambda x, w, ids: x * (gate_up.mean() + down.mean() + w.mean())\n"
+    )
+    given = ["--suite", "layer", "--peer", f"mine={peer}", "--out", str(tmp_path / "out")]
+    done = python("benchmarks/run.py", *TINY[:-1], "mine,loop", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "absent: mine: disagrees: output" in done.stdout and "| mine |" not in done.stdout
+
+
+def test_an_unknown_shape_and_peer_are_refused() -> None:
+    for option, word in (("--shapes", "tiny-x"), ("--peer", "liger=/nowhere"), ("--only", "nobody")):
+        done = python("benchmarks/run.py", "--device", "cpu", option, word)
+        assert done.returncode == 2 and word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("routing", shapes.ROUTINGS)
+def test_a_route_has_different_experts_and_its_skew(routing: str) -> None:
+    torch.manual_seed(0)
+    shape = shapes.Shape("s", 2048, 8, 8, 16, 2)
+    ids_TK = shapes.route(shape, routing, torch.device("cpu"))
+    assert ids_TK.dtype == torch.int64 and bool((ids_TK[:, 0] != ids_TK[:, 1]).all())
+    most = ids_TK.reshape(-1).bincount(minlength=16).max() / (shape.rows / 16)
+    assert (most < 1.3) if routing == "uniform" else (most > 3)
+
+
+@pytest.mark.parametrize("build", [peers.build_loop, peers.build_grouped])
+def test_peers_pass_the_gate_and_one_wrong_row_does_not(build) -> None:
+    device, shape = torch.device("cpu"), shapes.Shape("s", 64, 16, 24, 6, 2)
+    gate_up, down = shapes.expert_weights(shape, torch.float32, device)
+    batch = shapes.make_batch(shape, "zipf", torch.float32, device)
+    expected = agreement.reference(batch, gate_up, down)
+    found = list(agreement.step(build(shape, gate_up, down), batch))
+    agreement.compare(found, expected, agreement.NAMES, torch.float32)
+    for index, name in enumerate(agreement.NAMES):
+        wrong = [t.clone() for t in found]
+        row = expected[index].reshape(-1, expected[index].shape[-1]).norm(dim=1).argmax()
+        wrong[index].view(-1, wrong[index].shape[-1])[row] *= 1.01
+        with pytest.raises(agreement.Red, match=f"^{name} "):
+            agreement.compare(wrong, expected, agreement.NAMES, torch.float32)
+    found[0][0, 0] = float("nan")
+    with pytest.raises(agreement.Red):
+        agreement.compare(found, expected, agreement.NAMES, torch.float32)
+
+
+def figures(us: float, tflops: float, kept: int = 100) -> dict:
+    part = {"median_us": us, "iqr_us": 0.0, "runs": 9, "tflops": tflops}
+    return {"forward": part, "backward": part, "total": {**part, "median_us": 2 * us}, "kept_bytes": kept}
+
+
+def gpu_result(ours: float = 100.0, combine: float = 0.9, kept: int = 105) -> dict:
+    routed = {"equimoe": figures(ours, 530, kept), "loop": figures(200, 100), "grouped_mm": figures(110, 300)}
+    floor = dict.fromkeys(("path_forward_us", "path_backward_us", "layer_forward_us", "layer_backward_us"), 50.0)
+    layer = {"uniform": routed, "zipf": routed, "floor": floor, "kept_formula_bytes": 100, "absent": {}}
+    row = {"iqr_us": 0.0, "floor_us": 5.0, "bound": "memory", "flops": 0, "timing": "graph"}
+    row |= dict.fromkeys(("floor_bytes", "triton_bytes", "triton_issued_bytes"), 1000)
+    ops = {"combine": {**row, "median_us": 9.0, "fraction": combine}}
+    ops["sort_by_expert"] = {**row, "median_us": 35.0, "fraction": 0.1}
+    size = dict(zip("TDFEK", (32768, 4096, 512, 128, 8), strict=True))
+    shape = {**size, "published": {"T": 32768, "E": 128}, "rows": 262144, "layer": layer}
+    shape["kernels"] = {"ops": ops, "triton_arch": "sm_90", "failed": {}}
+    return {"arguments": {"device": "cuda"}, "shapes": {"30B-b": shape}}
+
+
+def test_aims_are_for_gpus_and_can_be_missed() -> None:
+    reached = report.aims(gpu_result())
+    assert len(reached) == 7 and all(aim.reached for aim in reached)
+    missed = {aim.name for aim in report.aims(gpu_result(ours=120, combine=0.8, kept=120)) if not aim.reached}
+    assert missed == {"combine, of the copy rate", "time over loop and grouped_mm", "kept activations off 2TH + 4TKF"}
+    assert report.aims({**gpu_result(), "arguments": {"device": "cpu"}}) == []
