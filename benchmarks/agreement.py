@@ -1,7 +1,8 @@
 """The gate in front of every figure: forward and all gradients against fp64, by norm and by the worst row.
 
-Inputs have unit scale, so that a wrong output cannot hide below a tolerance, and every row is measured against the
-root mean square of all, so that one wrong row among thousands is found. NaN never passes.
+Inputs have unit scale, so that a wrong output cannot hide below a tolerance, and every row is measured by itself, or
+against the root mean square of all rows where that is more, so that one wrong row among thousands is found. NaN never
+passes.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
@@ -17,9 +18,9 @@ from peers import Contestant
 from shapes import Batch, Shape
 from torch import Tensor
 
-#: by dtype: the error by norm, and that of the worst row over the root mean square of all rows
+#: by dtype: the error by norm, and that of the worst row
 TOLERANCE = {
-    torch.bfloat16: (1e-2, 6e-2),
+    torch.bfloat16: (1e-2, 4e-2),
     torch.float16: (2e-3, 2e-2),
     torch.float32: (1e-5, 1e-4),
 }
@@ -43,7 +44,8 @@ def errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
     if total == 0:
         return float(apart.norm()), float(apart.norm())
     rms = total / max(expected.shape[0], 1) ** 0.5
-    return float(apart.norm()) / total, float(apart.norm(dim=1).max()) / rms
+    rows = apart.norm(dim=1) / expected.norm(dim=1).clamp_min(rms)
+    return float(apart.norm()) / total, float(rows.max())
 
 
 def compare(

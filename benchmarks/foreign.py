@@ -22,7 +22,7 @@ from shapes import Shape
 from torch import Tensor, nn
 
 #: above this number of experts an eager loop pads each expert's gradient to all of them, and takes minutes
-_MOST_EAGER = 16
+_MOST_EAGER = 8
 
 
 def _needs_cuda(gate_up: Tensor, what: str) -> None:

@@ -126,10 +126,13 @@ def gate(shape: Shape, context: Context) -> dict[str, Any]:
     bench = Bench(reduced(shape, context.device), context, routing="zipf")
     s, batch, how = bench.shape, bench.batch, {"backend": context.backend}
     found: dict[str, Any] = {}
-    answer = topk_gate(bench.logits_TE, s.K, **how)
+    # evenly spaced in a random order, because fp32 scores of almost equal logits may be equal
+    rank_TE = torch.rand(s.T, s.E, device=context.device).argsort(1)
+    logits_TE = (rank_TE.float() * (6 / s.E) - 3).requires_grad_()
+    answer = topk_gate(logits_TE, s.K, **how)
     dweights = torch.rand_like(answer.weights_TK)
-    (dlogits,) = torch.autograd.grad(answer.weights_TK, bench.logits_TE, dweights)
-    found |= check_gate((answer.ids_TK, answer.weights_TK, dlogits), bench.logits_TE, s.K, dweights)
+    (dlogits,) = torch.autograd.grad(answer.weights_TK, logits_TE, dweights)
+    found |= check_gate((answer.ids_TK, answer.weights_TK, dlogits), logits_TE, s.K, dweights)
 
     flat_R = batch.ids_TK.reshape(-1).argsort(stable=True)
     inverse_R = torch.empty_like(flat_R).scatter_(0, flat_R, torch.arange(s.rows, device=flat_R.device))

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
 
@@ -23,6 +22,8 @@ from equimoe.moe import MoE, MoEConfig
 LAYER = "equimoe with router"
 #: hidden batches that a contestant goes through by turns, so that routing changes from step to step
 _BATCHES = 2
+#: of the whole layer's gate on a CPU, whose oracle is slow; the expert path passes its own at full width
+_CPU_WEIGHTS = 1e7
 
 
 @dataclass
@@ -70,7 +71,9 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
 
 
 def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
-    """The whole layer in fp32 against itself in fp64 with the reference backend; in 16 bits routing could flip."""
+    """The whole layer in fp32 against itself in fp64 with the reference backend; in 16 bits routing would flip."""
+    while not context.timer.cuda and small.weights > _CPU_WEIGHTS and small.F > 64:
+        small = replace(small, F=small.F // 2)
     layer = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend=context.backend)).to(context.device)
     with torch.no_grad():
         layer.router.weight.normal_(std=small.D**-0.5)
@@ -78,16 +81,24 @@ def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
             weight.normal_(std=weight.shape[-1] ** -0.5)
     oracle = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend="reference")).to(context.device).double()
     oracle.load_state_dict(layer.state_dict())
-    batch = make_batch(small, "uniform", torch.float32, context.device)
+    chosen_TD, dy_TD = decided(layer.router.weight, small), torch.randn(small.T, small.D, device=context.device)
     results = []
     for module, dtype in ((layer, torch.float32), (oracle, torch.float64)):
-        x_TD = batch.x_TD.detach().to(dtype).requires_grad_()
+        x_TD = chosen_TD.to(dtype).requires_grad_()
         y_TD = module(x_TD)
         names = [name for name, _ in module.named_parameters()]
-        grads = torch.autograd.grad(y_TD, (x_TD, *module.parameters()), batch.dy_TD.to(dtype))
+        grads = torch.autograd.grad(y_TD, (x_TD, *module.parameters()), dy_TD.to(dtype))
         results.append((y_TD.detach(), *grads))
     seen = compare(results[0], results[1], ("layer output", "layer x", *(f"layer {n}" for n in names)), torch.float32)
     return {name: list(pair) for name, pair in seen.items()}
+
+
+def decided(router_ED: Tensor, shape: Shape) -> Tensor:
+    """[T, D] tokens that no rounding sends elsewhere: of twice as many, those whose k-th expert leads most clearly."""
+    x_TD = torch.randn(2 * shape.T, shape.D, device=router_ED.device)
+    best_TE = (x_TD.double() @ router_ED.detach().double().T).sort(dim=1, descending=True).values
+    lead_T = best_TE[:, shape.K - 1] - best_TE[:, min(shape.K, shape.E - 1)]
+    return x_TD[lead_T.topk(shape.T).indices]
 
 
 def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
@@ -153,10 +164,6 @@ def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str
                 result[routing][name].update(memory(chosen[name], batches[0], context.device))
         del batches, steps
     result["absent"] = absent
-    del contestants, gate_up, down
-    gc.collect()
-    if context.timer.cuda:
-        torch.cuda.empty_cache()
     return result
 
 

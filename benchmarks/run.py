@@ -122,6 +122,7 @@ def run_shape(shape: Shape, args: argparse.Namespace, context: layer_suite.Conte
     if args.suite in ("layer", "all"):
         result["gate"]["layer"], refused = layer_suite.gate(actual, context)
         result["layer"] = layer_suite.measure(actual, context, {**context.absent, **refused})
+        context.timer.release()
     if args.suite in ("kernels", "all"):
         result["gate"]["kernels"] = kernel_suite.gate(actual, context)
         result["kernels"] = kernel_suite.measure(actual, context)
@@ -138,10 +139,8 @@ def run_all(args: argparse.Namespace, context: layer_suite.Context, result: dict
         if index and passed + 0.7 * took > 60 * args.minutes:
             result["left_out"][shape.name] = f"no time left of {args.minutes:g} minutes"
             continue
-        needed, free = (
-            needed_bytes(sized(shape, args.device), context.dtype.itemsize, context.device),
-            free_bytes(context.device),
-        )
+        needed = needed_bytes(sized(shape, args.device), context.dtype.itemsize, context.device)
+        free = free_bytes(context.device)
         if needed > 0.8 * free:
             result["left_out"][shape.name] = f"needs about {needed >> 30} GiB, {free >> 30} GiB are free"
             continue

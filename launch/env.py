@@ -66,6 +66,21 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def pretended(rank: int, world: int) -> Iterator[None]:
+    """Be ``rank`` of ``world`` in a process group that reaches nobody: collectives return at once, and move nothing."""
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # only here: it belongs to torch's own tests
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def stop(process: Process, code: int, message: str) -> NoReturn:
     """End with one line on stderr, from rank 0, and an exit code; for errors that every rank has found alike."""
     if process.rank == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -75,10 +75,10 @@ def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
                 group = axis.group
             elif len(members) > 1:
                 group = dist.new_group(members, use_local_synchronization=True)
-            label = f"{axis.name}.{name}"
-            made.append(Axis(label) if len(members) == 1 else axis_of(label, group))
+            made.append(Axis(name) if len(members) == 1 else axis_of(name, group))
         _halves[axis.group, inner] = (made[0], made[1])
-    return _halves[axis.group, inner]
+    across, within = _halves[axis.group, inner]
+    return replace(across, name=f"{axis.name}.across"), replace(within, name=f"{axis.name}.within")
 
 
 # ---- what is on the wire ------------------------------------------------------------------------------------------
@@ -209,16 +209,34 @@ def _exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
     return received
 
 
-def splits(sent_P: Tensor, received_P: Tensor) -> tuple[list[int], list[int]]:
+#: (how many sizes, the axis) to what to believe of them
+Belief = Callable[[int, Axis], list[int]]
+_belief: Belief | None = None
+
+
+@contextmanager
+def believe_splits(belief: Belief) -> Iterator[None]:
+    """Within it, :func:`splits` reads no tensors: those of a dry run have shapes, but no values."""
+    global _belief
+    before, _belief = _belief, belief
+    try:
+        yield
+    finally:
+        _belief = before
+
+
+def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], list[int]]:
     """Rows to and from each rank, for the host: it waits for the device here, and nowhere else in a layer."""
+    if _belief is not None:
+        return _belief(sent_P.numel(), axis), _belief(sent_P.numel(), axis)
     sent, received = torch.stack((sent_P, received_P)).tolist()
     return sent, received
 
 
 def exchange_sizes(rows: Tensor, axis: Axis) -> list[int]:
     """How many rows each rank has; the host waits for the answer."""
-    if axis.size == 1:
-        return [rows.shape[0]]
+    if axis.size == 1 or _belief is not None:
+        return [rows.shape[0]] * axis.size
     mine_P = torch.full((axis.size, 1), rows.shape[0], dtype=torch.int64, device=rows.device)
     return exchange_counts(mine_P, axis).flatten().tolist()
 

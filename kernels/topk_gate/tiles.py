@@ -26,7 +26,7 @@ TILES = {
     64: Tile(64, 16, 4),
     128: Tile(64, 8, 4),
     256: Tile(64, 4, 4),
-    512: Tile(64, 2, 4),
+    512: Tile(64, 4, 8),
     1024: Tile(32, 1, 4),
     2048: Tile(32, 1, 8),
     4096: Tile(32, 1, 16),
@@ -57,6 +57,12 @@ def forward_constants(experts: int, method: Method) -> dict[str, int | bool]:
         "NORMALIZE": method.normalize, "AFTER": method.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens,
         "BG": groups, "BJ": size, "BK": next_power_of_2(method.k),
     }  # fmt: skip
+
+
+def forward_warps(constants: dict[str, int | bool], given: bool) -> int:
+    """A given choice needs no keys, so that its threads can hold more columns."""
+    warps = tile_for(constants["BG"] * constants["BJ"]).warps
+    return min(warps, 8) if given else warps
 
 
 def backward_constants(experts: int, method: Method) -> dict[str, int | bool]:

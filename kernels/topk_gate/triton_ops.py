@@ -26,6 +26,7 @@ from .tiles import (
     REDUCE_COLUMNS,
     backward_constants,
     forward_constants,
+    forward_warps,
     tile_for,
 )
 
@@ -112,8 +113,8 @@ def gate_forward(
     column_E, k_K = tl.arange(0, BG * BJ), tl.arange(0, BK)
     expert_E = column_E // BJ * SIZE + column_E % BJ
     valid_E = (column_E // BJ < GROUPS) & (column_E % BJ < SIZE)
-    # counts of chosen experts are at most CHUNK / BT = 32, and large tiles lack registers
-    narrow: tl.constexpr = tl.int8 if BT == 1 and given is None else tl.int32
+    # large tiles lack registers, and count 32 tokens; a given choice may name an expert K times
+    narrow: tl.constexpr = tl.int32 if BT > 1 else (tl.int8 if given is None else tl.int16)
     counts_TE = tl.zeros([BT, BG * BJ], narrow)
     probs_TE = tl.zeros([BT, BG * BJ], tl.float32)
     tokens_T, z_T = tl.zeros([BT], tl.int32), tl.zeros([BT], tl.float32)
@@ -281,7 +282,7 @@ def _gate(
                 logits.contiguous(), None if bias is None else bias.contiguous(), bytes_T,
                 None if given is None else given.contiguous(), ids, weights, counts, sums,
                 length, chunks, method.scale, **constants,
-                num_warps=tile_for(constants["BG"] * constants["BJ"]).warps,
+                num_warps=forward_warps(constants, given is not None),
             )  # fmt: skip
         gate_reduce[(method.sequences, triton.cdiv(experts + 1, REDUCE_COLUMNS))](
             counts, sums, counts_BE, tokens_B, prob_sums_BE, z_B, chunks,
@@ -380,11 +381,11 @@ def compile_cases() -> list[CompileCase]:
         bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
         label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
         types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = tile_for(forward["BG"] * forward["BJ"]).warps
+        warps = forward_warps(forward, given=False)
         cases.append(compile_case(gate_forward, types, forward, f"gate_forward {label}", warps))
         forward = forward_constants(experts, method._replace(groups=1, kept_groups=1))
         types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = tile_for(forward["BJ"]).warps
+        warps = forward_warps(forward, given=True)
         cases.append(compile_case(gate_forward, types, forward, f"gate_forward given {label}", warps))
         types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
         warps = tile_for(backward["BE"]).warps

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...kernels.permute import combine, permute
-from ..collectives import start_exchange
+from ..collectives import Transit, start_exchange
 from ..types import Experts, Routing
 from .base import Dispatcher, as_computed, nothing
-from .manifest import Chunk, dropless, padded
+from .manifest import Manifest, dropless, padded
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -23,11 +24,11 @@ class AllToAllDispatcher(Dispatcher):
 
     chunks = 1
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        pads = self.capacity is not None and self.capacity.pad
-        self.pack = partial(padded, capacity=self.capacity) if pads else dropless
-        self.fixed_sizes = pads
+        self.pack: Callable[..., Manifest] = dropless
+        if self.capacity is not None and self.capacity.pad:
+            self.pack = partial(padded, capacity=self.capacity)
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
@@ -36,28 +37,31 @@ class AllToAllDispatcher(Dispatcher):
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
         if load.padded:
             x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))
-        rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)
-        weights_X1 = weights_SK.reshape(-1, 1)[load.order.order_R[: load.rows]]
-        sizes = [sum(chunk.sent) for chunk in load.chunks]
-        # all chunks leave at once; while the first ones are computed and sent home, the others still arrive
-        under_way = [
-            (start_exchange(rows, c.sent, c.received, self.axis, self.there), self.start_weights(weights, c))
-            for c, rows, weights in zip(load.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
-        ]
+        under_way = self.start(x_SD, weights_SK, load)
         meanwhile()
         going_home = []
         for c, (rows, weights) in zip(load.chunks, under_way, strict=True):
             rows_SD = rows.wait()
-            etp_sizes = [rows_SD.shape[0]] * self.etp.size if self.fixed_sizes and self.etp.size > 1 else None
+            etp_sizes = [rows_SD.shape[0]] * self.etp.size if load.padded and self.etp.size > 1 else None
             y_SD = self.compute(rows_SD, weights.wait(), c.ids_S1, experts, etp_sizes)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.home))
         home = [transit.wait() for transit in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
         return combine(y_XD, load.order, backend=self.backend)[: x_TD.shape[0]]
 
-    def start_weights(self, weights_X1: Tensor, chunk: Chunk):
-        """The router's weights go with their rows, as exactly as they are."""
-        return start_exchange(weights_X1, chunk.sent, chunk.received, self.axis)
+    def start(self, x_SD: Tensor, weights_SK: Tensor, load: Manifest) -> list[tuple[Transit, Transit]]:
+        """Rows and weights of every chunk, under way: all leave at once, and later ones still arrive while the first
+        ones are computed and sent home."""
+        rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)
+        weights_X1 = weights_SK.reshape(-1, 1)[load.order.order_R[: load.rows]]
+        sizes = [sum(chunk.sent) for chunk in load.chunks]
+        return [
+            (
+                start_exchange(rows, c.sent, c.received, self.axis, self.there),
+                start_exchange(weights, c.sent, c.received, self.axis),  # exactly, whatever the rows' format
+            )
+            for c, rows, weights in zip(load.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
+        ]
 
 
 class OverlappedDispatcher(AllToAllDispatcher):
@@ -66,6 +70,6 @@ class OverlappedDispatcher(AllToAllDispatcher):
     Backward passes overlap as forward ones do: chunks' gradients leave before the last is computed.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.chunks = self.config.chunks

@@ -40,13 +40,15 @@ class Capacity:
     """At most ceil(factor * K * T / bins) choices per bin: an expert, or the experts of one device.
 
     T counts the valid tokens over ``axis``, whose ranks share the limit: each knows all choices and keeps its own of
-    those that stay. Tokens are ordered by rank, or, with ``by_sequence``, by sequence and then by rank, for ranks that
-    hold consecutive parts of the same sequences. Counts of the balance loss do not see the drop.
+    those that stay. Tokens are ordered by rank, or, with ``by_sequence``, for ranks that hold parts of the same
+    sequences, by sequence and then by ``positions_S``, int64, the positions in the sequence that this rank holds (None:
+    by rank). Counts of the balance loss do not see the drop.
     """
 
     def __init__(self, config: CapacityConfig, bins: int, axis: Axis = LOCAL, by_sequence: bool = False) -> None:
         self.factor, self.bins, self.axis, self.by_sequence = config.factor, bins, axis, by_sequence
         self.order = DROP_POLICIES[config.drop]
+        self.positions_S: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:
@@ -66,11 +68,16 @@ class Capacity:
 
     def _by_position(self, sizes: list[int], sequences: int, ids_TK: Tensor) -> Tensor:
         """int64 [R], the choices of all ranks in the order of their tokens."""
-        top_k, device = ids_TK.shape[1], ids_TK.device
+        (tokens, top_k), device = ids_TK.shape, ids_TK.device
         if not self.by_sequence:
             return torch.arange(sum(sizes) * top_k, device=device)
-        sequence_R = torch.cat([torch.arange(n * top_k, device=device) * sequences // max(n * top_k, 1) for n in sizes])
-        return torch.sort(sequence_R, stable=True).indices
+        each = max(tokens // sequences, 1)
+        token_T = torch.arange(tokens, device=device)
+        place_T = torch.full_like(token_T, self.axis.rank)
+        if self.positions_S is not None:
+            place_T = self.positions_S[token_T % each]
+        key_R = gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
+        return torch.sort(key_R, stable=True).indices
 
 
 def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:

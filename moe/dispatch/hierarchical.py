@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class HierarchicalDispatcher(Dispatcher):
     Raises ValueError when nodes do not have equally many adjacent ranks of the axis.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         size = node_size(self.axis) if self.config.node_size is None else self.config.node_size
         if size < 1 or self.axis.size % size:
@@ -65,16 +66,16 @@ class HierarchicalDispatcher(Dispatcher):
         to_SK = torch.div(ids_SK, each, rounding_mode="floor")  # -1 stays -1
         order = sort_by_expert(to_SK.masked_fill(repeated(to_SK), -1), axis.size, backend=self.backend)
         counts_G = order.offsets_E.diff()
-        sent, received = splits(counts_G, exchange_counts(counts_G[:, None], axis).flatten())
+        sent, received = splits(counts_G, exchange_counts(counts_G[:, None], axis).flatten(), axis)
         rows_X = sum(sent)
         rows_XD, weights_XK = (permute(t, order, rows_X, backend=self.backend) for t in (x_SD, weights_SK))
         choice_X = order.order_R[:rows_X]
         source_X, rank_X = choice_X // to_SK.shape[1], to_SK.flatten()[choice_X]
-        chosen_XK = to_SK[source_X] == rank_X[:, None]
-        there_XK = torch.where(chosen_XK, ids_SK[source_X] - rank_X[:, None] * each, -1)
+        ids_XK = ids_SK[source_X] - rank_X[:, None] * each
+        there_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
 
         rows = start_exchange(rows_XD, sent, received, axis, self.there)
-        weights = start_exchange(torch.where(chosen_XK, weights_XK, 0.0), sent, received, axis)
+        weights = start_exchange(weights_XK, sent, received, axis)
         ids = start_exchange(there_XK.int(), sent, received, axis)
         meanwhile()
         y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())

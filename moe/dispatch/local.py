@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ class LocalDispatcher(Dispatcher):
     Raises ValueError for experts that are split over several ranks.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.axis.size > 1:
             raise ValueError(f"dispatch 'local': experts are split over {self.axis.size} ranks; use another dispatcher")

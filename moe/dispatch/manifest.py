@@ -48,7 +48,7 @@ def dropless(routing: Routing, num_experts: int, axis: Axis, chunks: int, backen
         order = sort_by_expert(queue_TK, chunks * num_experts, backend=backend)
     counts_PCe = order.offsets_E.diff().view(chunks, axis.size, each).transpose(0, 1).contiguous()
     received_PCe = exchange_counts(counts_PCe, axis)
-    sent, received = splits(counts_PCe.sum(2).T.flatten(), received_PCe.sum(2).T.flatten())
+    sent, received = splits(counts_PCe.sum(2).T.flatten(), received_PCe.sum(2).T.flatten(), axis)
     expert_of = torch.arange(each, device=ids_TK.device).repeat(axis.size)
     parts = []
     for c in range(chunks):

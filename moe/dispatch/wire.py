@@ -24,8 +24,8 @@ class BFloat16:
 class Float8:
     """e4m3 with an fp32 scale per row: D + 4 bytes per row; error at most 2^-4 of a value or 2^-10/448 of the largest.
 
-    The scale brings the row's largest value to 448. A row with a value that is not finite arrives as NaN, whole: it
-    must not look healthy. Bytes, because not every backend sends fp8.
+    The scale brings the row's largest value to 448. A row with a value that is not finite arrives as NaN, whole (its
+    scale is infinite or NaN), so that it does not look healthy. Bytes, because not every backend sends fp8.
     """
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -33,7 +33,6 @@ class Float8:
         largest_S = wide_SD.abs().amax(-1) if rows.numel() else wide_SD.sum(-1)
         tiny = torch.finfo(torch.float32).tiny
         scale_S = (largest_S / _MAX).clamp_min(tiny).float()
-        scale_S = torch.where(scale_S.isfinite(), scale_S, float("nan"))
         small_SD = (wide_SD / scale_S[..., None]).clamp(-_MAX, _MAX).to(torch.float8_e4m3fn)
         return torch.cat((small_SD.view(torch.uint8), scale_S[..., None].view(torch.uint8)), dim=-1)
 

@@ -25,8 +25,8 @@ def build_engine(
 ) -> DataParallel:
     """Split a model that is whole and the same on every rank over ``mesh``, and make what runs it.
 
-    ``shape`` [B, S] is that of a micro-batch before its sequences are split. ``dtype`` is what FSDP2 computes in, and
-    what travels between pipeline stages; ``precision`` makes the context of every forward (autocast).
+    ``shape`` [B, S] is that of a micro-batch before its sequences are split. ``dtype`` is what FSDP2 computes in;
+    ``precision`` makes the context of every forward (autocast).
     """
     if mesh is None:
         return DataParallel(model, None, precision)

@@ -37,7 +37,8 @@ class Pipelined(DataParallel):
         super().__init__([parallelize(part, mesh, dtype) for part in parts], mesh, precision)
         held = shape[1] // (mesh["tp"].size if degrees.sequence_parallel else 1)
         hidden_shape = (shape[0], held, model.hidden_size)
-        hidden_dtype = torch.float32 if dtype is None else dtype
+        # autocast leaves the residual stream in fp32
+        hidden_dtype = dtype if dtype is not None and degrees.data_parallel == "fsdp" else torch.float32
         self.pipeline = Pipeline(
             parts, axis, degrees.schedule, micro_batches, device, hidden_shape, hidden_dtype, shape, precision
         )

@@ -16,7 +16,8 @@ class GroupedExperts(nn.Module):
 
     ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] of experts that are not ``gated``, and
     ``down_proj`` [E, D, F]. Under expert parallelism they are DTensors split over E, and each rank computes with its
-    own part; where ranks split each expert's width, ``gate_up_proj`` is [E, 2, F, D], split over F. ``activation`` and ``recompute`` as in :func:`expert_mlp`.
+    own part; where ranks split each expert's width, ``gate_up_proj`` is [E, 2, F, D], split over F. ``activation``
+    and ``recompute`` as in :func:`expert_mlp`.
     """
 
     def __init__(

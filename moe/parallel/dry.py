@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -37,6 +37,9 @@ from ..routing import Router
 from .mesh import Mesh
 
 aten = torch.ops.aten
+
+#: where DTensor runs operations on whole tensors, to learn shapes
+PROPAGATE = "_propagate_tensor_meta_non_cached"
 
 #: module -> the part of the model whose products it counts under; an inner one wins
 PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
@@ -117,7 +120,7 @@ class Recorder(TorchDispatchMode):
         self._blocks: dict[int, Block] = {}
         self._alive: dict[int, weakref.ref] = {}
         self._events: list[tuple[Block, int]] = []
-        self._backward, self._task = 0, -1
+        self._backward, self._task, self._blind = 0, -1, False
         #: parts whose forward is under way; where each part's autograd nodes begin, by their sequence numbers
         self._parts: list[str] = []
         self._starts: list[int] = [0]
@@ -131,16 +134,31 @@ class Recorder(TorchDispatchMode):
         self._stack = ExitStack()
         self._traffic = self._stack.enter_context(record_traffic())
         self._stack.enter_context(believe_splits(self._balanced))
-        self._stack.enter_context(_FusedKernels())
         resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = partialmethod_of(self._resized, resize)  # type: ignore[method-assign]
-        self._stack.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        self._swap(torch.UntypedStorage, "resize_", lambda storage, size: self._resized(resize, storage, size))
+        self._swap(ShardingPropagator, PROPAGATE, self._unseen(getattr(ShardingPropagator, PROPAGATE)))
+        self._swap(F, "scaled_dot_product_attention", _fused_attention)
+        self._swap(F, "rms_norm", _fused_norm)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._stack.close()
+
+    def _swap(self, place: Any, name: str, new: Any) -> None:
+        self._stack.callback(setattr, place, name, getattr(place, name))
+        setattr(place, name, new)
+
+    def _unseen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            before, self._blind = self._blind, True
+            try:
+                return function(*args)
+            finally:
+                self._blind = before
+
+        return call
 
     def watch(self, model: nn.Module) -> None:
         """Count the products of the model's parts under their names."""
@@ -159,6 +177,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
             return NotImplemented  # they are made of the tensors that are seen here
+        if self._blind:
+            return func(*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
             return _believed(args[0].dtype)
         task = torch._C._current_graph_task_id()
@@ -168,8 +188,8 @@ class Recorder(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             self._communicates(func, args)
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in FLOPS:
-            self.flops[self._part(func)] += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out=out)
+        if (count := FLOPS.get(func._schema.name)) is not None:
+            self.flops[self._part(func)] += count(*args, **(kwargs or {}), out=out)
         for t in tree_iter(out):
             if isinstance(t, FakeTensor):
                 self._seen(t)
@@ -177,17 +197,27 @@ class Recorder(TorchDispatchMode):
 
     # ---- memory
 
-    def peak(self) -> dict[str, int]:
-        """Bytes by kind at the moment when most was allocated."""
+    def peak(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes by kind at the moment when most is allocated; and the most that there ever is of each kind.
+
+        The optimizer's state, which the first step makes at its end, is taken to have been there all the time.
+        """
         now: Counter[str] = Counter()
+        most: Counter[str] = Counter()
         total, highest, best = 0, -1, dict(now)
         kinds = {id(block): block.found() for block, _ in self._events}
+        state = sum(max(change, 0) for block, change in self._events if kinds[id(block)] == "optimizer state")
         for block, change in self._events:
-            now[kinds[id(block)]] += change
+            kind = kinds[id(block)]
+            if kind == "optimizer state":
+                continue
+            now[kind] += change
+            most[kind] = max(most[kind], now[kind])
             total += change
             if total > highest:
                 highest, best = total, dict(now)
-        return {kind: size for kind, size in best.items() if size}
+        both = (best | {"optimizer state": state}, dict(most) | {"optimizer state": state})
+        return tuple({kind: size for kind, size in found.items() if size} for found in both)  # type: ignore[return-value]
 
     def _seen(self, t: Tensor) -> Block:
         storage = t.untyped_storage()
@@ -228,6 +258,9 @@ class Recorder(TorchDispatchMode):
         self._traffic.clear()
         users = [name for name in USERS.get(verb, ()) if name in names]
         axis = noted or (users or names)[0]
+        sent = _bytes_sent(verb, func, args, size, group.rank())
+        if size == 1 or (verb in ("send", "recv") and all(t.nbytes <= 8 for t in tensors)):
+            return  # nobody else, or a schedule's greeting of its neighbours before the first step
         ranks = dist.get_process_group_ranks(group)
         if verb in ("send", "recv"):
             ranks = [dist.get_rank(), ranks[args[2]]]
@@ -235,7 +268,7 @@ class Recorder(TorchDispatchMode):
         inside = len({rank // self.node for rank in ranks}) == 1
         kind = Collective(verb, axis, size, inside, "once a step" if once else self.when)
         self.calls[kind] += 1
-        self.sent[kind] += _bytes_sent(verb, func, args, size, group.rank())
+        self.sent[kind] += sent
 
     def _balanced(self, parts: int, axis: Axis) -> list[int]:
         """Rows to each of ``parts`` destinations when all experts are chosen equally often."""
@@ -271,11 +304,6 @@ class Recorder(TorchDispatchMode):
 
 
 _WEIGHTS = ("fsdp", "dp_replicate", "dense", "edp", "edp_shard", "edp_replicate")
-
-
-def partialmethod_of(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """``method(original, self, ...)`` as a function that can stand in a class."""
-    return lambda storage, *args: method(original, storage, *args)
 
 
 def _believed(dtype: torch.dtype) -> bool | int | float:
@@ -350,23 +378,16 @@ def _bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: in
 # ---- kernels and their products
 
 
-class _FusedKernels(TorchFunctionMode):
-    """Take the kernels that a GPU has where the CPU's would keep other tensors for the backward pass."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = args[:3]
-            if q.shape[-1] == v.shape[-1]:
-                return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
-            return aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)[0]
-        if func is F.rms_norm or func is torch.rms_norm:
-            return aten._fused_rms_norm(*_rms_arguments(*args, **kwargs))[0]
-        return func(*args, **kwargs)
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool = False) -> Tensor:
+    """F.scaled_dot_product_attention by the kernel that a GPU takes: flash, or where it does not fit, "efficient"."""
+    if q.shape[-1] == v.shape[-1]:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), 0.0, is_causal)[0]
 
 
-def _rms_arguments(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> tuple[Any, ...]:
-    return x, list(shape), weight, eps
+def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+    """F.rms_norm as a GPU does it, keeping x and one number per row."""
+    return aten._fused_rms_norm(x, list(shape), weight, eps)[0]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:
@@ -393,13 +414,13 @@ def _torchs(formula: Callable[..., int]) -> Callable[..., int]:
 
 
 #: operation -> floating-point operations of a call, a multiplication and an addition being two
-FLOPS: dict[Any, Callable[..., int]] = {
-    **{op: _torchs(flop_registry[op]) for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm) if op in flop_registry},
-    aten._scaled_dot_product_flash_attention: lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
-    aten._scaled_dot_product_efficient_attention: lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
+FLOPS: dict[str, Callable[..., int]] = {
+    **{f"aten::{op}": _torchs(flop_registry[getattr(aten, op)]) for op in ("mm", "addmm", "bmm", "baddbmm")},
+    "aten::_scaled_dot_product_flash_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
+    "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
     # scores again, dq, dk; dp, dv
-    aten._scaled_dot_product_flash_attention_backward: lambda _, q, k, v, *__, **___: _attention(q, k, v, 3, 2),
-    aten._scaled_dot_product_efficient_attention_backward: lambda _, q, k, v, *__, **___: _attention(q, k, v, 3, 2),
-    torch.ops.equimoe.expert_mlp: _experts,
-    torch.ops.equimoe.expert_mlp_backward: _experts_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
+    "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
+    "equimoe::expert_mlp": _experts,
+    "equimoe::expert_mlp_backward": _experts_backward,
 }

@@ -133,11 +133,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-    """Fill ``state``'s tensors in place; names, dtypes and shapes must be exactly the checkpoint's.
+    """Fill ``state``'s tensors in place; all ranks' names, dtypes and shapes must be exactly the checkpoint's.
 
-    (But for ``generator.*``: each rank has its own, and reads its own.)
+    (But for ``generator.*``: each rank has its own, and reads its own.) Every rank calls it.
     """
-    want = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
+    own = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
+    want = {name: entry for part in _gather(own) for name, entry in part.items()}  # pipeline stages have different ones
     have = {name: entry for name, entry in manifest["tensors"].items() if name in want or name[:10] != "generator."}
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)

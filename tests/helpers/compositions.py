@@ -87,4 +87,21 @@ COMPOSITIONS: dict[str, C] = {
         4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(1.0, scope="sequence"), micro_batches=2
     ),
     "cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16),
+    # pipelines
+    "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
+    "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),
+    "pp 4, 1f1b": C(4, P(pp=4), micro_batches=8, tokens="zero"),
+    "pp 2, interleaved 1f1b": C(2, P(pp=2, schedule="interleaved_1f1b"), micro_batches=4),
+    "pp 2, interleaved zero bubble": C(2, P(pp=2, schedule="interleaved_zero_bubble"), micro_batches=4),
+    "pp 2, zero bubble v": C(2, P(pp=2, schedule="zbv"), micro_batches=4),
+    "pp 2, dp 2, ep 2": C(4, P(pp=2, ep=2), micro_batches=4),
+    "pp 2, fsdp 2, ep 2": C(4, P(pp=2, ep=2, data_parallel="fsdp"), micro_batches=4, recompute=True),
+    "pp 2, interleaved 1f1b, fsdp 2": C(4, P(pp=2, schedule="interleaved_1f1b", data_parallel="fsdp"), micro_batches=4),
+    "pp 2, zero bubble v, dp 2, ep 2": C(4, P(pp=2, ep=2, schedule="zbv"), micro_batches=4, tokens="zero"),
+    "pp 2, tp 2, ep 2 > dp 1": C(4, P(pp=2, tp=2, ep=2), micro_batches=4),
+    "pp 2, cp 2, ep 2 > dp 1": C(4, P(pp=2, cp=2, ep=2, schedule="interleaved_1f1b"), micro_batches=4),
+    "pp 4, dp 2, ep 2": C(8, P(pp=4, ep=2), micro_batches=4),
+    "pp 2, tp 2, fsdp 2, ep 4 > dp 2": C(8, P(pp=2, tp=2, ep=4, data_parallel="fsdp"), micro_batches=2),
+    "pp 2, cp 2, tp 2, ep 2, etp 2": C(8, P(pp=2, cp=2, tp=2, ep=2, etp=2), micro_batches=2, recompute=True),
+    "pp 2, dp 2, ep 2, bf16": C(4, P(pp=2, ep=2), micro_batches=4, dtype=BF16),
 }

@@ -104,7 +104,8 @@ def batch(step: int, of: Composition) -> tuple[Tensor, Tensor, Tensor]:
     if of.tokens != "equal":
         valid_G = torch.randint(1, LENGTH + 1, (SEQUENCES,), generator=generator)
     if of.tokens == "zero":
-        valid_G[: SEQUENCES // 4] = 0
+        dp = of.parallel.resolve(of.world).dp
+        valid_G[: SEQUENCES // (dp if dp > 1 else 4)] = 0
     return ids[:, :-1], ids[:, 1:], torch.arange(LENGTH) < valid_G[:, None]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton.runtime.interpreter as interpreter
+import triton.runtime.interpreter as runtime
 from torch import Tensor
 
 from equimoe.kernels.configs import Config
@@ -25,7 +25,7 @@ from equimoe.kernels.expert_mlp.kind import Kind
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
 from equimoe.kernels.permute import triton_ops as permute
 
-from . import interpreter as _  # noqa: F401
+from . import interpreter  # noqa: F401
 
 #: rows and a width with a product just over 2**31; a count of experts and a weight's size with the same
 ROWS, WIDTH = 2**16 + 2, 2**15
@@ -42,7 +42,7 @@ class Last:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        builder, last = interpreter.interpreter_builder, (*(n - 1 for n in grid), 0, 0)[:3]
+        builder, last = runtime.interpreter_builder, (*(n - 1 for n in grid), 0, 0)[:3]
 
         def launch(*args: Any, **kwargs: Any) -> None:
             builder.set_grid_idx = lambda *_: setattr(builder, "grid_idx", last)
@@ -55,7 +55,7 @@ class Last:
 
 
 def prepare() -> None:
-    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # it copies every tensor, here onto itself
+    runtime.GridExecutor._restore_args_dev = lambda *_: None  # it copies every tensor, here onto itself
     gemm.pick_config = lambda *_: Config(16, 16, TILE, 1, 1, 1)
     for module, names in (
         (gemm, ("_gemm_kernel", "_wgrad_kernel")),

@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,12 @@ def test_strict_in_both_directions(tmp_path: Path, other: dict[str, torch.Tensor
 def test_resume_is_bit_identical_and_experts_are_all_there(tmp_path: Path) -> None:
     """On every mesh: 6 steps, and 3 + resume + 3, end in the same bits; the file holds each expert's own weights."""
     config = small.on(small.write_texts(tmp_path / "texts"), steps=6)
+    config = replace(config, model=replace(config.model, vocab_size=258))
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
 
-    def script(rank: int, world: int, ep: int) -> tuple[bool, int]:
-        run = small.on(tmp_path / "texts", ep=ep, steps=6)
-        root = tmp_path / f"{world}-{ep}"
+    def script(rank: int, world: int, parallel: dict[str, Any]) -> tuple[bool, int]:
+        run = replace(config, parallel=replace(config.parallel, **parallel))
+        root = tmp_path / f"{world}-{parallel}"
         mesh = build_mesh(run.parallel) if world > 1 else None
 
         def trainer() -> Trainer:
@@ -206,11 +208,21 @@ def test_resume_is_bit_identical_and_experts_are_all_there(tmp_path: Path) -> No
             second.train_step()
         one, two = straight.state(), second.state()
         equal = all(torch.equal(_whole(one[name]), _whole(two[name])) for name in one)
-        weights = _whole(one["model.blocks.0.mlp.experts.gate_up_proj"])
+        own = int(mesh is not None and mesh["pp"].rank)
+        weights = _whole(one[f"model.blocks.{own}.mlp.experts.gate_up_proj"])
         return equal, len({w.numpy().tobytes() for w in weights})
 
-    for world, ep in ((1, 1), (2, 1), (2, 2), (4, 2)):
-        assert run_ranks(script, world, ep) == [(True, 4)] * world
+    for world, parallel in (
+        (1, {}),
+        (2, {}),
+        (2, {"ep": 2}),
+        (4, {"ep": 2}),
+        (4, {"data_parallel": "fsdp", "ep": 2}),
+        (2, {"tp": 2, "ep": 2}),
+        (2, {"pp": 2}),
+        (4, {"pp": 2, "data_parallel": "fsdp"}),
+    ):
+        assert run_ranks(script, world, parallel) == [(True, 4)] * world, parallel
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,16 +55,25 @@ def test_global_scope(drop: Any, level: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("drop", ["probability", "position"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_sequence_scope(drop: Any, world: int) -> None:
-    """Three sequences, of which each rank holds a part: the same as whole sequences, one after the other."""
+@pytest.mark.parametrize("balanced", [False, True])
+def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:
+    """Three sequences, of which each rank holds a part (consecutive, or from both ends): the same as whole sequences,
+    one after the other."""
     sequences, length = 3, 8
     whole = random_routing(sequences * length, 11, sequences, ties=True)
     capacity = CapacityConfig(0.6, drop, scope="sequence")
-    places = torch.arange(sequences * length).view(sequences, world, length // world)
+    held_RS = torch.arange(length).view(world, -1)
+    if balanced:
+        chunks = torch.arange(length).chunk(2 * world)
+        held_RS = torch.stack([torch.cat((chunks[r], chunks[-1 - r])) for r in range(world)])
+    places = torch.arange(sequences)[:, None, None] * length + held_RS
 
     def script(rank: int, world: int) -> list[list[int]]:
         mine = part(whole, places[:, rank].flatten(), sequences)
-        return build_capacity(replace(CONFIG, capacity=capacity), sequence=world_axis())(mine).ids_TK.tolist()
+        limit = build_capacity(replace(CONFIG, capacity=capacity), sequence=world_axis())
+        if balanced:
+            limit.positions_S = held_RS[rank]
+        return limit(mine).ids_TK.tolist()
 
     got = torch.empty(sequences * length, 3, dtype=torch.int64)
     for rank, ids in enumerate(run_ranks(script, world)):

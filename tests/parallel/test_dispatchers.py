@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from equimoe.moe.collectives import (
     world_axis,
 )
 from equimoe.moe.dispatch import DISPATCHERS, LocalDispatcher, build_dispatcher
+from equimoe.moe.dispatch.manifest import dropless
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -147,6 +149,12 @@ def test_eight_ranks() -> None:
     """Four nodes of two, two of four, and experts split four ways with their width in two."""
     compare(run_ranks(on_ranks, 8, 8, 1, "unequal"), alone(8, "unequal"), 8, 1)
     compare(run_ranks(on_ranks, 8, 4, 2, "zero"), alone(8, "zero"), 4, 2)
+
+
+def test_same_collectives_on_every_rank() -> None:
+    """torch's own checker sees no rank out of step, with a rank that has no tokens."""
+    compare(run_ranks(on_ranks, 2, 2, 1, "zero", detail=True), alone(2, "zero"), 2, 1)
+    compare(run_ranks(on_ranks, 4, 2, 2, "zero", detail=True), alone(4, "zero"), 2, 2)
 
 
 def compare(results: list[dict[str, dict[str, Tensor]]], want: dict[str, Tensor], ep: int, etp: int) -> None:
@@ -290,6 +298,19 @@ def test_chunks_overlap_forward_and_backward() -> None:
         assert backward == ["start", "start", "experts", "start", "experts", "start"]
 
 
+def test_chunks_have_equally_many_rows_of_every_expert() -> None:
+    """However uneven the experts are."""
+    generator = torch.Generator().manual_seed(0)
+    ids_TK = (torch.rand(40, 8, generator=generator) + torch.arange(8) / 8).argsort(1, descending=True)[:, :3]
+    ids_TK[5:9] = -1
+    routing = make(CONFIG, untouched).router(torch.zeros(40, 6, dtype=torch.float64))
+    routing = replace(routing, decision=routing.decision._replace(ids_TK=ids_TK))
+    load = dropless(routing, 8, LOCAL, 4, "auto")
+    counts_CE = load.order.offsets_E.diff().view(4, 8)
+    assert counts_CE.sum(0).tolist() == torch.bincount(ids_TK[ids_TK >= 0], minlength=8).tolist()
+    assert int((counts_CE.amax(0) - counts_CE.amin(0)).max()) == 1 and int(counts_CE.sum(0).amax()) > 20
+
+
 # ---- one layer's other parts --------------------------------------------------------------------------------------
 
 
@@ -368,6 +389,42 @@ def test_duplicate_tokens_are_dropped(world: int, shape: tuple[int, ...], masked
             got = [torch.stack(parts).sum(0)]
         for part in got:
             assert part.shape == value.shape and oracle.relative_error(part, value) < 1e-10, name
+
+
+@pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
+def test_autocast_sends_rows_in_its_dtype(name: str) -> None:
+    """bf16 rows and results, forward and backward; the router's weights stay fp32."""
+
+    def script(rank: int, world: int) -> tuple[Tensor, Tensor, set[str]]:
+        seen: set[str] = set()
+
+        def spying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def spy(out: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if out.is_floating_point():
+                    seen.add(f"{out.dtype} {out.shape[-1]}")
+                return real(out, *args, **kwargs)
+
+            return spy
+
+        for verb in ("all_to_all_single", "all_gather_into_tensor"):
+            setattr(dist, verb, spying(getattr(dist, verb)))
+        fields: dict[str, Any] = {"hierarchical": {"node_size": 2}, "overlapped": {"chunks": 2}}.get(name, {})
+        config = replace(CONFIG, top_k=2, dispatch=DispatchConfig(name, **fields))  # type: ignore[arg-type]
+        layer = make(config, untouched).float()
+        exact = copy.deepcopy(layer)
+        shard(layer, world_axis(), LOCAL)
+        layer.dispatcher = build_dispatcher(config, world_axis())
+        x = batch(rank, (5, 3, 4, 6), False)[0].float().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+        assert x.grad is not None and x.grad.dtype == torch.float32
+        return y.detach(), exact(x).detach(), seen
+
+    for got, want, seen in run_ranks(script, 4):
+        widths = {"all_to_all": 1, "overlapped": 1}
+        assert seen == {"torch.bfloat16 6", f"torch.float32 {widths.get(name, 2)}"}
+        assert 0 < oracle.relative_error(got, want) < 2e-2
 
 
 # ---- recomputation ------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_recomputation_under_a_split_backward_is_refused(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_between_steps(schedule: str) -> None:
-    """An evaluation, a count without its step and a step without its update leave no trace in those that follow."""
+    """What must leave no trace: an evaluation, a count without its step, a step broken off, or without its update."""
 
     def between(pipeline: Pipeline) -> None:
         inputs, labels, masks = data(4, step=9)
@@ -215,6 +215,8 @@ def test_between_steps(schedule: str) -> None:
         for stage in pipeline.stages:
             stage.zero_grad()
         pipeline.count(inputs, masks)
+        for stage in pipeline.stages:
+            stage(inputs[0] if stage.embedding is not None else torch.randn(SEQUENCES, SEQ, HIDDEN).double())
 
     scored: list[list[Tensor]] = []
 

@@ -63,13 +63,15 @@ def test_expert_parallel_1_2_and_4(texts: Path) -> None:
         (2, {"tp": 2, "ep": 2}),
         (2, {"cp": 2}),
         (4, {"data_parallel": "fsdp", "tp": 2, "ep": 4}),
+        (2, {"pp": 2}),
+        (4, {"pp": 2, "schedule": "zbv", "ep": 2}),
     ],
     ids=str,
 )
 def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
     """A run's curve, loads, domain losses and evaluation do not depend on how the model is split."""
-    config = small.on(texts, balance=BALANCE, steps=10)
-    config = replace(config, model=replace(config.model, vocab_size=260))
+    config = small.on(texts, balance=BALANCE, steps=6)
+    config = replace(config, model=replace(config.model, vocab_size=260, num_layers=4))
     alone = run_ranks(curve, 1, config)[0]
     for result in run_ranks(curve, world, replace(config, parallel=replace(config.parallel, **parallel))):
         same(result, alone, 1e-5)

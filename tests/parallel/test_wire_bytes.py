@@ -52,16 +52,17 @@ def test_rows_that_need_care(codec: BFloat16 | Float8) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_a_layer_with_rounded_rows_is_near_the_exact_one(wire: str) -> None:
+@pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
+def test_a_layer_with_rounded_rows_is_near_the_exact_one(name: str, wire: str) -> None:
     """Forward and gradients differ by the format's rounding, and do differ; weights of the router travel exactly."""
     bound = {"compute": 1e-6, "bf16": 8e-3, "fp8": 6e-2}[wire]
 
     def script(rank: int, world: int, wire: str) -> list[Tensor]:
-        config = replace(CONFIG, dispatch=DispatchConfig(wire=wire), balance=BalanceConfig(coefficient=0.0))
+        config = replace(CONFIG, dispatch=DispatchConfig(name, wire=wire), balance=BalanceConfig(coefficient=0.0))
         torch.manual_seed(0)
         layer, axis = MoE(config), world_axis()
-        for name, weight in list(layer.experts.named_parameters()):
-            setattr(layer.experts, name, torch.nn.Parameter(weight.detach().chunk(2)[rank].clone()))
+        for key, weight in list(layer.experts.named_parameters()):
+            setattr(layer.experts, key, torch.nn.Parameter(weight.detach().chunk(2)[rank].clone()))
         layer.dispatcher = build_dispatcher(config, axis)
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         y = layer(x)

@@ -1,0 +1,266 @@
+"""One rank of a large job, on this machine's CPU: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
+
+The code of a training run takes one optimizer step on tensors without memory, in a process group that reaches nobody.
+What it would have allocated, sent and computed is counted. Routing is taken to be balanced, because nothing is routed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..moe.config import MoEConfig
+from ..moe.engines import DataParallel, build_engine
+from ..moe.parallel import Mesh, build_mesh, parallelize
+from ..moe.parallel.dry import Collective, Recorder
+from ..moe.train.config import TrainConfig
+from ..moe.train.data import load_tokenizer
+from ..moe.train.loop import build_model
+from ..moe.train.optim import build_optimizer
+from ..moe.train.step import Losses, mixed_precision, train_step
+from . import env
+from .options import parse
+
+USAGE = """usage: python -m equimoe.launch.dryrun --world N [--rank R] [--node N] [--json FILE] [--recipe NAME] ...
+
+  --world INT   ranks of the job
+  --rank INT    the rank to look at; default 0
+  --node INT    ranks of a node; default 8
+  --json FILE   write the findings there, too
+
+All options of python -m equimoe.launch.train that configure a run can be given: --recipe, --config, --SECTION.FIELD.
+"""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank does in one optimizer step."""
+
+    world: int
+    rank: int
+    #: blocks of the model that are on this rank
+    blocks: list[int]
+    #: micro-batches of a step, and how many of them were run
+    micro_batches: int
+    run: int
+    #: parameters of its blocks, over all ranks that share them
+    parameters: int
+    #: bytes by kind at the moment when most is allocated, and the most of each kind at any moment
+    memory: dict[str, int]
+    most: dict[str, int]
+    #: kind, calls and bytes sent of all micro-batches of a step
+    traffic: list[tuple[Collective, int, int]]
+    #: floating-point operations of a step, recomputation included, by part of the model
+    flops: dict[str, int]
+    notes: list[str]
+    seconds: float
+
+
+class _WithTriton(TrainConfig):
+    """The kernels whose operations know the shapes of their results without computing them."""
+
+    def moe(self, micro_batches: int) -> MoEConfig:
+        return replace(super().moe(micro_batches), backend="triton")
+
+
+def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
+    """Take a step as ``rank`` of ``world``. Raises ValueError for a configuration that does not fit."""
+    start = time.perf_counter()
+    config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
+    degrees = config.parallel.resolve(world)
+    passes = config.micro_batches(degrees.dp)
+    run = min(passes, _enough(config, degrees.pp, passes))
+    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    with env.pretended(rank, world):
+        mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
+        mode = FakeTensorMode()
+        with mode:
+            model = build_model(config, vocabulary, run)
+        engine = _engine(config, model, mesh, run)
+        recorder = _recorder(config, mesh, node, run)
+        _step(config, engine, recorder, mode, mesh, run)
+        parts: Iterable[Any] = engine.parts
+        blocks = [int(number) for part in parts for number in part.blocks]
+    whole = passes / run
+    traffic = [
+        (kind, round(calls * scale), round(recorder.sent[kind] * scale))
+        for kind, calls in recorder.calls.items()
+        for scale in [1 if kind.when == "once a step" else whole]
+    ]
+    return Found(
+        world,
+        rank,
+        blocks,
+        passes,
+        run,
+        sum(p.numel() for p in engine.named_parameters().values()),
+        *recorder.peak(),
+        sorted(traffic, key=lambda row: -row[2]),
+        {part: round(count * whole) for part, count in recorder.flops.items()},
+        _notes(config, mesh),
+        time.perf_counter() - start,
+    )
+
+
+def _enough(config: TrainConfig, pp: int, passes: int) -> int:
+    """Micro-batches after which a rank holds as many at a time as it ever will."""
+    if pp == 1:
+        return 2
+    return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
+
+
+def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> DataParallel:
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+    precision = partial(mixed_precision, config, CPU)
+    if mesh is not None and mesh.degrees.pp == 1:
+        # as a list: DistributedDataParallel reads addresses, which tensors here have not
+        return DataParallel([parallelize(model, mesh, dtype)], mesh, precision)
+    shape = (config.data.micro_batch, config.data.seq_len)
+    return build_engine(model, mesh, micro_batches=run, shape=shape, device=CPU, dtype=dtype, precision=precision)
+
+
+def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
+    pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
+    tokens = config.data.micro_batch * config.data.seq_len // pieces
+    return Recorder(mesh, node, tokens, config.moe(run))
+
+
+def _step(
+    config: TrainConfig, engine: DataParallel, recorder: Recorder, mode: FakeTensorMode, mesh: Mesh | None, run: int
+) -> None:
+    parameters = list(engine.named_parameters().values())
+    optimizer = build_optimizer(parameters, config.optim)
+    recorder.name("parameters", iter(parameters))
+    for part in engine.parts:
+        recorder.name("buffers", part.buffers())
+        recorder.watch(part)
+    reduce = engine.reduce_gradients
+
+    def once_a_step() -> None:
+        recorder.when = "once a step"
+        reduce()
+
+    engine.reduce_gradients = once_a_step  # type: ignore[method-assign]
+    optimizer.register_step_pre_hook(
+        lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
+    )
+    shape = (config.data.micro_batch, config.data.seq_len)
+    with mode, recorder:
+        ids_BS, domain_B = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64)
+        batches = [(ids_BS.clone(), ids_BS.clone(), domain_B) for _ in range(run)]
+        train_step(engine, optimizer, batches, config, Losses(1, CPU))
+        recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
+
+
+def _notes(config: TrainConfig, mesh: Mesh | None) -> list[str]:
+    notes = [
+        "routing is taken to be balanced: every expert is chosen equally often, by every rank",
+        "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
+    ]
+    if mesh is not None and mesh.degrees.data_parallel == "ddp" and mesh.degrees.pp == 1:
+        notes.append("gradients are joined one by one here, where a run has DDP's buckets: as many bytes, fewer calls")
+    return notes
+
+
+# ---- the command line
+
+
+def describe(found: Found, config: TrainConfig) -> str:
+    """The findings as text."""
+    lines = [
+        f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
+        f"{found.parameters / 1e9:.2f}B parameters of the stage",
+        f"ran {found.run} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; numbers are for all of them",
+        *found.notes,
+        "",
+        f"{'memory, GiB':<24}{'at the peak':>12}{'most of the kind':>18}",
+    ]
+    for kind, size in sorted(found.most.items(), key=lambda row: -row[1]):
+        lines.append(f"  {kind:<22}{found.memory.get(kind, 0) / 2**30:>12.2f}{size / 2**30:>18.2f}")
+    lines.append(f"  {'all':<22}{sum(found.memory.values()) / 2**30:>12.2f}")
+    lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'inside node':<12}{'calls':>9}{'GiB sent':>11}  when"]
+    for kind, calls, size in found.traffic:
+        inside = "yes" if kind.inside_node else "no"
+        row = f"{kind.verb:<16}{kind.axis:<14}{kind.ranks:>6} {inside:<12}{calls:>9}{size / 2**30:>11.3f}  {kind.when}"
+        lines.append(row)
+    lines += ["", "products of a step, recomputation included".ljust(44) + "TFLOP".rjust(12)]
+    lines += [f"  {part:<42}{count / 1e12:>12.1f}" for part, count in sorted(found.flops.items(), key=lambda x: -x[1])]
+    lines.append(f"  {'all':<42}{sum(found.flops.values()) / 1e12:>12.1f}")
+    return "\n".join(lines)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0 1 2 5 as 0-2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _own(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """This command's options, and the rest."""
+    own, rest, left = {"world": "", "rank": "0", "node": "8", "json": ""}, [], list(argv)
+    while left:
+        name, equals, text = left.pop(0).partition("=")
+        if name.startswith("--") and name[2:] in own:
+            if not equals and (not left or left[0].startswith("--")):
+                raise ValueError(f"{name}: give a value, as in {name} VALUE")
+            own[name[2:]] = text if equals else left.pop(0)
+        else:
+            rest.append(name + equals + text)
+    return own, rest
+
+
+def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -> int:
+    text = own[name]
+    if not text:
+        raise ValueError(f"--{name}: give the number of ranks, as in --{name} 1024")
+    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+    if not text.lstrip("-").isdigit() or int(text) < low or (high is not None and int(text) > high):
+        raise ValueError(f"--{name}={text}: must be a whole number {bound}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exits with 64 for what does not fit, 73 where the file cannot be written."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE, end="")
+        return
+    try:
+        own, rest = _own(arguments)
+        world, node = _number(own, "world", 1), _number(own, "node", 1)
+        rank = _number(own, "rank", 0, world - 1)
+        config = parse(rest).config
+        found = dry_run(config, world, rank, node)
+    except ValueError as error:
+        env.stop(env.Process(), env.CONFIG, " ".join(str(error).split()))
+    print(describe(found, config))
+    if own["json"]:
+        try:
+            Path(own["json"]).write_text(json.dumps(_as_json(found), indent=1) + "\n")
+        except OSError as error:
+            env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: {error.strerror}")
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    traffic = [asdict(kind) | {"calls": calls, "bytes_sent": size} for kind, calls, size in found.traffic]
+    return {f.name: getattr(found, f.name) for f in fields(found)} | {"traffic": traffic}
+
+
+if __name__ == "__main__":
+    main()
