@@ -14,6 +14,7 @@ import torch
 
 from ..moe.parallel import build_mesh
 from ..moe.parallel.config import DENSE, EXPERT
+from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train import checkpoint
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> None:
         if launch.print_config:
             print(to_yaml(config), end="") if process.rank == 0 else None
             return
-        config.micro_batches(config.parallel.resolve(process.world).dp)
+        degrees = config.parallel.resolve(process.world)
+        passes = config.micro_batches(degrees.dp)
+        if degrees.pp > 1:
+            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, config.model.num_layers)
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))

@@ -233,10 +233,15 @@ def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], l
     return sent, received
 
 
+def equal_sizes(rows: Tensor, axis: Axis) -> list[int]:
+    """How many rows each rank has, where all are known to have equally many."""
+    return [rows.shape[0]] * axis.size
+
+
 def exchange_sizes(rows: Tensor, axis: Axis) -> list[int]:
     """How many rows each rank has; the host waits for the answer."""
     if axis.size == 1 or _belief is not None:
-        return [rows.shape[0]] * axis.size
+        return equal_sizes(rows, axis)
     mine_P = torch.full((axis.size, 1), rows.shape[0], dtype=torch.int64, device=rows.device)
     return exchange_counts(mine_P, axis).flatten().tolist()
 

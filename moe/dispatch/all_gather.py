@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..collectives import exchange_sizes, gather_rows, reduce_scatter_rows, start_gather
+from ..collectives import gather_rows, reduce_scatter_rows, start_gather
 from ..types import Experts, Routing
 from .base import Dispatcher, as_computed, nothing
 
@@ -25,13 +25,12 @@ class AllGatherDispatcher(Dispatcher):
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
-        equal, axis = self.config.equal_tokens, self.axis
-        sizes = [x_TD.shape[0]] * axis.size if equal else exchange_sizes(x_TD, axis)
+        axis = self.axis
+        sizes = self.sizes_of(x_TD, axis)
         rows = start_gather(as_computed(x_TD), sizes, axis, self.there)
         weights_SK = gather_rows(routing.weights_TK, sizes, axis)
         ids_SK = gather_rows(routing.ids_TK.int(), sizes, axis).long() - axis.rank * self.experts_here
         here_SK = torch.where((ids_SK >= 0) & (ids_SK < self.experts_here), ids_SK, -1)
-        etp_sizes = [sum(sizes)] * self.etp.size if equal and self.etp.size > 1 else None
         meanwhile()
-        y_SD = self.compute(rows.wait(), weights_SK, here_SK, experts, etp_sizes)
+        y_SD = self.compute(rows.wait(), weights_SK, here_SK, experts, self.sizes_of)
         return reduce_scatter_rows(y_SD, sizes, axis, self.home)

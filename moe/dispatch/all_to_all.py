@@ -35,15 +35,13 @@ class AllToAllDispatcher(Dispatcher):
     ) -> Tensor:
         load = self.pack(routing, self.num_experts, self.axis, self.chunks, self.backend)
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
-        if load.padded:
+        if load.order.inverse_SK.shape[0] > x_SD.shape[0]:
             x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))
         under_way = self.start(x_SD, weights_SK, load)
         meanwhile()
         going_home = []
         for c, (rows, weights) in zip(load.chunks, under_way, strict=True):
-            rows_SD = rows.wait()
-            etp_sizes = [rows_SD.shape[0]] * self.etp.size if load.padded and self.etp.size > 1 else None
-            y_SD = self.compute(rows_SD, weights.wait(), c.ids_S1, experts, etp_sizes)
+            y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, load.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.home))
         home = [transit.wait() for transit in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ...kernels.sort_by_expert import sort_by_expert
-from ..collectives import LOCAL, Axis, exchange_sizes, gather_rows, reduce_scatter_rows
+from ..collectives import LOCAL, Axis, equal_sizes, exchange_sizes, gather_rows, reduce_scatter_rows
 from ..config import CapacityConfig, DispatchConfig
 from ..types import DispatchPlan, Experts, Routing
 from .wire import WIRES
+
+#: (rows, axis) to the number of rows on each rank of the axis
+SizesOf = Callable[[Tensor, Axis], list[int]]
 
 
 def nothing() -> None:
@@ -43,6 +46,7 @@ class Dispatcher(ABC):
         self.config = DispatchConfig() if config is None else config
         self.capacity = capacity
         self.there, self.home = WIRES[self.config.wire]
+        self.sizes_of: SizesOf = equal_sizes if self.config.equal_tokens else exchange_sizes
 
     @abstractmethod
     def __call__(
@@ -54,20 +58,20 @@ class Dispatcher(ABC):
         """
 
     def compute(
-        self, rows_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor, experts: Experts, sizes: list[int] | None = None
+        self, rows_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor, experts: Experts, sizes_of: SizesOf
     ) -> Tensor:
         """Each row's weighted sum over this rank's experts, whose ids count from 0 (-1: no choice): [S, D].
 
         Under expert tensor parallelism all ranks' rows meet on every rank, and the partial results are summed on the
-        way home; ``sizes`` are the numbers of rows of those ranks, asked for where not given.
+        way home; ``sizes_of`` finds how many each rank has.
         """
+        sizes = sizes_of(rows_SD, self.etp)
         if self.etp.size > 1:
-            sizes = exchange_sizes(rows_SD, self.etp) if sizes is None else sizes
             sources = (rows_SD, weights_SK, ids_SK.int())
             rows_SD, weights_SK, ids_SK = (gather_rows(t, sizes, self.etp) for t in sources)
         order = sort_by_expert(ids_SK.long(), self.experts_here, backend=self.backend)
         y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
-        return y_SD if sizes is None else reduce_scatter_rows(y_SD, sizes, self.etp)
+        return reduce_scatter_rows(y_SD, sizes, self.etp)
 
 
 def as_computed(x_TD: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..collectives import Axis, once
+from ..collectives import Axis, exchange_sizes, once
 from ..types import Experts, Routing
 from .all_to_all import AllToAllDispatcher
 from .base import Dispatcher, as_computed, nothing
@@ -49,7 +49,7 @@ class DeepEPDispatcher(Dispatcher):
         rows_SD, weights_SK, ids_SK = _ToExperts.apply(x_TD, routing.weights_TK.float(), routing.ids_TK, trip)
         meanwhile()
         trip.arrived.current_stream_wait()
-        y_SD = self.compute(rows_SD, weights_SK, ids_SK, experts)
+        y_SD = self.compute(rows_SD, weights_SK, ids_SK, experts, exchange_sizes)
         return _Home.apply(y_SD, trip)
 
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ...kernels.permute import combine, permute
 from ...kernels.sort_by_expert import sort_by_expert
-from ..collectives import Axis, exchange_counts, exchange_rows, global_ranks, split_axis, splits, start_exchange
+from ..collectives import (
+    Axis,
+    exchange_counts,
+    exchange_rows,
+    exchange_sizes,
+    global_ranks,
+    split_axis,
+    splits,
+    start_exchange,
+)
 from ..types import Experts, Routing
 from .base import Dispatcher, as_computed, nothing
 
@@ -41,7 +50,7 @@ class HierarchicalDispatcher(Dispatcher):
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
-        compute = partial(self.compute, experts=experts)
+        compute = partial(self.compute, experts=experts, sizes_of=exchange_sizes)
         inner = partial(self.hop, self.within, inner=compute)
         return self.hop(self.between, as_computed(x_TD), routing.weights_TK, routing.ids_TK, inner, meanwhile)
 

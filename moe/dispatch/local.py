@@ -26,5 +26,4 @@ class LocalDispatcher(Dispatcher):
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
         x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD
-        sizes = [x_TD.shape[0]] * self.etp.size if self.config.equal_tokens and self.etp.size > 1 else None
-        return self.compute(x_TD, routing.weights_TK, routing.ids_TK, experts, sizes)
+        return self.compute(x_TD, routing.weights_TK, routing.ids_TK, experts, self.sizes_of)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
-from ..collectives import Axis, exchange_counts, splits
+from ..collectives import Axis, equal_sizes, exchange_counts, exchange_sizes, splits
 from ..config import CapacityConfig
 from ..types import Routing
+from .base import SizesOf
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Chunk:
 class Manifest:
     """All that leaves this rank, ordered by chunk, then by expert and with that by rank."""
 
-    #: rows of x (and one more, empty, if ``padded``) to rows sent
+    #: rows of x, and perhaps one more, which is empty, to rows sent
     order: ExpertOrder
     rows: int
-    padded: bool
     chunks: list[Chunk]
+    #: what tells how many rows the other ranks of the etp axis have
+    sizes_of: SizesOf
 
 
 def dropless(routing: Routing, num_experts: int, axis: Axis, chunks: int, backend: str) -> Manifest:
@@ -56,7 +58,7 @@ def dropless(routing: Routing, num_experts: int, axis: Axis, chunks: int, backen
         counts = received_PCe[:, c].flatten()
         ids_S1 = expert_of.repeat_interleave(counts, output_size=sum(received[part]))[:, None]
         parts.append(Chunk(sent[part], received[part], ids_S1))
-    return Manifest(order, sum(sent), False, parts)
+    return Manifest(order, sum(sent), parts, exchange_sizes)
 
 
 def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_experts: int) -> int:
@@ -87,4 +89,6 @@ def padded(
     offsets_E = torch.arange(chunks * num_experts + 1, device=ids_TK.device) * per_chunk
     expert_of = torch.arange(each, device=ids_TK.device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
     even = [each * per_chunk] * axis.size
-    return Manifest(ExpertOrder(order_X, inverse_SK, offsets_E), rows, True, [Chunk(even, even, expert_of)] * chunks)
+    return Manifest(
+        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [Chunk(even, even, expert_of)] * chunks, equal_sizes
+    )

@@ -385,9 +385,22 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gq
     return aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), 0.0, is_causal)[0]
 
 
+class _FusedNorm(torch.autograd.Function):
+    """Shapes of F.rms_norm as a GPU has it, which keeps x and one number per row; the CPU's keeps fp32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    """F.rms_norm as a GPU does it, keeping x and one number per row."""
-    return aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    return _FusedNorm.apply(x, weight)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:

@@ -113,6 +113,7 @@ def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
             x, gate_up = (t[..., : tile.k].contiguous() for t in (x, gate_up))
         h_RF, pre_RU = mlp._up(x, weights, gate_up, order.order_R, order.offsets_E, kind, True)
         kept = int(order.offsets_E[-1])
+        assert h_RF[kept:].isnan().all() and pre_RU[kept:].isnan().all(), "a row too many may be another expert's"
         rows = x.double()[order.order_R[:kept]]
         close(pre_RU[:kept], grouped_gemm(rows, gate_up.double(), order.offsets_E).to(dtype), dtype)
         # with an identity for the down projection, and a hidden size made to fit, what comes out is h
@@ -152,6 +153,7 @@ def test_gradient_behind_the_activation(dtype: torch.dtype, tile: Config, gated:
         pre_RU = grouped_gemm(x.double()[order.order_R], gate_up.double(), order.offsets_E).to(dtype)
         use(tile)
         h_RF, dpre_RU, dweights_RP = mlp._up_grad(dy, pre_RU, weights, down, *order[::2], kind)
+        assert h_RF[kept:].isnan().all() and dpre_RU[kept:].isnan().all() and dweights_RP[kept:].isnan().all()
         # the pre-activation as the rows, and an identity as the up projection: its gradient is that of the rows
         both = pre_RU.shape[1]
         size = max(both, x.shape[1])

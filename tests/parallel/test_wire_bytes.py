@@ -55,7 +55,7 @@ def test_rows_that_need_care(codec: BFloat16 | Float8) -> None:
 @pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
 def test_a_layer_with_rounded_rows_is_near_the_exact_one(name: str, wire: str) -> None:
     """Forward and gradients differ by the format's rounding, and do differ; weights of the router travel exactly."""
-    bound = {"compute": 1e-6, "bf16": 8e-3, "fp8": 6e-2}[wire]
+    bound = {"compute": 1e-6, "bf16": 1.2e-2, "fp8": 6e-2}[wire]
 
     def script(rank: int, world: int, wire: str) -> list[Tensor]:
         config = replace(CONFIG, dispatch=DispatchConfig(name, wire=wire), balance=BalanceConfig(coefficient=0.0))
