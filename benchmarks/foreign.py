@@ -95,7 +95,7 @@ def build_transformers(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, 
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     if implementation == "eager" and shape.E > _MOST_EAGER:
-        raise Absent(f"its backward pads every expert's gradient to all {shape.E}; run for {_MOST_EAGER} at most")
+        raise Absent(f"its backward pads every expert's gradient to all experts; run for {_MOST_EAGER} of them at most")
     if implementation == "sonicmoe":
         from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 

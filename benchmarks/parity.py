@@ -15,12 +15,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 warnings.filterwarnings("ignore", category=FutureWarning)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+import torch  # noqa: E402
 
-from tests.helpers.compositions import COMPOSITIONS
-from tests.helpers.parity import compare
+from tests.helpers.compositions import COMPOSITIONS  # noqa: E402
+from tests.helpers.parity import compare  # noqa: E402
 
-HEADER = f"{'composition':<44} {'ranks':>5} {'loss':>8} {'gradients':>9} {'norm':>8} {'parameters':>10} {'limit':>7} {'s':>5}"
+COLUMNS = (("loss", 8), ("gradients", 9), ("norm", 8), ("parameters", 10))
+HEADER = f"{'composition':<44} ranks {' '.join(f'{name:>{width}}' for name, width in COLUMNS)}   limit     s"
 
 
 def main(words: list[str]) -> int:
@@ -42,8 +43,6 @@ def main(words: list[str]) -> int:
     print(f"\n{len(chosen) - bad} of {len(chosen)} compositions equal one process")
     return bad
 
-
-COLUMNS = (("loss", 8), ("gradients", 9), ("norm", 8), ("parameters", 10))
 
 if __name__ == "__main__":
     sys.exit(min(main(sys.argv[1:]), 1))

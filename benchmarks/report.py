@@ -213,11 +213,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.set_title(title)
         panel.set_xlabel("floor / time")
         panel.set_xlim(0, 1.05)
+        panel.set_ylim(max(rows, 1) - 0.5, -0.5)
         panel.axvline(1, color="grey", linewidth=1)
         panel.grid(axis="x", alpha=0.3)
-        panel.invert_yaxis()
     if layers:
-        panels[0].legend(fontsize=8)
+        panels[0].legend(fontsize=8, loc="upper right")
     figure.suptitle(f"{result['facts']['device']}, {result['arguments']['backend']}, {result['arguments']['dtype']}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

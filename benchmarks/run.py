@@ -198,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", result["facts"]["device"].lower()).strip("-")
+    slug += f"-{args.threads}threads" * (args.device == "cpu")
     path = args.out / f"{args.suite}_{slug}_{args.backend}_{args.dtype}.json"
     partial = path.with_suffix(".partial.json")
     begin = time.monotonic()

@@ -58,6 +58,15 @@ def global_ranks(axis: Axis) -> list[int]:
 _halves: dict[tuple[Any, int], tuple[Axis, Axis]] = {}
 
 
+def _new_group_like(group: Any, members: list[int]) -> Any:
+    """A group of some of a group's ranks with the same timeout, which has been used once: all of them call this."""
+    device = group._device_types[0]
+    options = getattr(group._get_backend(device), "options", None)
+    made = dist.new_group(members, timeout=getattr(options, "_timeout", None), use_local_synchronization=True)
+    dist.all_reduce(torch.zeros(1, device=device), group=made)
+    return made
+
+
 def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
     """The axis as a grid: (ranks ``inner`` apart, blocks of ``inner`` adjacent ranks). All its ranks call this.
 
@@ -74,7 +83,7 @@ def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
             if len(members) == axis.size:
                 group = axis.group
             elif len(members) > 1:
-                group = dist.new_group(members, use_local_synchronization=True)
+                group = _new_group_like(axis.group, members)
             made.append(Axis(name) if len(members) == 1 else axis_of(name, group))
         _halves[axis.group, inner] = (made[0], made[1])
     across, within = _halves[axis.group, inner]

@@ -50,9 +50,9 @@ class DataParallel:
         self.precision = precision
         self.forward: Any = self.parts[0]
         self._joined_by_ddp: set[int] = set()
-        if mesh is not None and mesh.degrees.data_parallel == "ddp" and mesh["dense"].size > 1:
-            if isinstance(model, nn.Module) and mesh.degrees.pp == 1:
-                self.forward = self._wrap(model, mesh)
+        replicated = mesh is not None and mesh.degrees.data_parallel == "ddp" and mesh["dense"].size > 1
+        if mesh is not None and replicated and isinstance(model, nn.Module):
+            self.forward = self._wrap(model, mesh)
 
     def __call__(self, *args: Any) -> Any:
         return self.forward(*args)

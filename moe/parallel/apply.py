@@ -44,7 +44,11 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> None:
     axis = mesh["cp"]
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
         attention.attend = ContextAttention(axis, method=mesh.degrees.context)
-        attention.hold(positions(attention.cos_SR.shape[0], axis.size, axis.rank))
+        held_S = positions(attention.cos_SR.shape[0], axis.size, axis.rank)
+        attention.hold(held_S)
+    # a limit that whole sequences share goes by their positions
+    for layer in model.moe_layers():
+        layer.capacity.positions_S = held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..config import require
 
@@ -71,7 +71,7 @@ class ParallelConfig:
         what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
         return replace(self, **dense, **self._fill(EXPERT, world // dense["pp"], what))
 
-    def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, int]:
+    def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, Any]:
         degrees = {name: getattr(self, name) for name in names}
         known = math.prod(value for value in degrees.values() if value != -1)
         rest = [name for name, value in degrees.items() if value == -1]

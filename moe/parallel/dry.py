@@ -82,6 +82,8 @@ class Block:
             return "activations"
         if self.in_backward and (self.died is None or self.died > self.born):
             return "whole gradients"
+        if self.travels and self.died is None:
+            return "receive buffers"  # the schedule has one for each micro-batch and direction
         return "communication buffers" if self.travels else "temporary" if self.died is not None else "other"
 
 

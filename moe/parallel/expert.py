@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ..dispatch import DropDuplicates, build_capacity, build_dispatcher
 from ..layer import MoE
@@ -34,14 +34,10 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
         stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
         layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
-        own, placements = weight.detach().chunk(ep.size)[ep.rank], [Shard(0)]
+        own, axes, placements = weight.detach().chunk(ep.size)[ep.rank], mesh.expert["ep"], [Shard(0)]
         if etp.size > 1:
             width = weight.dim() - (2 if name == "gate_up_proj" else 1)
-            own, placements = own.chunk(etp.size, width)[etp.rank], [Shard(0), Shard(width)]
-        split = _dtensor(own.clone(), mesh, placements)
+            own, axes = own.chunk(etp.size, width)[etp.rank], mesh.expert["ep", "etp"]
+            placements.append(Shard(width))
+        split = DTensor.from_local(own.clone(), axes, placements, run_check=False)
         layer.experts.register_parameter(name, nn.Parameter(split, requires_grad=weight.requires_grad))
-
-
-def _dtensor(own, mesh: Mesh, placements: list[Placement]) -> DTensor:
-    axes = mesh.expert["ep"] if len(placements) == 1 else mesh.expert["ep", "etp"]
-    return DTensor.from_local(own, axes, placements, run_check=False)

@@ -24,7 +24,9 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        fully_shard(layer.experts, mesh=expert, mp_policy=policy)
+        # experts that work in chunks are called several times, and should be gathered once
+        once = layer.config.dispatch.chunks > 1
+        fully_shard(layer.experts, mesh=expert, mp_policy=policy, reshard_after_forward=False if once else None)
         if dtype is not None:
             fully_shard(layer.router, mesh=dense, mp_policy=exact)
     for block in [module for module in model.modules() if isinstance(module, Block)]:

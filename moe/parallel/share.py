@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from .context import shard_sequence
 from .mesh import Mesh
 
-
 #: the label of a position that is not predicted
 IGNORED = -100
 

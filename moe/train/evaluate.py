@@ -60,17 +60,16 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     )
     counted = mesh is None or mesh["tp"].rank == 0  # the others of a tensor-parallel group have the same losses
     while several := list(islice(batches, engine.at_once)):
-        whole = [tuple(part.to(device) for part in parts) for _, *parts in several]
-        shares = [share_of(*parts, mesh=mesh) for parts in whole]
+        shares = [share_of(*(part.to(device) for part in parts), mesh) for _, *parts in several]
         with watch_routing(trainer.layers.values()) as routings:
             found = engine.evaluate(shares)
         for (domain, *_), share, nats_BS in zip(several, shares, found, strict=False):  # none before the last stage
             tokens = (share.labels != IGNORED).sum()
             sums_N2[place[domain]] += torch.stack((nats_BS.double().sum(), tokens.double())) * counted
         for number, of_layer in zip(trainer.layers, routings, strict=True):
-            for (domain, *_), (_, _, mask_BS), routing in zip(several, whole, of_layer, strict=False):
-                # sequences that are padded would count padding
-                counts_NLE[place[domain], numbers.index(number)] += routing.counts_BE[mask_BS.all(dim=1)].sum(0)
+            for (domain, _, _, mask_BS), routing in zip(several, of_layer, strict=False):
+                whole_B = mask_BS.all(dim=1).to(device)  # sequences that are padded would count padding
+                counts_NLE[place[domain], numbers.index(number)] += routing.counts_BE[whole_B].sum(0)
     for part in engine.parts:
         part.train()
     return _summary(corpus.domains, _summed(sums_N2), _summed(counts_NLE))

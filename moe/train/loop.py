@@ -73,7 +73,7 @@ class Trainer:
             precision=partial(mixed_precision, config, device),
         )
         #: those of them that are on this rank
-        self.layers = numbered_moe_layers(self.engine.parts)
+        self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.optimizer = build_optimizer(self.engine.named_parameters().values(), config.optim)
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)

@@ -83,6 +83,9 @@ COMPOSITIONS: dict[str, C] = {
     # limited capacity
     "capacity, padded, dp 2, ep 2": C(2, P(ep=2), capacity=CapacityConfig(2.0, pad=True), tokens="equal"),
     "capacity of all ranks, dp 4, ep 4": C(4, P(ep=4), capacity=CapacityConfig(1.0, scope="global"), micro_batches=1),
+    "capacity of the sequence by position, cp 2, tp 2, ep 4": C(
+        4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(0.75, "position", scope="sequence"), micro_batches=1
+    ),
     "capacity of the sequence, cp 2, tp 2, ep 4": C(
         4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(1.0, scope="sequence"), micro_batches=2
     ),

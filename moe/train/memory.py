@@ -1,0 +1,278 @@
+"""What a rank needs of memory, in closed form: from the configuration and the degrees alone, nothing is built.
+
+Weights, gradients and the optimizer's state are exact. Activations are what the fused kernels of a GPU keep between a
+forward and its backward, with balanced routing. Not here: weights that FSDP gathers, and what comes and goes within a
+forward or backward; :mod:`equimoe.launch.dryrun` sees those, too.
+
+D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch on this
+rank's attention, t those that it holds between split layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import ceil, prod
+
+from ..config import require
+from ..parallel.config import ParallelConfig
+from ..parallel.mesh import EXPERT, sizes
+from ..parallel.pipeline import stage_ids
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    #: fp32 master weights; this rank's part of them under FSDP
+    parameters: int
+    #: this rank's part, as the optimizer sees it
+    gradients: int
+    #: of whole weights, while FSDP waits for the last micro-batch of a step
+    whole_gradients: int
+    #: AdamW's two moments and a counter for each weight
+    optimizer_state: int
+    #: of all micro-batches that are in flight at a time
+    activations: int
+    #: into which a pipeline's neighbours send, one per micro-batch and direction
+    receive_buffers: int
+
+    @property
+    def total(self) -> int:
+        """All of these together."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as tensor and expert parallelism leave it: rows that FSDP divides."""
+
+    rows: int
+    width: int
+    expert: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank among the others, and its part of the model."""
+
+    degrees: ParallelConfig
+    rank: int
+    blocks: tuple[int, ...]
+    stages: tuple[int, ...]
+    num_stages: int
+
+    @property
+    def first(self) -> bool:
+        return 0 in self.stages
+
+    @property
+    def last(self) -> bool:
+        return self.num_stages - 1 in self.stages
+
+    def shard(self, expert: bool) -> tuple[int, int]:
+        """Ranks over which FSDP divides weights, and this one's number among them."""
+        d = self.degrees
+        if d.data_parallel != "fsdp":
+            return 1, 0
+        if expert:
+            lengths = sizes(d)
+            after = prod(lengths[name] for name in EXPERT[EXPERT.index("edp_shard") + 1 :])
+            return lengths["edp_shard"], self.rank // after % lengths["edp_shard"]
+        over = d.dp_shard * d.cp
+        return over, self.rank // d.tp % over
+
+
+def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = None) -> Memory:
+    """Memory of ``rank`` of ``world``. Raises ValueError where the degrees do not fit, or there is no formula."""
+    place = _place(config, world, rank)
+    vocabulary = config.model.vocab_size or vocab_size
+    require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's number of entries")
+    assert vocabulary is not None
+    micro_batches = config.micro_batches(place.degrees.dp)
+    weights = list(_weights(config, place, vocabulary))
+    padded = own = 0
+    for weight in weights:
+        over, number = place.shard(weight.expert)
+        rows = ceil(weight.rows / over)
+        padded += rows * weight.width
+        own += min(max(weight.rows - number * rows, 0), rows) * weight.width
+    accumulates = place.degrees.data_parallel == "fsdp" and micro_batches > 1
+    ends = (not place.first) + (not place.last) if place.num_stages > 1 else 0
+    return Memory(
+        parameters=4 * padded,
+        gradients=4 * padded,
+        whole_gradients=4 * sum(w.rows * w.width for w in weights) if accumulates else 0,
+        optimizer_state=8 * own + 4 * len(weights),
+        activations=_in_flight(config, place, micro_batches) * _Activations(config, place, vocabulary).of_stage(),
+        receive_buffers=micro_batches * ends * _Activations(config, place, vocabulary).hidden,
+    )
+
+
+def _place(config: TrainConfig, world: int, rank: int) -> Place:
+    require(0 <= rank < world, "rank", rank, f"must be at least 0 and less than {world}")
+    degrees = config.parallel.resolve(world)
+    if degrees.pp == 1:
+        return Place(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
+    each = degrees.stages_of_rank
+    stages = stage_ids(degrees.schedule, degrees.pp, rank // (world // degrees.pp), each)
+    number = degrees.pp * each
+    size, more = divmod(config.model.num_layers, number)
+    starts = [s * size + min(s, more) for s in range(number + 1)]
+    blocks = tuple(block for s in stages for block in range(starts[s], starts[s + 1]))
+    return Place(degrees, rank, blocks, tuple(stages), number)
+
+
+def _is_moe(config: TrainConfig, block: int) -> bool:
+    model = config.model
+    return block >= model.dense_layers and model.moe_every > 0 and (block + 1) % model.moe_every == 0
+
+
+def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
+    """Micro-batches whose backward is still to come, at most."""
+    if place.num_stages == 1:
+        return 1
+    schedule = place.degrees.schedule
+    known = {"gpipe": micro_batches, "1f1b": min(micro_batches, place.num_stages - place.stages[0])}
+    require(schedule in known, "parallel.schedule", schedule, f"there is a formula for {', '.join(known)}; do a dry run")
+    return known[schedule]
+
+
+# ---- weights
+
+
+def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Weight]:
+    hidden, tp = config.model.hidden_size, place.degrees.tp
+    if place.first:
+        yield Weight(vocabulary // tp, hidden)
+    for block in place.blocks:
+        yield from (Weight(hidden, 1), Weight(hidden, 1))
+        yield from _attention_weights(config, tp)
+        if _is_moe(config, block):
+            yield from _moe_weights(config, place.degrees)
+        else:
+            width = config.model.intermediate_size // tp
+            yield from (Weight(width, hidden), Weight(width, hidden), Weight(hidden, width))
+    if place.last:
+        yield from (Weight(hidden, 1), Weight(vocabulary // tp, hidden))
+
+
+def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
+    hidden, heads, a = config.model.hidden_size, config.model.num_heads, config.attention
+    if a.kind == "grouped":
+        width, kv_heads = a.head_width or hidden // heads, a.num_kv_heads or heads
+        yield Weight((heads + 2 * kv_heads) * width // tp, hidden)
+        yield Weight(hidden, heads * width // tp)
+        yield from [Weight(width, 1)] * (2 * a.qk_norm)
+        return
+    if a.q_lora_rank:
+        yield from (Weight(a.q_lora_rank, hidden), Weight(a.q_lora_rank, 1))
+    yield Weight(heads * (a.qk_nope_width + a.qk_rope_width) // tp, a.q_lora_rank or hidden)
+    yield from (Weight(a.kv_lora_rank + a.qk_rope_width, hidden), Weight(a.kv_lora_rank, 1))
+    yield Weight(heads * (a.qk_nope_width + a.v_width) // tp, a.kv_lora_rank)
+    yield Weight(hidden, heads * a.v_width // tp)
+
+
+def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
+    moe = config.moe(1)
+    hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, moe.num_experts // degrees.ep
+    yield Weight(moe.num_experts, hidden)
+    yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
+    yield Weight(experts, width * hidden, expert=True)
+    if shared := moe.shared_intermediate_size:
+        yield from (Weight(shared, hidden), Weight(shared, hidden), Weight(hidden, shared))
+        yield from [Weight(1, hidden)] * moe.shared_gate
+
+
+# ---- activations
+
+
+class _Activations:
+    """Bytes that the forward of one micro-batch leaves for its backward."""
+
+    def __init__(self, config: TrainConfig, place: Place, vocabulary: int) -> None:
+        d = place.degrees
+        self.config, self.place, self.vocabulary = config, place, vocabulary
+        self.heads, self.tp = config.model.num_heads // d.tp, d.tp
+        #: bytes of a computed number
+        self.c = 2 if config.dtype == "bfloat16" else 4
+        self.T = config.data.micro_batch * config.data.seq_len // d.cp
+        self.splits = d.tp > 1 and d.sequence_parallel
+        self.t = self.T // d.tp if self.splits else self.T
+        #: hidden states between blocks
+        self.hidden = self.c * config.model.hidden_size * self.t
+
+    def of_stage(self) -> int:
+        """Blocks and ends of this rank. The first block's input from another stage is in a receive buffer."""
+        each, inputs, place = self.of_block, len(self.place.blocks), self.place
+        if self.config.model.recompute:
+            kept = 8 * self.config.model.top_k * self._moe_tokens()
+            total = sum(kept * _is_moe(self.config, block) for block in place.blocks)
+        else:
+            total = sum(each(block) for block in place.blocks)
+        if place.num_stages > 1:  # outputs are kept until they are differentiated
+            inputs += len(place.stages) - place.last
+            inputs -= len(place.stages) - place.first
+        return total + inputs * self.hidden + place.last * self._head()
+
+    def of_block(self, block: int) -> int:
+        """A block without its input: the hidden state between its halves, two norms' rows, and the halves."""
+        feed_forward = self._moe() if _is_moe(self.config, block) else self._dense()
+        attention = self._grouped() if self.config.attention.kind == "grouped" else self._latent()
+        return self.hidden + 8 * self.t + attention + feed_forward
+
+    def _to_split(self, width: int, layers: int = 1) -> int:
+        """The input of split layers: gathered for each of them under sequence parallelism."""
+        return self.c * width * self.T * (layers if self.splits else 1)
+
+    def _grouped(self) -> int:
+        a, model = self.config.attention, self.config.model
+        width, n = a.head_width or model.hidden_size // model.num_heads, self.heads
+        m = (a.num_kv_heads or model.num_heads) // self.tp
+        # qkv, of which v is a part; q and k rotated; the output and its copy with heads side by side
+        heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
+        rows = 4 * n + 4 * (n + m) * a.qk_norm  # log of the softmax's sum; norms
+        return self._to_split(model.hidden_size) + (heads + rows + self._tables(width)) * self.T
+
+    def _latent(self) -> int:
+        a, n, c = self.config.attention, self.heads, self.c
+        qk = a.qk_nope_width + a.qk_rope_width
+        outputs = 2 if qk == a.v_width or self.place.degrees.cp > 1 else 1
+        heads = c * n * (a.qk_nope_width + a.v_width + 2 * qk + outputs * a.v_width) + 4 * n
+        latents = c * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_width) + 8
+        to_split = self._to_split(a.kv_lora_rank) + self._to_split(a.q_lora_rank)
+        if not a.q_lora_rank and self.splits:
+            to_split += self._to_split(self.config.model.hidden_size)
+        return self.hidden + latents * self.t + to_split + (heads + self._tables(a.qk_rope_width)) * self.T
+
+    def _tables(self, width: int) -> int:
+        """Sines and cosines in the computed dtype, for queries and for keys."""
+        return 2 * self.c * width if self.c == 2 else 0
+
+    def _dense(self) -> int:
+        inside = 4 * self.c * (self.config.model.intermediate_size // self.tp) * self.T
+        return self._to_split(self.config.model.hidden_size, layers=2) + inside
+
+    def _moe_tokens(self) -> int:
+        return ceil(self.T / self.tp)  # tokens that all tensor-parallel ranks hold are shared out among them
+
+    def _moe(self) -> int:
+        moe, degrees, t, c = self.config.moe(1), self.place.degrees, self._moe_tokens(), self.c
+        hidden, rows = moe.hidden_size, moe.top_k * t
+        router = 4 * (hidden + moe.num_experts) * t
+        x = c * hidden * t if c < 4 else 0  # beside the router's fp32 copy of it
+        shared = 0
+        if moe.shared_intermediate_size:
+            gate = c * (hidden + 1) * t if moe.shared_gate else 0
+            shared = 4 * c * moe.shared_intermediate_size * t + gate
+        sources = c * hidden * rows if degrees.ep > 1 else 0
+        up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
+        experts = sources + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
+        places = 72 * rows  # ids, weights, and where rows stand
+        return router + experts + places + shared + (x if shared or degrees.ep == 1 else 0)
+
+    def _head(self) -> int:
+        """The last norm, the logits, and their logarithm in fp32."""
+        logits = (self.c + 4) * (self.vocabulary // self.tp) * self.T
+        return 4 * self.t + self._to_split(self.config.model.hidden_size) + logits
