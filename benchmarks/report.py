@@ -207,9 +207,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         points = [each[op]["fraction"] for _, each in kernels if op in each]
         panels[1].plot(points, [row] * len(points), "o", color="tab:green", alpha=0.6)
     panels[1].set_yticks(range(len(names)), names)
-    for panel, title in zip(
-        panels, ("expert path and layer, uniform routing", "ops, one point per shape"), strict=True
-    ):
+    titles = ("expert path and layer, uniform routing", "ops, one point per shape")
+    for panel, title, rows in zip(panels, titles, (len(layers), len(names)), strict=True):
         panel.set_title(title)
         panel.set_xlabel("floor / time")
         panel.set_xlim(0, 1.05)

@@ -185,11 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     context = new_context(args)
-    plain = {key: value for key, value in vars(args).items() if key not in ("chosen", "foreign")}
+    plain = {key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out")}
     result: dict[str, Any] = {
         "facts": facts(args),
         "command": "python benchmarks/run.py " + " ".join(sys.argv[1:] if argv is None else argv),
-        "arguments": {**plain, "out": str(args.out)},
+        "arguments": plain,
         "yardstick": {"start": rates_of(context)},
         "notes": notes(args),
         "shapes": {},
@@ -204,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         run_all(args, context, result, partial)
+    except KeyboardInterrupt:
+        result["notes"].append("stopped by hand before the end")
     except Red as error:
         partial.unlink(missing_ok=True)
         print(f"\nWRONG: {error}\nno figures", file=sys.stderr)

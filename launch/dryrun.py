@@ -84,7 +84,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     with env.pretended(rank, world):
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
-        mode = FakeTensorMode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # positions and ranks are known
         with mode:
             model = build_model(config, vocabulary, run)
         engine = _engine(config, model, mesh, run)
@@ -185,24 +185,36 @@ def describe(found: Found, config: TrainConfig) -> str:
     """The findings as text."""
     lines = [
         f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
-        f"{found.parameters / 1e9:.2f}B parameters of the stage",
-        f"ran {found.run} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; numbers are for all of them",
+        f"with {_amount(found.parameters, 1000)} parameters, which this rank may share with others",
+        f"ran {found.run} of a step's {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
+        "the numbers are those of a step",
         *found.notes,
         "",
-        f"{'memory, GiB':<24}{'at the peak':>12}{'most of the kind':>18}",
+        f"{'memory':<24}{'at the peak':>14}{'most of the kind':>18}",
     ]
     for kind, size in sorted(found.most.items(), key=lambda row: -row[1]):
-        lines.append(f"  {kind:<22}{found.memory.get(kind, 0) / 2**30:>12.2f}{size / 2**30:>18.2f}")
-    lines.append(f"  {'all':<22}{sum(found.memory.values()) / 2**30:>12.2f}")
-    lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'inside node':<12}{'calls':>9}{'GiB sent':>11}  when"]
+        lines.append(f"  {kind:<22}{_bytes(found.memory.get(kind, 0)):>14}{_bytes(size):>18}")
+    lines.append(f"  {'all':<22}{_bytes(sum(found.memory.values())):>14}")
+    lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'in one node':<12}{'calls':>9}{'sent':>13}  when"]
     for kind, calls, size in found.traffic:
-        inside = "yes" if kind.inside_node else "no"
-        row = f"{kind.verb:<16}{kind.axis:<14}{kind.ranks:>6} {inside:<12}{calls:>9}{size / 2**30:>11.3f}  {kind.when}"
-        lines.append(row)
-    lines += ["", "products of a step, recomputation included".ljust(44) + "TFLOP".rjust(12)]
-    lines += [f"  {part:<42}{count / 1e12:>12.1f}" for part, count in sorted(found.flops.items(), key=lambda x: -x[1])]
-    lines.append(f"  {'all':<42}{sum(found.flops.values()) / 1e12:>12.1f}")
+        row = f"{kind.verb:<16}{kind.axis:<14}{kind.ranks:>6} {'yes' if kind.inside_node else 'no':<12}"
+        lines.append(f"{row}{calls:>9}{_bytes(size):>13}  {kind.when}")
+    lines += ["", "products, recomputed ones included"]
+    for part, count in [*sorted(found.flops.items(), key=lambda row: -row[1]), ("all", sum(found.flops.values()))]:
+        lines.append(f"  {part:<22}{_amount(count, 1000):>14}FLOP")
     return "\n".join(lines)
+
+
+def _bytes(size: int) -> str:
+    return _amount(size, 1024) + "B"
+
+
+def _amount(value: float, base: int) -> str:
+    """Three or four digits and a prefix: 12.3 Gi, 1.23 T."""
+    prefixes = ["", "Ki", "Mi", "Gi", "Ti", "Pi"] if base == 1024 else ["", "k", "M", "G", "T", "P", "E"]
+    while value >= base and len(prefixes) > 1:
+        value, prefixes = value / base, prefixes[1:]
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefixes[0]}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -234,7 +246,7 @@ def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -
     text = own[name]
     if not text:
         raise ValueError(f"--{name}: give the number of ranks, as in --{name} 1024")
-    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+    bound = f"of at least {low}" if high is None else f"from {low} to {high}"
     if not text.lstrip("-").isdigit() or int(text) < low or (high is not None and int(text) > high):
         raise ValueError(f"--{name}={text}: must be a whole number {bound}")
     return int(text)
@@ -251,6 +263,8 @@ def main(argv: list[str] | None = None) -> None:
         world, node = _number(own, "world", 1), _number(own, "node", 1)
         rank = _number(own, "rank", 0, world - 1)
         config = parse(rest).config
+        if own["json"] and not Path(own["json"]).parent.is_dir():
+            env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: there is no such folder")
         found = dry_run(config, world, rank, node)
     except ValueError as error:
         env.stop(env.Process(), env.CONFIG, " ".join(str(error).split()))

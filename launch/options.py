@@ -310,7 +310,14 @@ def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
         yield _row(name, "none", f"switch it off; any option of {name} switches it on (default: {state})")
     comments = field_comments(cls)
     for field, kind in _hints(cls).items():
-        default = _shown(getattr(cls() if current is None else current, field))
+        value = getattr(cls() if current is None else current, field)
+        if inner := _section(kind):
+            comments_inside = field_comments(inner)
+            for name_inside, kind_inside in _hints(inner).items():
+                text = f"{comments_inside.get(name_inside, '')}; default {_shown(getattr(value, name_inside))}"
+                yield _row(f"{name}.{field}.{name_inside}", _placeholder(kind_inside), text)
+            continue
+        default = _shown(value)
         text = "; ".join(filter(None, (comments.get(field, ""), f"default {default}")))
         yield _row(f"{name}.{field}", _placeholder(kind), text)
 

@@ -60,7 +60,9 @@ _halves: dict[tuple[Any, int], tuple[Axis, Axis]] = {}
 
 def _new_group_like(group: Any, members: list[int]) -> Any:
     """A group of some of a group's ranks with the same timeout, which has been used once: all of them call this."""
-    device = group._device_types[0]
+    # a gloo group names every device
+    known = [kind for kind in group._device_types if kind.type != "cuda" or torch.cuda.is_available()]
+    device = next((kind for kind in known if kind.type == "cuda"), known[0])
     options = getattr(group._get_backend(device), "options", None)
     made = dist.new_group(members, timeout=getattr(options, "_timeout", None), use_local_synchronization=True)
     dist.all_reduce(torch.zeros(1, device=device), group=made)

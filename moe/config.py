@@ -7,7 +7,7 @@ Each section is the whole interface of one part of the system; the training-side
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 def require(ok: bool, where: str, value: Any, remedy: str) -> None:
@@ -51,29 +51,72 @@ class RouterConfig:
         )
 
 
+Scope = Literal["global", "micro", "sequence", "data_parallel", "device", "communication", "shuffled"]
+
+
+@dataclass(frozen=True)
+class ExtraLossConfig:
+    """Coefficients of further balance losses beside the main one, each over its own tokens; 0 switches one off."""
+
+    #: one micro-batch of one rank; a hundredth of the global coefficient keeps ranks even (arXiv 2501.11873)
+    micro: float = 0.0
+    #: each sequence (DeepSeek-V3 has 1e-4)
+    sequence: float = 0.0
+    #: one micro-batch over all ranks
+    data_parallel: float = 0.0
+    #: the load of whole expert-parallel ranks, over one micro-batch of all ranks (DeepSeek-V2 has 0.05)
+    device: float = 0.0
+    #: the tokens sent to each expert-parallel rank, over one micro-batch of all ranks (DeepSeek-V2 has 0.02)
+    communication: float = 0.0
+    #: as many tokens as a micro-batch has, drawn from the step so far on all ranks: an experiment's control
+    shuffled: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            require(value >= 0, f"balance.extra.{name}", value, "must not be negative; 0 switches it off")
+
+
 @dataclass(frozen=True)
 class BalanceConfig:
-    """The load-balancing loss (Qiu et al. 2025, arXiv 2501.11873, for ``scope="global"``)."""
+    """Load balancing: losses (Qiu et al. 2025, arXiv 2501.11873, for ``scope="global"``), and a bias without a loss."""
 
     #: the tokens over which the load is counted: the whole optimizer step on all ranks, one
-    #: micro-batch of one rank, or one sequence
-    scope: Literal["global", "micro", "sequence"] = "global"
+    #: micro-batch of one rank, one sequence, or as ``balance.extra`` describes them
+    scope: Scope = "global"
     #: weight of the loss; 0 switches it off (the counts are still kept)
     coefficient: float = 0.01
     #: which counts stand for the whole step while it is still running: ``rolling`` those so far;
+    #: ``carry`` those so far, and the step before's for the micro-batches to come;
     #: ``exact`` all of them, for which the training loop must count first (:func:`counting_pass`)
-    estimator: Literal["rolling", "exact"] = "rolling"
+    estimator: Literal["rolling", "carry", "exact"] = "rolling"
     #: backward passes per optimizer step; None: as many as the previous step had
     micro_batches: int | None = None
     #: how the data-parallel engine joins the ranks' gradients: DDP and FSDP take the mean
     grad_reduction: Literal["mean", "sum"] = "mean"
+    #: what the coefficient of "global" means: ``exact``, the weight of the loss; ``megatron``, as Megatron-Core's
+    #: global_aux_loss has it, where the gradient is smaller by the number of data-parallel ranks
+    scale_convention: Literal["exact", "megatron"] = "exact"
+    #: further losses
+    extra: ExtraLossConfig = field(default_factory=ExtraLossConfig)
+    #: how far each optimizer step moves the bias that chooses experts (loss-free balancing, arXiv 2408.15664; 0.001 is
+    #: usual); 0: no bias
+    bias_update_rate: float = 0.0
+    #: by the sign of mean load - load, or in proportion to it as a share of the mean load
+    bias_rule: Literal["sign", "proportional"] = "sign"
+    #: whose load: the whole step's on all ranks; or the mean of the moves that each micro-batch of each rank asks for,
+    #: an experiment's control
+    bias_scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
-        scopes, estimators = ("global", "micro", "sequence"), ("rolling", "exact")
-        require(self.scope in scopes, "balance.scope", self.scope, f"use one of {', '.join(scopes)}")
-        require(
-            self.estimator in estimators, "balance.estimator", self.estimator, f"use one of {', '.join(estimators)}"
-        )
+        choices = {
+            "scope": get_args(Scope),
+            "estimator": ("rolling", "carry", "exact"),
+            "bias_rule": ("sign", "proportional"),
+            "bias_scope": ("global", "micro"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(value in allowed, f"balance.{name}", value, f"use one of {', '.join(allowed)}")
         require(self.coefficient >= 0, "balance.coefficient", self.coefficient, "must not be negative")
         require(
             self.micro_batches is None or self.micro_batches >= 1,
@@ -86,6 +129,18 @@ class BalanceConfig:
             "balance.grad_reduction",
             self.grad_reduction,
             "use 'mean' (DDP, FSDP) or 'sum'",
+        )
+        require(
+            self.scale_convention in ("exact", "megatron"),
+            "balance.scale_convention",
+            self.scale_convention,
+            "use 'exact', or 'megatron' for a coefficient that was tuned there",
+        )
+        require(
+            self.bias_update_rate >= 0,
+            "balance.bias_update_rate",
+            self.bias_update_rate,
+            "must not be negative; 0.001 is usual",
         )
 
 

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from .balance import Balancer, Pass
+from .balance import Balancer, Pass, initial_bias
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import GroupedExperts, NoSharedExperts, SharedExperts
@@ -34,6 +34,7 @@ class MoE(nn.Module):
         self.config = config
         hidden, std = config.hidden_size, config.init_std
         self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
+        self.router.bias_E = initial_bias(config.balance, config.num_experts)
         self.experts = GroupedExperts(config.num_experts, hidden, config.intermediate_size, config.backend, std)
         self.shared: nn.Module = NoSharedExperts()
         if config.shared_intermediate_size:
@@ -48,10 +49,10 @@ class MoE(nn.Module):
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
-        this = self.balancer.begin(self.training, self.router.weight)
+        this = self.balancer.begin(self.training, self.router.weight, self.router.bias_E)
         routing = self.router(x_TD, mask_T, sequences, this.decision)
         routing = self.capacity(routing)
-        self.balancer.count(routing, this)
+        self.balancer.count(routing, this, mask_T)
         shared = cache(partial(self.shared, x_TD))  # computed once: while rows travel, or else below
         y_TD = self.dispatcher(x_TD, routing, self.experts, meanwhile=shared)
         if (shared_TD := shared()) is not None:

@@ -1,4 +1,4 @@
-"""The balance losses, pure functions of counts and probability sums.  B sequences, E experts.
+"""The balance losses, pure functions of counts and probability sums.  B sequences, E experts, D expert-parallel ranks.
 
 Every one has the form  sum_bi  g_bi * prob_sums_bi,  where g carries no gradient: the loads are counts of a
 hard choice. A scope is therefore nothing but its g, the gradient of the loss with respect to the sums.
@@ -8,26 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+from .estimators import Estimate
 
 
 @dataclass(frozen=True)
 class StepView:
     """What is known, at backward time, of a micro-batch and of the optimizer step it belongs to."""
 
-    #: int64 [B, E] and [B], this micro-batch on the ranks that hold parts of its sequences
+    #: int64 [B, E] and [B], this micro-batch on the ranks that hold parts of its sequences; B is 1 where no loss is of
+    #: sequences
     counts_BE: Tensor
     tokens_B: Tensor
-    #: int64 [E] and scalar, all ranks and all micro-batches of the step known so far
-    step_counts_E: Tensor
-    step_tokens: Tensor
-    #: micro-batches in step_counts, and in the whole step
+    #: int64 [E] and scalar, this micro-batch on all ranks
+    batch_counts_E: Tensor
+    batch_tokens: Tensor
+    #: what stands for all ranks and all micro-batches of the step
+    step: Estimate
+    #: micro-batches known, and in the whole step
     seen: int
     micro_batches: int
     #: ranks, or groups of ranks that hold parts of the same sequences, with different micro-batches
     ranks: int
     top_k: int
+    #: expert-parallel ranks with E/devices consecutive experts each, and how many of them a token can reach
+    devices: int = 1
+    reach: int = 1
+    #: int64 [D], tokens of this micro-batch on all ranks that chose an expert of each; for "communication"
+    sent_D: Tensor | None = None
+    #: int64 [E] and scalar, the choices of tokens drawn from the step; for "shuffled"
+    drawn_counts_E: Tensor | None = None
+    drawn_tokens: Tensor | None = None
+
+
+class Loss(NamedTuple):
+    """One loss at backward time, in fp64; contributions of all ranks and micro-batches add up to it."""
+
+    #: [E] or [B, E], 1.0 when balanced
+    loads: Tensor
+    #: scalar or [B]: the gradient with respect to prob_sums is loads * weight
+    weight: Tensor
+    #: scalar, the weight of one token in a mean over the step
+    token_weight: Tensor
+    #: scalar, tokens over which the loads were counted, in the mean over sequences if there are several
+    tokens: Tensor
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of the loss with respect to prob_sums, [E] or [B, E]."""
+        return self.loads * self.weight.unsqueeze(-1)
 
 
 def loads(counts: Tensor, tokens: Tensor, top_k: int) -> Tensor:
@@ -41,37 +73,78 @@ def loss_value(counts: Tensor, tokens: Tensor, prob_sums: Tensor, prob_tokens: T
     return (loads(counts, tokens, top_k) * mean_prob).sum(dim=-1)
 
 
-def global_batch(view: StepView) -> tuple[Tensor, Tensor]:
-    """The load of the whole optimizer step on all ranks (arXiv 2501.11873).
-
-    The tokens of micro-batches that are still to come are taken to be as many as those of the ones seen.
-    """
-    weight = 1.0 / _whole_step_tokens(view)
-    return loads(view.step_counts_E, view.step_tokens, view.top_k) * weight, weight
+def global_batch(view: StepView) -> Loss:
+    """The load of the whole optimizer step on all ranks (arXiv 2501.11873)."""
+    weight = 1.0 / view.step.step_tokens.clamp_min(1)
+    return Loss(loads(view.step.counts_E, view.step.tokens, view.top_k), weight, weight, view.step.tokens)
 
 
-def micro_batch(view: StepView) -> tuple[Tensor, Tensor]:
-    """The load of one micro-batch of one data-parallel rank (Switch, GShard); the step's loss is the mean over these."""
-    weight = 1.0 / (view.tokens_B.sum().double().clamp_min(1) * view.micro_batches * view.ranks)
-    return loads(view.counts_BE.sum(0), view.tokens_B.sum(), view.top_k) * weight, weight
+def data_parallel(view: StepView) -> Loss:
+    """The load of one micro-batch over all ranks; the step's loss is the mean over its micro-batches."""
+    tokens = view.batch_tokens.double()
+    weight = 1.0 / (tokens.clamp_min(1) * view.micro_batches)
+    return Loss(loads(view.batch_counts_E, view.batch_tokens, view.top_k), weight, weight, tokens)
 
 
-def sequence(view: StepView) -> tuple[Tensor, Tensor]:
+def micro_batch(view: StepView) -> Loss:
+    """The load of one micro-batch of one data-parallel rank (Switch, GShard); the step's loss is their mean."""
+    tokens = view.tokens_B.sum().double()
+    weight = 1.0 / (tokens.clamp_min(1) * view.micro_batches * view.ranks)
+    return Loss(loads(view.counts_BE.sum(0), tokens, view.top_k), weight, weight, tokens)
+
+
+def sequence(view: StepView) -> Loss:
     """The load of each sequence (DeepSeek-V3, arXiv 2412.19437); the step's loss is the mean over sequences."""
-    sequences = (view.tokens_B > 0).sum().double().clamp_min(1) * view.micro_batches * view.ranks
-    weight_B = 1.0 / (view.tokens_B.double().clamp_min(1) * sequences)
-    per_token = 1.0 / (view.tokens_B.sum().double().clamp_min(1) * view.micro_batches * view.ranks)
-    return loads(view.counts_BE, view.tokens_B, view.top_k) * weight_B[:, None], per_token
+    present = (view.tokens_B > 0).sum().double().clamp_min(1)
+    tokens = view.tokens_B.sum().double()
+    weight_B = 1.0 / (view.tokens_B.double().clamp_min(1) * (present * view.micro_batches * view.ranks))
+    per_token = 1.0 / (tokens.clamp_min(1) * view.micro_batches * view.ranks)
+    return Loss(loads(view.counts_BE, view.tokens_B, view.top_k), weight_B, per_token, tokens / present)
 
 
-def _whole_step_tokens(view: StepView) -> Tensor:
-    return view.step_tokens.double().clamp_min(1) * (max(view.micro_batches, view.seen) / view.seen)
+def device(view: StepView) -> Loss:
+    """The load of each expert-parallel rank, the mean of its experts' (DeepSeek-V2, arXiv 2405.04434, equation 27).
+
+    Over one micro-batch of all ranks, because that is what the ranks wait for each other in.
+    """
+    of_batch = data_parallel(view)
+    loads_D = of_batch.loads.view(view.devices, -1).mean(1)
+    return of_batch._replace(loads=_to_experts(loads_D, view))
 
 
-#: scope -> (gradient of the summed loss with respect to prob_sums, [E] or [B, E]; weight of one token in a mean
-#: over the step), both fp64, so that contributions of all ranks and micro-batches add up to the loss
-SCOPES: dict[str, Callable[[StepView], tuple[Tensor, Tensor]]] = {
+def communication(view: StepView) -> Loss:
+    """The tokens sent to each expert-parallel rank (DeepSeek-V2, arXiv 2405.04434, equation 30).
+
+    f''_d = D / (M T) * tokens with a choice on rank d, for the M ranks that a token can reach; 1.0 when every token
+    reaches that many and all ranks alike, so less where tokens reach fewer. Over one micro-batch of all ranks.
+    """
+    assert view.sent_D is not None
+    of_batch = data_parallel(view)
+    per_rank = view.batch_tokens.double().clamp_min(1) * (view.reach / view.devices)
+    return of_batch._replace(loads=_to_experts(view.sent_D.double() / per_rank, view))
+
+
+def shuffled(view: StepView) -> Loss:
+    """The load of as many tokens as a micro-batch of one rank has, drawn without replacement from the step so far.
+
+    The control of arXiv 2501.11873, section 5: as few tokens as "micro", as various as "global".
+    """
+    assert view.drawn_counts_E is not None and view.drawn_tokens is not None
+    drawn_loads = loads(view.drawn_counts_E, view.drawn_tokens, view.top_k)
+    return micro_batch(view)._replace(loads=drawn_loads, tokens=view.drawn_tokens.double())
+
+
+def _to_experts(loads_D: Tensor, view: StepView) -> Tensor:
+    """Every expert has its rank's load: sum_d f_d * P_d with P_d the sum of the rank's probabilities."""
+    return loads_D.repeat_interleave(view.batch_counts_E.shape[-1] // view.devices)
+
+
+SCOPES: dict[str, Callable[[StepView], Loss]] = {
     "global": global_batch,
+    "data_parallel": data_parallel,
     "micro": micro_batch,
     "sequence": sequence,
+    "device": device,
+    "communication": communication,
+    "shuffled": shuffled,
 }

@@ -80,7 +80,7 @@ class Block:
             return "gathered weights"
         if not self.in_backward and self.died is not None and self.died > self.born:
             return "activations"
-        if self.in_backward and (self.died is None or self.died > self.born):
+        if self.in_backward and not self.travels and (self.died is None or self.died > self.born):
             return "whole gradients"
         if self.travels and self.died is None:
             return "receive buffers"  # the schedule has one for each micro-batch and direction

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -24,6 +26,9 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
         raise ValueError(f"model.moe_intermediate_size={width}: must be divisible by parallel.etp={etp.size}")
     layer.balancer.axis, layer.balancer.sequence_axis = mesh["stage"], mesh["sequence"]
     layer.balancer.averaged_ranks = 1
+    layer.balancer.devices = ep.size
+    if config.router.groups > 1:  # each on that many ranks
+        layer.balancer.reach = config.router.kept_groups * math.ceil(ep.size / config.router.groups)
     if not degrees.sequence_parallel:
         layer.duplicates = DropDuplicates(mesh["tp"])
     layer.capacity = build_capacity(config, mesh["sequence"], mesh["stage"], ep.size)

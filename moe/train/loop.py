@@ -132,11 +132,16 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that a resume needs. Between steps the balance counts are empty, by design."""
+        """All tensors that a resume needs, those of load balancing among them."""
         generators = {f"cpu.{self.axis.rank}": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators[f"cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
-        return checkpoint.training_state(self.engine.named_parameters(), self.optimizer, generators)
+        state = checkpoint.training_state(self.engine.named_parameters(), self.optimizer, generators)
+        for number, layer in self.layers.items():
+            balance = layer.balancer.state(self.config.model.num_experts, self.device)
+            state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
+        biases = [(n, b) for part in self.engine.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
+        return state | {f"model.{name}": bias_E for name, bias_E in biases}
 
     def save(self, root: Path) -> Path:
         """Write a checkpoint of the present step. Every rank calls it."""

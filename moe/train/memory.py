@@ -90,6 +90,12 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
     vocabulary = config.model.vocab_size or vocab_size
     require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's number of entries")
     assert vocabulary is not None
+    require(
+        config.dtype == "float32" or place.degrees.data_parallel == "fsdp",
+        "parallel.data_parallel",
+        place.degrees.data_parallel,
+        "autocast keeps a copy of the weights for each micro-batch, for which there is no formula; do a dry run",
+    )
     micro_batches = config.micro_batches(place.degrees.dp)
     weights = list(_weights(config, place, vocabulary))
     padded = own = 0
@@ -266,11 +272,13 @@ class _Activations:
         if moe.shared_intermediate_size:
             gate = c * (hidden + 1) * t if moe.shared_gate else 0
             shared = 4 * c * moe.shared_intermediate_size * t + gate
-        sources = c * hidden * rows if degrees.ep > 1 else 0
+        # rows that arrive; where all experts are here, the tokens themselves, which only etp ranks must bring together
+        arriving = rows if degrees.ep > 1 else t if degrees.etp > 1 else 0
+        sources = c * hidden * arriving * degrees.etp
         up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
         experts = sources + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
         places = 72 * rows  # ids, weights, and where rows stand
-        return router + experts + places + shared + (x if shared or degrees.ep == 1 else 0)
+        return router + experts + places + shared + (x if shared or degrees.ep * degrees.etp == 1 else 0)
 
     def _head(self) -> int:
         """The last norm, the logits, and their logarithm in fp32."""

@@ -8,18 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Routing
-from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, split_axis, world_axis
+from equimoe.moe import BalanceConfig, DispatchConfig, MoE
+from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, world_axis
 from equimoe.moe.dispatch import DropDuplicates, build_dispatcher, traffic
-from equimoe.moe.dispatch.traffic import Bytes, Load
+from equimoe.moe.dispatch.traffic import Load
 from equimoe.moe.dispatch.wire import WIRES, BFloat16, Float8
-from equimoe.moe.types import Decision, DispatchPlan
+from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
-
-T, D, K, E = 16, 6, 2, 8
-CONFIG = MoEConfig(hidden_size=D, intermediate_size=4, num_experts=E, top_k=K, init_std=0.5)
-
+from tests.helpers.wire import CONFIG, SPREADS, D, E, K, T, cases, measure, routing
 
 # ---- formats ------------------------------------------------------------------------------------------------------
 
@@ -93,66 +90,14 @@ def test_gradients_take_their_own_format() -> None:
 
 # ---- bytes --------------------------------------------------------------------------------------------------------
 
-#: ids of token t: on two ranks of different nodes (of two), on two ranks of one node, on one rank
-SPREADS = {
-    "nodes": (lambda t: (t % E, (t + 4) % E), 2, 2),
-    "ranks": (lambda t: (t % E, t % E // 4 * 4 + (t + 2) % 4), 1, 2),
-    "one rank": (lambda t: (t % E, t % E ^ 1), 1, 1),
-}
-
-
-def routing(spread: str, dtype: torch.dtype) -> Routing:
-    ids_TK = torch.tensor([SPREADS[spread][0](t) for t in range(T)])
-    weights = torch.full((T, K), 0.5, dtype=dtype, requires_grad=True)
-    counts = torch.bincount(ids_TK.flatten(), minlength=E)[None]
-    return Routing(Decision(ids_TK, ids_TK), weights, counts, torch.tensor([T]), torch.zeros(1, E), torch.zeros(()))
-
-
-def measure(
-    rank: int, world: int, dispatch: DispatchConfig, capacity: CapacityConfig | None, etp: int, spread: str
-) -> tuple[int, int]:
-    """Bytes that this rank sends in a forward and a backward, without counts."""
-    axis, etp_axis = split_axis(world_axis(), etp)
-    dispatcher = build_dispatcher(replace(CONFIG, dispatch=dispatch, capacity=capacity), axis, etp_axis)
-    x_TD = torch.randn(T, D, requires_grad=True)
-
-    def experts(rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
-        return rows_SD * plan.weights_SK.sum(1, keepdim=True)
-
-    with record_traffic() as forward:
-        y_TD = dispatcher(x_TD, routing(spread, torch.float32), experts)
-    with record_traffic() as backward:
-        y_TD.sum().backward()
-    assert {entry.size for entry in forward + backward} <= {2, 4}
-    sums = [sum(entry.sent for entry in entries if entry.verb != "exchange_counts") for entries in (forward, backward)]
-    return sums[0], sums[1]
-
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("spread", SPREADS)
 def test_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
-    load = Load(T, D, K, value=4, weight=4, wire=wire)
-    _, nodes_each, ranks_each = SPREADS[spread]
-    capacity = CapacityConfig(factor=1.0, pad=True)
-    expected: list[tuple[DispatchConfig, CapacityConfig | None, int, Bytes]] = [
-        (DispatchConfig(), None, 1, traffic.all_to_all(load, 4)),
-        (DispatchConfig(), None, 2, traffic.all_to_all(load, 2, 2)),
-        (DispatchConfig(), None, 4, traffic.local(load, 4)),
-        (DispatchConfig(), capacity, 1, traffic.padded(load, 4, T * K // E, E)),
-        (DispatchConfig("overlapped", chunks=2), None, 1, traffic.all_to_all(load, 4)),
-        (DispatchConfig("all_gather"), None, 1, traffic.all_gather(load, 4)),
-        (DispatchConfig("all_gather", equal_tokens=True), None, 2, traffic.all_gather(load, 2, 2)),
-        (
-            DispatchConfig("hierarchical", node_size=2),
-            None,
-            1,
-            traffic.hierarchical(load, 2, 2, nodes_each, ranks_each),
-        ),
-    ]
+    expected = cases(wire, spread)
 
     def script(rank: int, world: int) -> list[tuple[int, int]]:
-        cases = [(replace(dispatch, wire=wire), capacity, etp) for dispatch, capacity, etp, _ in expected]
-        return [measure(rank, world, *case, spread) for case in cases]
+        return [measure(rank, world, *case, spread) for *case, _ in expected]
 
     for result in run_ranks(script, 4):
         assert result == [tuple(want) for *_, want in expected]
