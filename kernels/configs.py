@@ -50,7 +50,7 @@ _FEW = {
 _HALF: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_80", "few"): _FEW,
     ("sm_80", "many"): {
-        "gemm": Config(128, 128, 32, 4, 4),
+        "gemm": Config(128, 128, 32, 8, 4),
         "plain": Config(128, 64, 32, 8, 4),
         "gated": Config(128, 64, 32, 8, 4),
         "gated_grad": Config(128, 32, 32, 8, 3),

@@ -1,4 +1,4 @@
-"""One rank of a large job, on this machine's CPU: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
+"""One rank of a large job, on a laptop: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
 
 The code of a training run takes one optimizer step on tensors without memory, in a process group that reaches nobody.
 What it would have allocated, sent and computed is counted. Routing is taken to be balanced, because nothing is routed.
@@ -82,7 +82,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
     passes = config.micro_batches(degrees.dp)
     run = min(passes, _enough(config, degrees.pp, passes))
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    with env.pretended(rank, world):
+    with env.pretended(rank, world, node):
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # positions and ranks are known
         with mode:
@@ -196,9 +196,9 @@ def describe(found: Found, config: TrainConfig) -> str:
         lines.append(f"  {kind:<22}{_bytes(found.memory.get(kind, 0)):>14}{_bytes(size):>18}")
     lines.append(f"  {'all':<22}{_bytes(sum(found.memory.values())):>14}")
     lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'in one node':<12}{'calls':>9}{'sent':>13}  when"]
-    for kind, calls, size in found.traffic:
-        row = f"{kind.verb:<16}{kind.axis:<14}{kind.ranks:>6} {'yes' if kind.inside_node else 'no':<12}"
-        lines.append(f"{row}{calls:>9}{_bytes(size):>13}  {kind.when}")
+    for what, calls, size in found.traffic:
+        row = f"{what.verb:<16}{what.axis:<14}{what.ranks:>6} {'yes' if what.inside_node else 'no':<12}"
+        lines.append(f"{row}{calls:>9}{_bytes(size):>13}  {what.when}")
     lines += ["", "products, recomputed ones included"]
     for part, count in [*sorted(found.flops.items(), key=lambda row: -row[1]), ("all", sum(found.flops.values()))]:
         lines.append(f"  {part:<22}{_amount(count, 1000):>14}FLOP")

@@ -67,18 +67,26 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def pretended(rank: int, world: int) -> Iterator[None]:
-    """Be ``rank`` of ``world`` in a process group that reaches nobody: collectives return at once, and move nothing."""
+def pretended(rank: int, world: int, node: int) -> Iterator[None]:
+    """Be ``rank`` of ``world``, ``node`` to a machine, in a process group that reaches nobody.
+
+    Collectives return at once, and move nothing.
+    """
     if world == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore  # only here: it belongs to torch's own tests
 
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        os.environ.pop("LOCAL_WORLD_SIZE")
+        if before is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = before
 
 
 def stop(process: Process, code: int, message: str) -> NoReturn:

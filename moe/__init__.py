@@ -5,7 +5,7 @@
 """
 
 from .balance import counting_pass, recompute
-from .config import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
+from .config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig
 from .layer import MoE
 from .types import Routing, RoutingStats
 
@@ -13,6 +13,7 @@ __all__ = [
     "BalanceConfig",
     "CapacityConfig",
     "DispatchConfig",
+    "ExtraLossConfig",
     "MoE",
     "MoEConfig",
     "RouterConfig",

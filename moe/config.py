@@ -196,6 +196,24 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class RecomputeConfig:
+    """Which activations are computed again in the backward pass, where any are. Routing decisions are always kept."""
+
+    #: whole blocks, or one of their two parts with its norm
+    part: Literal["block", "attention", "feed_forward"] = "block"
+    #: blocks for which it is done, the first ones; none: all
+    layers: int | None = None
+    #: keep dispatched rows and results, so that the recomputation exchanges nothing: 4 instead of 6 exchanges per layer
+    #: for the memory of about 2 K rows per token (DeepSpeed-TED, arXiv 2303.06318)
+    keep_exchanges: bool = False
+
+    def __post_init__(self) -> None:
+        parts = ("block", "attention", "feed_forward")
+        require(self.part in parts, "recompute.part", self.part, f"use one of {', '.join(parts)}")
+        require(self.layers is None or self.layers >= 0, "recompute.layers", self.layers, "must not be negative")
+
+
+@dataclass(frozen=True)
 class CapacityConfig:
     """A limit of ceil(factor * K * T / E) rows per expert; without one the layer is dropless."""
 

@@ -35,7 +35,16 @@ class MoE(nn.Module):
         hidden, std = config.hidden_size, config.init_std
         self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
         self.router.bias_E = initial_bias(config.balance, config.num_experts)
-        self.experts = GroupedExperts(config.num_experts, hidden, config.intermediate_size, config.backend, std)
+        self.experts = GroupedExperts(
+            config.num_experts,
+            hidden,
+            config.intermediate_size,
+            config.backend,
+            std,
+            config.activation,
+            config.gated,
+            config.recompute_experts,
+        )
         self.shared: nn.Module = NoSharedExperts()
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)

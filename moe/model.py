@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,25 +16,46 @@ from torch import Tensor, nn
 
 from .attention import ATTENTION, Attention
 from .balance import recompute
-from .config import AttentionConfig, MoEConfig
+from .config import AttentionConfig, MoEConfig, RecomputeConfig
 from .experts import SwiGLU
 from .layer import MoE
 
+#: runs a function on its arguments, now or now and once more
+Run = Callable[..., Any]
+PARTS = ("block", "attention", "feed_forward")
+
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
 
-    def __init__(self, attention: Attention, mlp: nn.Module, hidden_size: int) -> None:
+    ``again`` names the part of it, if any, whose activations the backward pass computes again by ``recompute``.
+    """
+
+    def __init__(
+        self, attention: Attention, mlp: nn.Module, hidden_size: int, recompute: Run | None = None, again: str = ""
+    ) -> None:
         super().__init__()
+        self.run_block, self.run_attention, self.run_feed_forward = (
+            recompute if recompute is not None and part == again else _run for part in PARTS
+        )
         self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-5)
         self.attention = attention
         self.mlp_norm = nn.RMSNorm(hidden_size, eps=1e-5)
         self.mlp = mlp
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+        return self.run_block(self._whole, x_BSD, mask_BS)
+
+    def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+        x_BSD = x_BSD + self.run_attention(self._attend, x_BSD)
+        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS)
+
+    def _attend(self, x_BSD: Tensor) -> Tensor:
+        return self.attention(self.attention_norm(x_BSD))
+
+    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         rest = (mask_BS,) if isinstance(self.mlp, MoE) else ()
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD), *rest)
+        return self.mlp(self.mlp_norm(x_BSD), *rest)
 
 
 class Decoder(nn.Module):
@@ -57,26 +79,31 @@ class Decoder(nn.Module):
         dense_layers: int = 0,
         attention: AttentionConfig | None = None,
         recompute_blocks: bool = False,
+        recompute_how: RecomputeConfig | None = None,
     ) -> None:
         super().__init__()
-        hidden, attention = moe.hidden_size, attention or AttentionConfig()
+        hidden, attention, how = moe.hidden_size, attention or AttentionConfig(), recompute_how or RecomputeConfig()
+        again = partial(recompute, keep_exchanges=how.keep_exchanges)
         self.embedding: nn.Module | None = nn.Embedding(vocab_size, hidden)
         self.blocks = nn.ModuleDict()
         for i in range(num_layers):
             is_moe = i >= dense_layers and moe_every > 0 and (i + 1) % moe_every == 0
             mlp = MoE(moe) if is_moe else SwiGLU(hidden, intermediate_size, moe.init_std)
-            self.blocks[str(i)] = Block(ATTENTION[attention.kind](hidden, num_heads, seq_len, attention), mlp, hidden)
+            part = how.part if recompute_blocks and (how.layers is None or i < how.layers) else ""
+            attend = ATTENTION[attention.kind](hidden, num_heads, seq_len, attention)
+            self.blocks[str(i)] = Block(attend, mlp, hidden, again, part)
         self.hidden_size = hidden
         self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=1e-5)
         self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
-        self.run_block: Callable[..., Any] = recompute if recompute_blocks else _run
+        #: some activations are computed again
+        self.recomputes = recompute_blocks
         self._initialise(moe.init_std, num_layers)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
-            x = self.run_block(block, x, mask)
+            x = block(x, mask)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x))
         return x
@@ -102,5 +129,5 @@ def numbered_moe_layers(parts: Iterable[Decoder]) -> dict[int, MoE]:
     return {number: block.mlp for number, block in blocks if isinstance(block.mlp, MoE)}
 
 
-def _run(block: nn.Module, *args: Any) -> Any:
-    return block(*args)
+def _run(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)

@@ -367,7 +367,7 @@ def expert_mlp(
 
 
 #: activation, gated, and whether the sum has no tail; the first in every dtype, the others in bf16
-_VARIANTS = (("silu", True, True), ("gelu", True, False), ("gelu_tanh", False, True), ("relu2", False, False))
+_VARIANTS = (("silu", True, True), ("gelu", True, False), ("gelu_tanh", False, False))
 
 
 def _variants(op: str, plain_op: str) -> Iterator[tuple[str, str, Config, dict[str, object]]]:

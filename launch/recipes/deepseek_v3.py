@@ -22,12 +22,12 @@ def deepseek_v3() -> TrainConfig:
     * multi-head latent attention: 128 heads of 128 + 64 (rotated) and values of 128, from latents of 1536 and 512;
     * three dense layers, then 58 with one shared and 256 routed experts of width 2048, of which a token takes eight;
     * scores: sigmoid; a token chooses within its four best of eight groups; weights sum to 2.5;
-    * balance: the sequence-wise loss with weight 0.0001;
+    * balance: a bias for each expert, moved by 0.001 a step; and the sequence-wise loss with weight 0.0001;
     * 15,360 sequences of 4,096 tokens a step, 14.8 trillion tokens; AdamW with 0.9, 0.95 and decay 0.1, gradients
       clipped at 1; 2.2e-4 after 2,000 steps of warm-up, falling at the end.
 
-    Sixteen pipeline stages and experts over 64 ranks are theirs, too. Not here: multi-token prediction, FP8, the batch's
-    growth in the beginning, and DualPipe, in whose place blocks are recomputed and the schedule is 1F1B.
+    Sixteen pipeline stages and experts over 64 ranks are theirs, too. Not here: multi-token prediction, FP8, a batch
+    that grows in the beginning, and DualPipe, in whose place blocks are recomputed and the schedule is 1F1B.
     """
     return TrainConfig(
         steps=235_000,
@@ -49,7 +49,7 @@ def deepseek_v3() -> TrainConfig:
             kind="latent", q_lora_rank=1536, kv_lora_rank=512, qk_nope_width=128, qk_rope_width=64, v_width=128
         ),
         router=RouterConfig(score="sigmoid", normalize_weights=True, weight_scale=2.5, groups=8, kept_groups=4),
-        balance=BalanceConfig(scope="sequence", coefficient=1e-4),
+        balance=BalanceConfig(scope="sequence", coefficient=1e-4, bias_update_rate=0.001),
         data=DataConfig(seq_len=4096, global_batch=15360, micro_batch=1),
         optim=OptimConfig(lr=2.2e-4, schedule="wsd", warmup_steps=2000, decay_fraction=0.3, min_lr_ratio=0.1),
         parallel=ParallelConfig(pp=16, ep=64, data_parallel="fsdp", timeout_s=1800.0),

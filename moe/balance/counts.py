@@ -123,7 +123,7 @@ class StepTotals:
         square over micro-batches (and sequences, where the main loss is of sequences). None where no backward asked."""
         if not self.used:
             return None
-        load_E = self.counts_E.double() * (len(self.counts_E) / self.counts_E.sum().clamp_min(1))
+        load_E = self.counts_E.double() * len(self.counts_E) / self.counts_E.double().sum().clamp_min(1)
         used_XE = torch.cat([loss.loads.view(-1, len(load_E)) for loss in self.used])
         return float((used_XE - load_E).square().sum(1).mean().sqrt() / load_E.norm().clamp_min(1e-300))
 

@@ -26,7 +26,6 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from ..attention import Attention
 from ..collectives import Axis, believe_splits, record_traffic, shares
@@ -34,6 +33,7 @@ from ..config import MoEConfig
 from ..experts import SwiGLU
 from ..layer import MoE
 from ..routing import Router
+from .dry_costs import FLOPS, bytes_sent, fused_attention, fused_norm, group_of, verb_of
 from .mesh import Mesh
 
 aten = torch.ops.aten
@@ -46,8 +46,8 @@ PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Ro
 
 #: who uses a group when several axes have the same ranks: by what is done
 USERS = {
-    "all_gather": ("tp", "edp_shard", "fsdp", "cp"),
-    "reduce_scatter": ("tp", "edp_shard", "fsdp", "cp"),
+    "all_gather": ("tp", "fsdp", "edp_shard", "cp"),
+    "reduce_scatter": ("tp", "fsdp", "edp_shard", "cp"),
     "all_reduce": ("tp", "edp_replicate", "edp", "edp_shard", "dp_replicate", "dense", "fsdp", "stage", "pp"),
     "all_to_all": ("ep", "cp"),
     "send": ("pp", "cp"),
@@ -139,8 +139,8 @@ class Recorder(TorchDispatchMode):
         resize = torch.UntypedStorage.resize_
         self._swap(torch.UntypedStorage, "resize_", lambda storage, size: self._resized(resize, storage, size))
         self._swap(ShardingPropagator, PROPAGATE, self._unseen(getattr(ShardingPropagator, PROPAGATE)))
-        self._swap(F, "scaled_dot_product_attention", _fused_attention)
-        self._swap(F, "rms_norm", _fused_norm)
+        self._swap(F, "scaled_dot_product_attention", fused_attention)
+        self._swap(F, "rms_norm", fused_norm)
         super().__enter__()
         return self
 
@@ -248,19 +248,19 @@ class Recorder(TorchDispatchMode):
     # ---- communication
 
     def _communicates(self, func: Any, args: tuple[Any, ...]) -> None:
-        verb = _verb(func._opname)
+        verb = verb_of(func._opname)
         tensors = [t for t in tree_iter(args) if isinstance(t, FakeTensor)]
         for t in tensors:
             self._seen(t).travels = True
         if verb is None:
             return
-        group = _group(args)
+        group = group_of(args)
         size, names = group.size(), self._names.get(group.group_name, ["world"])
         noted = self._traffic[-1].axis if self._traffic else None  # by our own verbs, just before they call
         self._traffic.clear()
         users = [name for name in USERS.get(verb, ()) if name in names]
         axis = noted or (users or names)[0]
-        sent = _bytes_sent(verb, func, args, size, group.rank())
+        sent = bytes_sent(verb, func, args, size, group.rank())
         if size == 1 or (verb in ("send", "recv") and all(t.nbytes <= 8 for t in tensors)):
             return  # nobody else, or a schedule's greeting of its neighbours before the first step
         ranks = dist.get_process_group_ranks(group)
@@ -324,118 +324,3 @@ def chosen_share(moe: MoEConfig, experts: int) -> float:
         groups = kept = 1  # the place is wider than a group
     open_to = moe.num_experts * kept // groups
     return kept / groups * (1 - comb(open_to - experts, moe.top_k) / comb(open_to, moe.top_k))
-
-
-# ---- collectives
-
-
-def _verb(op: str) -> str | None:
-    """What a c10d or functional operation does; none for those that only wait."""
-    words = {
-        "all_gather": ("allgather", "all_gather"),
-        "reduce_scatter": ("reduce_scatter",),
-        "all_to_all": ("alltoall", "all_to_all"),
-        "all_reduce": ("allreduce", "all_reduce"),
-        "broadcast": ("broadcast",),
-        "send": ("send",),
-        "recv": ("recv",),
-    }
-    return next((verb for verb, starts in words.items() if op.strip("_").startswith(starts)), None)
-
-
-def _group(args: tuple[Any, ...]) -> Any:
-    for arg in args:
-        if isinstance(arg, torch.ScriptObject):
-            try:
-                return dist.ProcessGroup.unbox(arg)
-            except RuntimeError:
-                continue  # a ReduceOp
-    name = next(arg for arg in reversed(args) if isinstance(arg, str) and arg not in ("sum", "avg"))
-    return dist.distributed_c10d._resolve_process_group(name)
-
-
-def _bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: int) -> int:
-    """Bytes that a rank sends to others, by the ring algorithms (all-reduce sends twice what reduce-scatter does)."""
-    schema = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-    inputs = next(
-        schema[name]
-        for name in ("input_tensor", "inputs", "input", "tensors", "input_tensors", "self")
-        if name in schema
-    )
-    data = sum(t.nbytes for t in tree_iter(inputs) if isinstance(t, Tensor))
-    if verb == "recv":
-        return 0
-    if verb in ("send", "broadcast"):
-        return data
-    if verb == "all_gather":
-        return data * (size - 1)
-    if verb == "all_reduce":
-        return 2 * data * (size - 1) // size
-    splits = schema.get("input_split_sizes") or schema.get("input_split_sizes_")
-    if verb == "all_to_all" and splits and sum(splits):
-        return data * (sum(splits) - splits[rank]) // sum(splits)
-    return data * (size - 1) // size
-
-
-# ---- kernels and their products
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool = False) -> Tensor:
-    """F.scaled_dot_product_attention by the kernel that a GPU takes: flash, or where it does not fit, "efficient"."""
-    if q.shape[-1] == v.shape[-1]:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
-    return aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), 0.0, is_causal)[0]
-
-
-class _FusedNorm(torch.autograd.Function):
-    """Shapes of F.rms_norm as a GPU has it, which keeps x and one number per row; the CPU's keeps fp32 copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-    return _FusedNorm.apply(x, weight)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:
-    """A causal product touches the S * (S + 1) / 2 pairs that are visible."""
-    batch, heads, length, width = q.shape
-    pairs = batch * heads * length * (length + 1) // 2
-    return 2 * pairs * (products_of_q * width + products_of_v * v.shape[-1])
-
-
-def _experts(x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * order.numel() * x.shape[1] * (gate_up.shape[1] + down.shape[2])
-
-
-def _experts_backward(
-    dy: Tensor, pre: Tensor, x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tensor, *rest: Any, out: Any
-) -> int:
-    keep, needs = rest[-2], rest[-1]
-    up = 2 * order.numel() * x.shape[1] * gate_up.shape[1]
-    return up * (needs[0] + needs[2] + (not keep)) + 2 * order.numel() * x.shape[1] * down.shape[2] * (1 + needs[3])
-
-
-def _torchs(formula: Callable[..., int]) -> Callable[..., int]:
-    return lambda *args, out=None, **kwargs: formula(*args, **kwargs, out_val=out)
-
-
-#: operation -> floating-point operations of a call, a multiplication and an addition being two
-FLOPS: dict[str, Callable[..., int]] = {
-    **{f"aten::{op}": _torchs(flop_registry[getattr(aten, op)]) for op in ("mm", "addmm", "bmm", "baddbmm")},
-    "aten::_scaled_dot_product_flash_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
-    "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
-    # scores again, dq, dk; dp, dv
-    "aten::_scaled_dot_product_flash_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
-    "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
-    "equimoe::expert_mlp": _experts,
-    "equimoe::expert_mlp_backward": _experts_backward,
-}

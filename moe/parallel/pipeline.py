@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from ..balance import counting_pass, recompute
+from ..balance import counting_pass
 from ..balance.counts import Window
 from ..collectives import Axis, sum_over
 from ..config import require
@@ -352,7 +352,7 @@ def _check_stage(stage: Decoder, schedule: str, number: int, num_stages: int) ->
             raise ValueError(
                 f"stage {number} of {num_stages}: {name} belongs to stage {place}; see split and stage_ids"
             )
-    if SCHEDULES[schedule].split_backward and stage.run_block is recompute:
+    if SCHEDULES[schedule].split_backward and stage.recomputes:
         raise ValueError(
             f"parallel.schedule={schedule!r}: a split backward would recompute each block once per weight; "
             "use 'interleaved_1f1b' or model.recompute=False"

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..config import AttentionConfig, BalanceConfig, CapacityConfig, MoEConfig, RouterConfig, require
+from ..config import (
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    DispatchConfig,
+    MoEConfig,
+    RecomputeConfig,
+    RouterConfig,
+    require,
+)
 from ..parallel.config import ParallelConfig as ParallelConfig  # one section of a run's configuration
 
 
@@ -29,8 +38,16 @@ class ModelConfig:
     shared_intermediate_size: int = 0
     #: entries of the embedding; None: as many as the tokenizer has
     vocab_size: int | None = None
-    #: recompute each block's activations in the backward pass
+    #: compute activations again in the backward pass (section ``recompute``: which)
     recompute: bool = False
+    #: of the routed experts; "gelu" is by the error function, "relu2" the square of ReLU
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+    #: experts with a gate, down(act(gate(x)) * up(x)), or without, down(act(up(x)))
+    gated: bool = True
+    #: experts keep their input alone, and compute the pre-activation again in the backward pass
+    recompute_experts: bool = False
+    #: which kernels: "reference" (slow, obvious), "torch", "triton", or "auto", the ones measured to be best
+    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
@@ -169,6 +186,8 @@ class TrainConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -214,5 +233,10 @@ class TrainConfig:
             router=self.router,
             balance=replace(self.balance, micro_batches=micro_batches),
             capacity=self.capacity,
+            dispatch=self.dispatch,
             shared_intermediate_size=self.model.shared_intermediate_size,
+            activation=self.model.activation,
+            gated=self.model.gated,
+            recompute_experts=self.model.recompute_experts,
+            backend=self.model.backend,
         )

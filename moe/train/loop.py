@@ -42,6 +42,7 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
         dense_layers=config.model.dense_layers,
         attention=config.attention,
         recompute_blocks=config.model.recompute,
+        recompute_how=config.recompute,
     )
 
 

@@ -104,12 +104,16 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         rows = ceil(weight.rows / over)
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
-    accumulates = place.degrees.data_parallel == "fsdp" and micro_batches > 1
+    # a split embedding's gradient is of all entries on each rank until FSDP, or else the optimizer, takes its part
+    tp = place.degrees.tp
+    unsplit = 4 * (vocabulary - vocabulary // tp) * config.model.hidden_size if place.first else 0
+    sharded = place.degrees.data_parallel == "fsdp"
+    accumulates = sharded and micro_batches > 1
     ends = (not place.first) + (not place.last) if place.num_stages > 1 else 0
     return Memory(
         parameters=4 * padded,
-        gradients=4 * padded,
-        whole_gradients=4 * sum(w.rows * w.width for w in weights) if accumulates else 0,
+        gradients=4 * padded + (0 if sharded else unsplit),
+        whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
         optimizer_state=8 * own + 4 * len(weights),
         activations=_in_flight(config, place, micro_batches) * _Activations(config, place, vocabulary).of_stage(),
         receive_buffers=micro_batches * ends * _Activations(config, place, vocabulary).hidden,
@@ -141,7 +145,9 @@ def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
         return 1
     schedule = place.degrees.schedule
     known = {"gpipe": micro_batches, "1f1b": min(micro_batches, place.num_stages - place.stages[0])}
-    require(schedule in known, "parallel.schedule", schedule, f"there is a formula for {', '.join(known)}; do a dry run")
+    require(
+        schedule in known, "parallel.schedule", schedule, f"there is a formula for {', '.join(known)}; do a dry run"
+    )
     return known[schedule]
 
 

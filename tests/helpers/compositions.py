@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from equimoe.moe import CapacityConfig
 from equimoe.moe import DispatchConfig as D
+from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
 from tests.helpers.parity import Composition as C
 
@@ -21,6 +22,22 @@ COMPOSITIONS: dict[str, C] = {
     "dp 2, ep 2, sequence scope": C(2, P(ep=2), scope="sequence"),
     "dp 2, ep 2, capacity": C(2, P(ep=2), capacity=CapacityConfig(1.0), tokens="equal"),
     "dp 2, ep 2, bf16": C(2, P(ep=2), dtype=BF16),
+    # what is computed again
+    "dp 2, ep 2, recompute attention": C(2, P(ep=2), recompute=R("attention")),
+    "dp 2, ep 2, recompute feed-forward": C(2, P(ep=2), recompute=R("feed_forward")),
+    "fsdp 4, ep 4, recompute two blocks": C(4, P(ep=4, data_parallel="fsdp"), recompute=R(layers=2)),
+    "fsdp 2, tp 2, ep 4, recompute, exchanges kept": C(
+        4, P(tp=2, ep=4, data_parallel="fsdp"), recompute=R(keep_exchanges=True)
+    ),
+    "overlapped 2, dp 2, ep 2, recompute, exchanges kept": C(
+        2, P(ep=2), dispatch=D("overlapped", chunks=2), recompute=R(keep_exchanges=True)
+    ),
+    "hierarchical, pp 2, dp 4, ep 4, recompute, exchanges kept": C(
+        8,
+        P(pp=2, ep=4),
+        dispatch=D("hierarchical", node_size=2),
+        recompute=R("feed_forward", keep_exchanges=True),
+    ),
     # sharded data parallelism
     "fsdp 2": C(2, P(data_parallel="fsdp")),
     "fsdp 4, ep 2": C(4, P(data_parallel="fsdp", ep=2)),

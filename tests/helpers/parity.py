@@ -14,7 +14,7 @@ from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
 from equimoe.moe.collectives import LOCAL
-from equimoe.moe.config import AttentionConfig
+from equimoe.moe.config import AttentionConfig, RecomputeConfig
 from equimoe.moe.engines import build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh, clip_grad_norm_, share_of
@@ -34,7 +34,7 @@ class Composition:
     world: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batches: int = 2
-    recompute: bool = False
+    recompute: bool | RecomputeConfig = False
     #: how many positions of each sequence are valid: all; different numbers; none on the first rank
     tokens: str = "unequal"
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
@@ -74,7 +74,8 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         moe=moe,
         moe_every=of.moe_every,
         attention=of.attention,
-        recompute_blocks=of.recompute,
+        recompute_blocks=bool(of.recompute),
+        recompute_how=of.recompute if isinstance(of.recompute, RecomputeConfig) else None,
     )
     if of.dtype == "bfloat16":
         _choose_clearly(model)

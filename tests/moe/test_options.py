@@ -21,6 +21,14 @@ OTHER_VALUES = {
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
 }
 
+#: what must be set first
+ALSO = {
+    "router.kept_groups": ["--router.groups=2"],
+    "capacity.max_tokens": ["--capacity.pad"],
+    "dispatch.chunks": ["--dispatch.name=overlapped"],
+    "dispatch.node_size": ["--dispatch.name=hierarchical"],
+}
+
 
 def value_of(config: TrainConfig, name: str) -> Any:
     value: Any = config
@@ -68,12 +76,14 @@ def test_every_field_can_be_set(name: str, joined: bool) -> None:
     current = None if name.startswith("capacity.") else value_of(start, name)
     text = another_value(name, fields_of()[name], current)
     option = "--" + name.replace("_", "-")
-    config = parse([f"{option}={text}"] if joined else [option, text]).config
+    also = ALSO.get(name, [])
+    config = parse([*also, *([f"{option}={text}"] if joined else [option, text])]).config
     found = value_of(config, name)
     assert found != current
     assert str(found).lower() == text
     changed = {n for n in FIELDS if not n.startswith("capacity.") and value_of(config, n) != value_of(start, n)}
-    assert changed == (set() if name.startswith("capacity.") else {name})
+    others = {option[2:].split("=")[0] for option in also}
+    assert changed - others == (set() if name.startswith("capacity.") else {name})
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -221,7 +231,7 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
         ("model.num_experts: 3", "model.num_experts: nest the key under its section"),
         ("model: 3", "model=3: must be a mapping of hidden_size, num_layers"),
         ("model:", "model=None: must be a mapping of hidden_size, num_layers"),
-        ("capacity: 3", "capacity=3: must be a mapping of factor, drop or none"),
+        ("capacity: 3", "capacity=3: must be a mapping of factor, drop, scope, level, pad, max_tokens or none"),
         ("steps: 1.5", "steps=1.5: must be a whole number"),
         ("steps: true", "steps=True: must be a whole number"),
         ("steps: '5'", "steps='5': must be a whole number"),

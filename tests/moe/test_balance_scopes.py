@@ -1,0 +1,177 @@
+"""Every scope against its definition, several at once, in one process.  E experts, D expert-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe.balance.draw import draw, sent
+from tests.helpers import oracle
+
+E, K, D = 8, 3, 4
+
+
+def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
+    torch.manual_seed(0)
+    config = BalanceConfig(**{"coefficient": 0.0, "micro_batches": 2, "estimator": "exact", **balance})
+    moe = MoEConfig(6, 8, E, K, router=router or RouterConfig(), balance=config, init_std=0.7)
+    layer = MoE(moe).double()
+    layer.balancer.devices = D
+    return layer
+
+
+def inputs() -> tuple[list[Tensor], list[Tensor]]:
+    """Two micro-batches of three sequences of seven tokens, and masks that leave unequal numbers of them."""
+    generator = torch.Generator().manual_seed(1)
+    centre = torch.tensor([1.0, -1.0])[:, None, None, None]
+    x = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64) + centre
+    mask = torch.arange(7) < torch.tensor([[7, 3, 0], [5, 7, 6]])[..., None]
+    return list(x), list(mask)
+
+
+def train(layer: MoE) -> Tensor:
+    layer.zero_grad()
+    xs, masks = inputs()
+    with counting_pass():
+        for x, mask in zip(xs, masks, strict=True):
+            layer(x, mask)
+    for x, mask in zip(xs, masks, strict=True):
+        (layer(x, mask) * 0).sum().backward()
+    layer.balancer.window.close()
+    return layer.router.weight.grad.clone()
+
+
+def defined(layer: MoE, scope: str) -> Tensor:
+    """The loss of the step as its paper writes it."""
+    parts = [(x.flatten(0, 1), mask.flatten()) for x, mask in zip(*inputs(), strict=True)]
+    whole = torch.cat([x for x, _ in parts]), torch.cat([mask for _, mask in parts])
+    if scope == "global":
+        return oracle.balance_loss(layer, *whole)
+    if scope in ("micro", "data_parallel"):  # the same with one rank
+        return sum(oracle.balance_loss(layer, *part) for part in parts) / 2
+    if scope == "sequence":
+        losses = []
+        for x_BSD, mask_BS in zip(*inputs(), strict=True):
+            each = [oracle.balance_loss(layer, x[m]) for x, m in zip(x_BSD, mask_BS, strict=True) if m.any()]
+            losses.append(sum(each) / len(each))
+        return sum(losses) / 2
+    losses = []
+    for x, mask in parts:
+        _, probs_TE, ids_TK, _ = oracle.route(layer, x[mask])
+        tokens, loss = len(ids_TK), torch.zeros(())
+        for d in range(D):
+            held = range(d * E // D, (d + 1) * E // D)
+            prob = sum(probs_TE[:, e].mean() for e in held)
+            if scope == "device":  # f_i = E / (K T) * choices
+                f = sum(E / (K * tokens) * int((ids_TK == e).sum()) for e in held) / len(held)
+            else:
+                arrivals = sum(any(e in held for e in row) for row in ids_TK.tolist())
+                f = D / (layer.balancer.reach or min(K, D)) / tokens * arrivals
+            loss = loss + f * prob
+        losses.append(loss)
+    return sum(losses) / 2
+
+
+def gradient(layer: MoE, loss: Tensor) -> Tensor:
+    return torch.autograd.grad(loss, layer.router.weight)[0]
+
+
+SCOPES = ("global", "micro", "sequence", "data_parallel", "device", "communication")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("beside", [False, True])
+def test_scope_is_its_definition(scope: str, beside: bool) -> None:
+    """As the main loss, and beside a main loss of weight 0."""
+    if beside and scope != "global":
+        layer = make(extra=ExtraLossConfig(**{scope: 0.3}))
+    else:
+        layer = make(scope=scope, coefficient=0.3)
+    want = gradient(layer, 0.3 * defined(layer, scope))
+    assert float(want.norm()) > 1e-4 and oracle.relative_error(train(layer), want) < 1e-12
+
+
+def test_communication_counts_a_token_once_per_rank_and_knows_the_reach() -> None:
+    layer = make(RouterConfig(groups=D, kept_groups=2), scope="communication", coefficient=1.0)
+    layer.balancer.reach = 2
+    choices_TK = torch.tensor([[0, 1, 7], [2, 4, 6], [-1, -1, -1], [6, 7, 0]])
+    assert sent(choices_TK, E, D).tolist() == [2, 1, 1, 3]
+    train(layer)
+    arrivals = layer.balancer.window.last.used[0].loads.view(D, -1)
+    assert torch.equal(arrivals[:, 0], arrivals[:, 1])
+    assert float(arrivals[:, 0].mean()) == pytest.approx(1.0, abs=0.15)  # nearly all tokens reach both of their ranks
+
+
+def test_several_losses_add_up_each_with_its_coefficient() -> None:
+    weights = {"micro": 0.01, "sequence": 1e-4, "data_parallel": 0.2, "device": 0.05, "communication": 0.02}
+    layer = make(coefficient=0.5, extra=ExtraLossConfig(**weights), router=RouterConfig(z_loss=1e-3))
+    xs, masks = inputs()
+    valid = torch.cat([x[mask] for x, mask in zip(xs, masks, strict=True)])
+    z = oracle.route(layer, valid)[0].logsumexp(-1).square().mean()
+    loss = 0.5 * defined(layer, "global") + 1e-3 * z + sum(w * defined(layer, s) for s, w in weights.items())
+    assert oracle.relative_error(train(layer), gradient(layer, loss)) < 1e-12
+
+
+def test_one_percent_of_micro_beside_the_global_loss() -> None:
+    layer = make(coefficient=1.0, extra=ExtraLossConfig(micro=0.01))
+    want = gradient(layer, defined(layer, "global") + 0.01 * defined(layer, "micro"))
+    assert oracle.relative_error(train(layer), want) < 1e-12
+
+
+def test_experts_on_one_rank_have_no_device_loss() -> None:
+    layer = make(scope="device", coefficient=1.0)
+    layer.balancer.devices = 1
+    assert float(train(layer).abs().max()) < 1e-15
+
+
+def test_draw_is_without_replacement_and_by_seed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    choices_NK = torch.rand(40, E, generator=generator).argsort(1)[:, :K]
+    choices_NK[::4] = -1
+    valid_NK = choices_NK[choices_NK[:, 0] >= 0]
+    for tokens in (0, 1, 11, 30, 99):
+        counts_E, drawn = draw(choices_NK, torch.tensor(tokens), E, seed=5)
+        assert int(drawn) == min(tokens, 30) and int(counts_E.sum()) == K * int(drawn)
+        assert bool((counts_E <= torch.bincount(valid_NK.flatten(), minlength=E)).all())
+        assert torch.equal(counts_E, draw(choices_NK, torch.tensor(tokens), E, seed=5)[0])
+    all_E = torch.bincount(valid_NK.flatten(), minlength=E)
+    assert torch.equal(draw(choices_NK, torch.tensor(30), E, seed=5)[0], all_E)
+    few = [draw(choices_NK, torch.tensor(6), E, seed=s)[0] for s in range(600)]
+    assert not torch.equal(few[0], few[1])
+    share_E = torch.stack(few).double().mean(0) / (6 * K)
+    assert torch.allclose(share_E, all_E.double() / (30 * K), atol=0.01)
+
+
+def test_shuffled_looks_at_as_many_tokens_as_a_micro_batch_from_the_whole_step() -> None:
+    layer = make(scope="shuffled", coefficient=1.0)
+    grad, used = train(layer), [loss.tokens for loss in layer.balancer.window.last.used]
+    assert [int(tokens) for tokens in used] == [10, 18]
+    assert not torch.equal(train(layer), grad)  # another step draws other tokens
+    twin = make(scope="shuffled", coefficient=1.0)
+    assert torch.equal(train(twin), grad)
+    mean = torch.stack([train(layer) for _ in range(300)]).mean(0)
+    micro, whole = (gradient(layer, defined(layer, scope)) for scope in ("micro", "global"))
+    assert oracle.relative_error(mean, whole) < 0.5 * oracle.relative_error(micro, whole)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"extra": {"micro": -1.0}}, "balance.extra.micro=-1.0: must not be negative; 0 switches it off"),
+        ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, exact"),
+        ({"scale_convention": "x"}, "balance.scale_convention='x': use 'exact', or 'megatron'"),
+        ({"bias_rule": "x"}, "balance.bias_rule='x': use one of sign, proportional"),
+        ({"bias_scope": "x"}, "balance.bias_scope='x': use one of global, micro"),
+        ({"bias_update_rate": -1.0}, "balance.bias_update_rate=-1.0: must not be negative"),
+    ],
+)
+def test_mistakes(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        if "extra" in wrong:
+            wrong = {"extra": ExtraLossConfig(**wrong["extra"])}
+        BalanceConfig(**wrong)
+    assert message in str(error.value)

@@ -1,0 +1,213 @@
+"""The counts of all layers of a micro-batch travel in one collective, started in the forward.  E experts, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, recompute
+from equimoe.moe.collectives import record_traffic
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+E, L = 8, 3
+CONFIG = MoEConfig(8, 8, E, 2, balance=BalanceConfig(coefficient=0.7), init_std=0.6)
+
+
+class Stack(nn.Module):
+    """L layers one after the other; ``skip`` leaves one out, ``run`` wraps each."""
+
+    def __init__(self, config: MoEConfig = CONFIG, layers: int = L) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(MoE(config) for _ in range(layers)).double()
+
+    def forward(self, x: Tensor, skip: int | None = None, run: Callable[..., Tensor] | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            if i != skip:
+                x = x + (layer(x) if run is None else run(layer, x))
+        return x
+
+
+def tokens(rank: int, step: int = 0, count: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(count + 2 * rank, 8, dtype=torch.float64, generator=generator)
+
+
+def sums(record: list[Any]) -> list[int]:
+    """Bytes of counts in each collective; a ring of two ranks sends each once."""
+    return [entry.sent for entry in record if entry.verb == "sum_over"]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [layer.router.weight.grad.clone() for layer in model.layers]
+
+
+@pytest.mark.parametrize("tokens_each", [5, 50])
+def test_one_collective_of_a_known_size_whatever_the_tokens(tokens_each: int) -> None:
+    def script(rank: int, world: int) -> list[list[int]]:
+        model, found = Stack(), []
+        for step in range(4):
+            with record_traffic() as record:
+                out = model(tokens(rank, step, tokens_each))
+                forward = sums(record)
+                (out * 0).sum().backward()
+            found += [forward, sums(record)]
+        return found
+
+    for first, with_backward, *others in run_ranks(script, 2):
+        assert first == [8 * (E + 1)] * L == with_backward  # which layer is the last is not known yet
+        assert others == [[8 * (E + 1) * L]] * 6  # one, in the forward, and nothing in the backward
+
+
+def test_bytes_of_several_scopes() -> None:
+    """All ranks' scopes share one sum; micro-batches and sequences within a rank are free; communication adds D."""
+
+    def script(rank: int, world: int, extra: dict[str, float], rate: float) -> int:
+        balance = BalanceConfig(extra=ExtraLossConfig(**extra), bias_update_rate=rate)
+        model = Stack(replace(CONFIG, balance=balance))
+        for layer in model.layers:
+            layer.balancer.devices = 2
+        (model(tokens(rank)) * 0).sum().backward()
+        with record_traffic() as record:
+            (model(tokens(rank, 1)) * 0).sum().backward()
+        assert len(sums(record)) == 1
+        return sum(sums(record))
+
+    free = {"micro": 0.01, "sequence": 1e-4, "data_parallel": 0.1, "device": 0.05}
+    assert run_ranks(script, 2, free, 1e-3) == [8 * (E + 1) * L] * 2
+    assert run_ranks(script, 2, free | {"communication": 0.02}, 0.0) == [8 * (E + 1 + 2) * L] * 2
+
+
+def test_local_scopes_communicate_nothing() -> None:
+    def script(rank: int, world: int) -> list[int]:
+        model = Stack(replace(CONFIG, balance=BalanceConfig(scope="micro", extra=ExtraLossConfig(sequence=0.1))))
+        with record_traffic() as record:
+            for step in range(2):
+                (model(tokens(rank, step)) * 0).sum().backward()
+        return sums(record)
+
+    assert run_ranks(script, 2) == [[], []]
+
+
+def alone(kind: str, step: int, skip: int | None = None) -> list[Tensor]:
+    """Router gradients of one process with both ranks' tokens."""
+    model = Stack()
+    x = torch.cat([tokens(rank, step) for rank in range(2)])
+    found: list[Tensor] = []
+    for i, layer in enumerate(model.layers):
+        if i == skip:
+            found.append(torch.zeros_like(layer.router.weight))
+            continue
+        loss = 0.7 * oracle.balance_loss(layer, x)
+        found.append(torch.autograd.grad(loss, layer.router.weight)[0])
+        x = (x + layer(x)).detach()
+    return found
+
+
+def detached(layer: nn.Module, x: Tensor) -> Tensor:
+    """Each layer's loss reaches its own router only, as the oracle has it."""
+    return layer(x.detach()) + 0 * x.sum()
+
+
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "plain": detached,
+    "non-reentrant": lambda layer, x: checkpoint(detached, layer, x, use_reentrant=False),
+    "reentrant": lambda layer, x: checkpoint(detached, layer, x.requires_grad_(), use_reentrant=True),
+    "recompute": lambda layer, x: recompute(detached, layer, x),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_under_every_kind_of_recomputation(kind: str) -> None:
+    def script(rank: int, world: int) -> list[list[Tensor]]:
+        model, found = Stack(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for step in range(3):
+            (model(tokens(rank, step), run=KINDS[kind]) * 0).sum().backward()
+            found.append(gradients(model))
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    results = run_ranks(script, 2, detail=True)
+    for step in range(3):
+        for i, want in enumerate(alone(kind, step)):
+            got = (results[0][step][i] + results[1][step][i]) / 2
+            assert oracle.relative_error(got, want) < 1e-12, (step, i)
+
+
+def test_layers_left_out_two_models_and_passes_without_backward() -> None:
+    """Passes of changing length on one axis: every sum is of the right layers, and no rank waits for another."""
+
+    def script(rank: int, world: int) -> list[list[list[int]]]:
+        model, other, found = Stack(), Stack(layers=2), []
+        for step, skip in enumerate((None, None, 1, None, 2, 2, 0, None)):
+            mine, foreign = tokens(rank, step), tokens(rank, 100 + step)
+            out = model(mine, skip=skip)
+            if step % 3 == 1:
+                model(tokens(rank, 50 + step), skip=0)  # a forward that no backward follows
+            outs = [out, other(foreign)] if step % 2 else [out]
+            sum((part * 0).sum() for part in outs).backward()
+            of_step = []
+            for layer in (*model.layers, *other.layers):
+                window = layer.balancer.window
+                of_step.append([] if not window.slots else window.totals(window.slots[0]).tolist())
+                window.close()
+            found.append(of_step)
+        return found
+
+    def local(rank: int) -> list[list[list[int]]]:
+        return run_ranks(lambda _rank, _world: script(rank, 1), 1)[0]
+
+    # the layers' inputs do not depend on other ranks, so the sum over ranks is that of what each has alone
+    parts = [local(0), local(1)]
+    want = [
+        [[a + b for a, b in zip(*layers, strict=True)] for layers in zip(*steps, strict=True)]
+        for steps in zip(*parts, strict=True)
+    ]
+    assert run_ranks(script, 2, detail=True) == [want, want]
+
+
+def test_ranks_that_read_statistics_at_other_times() -> None:
+    """Reading starts nothing where the forward has: one rank may look at its losses and the other not."""
+
+    def script(rank: int, world: int) -> float:
+        model, value = Stack(), 0.0
+        wrapped = DistributedDataParallel(model)
+        for step in range(3):
+            out = wrapped(tokens(rank, step))
+            if rank == 0:
+                value = model.layers[-1].stats.losses["global"]
+            (out * 0).sum().backward()
+        return value
+
+    assert run_ranks(script, 2)[0] > 0.9
+
+
+def test_layer_alone_and_several_micro_batches_in_flight() -> None:
+    def script(rank: int, world: int) -> Tensor:
+        layer = MoE(replace(CONFIG, balance=replace(CONFIG.balance, micro_batches=3))).double()
+        outs = [layer(tokens(rank, m)) for m in range(3)]
+        for out in reversed(outs):
+            (out * 0).sum().backward()
+        return layer.router.weight.grad
+
+    torch.manual_seed(0)
+    layer = MoE(CONFIG).double()
+    x = torch.cat([tokens(rank, m) for m in range(3) for rank in range(2)])
+    (0.7 * oracle.balance_loss(layer, x)).backward()
+
+    def seeded(rank: int, world: int) -> Tensor:
+        torch.manual_seed(0)
+        return script(rank, world)
+
+    got = run_ranks(seeded, 2)
+    assert oracle.relative_error((got[0] + got[1]) / 2, layer.router.weight.grad) < 1e-12

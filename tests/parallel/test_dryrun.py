@@ -1,0 +1,290 @@
+"""A dry run against real runs, sums done by hand, and the closed formula of a rank's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from equimoe.launch.dryrun import Found, describe, dry_run, main
+from equimoe.launch.options import parse
+from equimoe.launch.recipes import RECIPES
+from equimoe.moe.collectives import record_traffic
+from equimoe.moe.config import AttentionConfig, MoEConfig, RouterConfig
+from equimoe.moe.engines import build_engine
+from equimoe.moe.parallel import build_mesh
+from equimoe.moe.parallel.dry import chosen_share
+from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from equimoe.moe.train.loop import build_model
+from equimoe.moe.train.memory import memory
+from equimoe.moe.train.optim import build_optimizer
+from equimoe.moe.train.step import Losses, mixed_precision, train_step
+from tests.helpers.fork import run_ranks
+
+RING = ("all_gather", "reduce_scatter")
+MODEL = ModelConfig(
+    hidden_size=16,
+    num_layers=4,
+    num_heads=4,
+    intermediate_size=24,
+    num_experts=8,
+    top_k=2,
+    moe_intermediate_size=12,
+    dense_layers=1,
+    shared_intermediate_size=8,
+    vocab_size=50,
+)
+SMALL = TrainConfig(
+    model=MODEL,
+    attention=AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True),
+    data=DataConfig(seq_len=16, global_batch=16, micro_batch=1),
+)
+LATENT = AttentionConfig("latent", q_lora_rank=6, kv_lora_rank=5, qk_nope_width=4, qk_rope_width=2, v_width=3)
+MAPPINGS = {
+    "ddp": replace(SMALL, parallel=ParallelConfig(ep=4)),
+    "fsdp": replace(SMALL, parallel=ParallelConfig(ep=2, data_parallel="fsdp")),
+    "fsdp_twice": replace(SMALL, parallel=ParallelConfig(ep=2, dp_replicate=2, data_parallel="fsdp")),
+    "pp": replace(SMALL, parallel=ParallelConfig(pp=2, ep=2, data_parallel="fsdp"), attention=LATENT),
+    "tp_ddp": replace(SMALL, parallel=ParallelConfig(tp=2, ep=2)),
+    "tp": replace(SMALL, parallel=ParallelConfig(tp=2, ep=4, data_parallel="fsdp"), attention=LATENT),
+}
+
+
+def dry(config: TrainConfig, world: int, rank: int, timeout: float = 240.0) -> Found:
+    """In a process of its own: the pretended process group would stand in the way of later ones."""
+
+    def script(*_: Any) -> Found:
+        dist.destroy_process_group()
+        return dry_run(config, world, rank)
+
+    return run_ranks(script, 1, timeout=timeout)[0]
+
+
+def storages(tensors: list[Any]) -> int:
+    """Bytes behind tensors, those that several share counted once."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+
+
+def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
+    """Bytes that a real step has, and what it sends."""
+    mesh, cpu = build_mesh(config.parallel), torch.device("cpu")
+    passes, shape = config.micro_batches(mesh["dp"].size), (config.data.micro_batch, config.data.seq_len)
+    engine = build_engine(
+        build_model(config, MODEL.vocab_size or 0, passes),
+        mesh,
+        micro_batches=passes,
+        shape=shape,
+        device=cpu,
+        precision=partial(mixed_precision, config, cpu),
+    )
+    parameters, found = list(engine.named_parameters().values()), {}
+    optimizer = build_optimizer(parameters, config.optim)
+    optimizer.register_step_pre_hook(lambda *_: found.update(gradients=storages([p.grad for p in parameters])))
+    torch.manual_seed(mesh["dp"].rank)
+    batches = [(torch.randint(50, shape), torch.randint(50, shape), torch.zeros(1, dtype=torch.int64))] * passes
+    with record_traffic() as traffic:
+        train_step(engine, optimizer, batches, config, Losses(1, cpu))
+    found["parameters"] = storages(parameters)
+    found["optimizer state"] = storages([t for state in optimizer.state.values() for t in state.values()])
+    found["collectives"] = sorted({(entry.axis, entry.size) for entry in traffic})
+    return found
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
+    config = MAPPINGS[name]
+    for rank, real in enumerate(run_ranks(counted, 4, config, timeout=120.0)):
+        formula = memory(config, 4, rank)
+        assert real["parameters"] == formula.parameters
+        assert real["gradients"] == formula.gradients
+        assert real["optimizer state"] == formula.optimizer_state
+        if rank == 3:
+            found = dry(config, 4, rank)
+            assert {kind: found.most[kind] for kind in ("parameters", "gradients", "optimizer state")} == {
+                kind: real[kind] for kind in ("parameters", "gradients", "optimizer state")
+            }
+            seen = {(kind.axis, kind.ranks) for kind, _, _ in found.traffic}
+            assert set(real["collectives"]) <= seen
+
+
+def test_bytes_and_products_by_hand() -> None:
+    """A middle stage of a pipeline: all-to-alls of two layers, hidden states to the neighbours, matrix products."""
+    model = replace(MODEL, num_layers=8, dense_layers=0, num_heads=2, shared_intermediate_size=0)
+    parallel = ParallelConfig(pp=4, ep=2)
+    data = replace(SMALL.data, micro_batch=2, global_batch=32)
+    config = replace(SMALL, model=model, attention=AttentionConfig(), parallel=parallel, data=data)
+    found = dry(config, 8, 5)
+    assert found.blocks == [4, 5] and found.micro_batches == 8 and found.run == 4
+    tokens, rows, d, f = 8 * 2 * 16, 8 * 2 * 16 * 2, 16, 12
+    hidden = 4 * d * tokens
+    sent = {(kind.verb, kind.axis): size for kind, _, size in found.traffic}
+    assert sent["send", "pp"] == 2 * hidden and sent["recv", "pp"] == 0
+    # per layer half of the rows, there and home, and their gradients back; weights; the number of rows per expert
+    exchanged = 2 * (4 * rows // 2 * 4 * d + 2 * rows // 2 * 4 + 8 * 8 // 2 * 8)
+    assert sent["all_to_all", "ep"] == exchanged
+    assert found.flops["experts"] == 2 * 3 * 2 * rows * d * 3 * f
+    projections, pairs = 3 * 2 * tokens * d * 4 * d, 16 * 17 // 2
+    scores = 2 * (2 * 2 + 5 * 2) * (d // 2) * 2 * pairs * 16 // 2
+    assert found.flops["attention"] == 2 * (projections + scores)
+    assert found.flops["router"] == 2 * 3 * 2 * tokens * d * 8
+    inside = {(kind.verb, kind.axis): kind.inside_node for kind, _, _ in found.traffic}
+    assert inside["all_to_all", "ep"] and inside["send", "pp"]
+
+
+def test_bytes_of_fully_sharded_weights_by_hand() -> None:
+    """Blocks are gathered for each forward and each backward, what is not in a block once for both; sums come last."""
+    config = replace(SMALL, parallel=ParallelConfig(data_parallel="fsdp"))
+    found, own = dry(config, 2, 1), memory(config, 2, 1).parameters
+    outside = 4 * (25 * 16 + 8 + 25 * 16)
+    sent = {verb: sum(size for kind, _, size in found.traffic if kind.verb == verb) for verb in RING}
+    assert sent["reduce_scatter"] == own
+    assert sent["all_gather"] == found.micro_batches * (2 * own - outside)
+    assert {kind.axis for kind, _, _ in found.traffic if kind.verb in RING} == {"fsdp"}
+
+
+def test_memory_is_counted_at_its_peak() -> None:
+    config = replace(SMALL, parallel=ParallelConfig(ep=2, data_parallel="fsdp"))
+    found = dry(config, 4, 0)
+    assert sum(found.memory.values()) <= sum(found.most.values())
+    assert found.memory["parameters"] == found.most["parameters"]
+    assert found.memory["optimizer state"] == found.most["optimizer state"]
+    longer = dry(replace(config, data=replace(config.data, seq_len=32)), 4, 0)
+    assert longer.most["parameters"] == found.most["parameters"]
+    assert longer.most["activations"] > 1.9 * found.most["activations"]
+    less = dry(replace(config, model=replace(MODEL, recompute=True)), 4, 0)
+    assert less.most["activations"] < 0.7 * found.most["activations"]
+    assert sum(less.flops.values()) > 1.2 * sum(found.flops.values())
+
+
+def test_share_of_tokens_that_choose_a_place() -> None:
+    """By drawing: 8 of 64 experts, or within 2 of 4 groups."""
+    for router, experts in ((RouterConfig(), 16), (RouterConfig(groups=4, kept_groups=2), 8)):
+        generator = torch.Generator().manual_seed(0)
+        scores_TE = torch.rand(20000, 64, generator=generator)
+        if router.groups > 1:
+            kept_TG = torch.rand(20000, 4, generator=generator).argsort(1)[:, :2]
+            open_TG = torch.zeros(20000, 4).scatter_(1, kept_TG, 1.0)
+            scores_TE = scores_TE * open_TG.repeat_interleave(16, dim=1)
+        chosen_TK = scores_TE.topk(8, dim=1).indices
+        want = float((chosen_TK < experts).any(1).float().mean())
+        assert chosen_share(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
+
+
+def within(found: Found, config: TrainConfig) -> None:
+    """Each kind of memory agrees with the formula to 5 %, and weights exactly."""
+    formula = memory(config, found.world, found.rank)
+    for kind in ("parameters", "gradients", "optimizer state"):
+        assert found.most[kind] == getattr(formula, kind.replace(" ", "_"))
+    for kind in ("whole gradients", "activations", "receive buffers"):
+        assert found.most.get(kind, 0) == pytest.approx(getattr(formula, kind.replace(" ", "_")), rel=0.05), kind
+
+
+@pytest.mark.slow
+def test_deepseek_v3_at_1024_ranks(tmp_path: Path) -> None:
+    """The command, within a minute and 8 GB where nothing else runs; here with three times the time."""
+    file, command = tmp_path / "found.json", [sys.executable, "-m", "equimoe.launch.dryrun"]
+    argv = ["--recipe", "deepseek_v3", "--world", "1024", "--rank", "517", "--json", str(file)]
+    start = time.monotonic()
+    done = subprocess.run([*command, *argv], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 180
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8e6
+    assert "routing is taken to be balanced" in done.stdout
+    values = json.loads(file.read_text())
+    kinds = [(entry["verb"], entry["axis"], entry["ranks"], entry["inside_node"]) for entry in values["traffic"]]
+    assert ("all_to_all", "ep", 64, False) in kinds and ("send", "pp", 16, False) in kinds
+    values["traffic"] = []
+    within(Found(**values), RECIPES["deepseek_v3"]())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_qwen3_235b_at_1024_ranks(recompute: str) -> None:
+    config = parse(["--recipe", "qwen3_235b", "--model.recompute", recompute]).config
+    found = dry(config, 1024, 1023)
+    within(found, config)
+    assert found.blocks == [89, 90, 91, 92, 93]
+
+
+@pytest.mark.parametrize("rank", [0, 8000, 16383])
+def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
+    argv = ["--recipe", "deepseek_v3", "--data.global_batch", "16384", "--model.num_layers", "16"]
+    config = parse([*argv, "--model.dense_layers", "1", "--model.recompute", "false"]).config
+    found = dry(config, 16384, rank)
+    within(found, config)
+    assert found.blocks == [rank // 1024]
+    assert {kind.ranks for kind, _, _ in found.traffic if kind.axis == "fsdp"} == {1024}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_235b"])
+@pytest.mark.parametrize("rank", [0, 63])
+def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> None:
+    argv = ["--recipe", name, "--model.num_layers", "4", "--model.dense_layers", "1", "--model.recompute", "false"]
+    argv += ["--parallel.pp", "4", "--parallel.ep", "16", "--parallel.tp", "2", "--data.global_batch", "64"]
+    config = parse(argv).config
+    within(dry(config, 64, rank), config)
+
+
+def test_parameters_are_as_published() -> None:
+    """671 and 235 billion, summed over one rank of each stage."""
+    for name, published in (("deepseek_v3", 671.0e9), ("qwen3_235b", 235.1e9)):
+        config, total = RECIPES[name](), 0
+        vocab, d = config.model.vocab_size or 0, config.model.hidden_size
+        for stage in range(16):
+            stages = replace(config.parallel, tp=1, ep=1, data_parallel="ddp")
+            one = replace(config, dtype="float32", parallel=stages, data=replace(config.data, global_batch=65536))
+            total += memory(one, 1024, 64 * stage).parameters // 4
+        assert total == pytest.approx(published, rel=2e-3)
+        assert total > vocab * d
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rank", "1"], "--world: give the number of ranks, as in --world 1024"),
+        (["--world", "0"], "--world=0: must be a whole number of at least 1"),
+        (["--world", "two"], "--world=two: must be a whole number of at least 1"),
+        (["--world=4", "--rank=4"], "--rank=4: must be a whole number from 0 to 3"),
+        (["--world", "4", "--node"], "--node: give a value, as in --node VALUE"),
+        (["--world", "4", "--node", "0"], "--node=0: must be a whole number of at least 1"),
+        (["--world", "4", "--nodes", "8"], "--nodes: no such option"),
+        (["--world", "4", "--recipe", "gpt"], "--recipe=gpt: no such recipe; use one of "),
+        (["--world", "3"], "parallel.ep=2: must divide the number of processes, which is 3"),
+        (["--world", "4", "--data.global_batch", "9"], "data.global_batch=9: must be a multiple of "),
+        (["--world", "4", "--parallel.pp", "2"], "micro_batches=1: parallel.schedule='1f1b' needs at least 2 "),
+        (["--world", "4", "--parallel.tp", "4"], "model.vocab_size=257: give a multiple of parallel.tp=4; "),
+    ],
+)
+def test_mistakes_end_with_one_line_and_64(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 64
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--world", "4", "--json", str(tmp_path / "no" / "file")])
+    assert stop.value.code == 73
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert "--world INT" in capsys.readouterr().out
+    text = describe(dry(MAPPINGS["pp"], 4, 1), MAPPINGS["pp"])
+    assert "rank 1 of 4: blocks 0-1 of 4" in text and "activations" in text and "all_to_all" in text
+    assert max(map(len, text.splitlines())) <= 120
