@@ -61,7 +61,8 @@ _halves: dict[tuple[Any, int], tuple[Axis, Axis]] = {}
 def _new_group_like(group: Any, members: list[int]) -> Any:
     """A group of some of a group's ranks with the same timeout, which has been used once: all of them call this."""
     # a gloo group names every device
-    known = [kind for kind in group._device_types if kind.type != "cuda" or torch.cuda.is_available()]
+    usable = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    known = [kind for kind in group._device_types if kind.type in usable]
     device = next((kind for kind in known if kind.type == "cuda"), known[0])
     options = getattr(group._get_backend(device), "options", None)
     made = dist.new_group(members, timeout=getattr(options, "_timeout", None), use_local_synchronization=True)

@@ -215,8 +215,8 @@ class Balancer:
         scale = self.loss_scale * (averaged if self.config.grad_reduction == "mean" else 1)
         gradient: Any = 0.0
         for loss, (scope, coefficient) in zip(losses, self._terms, strict=True):
-            gradient = gradient + loss.gradient * (coefficient * self._convention(scope, view))
-        return gradient * scale, losses[0].token_weight * (self.z_coefficient * scale)
+            gradient = gradient + loss.gradient * (coefficient * self._convention(scope, view) * scale)
+        return gradient, losses[0].token_weight * (self.z_coefficient * scale)
 
     def _convention(self, scope: str, view: StepView) -> float:
         """What a coefficient of this scope is multiplied by.

@@ -80,7 +80,7 @@ def slot_being_recomputed(window: Window) -> tuple[MicroBatch | None, bool]:
     last = window.last_used
     if last is not None and last.backward_id == backward:
         return last, True
-    in_flight = [slot for slot in window.slots if not slot.done and not slot.ahead]
+    in_flight = [slot for slot in window.known if not slot.done and not slot.ahead]
     return (in_flight[0], len(in_flight) == 1) if in_flight else (None, False)
 
 

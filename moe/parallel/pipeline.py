@@ -86,7 +86,7 @@ def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: 
         micro_batches >= least,
         "micro_batches",
         micro_batches,
-        f"parallel.schedule={schedule!r} needs at least {least} with parallel.pp={pp}",
+        f"parallel.schedule={schedule!r} needs at least {least} with parallel.pp={pp}; lower data.micro_batch",
     )
     rounds = max(1, micro_batches // pp) if kind.rounds else 1
     require(

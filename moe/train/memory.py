@@ -217,12 +217,8 @@ class _Activations:
 
     def of_stage(self) -> int:
         """Blocks and ends of this rank. The first block's input from another stage is in a receive buffer."""
-        each, inputs, place = self.of_block, len(self.place.blocks), self.place
-        if self.config.model.recompute:
-            kept = 8 * self.config.model.top_k * self._moe_tokens()
-            total = sum(kept * _is_moe(self.config, block) for block in place.blocks)
-        else:
-            total = sum(each(block) for block in place.blocks)
+        inputs, place = len(self.place.blocks), self.place
+        total = sum(self.of_block(block) for block in place.blocks)
         if place.num_stages > 1:  # outputs are kept until they are differentiated
             inputs += len(place.stages) - place.last
             inputs -= len(place.stages) - place.first
@@ -230,9 +226,29 @@ class _Activations:
 
     def of_block(self, block: int) -> int:
         """A block without its input: the hidden state between its halves, two norms' rows, and the halves."""
-        feed_forward = self._moe() if _is_moe(self.config, block) else self._dense()
+        again, is_moe = self._again(block), _is_moe(self.config, block)
+        if again == "block":
+            return self._kept() * is_moe
         attention = self._grouped() if self.config.attention.kind == "grouped" else self._latent()
-        return self.hidden + 8 * self.t + attention + feed_forward
+        feed_forward = self._moe() if is_moe else self._dense()
+        halves = {
+            "": attention + feed_forward + 8 * self.t,
+            "attention": feed_forward + 4 * self.t,
+            "feed_forward": attention + 4 * self.t + self._kept() * is_moe,
+        }
+        return self.hidden + halves[again]
+
+    def _again(self, block: int) -> str:
+        """The part of a block that is computed again."""
+        how = self.config.recompute
+        here = self.config.model.recompute and (how.layers is None or block < how.layers)
+        return how.part if here else ""
+
+    def _kept(self) -> int:
+        """Of a layer that is computed again: its decisions and, where asked for, rows and weights that arrived."""
+        rows = self.config.model.top_k * self._moe_tokens()
+        exchanged = 2 * self.c * self.config.model.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
+        return (8 + exchanged * (self.place.degrees.ep > 1)) * rows
 
     def _to_split(self, width: int, layers: int = 1) -> int:
         """The input of split layers: gathered for each of them under sequence parallelism."""

@@ -160,3 +160,25 @@ def test_evaluation_and_skipped_steps_leave_no_trace_in_what_is_carried() -> Non
     with torch.no_grad():
         layer(inputs[1])
     assert torch.equal(layer.balancer.window.before_X, before) and before.tolist()[-2:] == [14, 2]
+
+
+def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+    """It opened its micro-batch and never counted: the step goes on without it."""
+    inputs = by_domain([5, 9, 4])
+    want = train(make(micro_batches=2), [inputs[0], inputs[2]])
+    layer = make(micro_batches=2)
+    for i, x in enumerate(inputs):
+        if i == 1:
+            hook = layer.router.register_forward_pre_hook(fail)
+            with pytest.raises(RuntimeError, match="of the test"):
+                layer(x)
+            hook.remove()
+        else:
+            (layer(x) * 0).sum().backward()
+    assert torch.equal(layer.router.weight.grad, want)
+    layer.balancer.window.close()
+    assert layer.balancer.window.last.micro_batches == 2 and int(layer.balancer.window.last.tokens) == 9
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("of the test")
