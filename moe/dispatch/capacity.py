@@ -32,6 +32,8 @@ DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probab
 class Dropless:
     """Every choice is computed."""
 
+    positions_S: Tensor | None = None
+
     def __call__(self, routing: Routing) -> Routing:
         return routing
 

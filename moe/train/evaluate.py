@@ -60,7 +60,10 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     )
     counted = mesh is None or mesh["tp"].rank == 0  # the others of a tensor-parallel group have the same losses
     while several := list(islice(batches, engine.at_once)):
-        shares = [share_of(*(part.to(device) for part in parts), mesh) for _, *parts in several]
+        shares = [
+            share_of(inputs_BS.to(device), labels_BS.to(device), mask_BS.to(device), mesh)
+            for _, inputs_BS, labels_BS, mask_BS in several
+        ]
         with watch_routing(trainer.layers.values()) as routings:
             found = engine.evaluate(shares)
         for (domain, *_), share, nats_BS in zip(several, shares, found, strict=False):  # none before the last stage

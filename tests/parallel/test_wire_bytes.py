@@ -154,8 +154,8 @@ def test_dropped_duplicates_exchange_a_share() -> None:
 
 
 def test_nothing_is_recorded_when_nobody_asks() -> None:
-    from equimoe.moe import collectives
+    from equimoe.moe.collectives import wire
 
     with record_traffic() as entries:
         pass
-    assert entries == [] and collectives._record is None
+    assert entries == [] and wire._record is None

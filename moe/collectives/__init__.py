@@ -1,0 +1,47 @@
+"""The verbs through which a layer communicates, over named axes of ranks.
+
+With no process group every verb is the identity, so each stage runs, and is tested, in one process.
+All ranks of an axis must call the same verbs in the same order, whatever their rows.
+"""
+
+from .axes import LOCAL, Axis, axis_of, global_ranks, split_axis, world_axis
+from .counts import Belief, Pending, believe_splits, equal_sizes, exchange_counts, exchange_sizes, splits, sum_over
+from .kept import Kept, keeping, once
+from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
+from .tokens import gather_tokens, shares, split_tokens
+from .wire import PLAIN, Codec, Plain, Traffic, Wire, record_traffic
+
+__all__ = [
+    "LOCAL",
+    "PLAIN",
+    "Axis",
+    "Belief",
+    "Codec",
+    "Kept",
+    "Pending",
+    "Plain",
+    "Traffic",
+    "Transit",
+    "Wire",
+    "axis_of",
+    "believe_splits",
+    "equal_sizes",
+    "exchange_counts",
+    "exchange_rows",
+    "exchange_sizes",
+    "gather_rows",
+    "gather_tokens",
+    "global_ranks",
+    "keeping",
+    "once",
+    "record_traffic",
+    "reduce_scatter_rows",
+    "shares",
+    "split_axis",
+    "split_tokens",
+    "splits",
+    "start_exchange",
+    "start_gather",
+    "sum_over",
+    "world_axis",
+]
