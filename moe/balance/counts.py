@@ -156,8 +156,8 @@ class Window:
         self.before_X: Tensor | None = None
         self._last_length = 1
         self._opened = 0
-        #: micro-batches and the sum of their totals: a backward adds the new ones only
-        self._prefix: tuple[list[MicroBatch], Tensor | None] = ([], None)
+        #: so many micro-batches and the sum of their totals: a backward adds the new ones only
+        self._prefix: tuple[int, Tensor | None] = (0, None)
         self._weight: Any = lambda: None
         self._bias_E: Any = lambda: None
         self._held_by_optimizer = False
@@ -219,12 +219,10 @@ class Window:
             return slot.step_total
         known = self.known
         counted, total = self._prefix
-        if known[: len(counted)] != counted:
-            counted, total = [], None
-        new = [s.total for s in known[len(counted) :]]
+        new = [s.total for s in known[counted:]]
         if new:
             total = torch.stack([*([] if total is None else [total]), *new]).sum(0)
-            self._prefix = known, total
+            self._prefix = len(known), total
         assert total is not None
         return total
 
@@ -247,7 +245,7 @@ class Window:
             self.last = _step_totals(ended, total)
             self.before_X = F.pad(total, (0, 1), value=len(ended))
             self._last_length = len(ended)
-        self.slots, self._prefix = kept, ([], None)
+        self.slots, self._prefix = kept, (0, None)
         # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
         self._gradient_left = False
         return self.last if ended else None

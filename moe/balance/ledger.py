@@ -9,8 +9,8 @@ from the pass before: passes that begin with the same layer are taken to be alik
 - a pass that turns out shorter is summed when the next one begins, or when a backward asks for it.
 
 All this follows from the order of calls alone, which is the same on all ranks of an axis, so that no rank waits for a
-sum that another has not started. A layer that counts within a backward (reentrant recomputation) needs its sum at once
-and gets it.
+sum that another has not started. Under reentrant recomputation, where layers count within the backward, a pass is what
+one recomputed region runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Entry:
 
     def get(self) -> Tensor:
         """The summed tensor. What has not been started is started now."""
-        if _in_backward() and self._ledger.passes == self._pass:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self._ledger.passes == self._pass:
             self._ledger.end_pass()
         if self._sum is None:
             self._ledger.start()
@@ -64,10 +65,6 @@ class Ledger:
 
     def add(self, value: Tensor, layer: Key) -> Entry:
         """Sum the int64 ``value`` of a layer, known by its number."""
-        if _in_backward():
-            entry = Entry(self, value)
-            self._send([entry])
-            return entry
         if layer in self._layers:
             self.end_pass()
         entry = Entry(self, value)
@@ -92,19 +89,10 @@ class Ledger:
         """Start the sum of what waits for it."""
         waiting, self._waiting = self._waiting, []
         if waiting:
-            self._send(waiting)
-
-    def _send(self, entries: list[Entry]) -> None:
-        flat = [entry.value.flatten() for entry in entries]
-        joined = sum_over(torch.cat(flat), self.axis)
-        start = 0
-        for entry, part in zip(entries, flat, strict=True):
-            entry.started(joined, start)
-            start += len(part)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+            joined, place = sum_over(torch.cat([entry.value.flatten() for entry in waiting]), self.axis), 0
+            for entry in waiting:
+                entry.started(joined, place)
+                place += entry.value.numel()
 
 
 _ledgers: dict[tuple[Any, torch.device], Ledger] = {}

@@ -65,15 +65,16 @@ COMPOSITIONS: dict[str, C] = {
     "cp 2, ep 2, sequence scope": C(2, P(cp=2, ep=2), scope="sequence"),
     "cp 2, tp 2, ep 4 > dp 1": C(4, P(cp=2, tp=2, ep=4)),
     "cp 2, tp 2, fsdp 2, ep 4 > dp 2": C(8, P(cp=2, tp=2, data_parallel="fsdp", ep=4), micro_batches=1),
+    "cp 2, tp 2, hsdp 2 x 1, ep 4": C(
+        8, P(cp=2, tp=2, dp_replicate=2, data_parallel="fsdp", ep=4), micro_batches=1, tokens="zero"
+    ),
     "cp 2, tp 2, dp 2, ep 8 > dp 2": C(8, P(cp=2, tp=2, ep=8), micro_batches=1, recompute=True),
     # expert tensor parallelism
     "dp 2, etp 2": C(2, P(etp=2)),
     "tp 2, etp 2, bf16": C(2, P(tp=2, etp=2), dtype=BF16),
     "dp 4, ep 2, etp 2, recompute": C(4, P(ep=2, etp=2), recompute=True),
     "tp 2, fsdp 2, ep 2, etp 2": C(4, P(tp=2, data_parallel="fsdp", ep=2, etp=2)),
-    "cp 2, tp 2, hsdp 2, ep 2, etp 2": C(
-        8, P(cp=2, tp=2, dp_replicate=2, data_parallel="fsdp", ep=2, etp=2), micro_batches=1, tokens="zero"
-    ),
+    "hsdp 2 x 2, etp 2": C(4, P(dp_replicate=2, dp_shard=2, data_parallel="fsdp", etp=2), tokens="zero"),
     # tensor without sequence parallelism: each token is dispatched once
     "tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False)),
     "tp 4, no sp, ep 4, recompute": C(4, P(tp=4, ep=4, sequence_parallel=False), recompute=True),

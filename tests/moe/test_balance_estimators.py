@@ -99,6 +99,14 @@ def test_carry_is_exact_where_the_step_before_was_the_same() -> None:
     assert oracle.relative_error(train(layer, [x] * 3), want) < 1e-12
 
 
+def test_carry_of_a_step_with_more_micro_batches_than_expected_is_rolling() -> None:
+    first, second = by_domain([7], seed=1), by_domain([5, 9, 4], seed=2)
+    layer, rolling = make(estimator="carry"), make()
+    for either in (layer, rolling):
+        train(either, first)
+    assert torch.equal(train(layer, second), train(rolling, second))
+
+
 def test_rolling_has_its_closed_expectation_over_orders() -> None:
     """(H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1), over all orders of G equal micro-batches."""
     count = 4

@@ -116,6 +116,16 @@ def test_several_losses_add_up_each_with_its_coefficient() -> None:
     assert oracle.relative_error(train(layer), gradient(layer, loss)) < 1e-12
 
 
+@pytest.mark.parametrize("scope", [*SCOPES, "shuffled"])
+def test_z_loss_is_a_mean_over_the_step_under_every_scope(scope: str) -> None:
+    """Over its tokens, or over its micro-batches where the balance loss is a mean over these."""
+    layer = make(RouterConfig(z_loss=0.1), scope=scope)
+    valid = [x[mask] for x, mask in zip(*inputs(), strict=True)]
+    parts = [torch.cat(valid)] if scope == "global" else valid
+    z = sum(oracle.route(layer, part)[0].logsumexp(-1).square().mean() for part in parts) / len(parts)
+    assert oracle.relative_error(train(layer), gradient(layer, 0.1 * z)) < 1e-12
+
+
 def test_one_percent_of_micro_beside_the_global_loss() -> None:
     layer = make(coefficient=1.0, extra=ExtraLossConfig(micro=0.01))
     want = gradient(layer, defined(layer, "global") + 0.01 * defined(layer, "micro"))

@@ -129,6 +129,8 @@ def test_evaluation_recomputation_and_counting_ahead_do_not_move_it() -> None:
     optimizer.step()
     steps_of(plain, 1, 2, frozen(plain))
     assert torch.equal(other.router.bias_E, plain.router.bias_E)
+    optimizer.step()  # again one without a micro-batch
+    assert torch.equal(other.router.bias_E, plain.router.bias_E)
 
 
 def test_reentrant_recomputation() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, recompute
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, counting_pass, recompute
 from equimoe.moe.collectives import record_traffic
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -65,6 +65,27 @@ def test_one_collective_of_a_known_size_whatever_the_tokens(tokens_each: int) ->
     for first, with_backward, *others in run_ranks(script, 2):
         assert first == [8 * (E + 1)] * L == with_backward  # which layer is the last is not known yet
         assert others == [[8 * (E + 1) * L]] * 6  # one, in the forward, and nothing in the backward
+
+
+def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
+    def script(rank: int, world: int) -> tuple[list[int], list[int]]:
+        model = Stack()
+        with record_traffic() as ahead, counting_pass():
+            for m in range(3):
+                model(tokens(rank, m))
+        outs = [model(tokens(rank, m)) for m in range(3)]
+        sum((out * 0).sum() for out in outs).backward()
+        for layer in model.layers:
+            layer.balancer.window.close()
+        with record_traffic() as flying:
+            outs = [model(tokens(rank, m)) for m in range(3)]
+            before = sums(flying)
+            sum((out * 0).sum() for out in reversed(outs)).backward()
+        assert before == sums(flying)
+        return sums(ahead), before
+
+    one = 8 * (E + 1)
+    assert run_ranks(script, 2) == [([one] * L + [one * L] * 2, [one * L] * 3)] * 2
 
 
 def test_bytes_of_several_scopes() -> None:
