@@ -91,9 +91,6 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
         recorder = _recorder(config, mesh, node, run)
         _step(config, engine, recorder, mode, mesh, run)
         at_peak, most = recorder.peak()
-        for found in (at_peak, most):
-            if "receive buffers" in found:  # a schedule has those of all micro-batches at once
-                found["receive buffers"] = found["receive buffers"] * passes // run
         parts: Iterable[Any] = engine.parts
         blocks = [int(number) for part in parts for number in part.blocks]
     whole = passes / run

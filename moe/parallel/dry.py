@@ -82,8 +82,6 @@ class Block:
             return "activations"
         if self.in_backward and not self.travels and (self.died is None or self.died > self.born):
             return "whole gradients"
-        if self.travels and self.died is None:
-            return "receive buffers"  # the schedule has one for each micro-batch and direction
         return "communication buffers" if self.travels else "temporary" if self.died is not None else "other"
 
 
@@ -225,7 +223,8 @@ class Recorder(TorchDispatchMode):
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self._blocks:
-            block = Block(storage.nbytes(), born=self._backward, in_backward=self._task != -1)
+            size = 0 if t.device.type == "meta" else storage.nbytes()  # a place whose memory is still to come
+            block = Block(size, born=self._backward, in_backward=self._task != -1)
             self._blocks[key] = block
             self._alive[key] = weakref.ref(storage, partial(self._freed, key))
             self._events.append((block, block.bytes))

@@ -164,6 +164,12 @@ class _Stage(PipelineStage):
             self.fwd_cache[fwd_chunk_id] = ((), [])  # no backward comes for the logits
         return output
 
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        ops = super().get_fwd_send_ops(fwd_chunk_id)
+        if not self.has_backward:
+            self.fwd_cache[fwd_chunk_id] = ((), [])
+        return ops
+
     def _check_hidden(self, hidden_BSD: Tensor) -> None:
         """Other memory than the receiver's buffer would arrive as garbage, or never."""
         for name, found, told in (
@@ -178,11 +184,52 @@ class _Stage(PipelineStage):
     def _post_metadata_inference_cleanup(self) -> None:
         """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
 
+    # torch makes a buffer for every micro-batch and direction ahead, and keeps them: with hundreds of micro-batches more
+    # memory than all else. Here one is made when its rows are about to arrive, and is whoever's that uses them.
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def _setup_forward_recv_info(self, *args: Any) -> None:  # not in torch 2.11, whose buffers go after their first use
+        with self._without_memory():
+            super()._setup_forward_recv_info(*args)
+
+    def _create_grad_recv_info(self, *args: Any) -> Any:
+        with self._without_memory():
+            return super()._create_grad_recv_info(*args)
+
+    def _get_recv_ops(self, recv_infos: Any) -> Any:
+        for info in recv_infos:
+            if _buffer_of(info, "meta") is not None:
+                info.buffer = torch.empty_like(info.buffer, device=self.device)
+        return super()._get_recv_ops(recv_infos)
+
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         received = super()._retrieve_recv_activations(fwd_chunk_id)
         for hidden in received:  # torch 2.11 decides when it makes the buffers, which may be for an evaluation
             hidden.requires_grad_(self.has_backward)
+        self._let_go(self.args_recv_info[fwd_chunk_id])
         return received
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        received = super()._retrieve_recv_grads(bwd_chunk_id)
+        self._let_go(self.grad_recv_info[bwd_chunk_id])
+        return received
+
+    def backward_one_chunk(self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
+        if loss is not None:  # the schedule keeps it to the step's end, and with its graph the stage's input
+            loss.detach_()
+
+    def _let_go(self, recv_infos: Any) -> None:
+        for info in recv_infos:
+            if _buffer_of(info, self.device.type) is not None:
+                info.buffer = torch.empty_like(info.buffer, device="meta")
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         # torch 2.11 greets the neighbours, in a V also where the neighbour is this rank itself, which gloo cannot
@@ -194,6 +241,11 @@ class _Stage(PipelineStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+def _buffer_of(info: Any, device: str) -> Tensor | None:
+    buffer = getattr(info, "buffer", None)
+    return buffer if buffer is not None and buffer.device.type == device else None
 
 
 class Pipeline:

@@ -35,8 +35,6 @@ class Memory:
     optimizer_state: int
     #: of all micro-batches that are in flight at a time
     activations: int
-    #: into which a pipeline's neighbours send, one per micro-batch and direction
-    receive_buffers: int
 
     @property
     def total(self) -> int:
@@ -109,14 +107,15 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
     unsplit = 4 * (vocabulary - vocabulary // tp) * config.model.hidden_size if place.first else 0
     sharded = place.degrees.data_parallel == "fsdp"
     accumulates = sharded and micro_batches > 1
-    ends = (not place.first) + (not place.last) if place.num_stages > 1 else 0
+    activations = _Activations(config, place, vocabulary)
+    # the gradient that arrives from the next stage, and the one before, which a schedule lets go of late
+    arriving = 0 if place.last else 2 * activations.hidden
     return Memory(
         parameters=4 * padded,
         gradients=4 * padded + (0 if sharded else unsplit),
         whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
         optimizer_state=8 * own + 4 * len(weights),
-        activations=_in_flight(config, place, micro_batches) * _Activations(config, place, vocabulary).of_stage(),
-        receive_buffers=micro_batches * ends * _Activations(config, place, vocabulary).hidden,
+        activations=_in_flight(config, place, micro_batches) * activations.of_stage() + arriving,
     )
 
 
@@ -216,12 +215,11 @@ class _Activations:
         self.hidden = self.c * config.model.hidden_size * self.t
 
     def of_stage(self) -> int:
-        """Blocks and ends of this rank. The first block's input from another stage is in a receive buffer."""
+        """Blocks and ends of this rank."""
         inputs, place = len(self.place.blocks), self.place
         total = sum(self.of_block(block) for block in place.blocks)
         if place.num_stages > 1:  # outputs are kept until they are differentiated
             inputs += len(place.stages) - place.last
-            inputs -= len(place.stages) - place.first
         return total + inputs * self.hidden + place.last * self._head()
 
     def of_block(self, block: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, counting_pass
 from tests.helpers import oracle
 
 
@@ -125,7 +125,7 @@ def test_rolling_has_its_closed_expectation_over_orders() -> None:
 
 @pytest.mark.parametrize("estimator", ["rolling", "carry", "exact"])
 def test_report_tells_batch_and_error(estimator: str) -> None:
-    layer = make(estimator=estimator, micro_batches=3)
+    layer = make(estimator=estimator, micro_batches=3, extra=ExtraLossConfig(micro=0.01))  # the main loss is told of
     assert layer.balancer.report() == {}
     steps = [by_domain([5, 9, 4], seed=1), by_domain([8, 3, 7], seed=2)]
     for inputs in steps:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, counting_pass, recompute
-from equimoe.moe.collectives import record_traffic
+from equimoe.moe.collectives import record_traffic, world_axis
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -105,6 +105,53 @@ def test_bytes_of_several_scopes() -> None:
     free = {"micro": 0.01, "sequence": 1e-4, "data_parallel": 0.1, "device": 0.05}
     assert run_ranks(script, 2, free, 1e-3) == [8 * (E + 1) * L] * 2
     assert run_ranks(script, 2, free | {"communication": 0.02}, 0.0) == [8 * (E + 1 + 2) * L] * 2
+
+
+def test_two_axes_of_the_same_ranks_share_a_collective() -> None:
+    """Context parallelism alone: a micro-batch is on the ranks on which the step is."""
+
+    def script(rank: int, world: int) -> list[int]:
+        model = Stack(replace(CONFIG, balance=BalanceConfig(extra=ExtraLossConfig(micro=0.01))))
+        for layer in model.layers:
+            layer.balancer.axis = layer.balancer.sequence_axis = world_axis()
+        (model(tokens(rank)) * 0).sum().backward()
+        with record_traffic() as record:
+            (model(tokens(rank, 1)) * 0).sum().backward()
+        return sums(record)
+
+    assert run_ranks(script, 2) == [[2 * 8 * (E + 1) * L]] * 2
+
+
+def test_models_that_take_turns_each_have_one_collective() -> None:
+    """The backward of a model ends its pass, so that the other's layers are not taken for more of them."""
+
+    def script(rank: int, world: int) -> list[list[int]]:
+        models, found = (Stack(), Stack(layers=2)), []
+        for step in range(4):
+            model = models[step % 2]
+            with record_traffic() as record:
+                out = model(tokens(rank, step))
+                found.append(sums(record))
+            (out * 0).sum().backward()
+        return found
+
+    one = 8 * (E + 1)
+    assert run_ranks(script, 2) == [[[one] * L, [one] * 2, [one * L], [one * 2]]] * 2
+
+
+def test_statistics_of_a_shorter_pass_before_its_backward() -> None:
+    """All ranks ask; nothing has started the sum yet, so the question does."""
+
+    def script(rank: int, world: int) -> list[float]:
+        model = Stack()
+        (model(tokens(rank)) * 0).sum().backward()
+        out = model(tokens(rank, 1), skip=L - 1)
+        values = [layer.stats.losses["global"] for layer in model.layers[: L - 1]]
+        (out * 0).sum().backward()
+        return values
+
+    for values in run_ranks(script, 2, detail=True):
+        assert all(value > 0.9 for value in values)
 
 
 def test_local_scopes_communicate_nothing() -> None:
@@ -232,3 +279,25 @@ def test_layer_alone_and_several_micro_batches_in_flight() -> None:
 
     got = run_ranks(seeded, 2)
     assert oracle.relative_error((got[0] + got[1]) / 2, layer.router.weight.grad) < 1e-12
+
+
+def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
+    """And the bias moves once."""
+
+    def script(rank: int, world: int) -> tuple[list[int], list[float]]:
+        torch.manual_seed(0)
+        balance = BalanceConfig(micro_batches=512, bias_update_rate=0.25)
+        layer = MoE(replace(CONFIG, balance=balance)).bfloat16()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(512):
+            layer(torch.randn(2 + rank, 8, generator=generator).bfloat16()).sum().backward()
+        optimizer.step()
+        last = layer.balancer.window.last
+        assert int(last.local_tokens) == 512 * (2 + rank)
+        return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist()
+
+    first, second = run_ranks(script, 2)
+    assert first == second and first[0][-1] == 512 * 5 and sum(first[0][:-1]) == 2 * 512 * 5
+    mean = 2 * 512 * 5 / E
+    assert first[1] == [0.25 * ((c < mean) - (c > mean)) for c in first[0][:-1]]

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass, recompute
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.parallel.expert import apply_expert_parallel
 from equimoe.moe.train import checkpoint
@@ -145,6 +146,70 @@ def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
     # 26 valid tokens on four ranks each time: a micro-batch has six
     assert results[0][2] == [6, 26, 52]
     assert sum(results[0][0]) == pytest.approx(E) and results[0][0] != results[0][1]
+
+
+def test_shuffled_under_a_recomputation_that_keeps_exchanges() -> None:
+    """What is drawn from is exchanged in the first pass alone, and is none of what the recomputation takes again."""
+
+    def script(rank: int, world: int, again: bool) -> Tensor:
+        layer = make(scope="shuffled")
+        apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=2)))
+        for m in range(2):
+            x, mask = tokens(rank, m)
+            y = recompute(layer, x, mask, keep_exchanges=True) if again else layer(x, mask)
+            y.square().sum().backward()
+        return layer.router.weight.grad
+
+    for got, want in zip(run_ranks(script, 2, True), run_ranks(script, 2, False), strict=True):
+        assert oracle.relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["plain", "reentrant", "non-reentrant", "recompute"])
+def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
+    """After a step that was skipped, with evaluations in between, recomputed, on unequal ranks."""
+    run: dict[str, Any] = {
+        "plain": lambda layer, x, mask: layer(x, mask),
+        "reentrant": lambda layer, x, mask: checkpoint_of(layer, x.requires_grad_(), mask, use_reentrant=True),
+        "non-reentrant": lambda layer, x, mask: checkpoint_of(layer, x, mask, use_reentrant=False),
+        "recompute": recompute,
+    }
+
+    def script(rank: int, world: int) -> tuple[Tensor, list[int]]:
+        layer = make(estimator="exact", grad_reduction=reduction)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+        def evaluate() -> None:
+            layer.eval()
+            layer(*tokens(rank, 7))
+            layer.train()
+            with torch.no_grad():
+                layer(*tokens(rank, 8))
+
+        def backward(first: int) -> None:
+            with counting_pass():
+                for m in range(2):
+                    layer(*tokens(rank, first + m))
+            for m in range(2):
+                evaluate()
+                y = run[kind](layer, *tokens(rank, first + m))
+                evaluate()
+                (y * 0).sum().backward()
+
+        backward(first=4)
+        optimizer.zero_grad()  # skipped, as a gradient scaler does
+        backward(first=0)
+        window = layer.balancer.window
+        return layer.router.weight.grad, window.totals(window.slots[0]).tolist()
+
+    layer = make()
+    both = [torch.cat(parts) for parts in zip(whole(4, 0), whole(4, 1), strict=True)]
+    (0.7 * oracle.balance_loss(layer, *both)).backward()
+    results = run_ranks(script, 4)
+    joined = torch.stack([grad for grad, _ in results])
+    joined = joined.mean(0) if reduction == "mean" else joined.sum(0)
+    assert oracle.relative_error(joined, layer.router.weight.grad) < 1e-10
+    assert all(total == results[0][1] and total[-1] == 52 for _, total in results)
 
 
 # ---- the scale in the number of ranks -----------------------------------------------------------------------------
