@@ -184,8 +184,8 @@ class _Stage(PipelineStage):
     def _post_metadata_inference_cleanup(self) -> None:
         """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
 
-    # torch makes a buffer for every micro-batch and direction ahead, and keeps them: with hundreds of micro-batches more
-    # memory than all else. Here one is made when its rows are about to arrive, and is whoever's that uses them.
+    # torch makes a buffer for every micro-batch and direction ahead, and keeps them: with hundreds of micro-batches
+    # that is more memory than all else. Here one is made when its rows are about to arrive, for whoever uses them.
 
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
