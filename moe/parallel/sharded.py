@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ..layer import MoE
 from ..model import Block
@@ -26,7 +29,13 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         # experts that work in chunks are called several times, and should be gathered once
         once = layer.config.dispatch.chunks > 1
-        fully_shard(layer.experts, mesh=expert, mp_policy=policy, reshard_after_forward=False if once else None)
+        fully_shard(
+            layer.experts,
+            mesh=expert,
+            mp_policy=policy,
+            reshard_after_forward=False if once else None,
+            shard_placement_fn=partial(_divided, mesh["edp_shard"].size),
+        )
         if dtype is not None:
             fully_shard(layer.router, mesh=dense, mp_policy=exact)
     for block in [module for module in model.modules() if isinstance(module, Block)]:
@@ -36,6 +45,19 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _divided(ranks: int, weight: nn.Parameter) -> Shard | None:
+    """Where to split a rank's experts [e, ...]: by expert, or within each where they are fewer than ranks or uneven.
+
+    Otherwise most of the ranks would hold nothing but padding.
+    """
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    if local.shape[0] % ranks == 0:
+        return None
+    taken = {placed.dim for placed in weight.placements} if isinstance(weight, DTensor) else set()
+    even = [dim for dim in range(1, local.dim()) if dim not in taken and local.shape[dim] % ranks == 0]
+    return Shard(max(even, key=lambda dim: local.shape[dim])) if even else None
 
 
 def _submesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:

@@ -99,6 +99,9 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
     padded = own = 0
     for weight in weights:
         over, number = place.shard(weight.expert)
+        if weight.expert and weight.rows % over:  # within each expert, evenly
+            padded, own = padded + weight.rows * weight.width // over, own + weight.rows * weight.width // over
+            continue
         rows = ceil(weight.rows / over)
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width

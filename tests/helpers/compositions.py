@@ -45,6 +45,9 @@ COMPOSITIONS: dict[str, C] = {
     "hsdp 2 x 2": C(4, P(dp_replicate=2, data_parallel="fsdp")),
     "hsdp 2 x 2, ep 2": C(4, P(dp_replicate=2, data_parallel="fsdp", ep=2), tokens="zero"),
     "hsdp 2 x 2, ep 4": C(4, P(dp_replicate=2, data_parallel="fsdp", ep=4)),
+    "fsdp 4, two experts each": C(4, P(data_parallel="fsdp", ep=1), experts=2, tokens="zero"),
+    "fsdp 8, ep 2, one expert each": C(8, P(data_parallel="fsdp", ep=2), experts=2, micro_batches=1),
+    "fsdp 4, etp 2, one expert for two ranks": C(4, P(data_parallel="fsdp", etp=2), experts=3, tokens="zero"),
     "fsdp 2, ep 2, bf16": C(2, P(data_parallel="fsdp", ep=2), dtype=BF16),
     # tensor and sequence parallelism; experts fold over it
     "tp 2": C(2, P(tp=2)),

@@ -40,6 +40,7 @@ class Composition:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     capacity: CapacityConfig | None = None
     scope: str = "global"
+    experts: int = 8
     dtype: str = "float32"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe_every: int = 2
@@ -56,7 +57,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
     moe = MoEConfig(
         hidden_size=16,
         intermediate_size=8,
-        num_experts=8,
+        num_experts=of.experts,
         top_k=2,
         router=RouterConfig(z_loss=0.01),
         balance=BalanceConfig(of.scope, 0.1, estimator="exact", micro_batches=micro_batches),
