@@ -55,7 +55,7 @@ def _divided(ranks: int, weight: nn.Parameter) -> Shard | None:
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     if local.shape[0] % ranks == 0:
         return None
-    taken = {placed.dim for placed in weight.placements} if isinstance(weight, DTensor) else set()
+    taken = {p.dim for p in weight.placements if isinstance(p, Shard)} if isinstance(weight, DTensor) else set()
     even = [dim for dim in range(1, local.dim()) if dim not in taken and local.shape[dim] % ranks == 0]
     return Shard(max(even, key=lambda dim: local.shape[dim])) if even else None
 
