@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -125,12 +123,12 @@ class Run:
 
 
 def numbers(records: Iterable[Record], *path: str) -> Array:
-    """One number of each record, NaN where it is missing or was not finite."""
+    """One number of each record, NaN where it is missing, no number or not finite."""
 
     def value(record: Any) -> float:
         for part in path:
-            record = (record or {}).get(part)
-        return math.nan if record is None else float(record)
+            record = record.get(part) if isinstance(record, dict) else None
+        return float(record) if isinstance(record, (int, float)) and math.isfinite(record) else math.nan
 
     return np.array([value(record) for record in records], float)
 
@@ -140,16 +138,16 @@ def numbers(records: Iterable[Record], *path: str) -> Array:
 Drawn = tuple[Figure, str]
 
 
-def _panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def new_panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9.6, rows * height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
-def _line(axes: Axes, x: Array, y: Array, **options: Any) -> None:
+def draw_line(axes: Axes, x: Array, y: Array, **options: Any) -> None:
     axes.plot(x, y, marker="o" if len(x) < 3 else None, **options)
 
 
-def _finish(axes: Axes, title: str = "", label: str = "") -> None:
+def finish(axes: Axes, title: str = "", label: str = "") -> None:
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set(title=title, ylabel=label, xlabel="step")
@@ -167,20 +165,20 @@ def draw_loss(run: Run, style: Style) -> Drawn | str:
     """Training and held-out loss, and the bigram's."""
     if not run.train and not run.evals:
         return "There is no loss yet: no training step has been recorded."
-    figure, (axes,) = _panels(1, 1, 3.9)
+    figure, (axes,) = new_panels(1, 1, 3.9)
     steps, losses = numbers(run.train, "step"), numbers(run.train, "loss")
     if len(losses) > 60:
         axes.plot(steps, losses, color=COLORS[0], alpha=0.3, linewidth=0.9)
         losses = _smooth(losses)
     if len(losses):
-        _line(axes, steps, losses, color=COLORS[0], linewidth=1.8, label="training")
+        draw_line(axes, steps, losses, color=COLORS[0], linewidth=1.8, label="training")
     heldout = numbers(run.evals, "loss")
     if len(heldout):
         axes.plot(numbers(run.evals, "step"), heldout, "o-", color=COLORS[1], linewidth=1.2, label="held-out text")
     if (bigram := run.bigram.get("all")) is not None:
         axes.axhline(bigram, color=style.faint, linestyle="--", linewidth=1.2, label=f"bigram table ({bigram:.2f})")
     axes.legend(loc="upper right")
-    _finish(axes, label="loss (nats per token)")
+    finish(axes, label="loss (nats per token)")
     parts = [f"training loss from {losses[0]:.2f} to {losses[-1]:.2f}"] if len(losses) else []
     parts += [f"held-out loss {heldout[-1]:.2f} at the end"] if len(heldout) else []
     return figure, "Loss over the steps: " + ", ".join(parts) + "."
@@ -191,20 +189,20 @@ def draw_domains(run: Run, style: Style) -> Drawn | str:
     domains = run.domains()
     if not domains:
         return "The losses were not recorded by domain."
-    figure, (axes,) = _panels(1, 1, 3.9)
+    figure, (axes,) = new_panels(1, 1, 3.9)
     steps, evals = numbers(run.train, "step"), numbers(run.evals, "step")
     for index, domain in enumerate(domains):
         color, losses = COLORS[index % len(COLORS)], numbers(run.train, "domain_loss", domain)
         dash = ("-", "--", ":")[index // len(COLORS) % 3]
         seen = np.isfinite(losses)
         losses = _smooth(losses[seen]) if seen.sum() > 60 else losses[seen]
-        _line(axes, steps[seen], losses, color=color, linewidth=1.5, linestyle=dash)
+        draw_line(axes, steps[seen], losses, color=color, linewidth=1.5, linestyle=dash)
         axes.plot(evals, numbers(run.evals, "domains", domain, "loss"), "o", color=color, markersize=5)
         axes.plot(
             [], [], dash, marker="o", color=color, label=f" {domain[:28]}"
         )  # a name that begins with _ would be hidden
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(domains) // 16)
-    _finish(axes, label="loss (nats per token)")
+    finish(axes, label="loss (nats per token)")
     return figure, f"Loss over the steps by domain: {', '.join(domains)}."
 
 
@@ -213,7 +211,7 @@ def draw_balance(run: Run, style: Style) -> Drawn | str:
     records = [record for record in run.train if record.get("layers")]
     if not records:
         return "The model has no MoE layer, so there is nothing to balance."
-    figure, panels = _panels(1, 2, 3.3)
+    figure, panels = new_panels(1, 2, 3.3)
     steps, alt = numbers(records, "step"), []
     names = (("balance", "balance loss", "mean of the layers"), ("max_over_mean", "busiest expert", "worst layer"))
     for axes, (name, title, summary) in zip(panels, names, strict=True):
@@ -221,10 +219,10 @@ def draw_balance(run: Run, style: Style) -> Drawn | str:
             each = [r["layers"][layer] if layer < len(r["layers"]) else {} for r in records]
             axes.plot(steps, numbers(each, name), color=style.faint, alpha=0.45, linewidth=0.8)
         values = numbers(records, name)
-        _line(axes, steps, values, color=COLORS[0], linewidth=1.8, label=summary)
+        draw_line(axes, steps, values, color=COLORS[0], linewidth=1.8, label=summary)
         axes.plot([], [], color=style.faint, alpha=0.6, linewidth=0.8, label="one layer")
         axes.axhline(1.0, color=style.faint, linestyle="--", linewidth=1.2, label="balanced")
-        _finish(axes, title, "1.0 = balanced" if name == "balance" else "load / mean load")
+        finish(axes, title, "1.0 = balanced" if name == "balance" else "load / mean load")
         alt.append(f"{title} {values[-1]:.2f} at the end")
     panels[1].legend(loc="upper right")
     return figure, "Balance over the steps: " + ", ".join(alt) + "; 1.0 would be balanced."
@@ -234,19 +232,19 @@ def draw_optimizer(run: Run, style: Style) -> Drawn | str:
     """Norm of the gradient and learning rate."""
     if not run.train:
         return "No training step has been recorded."
-    figure, panels = _panels(1, 2, 3.0)
+    figure, panels = new_panels(1, 2, 3.0)
     steps, norms, rates = (numbers(run.train, name) for name in ("step", "grad_norm", "lr"))
-    _line(panels[0], steps, norms, color=COLORS[2], linewidth=1.2)
+    draw_line(panels[0], steps, norms, color=COLORS[2], linewidth=1.2)
     if clip := run.option("optim", "grad_clip"):
         panels[0].axhline(clip, color=style.faint, linestyle="--", linewidth=1.2, label=f"clipped at {clip:g}")
         panels[0].legend(loc="upper right")
     if np.isfinite(norms).any() and np.nanmin(norms) > 0 and np.nanmax(norms) > 20 * np.nanmedian(norms):
         panels[0].set_yscale("log")
-    _finish(panels[0], "norm of the gradient")
-    _line(panels[1], steps, rates, color=COLORS[4], linewidth=1.5)
+    finish(panels[0], "norm of the gradient")
+    draw_line(panels[1], steps, rates, color=COLORS[4], linewidth=1.5)
     panels[1].set_ylim(bottom=0)
     panels[1].yaxis.set_major_formatter("{x:.1e}")
-    _finish(panels[1], "learning rate")
+    finish(panels[1], "learning rate")
     return figure, f"Gradient norm {norms[-1]:.3g} and learning rate {rates[-1]:.2g} at the last step."
 
 
@@ -254,7 +252,7 @@ def _layer_panels(layers: int, columns: int, height: float, style: Style) -> tup
     """A figure with a panel for each layer, or for MAX_PANELS of them."""
     shown = sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, MAX_PANELS))})
     columns = min(columns, len(shown))
-    figure, panels = _panels(math.ceil(len(shown) / columns), columns, height, sharex=True, sharey=True)
+    figure, panels = new_panels(math.ceil(len(shown) / columns), columns, height, sharex=True, sharey=True)
     for axes, layer in zip(panels, shown, strict=False):
         axes.set_title(f"MoE layer {layer}")
     for axes in panels[len(shown) :]:
@@ -329,31 +327,3 @@ def draw_routing(run: Run, style: Style) -> Drawn | str:
     _label_below(panels, columns, "expert")
     _heat_scale(figure, panels, image)
     return figure, f"How often {', '.join(domains)} choose each of {experts} experts, in each of {layers} MoE layers."
-
-
-def jensen_shannon(p_E: Array, q_E: Array) -> float:
-    """Divergence in bits: 0 for equal distributions, 1 for distributions with no expert in common."""
-
-    def bits(a: Array) -> float:
-        return float(np.sum(np.where(a > 0, a * np.log2(np.where(a > 0, a, 1.0)), 0.0)))
-
-    return max(0.0, (bits(p_E) + bits(q_E)) / 2 - bits((p_E + q_E) / 2))
-
-
-def draw_divergence(run: Run, style: Style) -> Drawn | str:
-    """Mean Jensen-Shannon divergence over pairs of domains, by layer and evaluation."""
-    found = [(r["step"], run.routing_DLE(r)[1]) for r in run.evals if len(run.routing_DLE(r)[0]) > 1]
-    if not found:
-        return "Domains cannot be compared: no evaluation has routing frequencies of two domains or more."
-    layers = found[-1][1].shape[1]
-    found = [(step, share) for step, share in found if share.shape[1] == layers]
-    figure, (axes,) = _panels(1, 1, 3.3)
-    steps, shades = np.array([step for step, _ in found], float), matplotlib.colormaps["viridis"]
-    for layer in range(layers):
-        values = [np.mean([jensen_shannon(a, b) for a, b in combinations(s[:, layer], 2)]) for _, s in found]
-        color = shades(0.3 + 0.6 * layer / max(1, layers - 1))
-        axes.plot(steps, values, "o-", color=color, linewidth=1.5, markersize=4, label=f"MoE layer {layer}")
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + layers // 16)
-    _finish(axes, label="divergence (bits)")
-    return figure, f"Divergence between the domains' use of experts in {layers} MoE layers over the evaluations."

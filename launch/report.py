@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 
 from ..moe.train.metrics import duration, write_atomically
-from . import figures
+from . import figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
 
 REPORT_FILE = "report.html"
@@ -86,9 +86,46 @@ PLOTS = (
         "balance",
         "Load balance",
         "The balance loss is 1.0 when every expert gets the same share of the whole step, and the number of experts "
-        "divided by top-k at worst. On the right, how much more than the mean the busiest expert gets, which is also "
-        "how long the others wait for it. Both should come down early and stay down.",
+        "divided by top-k at worst. On the right, how much more than the mean the busiest expert gets over the whole "
+        "step. Both should come down early and stay down.",
         figures.draw_balance,
+    ),
+    Plot(
+        "evenness",
+        "How even the load is",
+        "Of each layer's load over the whole step: how much the experts' loads differ, which should fall towards 0; "
+        "the entropy, which should rise to 1; and the experts that got no token, of which there should be none after "
+        "the first steps. A single layer that stays apart from the others is worth a look.",
+        routing_figures.draw_evenness,
+    ),
+    Plot(
+        "losses",
+        "Balance losses and what they add",
+        "On the left each loss by itself, with the load that it used: solid lines are trained on, dashed ones are "
+        "shown for comparison. Balancing the global batch leaves the micro-batch loss above the global one: that is "
+        "the room in which experts specialise, and it is gone where micro-batches are balanced. Beside it what is "
+        "added to the training loss, with coefficients: it should be small beside the loss itself.",
+        routing_figures.draw_losses,
+    ),
+    Plot(
+        "estimator",
+        "Balance batch size",
+        "Over how many sequences the main loss counted its load, in the mean over a step's backward passes. At the "
+        "dashed line it is the whole step; it may be more where the step before is used as well. In published "
+        "experiments models gain up to a hundred sequences or so. On the right how far the load that was used was from "
+        "that of the whole step: 0 for exact counts.",
+        routing_figures.draw_estimator,
+    ),
+    Plot(
+        "straggler",
+        "Ranks that wait for the busiest one",
+        "In one micro-batch, the rows that the busiest expert-parallel rank gets over the mean of its group: 1 when "
+        "even. Dashed lines project the same routing to other numbers of ranks, as if one micro-batch were all that "
+        "they compute on together, which is rather too high. This is what balance over the global batch costs, and "
+        "what a small micro-batch loss beside it (balance.extra.micro, a hundredth of the main coefficient) brings "
+        "down. On the right an estimate of the time lost, from floating-point operations alone: it holds where experts "
+        "are bound by computing and nothing else is done while ranks wait.",
+        routing_figures.draw_straggler,
     ),
     Plot(
         "load",
@@ -110,8 +147,19 @@ PLOTS = (
         "divergence",
         "How differently the domains are routed",
         "The Jensen-Shannon divergence between two domains' use of the experts, mean of all pairs: 0 when all domains "
-        "use the same experts, 1 bit when they share none. A rising line is growing specialisation.",
-        figures.draw_divergence,
+        "use the same experts, 1 bit when they share none. A rising line is growing specialisation. In the middle the "
+        "share of a domain's choices that goes to the expert it uses most; the dashed line is that of even use. On the "
+        "right which domains part: related ones should stay close.",
+        routing_figures.draw_divergence,
+    ),
+    Plot(
+        "scores",
+        "How sure the router is",
+        "The probability that lies on a token's chosen experts, in the mean over tokens. At the dashed line, top-k "
+        "divided by the number of experts, the router is indifferent; a line that stays there means that a balance "
+        "loss too strong, or over too few tokens, leaves it nothing to decide. Close to 1 the router has made up its "
+        "mind.",
+        routing_figures.draw_scores,
     ),
     Plot(
         "optimizer",
@@ -211,9 +259,26 @@ def _cards(run: Run) -> str:
     if layers:
         total = sum(len(layer["counts"]) for layer in layers)
         cards.append((_text(last.get("max_over_mean"), ".2f"), "busiest expert / mean, worst layer"))
+        cards += _balance_cards(run)
         cards.append((f"{sum(layer.get('dead') or 0 for layer in layers):.0f} of {total}", "dead experts at the end"))
     items = (f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in cards)
     return f'<div class="cards" id="summary">{"".join(items)}</div>'
+
+
+def _balance_cards(run: Run) -> list[tuple[str, str]]:
+    """Where the run has recorded them."""
+    parts = (
+        ("balance_sequences", 1, ".3g", "sequences that the load is counted over"),
+        ("straggler", 1, ".2f", "busiest rank / mean, in a micro-batch"),
+        ("waiting", 100, ".1f", "% of a step's time spent waiting (estimate)"),
+    )
+    found = [(_last(numbers(run.train, name) * scale), spec, label) for name, scale, spec, label in parts]
+    cards = [(_text(value, spec), label) for value, spec, label in found if value is not None]
+    seen = [record["divergence"] for record in run.evals if isinstance(record.get("divergence"), list)]
+    bits = numbers([{"of": value} for value in seen[-1]], "of") if seen else np.array([])
+    if np.isfinite(bits).any():
+        cards.append((f"{np.nanmean(bits):.3f}", "bits of divergence between domains"))
+    return cards
 
 
 def _domain_table(run: Run) -> str:

@@ -89,7 +89,8 @@ class BalanceConfig:
     #: ``carry`` those so far, and the step before's for the micro-batches to come;
     #: ``exact`` all of them, for which the training loop must count first (:func:`counting_pass`)
     estimator: Literal["rolling", "carry", "exact"] = "rolling"
-    #: backward passes per optimizer step; None: as many as the previous step had
+    #: micro-batches per optimizer step (a layer that runs twice in a forward has two each time); None: as many as were
+    #: counted ahead, else as the step before had; in the very first step, as many as there were so far
     micro_batches: int | None = None
     #: how the data-parallel engine joins the ranks' gradients: DDP and FSDP take the mean
     grad_reduction: Literal["mean", "sum"] = "mean"

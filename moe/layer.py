@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +104,5 @@ class MoE(nn.Module):
             loss_values=partial(self.balancer.loss_values, routing.detach(), this.slot),
         )
 
-    def __deepcopy__(self, memo: dict) -> MoE:
-        copy = type(self).__new__(type(self))
-        memo[id(self)] = copy
-        copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_stats"})
-        copy._stats = None
-        return copy
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stats": None}  # a copy has no last forward, and sums over ranks cannot be copied

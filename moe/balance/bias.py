@@ -46,10 +46,14 @@ class BiasRule:
         return self.by_micro_batch and self.rule == "sign"
 
     @torch.no_grad()
-    def move(self, bias_E: Tensor, counts_E: Tensor, votes_E: Tensor | None, voters: int) -> None:
+    def move(
+        self, bias_E: Tensor, counts_E: Tensor, votes_E: Tensor | None, voters: int, overflow: Tensor | None = None
+    ) -> None:
         """Move ``bias_E`` in place by ``rate`` times the direction of counts int64 [E] of a step on all ranks, or by
-        the mean of ``voters`` votes whose sum is int64 [E]."""
+        the mean of ``voters`` votes whose sum is int64 [E]; not at all where the scalar ``overflow`` is not zero."""
         direction_E = RULES[self.rule](counts_E) if votes_E is None else votes_E.double() / voters
+        if overflow is not None:
+            direction_E = direction_E * (overflow == 0).to(direction_E.device)
         bias_E.add_((self.rate * direction_E.double()).to(bias_E.dtype))
 
 

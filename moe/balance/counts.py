@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ class Summed(Protocol):
     def get(self) -> Tensor: ...
 
 
+class Term(NamedTuple):
+    """One loss as a micro-batch's backward has used it: gradient * sums, summed, is this rank's part of its value."""
+
+    name: str
+    #: what it is weighed with in the training objective
+    coefficient: float
+    gradient: Tensor
+    sums: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """fp64 scalar, without the coefficient."""
+        return (self.gradient * self.sums).sum().double()
+
+
 class MicroBatch:
     """What one layer remembers of one micro-batch until the optimizer steps."""
 
@@ -37,7 +52,9 @@ class MicroBatch:
         self.decision: Decision
         self.counts_BE: Tensor
         self.tokens_B: Tensor
-        self.prob_sums_E: Tensor
+        #: fp32 [B, E] and scalar, outside the graph
+        self.prob_sums_BE: Tensor
+        self.z_sum: Tensor
         #: int64 [1 or B, E + 1], counts and tokens on the ranks that hold parts of the same sequences; by sequence
         #: where a loss is of sequences
         self.own: Summed
@@ -49,10 +66,15 @@ class MicroBatch:
         self.assigned = False
         #: counted by a pass ahead of the training forward
         self.ahead = False
-        #: the backward that has used it, as autograd numbers them
+        #: the backward within which its forward ran (-1: none), and the one that has used it, as autograd numbers them
+        self.opened_in = -1
         self.backward_id: int | None = None
+        #: training forwards in this process before it was opened
+        self.session = 0
         #: the main loss as that backward has read it
         self.used: Loss | None = None
+        #: all losses as it has read them
+        self.terms: list[Term] = []
         #: ranks that hold parts of the same sequences, and that hold different tokens
         self.sequence_ranks = self.ranks = 1
         #: int64 [E + 1], counts and tokens of its whole step, once that has ended; and its choices
@@ -89,17 +111,23 @@ class StepTotals:
     #: int64 [E] and scalar, over all ranks that count together
     counts_E: Tensor
     tokens: Tensor
-    #: int64 [E], int64 scalar and fp32 [E], of this rank alone
-    local_counts_E: Tensor
-    local_tokens: Tensor
-    local_prob_sums_E: Tensor
+    #: int64 [M, E], int64 [M] and fp32 [M, E], of this rank's M micro-batches alone
+    local_counts_ME: Tensor
+    local_tokens_M: Tensor
+    local_prob_sums_ME: Tensor
     #: int64 scalar, sequences of this rank with a valid token
     local_sequences: Tensor
     micro_batches: int
     #: ranks that hold parts of the same sequences
     sequence_ranks: int
-    #: what the backward of each micro-batch used
+    #: what the backward of each micro-batch used: the main loss, and every loss
     used: list[Loss]
+    terms: list[Term]
+
+    @property
+    def local_tokens(self) -> Tensor:
+        """int64 scalar, of this rank alone."""
+        return self.local_tokens_M.sum()
 
     @property
     def balance_tokens(self) -> float | None:
@@ -138,8 +166,10 @@ class Window:
     - when an optimizer that holds the router's weight steps; as long as none was seen to hold it (wrappers with
       master weights of their own, FSDP) any optimizer's step counts;
     - when ``micro_batches`` were given and that many have been backpropagated;
-    - when a forward finds the weight's gradient gone that a backward had left: the step was skipped. (Not where an
-      engine takes gradients away by itself; there, the next optimizer step it is, or ``micro_batches``.)
+    - when a forward finds the weight's gradient gone that a backward had left: the step was skipped, or broken off.
+      (Where a wrapper's optimizer holds it in another guise: that optimizer's gradients, after its first step. Not
+      where an engine takes gradients away by itself, or sets them to zero and not to None; there, the next optimizer
+      step it is, or ``micro_batches``.)
     """
 
     def __init__(self, micro_batches: int | None, bias: BiasRule | None = None) -> None:
@@ -156,46 +186,62 @@ class Window:
         self.before_X: Tensor | None = None
         self._last_length = 1
         self._opened = 0
+        #: micro-batches that were counted ahead
+        self._counted = 0
         #: so many micro-batches and the sum of their totals: a backward adds the new ones only
         self._prefix: tuple[int, Tensor | None] = (0, None)
         self._weight: Any = lambda: None
         self._bias_E: Any = lambda: None
         self._held_by_optimizer = False
-        self._trained_elsewhere = False
+        #: the last optimizer that may train the weight in another guise
+        self._elsewhere: Any = lambda: None
         self._gradient_left = False
         _windows.add(self)
-
-    def __deepcopy__(self, memo: dict) -> Window:
-        return Window(self.given, self.bias)
 
     def __reduce__(self) -> tuple:
         return Window, (self.given, self.bias)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per step: as configured, else as many as the step before had."""
-        return self.given or self._last_length
+        """Micro-batches per step: as configured, else as many as were counted ahead or the step before had."""
+        return self.given or self._counted or self._last_length
 
-    def begin_pass(self, weight: Tensor, bias_E: Tensor | None = None) -> None:
-        """Tell the window that a training forward begins, with the router's weight and bias as this pass uses them."""
+    def begin_pass(self, weight: Tensor, bias_E: Tensor | None, ahead: bool) -> None:
+        """Tell the window that a training forward begins, or a pass that counts ahead of one, with the router's weight
+        and bias as it uses them."""
+        global _training_forwards
+        if not ahead:
+            _training_forwards += 1
+        elif any(slot.ahead and slot.session != _training_forwards for slot in self.slots):
+            self.forget_ahead()  # of a step that was broken off in its training
         self._weight = weakref.ref(weight)
         if bias_E is not None:
             self._bias_E = weakref.ref(bias_E)
         finished = sum(slot.done for slot in self.slots)
         full = self.given is not None and finished >= self.given
-        mine = self._held_by_optimizer or not self._trained_elsewhere
-        skipped = mine and self._gradient_left and weight.grad is None
-        if finished and (full or skipped):
+        skipped = self._gradient_left and not self._has_gradient()
+        if finished and skipped:  # forwards without a backward were broken off with it
+            over = {slot.session for slot in self.slots if slot.done}
+            self.close(kept=[slot for slot in self.slots if slot.ahead and slot.session not in over])
+        elif finished and full:
             self.close(kept=[slot for slot in self.slots if not slot.done])
 
     def open(self, ahead: bool) -> MicroBatch:
         """The slot of the micro-batch that is routed now: the next one counted ahead, else a new one."""
         waiting = [] if ahead else [slot for slot in self.slots if slot.ahead]
-        if waiting:
-            return waiting[0]
-        self.slots.append(MicroBatch(self._opened))
-        self._opened += 1
-        return self.slots[-1]
+        slot = waiting[0] if waiting else MicroBatch(self._opened)
+        slot.opened_in = torch._C._current_graph_task_id()
+        if not waiting:
+            self.slots.append(slot)
+            self._opened += 1
+            self._counted += ahead
+            slot.session = _training_forwards
+        return slot
+
+    def forget_ahead(self) -> None:
+        """Drop what was counted ahead and not trained on: other tokens will come than those."""
+        self.slots, self._prefix = [slot for slot in self.slots if not slot.ahead], (0, None)
+        self._counted = 0
 
     @property
     def known(self) -> list[MicroBatch]:
@@ -210,8 +256,13 @@ class Window:
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
-        weight = self._weight()
-        self._gradient_left = weight is not None and weight.grad is not None
+        self._gradient_left = self._has_gradient()
+
+    def _has_gradient(self) -> bool:
+        weight, optimizer = self._weight(), self._elsewhere()
+        if optimizer is None or self._held_by_optimizer:
+            return weight is not None and weight.grad is not None
+        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
     def totals(self, slot: MicroBatch) -> Tensor:
         """int64 [E + 1]: counts and tokens of all micro-batches known, with ``slot`` among them."""
@@ -245,47 +296,57 @@ class Window:
             self.last = _step_totals(ended, total)
             self.before_X = F.pad(total, (0, 1), value=len(ended))
             self._last_length = len(ended)
-        self.slots, self._prefix = kept, (0, None)
+        self.slots, self._prefix, self._counted = kept, (0, None), sum(slot.ahead for slot in kept)
         # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
         self._gradient_left = False
         return self.last if ended else None
 
-    def optimizer_stepped(self, parameters: set[int]) -> None:
+    def optimizer_stepped(self, optimizer: torch.optim.Optimizer, parameters: set[int]) -> None:
         """Called after every optimizer step in the process, with the ids of that optimizer's parameters."""
         if id(self._weight()) in parameters:
             self._held_by_optimizer = True
         elif self._held_by_optimizer:
             return
         else:
-            self._trained_elsewhere = True
+            self._elsewhere = weakref.ref(optimizer)
         slots, bias_E = self.known, self._bias_E()
         ended = self.close()
         if ended is not None and self.bias is not None and bias_E is not None:
             votes_E = torch.stack([slot.beside[-len(bias_E) :] for slot in slots]).sum(0) if self.bias.votes else None
-            self.bias.move(bias_E, ended.counts_E, votes_E, sum(slot.ranks for slot in slots))
+            # fp32 scalar of a gradient scaler: not zero where a fused optimizer was called and did nothing
+            overflow = getattr(optimizer, "found_inf", None)
+            self.bias.move(bias_E, ended.counts_E, votes_E, sum(slot.ranks for slot in slots), overflow)
 
 
 def _step_totals(ended: list[MicroBatch], total: Tensor) -> StepTotals:
     return StepTotals(
         counts_E=total[:-1],
         tokens=total[-1],
-        local_counts_E=torch.stack([slot.counts_BE.sum(0) for slot in ended]).sum(0),
-        local_tokens=torch.stack([slot.tokens_B.sum() for slot in ended]).sum(),
-        local_prob_sums_E=torch.stack([slot.prob_sums_E for slot in ended]).sum(0),
+        local_counts_ME=torch.stack([slot.counts_BE.sum(0) for slot in ended]),
+        local_tokens_M=torch.stack([slot.tokens_B.sum() for slot in ended]),
+        local_prob_sums_ME=torch.stack([slot.prob_sums_BE.sum(0) for slot in ended]),
         local_sequences=torch.stack([(slot.tokens_B > 0).sum() for slot in ended]).sum(),
         micro_batches=len(ended),
         sequence_ranks=ended[-1].sequence_ranks,
         used=[slot.used for slot in ended if slot.used is not None],
+        terms=[term for slot in ended for term in slot.terms],
     )
 
 
 _windows: weakref.WeakSet[Window] = weakref.WeakSet()
+_training_forwards = 0
+
+
+def forget_ahead() -> None:
+    """Drop what all layers counted ahead and did not train on."""
+    for window in _windows:
+        window.forget_ahead()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for window in sorted(_windows, key=lambda w: w.number):  # in one order on all ranks: sums may be started here
-        window.optimizer_stepped(parameters)
+        window.optimizer_stepped(optimizer, parameters)
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -20,7 +20,7 @@ from ..config import BalanceConfig
 from ..types import Decision, Routing
 from .attach import attach
 from .bias import bias_rule, sign
-from .counts import MicroBatch, Summed, Window
+from .counts import MicroBatch, Summed, Term, Window, forget_ahead
 from .draw import draw, of_all_ranks, sent, valid_choices
 from .estimators import ESTIMATORS
 from .ledger import sum_of_layer
@@ -35,11 +35,15 @@ def counting_pass() -> Iterator[None]:
     """Within it, forwards without gradient count their micro-batch ahead of its training forward.
 
     Run it over all micro-batches of a step, then train on them in the same order: the estimator is then exact.
+    What was counted is forgotten when an exception leaves it, and when counting begins anew before all was trained on.
     """
     token = _counting.set(True)
     try:
         with torch.no_grad():
             yield
+    except BaseException:
+        forget_ahead()
+        raise
     finally:
         _counting.reset(token)
 
@@ -59,6 +63,15 @@ class Pass:
 #: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
 _OF_ALL_RANKS = {"global", "data_parallel", "device", "communication", "shuffled"}
 _OF_OWN_SEQUENCES = {"micro", "sequence", "shuffled"}
+
+
+def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
+    """Scope and coefficient of the main loss, and of those beside it; one for each scope."""
+    terms: dict[str, float] = {config.scope: config.coefficient}
+    for name, coefficient in vars(config.extra).items():
+        if coefficient:
+            terms[name] = terms.get(name, 0.0) + coefficient
+    return list(terms.items())
 
 
 class _Total:
@@ -93,9 +106,7 @@ class Balancer:
         self.loss_scale: float | Tensor = 1.0
         self.devices = 1
         self.reach: int | None = None
-        extra = {name: coefficient for name, coefficient in vars(config.extra).items() if coefficient}
-        #: the main loss, and those beside it
-        self._terms = [(config.scope, config.coefficient), *extra.items()]
+        self._terms = loss_terms(config)
         self._scopes = {scope for scope, _ in self._terms}
         self._estimate = ESTIMATORS[config.estimator]
 
@@ -106,8 +117,9 @@ class Balancer:
             return Pass()
         slot, known = slot_being_recomputed(self.window)
         if slot is not None:
+            remember(slot)
             return Pass(slot, slot.decision if known else None)
-        self.window.begin_pass(weight, bias_E)
+        self.window.begin_pass(weight, bias_E, ahead=counting)
         slot = self.window.open(ahead=counting)
         remember(slot)
         return Pass(slot, slot.decision if slot.ahead else None, first=True)
@@ -117,7 +129,7 @@ class Balancer:
         slot = this.slot
         if slot is None or not this.first:
             return
-        slot.prob_sums_E = routing.prob_sums_BE.detach().sum(0)
+        slot.prob_sums_BE, slot.z_sum = routing.prob_sums_BE.detach(), routing.z_sum.detach()
         if slot.ahead:  # counted and summed before
             slot.ahead = False
             return
@@ -213,9 +225,15 @@ class Balancer:
         self.window.used(slot)
         averaged = self.token_axis.size if self.averaged_ranks is None else self.averaged_ranks
         scale = self.loss_scale * (averaged if self.config.grad_reduction == "mean" else 1)
+        slot.terms = [
+            Term(scope, coefficient * self._convention(scope, view), loss.gradient, slot.prob_sums_BE)
+            for loss, (scope, coefficient) in zip(losses, self._terms, strict=True)
+        ]
         gradient: Any = 0.0
-        for loss, (scope, coefficient) in zip(losses, self._terms, strict=True):
-            gradient = gradient + loss.gradient * (coefficient * self._convention(scope, view) * scale)
+        for term in slot.terms:
+            gradient = gradient + term.gradient * (term.coefficient * scale)
+        if self.z_coefficient:
+            slot.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, slot.z_sum))
         return gradient, losses[0].token_weight * (self.z_coefficient * scale)
 
     def _convention(self, scope: str, view: StepView) -> float:

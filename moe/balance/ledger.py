@@ -6,7 +6,8 @@ from the pass before: passes that begin with the same layer are taken to be alik
 
 - the first pass, whose length nobody knows, sums each layer by itself;
 - a pass that turns out longer sums its further layers as a pass of their own;
-- a pass that turns out shorter is summed when the next one begins, or when a backward asks for it.
+- a pass that turns out shorter is summed when the next one begins, or when a backward asks for it. It may have been
+  broken off: only when it comes as short again, that is what is expected.
 
 All this follows from the order of calls alone, which is the same on all ranks of an axis, so that no rank waits for a
 sum that another has not started. Under reentrant recomputation, where layers count within the backward, a pass is what
@@ -58,8 +59,9 @@ class Ledger:
         self.axis = axis
         #: passes that have ended
         self.passes = 0
-        #: first layer of a pass -> how many layers it had when it last came
+        #: first layer of a pass -> how many layers it is expected to have, and how many it had when it last came
         self.lengths: dict[Key, int] = {}
+        self._last: dict[Key, int] = {}
         self._layers: list[Key] = []
         self._waiting: list[Entry] = []
 
@@ -80,7 +82,10 @@ class Ledger:
     def end_pass(self) -> None:
         """All layers of the pass have counted."""
         if self._layers:
-            self.lengths[self._layers[0]] = len(self._layers)
+            first, length = self._layers[0], len(self._layers)
+            if length >= self.lengths.get(first, 0) or length == self._last.get(first):
+                self.lengths[first] = length
+            self._last[first] = length
             self._layers = []
             self.passes += 1
         self.start()

@@ -94,10 +94,14 @@ def micro_batch(view: StepView) -> Loss:
 
 
 def sequence(view: StepView) -> Loss:
-    """The load of each sequence (DeepSeek-V3, arXiv 2412.19437); the step's loss is the mean over sequences."""
-    present = (view.tokens_B > 0).sum().double().clamp_min(1)
-    tokens = view.tokens_B.sum().double()
-    weight_B = 1.0 / (view.tokens_B.double().clamp_min(1) * (present * view.micro_batches * view.ranks))
+    """The load of each sequence (DeepSeek-V3, arXiv 2412.19437); the step's loss is the mean over sequences.
+
+    One without a valid token has loss 0 in that mean, so that each weighs the same however they are spread. The load is
+    of the experts that were chosen, as everywhere here; the paper's is of the K best scores, without bias and groups.
+    """
+    sequences = view.tokens_B.shape[0]
+    tokens, present = view.tokens_B.sum().double(), (view.tokens_B > 0).sum().double().clamp_min(1)
+    weight_B = 1.0 / (view.tokens_B.double().clamp_min(1) * (sequences * view.micro_batches * view.ranks))
     per_token = 1.0 / (tokens.clamp_min(1) * view.micro_batches * view.ranks)
     return Loss(loads(view.counts_BE, view.tokens_B, view.top_k), weight_B, per_token, tokens / present)
 

@@ -1,7 +1,8 @@
 """Activation checkpointing that never routes twice.
 
-``torch.utils.checkpoint`` runs a region again in the backward. A layer recognises that by itself as long as
-one micro-batch is in flight; :func:`recompute` makes the match exact for any number.
+``torch.utils.checkpoint`` runs a region again in the backward. A layer recognises that by itself. As long as one
+micro-batch is in flight it knows which one is computed again, and takes its decision as it was; among several it
+routes alike from the same input. :func:`recompute` makes the match exact for any number.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class _Region:
     communication."""
 
     def __init__(self, keep_exchanges: bool) -> None:
+        #: the region around it
+        self.parent = _region.get()
         self.slots: list[MicroBatch] = []
         self.next: int | None = None
         self.kept = Kept() if keep_exchanges else None
@@ -69,23 +72,28 @@ def slot_being_recomputed(window: Window) -> tuple[MicroBatch | None, bool]:
     (None, False) when the pass is a first one.
     """
     region = _region.get()
-    if region is not None and region.next is not None:
-        region.next += 1
-        return region.slots[region.next - 1], True
+    while region is not None:
+        if region.next is not None:
+            region.next += 1
+            return region.slots[region.next - 1], True
+        region = region.parent
     backward = torch._C._current_graph_task_id()
     if backward == -1:
         return None, False
     # Inside a backward only a checkpointed region runs forward. If torch's non-reentrant kind, the slot is open, or
-    # this very backward has just used it; the reentrant kind's first pass had no gradient and was not counted.
+    # this very backward has just used it; the reentrant kind's first pass had no gradient and was not counted, and
+    # what its second opens is none of this backward's to compute again. Which of several slots it is nobody knows,
+    # nor whether one that another backward opened was left behind by an exception.
+    in_flight = [slot for slot in window.known if not (slot.done or slot.ahead or slot.opened_in == backward)]
     last = window.last_used
     if last is not None and last.backward_id == backward:
-        return last, True
-    in_flight = [slot for slot in window.known if not slot.done and not slot.ahead]
-    return (in_flight[0], len(in_flight) == 1) if in_flight else (None, False)
+        return last, not in_flight
+    return (in_flight[0], len(in_flight) == 1 and in_flight[0].opened_in == -1) if in_flight else (None, False)
 
 
 def remember(slot: MicroBatch) -> None:
-    """Note a slot that a first pass opened, for the region's recomputation."""
+    """Note the slot of a pass for the recomputation of the regions that it runs in."""
     region = _region.get()
-    if region is not None:
+    while region is not None and region.next is None:
         region.slots.append(slot)
+        region = region.parent

@@ -61,6 +61,11 @@ class Router(nn.Module):
             decision = Decision(gate.ids_TK, ids_TK)
         return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.bias_E is not None:
+            self.bias_E = self.bias_E.float()  # load_state_dict(assign=True) takes any dtype
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """As for every module, but ``bias_E`` stays fp32: its updates are too small for 16 bits."""
         before = self.bias_E

@@ -38,6 +38,8 @@ class ModelConfig:
     shared_intermediate_size: int = 0
     #: entries of the embedding; None: as many as the tokenizer has
     vocab_size: int | None = None
+    #: standard deviation of the first weights; narrow models learn sooner from larger ones, about hidden_size**-0.5
+    init_std: float = 0.02
     #: compute activations again in the backward pass (section ``recompute``: which)
     recompute: bool = False
     #: of the routed experts; "gelu" is by the error function, "relu2" the square of ReLU
@@ -61,6 +63,7 @@ class ModelConfig:
             self.dense_layers,
             f"must lie between 0 and model.num_layers={self.num_layers}",
         )
+        require(self.init_std > 0, "model.init_std", self.init_std, "must be positive; 0.02 is usual")
         require(
             self.top_k <= self.num_experts,
             "model.top_k",
@@ -238,5 +241,6 @@ class TrainConfig:
             activation=self.model.activation,
             gated=self.model.gated,
             recompute_experts=self.model.recompute_experts,
+            init_std=self.model.init_std,
             backend=self.model.backend,
         )

@@ -1,9 +1,11 @@
-"""A training run from its first step to its report.  N domains, L MoE layers, E experts."""
+"""A training run from its first step to its report.  N domains, L MoE layers."""
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,17 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..balance import loss_value
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import build_engine
 from ..model import Decoder, numbered_moe_layers
 from ..parallel import Mesh
-from ..types import load_summary
 from . import checkpoint
-from .config import ModelConfig, TrainConfig
+from .config import TrainConfig
 from .data import Batches, Corpus
 from .evaluate import evaluate
 from .metrics import MetricsWriter, Progress
+from .observe import Layout, expert_share, layer_record, observe, step_record, training_score, watch_routers
 from .optim import build_optimizer, learning_rate
 from .step import Losses, mixed_precision, train_step
 
@@ -62,6 +63,7 @@ class Trainer:
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
+        self.expert_share = expert_share(model)
         #: the decoder's layers that are MoE
         self.moe_numbers = list(numbered_moe_layers([model]))
         self.engine = build_engine(
@@ -78,6 +80,9 @@ class Trainer:
         self.optimizer = build_optimizer(self.engine.named_parameters().values(), config.optim)
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
+        self.layout = Layout.of(config, self.axis.size)
+        #: by layer, fp64 [2]: the chosen experts' probabilities and the tokens, if the last step was observed
+        self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0
         torch.manual_seed(config.seed + 1 + self.axis.rank)
 
@@ -86,37 +91,43 @@ class Trainer:
         """The decoder; under pipeline parallelism this rank's first stage."""
         return cast(Decoder, self.engine.model)
 
-    def train_step(self) -> Tensor:
-        """Do the next optimizer step; returns the gradient's norm."""
+    def train_step(self, observed: bool = True) -> Tensor:
+        """Do the next optimizer step; returns the gradient's norm.
+
+        ``observed`` looks at scores, which :meth:`record` tells: one more product with the router's weight.
+        """
         rate = learning_rate(self.config.optim, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self.batches.sample(
             self.step, self.data.rank, self.data.size, self.micro_batches, self.config.data.micro_batch
         )
-        norm = train_step(self.engine, self.optimizer, batches, self.config, self.losses)
+        self.scores = [None] * len(self.layers)
+        with self._observed_scores() if observed else nullcontext():
+            norm = train_step(self.engine, self.optimizer, batches, self.config, self.losses)
         self.step += 1
         return norm
+
+    @contextmanager
+    def _observed_scores(self) -> Iterator[None]:
+        with watch_routers(self.layers.values(), training_score) as seen:
+            yield
+        found = [[score for score in of_layer if score is not None] for of_layer in seen]
+        self.scores = [torch.stack(of_layer).sum(0) if of_layer else None for of_layer in found]
 
     def evaluate(self) -> dict[str, Any]:
         """An ``eval`` record: see :mod:`equimoe.moe.train.metrics`."""
         return {"kind": "eval", "step": self.step} | evaluate(self)
 
     def record(self, norm: Tensor) -> dict[str, Any]:
-        """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce."""
-        experts = self.config.model.num_experts
-        table = torch.zeros(len(self.moe_numbers), 2 * experts + 3, dtype=torch.float64, device=self.device)
-        for row, number in zip(table, self.moe_numbers, strict=True):
-            if number not in self.layers:
-                continue
-            layer = self.layers[number]
-            totals = layer.balancer.window.last
-            assert totals is not None
-            row[:experts], row[experts:-3] = totals.local_counts_E, totals.local_prob_sums_E
-            row[-3:] = torch.stack((totals.local_tokens, layer.stats.dropped_choices, layer.stats.counts.sum()))
+        """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce, and smaller
+        ones among ranks that share sequences or experts."""
+        table = torch.zeros(len(self.moe_numbers), self.layout.width, dtype=torch.float64, device=self.device)
+        places = [self.moe_numbers.index(number) for number in self.layers]
+        observe(table, places, self.layers.values(), self.layout, self.mesh, self.axis.rank, self.scores)
         joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
         sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        rows = [_layer_record(row, self.config.model) for row in joined[sums_N2.numel() :].view(table.shape)]
+        rows = [layer_record(row, self.layout) for row in joined[sums_N2.numel() :].view(table.shape)]
         self.losses = Losses(len(self.corpus.domains), self.device)
         nats, tokens = sums_N2.sum(0).tolist()
         return {
@@ -125,10 +136,9 @@ class Trainer:
             "loss": nats / max(tokens, 1.0),
             "grad_norm": float(norm),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "balance": float(np.mean([row["balance"] for row in rows])) if rows else 1.0,
-            "max_over_mean": max((row["max_over_mean"] for row in rows), default=1.0),
             "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
+            **step_record(rows, self.expert_share),
             "layers": rows,
         }
 
@@ -177,18 +187,6 @@ class Trainer:
         }
 
 
-def _layer_record(row: Tensor, model: ModelConfig) -> dict[str, Any]:
-    """Counts, probability sums, tokens, and dropped and wanted choices of a layer, as the metrics want them."""
-    counts_E, prob_sums_E = row[: model.num_experts].long(), row[model.num_experts : -3]
-    tokens, dropped, wanted = row[-3:]
-    return {
-        "counts": counts_E.tolist(),
-        "balance": float(loss_value(counts_E, tokens, prob_sums_E, tokens, model.top_k)),
-        **load_summary(counts_E),
-        "dropped": float(dropped / wanted.clamp_min(1)),
-    }
-
-
 def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress: Progress | None) -> dict[str, Any]:
     """Train to the configured last step, with evaluations and checkpoints on the way; returns the last evaluation.
 
@@ -205,11 +203,12 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
             progress.show(record)
 
     while trainer.step < config.steps:
-        norm = trainer.train_step()
-        step, last = trainer.step, trainer.step == config.steps
+        step, last = trainer.step + 1, trainer.step + 1 == config.steps
+        logged = last or step % config.log.every == 0
+        norm = trainer.train_step(observed=logged)
         if progress is not None:
             progress.advance(step)
-        if step % config.log.every == 0 or last:
+        if logged:
             record, now = trainer.record(norm), time.perf_counter()
             record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
             record["elapsed_s"] = now - start

@@ -4,13 +4,43 @@ metrics.jsonl holds one JSON object per line. Its kinds:
 
 * ``run``: config, versions, world_size, parameters, active_parameters (one more after each resume; the last counts);
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token};
-* ``train``: step, loss (nats per token), grad_norm, lr, balance (mean over layers of the balance loss divided by its
-  coefficient; 1.0 is balanced), max_over_mean (load of the busiest expert over the mean, worst layer), tokens (since
-  step 0, over all ranks), tokens_per_s (over all ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list
-  with counts [E], balance, max_over_mean, cv, entropy, dead and dropped for each MoE layer;
-* ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1}.
+* ``train``: step, loss (nats per token), grad_norm, lr, tokens (since step 0, over all ranks), tokens_per_s (over all
+  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer;
+* ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
+  max_frequency {domain: [layer]}, the largest of these, score_sum {domain: [layer]} as below, divergence [layer], the
+  mean over pairs of domains of the Jensen-Shannon divergence between their frequencies, in bits, and, of 16 domains or
+  fewer, divergence_pairs {domain: {later domain: [layer]}}.
 
-A number that is not finite is written as null, and its record carries ``"nonfinite": true``.
+Fields of a layer in a ``train`` record, of the step that ended last, over all ranks; in parentheses what the record
+itself has of all layers, under the same name:
+
+* counts [E], choices of each expert before any drop; max_over_mean of that load (worst layer), cv, entropy (over that
+  of a uniform load), dead (experts without a token); dropped, the share of the last micro-batch's choices that found
+  no room;
+* balance (mean): the balance loss of the whole step, without a coefficient, whatever is trained on; 1.0 is balanced;
+* losses {name: value} (mean): each loss that is trained on as the backwards used it, with the estimated load, without
+  its coefficient; beside these always "global" (if it is not trained on, that is balance) and "micro", the mean over
+  micro-batches. "z" is the mean of logsumexp(logits)^2;
+* scaled_losses {name: value} (sum): those trained on times their coefficient: what is added to the training loss;
+* balance_tokens, balance_sequences (mean): over how many the main loss counted its load, in the mean over backwards;
+  estimator_error (mean): how far that load was from the whole step's, as a share of it (of a loss within one rank,
+  from this rank's step);
+* score_sum (mean): the probability on a token's chosen experts, in the mean over tokens; K/E with indifferent scores;
+* straggler (mean), straggler_max (worst): in a micro-batch, the rows that the router sends to the busiest
+  expert-parallel rank over the mean of the ranks that exchange rows with it, in the mean over micro-batches (and
+  groups of ranks) and at worst. Before any drop, so with a capacity limit it is what routing asks for; 1.0 without
+  expert parallelism;
+* projected_straggler {degree: factor} (mean): the same for that many expert-parallel ranks, if all of them had the
+  mix of text of one data-parallel rank's micro-batch. Ranks with different text even each other out, so this is rather
+  too high.
+
+waiting and projected_waiting {degree: share}, of the record alone: an estimate of the time that ranks wait for the
+busiest one, as a share of the time of a step without waiting: the sum over layers of (straggler - 1) times the routed
+experts' part of the model's floating-point operations. It holds where operations take time in proportion to their
+number, and nothing else is done meanwhile (no overlapped exchange, no padding to a capacity).
+
+A number that is not finite is written as null, and its record carries ``"nonfinite": true``. Older files have fewer
+fields.
 """
 
 from __future__ import annotations
@@ -26,6 +56,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
+NOTE_EVERY = 10  # lines after which what has not changed is said again
 
 Record = dict[str, Any]
 
@@ -96,14 +127,30 @@ def to_line(record: Record) -> bytes:
 def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
     """TensorBoard's tags and values of a record."""
     if record["kind"] == "train":
-        for name in ("loss", "grad_norm", "lr", "balance", "max_over_mean", "tokens_per_s"):
-            yield f"train/{name}", record.get(name)
+        values = {name: value for name, value in record.items() if name not in _NOT_DRAWN}
+        yield from _flat("train", values)
         yield from ((f"train_domain/{name}", loss) for name, loss in (record.get("domain_loss") or {}).items())
         for index, layer in enumerate(record.get("layers") or []):
-            yield from ((f"layer_{index}/{name}", value) for name, value in layer.items() if name != "counts")
+            yield from _flat(f"layer_{index}", {name: value for name, value in layer.items() if name != "counts"})
     if record["kind"] == "eval":
         yield "heldout/loss", record.get("loss")
         yield from ((f"heldout_domain/{name}", entry["loss"]) for name, entry in (record.get("domains") or {}).items())
+        for index, bits in enumerate(record.get("divergence") or []):
+            yield f"heldout_layer_{index}/divergence", bits
+        for field in ("score_sum", "max_frequency"):
+            for domain, layers in (record.get(field) or {}).items():
+                yield from ((f"heldout_layer_{i}/{field}/{domain}", value) for i, value in enumerate(layers))
+
+
+_NOT_DRAWN = {"kind", "step", "tokens", "elapsed_s", "domain_loss", "layers", "nonfinite"}
+
+
+def _flat(tag: str, values: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{tag}/{name}", value)
+        elif value is None or isinstance(value, (int, float)):
+            yield f"{tag}/{name}", value
 
 
 class MetricsWriter:
@@ -240,6 +287,14 @@ def progress_line(record: Record, steps: int) -> str:
     return "  ".join(parts)
 
 
+def balance_note(record: Record) -> str:
+    """Over how many sequences the balance loss counted its load; empty where that is not known."""
+    sequences = record.get("balance_sequences")
+    if sequences is None or not math.isfinite(sequences):
+        return ""
+    return f"balance over: {sequences:.3g} seq" if sequences < 100 else f"balance over: {sequences:.0f} seq"
+
+
 def eval_line(record: Record) -> str:
     """An eval record in one line: the loss on held-out text, over all and by domain."""
     domains = "  ".join(f"{name}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items())
@@ -253,6 +308,8 @@ class Progress:
         self.steps = steps
         self.stream = sys.stdout if stream is None else stream
         self._bar: Any = None
+        #: what was last said of the balance, and how many lines ago
+        self._said, self._since = "", 0
         if self.stream.isatty():
             from tqdm import tqdm
 
@@ -273,7 +330,10 @@ class Progress:
     def show(self, record: Record) -> None:
         """Print a train or eval record as a line; other kinds are not shown."""
         if record["kind"] == "train":
-            self.say(progress_line(record, self.steps))
+            note = balance_note(record)
+            due = note != self._said or self._since >= NOTE_EVERY
+            self.say(progress_line(record, self.steps) + (f"  {note}" if note and due else ""))
+            self._said, self._since = (note, 1) if due else (self._said, self._since + 1)
         elif record["kind"] == "eval":
             self.say(eval_line(record))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from equimoe.moe.train.config import TrainConfig
+from equimoe.moe.train.observe import domain_record, step_record
 
 
 def layer_record(counts: np.ndarray) -> dict[str, Any]:
@@ -84,3 +85,33 @@ def made_up_run(
                 }
             )
     return records
+
+
+def observed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a made-up run as newer versions write them, with what they observe of routing."""
+    rng, found = np.random.default_rng(1), []
+    for record in records:
+        if record["kind"] == "train" and record["layers"]:
+            layers = []
+            for number, layer in enumerate(record["layers"]):
+                losses = {"global": layer["balance"], "micro": layer["balance"] + 0.2, "z": 5.0 + number}
+                layers.append(
+                    layer
+                    | {
+                        "losses": losses,
+                        "scaled_losses": {"global": 0.01 * losses["global"], "z": 0.0001 * losses["z"]},
+                        "balance_tokens": 2560.0,
+                        "balance_sequences": 10.0,
+                        "estimator_error": 0.1 + 0.02 * rng.random(),
+                        "straggler": 1.1 + 0.1 * number,
+                        "straggler_max": 1.5 + 0.1 * number,
+                        "projected_straggler": {"2": 1.15 + 0.1 * number, "8": layer["max_over_mean"] + 0.2},
+                        "score_sum": 0.3 + 0.3 * record["step"] / 300,
+                    }
+                )
+            record = record | step_record(layers, 0.1) | {"layers": layers}
+        if record["kind"] == "eval":
+            scores = {d: [0.4 + 0.05 * i for i in range(len(rows))] for d, rows in record["routing"].items()}
+            record = record | {"score_sum": scores} | domain_record(record["routing"])
+        found.append(record)
+    return found

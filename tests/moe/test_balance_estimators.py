@@ -107,18 +107,18 @@ def test_carry_of_a_step_with_more_micro_batches_than_expected_is_rolling() -> N
     assert torch.equal(train(layer, second), train(rolling, second))
 
 
-def test_rolling_has_its_closed_expectation_over_orders() -> None:
+@pytest.mark.parametrize(("count", "share"), [(2, 0.75), (3, 0.6111), (4, 0.5208)])
+def test_rolling_has_its_closed_expectation_over_orders(count: int, share: float) -> None:
     """(H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1), over all orders of G equal micro-batches."""
-    count = 4
     inputs = by_domain([6] * count)
     layer = make(micro_batches=count)
     orders = list(permutations(range(count)))
     mean = torch.stack([train(layer, [inputs[i] for i in order]) for order in orders]).mean(0)
     micro = gradient_of(layer, sum(oracle.balance_loss(layer, x) for x in inputs) / count)
     whole = gradient_of(layer, oracle.balance_loss(layer, torch.cat(inputs)))
-    share = sum(1 / n for n in range(1, count + 1)) / count
-    assert share == pytest.approx(0.5208, abs=1e-4)
-    want = share * micro + (1 - share) * (count * whole - micro) / (count - 1)
+    harmonic = sum(1 / n for n in range(1, count + 1)) / count
+    assert harmonic == pytest.approx(share, abs=1e-4)
+    want = harmonic * micro + (1 - harmonic) * (count * whole - micro) / (count - 1)
     assert oracle.relative_error(mean, want) < 1e-12
     assert oracle.relative_error(mean, whole) > 0.1
 

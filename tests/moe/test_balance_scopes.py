@@ -57,7 +57,7 @@ def defined(layer: MoE, scope: str) -> Tensor:
         losses = []
         for x_BSD, mask_BS in zip(*inputs(), strict=True):
             each = [oracle.balance_loss(layer, x[m]) for x, m in zip(x_BSD, mask_BS, strict=True) if m.any()]
-            losses.append(sum(each) / len(each))
+            losses.append(sum(each) / len(x_BSD))
         return sum(losses) / 2
     losses = []
     for x, mask in parts:

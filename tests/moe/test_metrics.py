@@ -20,6 +20,7 @@ from equimoe.moe.train import metrics
 from equimoe.moe.train.metrics import (
     MetricsWriter,
     Progress,
+    balance_note,
     duration,
     eval_line,
     progress_line,
@@ -208,6 +209,29 @@ def test_numbers_reach_tensorboard_and_a_resumed_run_replaces_its_steps(tmp_path
     assert found["layer_1/max_over_mean"][-1] == (20, pytest.approx(expected))
 
 
+def test_what_is_observed_of_routing_reaches_tensorboard(tmp_path: Path) -> None:
+    layer = {"counts": [1, 2], "cv": 0.3, "entropy": 0.9, "dead": 0.0, "max_over_mean": 1.3}
+    layer |= {"losses": {"global": 1.1, "micro": 1.2}, "projected_straggler": {"2": 1.4, "4": None}, "score_sum": 0.5}
+    train = TRAIN | {"scaled_losses": {"global": 0.011}, "waiting": 0.02, "layers": [layer, layer | {"cv": 0.4}]}
+    evaluation = {"kind": "eval", "step": 10, "loss": 2.0, "divergence": [0.1, None]}
+    evaluation |= {"score_sum": {"a b": [0.5, 0.6]}, "max_frequency": {"a b": [0.7, 0.8]}}
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(train)
+        writer.write(evaluation)
+    found = scalars(tmp_path)
+    want = {
+        "train/scaled_losses/global": 0.011, "train/waiting": 0.02, "train/loss": TRAIN["loss"],
+        "layer_0/cv": 0.3, "layer_1/cv": 0.4, "layer_0/entropy": 0.9, "layer_0/dead": 0.0,
+        "layer_0/max_over_mean": 1.3, "layer_1/losses/micro": 1.2, "layer_0/projected_straggler/2": 1.4,
+        "layer_0/score_sum": 0.5, "heldout_layer_0/divergence": 0.1,
+    }  # fmt: skip
+    for tag, value in want.items():
+        assert found[tag] == [(10, pytest.approx(value))], tag
+    eval_tags = {tag: value for tag, value in found.items() if tag.startswith("heldout_layer_1")}
+    assert sorted(points[0][1] for points in eval_tags.values()) == pytest.approx([0.6, 0.8])
+    assert not any("counts" in tag or tag.endswith(("/4", "/step", "/tokens")) for tag in found)
+
+
 def test_without_tensorboard_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
@@ -259,6 +283,27 @@ def test_progress_line() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("sequences", "text"),
+    [(512.0, "512 seq"), (2.5, "2.5 seq"), (99.96, "100 seq"), (1048576.0, "1048576 seq"), (None, ""), (math.nan, "")],
+)
+def test_balance_note(sequences: float | None, text: str) -> None:
+    assert balance_note({"balance_sequences": sequences}) == (text and f"balance over: {text}")
+    assert balance_note({}) == ""
+
+
+def test_the_balance_batch_size_is_said_when_it_changes_and_now_and_then() -> None:
+    stream = io.StringIO()
+    with Progress(300, stream=stream) as progress:
+        for step in range(1, 31):
+            progress.show(TRAIN | {"step": step, "balance_sequences": 8.0 if step < 4 else 16.0})
+        progress.show(TRAIN | {"step": 31})
+    said = {
+        i: line.split("balance over: ")[1] for i, line in enumerate(stream.getvalue().splitlines(), 1) if "over" in line
+    }
+    assert said == {1: "8 seq", 4: "16 seq", 14: "16 seq", 24: "16 seq"}
 
 
 def test_eval_line() -> None:

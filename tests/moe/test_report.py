@@ -21,12 +21,15 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from equimoe.launch.figures import DARK, LIGHT, Run, draw_load, draw_loss, draw_routing, jensen_shannon
+from equimoe.launch.figures import DARK, LIGHT, Run, draw_load, draw_loss, draw_routing
 from equimoe.launch.report import PLOTS, main, write_report
 from equimoe.moe.train.metrics import to_line
-from tests.helpers.runs import made_up_run
+from tests.helpers.runs import made_up_run, observed
 
-IDS = ["loss", "domain-loss", "balance", "load", "routing", "divergence", "optimizer"]
+IDS = ["loss", "domain-loss", "balance", "evenness", "losses", "estimator", "straggler", "load", "routing"]
+IDS += ["divergence", "scores", "optimizer"]
+#: figures of what older runs have not recorded
+NEWER = {"losses", "estimator", "straggler", "scores"}
 
 
 class Page(HTMLParser):
@@ -112,7 +115,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(tmp_path_factory.mktemp("report") / "my-run", made_up_run(steps=300, every=10))
+    return report(tmp_path_factory.mktemp("report") / "my-run", observed(made_up_run(steps=300, every=10)))
 
 
 def test_every_figure_is_there_with_words(page: Page) -> None:
@@ -162,13 +165,24 @@ def test_the_summary_says_the_numbers(tmp_path: Path, no_plots: None) -> None:
 
 
 MISSING: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
-    "no evaluation": (made_up_run(steps=40, eval_every=0), {"routing", "divergence"}),
-    "one domain": (made_up_run(steps=40, eval_every=20, domains=("all of it",)), {"divergence"}),
-    "no MoE layer": (made_up_run(steps=40, eval_every=20, layers=0), {"balance", "load", "routing", "divergence"}),
+    "an older run": (made_up_run(steps=40, eval_every=20), NEWER),
+    "an older run, and its resume": (
+        made_up_run(steps=40, eval_every=20) + observed(made_up_run(steps=80, eval_every=20)[12:]),
+        set(),
+    ),
+    "no evaluation": (observed(made_up_run(steps=40, eval_every=0)), {"routing", "divergence"}),
+    "one domain": (observed(made_up_run(steps=40, eval_every=20, domains=("all of it",))), {"divergence"}),
+    "no MoE layer": (
+        observed(made_up_run(steps=40, eval_every=20, layers=0)),
+        {"balance", "evenness", "load", "routing", "divergence", *NEWER},
+    ),
     "only the beginning": (made_up_run()[:1], set(IDS)),
-    "one step": (made_up_run(steps=5), {"routing", "divergence"}),
-    "no run record": (made_up_run(steps=40, eval_every=20)[2:], set()),
-    "only an evaluation": (made_up_run(steps=5, eval_every=5)[-1:], {"balance", "load", "optimizer"}),
+    "one step": (observed(made_up_run(steps=5)), {"routing", "divergence"}),
+    "no run record": (observed(made_up_run(steps=40, eval_every=20))[2:], set()),
+    "only an evaluation": (
+        observed(made_up_run(steps=5, eval_every=5))[-1:],
+        {"balance", "evenness", "losses", "estimator", "straggler", "load", "optimizer"},
+    ),
 }
 
 
@@ -254,15 +268,6 @@ def test_a_resumed_run_is_drawn_once(tmp_path: Path) -> None:
     steps, losses = drawn[0].axes[0].lines[0].get_data()
     assert list(steps) == [5, 10, 15, 20]
     assert losses[-1] == 9.0
-
-
-def test_jensen_shannon() -> None:
-    uniform, one, other = np.full(4, 0.25), np.array([1.0, 0, 0, 0]), np.array([0, 1.0, 0, 0])
-    assert jensen_shannon(uniform, uniform) == 0
-    assert jensen_shannon(one, other) == pytest.approx(1.0)
-    mixed = (one + uniform) / 2
-    entropy = -sum(p * np.log2(p) for p in mixed)
-    assert jensen_shannon(one, uniform) == pytest.approx(entropy - 1.0)  # H(mix) - (0 + 2) / 2
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -65,6 +66,34 @@ def test_one_collective_of_a_known_size_whatever_the_tokens(tokens_each: int) ->
     for first, with_backward, *others in run_ranks(script, 2):
         assert first == [8 * (E + 1)] * L == with_backward  # which layer is the last is not known yet
         assert others == [[8 * (E + 1) * L]] * 6  # one, in the forward, and nothing in the backward
+
+
+def test_the_collective_is_asynchronous_and_nobody_waits_before_the_backward() -> None:
+    class Watched:
+        def __init__(self, work: Any, events: list[str]) -> None:
+            self.work, self.events = work, events
+
+        def wait(self) -> None:
+            self.events.append("wait")
+            self.work.wait()
+
+    def script(rank: int, world: int) -> list[list[str]]:
+        model, events, found = Stack(), [], []
+        start = dist.all_reduce
+
+        def watched(value: Tensor, group: Any = None, async_op: bool = False) -> Any:
+            events.append(f"start {value.dtype}" if async_op else "blocks")
+            return Watched(start(value, group=group, async_op=async_op), events)
+
+        (model(tokens(rank)) * 0).sum().backward()
+        dist.all_reduce = watched  # this rank's process ends with the script
+        out = model(tokens(rank, 1))
+        found.append(events[:])
+        (out * 0).sum().backward()
+        return [*found, events]
+
+    started = ["start torch.int64"]
+    assert run_ranks(script, 2) == [[started, [*started, "wait"]]] * 2
 
 
 def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
@@ -284,20 +313,24 @@ def test_layer_alone_and_several_micro_batches_in_flight() -> None:
 def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
     """And the bias moves once."""
 
-    def script(rank: int, world: int) -> tuple[list[int], list[float]]:
+    def script(rank: int, world: int) -> tuple[list[int], list[float], list[int]]:
         torch.manual_seed(0)
         balance = BalanceConfig(micro_batches=512, bias_update_rate=0.25)
         layer = MoE(replace(CONFIG, balance=balance)).bfloat16()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
         generator = torch.Generator().manual_seed(rank)
+        mine = [0] * E
         for _ in range(512):
             layer(torch.randn(2 + rank, 8, generator=generator).bfloat16()).sum().backward()
+            for expert in layer.balancer.window.slots[-1].decision.chosen_TK.flatten().tolist():
+                mine[expert] += 1
         optimizer.step()
         last = layer.balancer.window.last
         assert int(last.local_tokens) == 512 * (2 + rank)
-        return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist()
+        return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), mine
 
     first, second = run_ranks(script, 2)
-    assert first == second and first[0][-1] == 512 * 5 and sum(first[0][:-1]) == 2 * 512 * 5
+    assert first[:2] == second[:2] and first[0][-1] == 512 * 5
+    assert first[0][:-1] == [a + b for a, b in zip(first[2], second[2], strict=True)]
     mean = 2 * 512 * 5 / E
     assert first[1] == [0.25 * ((c < mean) - (c > mean)) for c in first[0][:-1]]

@@ -1,5 +1,5 @@
 """The balance gradient alone, in fp64: every mapping, number of micro-batches and kind of recomputation has that of one
-process which holds the whole batch."""
+process which holds the whole batch, under every scope and estimator; and the bias moves as it would there."""
 
 # B sequences of a micro-batch, S positions, D hidden, V vocabulary.
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoEConfig, RouterConfig
 from equimoe.moe.engines import DataParallel
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, build_mesh, parallelize, share_of, token_nats, vocabulary_parallel
@@ -26,6 +26,8 @@ from tests.helpers.parity import full
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
 #: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
 MANY = 1e30
+#: of every scope that does not draw at random; all at once
+WEIGHTS = {"global": 1.0, "micro": 0.7, "sequence": 0.5, "data_parallel": 0.3, "device": 0.9, "communication": 0.6}
 CPU = torch.device("cpu")
 
 MAPPINGS: dict[str, tuple[int, P]] = {
@@ -41,6 +43,7 @@ MAPPINGS: dict[str, tuple[int, P]] = {
     "tp 2": (2, P(tp=2)),
     "tp 4": (4, P(tp=4)),
     "tp 2, dp 2": (4, P(tp=2)),
+    "tp 2, dp 2, ep 4": (4, P(tp=2, ep=4)),
     "tp 2 without sequence parallelism, dp 2": (4, P(tp=2, sequence_parallel=False)),
     "cp 2, tp 2": (4, P(cp=2, tp=2)),
     **{f"pp 2, {schedule}": (2, P(pp=2, schedule=schedule)) for schedule in SCHEDULES},  # type: ignore[arg-type]
@@ -51,18 +54,20 @@ MAPPINGS: dict[str, tuple[int, P]] = {
 }
 
 
-def make(layers: int, micro_batches: int, recompute: bool) -> Decoder:
+def make(layers: int, micro_batches: int, recompute: bool = False, **balance: Any) -> Decoder:
     """All weights are the same on every rank."""
     torch.manual_seed(0)
-    balance = BalanceConfig(coefficient=1.0, estimator="exact", micro_batches=micro_batches)
-    moe = MoEConfig(WIDTH, 4, 8, 2, router=RouterConfig(z_loss=0.01), balance=balance, init_std=0.4)
+    z_loss = 0.01 if "extra" in balance or balance.get("scope", "global") == "global" else 0.0
+    fields = {"coefficient": 1.0, "estimator": "exact", "micro_batches": micro_batches, "bias_update_rate": 0.5}
+    config = BalanceConfig(**(fields | balance))
+    moe = MoEConfig(WIDTH, 4, 8, 2, router=RouterConfig(z_loss=z_loss), balance=config, init_std=0.4)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "num_layers": layers, "num_heads": 4}
     return Decoder(**sizes, intermediate_size=8, moe=moe, recompute_blocks=recompute).double()
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor]:
+def batch(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Text of one domain after the other, with another number of valid tokens in every sequence; two have none."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, ids, torch.arange(SEQUENCES)[:, None])
     valid = torch.randint(1, LENGTH + 1, (SEQUENCES, 1), generator=generator)
@@ -70,17 +75,26 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.arange(LENGTH) < valid
 
 
-def gradients(model: Decoder, mesh: Mesh | None, micro_batches: int) -> dict[str, Tensor]:
-    """Of one step on this rank, by the names that parameters have in the whole model."""
-    dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
-    parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in batch()), strict=True)
-    shares = [share_of(*part, mesh=mesh) for part in parts]
+def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> list[Any]:
+    """This rank's shares of a step; alone, each micro-batch is that of all of ``dp`` ranks."""
+    ranks = range(dp) if mesh is None else [mesh["dp"].rank]
+    of_ranks = [
+        [t.chunk(dp if mesh is None else mesh["dp"].size)[r].chunk(micro_batches) for r in ranks] for t in batch(step)
+    ]
+    parts = [[torch.cat([of_rank[m] for of_rank in t]) for t in of_ranks] for m in range(micro_batches)]
+    return [share_of(*part, mesh=mesh) for part in parts]
+
+
+def gradients(model: Decoder, mesh: Mesh | None, shares: list[Any]) -> dict[str, Tensor]:
+    """Of one step on this rank, by their names in the whole model, and the routers' biases after it."""
     if mesh is None or mesh["pp"].size == 1:
         engine = DataParallel(model if mesh is None else parallelize(model, mesh), mesh)
         engine.gradients(shares, MANY, exact=True)
     else:
         engine = through_stages(model, mesh, shares)
-    return {name: full(p.grad) for name, p in engine.named_parameters().items() if p.grad is not None}
+    found = {name: full(p.grad) for name, p in engine.named_parameters().items() if p.grad is not None}
+    torch.optim.SGD(engine.named_parameters().values(), lr=0.0, foreach=False).step()
+    return found | {n: b for part in engine.parts for n, b in part.named_buffers() if n.endswith("bias_E")}
 
 
 def through_stages(model: Decoder, mesh: Mesh, shares: list[Any]) -> DataParallel:
@@ -111,8 +125,20 @@ def cases(parallel: P, pp: int) -> Iterator[tuple[int, bool]]:
 
 
 @lru_cache
-def alone(layers: int) -> dict[str, Tensor]:
-    return gradients(make(layers, 1, False), None, 1)
+def alone(layers: int, scope: str, micro_batches: int, dp: int, ep: int) -> dict[str, Tensor]:
+    """One scope's gradient in one process, whose micro-batches are what the scope looks at."""
+    model = make(layers, micro_batches, scope=scope)
+    for layer in model.moe_layers():
+        layer.balancer.devices = ep
+    return gradients(model, None, own(None, micro_batches, dp))
+
+
+def together(layers: int, micro_batches: int, dp: int, ep: int) -> dict[str, Tensor]:
+    """The gradients of all scopes with their weights. A micro-batch of a rank, or of all ranks, is one here."""
+    spread = {"global": (1, 1), "sequence": (1, 1), "micro": (micro_batches * dp, 1)}
+    found = [(w, alone(layers, s, *spread.get(s, (micro_batches, dp)), ep)) for s, w in WEIGHTS.items()]
+    biases = {name: value for name, value in found[0][1].items() if name.endswith("bias_E")}
+    return {name: sum(w * of_scope[name] for w, of_scope in found) for name in found[0][1]} | biases
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -121,16 +147,52 @@ def test_equals_one_process(name: str) -> None:
     pp = parallel.pp
     layers = 2 if pp == 1 else pp * parallel.stages_of_rank
 
+    extra = ExtraLossConfig(**{scope: weight for scope, weight in WEIGHTS.items() if scope != "global"})
+
     def script(rank: int, world: int) -> list[dict[str, Tensor]]:
         mesh = build_mesh(parallel) if world > 1 else None
-        return [gradients(make(layers, m, again), mesh, m) for m, again in cases(parallel, pp)]
+        return [gradients(make(layers, m, again, extra=extra), mesh, own(mesh, m)) for m, again in cases(parallel, pp)]
 
-    want = alone(layers)
-    assert len([n for n in want if n.endswith("router.weight")]) == layers
-    assert all(float(value.norm()) > 1e-6 for n, value in want.items() if n.endswith("router.weight"))
+    degrees = parallel.resolve(world)
     results = run_ranks(script, world)
     for i, case in enumerate(cases(parallel, pp)):
+        want = together(layers, case[0], degrees.dp, degrees.ep)
+        assert len([n for n in want if n.endswith("router.weight")]) == layers
+        assert all(bool(value.any()) for n, value in want.items() if n.endswith("bias_E"))
+        assert all(float(value.norm()) > 1e-6 for n, value in want.items() if n.endswith("router.weight"))
         found = {n: value for result in results for n, value in result[i].items()}
         assert found.keys() >= {n for n in want if ".router." in n}
         worst = max((oracle.relative_error(value, want[n]), n) for r in results for n, value in r[i].items())
         assert worst[0] < 1e-6, (case, worst)
+        assert all(torch.equal(value, want[n]) for n, value in found.items() if n.endswith("bias_E")), case
+
+
+def second_of_two_steps(model: Decoder, mesh: Mesh | None, dp: int) -> dict[str, Tensor]:
+    """The gradients, with no pass ahead; the weights stay."""
+    engine = DataParallel(model if mesh is None else parallelize(model, mesh), mesh)
+    optimizer = torch.optim.SGD(engine.named_parameters().values(), lr=0.0, foreach=False)
+    for step in range(2):
+        optimizer.zero_grad()
+        engine.gradients(own(mesh, 4, dp, step), MANY)
+        found = {name: full(p.grad) for name, p in engine.named_parameters().items() if p.grad is not None}
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"])
+def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> None:
+    """What has been counted when a backward asks are micro-batches of all ranks, wherever their tokens are."""
+    world, parallel = MAPPINGS[name]
+    estimators, dp = ("rolling", "carry"), parallel.resolve(world).dp
+
+    def script(rank: int, world: int) -> list[dict[str, Tensor]]:
+        mesh = build_mesh(parallel) if world > 1 else None
+        return [second_of_two_steps(make(2, 4, e == "carry", estimator=e), mesh, dp) for e in estimators]
+
+    want = script(0, 1)
+    router = "blocks.0.mlp.router.weight"
+    assert oracle.relative_error(want[0][router], want[1][router]) > 1e-2
+    for result in run_ranks(script, world):
+        for i, found in enumerate(result):
+            worst = max((oracle.relative_error(value, want[i][n]), n) for n, value in found.items())
+            assert worst[0] < 1e-6, (estimators[i], worst)

@@ -57,3 +57,25 @@ def test_router_gradient_and_window() -> None:
     for gradients, lengths in run_ranks(script, 2):
         assert lengths == [2, 0, 2, 0]
         assert oracle.relative_error(gradients[1], layer.router.weight.grad) < 1e-10
+
+
+def test_a_skipped_step_starts_anew() -> None:
+    """Of shards the optimizer has gradients, and not the weight that the layer sees."""
+
+    def script(rank: int, world: int) -> list[Tensor]:
+        layer = make()
+        fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, foreach=False)
+        gradients = []
+        for skipped in (False, True, False):
+            for m in range(2):
+                (layer(tokens(rank, m)) * 0).sum().backward()
+            assert len(layer.balancer.window.slots) == 2
+            gradients.append(layer.router.weight.grad.full_tensor())
+            if not skipped:
+                optimizer.step()
+            optimizer.zero_grad()
+        return gradients
+
+    for _, second, third in run_ranks(script, 2):
+        assert torch.equal(second, third)

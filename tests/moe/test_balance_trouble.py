@@ -1,0 +1,341 @@
+"""Steps that go wrong or are unusual: broken off, of another length, with layers called twice, nested recomputation,
+copies in between, compiled."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass, recompute
+from tests.helpers import oracle
+
+Run = Callable[..., Any]
+HOW: dict[str, Run] = {
+    "plain": lambda function, *args: function(*args),
+    "non-reentrant": lambda function, *args: checkpoint(function, *args, use_reentrant=False),
+    "reentrant": lambda function, *args: checkpoint(function, *args, use_reentrant=True),
+    "recompute": recompute,
+}
+
+
+def make(**balance: Any) -> MoE:
+    torch.manual_seed(0)
+    config = BalanceConfig(**{"coefficient": 1.0, **balance})
+    return MoE(MoEConfig(6, 8, 4, 2, balance=config, init_std=0.7)).double()
+
+
+def batches(count: int, seed: int = 1) -> list[Tensor]:
+    """Each of a domain of its own, all of one shape: a decision taken for another batch fits and is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    shape: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    return [torch.randn(7, 6, **shape) + 2 * torch.randn(1, 6, **shape) for _ in range(count)]
+
+
+def count(layer: MoE, inputs: list[Tensor]) -> None:
+    with counting_pass():
+        for x in inputs:
+            layer(x)
+
+
+def backward(layer: MoE, inputs: list[Tensor]) -> None:
+    for x in inputs:
+        (layer(x) * 0).sum().backward()
+
+
+def whole(layer: MoE, inputs: list[Tensor]) -> Tensor:
+    return torch.autograd.grad(oracle.balance_loss(layer, torch.cat(inputs)), layer.router.weight)[0]
+
+
+def seen(layer: MoE) -> int:
+    return len(layer.balancer.window.slots)
+
+
+# ---- steps of other lengths, and such as are broken off -----------------------------------------------------------
+
+
+def test_exact_whatever_the_number_of_micro_batches() -> None:
+    """Nobody said how many there are; what was counted ahead tells, and not the step before."""
+    layer = make(estimator="exact")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for number in (4, 2, 3, 1):
+        inputs = batches(number, seed=number)
+        count(layer, inputs)
+        backward(layer, inputs)
+        assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12, number
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_an_incomplete_step_weighs_as_configured() -> None:
+    """Two of four micro-batches: each weighs a quarter, as they do in a loss divided by four."""
+    layer, inputs = make(micro_batches=4), batches(2)
+    backward(layer, inputs)
+    loss, counts_E = torch.zeros(()), torch.zeros(4, dtype=torch.float64)
+    for n, x in enumerate(inputs, start=1):
+        _, probs_TE, ids_TK, _ = oracle.route(layer, x)
+        counts_E = counts_E + torch.bincount(ids_TK.flatten(), minlength=4)
+        loss = loss + 4 * (counts_E / (2 * 7 * n) * probs_TE.mean(0)).sum() / 4
+    want = torch.autograd.grad(loss, layer.router.weight)[0]
+    assert oracle.relative_error(layer.router.weight.grad, want) < 1e-12
+
+
+def count_and_fail(layer: MoE, inputs: list[Tensor]) -> None:
+    with pytest.raises(KeyError), counting_pass():
+        layer(inputs[0])
+        raise KeyError
+
+
+BROKEN: dict[str, Callable[[MoE, list[Tensor]], None]] = {
+    "while counting": count_and_fail,
+    "in the first forward": lambda layer, inputs: [count(layer, inputs), layer(inputs[0])],
+    "in the second forward": lambda layer, inputs: [
+        count(layer, inputs),
+        backward(layer, inputs[:1]),
+        layer(inputs[1]),
+    ],
+    "after a backward": lambda layer, inputs: [count(layer, inputs), backward(layer, inputs[:2])],
+}
+
+
+@pytest.mark.parametrize("given", [None, 3])
+@pytest.mark.parametrize("where", BROKEN)
+def test_decisions_of_a_broken_step_are_not_taken_for_the_next(where: str, given: int | None) -> None:
+    """What was counted ahead and not trained on must not route other tokens."""
+    layer = make(estimator="exact", micro_batches=given)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    BROKEN[where](layer, batches(3))
+    optimizer.zero_grad()
+    inputs = batches(3, seed=9)
+    count(layer, inputs)
+    for x in inputs:
+        fresh = oracle.route(layer, x)[2]
+        (layer(x) * 0).sum().backward()
+        used = next(s for s in reversed(layer.balancer.window.slots) if s.done).decision.chosen_TK
+        assert torch.equal(used.sort().values, fresh.sort().values)
+    if where != "in the first forward":  # of which no gradient was left: one forward stays among the counts
+        assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
+    optimizer.step()
+    optimizer.zero_grad()
+    count(layer, inputs)
+    backward(layer, inputs)
+    assert seen(layer) == 3
+    assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("given", [None, 2])
+def test_gradients_cleared_between_counting_and_training(given: int | None) -> None:
+    """After a skipped step: the window still holds that step while the next is counted."""
+    layer = make(estimator="exact", micro_batches=given)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for seed in (1, 2, 3):
+        inputs = batches(2, seed)
+        count(layer, inputs)
+        counted = [slot.number for slot in layer.balancer.window.slots[-2:]]
+        optimizer.zero_grad()
+        backward(layer, inputs)
+        assert [slot.number for slot in layer.balancer.window.slots] == counted
+        assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
+
+
+def test_a_forward_without_backward_goes_with_the_step_that_is_broken_off() -> None:
+    layer, fresh = make(micro_batches=2), make(micro_batches=2)
+    first, inputs = batches(2), batches(2, seed=9)
+    backward(layer, first[:1])
+    layer(first[1])
+    layer.zero_grad()
+    backward(layer, inputs)
+    backward(fresh, inputs)
+    assert seen(layer) == 2 and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+
+
+def test_a_recomputation_that_fails() -> None:
+    """Out of memory in the backward: the tokens that come next are routed by themselves."""
+    layer, plain = make(coefficient=0.0), make(coefficient=0.0)
+    first, second = batches(2)
+
+    def fails(x: Tensor) -> Tensor:
+        y = layer(x)
+        if torch.is_grad_enabled():
+            raise KeyError
+        return y
+
+    with pytest.raises(KeyError):
+        checkpoint(fails, first.requires_grad_(), use_reentrant=True).sum().backward()
+    layer.zero_grad()
+    checkpoint(layer, second.clone().requires_grad_(), use_reentrant=True).square().sum().backward()
+    plain(second).square().sum().backward()
+    assert_same_gradients(layer, plain)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_scaler_that_skips_does_not_move_the_bias(fused: bool) -> None:
+    """A fused optimizer is called on overflow, too, and is told to do nothing."""
+    layer = make(bias_update_rate=0.01).float()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    moved = []
+    for factor in (1.0, torch.inf, 1.0):
+        before, weight = layer.router.bias_E.clone(), layer.router.weight.detach().clone()
+        layer.balancer.loss_scale = scaler.get_scale()
+        scaler.scale(factor * layer(batches(1)[0].float()).square().sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert seen(layer) == (0 if fused or factor == 1.0 else 1)
+        moved.append(bool((layer.router.bias_E != before).any()))
+        assert moved[-1] == (not torch.equal(layer.router.weight, weight))
+    assert moved == [True, False, True]
+
+
+# ---- layers that run several times, and recomputation -------------------------------------------------------------
+
+
+def assert_same_gradients(one: nn.Module, two: nn.Module) -> None:
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or oracle.relative_error(p.grad, q.grad) < 1e-12, name
+
+
+@pytest.mark.parametrize("given", [None, 4])
+def test_a_layer_that_runs_twice_in_a_forward(given: int | None) -> None:
+    """Each time is a micro-batch of its own: two forwards of the model are four of the layer."""
+    layer, inputs = make(estimator="exact", micro_batches=given), batches(4)
+    with counting_pass():
+        for x in inputs:
+            layer(x)
+    for one, two in (inputs[:2], inputs[2:]):
+        ((layer(one) + layer(two)) * 0).sum().backward()
+    assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant", "recompute"])
+def test_a_layer_that_runs_twice_in_a_recomputed_region(kind: str, after: bool) -> None:
+    """``after``: something after the layer is recomputed first, so that the backward has not used its slot yet."""
+    results = []
+    for run in (HOW["plain"], HOW[kind]):
+        torch.manual_seed(0)
+        model = nn.ModuleList([make(), nn.Linear(6, 6).double() if after else nn.Identity()])
+
+        def region(x: Tensor, y: Tensor, model: nn.ModuleList = model) -> Tensor:
+            return model[1](model[0](x).tanh() + 2 * model[0](y).tanh())
+
+        run(region, *(x.requires_grad_() for x in batches(2))).square().sum().backward()
+        assert seen(model[0]) == 2
+        results.append(model)
+    assert_same_gradients(*results)
+
+
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant", "recompute"])
+def test_several_micro_batches_in_one_backward(kind: str) -> None:
+    """No balance loss: the reentrant kind counts in the backward, so its loads are others. What is looked at is that
+    each micro-batch keeps its own routing."""
+    results = []
+    for run in (HOW["plain"], HOW[kind]):
+        model = nn.Sequential(make(coefficient=0.0), nn.Tanh(), nn.Linear(6, 6).double())
+        torch.manual_seed(0)
+        nn.init.normal_(model[2].weight)
+        outs = [run(model, x.requires_grad_()).square().sum() for x in batches(3)]
+        (outs[0] + 2 * outs[1] + 3 * outs[2]).backward()
+        assert seen(model[0]) == 3
+        results.append(model)
+    assert_same_gradients(*results)
+
+
+@pytest.mark.parametrize("inner", ["non-reentrant", "recompute"])
+@pytest.mark.parametrize("outer", ["non-reentrant", "reentrant", "recompute"])
+def test_nested_recomputation(outer: str, inner: str) -> None:
+    """Around each layer and around the whole model."""
+    results = []
+    for kinds in (("plain", "plain"), (outer, inner)):
+        layers = nn.ModuleList([make(coefficient=0.1), make(coefficient=0.1)])
+
+        def model(x: Tensor, layers: nn.ModuleList = layers, run: Run = HOW[kinds[1]]) -> Tensor:
+            for layer in layers:
+                x = x + run(lambda x, layer=layer: layer(x.tanh()).tanh(), x).tanh()
+            return x
+
+        outs = [HOW[kinds[0]](model, x.requires_grad_()) for x in batches(1 if outer == "reentrant" else 3)]
+        sum(out.square().sum() for out in outs).backward()
+        assert [seen(layer) for layer in layers] == [len(outs)] * 2
+        results.append(layers)
+    assert_same_gradients(*results)
+
+
+# ---- copies, frozen routers, compiled layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_in_the_middle_of_a_step(clone: Callable[[MoE], MoE]) -> None:
+    layer = make(bias_update_rate=0.01)
+    optimizer, inputs = torch.optim.SGD(layer.parameters(), lr=0.1), batches(2)
+    backward(layer, inputs)
+    twin = clone(layer)
+    assert seen(twin) == 0 and seen(layer) == 2
+    with pytest.raises(RuntimeError, match="no training forward yet"):
+        _ = twin.stats
+    backward(twin, inputs)
+    optimizer.step()  # of the other
+    assert seen(layer) == 0 and bool(layer.router.bias_E.any())
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    assert seen(twin) == 0 and torch.equal(twin.router.bias_E, layer.router.bias_E)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_frozen_router(listed: bool) -> None:
+    """Whether the optimizer lists its weight or not: the window ends with the step, and the bias moves."""
+    layer = make(bias_update_rate=0.01)
+    layer.router.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if listed or p.requires_grad], lr=0.1)
+    for step in range(1, 3):
+        for x in batches(2):
+            layer(x).sum().backward()
+        assert seen(layer) == 2 and layer.router.weight.grad is None
+        optimizer.step()
+        optimizer.zero_grad()
+        assert seen(layer) == 0
+        assert float(layer.router.bias_E.abs().max()) == pytest.approx(0.01 * step)
+
+
+def test_bias_loaded_from_a_checkpoint_in_bf16_is_fp32() -> None:
+    layer = make(bias_update_rate=0.001)
+    state = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.router.weight.dtype == torch.bfloat16 and layer.router.bias_E.dtype == torch.float32
+
+
+def test_generation_in_training_mode_leaves_no_trace() -> None:
+    layer, inputs = make(), batches(2)
+    backward(layer, inputs[:1])
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            layer(inputs[1])
+    assert seen(layer) == 1
+
+
+def test_compiled() -> None:
+    """Every micro-batch reads the counts of its own step when its backward comes, not those of the first trace."""
+    models = [nn.Sequential(nn.Linear(6, 6).double(), make(bias_update_rate=0.01)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1][1].dispatcher = torch.compiler.disable(
+        models[1][1].dispatcher
+    )  # what is slow to trace, and not of interest
+    compiled = torch.compile(models[1], backend="eager")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]
+    for step in range(2):
+        for x in batches(2, seed=step):
+            for run in (models[0], compiled):
+                run(x).square().sum().backward()
+        assert_same_gradients(*models)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    biases = [model[1].router.bias_E for model in models]
+    assert torch.equal(*biases) and bool(biases[0].any())
