@@ -1,0 +1,167 @@
+"""The experiment on what the load is balanced over: its ranks that one process plays, its figures, its resuming."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import balance_figures
+import balance_plots
+import global_balance
+from balance_arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
+
+from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
+
+SIZE = Size(steps=10, seq_len=8, hidden=16, layers=2, experts=4, heldout=128, bytes_per_domain=60_000)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_corpus(configure(ARMS["sync-4"], SIZE, 0).data, load_tokenizer("bytes"))
+
+
+def gradients(arm: Arm, corpus: Corpus) -> dict[str, torch.Tensor]:
+    """All gradients of the first step."""
+    trainer, _ = build(arm, SIZE, 0, corpus)
+    batches = trainer.batches.sample(0, 0, 1, trainer.micro_batches, arm.micro_batch)
+    for inputs_BS, labels_BS, _ in batches:
+        logits_BSV = trainer.model(inputs_BS)
+        loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+        (loss / len(batches)).backward()
+    return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b if "router" in name)
+
+
+def test_played_ranks_have_the_gradient_of_real_micro_batches(corpus: Corpus) -> None:
+    strong = {"coefficient": 1.0}
+    played = gradients(Arm("", RANK, 64, {"scope": "sequence"} | strong, together=RANK), corpus)
+    real = gradients(Arm("", RANK, RANK, {"scope": "micro"} | strong), corpus)
+    of_sequences = gradients(Arm("", 1, 64, {"scope": "sequence"} | strong), corpus)
+    assert largest_difference(played, real) < 1e-4
+    assert largest_difference(of_sequences, real) > 1e-2
+
+
+def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
+    plain = build(Arm("", BATCH, BATCH, {"coefficient": 0.0}), SIZE, 0, corpus)[0]
+    mixed = build(Arm("", RANK, BATCH, {"scope": "sequence", "coefficient": 0.0}, RANK, mixed=True), SIZE, 0, corpus)[0]
+    inputs_BS = plain.batches.sample(0, 0, 1, 1, BATCH)[0][0]
+    torch.testing.assert_close(mixed.model(inputs_BS), plain.model(inputs_BS))
+    counts_GE = [layer.balancer.window.slots[-1].counts_BE for layer in mixed.model.moe_layers()]
+    assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
+    strong = {"scope": "sequence", "coefficient": 1.0}
+    shuffled = gradients(Arm("", RANK, BATCH, strong, RANK, mixed=True), corpus)
+    assert largest_difference(shuffled, gradients(Arm("", RANK, BATCH, strong, RANK), corpus)) > 1e-2
+
+
+def test_ranks_play_in_training_only(corpus: Corpus) -> None:
+    trainer, _ = build(ARMS["sync-4"], SIZE, 0, corpus)
+    layer = trainer.model.moe_layers()[0]
+    shapes: list[int] = []
+    layer.router.register_forward_hook(lambda module, args, routing: shapes.append(len(routing.counts_BE)))
+    x_BSD = torch.randn(8, SIZE.seq_len, SIZE.hidden)
+    layer(x_BSD)
+    layer.eval()(x_BSD)
+    assert shapes == [8 // RANK, 8]
+
+
+def heldout(counts_NLE: torch.Tensor, domain_N: torch.Tensor) -> Heldout:
+    sequences, layers, experts = counts_NLE.shape
+    seq_len, top_k = 16, 2
+    probs_NLE = counts_NLE.double() / top_k
+    nats_N = 1.0 + domain_N.double()
+    return Heldout(("a", "b"), domain_N, nats_N, counts_NLE.double(), probs_NLE, probs_NLE[..., 0], seq_len, top_k)
+
+
+def test_figures_of_domains_that_share_no_expert() -> None:
+    domain_N = torch.arange(1024) % 2
+    counts_NLE = torch.zeros(1024, 1, 4)
+    counts_NLE[domain_N == 0, 0, :2] = 16
+    counts_NLE[domain_N == 1, 0, 2:] = 16
+    found = measure(heldout(counts_NLE, domain_N))
+    assert found["divergence"] == pytest.approx(1.0) and found["max_frequency"] == pytest.approx(0.5)
+    assert found["domain_loss"] == {"a": 1.0, "b": 2.0} and found["loss"] == 1.5
+    assert found["balance"]["512"] == pytest.approx(1.0, abs=1e-2)
+    # n of RANK sequences in one domain: E sum f P = 1 + (2n/RANK - 1)^2, whose mean is 1 + 1/RANK
+    assert found["balance"][str(RANK)] == pytest.approx(1 + 1 / RANK, abs=0.05)
+    assert found["max_over_mean"] == pytest.approx(1.0, abs=0.05)
+    assert 1.2 < found["straggler"]["2"] < 1.4 and found["cv"] > 0.2
+
+
+def test_figures_of_uniform_routing() -> None:
+    found = measure(heldout(torch.full((1024, 2, 4), 8.0), torch.arange(1024) % 2))
+    assert found["divergence"] == pytest.approx(0.0, abs=1e-9) and found["cv"] == 0.0
+    assert all(value == pytest.approx(1.0) for value in [*found["balance"].values(), *found["straggler"].values()])
+
+
+def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
+    monkeypatch.setattr(global_balance, "load_corpus", lambda *of: corpus)
+    global_balance.train("to-global", 0, SIZE, tmp_path / "whole")
+    seen = 0
+
+    def stop_at_seventh(*of: Any) -> Heldout:
+        nonlocal seen
+        seen += 1
+        if seen == 7:
+            raise KeyboardInterrupt
+        return observe(*of)
+
+    observe = global_balance.observe
+    monkeypatch.setattr(global_balance, "observe", stop_at_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "result.json").exists()
+    global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
+    assert seen == 6 + 1 + 4  # six evaluations were kept
+    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
+    assert parts["evaluations"] == whole["evaluations"] and len(whole["evaluations"]) == 10
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
+    found = measure(heldout(torch.full((1024, 2, 32), 1.0), torch.arange(1024) % 2)) | {"loss": loss}
+    sizes = {"steps": steps, "seq_len": 8, "layers": 2, "experts": 32, "top_k": 2}
+    evaluations = [found | {"step": step} for step in (1, 2)]
+    return {
+        "arm": arm, "seed": seed, "size": sizes, "evaluations": evaluations, "parameters": 10, "active_parameters": 5
+    }  # fmt: skip
+
+
+def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
+    losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "shuffled": (1.91, 2.08)}
+    found = [record(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)]
+    by_claim = {o.claim: o for o in balance_figures.orderings(balance_figures.Runs(found))}
+    assert by_claim["Held-out loss: global below micro-batch"].holds == [True, True]
+    assert by_claim["Shuffled control: nearer to global than to micro-batch"].holds == [True, False]
+    (knee,) = [o for claim, o in by_claim.items() if claim.startswith("A knee")]
+    assert knee.holds == [True, False] and knee.verdict == "not always, 1 of 2 seeds"
+    facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3"}
+    text = balance_figures.write(found, facts, tmp_path / "result")
+    assert "| sync-32: 8 ranks | 32 | 2.0050 " in text and "-0.0450 \u00b1 0.0212" in text
+    assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["arm"] == "sync-4"
+    assert (tmp_path / "result.png").stat().st_size > 20_000
+
+
+def test_every_arm_can_be_drawn_and_unknown_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = balance_figures.Runs([record(arm, 0, 2.0) for arm in ARMS])
+    balance_plots.draw(runs, tmp_path / "all.png")
+    balance_plots.draw(balance_figures.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
+    with pytest.raises(SystemExit):
+        global_balance.arguments(["--arms", "sync-4,sink"])
+    assert "--arms=sink: choose from sync-4" in capsys.readouterr().err
+
+
+def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
+    trainer, ranks = build(ARMS["to-global"], SIZE, 0, corpus)
+    assert isinstance(ranks, Ranks) and ranks.together == RANK
+    ranks.together = ARMS["to-global"].then
+    trainer.train_step()
+    assert trainer.model.moe_layers()[0].balancer.window.last.used[0].loads.shape == (1, SIZE.experts)
