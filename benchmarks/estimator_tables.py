@@ -127,9 +127,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines.append(f"The estimator with the smaller `reported` has the smaller error in {picked} of {len(ratios)} rows.")
     lines += ["", "## What a balancer can tell of it", ""]
     lines += ["Spearman's rank correlation with the true relative error, and median of true over predicted; one point"]
-    lines += ["per layer, M, stage and step of data. `of imbalance`: the same difference of loads as a share of the"]
-    lines += ["step's distance from an even load.", ""]
-    header = ["estimator", "order", "points", "reported: rank", "true / reported", "of imbalance: rank", "true / it"]
+    lines += [
+        "per layer, M, stage and step of data. `estimator_error` is a share of the step's load, `gradient_error` of"
+    ]
+    lines += ["that load's distance from an even one.", ""]
+    names = ("estimator_error", "gradient_error")
+    header = ["estimator", "order", "points", *(f"{name}: {what}" for name in names for what in ("rank", "true / it"))]
     figures = ("reported_rank", "reported_ratio", "of_imbalance_rank", "of_imbalance_ratio")
     rows = result["prediction"]
     lines.append(

@@ -97,9 +97,8 @@ class Found:
 
     #: [E, D] each
     gradients: list[Tensor]
-    #: as :meth:`Balancer.report` has it
+    #: ``estimator_error`` and ``gradient_error`` of :meth:`Balancer.report`
     reported: list[float]
-    #: the same difference as a share of the load's distance from an even one, which alone has a gradient
     of_imbalance: list[float]
     #: int64 [M, E + 1] and fp64 [M, E] of each layer: counts and tokens, and sums of probabilities
     counts: list[Tensor]
@@ -163,14 +162,10 @@ def gradients(
         balancer.window.close()
     steps = [balancer.window.last for balancer in made if balancer.window.last is not None]
     reported = [balancer.report()["estimator_error"] for balancer in made]
-    loads_E = [step.counts_E.double() / step.counts_E.double().mean() for step in steps]
     return Found(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
         reported=reported,
-        of_imbalance=[
-            error * float(load_E.norm() / (load_E - 1).norm().clamp_min(1e-300))
-            for error, load_E in zip(reported, loads_E, strict=True)
-        ],
+        of_imbalance=[balancer.report()["gradient_error"] for balancer in made],
         counts=[torch.cat((step.local_counts_ME, step.local_tokens_M[:, None]), dim=1) for step in steps],
         prob_sums=[step.local_prob_sums_ME.double() for step in steps],
         losses=[float(sum(term.value for term in step.terms)) for step in steps],

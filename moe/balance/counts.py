@@ -149,11 +149,24 @@ class StepTotals:
     def estimator_error(self) -> float | None:
         """|load used - load of the whole step| / |load of the whole step|: 2-norms over the experts, root of the mean
         square over micro-batches (and sequences, where the main loss is of sequences). None where no backward asked."""
-        if not self.used:
-            return None
-        load_E = self.counts_E.double() * len(self.counts_E) / self.counts_E.double().sum().clamp_min(1)
-        used_XE = torch.cat([loss.loads.view(-1, len(load_E)) for loss in self.used])
-        return float((used_XE - load_E).square().sum(1).mean().sqrt() / load_E.norm().clamp_min(1e-300))
+        return float(self._apart / self._load_E.norm().clamp_min(1e-300)) if self.used else None
+
+    @property
+    def gradient_error(self) -> float | None:
+        """The same difference as a share of the load's distance from an even one, which alone has a gradient: about the
+        relative error of the loss's gradient. None where the load is even, and where no backward asked."""
+        uneven = float((self._load_E - 1.0).norm())
+        return float(self._apart) / uneven if self.used and uneven else None
+
+    @property
+    def _load_E(self) -> Tensor:
+        """fp64 [E], the whole step's, 1.0 when even."""
+        return self.counts_E.double() * len(self.counts_E) / self.counts_E.double().sum().clamp_min(1)
+
+    @property
+    def _apart(self) -> Tensor:
+        used_XE = torch.cat([loss.loads.view(-1, len(self.counts_E)) for loss in self.used])
+        return (used_XE - self._load_E).square().sum(1).mean().sqrt()
 
 
 _numbers = itertools.count()

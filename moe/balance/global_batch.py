@@ -249,13 +249,14 @@ class Balancer:
 
         ``balance_tokens`` and ``balance_sequences``: over how many tokens and sequences the main loss counted its load,
         in the mean over the step's backwards (the paper's balance batch size). ``estimator_error``: how far that load
-        was from the whole step's, as a share of it. (Of a scope within one rank, from this rank's own step, unless a
-        loss or the bias beside it counts over all ranks.)
+        was from the whole step's, as a share of it. ``gradient_error``: the same as a share of that load's distance
+        from an even one, which is about the relative error of the loss's gradient; absent where the load is even. (Of
+        a scope within one rank, from this rank's own step, unless a loss or the bias beside it counts over all ranks.)
         """
         last = self.window.last
         if last is None:
             return {}
-        names = ("balance_tokens", "balance_sequences", "estimator_error")
+        names = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_error")
         found = {name: getattr(last, name) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 

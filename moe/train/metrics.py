@@ -24,7 +24,8 @@ itself has of all layers, under the same name:
 * scaled_losses {name: value} (sum): those trained on times their coefficient: what is added to the training loss;
 * balance_tokens, balance_sequences (mean): over how many the main loss counted its load, in the mean over backwards;
   estimator_error (mean): how far that load was from the whole step's, as a share of it (of a loss within one rank,
-  from this rank's step);
+  from this rank's step); gradient_error (mean): the same as a share of that load's distance from an even one, about
+  the relative error of the loss's gradient;
 * score_sum (mean): the probability on a token's chosen experts, in the mean over tokens; K/E with indifferent scores;
 * straggler (mean), straggler_max (worst): in a micro-batch, the rows that the router sends to the busiest
   expert-parallel rank over the mean of the ranks that exchange rows with it, in the mean over micro-batches (and

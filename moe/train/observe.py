@@ -30,7 +30,7 @@ from .config import TrainConfig
 
 V = TypeVar("V")
 Array = NDArray[np.float64]
-ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error")
+ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_error")
 #: pairs of so many domains are written one by one
 MAX_DOMAINS = 16
 

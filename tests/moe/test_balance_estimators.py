@@ -143,6 +143,8 @@ def test_report_tells_batch_and_error(estimator: str) -> None:
     assert report["balance_sequences"] == pytest.approx(sum(tokens) / 3 / 6)  # sequences of 6 on average
     error = math.sqrt(sum(float((u - load_E).square().sum()) for u in used) / 3) / float(load_E.norm())
     assert report["estimator_error"] == pytest.approx(error, abs=1e-12)
+    of_uneven = error * float(load_E.norm()) / float((load_E - 1).norm())
+    assert report["gradient_error"] == pytest.approx(of_uneven, abs=1e-12)
     assert (error < 1e-12) == (estimator == "exact")
 
 
