@@ -24,7 +24,7 @@ SPEC := setup.py pyproject.toml constraints.txt
 # without build isolation the build tools are the pinned ones, and nothing is fetched twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test check kernels bench measure clean
+.PHONY: help train test check kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make kernels compile every Triton kernel for every GPU generation, without a GPU"
 	@echo "make bench   compare one layer with its peers        [ARGS=...]"
 	@echo "make measure every op and layer beside its floor and peers, on the GPU if there is one [ARGS=\"--suite kernels\"]"
+	@echo "make balance train small models balanced over 4 to 512 sequences and compare them; hours [ARGS=--quick: 5 minutes]"
 	@echo "make clean   remove $(VENV) and caches; runs stay"
 	@echo "A new $(VENV) is made with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
@@ -66,6 +67,9 @@ bench: $(VENV)/.stamp-bench
 
 measure: $(VENV)/.stamp-bench
 	$(PY) benchmarks/run.py $(ARGS)
+
+balance: $(VENV)/.stamp-dev
+	$(PY) benchmarks/global_balance.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -10,7 +10,7 @@ in tests/parallel; no result here depends on how many processes there are.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,7 @@ ARMS: dict[str, Arm] = {
     "bias-micro": loss_free("micro", RANK),
     "global-eighth": synchronised(BATCH, COEFFICIENT / 8, "128 ranks, an eighth of the coefficient"),
     "exact": estimated("exact"),
+    "sigmoid": replace(synchronised(BATCH, label="128 ranks, sigmoid scores"), router={"score": "sigmoid"}),
     "none": Arm("no balancing", 0, 64, {"coefficient": 0.0}),
     "to-global": switched(RANK, BATCH),
     "to-micro": switched(BATCH, RANK),

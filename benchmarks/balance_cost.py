@@ -142,9 +142,9 @@ def count_bytes(
 
 def counted(name: str, trainer: Trainer) -> tuple[Sent, int]:
     """Bytes of one step, after one that has shown how many layers there are; and the formula for a micro-batch."""
-    trainer.train_step()
+    trainer.train_step(observed=False)
     with record_traffic() as record:
-        trainer.train_step()
+        trainer.train_step(observed=False)
     of_tokens, of_sequence = (1, 1) if trainer.mesh is None else (trainer.mesh[a].size for a in ("stage", "sequence"))
     experts, layers = trainer.config.model.num_experts, len(trainer.layers)
     return Sent.of(record), formula(name, experts, layers, of_tokens, of_sequence)
@@ -174,7 +174,7 @@ def time_steps(
         def run(mark: Any) -> None:
             sum_over(torch.zeros(1), world_axis()).get()  # begin together
             mark()
-            trainer.train_step()
+            trainer.train_step(observed=False)
             mark()
 
         return run

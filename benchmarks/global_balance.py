@@ -94,8 +94,9 @@ def train(name: str, seed: int, size: Size, folder: Path) -> None:
     while trainer.step < size.steps:
         if arm.then is not None and trainer.step >= size.steps // 2:
             ranks.together = arm.then
-        norm = trainer.train_step()
-        if trainer.step % every == 0 or trainer.step == size.steps:
+        due = (trainer.step + 1) % every == 0 or trainer.step + 1 == size.steps
+        norm = trainer.train_step(observed=due)
+        if due:
             trained = trainer.record(norm)
             figures = {"step": trainer.step, "training_loss": trained["loss"], "grad_norm": trained["grad_norm"]}
             record["evaluations"].append(figures | measure(observe(trainer, size)))
