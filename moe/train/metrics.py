@@ -56,7 +56,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 METRICS_FILE = "metrics.jsonl"
+CELL = 12  # pixels of a side of one number in a picture
 NOTE_EVERY = 10  # lines after which what has not changed is said again
 
 Record = dict[str, Any]
@@ -143,6 +147,16 @@ def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
                 yield from ((f"heldout_layer_{i}/{field}/{domain}", value) for i, value in enumerate(layers))
 
 
+def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """TensorBoard's tags and grey pictures of a record, values from 0 to 1: the experts that domains choose in a layer,
+    a row of cells for each domain in their order, dark where never, bright from four times the uniform share on."""
+    routing = record.get("routing") if record["kind"] == "eval" else None
+    for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):
+        share_NE = np.array(rows, float)
+        grey_NE = np.clip(share_NE * share_NE.shape[1] / 4, 0.0, 1.0)
+        yield f"heldout_layer_{index}/routing", np.kron(grey_NE, np.ones((CELL, CELL)))
+
+
 _NOT_DRAWN = {"kind", "step", "tokens", "elapsed_s", "domain_loss", "layers", "nonfinite"}
 
 
@@ -227,6 +241,8 @@ class MetricsWriter:
             for tag, value in _scalars(record):
                 if value is not None:
                     self._board.add_scalar(tag, value, record["step"])
+            for tag, picture_HW in _pictures(record):
+                self._board.add_image(tag, picture_HW, record["step"], dataformats="HW")
             self._board.flush()
         except OSError as error:
             self._board = None
@@ -296,6 +312,11 @@ def balance_note(record: Record) -> str:
     return f"balance over: {sequences:.3g} seq" if sequences < 100 else f"balance over: {sequences:.0f} seq"
 
 
+def _error_note(record: Record) -> str:
+    error = record.get("estimator_error")
+    return "" if error is None or not math.isfinite(error) else f" (load off by {error:.1%})"
+
+
 def eval_line(record: Record) -> str:
     """An eval record in one line: the loss on held-out text, over all and by domain."""
     domains = "  ".join(f"{name}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items())
@@ -333,7 +354,7 @@ class Progress:
         if record["kind"] == "train":
             note = balance_note(record)
             due = note != self._said or self._since >= NOTE_EVERY
-            self.say(progress_line(record, self.steps) + (f"  {note}" if note and due else ""))
+            self.say(progress_line(record, self.steps) + (f"  {note}{_error_note(record)}" if note and due else ""))
             self._said, self._since = (note, 1) if due else (self._said, self._since + 1)
         elif record["kind"] == "eval":
             self.say(eval_line(record))

@@ -180,10 +180,15 @@ def test_write_atomically_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+def events_of(run_dir: Path) -> Any:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
+    return events
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = events_of(run_dir)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -230,6 +235,20 @@ def test_what_is_observed_of_routing_reaches_tensorboard(tmp_path: Path) -> None
     eval_tags = {tag: value for tag, value in found.items() if tag.startswith("heldout_layer_1")}
     assert sorted(points[0][1] for points in eval_tags.values()) == pytest.approx([0.6, 0.8])
     assert not any("counts" in tag or tag.endswith(("/4", "/step", "/tokens")) for tag in found)
+
+
+def test_routing_by_domain_is_a_picture_in_tensorboard(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    routing = {"c": [[0.5, 0.5, 0, 0], [0.25] * 4], "prose": [[0, 0, 0.25, 0.75], [0.25] * 4]}
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"kind": "eval", "step": 7, "loss": 1.0, "domains": {}, "routing": routing})
+    events = events_of(tmp_path)
+    (first,) = events.Images("heldout_layer_0/routing")
+    assert first.step == 7 and (first.height, first.width) == (2 * 12, 4 * 12)
+    grey = Image.open(io.BytesIO(first.encoded_image_string)).convert("L")
+    cells = [[grey.getpixel((12 * expert + 6, 12 * domain + 6)) for expert in range(4)] for domain in range(2)]
+    assert cells == [[127, 127, 0, 0], [0, 0, 63, 191]]
+    assert len(events.Images("heldout_layer_1/routing")) == 1
 
 
 def test_without_tensorboard_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,12 +317,15 @@ def test_the_balance_batch_size_is_said_when_it_changes_and_now_and_then() -> No
     stream = io.StringIO()
     with Progress(300, stream=stream) as progress:
         for step in range(1, 31):
-            progress.show(TRAIN | {"step": step, "balance_sequences": 8.0 if step < 4 else 16.0})
+            error = {"estimator_error": 0.034 + step / 1000} if step < 15 else {}
+            progress.show(TRAIN | {"step": step, "balance_sequences": 8.0 if step < 4 else 16.0} | error)
         progress.show(TRAIN | {"step": 31})
     said = {
         i: line.split("balance over: ")[1] for i, line in enumerate(stream.getvalue().splitlines(), 1) if "over" in line
     }
-    assert said == {1: "8 seq", 4: "16 seq", 14: "16 seq", 24: "16 seq"}
+    assert said == {
+        1: "8 seq (load off by 3.5%)", 4: "16 seq (load off by 3.8%)", 14: "16 seq (load off by 4.8%)", 24: "16 seq"
+    }  # fmt: skip
 
 
 def test_eval_line() -> None:
