@@ -79,7 +79,8 @@ class Arm:
 
 def synchronised(sequences: int, coefficient: float = COEFFICIENT, label: str = "") -> Arm:
     """The loss of ``sequences / RANK`` ranks that add up their counts in each micro-batch."""
-    label = label or ("micro-batch" if sequences == RANK else f"{sequences // RANK} ranks")
+    ranks = "one rank's micro-batch" if sequences == RANK else f"{sequences // RANK} ranks"
+    label = label or (f"global, {ranks}" if sequences == BATCH else ranks)
     if sequences == BATCH:
         return Arm(label, BATCH, BATCH, {"scope": "global", "coefficient": coefficient})
     balance = {"scope": "sequence", "coefficient": coefficient}
@@ -121,9 +122,9 @@ ARMS: dict[str, Arm] = {
     "micro-half": synchronised(RANK, COEFFICIENT / 2, "micro-batch, half the coefficient"),
     "micro-eighth": synchronised(RANK, COEFFICIENT / 8, "micro-batch, an eighth of it"),
     "bias-micro": loss_free("micro", RANK),
-    "global-eighth": synchronised(BATCH, COEFFICIENT / 8, "128 ranks, an eighth of the coefficient"),
+    "global-eighth": synchronised(BATCH, COEFFICIENT / 8, "global, 128 ranks, an eighth of it"),
     "exact": estimated("exact"),
-    "sigmoid": replace(synchronised(BATCH, label="128 ranks, sigmoid scores"), router={"score": "sigmoid"}),
+    "sigmoid": replace(synchronised(BATCH, label="global, 128 ranks, sigmoid scores"), router={"score": "sigmoid"}),
     "none": Arm("no balancing", 0, 64, {"coefficient": 0.0}),
     "to-global": switched(RANK, BATCH),
     "to-micro": switched(BATCH, RANK),

@@ -108,13 +108,12 @@ def _balance(runs: Runs, axes: Axes) -> None:
             curve = np.mean([[one["balance"][str(over)] for one in of_seed] for of_seed in of_seeds], axis=0)
             axes.plot(steps, curve, line, color=color, label=f"{ARMS[arm].label}, over {over}")
     axes.set_xlabel("step")
-    axes.set_yscale("log")
     axes.set_ylabel("balance loss, 1.0 when even")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.3))
 
 
 def _stragglers(runs: Runs, axes: Axes) -> None:
-    for color, arm in zip(COLORS, (MICRO, "sync-32", "with-micro", GLOBAL, "none"), strict=False):
+    for color, arm in zip(COLORS, (MICRO, "sync-32", "with-micro", GLOBAL), strict=False):
         if arm in runs.by_arm:
             degrees = list(runs.by_arm[arm][runs.have(arm)[0]]["evaluations"][-1]["straggler"])
             found = [runs.values(arm, "straggler", degree) for degree in degrees]
@@ -156,7 +155,7 @@ def _routing(runs: Runs, axes: Axes, arm: str) -> None:
     """Share of each domain's choices by expert, in the last layer of the first seed."""
     routing = runs.by_arm[arm][runs.have(arm)[0]]["evaluations"][-1]["routing"]
     table = np.array([of_layer[-1] for of_layer in routing.values()])
-    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=0.3)
+    image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=0.15)
     axes.set_yticks(range(len(routing)), list(routing))
     axes.set_xlabel("expert")
     axes.grid(False)

@@ -144,7 +144,9 @@ def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
     (knee,) = [o for claim, o in by_claim.items() if claim.startswith("A knee")]
     assert knee.holds == [True, False] and knee.verdict == "not always, 1 of 2 seeds"
     facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3"}
+    found += [record("exact", seed, loss) for seed, loss in enumerate((1.903, 2.004))]
     text = balance_figures.write(found, facts, tmp_path / "result")
+    assert "they end 0.0035 apart" in text
     assert "| sync-32: 8 ranks | 32 | 2.0050 " in text and "-0.0450 \u00b1 0.0212" in text
     assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["arm"] == "sync-4"
     assert (tmp_path / "result.png").stat().st_size > 20_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from equimoe.launch.options import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
@@ -109,18 +112,18 @@ def test_an_editable_installation_uses_the_files_of_the_checkout(tmp_path: Path)
     assert found == str(ROOT / "moe" / "__init__.py")
 
 
-def readme_examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def examples(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
 def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    counts = " ".join(python(readme_examples()[0], tmp_path, ROOT)).split("]")[0]
+    counts = " ".join(python(examples("README.md")[0], tmp_path, ROOT)).split("]")[0]
     assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
 
 
 def test_expert_parallel_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     show = "print(f'gradient {float(model.router.weight.grad.norm()) > 0}', flush=True)"
-    (tmp_path / "train.py").write_text(readme_examples()[1] + show)
+    (tmp_path / "train.py").write_text(examples("README.md")[1] + show)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -130,10 +133,24 @@ def test_expert_parallel_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None
     assert done.stdout.count("gradient True") == 2
 
 
+def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
+    (example,) = examples("docs/balance.md")
+    report = ast.literal_eval(python(example, tmp_path, ROOT)[-1])
+    assert report["balance_sequences"] == 16 and report["estimator_error"] == 0
+
+
+def test_options_of_the_balance_page_exist() -> None:
+    (options,) = re.findall(r"`(--balance[^`]+)`", (ROOT / "docs/balance.md").read_text())
+    balance = parse(["--recipe", "quickstart", *options.split()]).config.balance
+    assert balance.estimator == "exact" and balance.extra.micro == 1e-4
+
+
 def test_every_link_of_the_documents_leads_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "SECURITY.md"):
-        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text()):
-            assert target.startswith("https://arxiv.org/") or (ROOT / target).exists(), f"{document}: {target}"
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+    for document in (*documents, *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            found = target.startswith("https://arxiv.org/") or (document.parent / target).exists()
+            assert found, f"{document}: {target}"
 
 
 def test_every_dependency_has_a_pin_for_every_python() -> None:
