@@ -106,10 +106,11 @@ def _balance(runs: Runs, axes: Axes) -> None:
         steps = [one["step"] for one in of_seeds[0]]
         for over, line in ((RANK, "-"), (BATCH, "--")):
             curve = np.mean([[one["balance"][str(over)] for one in of_seed] for of_seed in of_seeds], axis=0)
-            axes.plot(steps, curve, line, color=color, label=f"{ARMS[arm].label}, over {over}")
+            axes.plot(steps, curve, line, color=color, label=ARMS[arm].label if line == "-" else None)
     axes.set_xlabel("step")
-    axes.set_ylabel("balance loss, 1.0 when even")
-    axes.legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.3))
+    axes.set_ylabel(f"balance loss over {RANK} (solid) and {BATCH} (dashed)")
+    axes.margins(y=0.3)
+    axes.legend(fontsize=8, loc="upper right")
 
 
 def _stragglers(runs: Runs, axes: Axes) -> None:
