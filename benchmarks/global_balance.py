@@ -11,6 +11,7 @@ there. Then writes the table (.md), the figures (.png) and all numbers (.json) i
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -39,6 +40,8 @@ from equimoe.moe.train.metrics import write_atomically
 
 FULL, QUICK = Size(steps=160), Size(steps=80, heldout=256)
 QUICK_ARMS = ("sync-4", "sync-32", "sync-512", "shuffled", "rolling", "bias-global", "with-micro", "micro-eighth")
+#: exit status after Ctrl-C
+STOPPED = 130
 #: evaluations of a run
 EVALUATIONS = 10
 
@@ -79,8 +82,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def train(name: str, seed: int, size: Size, folder: Path) -> None:
     """Do one run, or what is left of it; ``folder``/result.json is there exactly when it is complete."""
     torch.set_num_threads(1)
-    arm, progress = ARMS[name], folder / "progress.json"
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the run may still be at work for a command that was killed
+        if not (folder / "result.json").exists():
+            _train(name, seed, size, folder)
+
+
+def _train(name: str, seed: int, size: Size, folder: Path) -> None:
+    arm, progress = ARMS[name], folder / "progress.json"
     corpus = load_corpus(configure(arm, size, seed).data, load_tokenizer("bytes"))
     trainer, ranks = build(arm, size, seed, corpus)
     record: dict[str, Any] = {"arm": name, "seed": seed, "size": asdict(size), "evaluations": [], "seconds": 0.0}
@@ -133,7 +143,8 @@ def run_all(args: argparse.Namespace) -> int:
         began = time.perf_counter()
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
-            print(f"{name} seed {seed} failed:\n{done.stderr}", file=sys.stderr, flush=True)
+            if done.returncode != STOPPED:
+                print(f"{name} seed {seed} failed:\n{done.stderr}", file=sys.stderr, flush=True)
             return 1
         result = json.loads((folder_of(args.runs, args.size, name, seed) / "result.json").read_text())
         last = result["evaluations"][-1]
@@ -158,11 +169,17 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.one:
-        name, seed = args.one.split(":")
-        train(name, int(seed), args.size, folder_of(args.runs, args.size, name, int(seed)))
-        return 0
-    failed = 0 if args.only_report else run_all(args)
+    failed = 0
+    try:
+        if args.one:
+            name, seed = args.one.split(":")
+            train(name, int(seed), args.size, folder_of(args.runs, args.size, name, int(seed)))
+            return 0
+        if not args.only_report:
+            failed = run_all(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return STOPPED
     found = list(results(args))
     if not found:
         print(f"--runs={args.runs}: no run is complete", file=sys.stderr)

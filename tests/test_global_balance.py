@@ -124,6 +124,8 @@ def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, monkeypatch: pytes
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert parts["evaluations"] == whole["evaluations"] and len(whole["evaluations"]) == 10
     assert not (tmp_path / "parts" / "checkpoints").exists()
+    global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
+    assert seen == 6 + 1 + 4  # complete, so nothing is done
 
 
 def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
