@@ -110,7 +110,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"{stage}: " + ", ".join(f"{key} {value:.4g}" for key, value in at.items()) + "  ")
     lines += ["", "Gradient of the balance loss alone, of each router, against one process with the whole step: cosine"]
     lines += ["and relative error, mean over layers (and steps of data) and worst layer; `reported` is"]
-    lines += ["`estimator_error` of `Balancer.report()`.", "", "## Over all stages", ""]
+    lines += ["`estimator_error` of `estimate_quality`.", "", "## Over all stages", ""]
     lines += [gradient_table(points, ("order", "micro_batches")), "", "## Stage by stage", ""]
     lines += [gradient_table(points, ("order", "stage", "micro_batches")), ""]
     ratios, told_ratios = (

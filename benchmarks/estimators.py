@@ -47,6 +47,7 @@ from equimoe.moe.model import Decoder
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
 from equimoe.moe.train.data import Batches, Corpus, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.observe import estimate_quality
 from equimoe.moe.types import load_summary
 
 #: orders of micro-batches over which a mean is taken, where there are more
@@ -97,7 +98,7 @@ class Found:
 
     #: [E, D] each
     gradients: list[Tensor]
-    #: ``estimator_error`` and ``gradient_error`` of :meth:`Balancer.report`
+    #: ``estimator_error`` and ``gradient_error`` of :func:`estimate_quality`
     reported: list[float]
     of_imbalance: list[float]
     #: int64 [M, E + 1] and fp64 [M, E] of each layer: counts and tokens, and sums of probabilities
@@ -121,10 +122,10 @@ def balancers(model: Decoder, estimator: str, micro_batches: int, before: Sequen
     config = BalanceConfig(coefficient=1.0, estimator=estimator, micro_batches=micro_batches)  # type: ignore[arg-type]
     layers = model.moe_layers()
     for layer in layers:
-        layer.balancer = Balancer(config, layer.config.top_k, 0.0)
+        layer.balancer = Balancer(config, layer.config.num_experts, layer.config.top_k)
     for layer, before_X in zip(layers, before, strict=True) if before else ():
         # the step before was cut as this one is
-        layer.balancer.window.before_X = torch.cat((before_X, before_X.new_tensor([micro_batches])))
+        layer.balancer.before_X = torch.cat((before_X, before_X.new_tensor([micro_batches])))
     return [layer.balancer for layer in layers]
 
 
@@ -134,8 +135,8 @@ def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
     with counting_pass():
         model(inputs_BS)
     for balancer in made:
-        balancer.window.close()
-    return [balancer.window.before_X[:-1] for balancer in made if balancer.window.before_X is not None]
+        balancer.step.end(applied=False)
+    return [balancer.before_X[:-1] for balancer in made if balancer.before_X is not None]
 
 
 def gradients(
@@ -159,13 +160,13 @@ def gradients(
     for share in shares:
         (model(share) * 0).sum().backward()
     for balancer in made:
-        balancer.window.close()
-    steps = [balancer.window.last for balancer in made if balancer.window.last is not None]
-    reported = [balancer.report()["estimator_error"] for balancer in made]
+        balancer.step.end(applied=False)
+    steps = [balancer.last for balancer in made if balancer.last is not None]
+    reported = [estimate_quality(step) for step in steps]
     return Found(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
-        reported=reported,
-        of_imbalance=[balancer.report()["gradient_error"] for balancer in made],
+        reported=[quality["estimator_error"] for quality in reported],
+        of_imbalance=[quality["gradient_error"] for quality in reported],
         counts=[torch.cat((step.local_counts_ME, step.local_tokens_M[:, None]), dim=1) for step in steps],
         prob_sums=[step.local_prob_sums_ME.double() for step in steps],
         losses=[float(sum(term.value for term in step.terms)) for step in steps],
@@ -237,7 +238,7 @@ def training_state(trainer: Trainer) -> dict[str, float]:
     """The last step's rate, nats per token since the stage before, and the last step's load in the worst layer."""
     nats, tokens = trainer.losses.sums_N2.sum(0).tolist()
     trainer.losses.sums_N2.zero_()
-    last = [layer.balancer.window.last for layer in trainer.model.moe_layers()]
+    last = [layer.balancer.last for layer in trainer.model.moe_layers()]
     worst = max(load_summary(of.counts_E)["max_over_mean"] for of in last if of)
     return {"lr": trainer.optimizer.param_groups[0]["lr"], "loss": nats / tokens, "max_over_mean": worst}
 

@@ -4,9 +4,10 @@
 >>> layer = MoE(MoEConfig(hidden_size=512, intermediate_size=1024, num_experts=16, top_k=2))
 """
 
-from .balance import counting_pass, recompute
+from .balance import Step, counting_pass, recompute
 from .config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig
 from .layer import MoE
+from .placement import Owners, Placement
 from .types import Routing, RoutingStats
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "ExtraLossConfig",
     "MoE",
     "MoEConfig",
+    "Owners",
+    "Placement",
     "RouterConfig",
     "Routing",
     "RoutingStats",
+    "Step",
     "counting_pass",
     "recompute",
 ]

@@ -6,6 +6,7 @@ Each section is the whole interface of one part of the system; the training-side
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -34,6 +35,10 @@ class RouterConfig:
     #: a group being worth the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437); 1: no such limit
     groups: int = 1
     kept_groups: int = 1
+
+    def reach(self, ranks: int) -> int:
+        """To how many of ``ranks`` expert-parallel ranks a token can be sent."""
+        return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
     def __post_init__(self) -> None:
         require(self.score in ("softmax", "sigmoid"), "router.score", self.score, "use 'softmax' or 'sigmoid'")
@@ -92,8 +97,6 @@ class BalanceConfig:
     #: micro-batches per optimizer step (a layer that runs twice in a forward has two each time); None: as many as were
     #: counted ahead, else as the step before had; in the very first step, as many as there were so far
     micro_batches: int | None = None
-    #: how the data-parallel engine joins the ranks' gradients: DDP and FSDP take the mean
-    grad_reduction: Literal["mean", "sum"] = "mean"
     #: what the coefficient of "global" means: ``exact``, the weight of the loss; ``megatron``, as Megatron-Core's
     #: global_aux_loss has it, where the gradient is smaller by the number of data-parallel ranks
     scale_convention: Literal["exact", "megatron"] = "exact"
@@ -124,12 +127,6 @@ class BalanceConfig:
             "balance.micro_batches",
             self.micro_batches,
             "give the number of backward passes per optimizer step, at least 1, or leave it out",
-        )
-        require(
-            self.grad_reduction in ("mean", "sum"),
-            "balance.grad_reduction",
-            self.grad_reduction,
-            "use 'mean' (DDP, FSDP) or 'sum'",
         )
         require(
             self.scale_convention in ("exact", "megatron"),

@@ -12,6 +12,7 @@ from .balance import Balancer, Pass, initial_bias
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import GroupedExperts, NoSharedExperts, SharedExperts
+from .placement import Placement
 from .routing import Router
 from .types import Routing, RoutingStats
 
@@ -23,13 +24,16 @@ class MoE(nn.Module):
     is valid) keeps padding out of experts and statistics; masked tokens get the shared experts' output alone. For
     ``scope="sequence"`` the dimension before the last is the sequence.
 
-    The balance loss hangs on ``y`` in the graph: train on your own loss and add nothing. ``stats`` tells what the last
-    training forward did; evaluation, no-grad and recomputed passes leave it and all counts alone.
+    The balance loss is attached to ``y`` in the graph: train on your own loss and add nothing. ``stats`` tells what the
+    last training forward did; evaluation, no-grad and recomputed passes leave it and all counts alone.
+
+    ``group`` is the process group of the ranks that hold different tokens and whose gradients are averaged (DDP's,
+    FSDP's); None: all ranks. :meth:`place` says more, where more is split.
 
     Weights: ``router.weight`` [E, D], ``experts.gate_up_proj`` [E, 2F, D], ``experts.down_proj`` [E, D, F].
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, group: Any = None) -> None:
         super().__init__()
         self.config = config
         hidden, std = config.hidden_size, config.init_std
@@ -48,26 +52,40 @@ class MoE(nn.Module):
         self.shared: nn.Module = NoSharedExperts()
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
-        self.duplicates = DropDuplicates()
-        self.capacity = build_capacity(config)
-        self.dispatcher: Dispatcher = build_dispatcher(config)
-        self.balancer = Balancer(config.balance, config.top_k, config.router.z_loss)
+        self.balancer = Balancer(
+            config.balance, config.num_experts, config.top_k, config.router.z_loss, config.router.reach
+        )
+        self._put(Placement())
+        if group is not None:
+            self.place(Placement.of_group(group))
         self._stats: RoutingStats | None = None
+
+    def place(self, placement: Placement) -> None:
+        """Let the layer work on the ranks of ``placement``; its experts' weights are split by whoever calls this.
+
+        Raises ValueError where the owners do not fit the layer.
+        """
+        self._put(placement)
+        self.balancer.place(placement)
+
+    def _put(self, placement: Placement) -> None:
+        self.duplicates = DropDuplicates(placement.copies)
+        self.capacity = build_capacity(self.config, placement)
+        self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
-        this = self.balancer.begin(self.training, self.router.weight, self.router.bias_E)
-        routing = self.router(x_TD, mask_T, sequences, this.decision)
-        routing = self.capacity(routing)
-        self.balancer.count(routing, this, mask_T)
+        this = self.balancer.begin(self, x_TD)
+        routing = self.capacity(self.router(x_TD, mask_T, sequences, this.decision))
+        self.balancer.count(this, routing, mask_T)
         shared = cache(partial(self.shared, x_TD))  # computed once: while rows travel, or else below
         y_TD = self.dispatcher(x_TD, routing, self.experts, meanwhile=shared)
         if (shared_TD := shared()) is not None:
             y_TD = y_TD + shared_TD
         self._keep_stats(routing, this)
-        y = self.balancer.attach(y_TD, routing, this).view(x.shape).to(x.dtype)
+        y = self.balancer.attach(this, y_TD, routing, self.router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
 
     @property
@@ -94,14 +112,14 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def _keep_stats(self, routing: Routing, this: Pass) -> None:
-        if this.slot is None or not this.first:
+        if this.visit is None or not this.first:
             return
         counts_E = routing.counts_BE.sum(0)
         self._stats = RoutingStats(
             counts=counts_E,
             tokens=routing.tokens_B.sum(),
             dropped_choices=counts_E.sum() - (routing.ids_TK >= 0).sum(),
-            loss_values=partial(self.balancer.loss_values, routing.detach(), this.slot),
+            loss_values=partial(self.balancer.loss_values, routing.detach(), this.visit),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -59,6 +59,15 @@ class Routing:
             z_sum=self.z_sum.detach(),
         )
 
+    def outside_inference(self) -> Routing:
+        """The same outside the graph, as tensors that later code may use even if ``torch.inference_mode`` made them."""
+        if not self.counts_BE.is_inference():
+            return self.detach()
+        with torch.inference_mode(False):
+            decision = Decision(*(ids_TK.clone() for ids_TK in self.decision))
+            names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum")
+            return replace(self, decision=decision, **{name: getattr(self, name).clone() for name in names})
+
     def keep(self, kept_TK: Tensor) -> Routing:
         """The same routing without the choices where ``kept_TK`` is False."""
         decision = self.decision._replace(ids_TK=self.ids_TK.masked_fill(~kept_TK, -1))

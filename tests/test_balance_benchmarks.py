@@ -51,7 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Decoder,
 def weigh(model: Decoder, coefficient: float) -> None:
     """New balancers of this coefficient."""
     for layer in model.moe_layers():
-        layer.balancer = Balancer(BalanceConfig(coefficient=coefficient, micro_batches=M), layer.config.top_k, 0.0)
+        balance = BalanceConfig(coefficient=coefficient, micro_batches=M)
+        layer.balancer = Balancer(balance, layer.config.num_experts, layer.config.top_k)
 
 
 def routed(model: Decoder, inputs_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -123,7 +124,7 @@ def test_the_step_before_is_the_one_that_was_trained_on(trained: tuple[Trainer, 
     trainer, previous, steps = trained
     before_BS, shuffled_BS = steps.pair("shuffled", trainer.step)
     for got_X, layer in zip(estimators.count(previous, before_BS), trainer.model.moe_layers(), strict=True):
-        want_X = layer.balancer.window.before_X[:-1]
+        want_X = layer.balancer.before_X[:-1]
         assert got_X[-1] == want_X[-1] == before_BS.numel()
         assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose otherwise than fp32
     (batch,) = trainer.batches.sample(trainer.step - 1, 0, 1, 1, B)

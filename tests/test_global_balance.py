@@ -55,7 +55,7 @@ def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
     mixed = build(Arm("", RANK, BATCH, {"scope": "sequence", "coefficient": 0.0}, RANK, mixed=True), SIZE, 0, corpus)[0]
     inputs_BS = plain.batches.sample(0, 0, 1, 1, BATCH)[0][0]
     torch.testing.assert_close(mixed.model(inputs_BS), plain.model(inputs_BS))
-    counts_GE = [layer.balancer.window.slots[-1].counts_BE for layer in mixed.model.moe_layers()]
+    counts_GE = [layer.balancer.micro_batches[-1].counts_BE for layer in mixed.model.moe_layers()]
     assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
     strong = {"scope": "sequence", "coefficient": 1.0}
     shuffled = gradients(Arm("", RANK, BATCH, strong, RANK, mixed=True), corpus)
@@ -168,4 +168,4 @@ def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
     assert isinstance(ranks, Ranks) and ranks.together == RANK
     ranks.together = ARMS["to-global"].then
     trainer.train_step()
-    assert trainer.model.moe_layers()[0].balancer.window.last.used[0].loads.shape == (1, SIZE.experts)
+    assert trainer.model.moe_layers()[0].balancer.last.losses[0].loads.shape == (1, SIZE.experts)

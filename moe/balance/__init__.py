@@ -1,8 +1,23 @@
-"""Load balancing: counts of the step, losses of every scope, and how they reach the router."""
+"""Load balancing: counts of the optimizer step, losses of every scope, and how they reach the router."""
 
+from .auto import AutoStep, counting_pass
+from .balancer import Balancer, Pass, loss_terms
 from .bias import initial_bias
-from .global_batch import Balancer, Pass, counting_pass
 from .losses import SCOPES, loss_value
 from .recompute import recompute
+from .step import Step, StepTotals, random_state_kept
 
-__all__ = ["SCOPES", "Balancer", "Pass", "counting_pass", "initial_bias", "loss_value", "recompute"]
+__all__ = [
+    "SCOPES",
+    "AutoStep",
+    "Balancer",
+    "Pass",
+    "Step",
+    "StepTotals",
+    "counting_pass",
+    "initial_bias",
+    "loss_terms",
+    "loss_value",
+    "random_state_kept",
+    "recompute",
+]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import Axis, exchange_sizes, gather_rows, keeping
+from ..placement import Owners
 from ..types import Routing
 
 
@@ -15,11 +16,11 @@ def valid_choices(routing: Routing, mask_T: Tensor | None) -> Tensor:
     return chosen_TK if mask_T is None else chosen_TK.masked_fill(~mask_T[:, None], -1)
 
 
-def sent(choices_TK: Tensor, num_experts: int, devices: int) -> Tensor:
-    """int64 [D]: tokens with a choice on each of the ranks over which the experts are spread."""
-    device_TK = choices_TK.clamp_min(0) // (num_experts // devices)
-    there_TD = torch.zeros(choices_TK.shape[0], devices, dtype=torch.bool, device=choices_TK.device)
-    return (there_TD.scatter_(1, device_TK, True) & (choices_TK[:, :1] >= 0)).sum(0)
+def sent(choices_TK: Tensor, owners: Owners) -> Tensor:
+    """int64 [P]: tokens with a choice on each of the ranks that own the experts."""
+    rank_TK = owners.rank_of(choices_TK.clamp_min(0))
+    there_TP = torch.zeros(choices_TK.shape[0], owners.ranks, dtype=torch.bool, device=choices_TK.device)
+    return (there_TP.scatter_(1, rank_TK, True) & (choices_TK[:, :1] >= 0)).sum(0)
 
 
 @torch.no_grad()

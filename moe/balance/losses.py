@@ -1,4 +1,4 @@
-"""The balance losses, pure functions of counts and probability sums.  B sequences, E experts, D expert-parallel ranks.
+"""The balance losses, pure functions of counts and probability sums.  B sequences, E experts, P expert-parallel ranks.
 
 Every one has the form  sum_bi  g_bi * prob_sums_bi,  where g carries no gradient: the loads are counts of a
 hard choice. A scope is therefore nothing but its g, the gradient of the loss with respect to the sums.
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..placement import Owners
 from .estimators import Estimate
 
 
@@ -34,14 +35,29 @@ class StepView:
     #: ranks, or groups of ranks that hold parts of the same sequences, with different micro-batches
     ranks: int
     top_k: int
-    #: expert-parallel ranks with E/devices consecutive experts each, and how many of them a token can reach
-    devices: int = 1
+    #: which expert-parallel rank has which experts, and how many of these ranks a token can reach
+    owners: Owners
     reach: int = 1
-    #: int64 [D], tokens of this micro-batch on all ranks that chose an expert of each; for "communication"
-    sent_D: Tensor | None = None
+    #: int64 [P], tokens of this micro-batch on all ranks that chose an expert of each; for "communication"
+    sent_P: Tensor | None = None
     #: int64 [E] and scalar, the choices of tokens drawn from the step; for "shuffled"
     drawn_counts_E: Tensor | None = None
     drawn_tokens: Tensor | None = None
+
+
+class Term(NamedTuple):
+    """One loss of one forward: ``(gradient * sums).sum()`` is this rank's part of its value."""
+
+    name: str
+    #: the weight of the loss in the training objective
+    coefficient: float
+    gradient: Tensor
+    sums: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """fp64 scalar, without the coefficient."""
+        return (self.gradient * self.sums).sum().double()
 
 
 class Loss(NamedTuple):
@@ -112,20 +128,19 @@ def device(view: StepView) -> Loss:
     Over one micro-batch of all ranks, because that is what the ranks wait for each other in.
     """
     of_batch = data_parallel(view)
-    loads_D = of_batch.loads.view(view.devices, -1).mean(1)
-    return of_batch._replace(loads=_to_experts(loads_D, view))
+    return of_batch._replace(loads=view.owners.to_experts(view.owners.mean_by_rank(of_batch.loads)))
 
 
 def communication(view: StepView) -> Loss:
     """The tokens sent to each expert-parallel rank (DeepSeek-V2, arXiv 2405.04434, equation 30).
 
-    f''_d = D / (M T) * tokens with a choice on rank d, for the M ranks that a token can reach; 1.0 when every token
+    f''_p = P / (M T) * tokens with a choice on rank p, for the M ranks that a token can reach; 1.0 when every token
     reaches that many and all ranks alike, so less where tokens reach fewer. Over one micro-batch of all ranks.
     """
-    assert view.sent_D is not None
+    assert view.sent_P is not None
     of_batch = data_parallel(view)
-    per_rank = view.batch_tokens.double().clamp_min(1) * (view.reach / view.devices)
-    return of_batch._replace(loads=_to_experts(view.sent_D.double() / per_rank, view))
+    per_rank = view.batch_tokens.double().clamp_min(1) * (view.reach / view.owners.ranks)
+    return of_batch._replace(loads=view.owners.to_experts(view.sent_P.double() / per_rank))
 
 
 def shuffled(view: StepView) -> Loss:
@@ -136,11 +151,6 @@ def shuffled(view: StepView) -> Loss:
     assert view.drawn_counts_E is not None and view.drawn_tokens is not None
     drawn_loads = loads(view.drawn_counts_E, view.drawn_tokens, view.top_k)
     return micro_batch(view)._replace(loads=drawn_loads, tokens=view.drawn_tokens.double())
-
-
-def _to_experts(loads_D: Tensor, view: StepView) -> Tensor:
-    """Every expert has its rank's load: sum_d f_d * P_d with P_d the sum of the rank's probabilities."""
-    return loads_D.repeat_interleave(view.batch_counts_E.shape[-1] // view.devices)
 
 
 SCOPES: dict[str, Callable[[StepView], Loss]] = {

@@ -1,8 +1,8 @@
 """Activation checkpointing that never routes twice.
 
-``torch.utils.checkpoint`` runs a region again in the backward. A layer recognises that by itself. As long as one
-micro-batch is in flight it knows which one is computed again, and takes its decision as it was; among several it
-routes alike from the same input. :func:`recompute` makes the match exact for any number.
+``torch.utils.checkpoint`` runs a region again in the backward, and a layer recognises that. While one micro-batch is in
+flight, the layer knows which one is recomputed and repeats its decision; among several it routes the same input again.
+:func:`recompute` makes the match exact for any number.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Kept, keeping
-from .counts import MicroBatch, Window
+from .step import Step
+from .visit import Visit
 
 
 class _Region:
-    """The slots that a region's forward opened, in order, how far its recomputation has come, and what is kept of its
-    communication."""
+    """The visits of a region's forward, in order, and how far its recomputation has come."""
 
     def __init__(self, keep_exchanges: bool) -> None:
         #: the region around it
         self.parent = _region.get()
-        self.slots: list[MicroBatch] = []
+        self.visits: list[Visit] = []
         self.next: int | None = None
         self.kept = Kept() if keep_exchanges else None
 
 
 class _Within:
-    """Makes a region the current one, as often as it is entered (a graph may be walked backward twice)."""
+    """Makes a region the current one, each time it is entered (a graph may be walked backward twice)."""
 
     def __init__(self, region: _Region, replay: bool) -> None:
         self.region, self.replay = region, replay
@@ -52,7 +51,7 @@ _region: ContextVar[_Region | None] = ContextVar("equimoe_recompute_region", def
 
 
 def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = False) -> Any:
-    """Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``, routing decisions kept.
+    """Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``, keeping routing decisions.
 
     ``keep_exchanges`` also keeps what came from other ranks, dispatched rows and results, so that the recomputation
     communicates nothing: memory of about 2 K rows per token for a third of the layer's exchanges (DeepSpeed-TED,
@@ -66,34 +65,23 @@ def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = F
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-def slot_being_recomputed(window: Window) -> tuple[MicroBatch | None, bool]:
-    """The slot whose forward is now run again, and whether its decision is known to be this pass's.
+def visit_being_recomputed(step: Step, index: int) -> tuple[Visit | None, bool]:
+    """The visit whose forward now runs again, and whether we are certain that it is this one.
 
-    (None, False) when the pass is a first one.
+    (None, False) when the forward is a first one.
     """
     region = _region.get()
     while region is not None:
         if region.next is not None:
             region.next += 1
-            return region.slots[region.next - 1], True
+            return region.visits[region.next - 1], True
         region = region.parent
-    backward = torch._C._current_graph_task_id()
-    if backward == -1:
-        return None, False
-    # Inside a backward only a checkpointed region runs forward. If torch's non-reentrant kind, the slot is open, or
-    # this very backward has just used it; the reentrant kind's first pass had no gradient and was not counted, and
-    # what its second opens is none of this backward's to compute again. Which of several slots it is nobody knows,
-    # nor whether one that another backward opened was left behind by an exception.
-    in_flight = [slot for slot in window.known if not (slot.done or slot.ahead or slot.opened_in == backward)]
-    last = window.last_used
-    if last is not None and last.backward_id == backward:
-        return last, not in_flight
-    return (in_flight[0], len(in_flight) == 1 and in_flight[0].opened_in == -1) if in_flight else (None, False)
+    return step.recomputed(index)
 
 
-def remember(slot: MicroBatch) -> None:
-    """Note the slot of a pass for the recomputation of the regions that it runs in."""
+def remember(visit: Visit) -> None:
+    """Note a visit for the recomputation of the regions that it runs in."""
     region = _region.get()
     while region is not None and region.next is None:
-        region.slots.append(slot)
+        region.visits.append(visit)
         region = region.parent

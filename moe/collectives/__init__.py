@@ -4,8 +4,18 @@ With no process group every verb is the identity, so each stage runs, and is tes
 All ranks of an axis must call the same verbs in the same order, whatever their rows.
 """
 
-from .axes import LOCAL, Axis, axis_of, global_ranks, split_axis, world_axis
-from .counts import Belief, Pending, believe_splits, equal_sizes, exchange_counts, exchange_sizes, splits, sum_over
+from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, split_axis, world_axis
+from .counts import (
+    Belief,
+    Pending,
+    agreed_prefix,
+    believe_splits,
+    equal_sizes,
+    exchange_counts,
+    exchange_sizes,
+    splits,
+    sum_over,
+)
 from .kept import Kept, keeping, once
 from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
 from .tokens import gather_tokens, shares, split_tokens
@@ -23,8 +33,10 @@ __all__ = [
     "Traffic",
     "Transit",
     "Wire",
+    "agreed_prefix",
     "axis_of",
     "believe_splits",
+    "device_of",
     "equal_sizes",
     "exchange_counts",
     "exchange_rows",
@@ -34,6 +46,7 @@ __all__ = [
     "global_ranks",
     "keeping",
     "once",
+    "private_axis",
     "record_traffic",
     "reduce_scatter_rows",
     "shares",

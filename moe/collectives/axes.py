@@ -44,15 +44,30 @@ def global_ranks(axis: Axis) -> list[int]:
     return dist.get_process_group_ranks(axis.group) if axis.size > 1 else [0]
 
 
+def private_axis(axis: Axis) -> Axis:
+    """The same ranks in a process group of their own, so that no other collective can be confused with its own.
+
+    All ranks of the axis call this.
+    """
+    if axis.size == 1 or dist.get_backend(axis.group) == "fake":
+        return axis
+    return replace(axis, group=_new_group_like(axis.group, global_ranks(axis)))
+
+
 _halves: dict[tuple[Any, int], tuple[Axis, Axis]] = {}
+
+
+def device_of(axis: Axis) -> torch.device:
+    """Where tensors must be that the axis's ranks send each other: a GPU where its backend takes one."""
+    # a gloo group names every device
+    usable = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    known = [kind for kind in axis.group._device_types if kind.type in usable]
+    return next((kind for kind in known if kind.type == "cuda"), known[0])
 
 
 def _new_group_like(group: Any, members: list[int]) -> Any:
     """A group of some of a group's ranks with the same timeout, which has been used once: all of them call this."""
-    # a gloo group names every device
-    usable = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    known = [kind for kind in group._device_types if kind.type in usable]
-    device = next((kind for kind in known if kind.type == "cuda"), known[0])
+    device = device_of(Axis("", group))
     options = getattr(group._get_backend(device), "options", None)
     made = dist.new_group(members, timeout=getattr(options, "_timeout", None), use_local_synchronization=True)
     dist.all_reduce(torch.zeros(1, device=device), group=made)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .axes import Axis
+from .axes import Axis, device_of
 from .kept import once
 from .wire import note
 
@@ -74,6 +75,20 @@ def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], l
         return _belief(sent_P.numel(), axis), _belief(sent_P.numel(), axis)
     sent, received = torch.stack((sent_P, received_P)).tolist()
     return sent, received
+
+
+def agreed_prefix(values: Sequence[object], axis: Axis) -> int:
+    """How many leading values are equal on all ranks of the axis, by their ``repr``; the host waits for the answer."""
+    if axis.size == 1 or _belief is not None:
+        return len(values)
+    device = device_of(axis)
+    length = torch.tensor(-len(values), device=device)
+    dist.all_reduce(length, dist.ReduceOp.MAX, group=axis.group)
+    prefixes = [zlib.crc32(repr(values[: i + 1]).encode()) for i in range(-int(length))]
+    least, most = (torch.tensor([*prefixes, 0], device=device) for _ in range(2))
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=axis.group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
+    return int((least[:-1] == most[:-1]).long().cumprod(0).sum())
 
 
 def equal_sizes(rows: Tensor, axis: Axis) -> list[int]:

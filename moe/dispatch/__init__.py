@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from ..collectives import LOCAL, Axis
 from ..config import MoEConfig
+from ..placement import Placement
 from .all_gather import AllGatherDispatcher
 from .all_to_all import AllToAllDispatcher, OverlappedDispatcher
 from .base import Dispatcher
@@ -24,11 +24,12 @@ DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
 }
 
 
-def build_dispatcher(config: MoEConfig, ep: Axis = LOCAL, etp: Axis = LOCAL) -> Dispatcher:
-    """The dispatcher that ``config.dispatch`` names, for experts split over ``ep``, each over ``etp``."""
+def build_dispatcher(config: MoEConfig, placement: Placement) -> Dispatcher:
+    """The dispatcher that ``config.dispatch`` names, for experts where ``placement`` puts them."""
+    ep, owners = placement.ep, placement.owners_of(config.num_experts)
     name = config.dispatch.name if ep.size > 1 else "local"
     return DISPATCHERS[name](
-        config.num_experts, ep, config.backend, etp=etp, config=config.dispatch, capacity=config.capacity
+        owners, ep, config.backend, etp=placement.etp, config=config.dispatch, capacity=config.capacity
     )
 
 

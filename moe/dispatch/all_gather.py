@@ -29,8 +29,9 @@ class AllGatherDispatcher(Dispatcher):
         sizes = self.sizes_of(x_TD, axis)
         rows = start_gather(as_computed(x_TD), sizes, axis, self.there)
         weights_SK = gather_rows(routing.weights_TK, sizes, axis)
-        ids_SK = gather_rows(routing.ids_TK.int(), sizes, axis).long() - axis.rank * self.experts_here
-        here_SK = torch.where((ids_SK >= 0) & (ids_SK < self.experts_here), ids_SK, -1)
+        slots_TK = self.owners.to_slots(routing.ids_TK).int()
+        slots_SK = gather_rows(slots_TK, sizes, axis).long() - axis.rank * self.slots
+        here_SK = torch.where((slots_SK >= 0) & (slots_SK < self.slots), slots_SK, -1)
         meanwhile()
         y_SD = self.compute(rows.wait(), weights_SK, here_SK, experts, self.sizes_of)
         return reduce_scatter_rows(y_SD, sizes, axis, self.home)

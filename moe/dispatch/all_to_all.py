@@ -28,12 +28,12 @@ class AllToAllDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.pack: Callable[..., Manifest] = dropless
         if self.capacity is not None and self.capacity.pad:
-            self.pack = partial(padded, capacity=self.capacity)
+            self.pack = partial(padded, capacity=self.capacity, num_experts=self.owners.num_experts)
 
     def __call__(
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
-        load = self.pack(routing, self.num_experts, self.axis, self.chunks, self.backend)
+        load = self.pack(self.owners.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend)
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
         if load.order.inverse_SK.shape[0] > x_SD.shape[0]:
             x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels.sort_by_expert import sort_by_expert
 from ..collectives import LOCAL, Axis, equal_sizes, exchange_sizes, gather_rows, reduce_scatter_rows
 from ..config import CapacityConfig, DispatchConfig
+from ..placement import Owners
 from ..types import DispatchPlan, Experts, Routing
 from .wire import WIRES
 
@@ -25,13 +26,15 @@ def nothing() -> None:
 class Dispatcher(ABC):
     """Brings tokens to the ranks of their experts, and results back.
 
-    ``axis`` are the ranks that experts are split over; ``etp`` those that hold parts of the same experts, each of width
-    F / etp. Ranks of both hold different tokens. Every rank runs the same collectives, also with no rows at all.
+    ``axis`` are the ranks that experts are split over, as ``owners`` says (an int: equal runs of that many consecutive
+    experts); ``etp`` those that hold parts of the same experts, each of width F / etp. Ranks of both hold different
+    tokens. Every rank runs the same collectives, also with no rows at all. Rows are addressed to slots, not to experts:
+    a rank's slots are consecutive numbers whatever experts it owns.
     """
 
     def __init__(
         self,
-        num_experts: int,
+        owners: Owners | int,
         axis: Axis = LOCAL,
         backend: str = "auto",
         *,
@@ -39,9 +42,10 @@ class Dispatcher(ABC):
         config: DispatchConfig | None = None,
         capacity: CapacityConfig | None = None,
     ) -> None:
-        if num_experts % axis.size:
-            raise ValueError(f"num_experts={num_experts}: must be divisible by expert parallel = {axis.size} ranks")
-        self.num_experts, self.experts_here = num_experts, num_experts // axis.size
+        self.owners = Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners
+        #: slots of each rank, those of all ranks, and the experts that fill this rank's
+        self.slots, self.all_slots = self.owners.slots, self.owners.slots * axis.size
+        self.experts_here = len(self.owners.experts_of(axis.rank))
         self.axis, self.etp, self.backend = axis, etp, backend
         self.config = DispatchConfig() if config is None else config
         self.capacity = capacity
@@ -60,7 +64,7 @@ class Dispatcher(ABC):
     def compute(
         self, rows_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor, experts: Experts, sizes_of: SizesOf
     ) -> Tensor:
-        """Each row's weighted sum over this rank's experts, whose ids count from 0 (-1: no choice): [S, D].
+        """Each row's weighted sum over this rank's experts, whose ids are their slots from 0 (-1: no choice): [S, D].
 
         Under expert tensor parallelism all ranks' rows meet on every rank, and the partial results are summed on the
         way home; ``sizes_of`` finds how many each rank has.
@@ -69,7 +73,10 @@ class Dispatcher(ABC):
         if self.etp.size > 1:
             sources = (rows_SD, weights_SK, ids_SK.int())
             rows_SD, weights_SK, ids_SK = (gather_rows(t, sizes, self.etp) for t in sources)
-        order = sort_by_expert(ids_SK.long(), self.experts_here, backend=self.backend)
+        ids_SK = ids_SK.long()
+        if self.experts_here < self.slots:  # rows for slots that no expert fills are padding
+            ids_SK = torch.where(ids_SK < self.experts_here, ids_SK, -1)
+        order = sort_by_expert(ids_SK, self.experts_here, backend=self.backend)
         y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
         return reduce_scatter_rows(y_SD, sizes, self.etp)
 

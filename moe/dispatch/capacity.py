@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..collectives import LOCAL, Axis, exchange_sizes, gather_rows
 from ..config import CapacityConfig, MoEConfig
+from ..placement import Owners, Placement
 from ..types import Routing
 
 
@@ -32,8 +33,6 @@ DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probab
 class Dropless:
     """Every choice is computed."""
 
-    positions_S: Tensor | None = None
-
     def __call__(self, routing: Routing) -> Routing:
         return routing
 
@@ -47,18 +46,27 @@ class Capacity:
     by rank). Counts of the balance loss do not see the drop.
     """
 
-    def __init__(self, config: CapacityConfig, bins: int, axis: Axis = LOCAL, by_sequence: bool = False) -> None:
-        self.factor, self.bins, self.axis, self.by_sequence = config.factor, bins, axis, by_sequence
+    def __init__(
+        self,
+        config: CapacityConfig,
+        owners: Owners,
+        axis: Axis = LOCAL,
+        by_sequence: bool = False,
+        positions_S: Tensor | None = None,
+    ) -> None:
+        self.factor, self.axis, self.by_sequence, self.positions_S = config.factor, axis, by_sequence, positions_S
         self.order = DROP_POLICIES[config.drop]
-        self.positions_S: Tensor | None = None
+        by_device = config.level == "device"
+        self.bins = owners.ranks if by_device else owners.num_experts
+        self.bin_of: Callable[[Tensor], Tensor] = owners.rank_of if by_device else _itself
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:
-        ids_TK, (sequences, num_experts) = routing.ids_TK, routing.counts_BE.shape
+        ids_TK, sequences = routing.ids_TK, routing.counts_BE.shape[0]
         tokens = gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
         # fp64, and in the same order as `rows_per_expert`: a padded exchange has a place for all that stay
         limit = torch.ceil(tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins)
-        bin_TK = torch.div(ids_TK, num_experts // self.bins, rounding_mode="floor")
+        bin_TK = self.bin_of(ids_TK)
         sizes = exchange_sizes(ids_TK, self.axis)
         bin_R = gather_rows(bin_TK, sizes, self.axis).flatten()
         weight_R = gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
@@ -82,6 +90,10 @@ class Capacity:
         return torch.sort(key_R, stable=True).indices
 
 
+def _itself(ids: Tensor) -> Tensor:
+    return ids
+
+
 def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
     """bool [R]: which choices are among the first ``limit`` of their bin to ask."""
     asked_R = bin_R[asking_R]
@@ -94,14 +106,11 @@ def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
     return kept_R
 
 
-def build_capacity(
-    config: MoEConfig, sequence: Axis = LOCAL, tokens: Axis = LOCAL, devices: int = 1
-) -> Dropless | Capacity:
-    """What ``config.capacity`` asks for, given the ranks that hold parts of the same sequences, those that hold
-    different tokens, and the number of expert-parallel ranks."""
+def build_capacity(config: MoEConfig, placement: Placement) -> Dropless | Capacity:
+    """What ``config.capacity`` asks for, on the ranks of ``placement``."""
     capacity = config.capacity
     if capacity is None:
         return Dropless()
-    axis = {"local": LOCAL, "sequence": sequence, "global": tokens}[capacity.scope]
-    bins = {"expert": config.num_experts, "device": devices}[capacity.level]
-    return Capacity(capacity, bins, axis, by_sequence=capacity.scope == "sequence")
+    axis = {"local": LOCAL, "sequence": placement.sequence, "global": placement.tokens}[capacity.scope]
+    owners, by_sequence = placement.owners_of(config.num_experts), capacity.scope == "sequence"
+    return Capacity(capacity, owners, axis, by_sequence, placement.positions_S)

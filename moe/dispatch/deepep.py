@@ -15,19 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..collectives import Axis, exchange_sizes, once
+from ..placement import Owners
 from ..types import Experts, Routing
 from .all_to_all import AllToAllDispatcher
 from .base import Dispatcher, as_computed, nothing
 
 
-def deepep(num_experts: int, axis: Axis, *args: Any, **kwargs: Any) -> Dispatcher:
+def deepep(owners: Owners | int, axis: Axis, *args: Any, **kwargs: Any) -> Dispatcher:
     """A :class:`DeepEPDispatcher` where package deep_ep can be imported; else, with a warning, the all-to-all."""
     try:
         buffer_class = importlib.import_module("deep_ep").Buffer
     except (ImportError, AttributeError) as error:
         warnings.warn(f"dispatch.name='deepep': {error}; 'all_to_all' takes its place", stacklevel=2)
-        return AllToAllDispatcher(num_experts, axis, *args, **kwargs)
-    return DeepEPDispatcher(buffer_class, num_experts, axis, *args, **kwargs)
+        return AllToAllDispatcher(owners, axis, *args, **kwargs)
+    return DeepEPDispatcher(buffer_class, owners, axis, *args, **kwargs)
 
 
 class DeepEPDispatcher(Dispatcher):
@@ -45,8 +46,9 @@ class DeepEPDispatcher(Dispatcher):
             raise ValueError(
                 f"dispatch.name='deepep': rows are {x_TD.dtype}; it sends bf16 alone: use autocast to bf16"
             )
-        trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.num_experts)
-        rows_SD, weights_SK, ids_SK = _ToExperts.apply(x_TD, routing.weights_TK.float(), routing.ids_TK, trip)
+        trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
+        slots_TK = self.owners.to_slots(routing.ids_TK)
+        rows_SD, weights_SK, ids_SK = _ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip)
         meanwhile()
         trip.arrived.current_stream_wait()
         y_SD = self.compute(rows_SD, weights_SK, ids_SK, experts, exchange_sizes)
@@ -56,14 +58,14 @@ class DeepEPDispatcher(Dispatcher):
 class _Trip:
     """One forward's exchange: the handle by which results, and gradients, find their way."""
 
-    def __init__(self, buffer: Any, num_experts: int) -> None:
-        self.buffer, self.num_experts = buffer, num_experts
+    def __init__(self, buffer: Any, slots: int) -> None:
+        self.buffer, self.slots = buffer, slots
         self.handle: Any = None
         self.arrived: Any = None
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple:
         """(rows, weights, ids counted from this rank's first expert, handle, event)."""
-        per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.num_experts)
+        per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.slots)
         rows, ids, weights, _, handle, event = self.buffer.dispatch(
             x_TD.contiguous(),
             topk_idx=ids_TK,

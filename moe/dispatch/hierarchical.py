@@ -52,7 +52,8 @@ class HierarchicalDispatcher(Dispatcher):
     ) -> Tensor:
         compute = partial(self.compute, experts=experts, sizes_of=exchange_sizes)
         inner = partial(self.hop, self.within, inner=compute)
-        return self.hop(self.between, as_computed(x_TD), routing.weights_TK, routing.ids_TK, inner, meanwhile)
+        slots_TK = self.owners.to_slots(routing.ids_TK)
+        return self.hop(self.between, as_computed(x_TD), routing.weights_TK, slots_TK, inner, meanwhile)
 
     def hop(
         self,
@@ -63,15 +64,15 @@ class HierarchicalDispatcher(Dispatcher):
         inner: Inner,
         meanwhile: Callable[[], object] = nothing,
     ) -> Tensor:
-        """Let ``inner`` compute on the ranks of the axis, over which the experts of ``ids_SK`` are split evenly.
+        """Let ``inner`` compute on the ranks of the axis, over which the slots ``ids_SK`` are split evenly.
 
         A row goes once to each rank that has experts of its, with the choices it has there, and comes back summed.
         """
         if axis.size == 1:
             meanwhile()
             return inner(x_SD, weights_SK, ids_SK)
-        # ids count within the innermost group that holds all ranks of this hop
-        each = self.experts_here * (self.within.size if axis is self.between else 1)
+        # slots count within the innermost group that holds all ranks of this hop
+        each = self.slots * (self.within.size if axis is self.between else 1)
         to_SK = torch.div(ids_SK, each, rounding_mode="floor")  # -1 stays -1
         order = sort_by_expert(to_SK.masked_fill(repeated(to_SK), -1), axis.size, backend=self.backend)
         counts_G = order.offsets_E.diff()

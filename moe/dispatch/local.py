@@ -26,4 +26,5 @@ class LocalDispatcher(Dispatcher):
         self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
     ) -> Tensor:
         x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD
-        return self.compute(x_TD, routing.weights_TK, routing.ids_TK, experts, self.sizes_of)
+        slots_TK = self.owners.to_slots(routing.ids_TK)
+        return self.compute(x_TD, routing.weights_TK, slots_TK, experts, self.sizes_of)

@@ -1,6 +1,6 @@
 """What a rank sends where: which row stands at which place of an all-to-all, in one piece or in chunks.
 
-T tokens, K top-k, E experts, e experts per rank, P ranks, C chunks, X rows sent.
+T tokens, K top-k, P ranks, e slots per rank, C chunks, X rows sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from ..collectives import Axis, equal_sizes, exchange_counts, exchange_sizes, splits
 from ..config import CapacityConfig
-from ..types import Routing
 from .base import SizesOf
 
 
@@ -24,7 +23,7 @@ class Chunk:
 
     sent: list[int]
     received: list[int]
-    #: int64 [S, 1], the expert of each row received, counted from this rank's first
+    #: int64 [S, 1], the slot on this rank of each row received
     ids_S1: Tensor
 
 
@@ -40,23 +39,23 @@ class Manifest:
     sizes_of: SizesOf
 
 
-def dropless(routing: Routing, num_experts: int, axis: Axis, chunks: int, backend: str) -> Manifest:
-    """Exactly the rows that were routed; the j-th of an expert's rows travels in chunk j mod C."""
-    ids_TK, each = routing.ids_TK, num_experts // axis.size
-    order = sort_by_expert(ids_TK, num_experts, backend=backend)
+def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str) -> Manifest:
+    """Exactly the rows that were routed; the j-th of a slot's rows travels in chunk j mod C."""
+    each = slots // axis.size
+    order = sort_by_expert(slots_TK, slots, backend=backend)
     if chunks > 1:
-        place_TK = order.inverse_SK - order.offsets_E[ids_TK.clamp_min(0)]
-        queue_TK = torch.where(ids_TK >= 0, place_TK % chunks * num_experts + ids_TK, -1)
-        order = sort_by_expert(queue_TK, chunks * num_experts, backend=backend)
+        place_TK = order.inverse_SK - order.offsets_E[slots_TK.clamp_min(0)]
+        queue_TK = torch.where(slots_TK >= 0, place_TK % chunks * slots + slots_TK, -1)
+        order = sort_by_expert(queue_TK, chunks * slots, backend=backend)
     counts_PCe = order.offsets_E.diff().view(chunks, axis.size, each).transpose(0, 1).contiguous()
     received_PCe = exchange_counts(counts_PCe, axis)
     sent, received = splits(counts_PCe.sum(2).T.flatten(), received_PCe.sum(2).T.flatten(), axis)
-    expert_of = torch.arange(each, device=ids_TK.device).repeat(axis.size)
+    slot_of = torch.arange(each, device=slots_TK.device).repeat(axis.size)
     parts = []
     for c in range(chunks):
         part = slice(c * axis.size, (c + 1) * axis.size)
         counts = received_PCe[:, c].flatten()
-        ids_S1 = expert_of.repeat_interleave(counts, output_size=sum(received[part]))[:, None]
+        ids_S1 = slot_of.repeat_interleave(counts, output_size=sum(received[part]))[:, None]
         parts.append(Chunk(sent[part], received[part], ids_S1))
     return Manifest(order, sum(sent), parts, exchange_sizes)
 
@@ -70,25 +69,25 @@ def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_exper
 
 
 def padded(
-    routing: Routing, num_experts: int, axis: Axis, chunks: int, backend: str, capacity: CapacityConfig
+    slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str, capacity: CapacityConfig, num_experts: int
 ) -> Manifest:
-    """The same number of rows for every expert, empty where fewer were routed (and kept: see ``Capacity``)."""
-    ids_TK, each = routing.ids_TK, num_experts // axis.size
-    tokens, top_k = ids_TK.shape
+    """The same number of rows for every slot, empty where fewer were routed (and kept: see ``Capacity``)."""
+    each, device = slots // axis.size, slots_TK.device
+    tokens, top_k = slots_TK.shape
     per_chunk = math.ceil(rows_per_expert(capacity, tokens, top_k, num_experts) / chunks)
-    rows = chunks * num_experts * per_chunk
-    order = sort_by_expert(ids_TK, num_experts, backend=backend)
-    place_TK = order.inverse_SK - order.offsets_E[ids_TK.clamp_min(0)]
-    slot_TK = (place_TK % chunks * num_experts + ids_TK) * per_chunk + place_TK // chunks
-    slot_TK = torch.where(ids_TK >= 0, slot_TK, -1)
-    # one more source row, which is empty, fills the slots that no choice takes; one more slot takes dropped choices
+    rows = chunks * slots * per_chunk
+    order = sort_by_expert(slots_TK, slots, backend=backend)
+    place_TK = order.inverse_SK - order.offsets_E[slots_TK.clamp_min(0)]
+    row_TK = (place_TK % chunks * slots + slots_TK) * per_chunk + place_TK // chunks
+    row_TK = torch.where(slots_TK >= 0, row_TK, -1)
+    # one more source row, which is empty, fills the rows that no choice takes; one more row takes dropped choices
     empty = tokens * top_k
-    order_X = ids_TK.new_full((rows + 1,), empty)
-    order_X.scatter_(0, torch.where(slot_TK >= 0, slot_TK, rows).flatten(), torch.arange(empty, device=ids_TK.device))
-    inverse_SK = torch.cat((slot_TK, slot_TK.new_full((1, top_k), -1)))
-    offsets_E = torch.arange(chunks * num_experts + 1, device=ids_TK.device) * per_chunk
-    expert_of = torch.arange(each, device=ids_TK.device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
+    order_X = slots_TK.new_full((rows + 1,), empty)
+    order_X.scatter_(0, torch.where(row_TK >= 0, row_TK, rows).flatten(), torch.arange(empty, device=device))
+    inverse_SK = torch.cat((row_TK, row_TK.new_full((1, top_k), -1)))
+    offsets_E = torch.arange(chunks * slots + 1, device=device) * per_chunk
+    slot_of = torch.arange(each, device=device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
     even = [each * per_chunk] * axis.size
     return Manifest(
-        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [Chunk(even, even, expert_of)] * chunks, equal_sizes
+        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [Chunk(even, even, slot_of)] * chunks, equal_sizes
     )

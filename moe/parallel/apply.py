@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention import Attention
 from ..layer import MoE
@@ -28,10 +28,9 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     rank's loss be its share of the whole. :class:`equimoe.moe.engines.DataParallel` finishes them.
     """
     degrees = mesh.degrees
+    positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
-        apply_expert_parallel(layer, mesh)
-    if degrees.cp > 1:
-        apply_context_parallel(_decoder(model, "cp"), mesh)
+        apply_expert_parallel(layer, mesh, positions_S=positions_S)
     if degrees.tp > 1:
         apply_tensor_parallel(_decoder(model, "tp"), mesh.dense["tp"], degrees.sequence_parallel)
     if degrees.data_parallel == "fsdp":
@@ -39,16 +38,17 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     return model
 
 
-def apply_context_parallel(model: Decoder, mesh: Mesh) -> None:
-    """Let attention reach over the ranks that hold parts of the same sequences."""
-    axis = mesh["cp"]
+def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
+    """Let attention reach over the ranks that hold parts of the same sequences.
+
+    Returns the positions int64 [S] that this rank holds between split layers; None for a model without attention.
+    """
+    axis, held_S = mesh["cp"], None
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
         attention.attend = ContextAttention(axis, method=mesh.degrees.context)
         held_S = positions(attention.cos_SR.shape[0], axis.size, axis.rank)
         attention.hold(held_S)
-    # a limit that whole sequences share goes by their positions
-    for layer in model.moe_layers():
-        layer.capacity.positions_S = held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]
+    return None if held_S is None else held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

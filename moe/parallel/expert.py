@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from ..dispatch import DropDuplicates, build_capacity, build_dispatcher
+from ..collectives import LOCAL
 from ..layer import MoE
+from ..placement import Owners, Placement
 from .mesh import Mesh
 
 
-def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
+def apply_expert_parallel(
+    layer: MoE, mesh: Mesh, owners: Owners | None = None, positions_S: Tensor | None = None
+) -> None:
     """Let a layer whose full weights are the same on all ranks work among the ranks of ``mesh``.
 
     Each keeps its part of the experts, as DTensors, so that norms, optimizers and checkpoints know what is split.
-    Raises ValueError for sizes that the degrees do not divide.
+    ``owners`` says which part (None: equal runs of consecutive experts); ``positions_S`` int64 which positions of each
+    sequence this rank holds (None: those that follow the ranks before). Raises ValueError for sizes that the degrees do
+    not divide.
     """
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
     if config.num_experts % ep.size:
@@ -24,22 +27,26 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh) -> None:
     if config.intermediate_size % etp.size:
         width = config.intermediate_size
         raise ValueError(f"model.moe_intermediate_size={width}: must be divisible by parallel.etp={etp.size}")
-    layer.balancer.axis, layer.balancer.sequence_axis = mesh["stage"], mesh["sequence"]
-    layer.balancer.averaged_ranks = 1
-    layer.balancer.devices = ep.size
-    if config.router.groups > 1:  # each on that many ranks
-        layer.balancer.reach = config.router.kept_groups * math.ceil(ep.size / config.router.groups)
-    if not degrees.sequence_parallel:
-        layer.duplicates = DropDuplicates(mesh["tp"])
-    layer.capacity = build_capacity(config, mesh["sequence"], mesh["stage"], ep.size)
-    layer.dispatcher = build_dispatcher(config, ep, etp)
+    owners = owners or Owners.consecutive(config.num_experts, ep.size)
+    layer.place(
+        Placement(
+            tokens=mesh["stage"],
+            sequence=mesh["sequence"],
+            copies=LOCAL if degrees.sequence_parallel else mesh["tp"],
+            ep=ep,
+            etp=etp,
+            owners=owners,
+            positions_S=positions_S,
+        )
+    )
     if ep.size * etp.size == 1:
         return
+    own_experts = owners.experts_of(ep.rank)
     if etp.size > 1:  # so that a slice of the width has both halves
         stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
         layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
-        own, axes, placements = weight.detach().chunk(ep.size)[ep.rank], mesh.expert["ep"], [Shard(0)]
+        own, axes, placements = weight.detach()[own_experts], mesh.expert["ep"], [Shard(0)]
         if etp.size > 1:
             width = weight.dim() - (2 if name == "gate_up_proj" else 1)
             own, axes = own.chunk(etp.size, width)[etp.rank], mesh.expert["ep", "etp"]

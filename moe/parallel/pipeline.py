@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from ..balance import counting_pass
-from ..balance.counts import Window
+from ..balance import Step, random_state_kept
 from ..collectives import Axis, sum_over
 from ..config import require
 from ..layer import MoE
@@ -281,21 +280,28 @@ class Pipeline:
         self.micro_batches = micro_batches
         self.inputs_shape = tuple(inputs_shape or hidden_shape[:2])
         self.masks_shape = tuple(hidden_shape[:2])
-        self.windows = [_claim(layer, micro_batches) for stage in stages for layer in _moe_layers(stage)]
+        for stage in stages:
+            _check_balance(stage, micro_batches)
+        #: the optimizer step of each stage's MoE layers
+        self.balance = [Step.of(stage) for stage in stages]
         ids = stage_ids(schedule, axis.size, axis.rank, len(stages))
         self.holds_first, self.holds_last = 0 in ids, num_stages - 1 in ids
         inputs_BS = torch.empty(self.inputs_shape, dtype=torch.int64, device="meta")
         hidden_BSD = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
         runners = []
-        for stage, number in zip(stages, ids, strict=True):
+        for stage, number, balance in zip(stages, ids, self.balance, strict=True):
             _check_stage(stage, schedule, number, num_stages)
             if self.kind.split_backward and isinstance(stage, FSDPModule):
                 # torch looks for the weights before the backward gathers them: gathered they must stay
                 stage.set_reshard_after_forward(False)
-            runners.append(_Stage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision))
+            runner = _Stage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision)
+            for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+                setattr(runner, name, self._in_micro_batch(balance, getattr(runner, name)))
+            runners.append(runner)
         self._loss_fn: LossFunction | None = None
         self._shares: list[Tensor] = []
-        self._counted = False
+        #: the next step's micro-batches are being counted; have been
+        self._counting = self._counted = False
         first: Any = runners if len(runners) > 1 else runners[0]
         self._schedule = self.kind.runner(first, micro_batches, loss_fn=self._loss, scale_grads=False)
 
@@ -309,7 +315,8 @@ class Pipeline:
         where the last stage is; elsewhere nothing. Raises ValueError for a number or shape of micro-batches other than
         the pipeline's.
         """
-        self._begin(counted=self._counted)
+        if not self._counted:
+            self._begin()
         self._counted = False
         with self._losses(loss_fn) as shares:
             self._run(self._schedule.step, inputs, labels, masks)
@@ -322,9 +329,13 @@ class Pipeline:
         """
         if self.kind.forwards_first:
             return
-        self._begin(counted=False)
-        with counting_pass(), self._losses(None):
-            self._run(self._schedule.eval, inputs, inputs, masks)
+        self._begin()
+        self._counting = True
+        try:
+            with random_state_kept(), torch.no_grad(), self._losses(None):
+                self._run(self._schedule.eval, inputs, inputs, masks)
+        finally:
+            self._counting = False
         self._counted = True
 
     @torch.no_grad()
@@ -358,10 +369,18 @@ class Pipeline:
         kwargs = {} if masks is None else {"mask": torch.cat(masks)}
         run(*args, target=target, return_outputs=False, **kwargs)
 
-    def _begin(self, counted: bool) -> None:
-        """End whatever step the windows still hold: one that was broken off, or that no optimizer took."""
-        for window in self.windows:
-            window.close(kept=[slot for slot in window.slots if slot.ahead] if counted else [])
+    def _begin(self) -> None:
+        for balance in self.balance:
+            balance.begin(self.micro_batches)
+
+    def _in_micro_batch(self, balance: Step, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run(chunk, ...)`` of a stage as part of the balance of micro-batch ``chunk``."""
+
+        def call(chunk: int, *args: Any, **kwargs: Any) -> Any:
+            with balance.micro_batch(chunk, ahead=self._counting):
+                return run(chunk, *args, **kwargs)
+
+        return call
 
     @contextmanager
     def _losses(self, loss_fn: LossFunction | None) -> Iterator[list[Tensor]]:
@@ -383,19 +402,17 @@ def _moe_layers(stage: nn.Module) -> list[MoE]:
     return [module for module in stage.modules() if isinstance(module, MoE)]
 
 
-def _claim(layer: MoE, micro_batches: int) -> Window:
-    """Tell a layer's window how many micro-batches a step has; what the engine does to gradients is no hint then."""
-    balancer = layer.balancer
-    require(
-        balancer.axis is not None,
-        "balancer.axis",
-        balancer.axis,
-        "the ranks of other stages hold the same tokens; parallelize every stage before the pipeline is made",
-    )
-    given = balancer.config.micro_batches
-    require(given in (None, micro_batches), "balance.micro_batches", given, f"the pipeline runs {micro_batches} a step")
-    balancer.window.given = micro_batches
-    return balancer.window
+def _check_balance(stage: nn.Module, micro_batches: int) -> None:
+    for layer in _moe_layers(stage):
+        require(
+            layer.balancer.told,
+            "stages",
+            type(stage).__name__,
+            "the ranks of other stages hold the same tokens; parallelize every stage before the pipeline is made",
+        )
+        given = layer.balancer.config.micro_batches
+        wanted = f"the pipeline runs {micro_batches} a step"
+        require(given in (None, micro_batches), "balance.micro_batches", given, wanted)
 
 
 def _check_stage(stage: Decoder, schedule: str, number: int, num_stages: int) -> None:

@@ -149,7 +149,7 @@ class Trainer:
             generators[f"cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
         state = checkpoint.training_state(self.engine.named_parameters(), self.optimizer, generators)
         for number, layer in self.layers.items():
-            balance = layer.balancer.state(self.config.model.num_experts, self.device)
+            balance = layer.balancer.state(self.device)
             state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
         biases = [(n, b) for part in self.engine.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
         return state | {f"model.{name}": bias_E for name, bias_E in biases}

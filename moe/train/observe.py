@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..attention import Attention, LatentAttention
-from ..balance import loss_value
-from ..balance.global_batch import loss_terms
+from ..balance import StepTotals, loss_terms, loss_value
 from ..collectives import sum_over
 from ..layer import MoE
 from ..model import Decoder
 from ..parallel import Mesh
+from ..placement import Owners
 from ..routing import Router
 from ..types import Routing, load_summary
 from .config import TrainConfig
@@ -86,14 +86,14 @@ def training_score(router: Router, x_TD: Tensor, routing: Routing) -> Tensor | N
 # ---- ranks that wait for each other
 
 
-def straggler(counts_XE: Tensor, ranks: int) -> Tensor:
-    """fp64 [X]: rows of the busiest of ``ranks`` ranks with E/ranks consecutive experts each, over the ranks' mean.
+def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
+    """fp64 [X]: rows of the busiest of the ranks that own the experts, over the mean of these ranks.
 
-    1.0 when balanced, ``ranks`` at worst; 1.0 without rows.
+    1.0 when balanced, the number of ranks at worst; 1.0 without rows.
     """
-    load_XD = counts_XE.unflatten(-1, (ranks, -1)).sum(-1).double()
-    mean_X = load_XD.mean(-1)
-    return torch.where(mean_X > 0, load_XD.amax(-1) / mean_X.clamp_min(1e-300), 1.0)
+    load_XP = owners.by_rank(counts_XE).double()
+    mean_X = load_XP.mean(-1)
+    return torch.where(mean_X > 0, load_XP.amax(-1) / mean_X.clamp_min(1e-300), 1.0)
 
 
 def possible_degrees(experts: int) -> tuple[int, ...]:
@@ -125,6 +125,34 @@ def expert_share(model: Decoder) -> float:
 
 
 # ---- a training step
+
+
+def estimate_quality(totals: StepTotals) -> dict[str, float]:
+    """How good the estimate of the load was that the main loss read in a step; empty where no backward read it.
+
+    It synchronises with the device.
+
+    - ``balance_tokens``, ``balance_sequences``: the tokens and sequences over which the loss counted its load (the
+      paper's balance batch size), averaged over the step's backwards; under ``carry`` with those of the step before.
+      Sequences by this rank's mean sequence length.
+    - ``estimator_error``: |load read - load of the step| / |load of the step|, 2-norms over the experts, root mean
+      square over micro-batches (and sequences, where the loss is of sequences).
+    - ``gradient_error``: the same distance as a share of the load's distance from an even one, which alone has a
+      gradient: about the relative error of the loss's gradient. Absent where the load is even.
+
+    For a scope within one rank, these are of this rank's own step, unless a loss or the bias counts over all ranks.
+    """
+    if not totals.losses:
+        return {}
+    experts, counts_E = len(totals.counts_E), totals.counts_E.double()
+    load_E = counts_E * experts / counts_E.sum().clamp_min(1)
+    read_XE = torch.cat([loss.loads.view(-1, experts) for loss in totals.losses])
+    apart = (read_XE - load_E).square().sum(1).mean().sqrt()
+    tokens, uneven = float(torch.stack([loss.tokens for loss in totals.losses]).mean()), float((load_E - 1.0).norm())
+    found = {"balance_tokens": tokens, "estimator_error": float(apart / load_E.norm().clamp_min(1e-300))}
+    if local_tokens := int(totals.local_tokens):
+        found["balance_sequences"] = tokens * int(totals.local_sequences) / (local_tokens * totals.sequence_ranks)
+    return found | ({"gradient_error": float(apart) / uneven} if uneven else {})
 
 
 class Layout(NamedTuple):
@@ -187,9 +215,8 @@ def observe(
     if not layers:
         return
     own_LMX, rows_LME = _together(layers, mesh)
-    degree = 1 if mesh is None else mesh["ep"].size
     for place, layer, own_MX, rows_ME, score in zip(places, layers, own_LMX, rows_LME, scores, strict=True):
-        totals, stats, row = layer.balancer.window.last, layer.stats, layout.split(table[place])
+        totals, stats, row = layer.balancer.last, layer.stats, layout.split(table[place])
         assert totals is not None
         row["counts"] += totals.local_counts_ME.sum(0)
         row["prob_sums"] += totals.local_prob_sums_ME.sum(0)
@@ -199,17 +226,17 @@ def observe(
         row["passes"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : layout.experts], own_MX[:, layout.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, layout.top_k).sum()
-        factor_M = straggler(rows_ME, degree)
+        factor_M = straggler(rows_ME, layer.balancer.owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(layout.degrees):
-            row["projected"][i] = straggler(own_ME, ranks).sum()
+            row["projected"][i] = straggler(own_ME, Owners.consecutive(layout.experts, ranks)).sum()
         for term in totals.terms:
             i = layout.losses.index(term.name)
             row["used"][i] = 1.0
             row["scaled_losses"][i] += term.value * term.coefficient
             row["losses"][i] += term.value
-        for name, value in layer.balancer.report().items():
+        for name, value in estimate_quality(totals).items():
             row[name] += value
             row[f"has_{name}"] += 1.0
         if score is not None:
@@ -219,7 +246,7 @@ def observe(
 def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
     """Of each micro-batch: counts, probability sums and tokens [L, M, 2E + 1] over the ranks that hold parts of its
     sequences; and counts [L, M, E] over the ranks that exchange rows with each other in it. Exact in fp64."""
-    steps = [layer.balancer.window.last for layer in layers]
+    steps = [layer.balancer.last for layer in layers]
     own_LMX = torch.stack(
         [
             torch.cat((step.local_counts_ME, step.local_prob_sums_ME.double(), step.local_tokens_M[:, None]), dim=1)

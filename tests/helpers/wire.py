@@ -11,6 +11,7 @@ from equimoe.moe import CapacityConfig, DispatchConfig, MoEConfig, Routing
 from equimoe.moe.collectives import record_traffic, split_axis, world_axis
 from equimoe.moe.dispatch import build_dispatcher, traffic
 from equimoe.moe.dispatch.traffic import Bytes, Load
+from equimoe.moe.placement import Placement
 from equimoe.moe.types import Decision, DispatchPlan
 
 T, D, K, E = 16, 6, 2, 8
@@ -36,7 +37,9 @@ def measure(
 ) -> tuple[int, int]:
     """Bytes that this rank sends in a forward and a backward, without counts."""
     axis, etp_axis = split_axis(world_axis(), etp)
-    dispatcher = build_dispatcher(replace(CONFIG, dispatch=dispatch, capacity=capacity), axis, etp_axis)
+    dispatcher = build_dispatcher(
+        replace(CONFIG, dispatch=dispatch, capacity=capacity), Placement(ep=axis, etp=etp_axis)
+    )
     x_TD = torch.randn(T, D, requires_grad=True)
 
     def experts(rows_SD: Tensor, plan: DispatchPlan) -> Tensor:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, Owners, RouterConfig, counting_pass
 from equimoe.moe.balance.draw import draw, sent
 from tests.helpers import oracle
+from tests.helpers.placed import spread_experts
 
 E, K, D = 8, 3, 4
 
@@ -20,7 +21,7 @@ def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
     config = BalanceConfig(**{"coefficient": 0.0, "micro_batches": 2, "estimator": "exact", **balance})
     moe = MoEConfig(6, 8, E, K, router=router or RouterConfig(), balance=config, init_std=0.7)
     layer = MoE(moe).double()
-    layer.balancer.devices = D
+    spread_experts(layer, D)
     return layer
 
 
@@ -41,7 +42,7 @@ def train(layer: MoE) -> Tensor:
             layer(x, mask)
     for x, mask in zip(xs, masks, strict=True):
         (layer(x, mask) * 0).sum().backward()
-    layer.balancer.window.close()
+    layer.balancer.step.end(applied=False)
     return layer.router.weight.grad.clone()
 
 
@@ -70,7 +71,7 @@ def defined(layer: MoE, scope: str) -> Tensor:
                 f = sum(E / (K * tokens) * int((ids_TK == e).sum()) for e in held) / len(held)
             else:
                 arrivals = sum(any(e in held for e in row) for row in ids_TK.tolist())
-                f = D / (layer.balancer.reach or min(K, D)) / tokens * arrivals
+                f = D / min(K, layer.config.router.reach(D)) / tokens * arrivals
             loss = loss + f * prob
         losses.append(loss)
     return sum(losses) / 2
@@ -97,11 +98,10 @@ def test_scope_is_its_definition(scope: str, beside: bool) -> None:
 
 def test_communication_counts_a_token_once_per_rank_and_knows_the_reach() -> None:
     layer = make(RouterConfig(groups=D, kept_groups=2), scope="communication", coefficient=1.0)
-    layer.balancer.reach = 2
     choices_TK = torch.tensor([[0, 1, 7], [2, 4, 6], [-1, -1, -1], [6, 7, 0]])
-    assert sent(choices_TK, E, D).tolist() == [2, 1, 1, 3]
+    assert sent(choices_TK, Owners.consecutive(E, D)).tolist() == [2, 1, 1, 3]
     train(layer)
-    arrivals = layer.balancer.window.last.used[0].loads.view(D, -1)
+    arrivals = layer.balancer.last.losses[0].loads.view(D, -1)
     assert torch.equal(arrivals[:, 0], arrivals[:, 1])
     assert float(arrivals[:, 0].mean()) == pytest.approx(1.0, abs=0.15)  # nearly all tokens reach both of their ranks
 
@@ -134,7 +134,7 @@ def test_one_percent_of_micro_beside_the_global_loss() -> None:
 
 def test_experts_on_one_rank_have_no_device_loss() -> None:
     layer = make(scope="device", coefficient=1.0)
-    layer.balancer.devices = 1
+    spread_experts(layer, 1)
     assert float(train(layer).abs().max()) < 1e-15
 
 
@@ -158,7 +158,7 @@ def test_draw_is_without_replacement_and_by_seed() -> None:
 
 def test_shuffled_looks_at_as_many_tokens_as_a_micro_batch_from_the_whole_step() -> None:
     layer = make(scope="shuffled", coefficient=1.0)
-    grad, used = train(layer), [loss.tokens for loss in layer.balancer.window.last.used]
+    grad, used = train(layer), [loss.tokens for loss in layer.balancer.last.losses]
     assert [int(tokens) for tokens in used] == [10, 18]
     assert not torch.equal(train(layer), grad)  # another step draws other tokens
     twin = make(scope="shuffled", coefficient=1.0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Routing
+from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
+from equimoe.moe.collectives import Axis
 from equimoe.moe.dispatch import build_capacity
 from equimoe.moe.dispatch.manifest import rows_per_expert
 from equimoe.moe.types import Decision
@@ -57,6 +58,11 @@ def keep(
     return kept
 
 
+def on(devices: int) -> Placement:
+    """The experts on so many ranks."""
+    return Placement(ep=Axis("ep", size=devices))
+
+
 @pytest.mark.parametrize("drop", ["probability", "position"])
 @pytest.mark.parametrize(("level", "devices"), [("expert", 1), ("device", 1), ("device", 2), ("device", 4)])
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 4.0])
@@ -64,7 +70,7 @@ def keep(
 def test_against_a_loop(drop: Any, level: Any, devices: int, factor: float, kind: str) -> None:
     capacity = CapacityConfig(factor, drop, level=level)
     routing = random_routing(23, seed=1, ties=kind == "ties", masked=kind == "masked")
-    got = build_capacity(replace(CONFIG, capacity=capacity), devices=devices)(routing)
+    got = build_capacity(replace(CONFIG, capacity=capacity), on(devices))(routing)
     bins = 8 if level == "expert" else devices
     valid = int(routing.tokens_B.sum())
     want = keep(routing.ids_TK.tolist(), routing.weights_TK.tolist(), valid, capacity, bins)
@@ -76,7 +82,7 @@ def test_a_device_keeps_the_highest_weights_of_all_its_experts() -> None:
     """Two devices of four experts, three places each: what is dropped is worth less than all that is kept."""
     routing = random_routing(12, seed=3)
     capacity = CapacityConfig(0.5, level="device")
-    ids_TK = build_capacity(replace(CONFIG, capacity=capacity), devices=2)(routing).ids_TK
+    ids_TK = build_capacity(replace(CONFIG, capacity=capacity), on(2))(routing).ids_TK
     for device in range(2):
         here = routing.ids_TK // 4 == device
         kept = here & (ids_TK >= 0)
@@ -87,7 +93,7 @@ def test_a_device_keeps_the_highest_weights_of_all_its_experts() -> None:
 
 def test_dropping_twice_drops_nothing_more() -> None:
     """A recomputation applies it to the decision that is kept."""
-    capacity = build_capacity(replace(CONFIG, capacity=CapacityConfig(0.5)))
+    capacity = build_capacity(replace(CONFIG, capacity=CapacityConfig(0.5)), Placement())
     once = capacity(random_routing(23, seed=5, ties=True))
     assert torch.equal(capacity(once).ids_TK, once.ids_TK) and int((once.ids_TK < 0).sum()) > 10
 
@@ -118,7 +124,7 @@ def test_rows_of_a_padded_exchange() -> None:
     assert rows_per_expert(CapacityConfig(1.25, pad=True, max_tokens=2000), 1000, 2, 8) == 625
     for factor in (0.1, 0.7, 1.1, 1.3, 3.3):
         for tokens in (*range(1, 60), 2100):  # fp32 would round 2100 * 3.3 / 7 to one less
-            capacity = build_capacity(replace(CONFIG, num_experts=7, capacity=CapacityConfig(factor)))
+            capacity = build_capacity(replace(CONFIG, num_experts=7, capacity=CapacityConfig(factor)), Placement())
             routing = random_routing(tokens, 0)
             crowded = torch.zeros_like(routing.ids_TK)
             routing = replace(routing, decision=Decision(crowded, crowded), counts_BE=torch.zeros(1, 7).long())

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig
 from equimoe.moe.config import AttentionConfig, ExtraLossConfig
 from equimoe.moe.model import Decoder
+from equimoe.moe.placement import Owners
 from equimoe.moe.routing import Router
 from equimoe.moe.train import metrics
 from equimoe.moe.train.config import TrainConfig
@@ -24,6 +25,7 @@ from equimoe.moe.train.observe import (
     chosen_probability,
     divergences,
     domain_record,
+    estimate_quality,
     expert_share,
     jensen_shannon,
     mean_divergence,
@@ -132,7 +134,8 @@ def test_estimator_line(texts: Path, estimator: Any, sequences: float) -> None:
     trainer.train_step()
     record = trainer.record(trainer.train_step())
     for row, layer in zip(record["layers"], trainer.layers.values(), strict=True):
-        assert {name: row[name] for name in layer.balancer.report()} == layer.balancer.report()
+        quality = estimate_quality(layer.balancer.last)
+        assert quality and {name: row[name] for name in quality} == quality
     assert record["balance_sequences"] == pytest.approx(sequences)
     assert record["balance_tokens"] == pytest.approx(sequences * SEQ)
     assert (record["estimator_error"] > 1e-3) == (estimator != "exact")
@@ -177,9 +180,10 @@ def test_chosen_probability(score: Any) -> None:
 
 def test_straggler() -> None:
     counts_XE = torch.tensor([[4, 0, 1, 3], [2, 2, 2, 2], [8, 0, 0, 0], [0, 0, 0, 0]])
-    assert straggler(counts_XE, 1).tolist() == [1.0, 1.0, 1.0, 1.0]
-    assert straggler(counts_XE, 2).tolist() == [1.0, 1.0, 2.0, 1.0]  # runs of consecutive experts: 4+0 and 1+3
-    assert straggler(counts_XE, 4).tolist() == [2.0, 1.0, 4.0, 1.0]
+    assert straggler(counts_XE, Owners.consecutive(4, 1)).tolist() == [1.0, 1.0, 1.0, 1.0]
+    # runs of consecutive experts: 4+0 and 1+3
+    assert straggler(counts_XE, Owners.consecutive(4, 2)).tolist() == [1.0, 1.0, 2.0, 1.0]
+    assert straggler(counts_XE, Owners.consecutive(4, 4)).tolist() == [2.0, 1.0, 4.0, 1.0]
 
 
 @pytest.mark.parametrize(

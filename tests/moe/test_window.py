@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, counting_pass
 from tests.helpers import oracle
 
 
@@ -25,7 +27,7 @@ def balance_only(layer: MoE, x: torch.Tensor) -> None:
 
 
 def seen(layer: MoE) -> list[int]:
-    return [int(slot.tokens_B.sum()) for slot in layer.balancer.window.slots]
+    return [int(slot.tokens_B.sum()) for slot in layer.balancer.micro_batches]
 
 
 @pytest.mark.parametrize("given", [None, 3])
@@ -39,18 +41,19 @@ def test_counts_accumulate_and_start_anew_with_the_optimizer(given: int | None) 
         optimizer.step()
         optimizer.zero_grad()
         assert seen(layer) == []
-        assert layer.balancer.window.last.micro_batches == 3
-        assert int(layer.balancer.window.last.tokens) == 24
+        assert layer.balancer.last.micro_batches == 3
+        assert int(layer.balancer.last.tokens) == 24
 
 
 @pytest.mark.parametrize("given", [None, 2])
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_skipped_step_starts_anew(steps_before: int, given: int | None) -> None:
+def test_a_skipped_step_ends_the_step(steps_before: int, given: int | None) -> None:
     """zero_grad without a step, as a gradient scaler does it on overflow."""
     layer = make(micro_batches=given)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(steps_before):
-        balance_only(layer, batches(1)[0])
+        for x in batches(2):
+            balance_only(layer, x)
         optimizer.step()
         optimizer.zero_grad()
     for x in batches(2):
@@ -161,7 +164,7 @@ def test_counts_stay_exact_over_512_micro_batches_in_bf16() -> None:
     layer = make(micro_batches=512).bfloat16()
     for _ in range(512):
         balance_only(layer, torch.randn(3, 6).bfloat16())
-    assert int(layer.balancer.window.totals(layer.balancer.window.slots[0])[-1]) == 512 * 3
+    assert int(layer.balancer.step.layers[0].totals(layer.balancer.micro_batches[0])[-1]) == 512 * 3
 
 
 def test_micro_scope_is_the_mean_of_micro_batch_losses() -> None:
@@ -188,11 +191,10 @@ def test_sequence_scope_is_the_mean_of_sequence_losses() -> None:
     assert oracle.relative_error(got, router_gradient(layer)) < 1e-12
 
 
-def test_loss_scale_follows_a_gradient_scaler() -> None:
-    layer, x = make(), batches(1)[0]
+@pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0), lambda: 1024.0])
+def test_gradient_scale_follows_a_gradient_scaler(scale: Any) -> None:
+    layer, scaled, x = make(), make(), batches(1)[0]
+    scaled.place(Placement(gradient_scale=scale))
     balance_only(layer, x)
-    plain = router_gradient(layer)
-    layer.zero_grad()
-    layer.balancer.loss_scale = torch.tensor(1024.0)
-    balance_only(layer, x)
-    assert torch.equal(router_gradient(layer), 1024 * plain)
+    balance_only(scaled, x)
+    assert torch.equal(router_gradient(scaled), 1024 * router_gradient(layer))

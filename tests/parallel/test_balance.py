@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.placed import reduce_by
 
 CONFIG = MoEConfig(
     hidden_size=8,
@@ -62,7 +63,8 @@ def test_router_gradient_in_anybodys_ddp_script(world: int) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_engines_that_take_the_mean_or_the_sum(reduction: str) -> None:
     def script(rank: int, world: int) -> torch.Tensor:
-        layer = make(replace(CONFIG, balance=replace(CONFIG.balance, grad_reduction=reduction)))
+        layer = make()
+        reduce_by(layer, reduction)
         x, mask = tokens(rank)
         (layer(x, mask) * 0).sum().backward()
         return layer.router.weight.grad
@@ -123,7 +125,7 @@ def test_rank_without_tokens_and_rank_that_recomputes() -> None:
         x = tokens(rank)[0][: (12, 0, 3, 5)[rank]].clone().requires_grad_()
         y = layer(x) if kind == "plain" else checkpoint(layer, x, use_reentrant=kind == "reentrant")
         (y * 0).sum().backward()
-        return layer.router.weight.grad, layer.balancer.window.totals(layer.balancer.window.slots[0]).tolist()
+        return layer.router.weight.grad, layer.balancer.step.layers[0].totals(layer.balancer.micro_batches[0]).tolist()
 
     plain = run_ranks(script, 4, "plain")
     assert all(total == plain[0][1] and total[-1] == 20 for _, total in plain)

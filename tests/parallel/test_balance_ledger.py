@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, counting_pass, recompute
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, Placement, counting_pass, recompute
 from equimoe.moe.collectives import record_traffic, world_axis
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.placed import spread_experts
 
 E, L = 8, 3
 CONFIG = MoEConfig(8, 8, E, 2, balance=BalanceConfig(coefficient=0.7), init_std=0.6)
@@ -63,9 +64,8 @@ def test_one_collective_of_a_known_size_whatever_the_tokens(tokens_each: int) ->
             found += [forward, sums(record)]
         return found
 
-    for first, with_backward, *others in run_ranks(script, 2):
-        assert first == [8 * (E + 1)] * L == with_backward  # which layer is the last is not known yet
-        assert others == [[8 * (E + 1) * L]] * 6  # one, in the forward, and nothing in the backward
+    # one, in the forward, and nothing in the backward
+    assert run_ranks(script, 2) == [[[8 * (E + 1) * L]] * 8] * 2
 
 
 def test_the_collective_is_asynchronous_and_nobody_waits_before_the_backward() -> None:
@@ -105,7 +105,7 @@ def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
         outs = [model(tokens(rank, m)) for m in range(3)]
         sum((out * 0).sum() for out in outs).backward()
         for layer in model.layers:
-            layer.balancer.window.close()
+            layer.balancer.step.end(applied=False)
         with record_traffic() as flying:
             outs = [model(tokens(rank, m)) for m in range(3)]
             before = sums(flying)
@@ -113,8 +113,7 @@ def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
         assert before == sums(flying)
         return sums(ahead), before
 
-    one = 8 * (E + 1)
-    assert run_ranks(script, 2) == [([one] * L + [one * L] * 2, [one * L] * 3)] * 2
+    assert run_ranks(script, 2) == [([8 * (E + 1) * L] * 3,) * 2] * 2
 
 
 def test_bytes_of_several_scopes() -> None:
@@ -124,7 +123,7 @@ def test_bytes_of_several_scopes() -> None:
         balance = BalanceConfig(extra=ExtraLossConfig(**extra), bias_update_rate=rate)
         model = Stack(replace(CONFIG, balance=balance))
         for layer in model.layers:
-            layer.balancer.devices = 2
+            spread_experts(layer, 2)
         (model(tokens(rank)) * 0).sum().backward()
         with record_traffic() as record:
             (model(tokens(rank, 1)) * 0).sum().backward()
@@ -142,7 +141,7 @@ def test_two_axes_of_the_same_ranks_share_a_collective() -> None:
     def script(rank: int, world: int) -> list[int]:
         model = Stack(replace(CONFIG, balance=BalanceConfig(extra=ExtraLossConfig(micro=0.01))))
         for layer in model.layers:
-            layer.balancer.axis = layer.balancer.sequence_axis = world_axis()
+            layer.place(Placement(tokens=world_axis(), sequence=world_axis()))
         (model(tokens(rank)) * 0).sum().backward()
         with record_traffic() as record:
             (model(tokens(rank, 1)) * 0).sum().backward()
@@ -152,20 +151,18 @@ def test_two_axes_of_the_same_ranks_share_a_collective() -> None:
 
 
 def test_models_that_take_turns_each_have_one_collective() -> None:
-    """The backward of a model ends its pass, so that the other's layers are not taken for more of them."""
+    """Nobody knows which layers belong together, so the layers of both have a place in it; the backward starts it."""
 
     def script(rank: int, world: int) -> list[list[int]]:
         models, found = (Stack(), Stack(layers=2)), []
         for step in range(4):
             model = models[step % 2]
             with record_traffic() as record:
-                out = model(tokens(rank, step))
-                found.append(sums(record))
-            (out * 0).sum().backward()
+                (model(tokens(rank, step)) * 0).sum().backward()
+            found.append(sums(record))
         return found
 
-    one = 8 * (E + 1)
-    assert run_ranks(script, 2) == [[[one] * L, [one] * 2, [one * L], [one * 2]]] * 2
+    assert run_ranks(script, 2) == [[[8 * (E + 1) * (L + 2)]] * 4] * 2
 
 
 def test_statistics_of_a_shorter_pass_before_its_backward() -> None:
@@ -255,9 +252,10 @@ def test_layers_left_out_two_models_and_passes_without_backward() -> None:
             sum((part * 0).sum() for part in outs).backward()
             of_step = []
             for layer in (*model.layers, *other.layers):
-                window = layer.balancer.window
-                of_step.append([] if not window.slots else window.totals(window.slots[0]).tolist())
-                window.close()
+                before = layer.balancer.last
+                layer.balancer.step.end(applied=False)
+                last = layer.balancer.last
+                of_step.append([] if last is before else [*last.counts_E.tolist(), int(last.tokens)])
             found.append(of_step)
         return found
 
@@ -322,10 +320,10 @@ def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
         mine = [0] * E
         for _ in range(512):
             layer(torch.randn(2 + rank, 8, generator=generator).bfloat16()).sum().backward()
-            for expert in layer.balancer.window.slots[-1].decision.chosen_TK.flatten().tolist():
+            for expert in layer.balancer.micro_batches[-1].visits[0].decision.chosen_TK.flatten().tolist():
                 mine[expert] += 1
         optimizer.step()
-        last = layer.balancer.window.last
+        last = layer.balancer.last
         assert int(last.local_tokens) == 512 * (2 + rank)
         return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), mine
 

@@ -22,6 +22,7 @@ from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, split, stage_ids
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.parity import full
+from tests.helpers.placed import spread_experts
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
 #: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
@@ -129,7 +130,7 @@ def alone(layers: int, scope: str, micro_batches: int, dp: int, ep: int) -> dict
     """One scope's gradient in one process, whose micro-batches are what the scope looks at."""
     model = make(layers, micro_batches, scope=scope)
     for layer in model.moe_layers():
-        layer.balancer.devices = ep
+        spread_experts(layer, ep)
     return gradients(model, None, own(None, micro_batches, dp))
 
 

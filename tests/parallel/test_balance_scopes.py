@@ -22,6 +22,7 @@ from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import oracle, small
 from tests.helpers.fork import run_ranks
+from tests.helpers.placed import reduce_by
 
 # G micro-batches, W ranks, E experts
 E, K, RATE = 8, 2, 0.01
@@ -122,8 +123,8 @@ def test_reach_follows_the_groups() -> None:
         layer = MoE(replace(CONFIG, top_k=4, router=RouterConfig(groups=groups, kept_groups=kept)))
         apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=4)))
         layer(tokens(rank)[0].float()).sum().backward()
-        view = layer.balancer.view(layer.balancer.window.slots[0])
-        return view.devices, view.reach
+        view = layer.balancer.view(layer.balancer.micro_batches[0].visits[0])
+        return view.owners.ranks, view.reach
 
     assert run_ranks(script, 4, 1, 1) == [(4, 4)] * 4
     assert run_ranks(script, 4, 4, 2) == [(4, 2)] * 4
@@ -136,8 +137,8 @@ def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
     def script(rank: int, world: int) -> list[list[float]]:
         layer = make(scope="shuffled", extra=ExtraLossConfig(data_parallel=1e-9))
         in_ddp(layer, rank, world)
-        view = layer.balancer.view(layer.balancer.window.slots[1])
-        return [loss.loads.tolist() for loss in (s.used for s in layer.balancer.window.slots)] + [
+        view = layer.balancer.view(layer.balancer.micro_batches[1].visits[0])
+        return [loss.loads.tolist() for loss in (m.visits[0].loss for m in layer.balancer.micro_batches)] + [
             [float(view.drawn_tokens), float(view.batch_tokens), float(view.step.tokens)]
         ]
 
@@ -176,7 +177,8 @@ def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
     }
 
     def script(rank: int, world: int) -> tuple[Tensor, list[int]]:
-        layer = make(estimator="exact", grad_reduction=reduction)
+        layer = make(estimator="exact")
+        reduce_by(layer, reduction)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 
         def evaluate() -> None:
@@ -199,8 +201,9 @@ def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
         backward(first=4)
         optimizer.zero_grad()  # skipped, as a gradient scaler does
         backward(first=0)
-        window = layer.balancer.window
-        return layer.router.weight.grad, window.totals(window.slots[0]).tolist()
+        layer.balancer.step.end(applied=False)
+        last = layer.balancer.last
+        return layer.router.weight.grad, [*last.counts_E.tolist(), int(last.tokens)]
 
     layer = make()
     both = [torch.cat(parts) for parts in zip(whole(4, 0), whole(4, 1), strict=True)]
@@ -228,7 +231,8 @@ def test_slope_of_the_gradients_scale(convention: str, expected: float, reductio
     """All ranks hold the same data, so that a loss that means one thing has one gradient for any number of them."""
 
     def script(rank: int, world: int) -> float:
-        layer = make(scale_convention=convention, grad_reduction=reduction, extra=ExtraLossConfig(), micro_batches=1)
+        layer = make(scale_convention=convention, extra=ExtraLossConfig(), micro_batches=1)
+        reduce_by(layer, reduction)
         if reduction == "mean" and world > 1:
             (DistributedDataParallel(layer)(tokens(0)[0]) * 0).sum().backward()
             return float(layer.router.weight.grad.norm())

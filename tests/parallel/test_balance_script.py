@@ -16,9 +16,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, Routing, counting_pass
 from equimoe.moe.balance.bias import sign
 from equimoe.moe.collectives import record_traffic
+from equimoe.moe.train.observe import estimate_quality
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -149,7 +150,7 @@ def test_deepseek_v3s_companions_together(wrapper: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             biases.append(layer.router.bias_E.clone())
-            counts.append(layer.balancer.window.last.counts_E)
+            counts.append(layer.balancer.last.counts_E)
         assert all("bias" not in name for name, _ in layer.named_parameters())
         assert all(bool(p.grad is None) for p in layer.parameters())
         return biases, counts
@@ -174,16 +175,17 @@ def test_counts_beyond_2_to_the_24_are_exact() -> None:
         counts_E = torch.full((E,), many, dtype=torch.int64)
         counts_E[0] += 1 - rank
         counts_E[1] -= 1 - rank
+
+        def many_more(_module: Any, _args: Any, routing: Routing) -> Routing:
+            return replace(routing, counts_BE=counts_E[None], tokens_B=counts_E.sum()[None] // K)
+
+        layer.router.register_forward_hook(many_more)
         for _ in range(3):
-            x, _ = tokens(rank, 0)
-            this = layer.balancer.begin(True, layer.router.weight, layer.router.bias_E)
-            routing = layer.router(x)
-            big = replace(routing, counts_BE=counts_E[None], tokens_B=counts_E.sum()[None] // K)
-            layer.balancer.count(big, this)
-            layer.balancer.attach(routing.weights_TK, big, this).sum().backward()
+            layer(tokens(rank, 0)[0]).sum().backward()
         optimizer.step()
-        last = layer.balancer.window.last
-        return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), last.estimator_error
+        last = layer.balancer.last
+        error = estimate_quality(last)["estimator_error"]
+        return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), error
 
     for totals, bias, error in run_ranks(script, WORLD):
         assert totals == [6 * many + 3, 6 * many - 3, *[6 * many] * (E - 2), 6 * many * E // K]
@@ -206,7 +208,8 @@ class Stack(nn.Module):
 
 
 def test_one_collective_again_after_a_forward_that_failed() -> None:
-    """On all ranks: what its first layer had counted is summed with the next, which is as long as ever."""
+    """On all ranks: what its first layer had counted is summed first, since nobody knows yet that it counts for
+    nothing."""
 
     def script(rank: int, world: int) -> list[list[int]]:
         model, found = Stack(), []
@@ -221,5 +224,5 @@ def test_one_collective_again_after_a_forward_that_failed() -> None:
             found.append([entry.sent for entry in record if entry.verb == "sum_over"])
         return found
 
-    one = 8 * (E + 1)
-    assert run_ranks(script, WORLD) == [[[one] * 3, [3 * one], [], [one, 3 * one], [3 * one]]] * WORLD
+    every = 3 * 8 * (E + 1)
+    assert run_ranks(script, WORLD) == [[[every], [every], [], [every, every], [every]]] * WORLD

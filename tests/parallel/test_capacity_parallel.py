@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from equimoe.moe import CapacityConfig, DispatchConfig, MoE, MoEConfig, Routing
+from equimoe.moe import CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
 from equimoe.moe.collectives import record_traffic, world_axis
 from equimoe.moe.dispatch import build_capacity, build_dispatcher
 from equimoe.moe.types import Decision
@@ -44,7 +44,7 @@ def test_global_scope(drop: Any, level: Any, kind: str) -> None:
     def script(rank: int, world: int) -> list[list[int]]:
         start = sum(lengths[:rank])
         mine = part(whole, torch.arange(start, start + lengths[rank]), 1)
-        limit = build_capacity(replace(CONFIG, capacity=capacity), tokens=world_axis(), devices=4)
+        limit = build_capacity(replace(CONFIG, capacity=capacity), Placement(tokens=world_axis(), ep=world_axis()))
         return limit(mine).ids_TK.tolist()
 
     bins = 8 if level == "expert" else 4
@@ -70,9 +70,8 @@ def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:
 
     def script(rank: int, world: int) -> list[list[int]]:
         mine = part(whole, places[:, rank].flatten(), sequences)
-        limit = build_capacity(replace(CONFIG, capacity=capacity), sequence=world_axis())
-        if balanced:
-            limit.positions_S = held_RS[rank]
+        placement = Placement(sequence=world_axis(), positions_S=held_RS[rank] if balanced else None)
+        limit = build_capacity(replace(CONFIG, capacity=capacity), placement)
         return limit(mine).ids_TK.tolist()
 
     got = torch.empty(sequences * length, 3, dtype=torch.int64)
@@ -85,7 +84,8 @@ def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:
 def test_local_scope_asks_nobody() -> None:
     def script(rank: int, world: int) -> tuple[int, list[list[int]]]:
         limit = build_capacity(
-            replace(CONFIG, capacity=CapacityConfig(0.6)), sequence=world_axis(), tokens=world_axis(), devices=2
+            replace(CONFIG, capacity=CapacityConfig(0.6)),
+            Placement(sequence=world_axis(), tokens=world_axis(), ep=world_axis()),
         )
         with record_traffic() as traffic:
             ids = limit(random_routing(9, rank)).ids_TK.tolist()
@@ -105,7 +105,7 @@ def layer_on(rank: int, config: MoEConfig) -> MoE:
     layer, axis = MoE(config).double(), world_axis()
     for name, weight in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(weight.detach().chunk(axis.size)[rank].clone()))
-    layer.dispatcher = build_dispatcher(config, axis)
+    layer.dispatcher = build_dispatcher(config, Placement(ep=axis))
     return layer
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, DispatchConfig, MoE, MoEConfig
 from equimoe.moe.collectives import Axis, world_axis
 from equimoe.moe.dispatch import AllToAllDispatcher, build_dispatcher
+from equimoe.moe.placement import Placement
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -138,7 +139,7 @@ def run(rank: int, name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, 
     for key, weight in list(layer.experts.named_parameters()):
         own = weight.detach().chunk(axis.size)[axis.rank].clone()
         setattr(layer.experts, key, torch.nn.Parameter(own))
-    layer.dispatcher = build_dispatcher(config, axis)
+    layer.dispatcher = build_dispatcher(config, Placement(ep=axis))
     layer = layer.to(dtype)
     layer.shared.register_forward_pre_hook(lambda *_: Buffer.calls.append("shared"))
     x = torch.randn((5, 0, 3, 7)[rank], 8, generator=torch.Generator().manual_seed(rank)).to(dtype).requires_grad_()
@@ -190,7 +191,7 @@ def test_layers_share_a_buffer_that_grows() -> None:
 def test_falls_back_with_a_warning(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", module)
     with pytest.warns(UserWarning, match="dispatch.name='deepep': .*deep_ep.*; 'all_to_all' takes its place"):
-        dispatcher = build_dispatcher(CONFIG, Axis("ep", None, 2, 0))
+        dispatcher = build_dispatcher(CONFIG, Placement(ep=Axis("ep", None, 2, 0)))
     assert type(dispatcher) is AllToAllDispatcher and dispatcher.axis.size == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # with one rank nothing is dispatched, and nothing is warned of

@@ -13,6 +13,7 @@ from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, world_
 from equimoe.moe.dispatch import DropDuplicates, build_dispatcher, traffic
 from equimoe.moe.dispatch.traffic import Load
 from equimoe.moe.dispatch.wire import WIRES, BFloat16, Float8
+from equimoe.moe.placement import Placement
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -60,7 +61,7 @@ def test_a_layer_with_rounded_rows_is_near_the_exact_one(name: str, wire: str) -
         layer, axis = MoE(config), world_axis()
         for key, weight in list(layer.experts.named_parameters()):
             setattr(layer.experts, key, torch.nn.Parameter(weight.detach().chunk(2)[rank].clone()))
-        layer.dispatcher = build_dispatcher(config, axis)
+        layer.dispatcher = build_dispatcher(config, Placement(ep=axis))
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         y = layer(x)
         y.square().sum().backward()
@@ -116,7 +117,7 @@ def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
 
     def script(rank: int, world: int) -> tuple[int, int]:
         config = replace(CONFIG, top_k=5, dispatch=DispatchConfig("hierarchical", node_size=2))
-        dispatcher = build_dispatcher(config, replace(world_axis(), name="ep"))
+        dispatcher = build_dispatcher(config, Placement(ep=replace(world_axis(), name="ep")))
         generator = torch.Generator().manual_seed(rank)
         ids_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :5]
         made = replace(routing("nodes", torch.float32), decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(T, 5))
@@ -135,7 +136,7 @@ def test_dropped_duplicates_exchange_a_share() -> None:
 
     def script(rank: int, world: int, drop: bool) -> tuple[int, int]:
         axis = world_axis()
-        dispatcher, duplicates = build_dispatcher(CONFIG, axis), DropDuplicates(axis if drop else LOCAL)
+        dispatcher, duplicates = build_dispatcher(CONFIG, Placement(ep=axis)), DropDuplicates(axis if drop else LOCAL)
         x = torch.randn(T, D, requires_grad=True)
         made = routing("nodes", torch.float32)
         with record_traffic() as entries:

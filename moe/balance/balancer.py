@@ -1,0 +1,344 @@
+"""One layer's load balancing: counts in, a gradient on the router out.
+
+B sequences, E experts, K top-k, T tokens, X values of a row.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Axis, world_axis
+from ..config import BalanceConfig
+from ..placement import Owners, Placement
+from ..types import Decision, Routing
+from .attach import attach
+from .auto import AutoStep, Cohort, number_of_layer
+from .bias import bias_rule, sign
+from .draw import draw, of_all_ranks, sent, valid_choices
+from .estimators import ESTIMATORS
+from .losses import SCOPES, StepView, Term, loss_value
+from .recompute import remember, visit_being_recomputed
+from .step import Step, StepTotals
+from .visit import MicroBatch, Visit
+
+
+class Pass(NamedTuple):
+    """How one forward takes part in the step."""
+
+    #: None for evaluation and other forwards that leave no trace
+    visit: Visit | None = None
+    #: the decision to repeat, where this forward recomputes another
+    decision: Decision | None = None
+    #: not a recomputation
+    first: bool = False
+
+
+#: what a copy of a balancer does not share with the original
+_OWN = ("number", "_step", "_index", "cohorts")
+
+#: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
+OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
+OF_OWN_SEQUENCES = frozenset({"micro", "sequence", "shuffled"})
+
+
+def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
+    """Scope and coefficient of the main loss and of the extra ones, one entry for each scope."""
+    terms: dict[str, float] = {config.scope: config.coefficient}
+    for name, coefficient in vars(config.extra).items():
+        if coefficient:
+            terms[name] = terms.get(name, 0.0) + coefficient
+    return list(terms.items())
+
+
+class Balancer:
+    """Keeps a layer's counts of the optimizer step and attaches its losses.
+
+    ``reach`` tells, for a number of expert-parallel ranks, to how many of them the router lets a token be sent.
+    """
+
+    def __init__(
+        self,
+        config: BalanceConfig,
+        num_experts: int,
+        top_k: int,
+        z_coefficient: float = 0.0,
+        reach: Callable[[int], int] | None = None,
+    ) -> None:
+        self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
+        self.bias = bias_rule(config)
+        #: int64 [E + 2], counts, tokens and micro-batches of the step before; all zero when a resume is to fill it
+        self.before_X: Tensor | None = None
+        self.reach = reach
+        self._terms = loss_terms(config)
+        self._scopes = {scope for scope, _ in self._terms}
+        self._estimate = ESTIMATORS[config.estimator]
+        self._placement: Placement | None = None
+        self.owners = Owners.consecutive(num_experts, 1)
+        self._start()
+
+    def _start(self) -> None:
+        #: unique in the process, in the order in which layers are made, so identical on all ranks
+        self.number = number_of_layer(self)
+        self._step: Step | None = None
+        self._index = 0
+        #: the sums that it shares with other layers that nobody drives
+        self.cohorts: dict[Axis, Cohort] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()  # a copy is a layer of its own
+
+    # ---- where the layer is, and whose step it counts for
+
+    def place(self, placement: Placement) -> None:
+        """Balance over the ranks of a placement."""
+        self._placement, self.owners = placement, placement.owners_of(self.num_experts)
+
+    def join(self, step: Step) -> None:
+        """Count for a step that the training loop drives."""
+        self._step, self._index = step, step.join(self)
+
+    @property
+    def step(self) -> Step:
+        """The step that this layer counts for; one that watches the training loop where nobody drives it."""
+        if self._step is None:
+            self._step, self._index = AutoStep(self), 0
+        return self._step
+
+    def free(self, axis: Axis) -> bool:
+        """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
+        driven = self._step is not None and not isinstance(self._step, AutoStep)
+        return not driven and axis not in self.cohorts and bool(self.widths(axis))
+
+    @property
+    def last(self) -> StepTotals | None:
+        """Totals of the step that ended last; None before the first."""
+        return None if self._step is None else self._step.layers[self._index].last
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """What has been counted in the step under way."""
+        return [] if self._step is None else self._step.layers[self._index].known
+
+    @property
+    def told(self) -> bool:
+        """Somebody has said which ranks hold different tokens."""
+        return self._placement is not None
+
+    @property
+    def placement(self) -> Placement:
+        """As told, or in a script that tells nothing: all ranks hold different tokens and gradients are averaged."""
+        if self._placement is not None:
+            return self._placement
+        world = world_axis()
+        return Placement(tokens=world, gradient_scale=float(world.size))
+
+    @property
+    def counting_axis(self) -> Axis:
+        """The ranks whose tokens are counted together; scopes within one rank need no communication."""
+        placement = self.placement
+        return placement.tokens if self._beyond_sequences else placement.sequence
+
+    @property
+    def _beyond_sequences(self) -> bool:
+        return bool(self._scopes & OF_ALL_RANKS) or self.bias is not None
+
+    def widths(self, axis: Axis) -> dict[str, int]:
+        """How many values each row has that this layer sums over an axis."""
+        found, placement = {}, self.placement
+        if self._scopes & OF_OWN_SEQUENCES and placement.sequence == axis:
+            found["own"] = self.num_experts + 1
+        if self._beyond_sequences and placement.tokens == axis:
+            extras = placement.ep.size if "communication" in self._scopes else 0
+            votes = self.num_experts if self.bias is not None and self.bias.votes else 0
+            found["all"] = self.num_experts + 1 + extras + votes
+        return found
+
+    # ---- the forward
+
+    def begin(self, layer: nn.Module, x_TD: Tensor) -> Pass:
+        """Which visit the forward of ``layer`` on ``x_TD`` is."""
+        if not layer.training or not (torch.is_grad_enabled() or self.step.counting):
+            return Pass()
+        if not (x_TD.requires_grad or any(p.requires_grad for p in layer.parameters())):
+            return Pass()  # a frozen teacher: nothing here is trained
+        visit, certain = visit_being_recomputed(self.step, self._index)
+        if visit is not None:
+            remember(visit)
+            return Pass(visit, visit.decision if certain else None)
+        visit = self.step.visit(self._index, layer)
+        remember(visit)
+        return Pass(visit, first=True)
+
+    def count(self, this: Pass, routing: Routing, mask_T: Tensor | None = None) -> None:
+        """Keep the decision and the counts of a first pass, over the tokens where the mask is True."""
+        visit = this.visit
+        if visit is None or not this.first:
+            return
+        routing = routing.outside_inference()
+        visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
+        micro_batch = visit.micro_batch
+        micro_batch.sizes.add(len(routing.ids_TK) if mask_T is None else None)
+        if visit.trains and micro_batch.ahead is not None:
+            return  # counted and summed before
+        placement, ranks = self.placement, self.counting_axis.size
+        micro_batch.sequence_ranks = placement.sequence.size
+        micro_batch.voters += ranks
+        local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
+        total_1X = local_BX.sum(0, keepdim=True)
+        own_BX = local_BX if "sequence" in self._scopes else total_1X
+        own = self.step.entry(self._index, "own", own_BX, placement.sequence, bool(self._scopes & OF_OWN_SEQUENCES))
+        batch, choices_NK = own, None
+        if self._beyond_sequences:
+            parts = [total_1X]
+            if "communication" in self._scopes:
+                parts.append(sent(valid_choices(routing, mask_T), self.owners)[None])
+            if self.bias is not None and self.bias.votes:
+                parts.append(sign(total_1X[0, :-1])[None])
+            batch = self.step.entry(self._index, "all", torch.cat(parts, dim=1), placement.tokens)
+        if "shuffled" in self._scopes:
+            choices_NK = of_all_ranks(valid_choices(routing, mask_T), placement.tokens)
+        micro_batch.count(routing, own, batch, choices_NK)
+
+    def attach(self, this: Pass, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
+        """``carrier`` with the losses of a forward that takes part in the step; ``weight`` is the router's."""
+        if this.visit is None or not carrier.requires_grad:
+            return carrier
+        losses = _Losses(self, this.visit, weight)
+        if this.first:
+            this.visit.graph = weakref.ref(losses)
+        return attach(carrier, routing.prob_sums_BE, routing.z_sum, losses)
+
+    # ---- the backward
+
+    def view(self, visit: Visit) -> StepView:
+        """The step as it is known now, around one visit."""
+        step, micro_batch, placement = self.step, visit.micro_batch, self.placement
+        layer = step.layers[self._index]
+        totals, own_BX, batch_X = layer.totals(micro_batch), micro_batch.own_BX, micro_batch.total
+        seen, micro_batches = max(len(layer.known), 1), step.micro_batches(self._index)
+        estimate = self._estimate(totals, seen, micro_batches, self.before_X)
+        if step.tokens is not None:
+            estimate = estimate._replace(step_tokens=step.tokens.double())
+        ranks = placement.tokens.size // placement.sequence.size
+        owners = self.owners
+        known = StepView(
+            counts_BE=own_BX[:, :-1],
+            tokens_B=own_BX[:, -1],
+            batch_counts_E=batch_X[:-1],
+            batch_tokens=batch_X[-1],
+            step=estimate,
+            seen=seen,
+            micro_batches=micro_batches,
+            ranks=ranks,
+            top_k=self.top_k,
+            owners=owners,
+            reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
+        )
+        if "communication" in self._scopes:
+            known = replace(known, sent_P=micro_batch.extras[: owners.ranks])
+        if "shuffled" in self._scopes:
+            choices_NK = torch.cat(layer.choices(micro_batch))
+            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, micro_batch.number)
+            known = replace(known, drawn_counts_E=counts_E, drawn_tokens=tokens)
+        return known
+
+    def read(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        """The gradients of a visit's losses with respect to its probability sums [E] or [B, E] and its z sum."""
+        self.step.read(self._index, visit)
+        view = self.view(visit)
+        self._check_tokens(view)
+        losses = [SCOPES[scope](view) for scope, _ in self._terms]
+        visit.loss, scale = losses[0], self.placement.scale
+        visit.terms = [
+            Term(scope, coefficient * self._convention(scope, view), loss.gradient, visit.prob_sums_BE)
+            for loss, (scope, coefficient) in zip(losses, self._terms, strict=True)
+        ]
+        gradient = sum(term.gradient * (term.coefficient * scale) for term in visit.terms)
+        if self.z_coefficient:
+            visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
+        return torch.as_tensor(gradient), losses[0].token_weight * (self.z_coefficient * scale)
+
+    def _convention(self, scope: str, view: StepView) -> float:
+        """What a coefficient of this scope is multiplied by.
+
+        Megatron-Core's global_aux_loss divides by the tokens of all ranks, and its engine then averages over the
+        data-parallel ranks once more: with dp of them the loss weighs coefficient / dp. Its other losses do not.
+        """
+        return 1.0 / view.ranks if scope == "global" and self.config.scale_convention == "megatron" else 1.0
+
+    def _check_tokens(self, view: StepView) -> None:
+        """Refuse a z-loss whose weight, one over the tokens of the step, cannot be known yet."""
+        layer = self.step.layers[self._index]
+        if not self.z_coefficient or self.step.tokens is not None:
+            return
+        sizes = set().union(*(m.sizes for m in layer.known))
+        unequal = None in sizes or len(sizes) > 1
+        early = view.seen < view.micro_batches or view.seen > (layer.first_known or 0)
+        if unequal and early:
+            raise ValueError(
+                f"router.z_loss={self.z_coefficient}: the mean over the step's tokens needs their number, and "
+                f"micro-batches of unequal length follow; call Step.begin(tokens=...), use "
+                "balance.estimator='exact', or set router.z_loss=0"
+            )
+
+    # ---- what others ask
+
+    def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
+        """Unscaled losses of a micro-batch, as :attr:`equimoe.moe.types.RoutingStats.losses` describes them."""
+        totals, k = self.step.layers[self._index].totals(visit.micro_batch), self.top_k
+        counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
+        counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
+        per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, k)
+        return {
+            "global": float(loss_value(totals[:-1], totals[-1], prob_sums_E, tokens, k)),
+            "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, k)),
+            "sequence": float(per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1)),
+            "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),
+        }
+
+    def state(self, device: torch.device) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs, filled in place by whoever restores them.
+
+        Between steps that is the load of the step before, which ``carry`` reads; else nothing. (The bias belongs to the
+        router.)
+        """
+        if self.config.estimator != "carry":
+            return {}
+        if self.before_X is None:
+            self.before_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
+        return {"step_before": self.before_X}
+
+
+class _Losses:
+    """What :func:`attach` calls in the backward. It dies with the graph that holds it."""
+
+    def __init__(self, balancer: Balancer, visit: Visit, weight: Tensor) -> None:
+        self.balancer, self.visit, self.weight = balancer, visit, weight
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        gradient, of_z = self.balancer.read(self.visit)
+        if self.visit.paid:  # a second backward through the same forward
+            return torch.zeros_like(gradient), torch.zeros_like(of_z)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            self.visit.paid = _accumulates(self.weight)
+        return gradient, of_z
+
+
+def _accumulates(weight: Tensor) -> bool:
+    """The backward under way adds to ``weight.grad``, unlike ``torch.autograd.grad``."""
+    if not weight.requires_grad:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:  # torch.autograd.grad of this very weight
+        return False

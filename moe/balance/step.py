@@ -1,0 +1,314 @@
+"""The optimizer step as an object: what every MoE layer counted in each of its micro-batches.
+
+B sequences, E experts, M micro-batches, X values of a row.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..collectives import Axis
+from .losses import Loss, Term
+from .sums import Entry, Sums
+from .visit import MicroBatch, Visit, sum_of
+
+if TYPE_CHECKING:
+    from .balancer import Balancer
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What one layer counted in a step that has ended, summed over its micro-batches."""
+
+    #: int64 [E] and scalar, over all ranks that count together
+    counts_E: Tensor
+    tokens: Tensor
+    #: int64 [M, E], int64 [M] and fp32 [M, E], of this rank's M micro-batches alone
+    local_counts_ME: Tensor
+    local_tokens_M: Tensor
+    local_prob_sums_ME: Tensor
+    #: int64 scalar, sequences of this rank with a valid token
+    local_sequences: Tensor
+    #: ranks that hold parts of the same sequences
+    sequence_ranks: int
+    #: what each backward read: the main loss, and every loss
+    losses: list[Loss]
+    terms: list[Term]
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.local_tokens_M)
+
+    @property
+    def local_tokens(self) -> Tensor:
+        """int64 scalar, of this rank alone."""
+        return self.local_tokens_M.sum()
+
+
+class Layer:
+    """A layer's share of the step: its micro-batches by number, and the totals of the step before."""
+
+    def __init__(self, balancer: Balancer) -> None:
+        self._balancer = weakref.ref(balancer)
+        self.micro_batches: dict[int, MicroBatch] = {}
+        #: totals of the step that ended last
+        self.last: StepTotals | None = None
+        #: the visit whose losses a backward has read last
+        self.last_read: Visit | None = None
+        #: the router, while it exists; its bias moves when the step ends
+        self.router: Any = lambda: None
+        #: micro-batches known at the first backward of the step
+        self.first_known: int | None = None
+        self._prefix: tuple[list[MicroBatch], Tensor | None] = ([], None)
+
+    @property
+    def balancer(self) -> Balancer:
+        balancer = self._balancer()
+        assert balancer is not None
+        return balancer
+
+    @property
+    def known(self) -> list[MicroBatch]:
+        """The micro-batches that count: those that were backpropagated, or still can be."""
+        return [m for m in self.micro_batches.values() if m.counted and m.lives]
+
+    def _with(self, of: MicroBatch) -> list[MicroBatch]:
+        return [m for m in self.micro_batches.values() if m.counted and (m.lives or m is of)]
+
+    def totals(self, of: MicroBatch) -> Tensor:
+        """int64 [E + 1]: counts and tokens of all micro-batches known, ``of`` among them."""
+        if of.step_total is not None:
+            return of.step_total
+        known, (summed, total) = self._with(of), self._prefix
+        if known[: len(summed)] != summed:
+            summed, total = [], None
+        new = [m.total for m in known[len(summed) :]]
+        if new:
+            total = sum_of([*([] if total is None else [total]), *new])
+            self._prefix = known, total
+        assert total is not None
+        return total
+
+    def choices(self, of: MicroBatch) -> list[Tensor]:
+        """int64 [N, K] each: the choices of all micro-batches known, ``of`` among them."""
+        if of.step_choices is not None:
+            return of.step_choices
+        return [choices_NK for m in self._with(of) for choices_NK in m.choices]
+
+    def close(self, applied: bool, overflow: Tensor | None) -> StepTotals | None:
+        """End the step; None where nothing was counted."""
+        ended, balancer = self.known, self._balancer()
+        self.micro_batches, self.first_known, self._prefix = {}, None, ([], None)
+        if not ended or balancer is None:
+            return None
+        total = sum_of([m.total for m in ended])
+        for m in ended:
+            m.step_total = total
+            if m.choices and not m.done:  # its backward may still come
+                m.step_choices = [choices_NK for other in ended for choices_NK in other.choices]
+        self.last = _totals(ended, total)
+        balancer.before_X = F.pad(total, (0, 1), value=len(ended))
+        router = self.router()
+        if applied and balancer.bias is not None and router is not None and router.bias_E is not None:
+            votes_E = sum_of([m.extras[-self.last.counts_E.numel() :] for m in ended]) if balancer.bias.votes else None
+            balancer.bias.move(router.bias_E, self.last.counts_E, votes_E, sum(m.voters for m in ended), overflow)
+        return self.last
+
+
+def _totals(ended: list[MicroBatch], total: Tensor) -> StepTotals:
+    visits = [visit for m in ended for visit in m.visits]
+    return StepTotals(
+        counts_E=total[:-1],
+        tokens=total[-1],
+        local_counts_ME=torch.stack([m.counts_BE.sum(0) for m in ended]),
+        local_tokens_M=torch.stack([m.tokens_B.sum() for m in ended]),
+        local_prob_sums_ME=torch.stack([m.prob_sums_E for m in ended]),
+        local_sequences=torch.stack([(m.tokens_B > 0).sum() for m in ended]).sum(),
+        sequence_ranks=ended[-1].sequence_ranks,
+        losses=[visit.loss for visit in visits if visit.loss is not None],
+        terms=[term for visit in visits for term in visit.terms],
+    )
+
+
+def random_state_kept() -> AbstractContextManager[None]:
+    """Puts the random state back at its end, so that what is computed after it draws what was drawn within it."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.random.fork_rng([torch.cuda.current_device()] if cuda else [])
+
+
+class Step:
+    """The optimizer step of all MoE layers of a model part, driven by whoever runs the training loop.
+
+    >>> step = Step.of(model)
+    >>> for batch in micro_batches:
+    ...     with step.micro_batch():
+    ...         loss(model(batch)).backward()
+    >>> optimizer.step()
+    >>> step.end()
+
+    Counts are assigned by micro-batch and layer, never incremented: a forward that is run again replaces what it
+    counted before. One asynchronous sum over ranks at the end of each forward pass covers all layers, matched by layer,
+    so ranks may run different ones. A layer that runs several times in a pass counts its visits together.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        #: how many micro-batches the step has, and their valid tokens on all ranks (int64 scalar), where that is known
+        self.length: int | None = None
+        self.tokens: Tensor | None = None
+        self._sums: dict[Any, Sums] = {}
+        self._now: int | None = None
+        self._ahead: object | None = None
+        self._occurrence: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, *parts: nn.Module) -> Step:
+        """A step that all MoE layers of these modules have joined."""
+        step = cls()
+        for module in (module for part in parts for module in part.modules()):
+            balancer = getattr(module, "balancer", None)
+            if balancer is not None:
+                balancer.join(step)
+        return step
+
+    def join(self, balancer: Balancer) -> int:
+        """Take a layer in; returns its number."""
+        self.layers.append(Layer(balancer))
+        return len(self.layers) - 1
+
+    # ---- for the training loop
+
+    def begin(self, micro_batches: int | None = None, tokens: Tensor | None = None) -> None:
+        """Start a step, and drop what an exception left of another.
+
+        ``micro_batches`` it will have, and ``tokens`` (int64 scalar) that all ranks together will route in it, where
+        that is known: estimates of the load and the weights of the losses are then as good as they can be.
+        """
+        self.discard()
+        self.length, self.tokens = micro_batches, tokens
+
+    @contextmanager
+    def micro_batch(self, number: int | None = None, ahead: bool = False) -> Iterator[None]:
+        """Around the forward of a micro-batch, its backward, or both. None: the next number.
+
+        ``ahead`` counts a forward without gradient, before the training forward of the same number. What the block
+        counted is dropped when it raises.
+        """
+        before = self._now, self._ahead, self._occurrence
+        self._now = self._next() if number is None else number
+        self._ahead, self._occurrence = self if ahead else None, {}
+        try:
+            yield
+            self.start_sums()
+        except BaseException:
+            for sums in self._sums.values():
+                sums.drop()
+            for index in self._occurrence:
+                self.layers[index].micro_batches.pop(self._now, None)
+            raise
+        finally:
+            self._now, self._ahead, self._occurrence = before
+
+    def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
+        """Close the step and, if its update was ``applied``, move the biases that balance without a loss.
+
+        ``overflow`` is a scalar that is not zero where a fused optimizer has skipped the update on the device.
+        """
+        for layer in self.layers:
+            layer.close(applied, overflow)
+        self.length = self.tokens = None
+
+    def discard(self) -> None:
+        """Forget the step under way."""
+        for sums in self._sums.values():
+            sums.drop()
+        for layer in self.layers:
+            layer.micro_batches = {}
+        self.length = self.tokens = None
+
+    def _next(self) -> int:
+        taken = (n for layer in self.layers for n, m in layer.micro_batches.items() if bool(m.visits) or self._ahead)
+        return max(taken, default=-1) + 1
+
+    # ---- for the layers' balancers
+
+    def visit(self, index: int, of: nn.Module) -> Visit:
+        """The visit that begins with this forward of the MoE layer ``of``."""
+        if self._now is None:
+            raise ValueError(
+                "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, or use "
+                "model.eval() or torch.no_grad() for a forward that is not trained on"
+            )
+        layer, occurrence = self.layers[index], self._occurrence.get(index, 0)
+        layer.router = weakref.ref(of.router)
+        self._occurrence[index] = occurrence + 1
+        found = layer.micro_batches.get(self._now)
+        again = found is not None and not occurrence and (self._ahead is not None or not found.waits)
+        if found is None or again:
+            found = layer.micro_batches[self._now] = MicroBatch(self._now, self._ahead)
+        return Visit(found, trains=self._ahead is None)
+
+    def recomputed(self, index: int) -> tuple[Visit | None, bool]:
+        """The visit that a forward inside a backward recomputes, and whether we are certain it is the same one."""
+        layer, backward = self.layers[index], torch._C._current_graph_task_id()
+        if backward == -1:
+            return None, False
+        # Inside a backward, forwards run only in checkpointed regions. torch's non-reentrant kind recomputes a visit
+        # that is still open, or that this very backward has just read. The reentrant kind ran without gradient at
+        # first and was not counted; visits opened during this backward are not to be recomputed in it.
+        last, here = layer.last_read, [m for m in layer.known if self._now in (None, m.number)]
+        flying = [v for m in here for v in m.visits if not v.done and v.opened_in != backward]
+        if last is not None and last.backward_id == backward:
+            return last, not flying
+        return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
+
+    @property
+    def counting(self) -> bool:
+        """A pass counts ahead of the training forwards."""
+        return self._ahead is not None
+
+    def entry(self, index: int, kind: str, value_BX: Tensor, axis: Axis, over_ranks: bool = True) -> Entry:
+        """Start to sum a layer's row over an axis, together with the other layers of the pass."""
+        if axis.size == 1 or not over_ranks:
+            return Entry(value_BX)
+        sums, number = self.sums(index, axis)
+        return sums.add((number, kind), value_BX)
+
+    def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
+        """The sums over an axis, and the layer's number in them."""
+        if axis not in self._sums:
+            balancers = [(n, layer._balancer()) for n, layer in enumerate(self.layers)]
+            widths = {(n, kind): w for n, b in balancers if b is not None for kind, w in b.widths(axis).items()}
+            self._sums[axis] = Sums(axis, widths, merge=True)
+        return self._sums[axis], index
+
+    def start_sums(self) -> None:
+        """Start the sums of the forward pass that has ended."""
+        for sums in self._sums.values():
+            sums.start()
+
+    def micro_batches(self, index: int) -> int:
+        """How many micro-batches the step has, as far as that can be said.
+
+        In this order: as told; the number counted ahead; the number in the step before; the number so far.
+        """
+        layer = self.layers[index]
+        told = self.length or layer.balancer.config.micro_batches
+        ahead = sum(m.ahead is not None for m in layer.micro_batches.values())
+        return told or ahead or (layer.last.micro_batches if layer.last is not None else 1)
+
+    def read(self, index: int, visit: Visit) -> None:
+        """Note that a backward reads a visit's losses now."""
+        layer = self.layers[index]
+        visit.backward_id = torch._C._current_graph_task_id()
+        layer.last_read = visit
+        if layer.first_known is None:
+            layer.first_known = len(layer.known)

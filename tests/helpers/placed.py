@@ -1,0 +1,19 @@
+"""Layers put on ranks by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from equimoe.moe import MoE, Placement
+from equimoe.moe.collectives import Axis, world_axis
+
+
+def spread_experts(layer: MoE, ranks: int) -> None:
+    """Let the balance believe that the experts are spread over so many ranks, without splitting them."""
+    layer.balancer.place(replace(layer.balancer.placement, ep=Axis("ep", size=ranks)))
+
+
+def reduce_by(layer: MoE, reduction: str) -> None:
+    """Tell a layer whose ranks all hold different tokens what the engine does to gradients: "mean" or "sum"."""
+    world = world_axis()
+    layer.place(Placement(tokens=world, gradient_scale=float(world.size) if reduction == "mean" else 1.0))
