@@ -110,7 +110,7 @@ class AutoStep(Step):
         self._axis: Axis | None = None
         self._pass: CountingPass | None = None
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
-        self._left: tuple[Any, Any] | None = None
+        self._left: tuple[Any, Any, int] | None = None
         self._seen: tuple[Any, int] = (lambda: None, 0)
         #: steps that ended because the gradient was gone, in each interval between two updates
         self._gone = [0]
@@ -179,8 +179,7 @@ class AutoStep(Step):
         micro_batches = list(layer.micro_batches.values())
         done, waiting = sum(m.done for m in micro_batches), any(m.waits for m in micro_batches)
         told = layer.balancer.config.micro_batches or sum(m.ahead is not None for m in micro_batches)
-        left = None if self._left is None else self._left[0]()
-        gone = left is not None and left.grad is None
+        gone = self._gradient_is_gone()
         if not done:
             return
         if self._changed():
@@ -227,15 +226,33 @@ class AutoStep(Step):
             copies = (p for group in stranger.param_groups for p in group["params"])
             weight = next((p for p in copies if p.grad is not None), None)
         left = weight is not None and weight.grad is not None
-        self._left = (weakref.ref(weight), weakref.ref(weight.grad)) if left else None
+        self._left = (weakref.ref(weight), weakref.ref(weight.grad), weight.grad._version) if left else None
+
+    def _gradient_is_gone(self) -> bool:
+        """What the last backward left was taken away, or set to zero."""
+        weight = None if self._left is None else self._left[0]()
+        if self._left is None or weight is None:
+            return False
+        grad = weight.grad
+        touched = type(grad) is Tensor and grad is self._left[1]() and grad._version != self._left[2]
+        return grad is None or (touched and not bool(grad.any()))  # waits for the device, but only when touched
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> int:
         """2: the witness; 1: another weight of the layer; 0: perhaps copies; -1: nothing, as far as is known."""
         of, weight = self._of(), self._witness()
-        theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        theirs = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         holds = 2 if id(weight) in theirs else int(of is not None and any(id(p) in theirs for p in of.parameters()))
-        trained = any(m.done for m in self.layers[0].micro_batches.values())
-        return holds if holds >= self._held and (holds or trained) else -1
+        if holds < self._held:
+            return -1
+        return holds if holds or self._may_be_copies(theirs) else -1
+
+    def _may_be_copies(self, theirs: dict[int, Tensor]) -> bool:
+        """Whether an optimizer may train copies of this layer's weights, each by itself or in flat buffers."""
+        weight, done = self._witness(), any(m.done for m in self.layers[0].micro_batches.values())
+        others = (b.step for b in list(_layers.values()) if isinstance(b.driven_by, AutoStep))
+        if not done or weight is None or any(id(step._witness()) in theirs for step in others):
+            return False
+        return any(p.shape == weight.shape or (p.dim() == 1 and p.numel() >= weight.numel()) for p in theirs.values())
 
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""

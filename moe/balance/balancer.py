@@ -120,6 +120,11 @@ class Balancer:
         return not driven and axis not in self.cohorts and bool(self.widths(axis))
 
     @property
+    def driven_by(self) -> Step | None:
+        """The step, if one exists already."""
+        return self._step
+
+    @property
     def last(self) -> StepTotals | None:
         """Totals of the step that ended last; None before the first."""
         return None if self._step is None else self._step.layers[self._index].last

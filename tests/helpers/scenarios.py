@@ -1,0 +1,708 @@
+"""Optimizer steps that are unusual: each returns its largest relative error, or is refused with a ValueError.
+
+The error is that of the router's balance gradient against one process that holds what the step holds, whose weights the
+scenarios do not change (their learning rate is zero). E experts, K top-k, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, RouterConfig, Step, counting_pass, recompute
+from equimoe.moe.balance.bias import sign
+from equimoe.moe.collectives import world_axis
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+E, K, D = 8, 2, 6
+CONFIG = MoEConfig(D, 8, E, K, balance=BalanceConfig(coefficient=1.0), init_std=0.7)
+
+
+def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
+    """A layer in fp64, always with the same weights."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, balance=replace(CONFIG.balance, **balance), router=router or RouterConfig())
+    return MoE(config).double()
+
+
+def tokens(number: int, count: int = 7) -> Tensor:
+    """Micro-batches of different domains."""
+    generator = torch.Generator().manual_seed(100 + number)
+    shape: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    return torch.randn(count, D, **shape) + 2 * torch.randn(1, D, **shape)
+
+
+def frozen(layer: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(layer.parameters(), lr=0.0)
+
+
+def balance_only(layer: nn.Module, *args: Tensor) -> Tensor:
+    """A loss whose only gradient is that of the balance."""
+    return (layer(*args) * 0).sum()
+
+
+def rolling(layer: MoE, inputs: Sequence[Tensor], micro_batches: int | None = None) -> Tensor:
+    """The router's gradient of a step whose micro-batches each read the counts up to them."""
+    total, counts_E, seen = torch.zeros(()), torch.zeros(E, dtype=torch.float64), 0
+    for n, x in enumerate(inputs, start=1):
+        _, probs_TE, ids_TK, _ = oracle.route(layer, x)
+        counts_E, seen = counts_E + torch.bincount(ids_TK.flatten(), minlength=E), seen + len(x)
+        step_tokens = seen * (micro_batches or len(inputs)) / n
+        total = total + E * (counts_E / (K * seen) * probs_TE.sum(0)).sum() / step_tokens
+    return torch.autograd.grad(total, layer.router.weight)[0]
+
+
+def whole(layer: MoE, inputs: Iterable[Tensor]) -> Tensor:
+    """The router's gradient of one process that holds all micro-batches at once."""
+    return torch.autograd.grad(oracle.balance_loss(layer, torch.cat(list(inputs))), layer.router.weight)[0]
+
+
+def error(layer: MoE, want: Tensor) -> float:
+    grad = layer.router.weight.grad
+    return 1.0 if grad is None else oracle.relative_error(grad, want)
+
+
+def steps(
+    layer: MoE, number: int, unusual: Callable[[int, MoE], None] | None = None, micro_batches: int = 2, start: int = 0
+) -> float:
+    """Ordinary steps, each after something ``unusual``; the largest error of their gradients."""
+    optimizer, worst = frozen(layer), 0.0
+    for step in range(start, start + number):
+        if unusual is not None:
+            unusual(step, layer)
+        inputs = [tokens(10 * step + m) for m in range(micro_batches)]
+        for x in inputs:
+            balance_only(layer, x).backward()
+        worst = max(worst, error(layer, rolling(layer, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+# ---- forwards that are not trained on
+
+
+def a_forward_that_raises_later(step: int, layer: MoE) -> None:
+    if step == 1:
+        with suppress(KeyError):
+            layer(tokens(99))
+            raise KeyError
+
+
+def forwards_without_backward(step: int, layer: MoE) -> None:
+    for number in range(3):
+        layer(tokens(90 + number))
+
+
+def a_graph_that_is_freed(step: int, layer: MoE) -> None:
+    y = layer(tokens(99))
+    del y
+
+
+def an_evaluation(step: int, layer: MoE) -> None:
+    layer.eval()
+    layer(tokens(99)).sum().backward()
+    layer.zero_grad()
+    layer.train()
+    with torch.no_grad():
+        layer(tokens(98))
+
+
+def skipped(step: int, layer: MoE) -> None:
+    """As a gradient scaler does on overflow; also before the first update."""
+    for number in range(2):
+        balance_only(layer, tokens(90 + number)).backward()
+    layer.zero_grad()
+
+
+def skipped_in_place(step: int, layer: MoE) -> None:
+    if step != 1:
+        return
+    for number in range(2):
+        balance_only(layer, tokens(90 + number)).backward()
+    layer.zero_grad(set_to_none=False)
+
+
+def told(unusual: Callable[[int, MoE], None] | None, **balance: Any) -> Callable[[], float]:
+    return lambda: steps(make(micro_batches=2, **balance), 3, unusual)
+
+
+# ---- several backwards, gradients elsewhere
+
+
+def two_backwards_through_one_forward() -> float:
+    layer, x = make(micro_batches=1), tokens(0)
+    loss = balance_only(layer, x)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return error(layer, whole(layer, [x]))
+
+
+def a_gradient_is_asked_for_before_the_backward() -> float:
+    layer, x = make(micro_batches=1), tokens(0).requires_grad_()
+    loss = balance_only(layer, x)
+    torch.autograd.grad(loss, [x, layer.router.weight], retain_graph=True)
+    loss.backward()
+    return error(layer, whole(layer, [x.detach()]))
+
+
+def gradients_elsewhere(micro_batches: int | None, put_back: Callable[[MoE, Tensor], None]) -> float:
+    """Each micro-batch's gradient is moved away, and the sum comes back for the update."""
+    layer, worst = make(micro_batches=micro_batches), 0.0
+    optimizer = frozen(layer)
+    for step in range(3):
+        inputs, total = [tokens(10 * step + m) for m in range(4)], torch.zeros(E, D, dtype=torch.float64)
+        for x in inputs:
+            balance_only(layer, x).backward()
+            total += layer.router.weight.grad
+            layer.zero_grad()
+        put_back(layer, total)
+        worst = max(worst, oracle.relative_error(total, rolling(layer, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+def as_a_new_tensor(layer: MoE, total: Tensor) -> None:
+    layer.router.weight.grad = total.clone()
+
+
+def clipped_by_micro_batch() -> float:
+    """Clipping scales what is taken away; each gradient is looked at before."""
+    layer, worst = make(micro_batches=4), 0.0
+    optimizer = frozen(layer)
+    for step in range(2):
+        inputs, found, total = [tokens(10 * step + m) for m in range(4)], 0.0, 0.0
+        for x in inputs:
+            balance_only(layer, x).backward()
+            found = found + layer.router.weight.grad
+            nn.utils.clip_grad_norm_(layer.parameters(), 1e-3)
+            total = total + layer.router.weight.grad
+            layer.zero_grad()
+        layer.router.weight.grad = torch.as_tensor(total)
+        worst = max(worst, oracle.relative_error(torch.as_tensor(found), rolling(layer, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+def gradients_taken_in_the_backward() -> float:
+    """Main gradients: param.grad is gone before the backward ends."""
+    layer, total = make(), []
+
+    def take(p: Tensor) -> None:
+        total.append(p.grad)
+        p.grad = None
+
+    layer.router.weight.register_post_accumulate_grad_hook(take)
+    masters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    optimizer, worst = torch.optim.SGD(masters, lr=0.0), 0.0
+    for step in range(3):
+        inputs = [tokens(10 * step + m) for m in range(2)]
+        for x in inputs:
+            balance_only(layer, x).backward()
+        want = rolling(layer, inputs, micro_batches=1 if step == 0 else 2)
+        worst = max(worst, oracle.relative_error(torch.stack(total).sum(0), want)) if step else 0.0
+        total.clear()
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        optimizer.step()
+    return worst
+
+
+def updates_without_an_optimizer(update: Callable[[MoE], None], micro_batches: int | None = None) -> float:
+    layer, worst = make(micro_batches=micro_batches), 0.0
+    for step in range(5):
+        x = tokens(step)
+        balance_only(layer, x).backward()
+        worst = max(worst, error(layer, whole(layer, [x])))
+        update(layer)
+    assert len(layer.balancer.micro_batches) <= 1, "memory grows"
+    return worst
+
+
+def in_place(layer: MoE) -> None:
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.grad is not None:
+                p.sub_(0.0 * p.grad)
+                p.grad.zero_()
+
+
+def by_data(layer: MoE) -> None:
+    for p in layer.parameters():
+        if p.grad is not None:
+            p.data = p.data - 0.0 * p.grad
+            p.grad.zero_()
+
+
+# ---- other models
+
+
+def another_models_optimizer() -> float:
+    """A generator with a discriminator that has an MoE layer and a bias of its own, and steps twice as often."""
+    layer, other = make(bias_update_rate=0.01), make(bias_update_rate=0.01)
+    optimizers, worst = (frozen(layer), frozen(other)), 0.0
+    for step in range(3):
+        inputs = [tokens(10 * step + m) for m in range(2)]
+        for x in inputs:
+            balance_only(layer, x).backward()
+            before = layer.router.bias_E.clone(), layer.router.weight.grad.clone()
+            balance_only(other, layer(x).detach()).backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            assert torch.equal(layer.router.bias_E, before[0]) and torch.equal(layer.router.weight.grad, before[1])
+        if step:  # in the first step nobody knows how many micro-batches there are
+            worst = max(worst, biased_error(layer, inputs))
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+    return worst
+
+
+def biased_error(layer: MoE, inputs: list[Tensor]) -> float:
+    """The error of a layer whose bias takes part in the choice."""
+    total, counts_E, seen = torch.zeros(()), torch.zeros(E, dtype=torch.float64), 0
+    for n, x in enumerate(inputs, start=1):
+        routing = copy.deepcopy(layer).eval().router(x)
+        probs_TE = oracle.route(layer, x)[1]
+        counts_E, seen = counts_E + routing.counts_BE.sum(0), seen + len(x)
+        total = total + E * (counts_E / (K * seen) * probs_TE.sum(0)).sum() / (seen * len(inputs) / n)
+    return error(layer, torch.autograd.grad(total, layer.router.weight)[0])
+
+
+def a_frozen_teacher() -> float:
+    """It stays in training mode and has a bias, which nothing moves."""
+    teacher = make(bias_update_rate=0.01).requires_grad_(False)
+    found = steps(make(), 3, lambda step, layer: (teacher(tokens(50 + step)), None)[1], micro_batches=1)
+    return max(found, float(teacher.router.bias_E.abs().max()))
+
+
+def two_strange_optimizers() -> float:
+    layer = make()
+    copies = [[p.detach().clone().requires_grad_() for p in layer.parameters()] for _ in range(2)]
+    optimizers = [torch.optim.SGD(masters, lr=0.0) for masters in copies]
+    for masters, optimizer in zip(copies, optimizers, strict=True):
+        balance_only(layer, tokens(0)).backward()
+        for master in masters:
+            master.grad = torch.zeros_like(master)
+        optimizer.step()
+    return 1.0
+
+
+def a_discriminator_without_experts() -> float:
+    """A plain model, whose optimizer steps in the middle of the very first step already."""
+    other = nn.Linear(D, 1).double()
+    optimizer = frozen(other)
+
+    def unusual(x: Tensor) -> None:
+        other(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    layer, worst = make(micro_batches=2), 0.0
+    own = frozen(layer)
+    for step in range(2):
+        inputs = [tokens(10 * step + m) for m in range(2)]
+        for x in inputs:
+            balance_only(layer, x).backward()
+            unusual(x)
+        worst = max(worst, error(layer, rolling(layer, inputs)))
+        own.step()
+        own.zero_grad()
+    return worst
+
+
+# ---- counting ahead
+
+
+class Dropped(nn.Module):
+    """Dropout before the layer."""
+
+    def __init__(self, **balance: Any) -> None:
+        super().__init__()
+        self.layer, self.seen = make(estimator="exact", **balance), []
+        self.layer.router.register_forward_hook(self._see)
+
+    def _see(self, router: Any, args: Any, routing: Any) -> None:
+        if torch.is_grad_enabled():
+            own = oracle.route(self.layer, args[0].detach())[2]
+            self.seen.append((args[0].detach(), torch.equal(own.sort(1).values, routing.ids_TK.sort(1).values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(nn.functional.dropout(x, 0.4))
+
+
+def counted_ahead(between: Callable[[Dropped], None] | None = None, order: Sequence[int] = (0, 1, 2)) -> float:
+    """Every token is computed by the experts that its own router chooses, whatever was counted before."""
+    model, inputs = Dropped(), [tokens(m) for m in range(3)]
+    with counting_pass():
+        for x in inputs:
+            model(x)
+    if between is not None:
+        between(model)
+    for m in order:
+        balance_only(model, inputs[m]).backward()
+    assert all(own for _, own in model.seen), "routed by another forward's decision"
+    if between is not None:  # the load is that of the weights that were counted
+        return 0.0
+    return error(model.layer, whole(model.layer, [x for x, _ in model.seen]))
+
+
+def other_weights(model: Dropped) -> None:
+    with torch.no_grad():
+        model.layer.router.weight.copy_(torch.randn(E, D, dtype=torch.float64))
+
+
+def another_order() -> float:
+    """Without dropout: the sum over the step does not depend on the order."""
+    layer, inputs = make(estimator="exact"), [tokens(m) for m in range(3)]
+    with counting_pass():
+        for x in inputs:
+            layer(x)
+    for x in reversed(inputs):
+        balance_only(layer, x).backward()
+    return error(layer, whole(layer, inputs))
+
+
+def counted_in_inference_mode() -> float:
+    layer, inputs = make(estimator="exact", bias_update_rate=0.01), [tokens(m) for m in range(3)]
+    optimizer = frozen(layer)
+    with torch.inference_mode(), counting_pass():
+        for x in inputs:
+            layer(x)
+    for x in inputs:
+        balance_only(layer, x).backward()
+    found = error(layer, whole(layer, inputs))
+    optimizer.step()
+    return found
+
+
+def as_many_as_there_are() -> float:
+    """Steps of 4, 2, 3 and 1 micro-batches."""
+    layer, worst = make(estimator="exact"), 0.0
+    optimizer = frozen(layer)
+    for step, number in enumerate((4, 2, 3, 1)):
+        inputs = [tokens(10 * step + m) for m in range(number)]
+        with counting_pass():
+            for x in inputs:
+                layer(x)
+        for x in inputs:
+            balance_only(layer, x).backward()
+        worst = max(worst, error(layer, whole(layer, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+# ---- recomputation
+
+
+def recomputed(run: Callable[..., Tensor], step: bool = False) -> Callable[[], float]:
+    def scenario() -> float:
+        layer, worst = make(micro_batches=2), 0.0
+        driven = Step.of(layer) if step else None
+        optimizer = frozen(layer)
+        for number in range(2):
+            inputs = [tokens(10 * number + m) for m in range(2)]
+            for x in inputs:
+                with driven.micro_batch() if driven is not None else nullcontext():
+                    (run(layer, x.clone().requires_grad_()).tanh() * 0).sum().backward()
+            worst = max(worst, error(layer, rolling(layer, inputs)))
+            optimizer.step()
+            optimizer.zero_grad()
+            if driven is not None:
+                driven.end()
+        return worst
+
+    return scenario
+
+
+# ---- a step that the loop drives
+
+
+def driven(unusual: Callable[[Step, MoE], None] | None = None, declare: bool = False) -> float:
+    layer, worst = make(bias_update_rate=0.01), 0.0
+    step, bias_E = Step.of(layer), torch.zeros(E)
+    for number in range(2):
+        step.begin(micro_batches=3)
+        inputs = [tokens(10 * number + m) for m in range(3)]
+        for m, x in enumerate(inputs):
+            with step.micro_batch(m):
+                balance_only(layer, x).backward()
+            if unusual is not None and m == 1:
+                unusual(step, layer)
+        worst = max(worst, biased_error(layer, inputs))
+        counts_E = sum(copy.deepcopy(layer).eval().router(x).counts_BE.sum(0) for x in inputs)
+        bias_E += (0.01 * sign(counts_E).double()).float()
+        step.end()
+        layer.zero_grad()
+        worst = max(worst, float((layer.router.bias_E - bias_E).abs().max()))
+    return worst
+
+
+def an_exception_within(step: Step, layer: MoE) -> None:
+    with suppress(KeyError), step.micro_batch(2):
+        layer(tokens(99))
+        raise KeyError
+
+
+def a_forward_outside(step: Step, layer: MoE) -> None:
+    layer(tokens(99))
+
+
+def broken_off_and_begun_again() -> float:
+    layer = make()
+    step = Step.of(layer)
+    for attempt in range(2):
+        step.begin(micro_batches=2)
+        layer.zero_grad()
+        inputs = [tokens(10 * attempt + m) for m in range(2)]
+        for m, x in enumerate(inputs[: 1 + attempt]):
+            with step.micro_batch(m):
+                balance_only(layer, x).backward()
+    return error(layer, rolling(layer, inputs))
+
+
+def a_layer_that_runs_twice() -> float:
+    """Its visits of one pass count together."""
+    layer, inputs = make(scope="micro"), [tokens(m) for m in range(4)]
+    step = Step.of(layer)
+    step.begin(micro_batches=2)
+    for m in range(2):
+        with step.micro_batch(m):
+            (balance_only(layer, inputs[2 * m]) + balance_only(layer, inputs[2 * m + 1])).backward()
+    want = sum(whole(layer, inputs[2 * m : 2 * m + 2]) for m in range(2)) / 2
+    return error(layer, torch.as_tensor(want))
+
+
+# ---- the z-loss
+
+
+def z_loss(estimator: str, tell: bool, masked: bool = True) -> float:
+    """The mean over the step's valid tokens, of which micro-batches have different numbers."""
+    layer = make(RouterConfig(z_loss=0.1), coefficient=0.0, estimator=estimator, micro_batches=2)
+    lengths = (7, 2)
+    inputs = [(tokens(m), torch.arange(7) < length) for m, length in enumerate(lengths)]
+    step = Step.of(layer) if tell else None
+    if step is not None:
+        step.begin(micro_batches=2, tokens=torch.tensor(sum(lengths)))
+    for x, mask in inputs:
+        args = (x, mask) if masked else (x[mask],)
+        with step.micro_batch() if step is not None else nullcontext():
+            balance_only(layer, *args).backward()
+    valid = torch.cat([x[mask] for x, mask in inputs])
+    want = 0.1 * oracle.route(layer, valid)[0].logsumexp(-1).square().mean()
+    return error(layer, torch.autograd.grad(want, layer.router.weight)[0])
+
+
+# ---- several ranks
+
+
+def on_two_ranks(script: Callable[[int], float]) -> Callable[[], float]:
+    def body(rank: int, world: int) -> float:
+        warnings.simplefilter("ignore")
+        return script(rank)
+
+    return lambda: max(run_ranks(body, 2, timeout=60))
+
+
+class TwoLayers(nn.Module):
+    """Rank 1 leaves the second layer out, or the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(make() for _ in range(2))
+
+    def forward(self, x: Tensor, run: Sequence[int]) -> Tensor:
+        return sum((self.layers[i](x) for i in run), torch.zeros_like(x))
+
+
+def different_layers(rank: int) -> float:
+    model, worst = TwoLayers(), 0.0
+    wrapped, optimizer = DistributedDataParallel(model, find_unused_parameters=True), frozen(model)
+    for step in range(3):
+        runs = ((0, 1), (step % 2,))
+        balance_only(wrapped, tokens(10 * step + rank), torch.tensor(runs[rank])).backward()
+        for i, layer in enumerate(model.layers):
+            there = [r for r in range(2) if i in runs[r]]
+            want = whole(layer, [tokens(10 * step + r) for r in there])
+            worst = max(worst, error(layer, want))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+def a_copy_on_one_rank(rank: int) -> float:
+    """An average of the weights that rank 0 alone keeps."""
+    layer = make()
+    average = copy.deepcopy(layer).eval() if rank == 0 else None
+    model, optimizer, worst = DistributedDataParallel(layer), frozen(layer), 0.0
+    for step in range(2):
+        balance_only(model, tokens(10 * step + rank)).backward()
+        worst = max(worst, error(layer, whole(layer, [tokens(10 * step + r) for r in range(2)])))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst if average is None else max(worst, 0.0)
+
+
+def another_layer_on_one_rank(rank: int) -> float:
+    spare = [make() for _ in range(rank)]
+    layer = make()
+    balance_only(layer, tokens(rank)).backward()
+    return 1.0 + len(spare)
+
+
+@contextmanager
+def group_again() -> Any:
+    """The process group as a restart within the process makes it."""
+    store = dist.distributed_c10d._get_default_store()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.PrefixStore("again", store), rank=rank, world_size=world)
+    yield
+
+
+def a_restart_in_the_process(rank: int) -> float:
+    """One rank breaks its pass off; then the same model goes on in a new process group."""
+    layer = make()
+    kept = []
+    balance_only(layer, tokens(rank)).backward()
+    layer.zero_grad()
+    if rank == 0:
+        kept.append(layer(tokens(99)))  # no rank joins this one's sum
+    with group_again():
+        inputs = [tokens(10 + r) for r in range(2)]
+        balance_only(layer, inputs[rank]).backward()
+        dist.all_reduce(layer.router.weight.grad)
+        layer.router.weight.grad /= 2
+        return error(layer, whole(layer, inputs)) + 0.0 * len(kept)
+
+
+def gradient_scale(reduce: Callable[[Tensor], Tensor], scale: Any) -> Callable[[int], float]:
+    """An engine that joins gradients in its own way, told by one number."""
+
+    def script(rank: int) -> float:
+        layer = make()
+        layer.place(Placement(tokens=world_axis(), gradient_scale=scale))
+        balance_only(layer, tokens(rank)).backward()
+        grad = layer.router.weight.grad
+        dist.all_reduce(grad)
+        layer.router.weight.grad = reduce(grad)
+        return error(layer, whole(layer, [tokens(r) for r in range(2)]))
+
+    return script
+
+
+def the_group_as_an_argument(rank: int) -> float:
+    """Ranks that hold the same tokens, each in a group of its own."""
+    groups = [dist.new_group([r]) for r in range(2)]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = MoE(CONFIG, group=groups[rank]).double()
+        balance_only(layer, tokens(0)).backward()
+    return error(layer, whole(layer, [tokens(0)]))
+
+
+def accumulation_under_ddp(rank: int) -> float:
+    layer, worst = make(micro_batches=2), 0.0
+    model, optimizer = DistributedDataParallel(layer), frozen(layer)
+    for step in range(2):
+        batches = [[tokens(10 * step + 2 * m + r) for r in range(2)] for m in range(2)]
+        with model.no_sync():
+            balance_only(model, batches[0][rank]).backward()
+        balance_only(model, batches[1][rank]).backward()
+        worst = max(worst, error(layer, rolling(layer, [torch.cat(both) for both in batches])))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What happens, and a part of the message where it is refused."""
+
+    run: Callable[[], float]
+    refused: str = ""
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "several micro-batches": Scenario(told(None)),
+    "an exception after a forward": Scenario(told(a_forward_that_raises_later)),
+    "three training forwards without a backward": Scenario(told(forwards_without_backward)),
+    "a forward whose graph is freed": Scenario(told(a_graph_that_is_freed)),
+    "an evaluation in between": Scenario(told(an_evaluation)),
+    "a skipped step": Scenario(told(skipped)),
+    "a skipped step, gradients set to zero": Scenario(told(skipped_in_place)),
+    "two backwards through one forward": Scenario(two_backwards_through_one_forward),
+    "autograd.grad before the backward": Scenario(a_gradient_is_asked_for_before_the_backward),
+    "gradients kept elsewhere": Scenario(
+        lambda: gradients_elsewhere(None, as_a_new_tensor), "set balance.micro_batches to the number of backward passes"
+    ),
+    "gradients kept elsewhere, micro_batches=4": Scenario(lambda: gradients_elsewhere(4, as_a_new_tensor)),
+    "gradients copied back, micro_batches=4": Scenario(
+        lambda: gradients_elsewhere(4, lambda layer, total: as_a_new_tensor(layer, total.float().double()))
+    ),
+    "clipping by micro-batch, micro_batches=4": Scenario(clipped_by_micro_batch),
+    "main gradients and master weights": Scenario(gradients_taken_in_the_backward),
+    "updates in place without an optimizer": Scenario(lambda: updates_without_an_optimizer(in_place)),
+    "updates of .data without an optimizer": Scenario(lambda: updates_without_an_optimizer(by_data)),
+    "updates of .data, micro_batches=1": Scenario(lambda: updates_without_an_optimizer(by_data, 1)),
+    "another model's optimizer": Scenario(another_models_optimizer),
+    "a discriminator's optimizer": Scenario(a_discriminator_without_experts),
+    "a frozen teacher in training mode": Scenario(a_frozen_teacher),
+    "two optimizers of copies": Scenario(two_strange_optimizers, "drive the step yourself: step = Step.of(model)"),
+    "exact, with dropout": Scenario(counted_ahead),
+    "exact, weights changed in between": Scenario(lambda: counted_ahead(other_weights)),
+    "exact, micro-batches in another order": Scenario(another_order),
+    "exact, counted in inference mode": Scenario(counted_in_inference_mode),
+    "exact, steps of 4, 2, 3 and 1 micro-batches": Scenario(as_many_as_there_are),
+    "recomputed, non-reentrant": Scenario(recomputed(lambda f, x: checkpoint(f, x, use_reentrant=False))),
+    "recomputed, reentrant": Scenario(recomputed(lambda f, x: checkpoint(f, x, use_reentrant=True))),
+    "recomputed, our own": Scenario(recomputed(recompute)),
+    "driven, recomputed, non-reentrant": Scenario(recomputed(lambda f, x: checkpoint(f, x, use_reentrant=False), True)),
+    "driven, recomputed, reentrant": Scenario(recomputed(lambda f, x: checkpoint(f, x, use_reentrant=True), True)),
+    "driven by the loop": Scenario(driven),
+    "driven, an exception within a micro-batch": Scenario(lambda: driven(an_exception_within)),
+    "driven, a forward outside": Scenario(lambda: driven(a_forward_outside), "enter step.micro_batch() around it"),
+    "driven, broken off and begun again": Scenario(broken_off_and_begun_again),
+    "driven, a layer that runs twice": Scenario(a_layer_that_runs_twice),
+    "z-loss, rolling, unequal valid tokens": Scenario(lambda: z_loss("rolling", False), "Step.begin(tokens=...)"),
+    "z-loss, rolling, unequal lengths": Scenario(lambda: z_loss("rolling", False, False), "Step.begin(tokens=...)"),
+    "z-loss, carry, unequal valid tokens": Scenario(lambda: z_loss("carry", False), "Step.begin(tokens=...)"),
+    "z-loss, rolling, tokens told": Scenario(lambda: z_loss("rolling", True)),
+    "z-loss, carry, tokens told": Scenario(lambda: z_loss("carry", True)),
+    "2 ranks: DDP, accumulation": Scenario(on_two_ranks(accumulation_under_ddp)),
+    "2 ranks: different layers in one step": Scenario(on_two_ranks(different_layers)),
+    "2 ranks: a copy of the model on rank 0": Scenario(on_two_ranks(a_copy_on_one_rank)),
+    "2 ranks: a layer more on rank 1": Scenario(
+        on_two_ranks(another_layer_on_one_rank), "build the same layers in the same order on all ranks"
+    ),
+    "2 ranks: process group made again": Scenario(on_two_ranks(a_restart_in_the_process)),
+    "2 ranks: gradients summed": Scenario(on_two_ranks(gradient_scale(lambda grad: grad, 1.0))),
+    "2 ranks: gradients divided by tokens": Scenario(on_two_ranks(gradient_scale(lambda grad: grad / 14, 14.0))),
+    "2 ranks: the group as an argument": Scenario(on_two_ranks(the_group_as_an_argument)),
+}
+
+
+def outcome(name: str) -> tuple[str, float, str]:
+    """("right" or "wrong" or "refused", error, message) of a scenario."""
+    scenario = SCENARIOS[name]
+    try:
+        found = scenario.run()
+    except (ValueError, AssertionError) as problem:
+        text = next((line for line in reversed(str(problem).splitlines()) if "ValueError: " in line), str(problem))
+        return "refused" if "ValueError" in repr(problem) or "ValueError: " in str(problem) else "wrong", 1.0, text
+    return ("right" if found < 1e-10 else "wrong"), found, ""

@@ -1,0 +1,15 @@
+"""Unusual optimizer steps are right, or refused with the call that would make them right."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.scenarios import SCENARIOS, outcome
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_right_or_refused(name: str) -> None:
+    kind, error, message = outcome(name)
+    wanted = SCENARIOS[name].refused
+    assert kind == ("refused" if wanted else "right"), f"{kind}: error {error:.2g} {message}"
+    assert wanted in message
