@@ -134,9 +134,10 @@ def test_expert_parallel_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None
 
 
 def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
-    (example,) = examples("docs/balance.md")
-    report = ast.literal_eval(python(example, tmp_path, ROOT)[-1])
+    watched, driven = examples("docs/balance.md")
+    report = ast.literal_eval(python(watched, tmp_path, ROOT)[-1])
     assert report["balance_sequences"] == 16 and report["estimator_error"] == 0
+    assert python(driven, tmp_path, ROOT)[-1] == "4"
 
 
 def test_options_of_the_balance_page_exist() -> None:
