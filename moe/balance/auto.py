@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..collectives import Axis, agreed_prefix, private_axis
 from .step import Layer, Step, random_state_kept
 from .sums import Sums
-from .visit import MicroBatch, Visit
+from .visit import Visit
 
 if TYPE_CHECKING:
     from .balancer import Balancer
@@ -74,12 +75,13 @@ class Cohort:
     """The layers that nobody drives, on one set of ranks: their counts share a sum, matched by layer."""
 
     def __init__(self, axis: Axis) -> None:
+        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
         free = sorted((n, b) for n, b in list(_layers.items()) if b.free(axis))
         rows = [(n, tuple(b.widths(axis).items())) for n, b in free]
         # in a group of their own, where no other library's collective can come between
         own = private_axis(axis)
         agreed = rows[: agreed_prefix(rows, own)]
-        self.sums = Sums(own, {(n, kind): width for n, widths in agreed for kind, width in widths}, merge=False)
+        self.sums = Sums(own, {(n, kind): width for n, widths in agreed for kind, width in widths}, early=True)
         for (_, balancer), _ in zip(free, agreed, strict=False):
             balancer.cohorts[axis] = self
 
@@ -133,20 +135,21 @@ class AutoStep(Step):
         counting, layer = _counting.get(), self.layers[0]
         self._of, layer.router = weakref.ref(of), weakref.ref(of.router)
         self._find_boundary(layer, counting)
-        layer.micro_batches = {n: m for n, m in layer.micro_batches.items() if m.lives}
+        layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
         weight = self._witness()
-        if weight is not None and not layer.micro_batches:
+        if weight is not None and not layer.visits:
             self._seen = weakref.ref(weight), weight._version
-        found = next((m for m in layer.micro_batches.values() if m.waits), None) if counting is None else None
-        if found is None:
-            number = next(self._number)
-            found = layer.micro_batches[number] = MicroBatch(number, counting)
-        return Visit(found, trains=counting is None)
+        waiting = [v for v in layer.visits.values() if v.ahead is not None]
+        if waiting and counting is None:
+            return waiting[0]
+        number = next(self._number)
+        found = layer.visits[number, 0] = Visit(number, counting)
+        return found
 
     def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
         balancer = self.layers[0].balancer
         if axis not in balancer.cohorts:
-            if not balancer.told:
+            if balancer.placed is None:
                 warnings.warn(
                     f"MoE: the load is counted over all {axis.size} ranks of the default process group, and the engine "
                     "is taken to average gradients over them. If some of these ranks hold the same tokens, or "
@@ -176,16 +179,16 @@ class AutoStep(Step):
             self.forget_ahead()
             self.end(applied=self._changed())
             return
-        micro_batches = list(layer.micro_batches.values())
-        done, waiting = sum(m.done for m in micro_batches), any(m.waits for m in micro_batches)
-        told = layer.balancer.config.micro_batches or sum(m.ahead is not None for m in micro_batches)
+        visits = list(layer.visits.values())
+        done, waiting = sum(v.done for v in visits), any(v.ahead is not None for v in visits)
+        told = layer.balancer.config.micro_batches or sum(v.was_ahead for v in visits)
         gone = self._gradient_is_gone()
         if not done:
             return
         if self._changed():
             self.end(applied=True)
         elif told:
-            broken_off = gone and not all(m.lives for m in micro_batches)
+            broken_off = gone and not all(v.lives for v in visits)
             if broken_off or (done >= told and not waiting):
                 self.end(applied=False)
         elif gone:
@@ -204,7 +207,7 @@ class AutoStep(Step):
     def forget_ahead(self) -> None:
         """Drop what was counted ahead and not trained on."""
         layer = self.layers[0]
-        layer.micro_batches = {n: m for n, m in layer.micro_batches.items() if not m.waits}
+        layer.visits = {key: v for key, v in layer.visits.items() if v.ahead is None}
 
     def _witness(self) -> nn.Parameter | None:
         """The weight that tells of gradients and updates: the router's, or another of the layer where it is frozen."""
@@ -248,8 +251,8 @@ class AutoStep(Step):
 
     def _may_be_copies(self, theirs: dict[int, Tensor]) -> bool:
         """Whether an optimizer may train copies of this layer's weights, each by itself or in flat buffers."""
-        weight, done = self._witness(), any(m.done for m in self.layers[0].micro_batches.values())
-        others = (b.step for b in list(_layers.values()) if isinstance(b.driven_by, AutoStep))
+        weight, done = self._witness(), any(v.done for v in self.layers[0].visits.values())
+        others = (b.step for b in list(_layers.values()) if isinstance(b.driven, AutoStep))
         if not done or weight is None or any(id(step._witness()) in theirs for step in others):
             return False
         return any(p.shape == weight.shape or (p.dim() == 1 and p.numel() >= weight.numel()) for p in theirs.values())

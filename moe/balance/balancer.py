@@ -25,7 +25,7 @@ from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
 from .step import Step, StepTotals
-from .visit import MicroBatch, Visit
+from .visit import Visit
 
 
 class Pass(NamedTuple):
@@ -40,7 +40,7 @@ class Pass(NamedTuple):
 
 
 #: what a copy of a balancer does not share with the original
-_OWN = ("number", "_step", "_index", "cohorts")
+_OWN = ("number", "driven", "_index", "cohorts")
 
 #: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
 OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
@@ -78,14 +78,14 @@ class Balancer:
         self._terms = loss_terms(config)
         self._scopes = {scope for scope, _ in self._terms}
         self._estimate = ESTIMATORS[config.estimator]
-        self._placement: Placement | None = None
+        self.placed: Placement | None = None
         self.owners = Owners.consecutive(num_experts, 1)
         self._start()
 
     def _start(self) -> None:
         #: unique in the process, in the order in which layers are made, so identical on all ranks
         self.number = number_of_layer(self)
-        self._step: Step | None = None
+        self.driven: Step | None = None
         self._index = 0
         #: the sums that it shares with other layers that nobody drives
         self.cohorts: dict[Axis, Cohort] = {}
@@ -101,49 +101,39 @@ class Balancer:
 
     def place(self, placement: Placement) -> None:
         """Balance over the ranks of a placement."""
-        self._placement, self.owners = placement, placement.owners_of(self.num_experts)
+        self.placed, self.owners = placement, placement.owners_of(self.num_experts)
 
     def join(self, step: Step) -> None:
         """Count for a step that the training loop drives."""
-        self._step, self._index = step, step.join(self)
+        self.driven, self._index = step, step.join(self)
 
     @property
     def step(self) -> Step:
         """The step that this layer counts for; one that watches the training loop where nobody drives it."""
-        if self._step is None:
-            self._step, self._index = AutoStep(self), 0
-        return self._step
+        if self.driven is None:
+            self.driven, self._index = AutoStep(self), 0
+        return self.driven
 
     def free(self, axis: Axis) -> bool:
         """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
-        driven = self._step is not None and not isinstance(self._step, AutoStep)
+        driven = self.driven is not None and not isinstance(self.driven, AutoStep)
         return not driven and axis not in self.cohorts and bool(self.widths(axis))
-
-    @property
-    def driven_by(self) -> Step | None:
-        """The step, if one exists already."""
-        return self._step
 
     @property
     def last(self) -> StepTotals | None:
         """Totals of the step that ended last; None before the first."""
-        return None if self._step is None else self._step.layers[self._index].last
+        return None if self.driven is None else self.driven.layers[self._index].last
 
     @property
-    def micro_batches(self) -> list[MicroBatch]:
+    def micro_batches(self) -> list[Visit]:
         """What has been counted in the step under way."""
-        return [] if self._step is None else self._step.layers[self._index].known
-
-    @property
-    def told(self) -> bool:
-        """Somebody has said which ranks hold different tokens."""
-        return self._placement is not None
+        return [] if self.driven is None else self.driven.layers[self._index].known
 
     @property
     def placement(self) -> Placement:
         """As told, or in a script that tells nothing: all ranks hold different tokens and gradients are averaged."""
-        if self._placement is not None:
-            return self._placement
+        if self.placed is not None:
+            return self.placed
         world = world_axis()
         return Placement(tokens=world, gradient_scale=float(world.size))
 
@@ -191,13 +181,12 @@ class Balancer:
             return
         routing = routing.outside_inference()
         visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
-        micro_batch = visit.micro_batch
-        micro_batch.sizes.add(len(routing.ids_TK) if mask_T is None else None)
-        if visit.trains and micro_batch.ahead is not None:
-            return  # counted and summed before
-        placement, ranks = self.placement, self.counting_axis.size
-        micro_batch.sequence_ranks = placement.sequence.size
-        micro_batch.voters += ranks
+        if visit.counted:  # ahead, and summed then
+            visit.ahead = None
+            return
+        placement = self.placement
+        visit.size = len(routing.ids_TK) if mask_T is None else None
+        visit.ranks, visit.sequence_ranks = self.counting_axis.size, placement.sequence.size
         local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
         total_1X = local_BX.sum(0, keepdim=True)
         own_BX = local_BX if "sequence" in self._scopes else total_1X
@@ -212,7 +201,7 @@ class Balancer:
             batch = self.step.entry(self._index, "all", torch.cat(parts, dim=1), placement.tokens)
         if "shuffled" in self._scopes:
             choices_NK = of_all_ranks(valid_choices(routing, mask_T), placement.tokens)
-        micro_batch.count(routing, own, batch, choices_NK)
+        visit.count(routing, own, batch, choices_NK)
 
     def attach(self, this: Pass, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
         """``carrier`` with the losses of a forward that takes part in the step; ``weight`` is the router's."""
@@ -227,9 +216,9 @@ class Balancer:
 
     def view(self, visit: Visit) -> StepView:
         """The step as it is known now, around one visit."""
-        step, micro_batch, placement = self.step, visit.micro_batch, self.placement
+        step, placement = self.step, self.placement
         layer = step.layers[self._index]
-        totals, own_BX, batch_X = layer.totals(micro_batch), micro_batch.own_BX, micro_batch.total
+        totals, own_BX, batch_X = layer.totals(visit), visit.own.get(), visit.total
         seen, micro_batches = max(len(layer.known), 1), step.micro_batches(self._index)
         estimate = self._estimate(totals, seen, micro_batches, self.before_X)
         if step.tokens is not None:
@@ -250,10 +239,10 @@ class Balancer:
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
         )
         if "communication" in self._scopes:
-            known = replace(known, sent_P=micro_batch.extras[: owners.ranks])
+            known = replace(known, sent_P=visit.extras[: owners.ranks])
         if "shuffled" in self._scopes:
-            choices_NK = torch.cat(layer.choices(micro_batch))
-            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, micro_batch.number)
+            choices_NK = torch.cat(layer.choices(visit))
+            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, visit.number)
             known = replace(known, drawn_counts_E=counts_E, drawn_tokens=tokens)
         return known
 
@@ -286,7 +275,7 @@ class Balancer:
         layer = self.step.layers[self._index]
         if not self.z_coefficient or self.step.tokens is not None:
             return
-        sizes = set().union(*(m.sizes for m in layer.known))
+        sizes = {v.size for v in layer.known}
         unequal = None in sizes or len(sizes) > 1
         early = view.seen < view.micro_batches or view.seen > (layer.first_known or 0)
         if unequal and early:
@@ -300,7 +289,7 @@ class Balancer:
 
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
         """Unscaled losses of a micro-batch, as :attr:`equimoe.moe.types.RoutingStats.losses` describes them."""
-        totals, k = self.step.layers[self._index].totals(visit.micro_batch), self.top_k
+        totals, k = self.step.layers[self._index].totals(visit), self.top_k
         counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, k)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..collectives import Axis
 from .losses import Loss, Term
 from .sums import Entry, Sums
-from .visit import MicroBatch, Visit, sum_of
+from .visit import Visit
 
 if TYPE_CHECKING:
     from .balancer import Balancer
@@ -54,20 +54,19 @@ class StepTotals:
 
 
 class Layer:
-    """A layer's share of the step: its micro-batches by number, and the totals of the step before."""
+    """A layer's share of the step: its visits by micro-batch and occurrence, and the totals of the step before."""
 
     def __init__(self, balancer: Balancer) -> None:
         self._balancer = weakref.ref(balancer)
-        self.micro_batches: dict[int, MicroBatch] = {}
+        self.visits: dict[tuple[int, int], Visit] = {}
         #: totals of the step that ended last
         self.last: StepTotals | None = None
-        #: the visit whose losses a backward has read last
+        #: the visit whose losses a backward has read last, and visits known at the first backward of the step
         self.last_read: Visit | None = None
+        self.first_known: int | None = None
         #: the router, while it exists; its bias moves when the step ends
         self.router: Any = lambda: None
-        #: micro-batches known at the first backward of the step
-        self.first_known: int | None = None
-        self._prefix: tuple[list[MicroBatch], Tensor | None] = ([], None)
+        self._prefix: tuple[list[Visit], Tensor | None] = ([], None)
 
     @property
     def balancer(self) -> Balancer:
@@ -76,65 +75,62 @@ class Layer:
         return balancer
 
     @property
-    def known(self) -> list[MicroBatch]:
-        """The micro-batches that count: those that were backpropagated, or still can be."""
-        return [m for m in self.micro_batches.values() if m.counted and m.lives]
+    def known(self) -> list[Visit]:
+        """The visits that count: those that were backpropagated, or still can be."""
+        return self._known()
 
-    def _with(self, of: MicroBatch) -> list[MicroBatch]:
-        return [m for m in self.micro_batches.values() if m.counted and (m.lives or m is of)]
+    def _known(self, of: Visit | None = None) -> list[Visit]:
+        return [v for v in self.visits.values() if v.counted and (v is of or v.lives)]
 
-    def totals(self, of: MicroBatch) -> Tensor:
-        """int64 [E + 1]: counts and tokens of all micro-batches known, ``of`` among them."""
+    def totals(self, of: Visit) -> Tensor:
+        """int64 [E + 1]: counts and tokens of all visits known, ``of`` among them."""
         if of.step_total is not None:
             return of.step_total
-        known, (summed, total) = self._with(of), self._prefix
+        known, (summed, total) = self._known(of), self._prefix
         if known[: len(summed)] != summed:
             summed, total = [], None
-        new = [m.total for m in known[len(summed) :]]
+        new = [v.total for v in known[len(summed) :]]
         if new:
-            total = sum_of([*([] if total is None else [total]), *new])
+            total = torch.stack([*([] if total is None else [total]), *new]).sum(0)
             self._prefix = known, total
         assert total is not None
         return total
 
-    def choices(self, of: MicroBatch) -> list[Tensor]:
-        """int64 [N, K] each: the choices of all micro-batches known, ``of`` among them."""
-        if of.step_choices is not None:
-            return of.step_choices
-        return [choices_NK for m in self._with(of) for choices_NK in m.choices]
+    def choices(self, of: Visit) -> list[Tensor]:
+        """int64 [N, K] each: the choices of all visits known, ``of`` among them."""
+        return of.step_choices or [v.choices_NK for v in self._known(of) if v.choices_NK is not None]
 
     def close(self, applied: bool, overflow: Tensor | None) -> StepTotals | None:
         """End the step; None where nothing was counted."""
         ended, balancer = self.known, self._balancer()
-        self.micro_batches, self.first_known, self._prefix = {}, None, ([], None)
+        self.visits, self.first_known, self._prefix = {}, None, ([], None)
         if not ended or balancer is None:
             return None
-        total = sum_of([m.total for m in ended])
-        for m in ended:
-            m.step_total = total
-            if m.choices and not m.done:  # its backward may still come
-                m.step_choices = [choices_NK for other in ended for choices_NK in other.choices]
+        total = torch.stack([v.total for v in ended]).sum(0)
+        choices = [v.choices_NK for v in ended if v.choices_NK is not None]
+        for v in ended:
+            v.step_total = total
+            v.step_choices = [] if v.done else choices  # its backward may still come
         self.last = _totals(ended, total)
         balancer.before_X = F.pad(total, (0, 1), value=len(ended))
-        router = self.router()
-        if applied and balancer.bias is not None and router is not None and router.bias_E is not None:
-            votes_E = sum_of([m.extras[-self.last.counts_E.numel() :] for m in ended]) if balancer.bias.votes else None
-            balancer.bias.move(router.bias_E, self.last.counts_E, votes_E, sum(m.voters for m in ended), overflow)
+        router, bias = self.router(), balancer.bias
+        if applied and bias is not None and router is not None and router.bias_E is not None:
+            votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
+            bias.move(router.bias_E, self.last.counts_E, votes_E, sum(v.ranks for v in ended), overflow)
         return self.last
 
 
-def _totals(ended: list[MicroBatch], total: Tensor) -> StepTotals:
-    visits = [visit for m in ended for visit in m.visits]
+def _totals(ended: list[Visit], total: Tensor) -> StepTotals:
     return StepTotals(
         counts_E=total[:-1],
         tokens=total[-1],
-        local_counts_ME=torch.stack([m.counts_BE.sum(0) for m in ended]),
-        local_tokens_M=torch.stack([m.tokens_B.sum() for m in ended]),
-        local_prob_sums_ME=torch.stack([m.prob_sums_E for m in ended]),
-        local_sequences=torch.stack([(m.tokens_B > 0).sum() for m in ended]).sum(),
+        local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
+        local_tokens_M=torch.stack([v.tokens_B.sum() for v in ended]),
+        local_prob_sums_ME=torch.stack([v.prob_sums_BE.sum(0) for v in ended]),
+        local_sequences=torch.stack([(v.tokens_B > 0).sum() for v in ended]).sum(),
         sequence_ranks=ended[-1].sequence_ranks,
-        losses=[visit.loss for visit in visits if visit.loss is not None],
-        terms=[term for visit in visits for term in visit.terms],
+        losses=[v.loss for v in ended if v.loss is not None],
+        terms=[term for v in ended for term in v.terms],
     )
 
 
@@ -156,7 +152,7 @@ class Step:
 
     Counts are assigned by micro-batch and layer, never incremented: a forward that is run again replaces what it
     counted before. One asynchronous sum over ranks at the end of each forward pass covers all layers, matched by layer,
-    so ranks may run different ones. A layer that runs several times in a pass counts its visits together.
+    so ranks may run different ones.
     """
 
     def __init__(self) -> None:
@@ -203,8 +199,10 @@ class Step:
         counted is dropped when it raises.
         """
         before = self._now, self._ahead, self._occurrence
-        self._now = self._next() if number is None else number
-        self._ahead, self._occurrence = self if ahead else None, {}
+        if number is None:
+            taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or v.ahead is None)
+            number = max(taken, default=-1) + 1
+        self._now, self._ahead, self._occurrence = number, self if ahead else None, {}
         try:
             yield
             self.start_sums()
@@ -212,7 +210,8 @@ class Step:
             for sums in self._sums.values():
                 sums.drop()
             for index in self._occurrence:
-                self.layers[index].micro_batches.pop(self._now, None)
+                visits = self.layers[index].visits
+                self.layers[index].visits = {key: v for key, v in visits.items() if key[0] != self._now}
             raise
         finally:
             self._now, self._ahead, self._occurrence = before
@@ -231,12 +230,8 @@ class Step:
         for sums in self._sums.values():
             sums.drop()
         for layer in self.layers:
-            layer.micro_batches = {}
+            layer.visits = {}
         self.length = self.tokens = None
-
-    def _next(self) -> int:
-        taken = (n for layer in self.layers for n, m in layer.micro_batches.items() if bool(m.visits) or self._ahead)
-        return max(taken, default=-1) + 1
 
     # ---- for the layers' balancers
 
@@ -248,13 +243,12 @@ class Step:
                 "model.eval() or torch.no_grad() for a forward that is not trained on"
             )
         layer, occurrence = self.layers[index], self._occurrence.get(index, 0)
-        layer.router = weakref.ref(of.router)
-        self._occurrence[index] = occurrence + 1
-        found = layer.micro_batches.get(self._now)
-        again = found is not None and not occurrence and (self._ahead is not None or not found.waits)
-        if found is None or again:
-            found = layer.micro_batches[self._now] = MicroBatch(self._now, self._ahead)
-        return Visit(found, trains=self._ahead is None)
+        layer.router, self._occurrence[index] = weakref.ref(of.router), occurrence + 1
+        key = self._now, occurrence
+        found = layer.visits.get(key)
+        if found is None or found.ahead is None or self.counting:
+            found = layer.visits[key] = Visit(self._now, self._ahead)
+        return found
 
     def recomputed(self, index: int) -> tuple[Visit | None, bool]:
         """The visit that a forward inside a backward recomputes, and whether we are certain it is the same one."""
@@ -264,8 +258,8 @@ class Step:
         # Inside a backward, forwards run only in checkpointed regions. torch's non-reentrant kind recomputes a visit
         # that is still open, or that this very backward has just read. The reentrant kind ran without gradient at
         # first and was not counted; visits opened during this backward are not to be recomputed in it.
-        last, here = layer.last_read, [m for m in layer.known if self._now in (None, m.number)]
-        flying = [v for m in here for v in m.visits if not v.done and v.opened_in != backward]
+        last, here = layer.last_read, [v for v in layer.known if self._now in (None, v.number)]
+        flying = [v for v in here if not (v.done or v.ahead is not None or v.opened_in == backward)]
         if last is not None and last.backward_id == backward:
             return last, not flying
         return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
@@ -287,7 +281,7 @@ class Step:
         if axis not in self._sums:
             balancers = [(n, layer._balancer()) for n, layer in enumerate(self.layers)]
             widths = {(n, kind): w for n, b in balancers if b is not None for kind, w in b.widths(axis).items()}
-            self._sums[axis] = Sums(axis, widths, merge=True)
+            self._sums[axis] = Sums(axis, widths, early=False)
         return self._sums[axis], index
 
     def start_sums(self) -> None:
@@ -298,11 +292,13 @@ class Step:
     def micro_batches(self, index: int) -> int:
         """How many micro-batches the step has, as far as that can be said.
 
-        In this order: as told; the number counted ahead; the number in the step before; the number so far.
+        In this order: as told; the number counted ahead; the number in the step before; the number so far. Of a layer
+        that runs several times in a forward pass, each time counts.
         """
         layer = self.layers[index]
-        told = self.length or layer.balancer.config.micro_batches
-        ahead = sum(m.ahead is not None for m in layer.micro_batches.values())
+        each = 1 + max((occurrence for _, occurrence in layer.visits), default=0)
+        told = (self.length or 0) * each or layer.balancer.config.micro_batches
+        ahead = sum(v.was_ahead for v in layer.visits.values())
         return told or ahead or (layer.last.micro_batches if layer.last is not None else 1)
 
     def read(self, index: int, visit: Visit) -> None:

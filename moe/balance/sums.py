@@ -37,24 +37,20 @@ class Sums:
     """Sums over one axis.
 
     ``widths`` says how many values each row has, in the order in which rows travel; it is the same on all ranks. The
-    row of a layer that did not run on this rank travels as zeros, so ranks may run different layers. ``merge`` adds a
-    second row of the same key to the first; otherwise it starts the next sum.
+    row of a layer that did not run on this rank travels as zeros, so ranks may run different layers. A row that comes a
+    second time starts the sum of those that wait; with ``early`` so does the last row.
     """
 
-    def __init__(self, axis: Axis, widths: dict[Key, int], merge: bool) -> None:
-        self.axis, self.widths, self.merge = axis, widths, merge
+    def __init__(self, axis: Axis, widths: dict[Key, int], early: bool) -> None:
+        self.axis, self.widths, self.early = axis, widths, early
         self._waiting: dict[Key, Entry] = {}
 
     def add(self, key: Key, value_BX: Tensor) -> Entry:
         """Take in an int64 row [B, X]."""
-        if key in self._waiting and self.merge:
-            entry = self._waiting[key]
-            entry.value = entry.value + value_BX
-            return entry
         if key in self._waiting:
             self.start()
         entry = self._waiting[key] = Entry(value_BX, self)
-        if not self.merge and len(self._waiting) == len(self.widths):
+        if self.early and len(self._waiting) == len(self.widths):
             self.start()
         return entry
 

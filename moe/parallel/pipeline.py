@@ -405,7 +405,7 @@ def _moe_layers(stage: nn.Module) -> list[MoE]:
 def _check_balance(stage: nn.Module, micro_batches: int) -> None:
     for layer in _moe_layers(stage):
         require(
-            layer.balancer.told,
+            layer.balancer.placed is not None,
             "stages",
             type(stage).__name__,
             "the ranks of other stages hold the same tokens; parallelize every stage before the pipeline is made",

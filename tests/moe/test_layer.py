@@ -268,7 +268,7 @@ def test_recomputation_never_routes_again() -> None:
     layer = make()
     x = torch.randn(9, 12, requires_grad=True)
     y = recompute(layer, x)
-    chosen = layer.balancer.micro_batches[0].visits[0].decision.chosen_TK
+    chosen = layer.balancer.micro_batches[0].decision.chosen_TK
     routed = []
     layer.router.register_forward_hook(lambda module, args, out: routed.append(out.ids_TK))
     with torch.no_grad():

@@ -123,7 +123,7 @@ def test_reach_follows_the_groups() -> None:
         layer = MoE(replace(CONFIG, top_k=4, router=RouterConfig(groups=groups, kept_groups=kept)))
         apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=4)))
         layer(tokens(rank)[0].float()).sum().backward()
-        view = layer.balancer.view(layer.balancer.micro_batches[0].visits[0])
+        view = layer.balancer.view(layer.balancer.micro_batches[0])
         return view.owners.ranks, view.reach
 
     assert run_ranks(script, 4, 1, 1) == [(4, 4)] * 4
@@ -137,8 +137,8 @@ def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
     def script(rank: int, world: int) -> list[list[float]]:
         layer = make(scope="shuffled", extra=ExtraLossConfig(data_parallel=1e-9))
         in_ddp(layer, rank, world)
-        view = layer.balancer.view(layer.balancer.micro_batches[1].visits[0])
-        return [loss.loads.tolist() for loss in (m.visits[0].loss for m in layer.balancer.micro_batches)] + [
+        view = layer.balancer.view(layer.balancer.micro_batches[1])
+        return [loss.loads.tolist() for loss in (m.loss for m in layer.balancer.micro_batches)] + [
             [float(view.drawn_tokens), float(view.batch_tokens), float(view.step.tokens)]
         ]
 
