@@ -88,7 +88,8 @@ class ShardWriter(StorageWriter):
             for item in items:
                 offsets, sizes, shape = _box(item)
                 # a copy of its own: safetensors refuses tensors that share memory
-                copy = planner.resolve_data(item).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                source = cast(Tensor, planner.resolve_data(item)).detach()
+                copy = source.to("cpu", copy=True, memory_format=torch.contiguous_format)
                 tensors[key_of(item.index.fqn, offsets, sizes == shape)] = copy
                 results.append(WriteResult(item.index, copy.nbytes, (name, offsets, sizes)))
             assert len(tensors) == len(items)

@@ -26,15 +26,17 @@ from tests.helpers.fork import run_ranks
 
 
 class Run:
-    """Two layers under AdamW; a frozen one is out of the optimizer."""
+    """Two layers under AdamW, which may know of frozen weights or not."""
 
-    def __init__(self, seed: int, frozen: tuple[str, ...] = ()) -> None:
+    def __init__(self, seed: int, frozen: tuple[str, ...] = (), knows: bool = True) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         self.parameters = dict(self.model.named_parameters())
         for name in frozen:
             self.parameters[name].requires_grad_(False)
-        self.optimizer = torch.optim.AdamW([p for p in self.parameters.values() if p.requires_grad], fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.parameters.values() if knows or p.requires_grad], fused=True
+        )
 
     def train(self, steps: int) -> None:
         for step in range(steps):
@@ -89,11 +91,12 @@ def test_resume_before_and_after_the_first_step(tmp_path: Path, before: int) -> 
     assert equal(straight.state(), second.state())
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_frozen_weights_are_saved_and_restored_without_moments(tmp_path: Path, old: bool) -> None:
+@pytest.mark.parametrize("knows", [False, True], ids=["trained weights optimized", "all weights optimized"])
+@pytest.mark.parametrize("old", [False, True], ids=["new format", "old format"])
+def test_frozen_weights_are_saved_and_restored_without_moments(tmp_path: Path, old: bool, knows: bool) -> None:
     """Equimoe 0.1 saved moments of frozen weights too; they are skipped."""
     frozen = ("0.weight", "1.bias")
-    straight, first, second = Run(0, frozen), Run(0, frozen), Run(1, frozen)
+    straight, first, second = (Run(seed, frozen, knows) for seed in (0, 0, 1))
     straight.train(4)
     first.train(2)
     state = first.state()
