@@ -2,10 +2,10 @@
 
 Such a checkpoint has ``.metadata``, a pickle that describes the tensors, and ``.distcp`` files of zip archives, one per
 chunk, each with a small pickle and the numbers. :func:`interpret` follows the opcodes of a pickle and builds inert
-values: it imports nothing and calls nothing. What is not exactly as torch 2.11 to 2.15 write it is refused.
+values: it imports nothing and calls nothing. Whatever differs from the files that torch writes is refused.
 
-Equimoe 0.1 wrote this format. Version 0.3 removes this file, and schema 1 from ``manifest.py`` and ``store.py``: a run
-that still goes on is resumed and saved with 0.2 before.
+Equimoe 0.1 wrote this format. This file is needed until version 0.3, which removes it and schema 1 from
+``manifest.py`` and ``store.py``: a run of 0.1 that still goes on must have saved once with 0.2 by then.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .manifest import CheckpointError, reason, short
+from .manifest import REMEDY, CheckpointError, reason, short
 from .tensors import DTYPE_OF_NAME, Chunk, Saved
 
 METADATA = ".metadata"
-_MAX_METADATA_BYTES = 256 << 20
+_MAX_METADATA_BYTES = 32 << 20
 _MAX_TENSOR_PICKLE_BYTES = 4096
 
 #: what zipfile raises for bytes that are no archive of ours, and :func:`interpret` for their pickle
@@ -94,6 +94,8 @@ _TENSOR_NAMES = {
 def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
     """All tensors of the checkpoint in folder ``path``."""
     file = path / METADATA
+    if METADATA not in manifest["files"]:
+        raise CheckpointError(f"{file}: missing from the manifest; {REMEDY}")
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items() if name != METADATA}
     try:
         if file.stat().st_size > _MAX_METADATA_BYTES:

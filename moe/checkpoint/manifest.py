@@ -92,7 +92,11 @@ def short(value: Any) -> str:
 
 def reason(error: Exception) -> str:
     """Why reading failed, in one line."""
-    text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}"
+    return printable(str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}")
+
+
+def printable(text: str) -> str:
+    """At most 300 characters of one line."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import legacy, reader
-from .manifest import LEGACY_SCHEMA, MANIFEST, SCHEMA, CheckpointError, sha256
+from .manifest import LEGACY_SCHEMA, MANIFEST, SCHEMA, CheckpointError, printable, sha256
 from .reshard import distributed, fill, sync, write
 from .state import MOMENTS
 from .tensors import DTYPES, Saved
@@ -42,8 +42,10 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
     _barrier()
     tensors = write(partial, state)
     if _rank() == 0:
-        text = json.dumps(reader.to_json(tensors), separators=(",", ":"))
-        _write_durably(partial / reader.TENSORS, text.encode())
+        text = json.dumps(reader.to_json(tensors), separators=(",", ":")).encode()
+        if len(text) > reader.MAX_TENSORS_BYTES:
+            raise ValueError(f"{reader.TENSORS}: {len(text)} bytes are more than can be read; shard over fewer ranks")
+        _write_durably(partial / reader.TENSORS, text)
     files = {name: entry for part in _gather(_digest_own(partial)) for name, entry in part.items()}
     if _rank() == 0:
         manifest = {"schema": SCHEMA, "step": step, "position": position, "files": files}
@@ -96,7 +98,8 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)
         if ours != theirs and not _may_lack(name, want, have):
-            raise CheckpointError(f"{path}: {name}: this run wants {ours}, the checkpoint has {theirs}; same config?")
+            what = f"{printable(name)}: this run wants {ours}, the checkpoint has {theirs}"
+            raise CheckpointError(f"{path}: {what}; same config?")
     fill(path, {name: value for name, value in state.items() if name in saved}, saved, _format(manifest).opened)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import CheckpointError
-from tests.helpers.checkpoints import forge, load_all, nothing_happens
+from tests.helpers.checkpoints import forge, load_all, nothing_happens, save_old
 
 SHARD = "rank00000-000.safetensors"
 
@@ -120,6 +121,29 @@ def test_description_that_is_no_object(path: Path, text: str) -> None:
 def test_description_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.checkpoint.reader.MAX_TENSORS_BYTES", 100)
     refused(path, "tensors.json: refused: larger than 100 bytes")
+    with pytest.raises(ValueError, match="tensors.json: .* bytes are more than can be read"):
+        checkpoint.save(path.parent, 2, {"model.w": torch.ones(2), "model.b": torch.ones(2)}, {}, keep_last=1)
+    assert checkpoint.complete(path.parent) == [path]
+
+
+def test_names_do_not_break_the_line_of_an_error(tmp_path: Path) -> None:
+    state = {"model.w": torch.ones(2), "model.\n\x1b[2J" + "x" * 9999: torch.ones(2)}
+    path = checkpoint.save(tmp_path, 1, state, {}, 1)
+    with pytest.raises(CheckpointError, match=r"model\.\?\?\[2Jx+: this run wants None, .* same config\?$") as caught:
+        checkpoint.load(path, {"model.w": torch.ones(2)}, checkpoint.read_manifest(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("kind", ["new", "old"])
+def test_description_that_the_manifest_does_not_list(tmp_path: Path, kind: str) -> None:
+    """Reading it unchecked could follow a link, or wait for a pipe for ever."""
+    state = {"model.w": torch.ones(5, 3)}
+    path = checkpoint.save(tmp_path, 1, state, {}, 1) if kind == "new" else save_old(tmp_path, state)
+    file = path / ("tensors.json" if kind == "new" else ".metadata")
+    file.unlink()
+    os.mkfifo(file)
+    forge(path, without=file.name)
+    refused(path, f"{file}: missing from the manifest")
 
 
 def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
@@ -209,6 +233,34 @@ def test_what_is_no_plain_file(path: Path, name: str, kind: str) -> None:
         file.unlink()
         os.mkfifo(file) if kind == "pipe" else file.mkdir()
     refused(path, "not a readable manifest" if name == checkpoint.MANIFEST else "not a plain file")
+
+
+@pytest.mark.parametrize("kind", ["new", "old"])
+def test_random_damage_is_refused_or_harmless(tmp_path: Path, kind: str) -> None:
+    """With one line, wherever a parser stumbles."""
+    state = {"model.w": torch.arange(15.0).view(5, 3), "step": torch.tensor(3)}
+    path = checkpoint.save(tmp_path, 1, state, {}, 1) if kind == "new" else save_old(tmp_path, state)
+    original = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    refusals = 0
+    for seed in range(80):
+        rng = random.Random(seed)
+        file, content = rng.choice(list(original.items()))
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 2, 20))):
+            at, length = rng.randrange(len(damaged)), rng.randrange(5)
+            damaged[at : at + length] = rng.randbytes(rng.randrange(5))
+        file.write_bytes(damaged)
+        if file.name != checkpoint.MANIFEST:
+            forge(path)
+        with nothing_happens(path):
+            try:
+                load_all(path)
+            except CheckpointError as error:
+                refusals += 1
+                assert "\n" not in str(error)
+        for each, whole in original.items():
+            each.write_bytes(whole)
+    assert refusals > 60
 
 
 def test_a_link_in_the_run_folder_is_never_followed_to_delete(path: Path) -> None:
