@@ -13,7 +13,7 @@ FOLDERS = ("moe", "kernels", "launch")
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
-    "hf": ["transformers>=5", "tokenizers>=0.22", "safetensors>=0.5"],
+    "hf": ["transformers>=5", "tokenizers>=0.22"],
     "track": ["wandb"],
     "dev": [
         "build",
@@ -53,6 +53,7 @@ setup(
         "numpy",
         "pydantic>=2",
         "pyyaml",
+        "safetensors>=0.5",
         "matplotlib",
         "tensorboard",
         "tqdm",

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..moe import checkpoint
 from ..moe.parallel import build_mesh
 from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.parallel.pipeline import check_pipeline
-from ..moe.train import checkpoint
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.loop import Trainer, run

@@ -1,1 +1,1 @@
-"""State that outlives a step: data, optimizer, checkpoints, metrics, and the loop around them."""
+"""State that outlives a step: data, optimizer, metrics, and the loop around them."""

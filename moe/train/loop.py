@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import build_engine
 from ..model import Decoder, numbered_moe_layers
 from ..parallel import Mesh
-from . import checkpoint
 from .config import TrainConfig
 from .data import Batches, Corpus
 from .evaluate import evaluate
@@ -169,6 +169,7 @@ class Trainer:
             )
         state = self.state()
         checkpoint.load(path, state, manifest)
+        checkpoint.restore_optimizer(self.engine.named_parameters(), self.optimizer, state)
         torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)

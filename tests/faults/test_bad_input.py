@@ -145,11 +145,17 @@ def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Pat
     refused(run("--resume"), env.CHECKPOINT, "no complete checkpoint")
     assert not (tmp_path / "run").exists()
     assert run().codes == [0, 0]
-    shard = tmp_path / "run" / "checkpoints" / "step-00000002" / "__1_0.distcp"
+    shard = tmp_path / "run" / "checkpoints" / "step-00000002" / "rank00001-000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    refused(run("--resume", "--steps", "4"), env.CHECKPOINT, "__1_0.distcp", "sha256 differs", "delete this checkpoint")
+    refused(
+        run("--resume", "--steps", "4"),
+        env.CHECKPOINT,
+        "rank00001-000.safetensors",
+        "sha256 differs",
+        "delete this checkpoint",
+    )
 
 
 def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:

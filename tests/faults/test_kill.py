@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from equimoe.launch.options import to_yaml
-from equimoe.moe.train import checkpoint
+from equimoe.moe import checkpoint
 from equimoe.moe.train.config import CheckpointConfig
 from equimoe.moe.train.metrics import read_records
 from tests.helpers import small
@@ -57,9 +56,8 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
     manifest = checkpoint.read_manifest(path)
-    dtypes = {name: getattr(torch, dtype.removeprefix("torch.")) for name, (dtype, _) in manifest["tensors"].items()}
-    state = {name: torch.zeros(shape, dtype=dtypes[name]) for name, (_, shape) in manifest["tensors"].items()}
-    dcp.load(state, storage_reader=checkpoint._SafeReader(path), no_dist=True)
+    state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in checkpoint.contents(path, manifest).items()}
+    checkpoint.load(path, state, manifest)
     return state
 
 

@@ -1,0 +1,111 @@
+"""The manifest of a checkpoint: a JSON file that holds the run's position, and the size and sha256 of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+#: written now: safetensors files, described by tensors.json
+SCHEMA = 2
+#: still read: torch's distributed format, see :mod:`equimoe.moe.checkpoint.legacy`
+LEGACY_SCHEMA = 1
+MANIFEST = "manifest.json"
+#: appended to errors about damage
+REMEDY = "delete this checkpoint to resume from the one before"
+
+_FILES = {
+    SCHEMA: re.compile(r"tensors\.json|rank\d{5,}-\d{3,}\.safetensors", re.ASCII),
+    LEGACY_SCHEMA: re.compile(r"\.metadata|__\d+_\d+\.distcp", re.ASCII),
+}
+_MAX_BYTES = 64 << 20
+_MAX_STEP = 99_999_999  # what a folder's name can hold
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in folder ``path``, after checking every file against its size and sha256."""
+    file = path / MANIFEST
+    try:
+        manifest = read_json(file, _MAX_BYTES)
+        schema, step, position = manifest["schema"], manifest["step"], dict(manifest["position"])
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(manifest["files"]).items()}
+        if type(step) is not int or not 0 <= step <= _MAX_STEP:
+            raise ValueError("step")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a readable manifest ({type(error).__name__}); {REMEDY}") from None
+    if type(schema) is not int or schema not in _FILES:
+        known = " and ".join(map(str, sorted(_FILES)))
+        raise CheckpointError(
+            f"{file}: schema={short(schema)}: this version reads {known}; use the version that wrote it"
+        )
+    for name, (size, digest) in files.items():
+        part = path / name
+        if not _FILES[schema].fullmatch(name) or not is_plain(part):
+            raise CheckpointError(f"{path}: {short(name)}: missing, or not a plain file of a checkpoint; {REMEDY}")
+        if part.stat().st_size != size:
+            raise CheckpointError(f"{part}: {part.stat().st_size} bytes instead of {short(size)}; {REMEDY}")
+        if sha256(part) != digest:
+            raise CheckpointError(f"{part}: sha256 differs from the manifest's, the file is damaged; {REMEDY}")
+    return {"schema": schema, "step": step, "position": position, "files": manifest["files"]}
+
+
+def read_json(file: Path, max_bytes: int) -> Any:
+    """Parse strict JSON from a plain file: duplicate keys, NaN and infinity are errors.
+
+    Raises OSError, ValueError or RecursionError.
+    """
+    if not is_plain(file):
+        raise ValueError("missing, or not a plain file")
+    if file.stat().st_size > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
+    return json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse)
+
+
+def is_plain(file: Path) -> bool:
+    """Whether ``file`` is an ordinary file itself: no link, pipe, device or folder."""
+    return not file.is_symlink() and file.is_file()
+
+
+def sha256(file: Path) -> str:
+    """The hexadecimal digest of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def short(value: Any) -> str:
+    """``value`` within an error of one line, whatever a file put there."""
+    try:
+        text = repr(list(value) if isinstance(value, tuple) else value)
+    except ValueError:  # an integer of thousands of digits
+        text = "(unprintable)"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def reason(error: Exception) -> str:
+    """Why reading failed, in one line."""
+    return printable(str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}")
+
+
+def printable(text: str) -> str:
+    """At most 300 characters of one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate keys")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")

@@ -1,0 +1,99 @@
+"""Reads the files of a checkpoint: tensors.json says which tensors there are, safetensors files hold their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .manifest import REMEDY, CheckpointError, read_json, reason, short
+from .tensors import DTYPE_OF_NAME, DTYPES, Chunk, Saved
+
+TENSORS = "tensors.json"
+MAX_TENSORS_BYTES = 1 << 30
+
+
+def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
+    """All tensors of the checkpoint, after checking that its files hold exactly their chunks."""
+    if TENSORS not in manifest["files"]:
+        raise CheckpointError(f"{path / TENSORS}: missing from the manifest; {REMEDY}")
+    file, name = path / TENSORS, ""
+    try:
+        found = {}
+        for name, entry in read_json(file, MAX_TENSORS_BYTES).items():
+            found[name] = _saved(name, entry)
+            found[name].check()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        where = f"{short(name)}: " if name else ""
+        raise CheckpointError(f"{file}: refused: {where}{reason(error)}") from None
+    by_file: dict[str, dict[str, tuple[str, list[int]]]] = {part: {} for part in manifest["files"] if part != TENSORS}
+    for name, saved in found.items():
+        for chunk in saved.chunks:
+            if chunk.file not in by_file:
+                raise CheckpointError(f"{file}: refused: {short(name)}: {short(chunk.file)} is not in the manifest")
+            by_file[chunk.file][str(chunk.place)] = (DTYPES[saved.dtype], list(chunk.sizes))
+    for part, expected in by_file.items():
+        _check_header(path / part, expected)
+    return found
+
+
+def to_json(tensors: dict[str, Saved]) -> dict[str, Any]:
+    """What :func:`contents` reads."""
+    return {
+        name: {
+            "dtype": str(saved.dtype).removeprefix("torch."),
+            "shape": saved.shape,
+            "chunks": [[chunk.file, chunk.offsets, chunk.sizes] for chunk in saved.chunks],
+        }
+        for name, saved in tensors.items()
+    }
+
+
+def key_of(name: str, offsets: tuple[int, ...], whole: bool) -> str:
+    """The key of a chunk in its safetensors file; a whole tensor goes by its name."""
+    return name if whole else f"{name}@{','.join(map(str, offsets))}"
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]:
+    """See :data:`equimoe.moe.checkpoint.tensors.Opened`."""
+    with safe_open(file, framework="pt", device="cpu") as content:
+
+        def read(chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
+            tensor: Tensor = content.get_slice(chunk.place)[box] if box else content.get_tensor(chunk.place)
+            return tensor
+
+        yield read
+
+
+def _saved(name: str, entry: Any) -> Saved:
+    shape = tuple(entry["shape"])
+    chunks = []
+    for file, offsets, sizes in entry["chunks"]:
+        if type(file) is not str:
+            raise ValueError("a chunk's file is not a name")
+        key = key_of(name, tuple(offsets), tuple(sizes) == shape)
+        chunks.append(Chunk(tuple(offsets), tuple(sizes), file, key))
+    if entry["dtype"] not in DTYPE_OF_NAME:
+        raise ValueError(f"dtype={short(entry['dtype'])} is not one that a checkpoint holds")
+    return Saved(DTYPE_OF_NAME[entry["dtype"]], shape, tuple(chunks))
+
+
+def _check_header(file: Path, expected: dict[str, tuple[str, list[int]]]) -> None:
+    """Compare a file's own description of its tensors with that of tensors.json."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            keys = set(content.keys())
+            if keys != expected.keys():
+                odd = min(keys ^ expected.keys())
+                raise CheckpointError(f"{file}: refused: {short(odd)} is in this file or in {TENSORS}, not in both")
+            for key, (dtype, sizes) in expected.items():
+                part = content.get_slice(key)
+                if (part.get_dtype(), list(part.get_shape())) != (dtype, sizes):
+                    raise CheckpointError(f"{file}: refused: {short(key)} is not {dtype} of {sizes}")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: refused: {reason(error)}") from None

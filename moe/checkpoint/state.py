@@ -1,0 +1,51 @@
+"""The tensors of a run, by names that do not depend on the mesh: weights, AdamW's moments, random generators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+#: what AdamW keeps of a weight
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def training_state(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """All weights, moments and generators. Reading them changes nothing.
+
+    A weight has moments if it requires a gradient and ``optimizer`` (AdamW) updates it; before its first step they are
+    new zeros, which :func:`restore_optimizer` hands to the optimizer after :func:`equimoe.moe.checkpoint.load`.
+    """
+    state = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, moments in _moments(parameters, optimizer).items():
+        state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    return state | {f"generator.{name}": value for name, value in generators.items()}
+
+
+def restore_optimizer(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
+    """Make the moments in a loaded ``state`` those of ``optimizer``."""
+    for name, moments in _moments(parameters, optimizer).items():
+        optimizer.state[parameters[name]] = {key: state[f"optimizer.{name}.{key}"] for key in moments}
+
+
+def _moments(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        name: optimizer.state.get(parameter) or _new_moments(parameter, groups[id(parameter)])
+        for name, parameter in parameters.items()
+        if parameter.requires_grad and id(parameter) in groups
+    }
+
+
+def _new_moments(parameter: nn.Parameter, group: dict[str, object]) -> dict[str, Tensor]:
+    """Moments as AdamW makes them in its first step."""
+    # kernels that update on the device count there; a counter on the CPU would be an illegal access
+    on_device = group.get("fused") or group.get("capturable")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
+        "exp_avg": torch.zeros_like(parameter.detach()),
+        "exp_avg_sq": torch.zeros_like(parameter.detach()),
+    }
