@@ -114,11 +114,13 @@ class AutoStep(Step):
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
         self._left: tuple[Any, Any, int] | None = None
         self._seen: tuple[Any, int] = (lambda: None, 0)
-        #: steps that ended because the gradient was gone, in each interval between two updates
+        #: steps that ended because the gradient was gone: before the first update, the second, and since
         self._gone = [0]
         #: how much of the layer the best known optimizer holds, and one that may hold copies
         self._held = 0
         self._stranger: Any = lambda: None
+        #: what was found out of an optimizer, while it has as many parameters
+        self._known_optimizers: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
         for register, call in (
             (register_optimizer_step_pre_hook, AutoStep.optimizer_steps),
             (register_optimizer_step_post_hook, AutoStep.optimizer_stepped),
@@ -199,7 +201,7 @@ class AutoStep(Step):
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         if applied and self.layers[0].known:
-            self._gone.append(0)
+            self._gone = [*self._gone[:2], 0]
         # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
         self._left = None
         super().end(applied, overflow)
@@ -212,12 +214,11 @@ class AutoStep(Step):
     def _witness(self) -> nn.Parameter | None:
         """The weight that tells of gradients and updates: the router's, or another of the layer where it is frozen."""
         of = self._of()
-        trained = [] if of is None else [p for p in (of.router.weight, *of.parameters()) if p.requires_grad]
-        return trained[0] if trained else None
+        return None if of is None else next((p for p in (of.router.weight, *of.parameters()) if p.requires_grad), None)
 
     def _changed(self) -> bool:
-        weight, version = self._seen[0](), self._seen[1]
-        return weight is not None and weight is self._witness() and weight._version != version
+        (weight_seen, version), weight = self._seen, self._witness()
+        return weight is not None and weight is weight_seen() and weight._version != version
 
     def read(self, index: int, visit: Visit) -> None:
         super().read(index, visit)
@@ -228,8 +229,8 @@ class AutoStep(Step):
         if stranger is not None and not self._held:  # it may train copies
             copies = (p for group in stranger.param_groups for p in group["params"])
             weight = next((p for p in copies if p.grad is not None), None)
-        left = weight is not None and weight.grad is not None
-        self._left = (weakref.ref(weight), weakref.ref(weight.grad), weight.grad._version) if left else None
+        grad = None if weight is None else weight.grad
+        self._left = None if grad is None else (weakref.ref(weight), weakref.ref(grad), grad._version)
 
     def _gradient_is_gone(self) -> bool:
         """What the last backward left was taken away, or set to zero."""
@@ -242,20 +243,28 @@ class AutoStep(Step):
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> int:
         """2: the witness; 1: another weight of the layer; 0: perhaps copies; -1: nothing, as far as is known."""
-        of, weight = self._of(), self._witness()
-        theirs = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        holds = 2 if id(weight) in theirs else int(of is not None and any(id(p) in theirs for p in of.parameters()))
+        of, weight, groups = self._of(), self._witness(), [group["params"] for group in optimizer.param_groups]
+        key = id(weight) + sum(map(len, groups))
+        known, holds = self._known_optimizers.get(optimizer, (None, 0))
+        if known != key:
+            theirs = {id(p) for group in groups for p in group}
+            own = of is not None and any(id(p) in theirs for p in of.parameters())
+            holds = 2 if id(weight) in theirs else int(own)
+            self._known_optimizers[optimizer] = key, holds
         if holds < self._held:
             return -1
-        return holds if holds or self._may_be_copies(theirs) else -1
+        return holds if holds or self._may_be_copies([p for group in groups for p in group]) else -1
 
-    def _may_be_copies(self, theirs: dict[int, Tensor]) -> bool:
+    def _may_be_copies(self, theirs: list[Tensor]) -> bool:
         """Whether an optimizer may train copies of this layer's weights, each by itself or in flat buffers."""
         weight, done = self._witness(), any(v.done for v in self.layers[0].visits.values())
-        others = (b.step for b in list(_layers.values()) if isinstance(b.driven, AutoStep))
-        if not done or weight is None or any(id(step._witness()) in theirs for step in others):
+        if not done or weight is None:
             return False
-        return any(p.shape == weight.shape or (p.dim() == 1 and p.numel() >= weight.numel()) for p in theirs.values())
+        steps = (b.driven for b in list(_layers.values()))
+        of_layers = {id(step._witness()) for step in steps if isinstance(step, AutoStep)}
+        if any(id(p) in of_layers for p in theirs):  # it trains another model
+            return False
+        return any(p.shape == weight.shape or (p.dim() == 1 and p.numel() >= weight.numel()) for p in theirs)
 
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""
