@@ -120,7 +120,7 @@ class AutoStep(Step):
         self._held = 0
         self._stranger: Any = lambda: None
         #: what was found out of an optimizer, while it has as many parameters
-        self._known_optimizers: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._known_optimizers: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
         for register, call in (
             (register_optimizer_step_pre_hook, AutoStep.optimizer_steps),
             (register_optimizer_step_post_hook, AutoStep.optimizer_stepped),
@@ -244,7 +244,7 @@ class AutoStep(Step):
     def _holds(self, optimizer: torch.optim.Optimizer) -> int:
         """2: the witness; 1: another weight of the layer; 0: perhaps copies; -1: nothing, as far as is known."""
         of, weight, groups = self._of(), self._witness(), [group["params"] for group in optimizer.param_groups]
-        key = id(weight) + sum(map(len, groups))
+        key = id(weight), sum(map(len, groups))
         known, holds = self._known_optimizers.get(optimizer, (None, 0))
         if known != key:
             theirs = {id(p) for group in groups for p in group}

@@ -35,7 +35,7 @@ class Visit:
         #: int64 [1 or B, E + 1], counts and tokens on the ranks that hold parts of the same sequences; by sequence
         #: where a loss is of sequences
         self.own: Entry
-        #: int64 [1, E + 1 + X], counts, tokens and extras on all ranks; the same as ``own`` where nothing asks for those
+        #: int64 [1, E + 1 + X], counts, tokens and extras on all ranks; where nothing asks for those, ``own``
         self.batch: Entry
         #: int64 [N, K], the choices on all ranks, -1 for masked tokens; for a loss that draws from them
         self.choices_NK: Tensor | None = None
