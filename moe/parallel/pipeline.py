@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 
 from ..balance import counting_pass
 from ..balance.counts import Window
@@ -22,6 +22,7 @@ from ..collectives import Axis, sum_over
 from ..config import require
 from ..layer import MoE
 from ..model import Decoder
+from .torch_stage import TorchStage
 
 #: (logits [B, S, V] of a micro-batch, its labels) to its shares of the step's loss, of any shape: they are summed
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -132,122 +133,6 @@ def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
     return sum_over(value.detach().clone(), axis).get()
 
 
-class _Stage(PipelineStage):
-    """torch's stage, with autocast around the forward and forward-only passes that hold on all its versions."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        number: int,
-        num_stages: int,
-        device: torch.device,
-        group: Any,
-        inputs_BS: Tensor,
-        hidden_BSD: Tensor,
-        precision: Callable[[], AbstractContextManager],
-    ) -> None:
-        # with both given, torch runs no pass of its own to find shapes: that would open balance slots
-        given = hidden_BSD if number else inputs_BS
-        super().__init__(module, number, num_stages, device, input_args=given, output_args=hidden_BSD, group=group)
-        self.hidden_BSD = hidden_BSD
-        self.precision = precision
-
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision():
-            return super().forward_maybe_with_nosync(*args, **kwargs)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if not self.is_last:
-            self._check_hidden(output)
-        elif not self.has_backward:
-            self.fwd_cache[fwd_chunk_id] = ((), [])  # no backward comes for the logits
-        return output
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
-        ops = super().get_fwd_send_ops(fwd_chunk_id)
-        if not self.has_backward:
-            self.fwd_cache[fwd_chunk_id] = ((), [])
-        return ops
-
-    def _check_hidden(self, hidden_BSD: Tensor) -> None:
-        """Other memory than the receiver's buffer would arrive as garbage, or never."""
-        for name, found, told in (
-            ("hidden_shape", tuple(hidden_BSD.shape), tuple(self.hidden_BSD.shape)),
-            ("hidden_dtype", hidden_BSD.dtype, self.hidden_BSD.dtype),
-        ):
-            require(found == told, name, told, f"stage {self.stage_index} gives {found}; make the pipeline with that")
-
-    def _validate_fwd_outputs(self, outputs: Any) -> None:
-        """As above; torch 2.11 would hold the logits to the shape and dtype of hidden states, too."""
-
-    def _post_metadata_inference_cleanup(self) -> None:
-        """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
-
-    # torch makes a buffer for every micro-batch and direction ahead, and keeps them: with hundreds of micro-batches
-    # that is more memory than all else. Here one is made when its rows are about to arrive, for whoever uses them.
-
-    @contextmanager
-    def _without_memory(self) -> Iterator[None]:
-        device, self.device = self.device, torch.device("meta")
-        try:
-            yield
-        finally:
-            self.device = device
-
-    def _setup_forward_recv_info(self, *args: Any) -> None:  # not in torch 2.11, whose buffers go after their first use
-        with self._without_memory():
-            super()._setup_forward_recv_info(*args)
-
-    def _create_grad_recv_info(self, *args: Any) -> Any:
-        with self._without_memory():
-            return super()._create_grad_recv_info(*args)
-
-    def _get_recv_ops(self, recv_infos: Any) -> Any:
-        for info in recv_infos:
-            if _buffer_of(info, "meta") is not None:
-                info.buffer = torch.empty_like(info.buffer, device=self.device)
-        return super()._get_recv_ops(recv_infos)
-
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_activations(fwd_chunk_id)
-        for hidden in received:  # torch 2.11 decides when it makes the buffers, which may be for an evaluation
-            hidden.requires_grad_(self.has_backward)
-        self._let_go(self.args_recv_info[fwd_chunk_id])
-        return received
-
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_grads(bwd_chunk_id)
-        self._let_go(self.grad_recv_info[bwd_chunk_id])
-        return received
-
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
-        if loss is not None:  # the schedule keeps it to the step's end, and with its graph the stage's input
-            loss.detach_()
-
-    def _let_go(self, recv_infos: Any) -> None:
-        for info in recv_infos:
-            if _buffer_of(info, self.device.type) is not None:
-                info.buffer = torch.empty_like(info.buffer, device="meta")
-
-    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
-        # torch 2.11 greets the neighbours, in a V also where the neighbour is this rank itself, which gloo cannot
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
-
-    def get_local_bwd_output(self, mb_index: int) -> Any:
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
-
-
-def _buffer_of(info: Any, device: str) -> Tensor | None:
-    buffer = getattr(info, "buffer", None)
-    return buffer if buffer is not None and buffer.device.type == device else None
-
-
 class Pipeline:
     """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
 
@@ -292,7 +177,7 @@ class Pipeline:
             if self.kind.split_backward and isinstance(stage, FSDPModule):
                 # torch looks for the weights before the backward gathers them: gathered they must stay
                 stage.set_reshard_after_forward(False)
-            runners.append(_Stage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision))
+            runners.append(TorchStage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision))
         self._loss_fn: LossFunction | None = None
         self._shares: list[Tensor] = []
         self._counted = False
