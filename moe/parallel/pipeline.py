@@ -9,6 +9,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from ..collectives import Axis, sum_over
 from ..config import require
 from ..layer import MoE
 from ..model import Decoder
-from .torch_stage import TorchStage
+from .torch_stage import SPLITS_BACKWARD, TorchStage
 
 #: (logits [B, S, V] of a micro-batch, its labels) to its shares of the step's loss, of any shape: they are summed
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -64,10 +66,18 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int) -> None:
-    """Refuse degrees that do not fit, in one line that names them."""
+def check_pipeline(
+    schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int, micro_batch: int = 1
+) -> None:
+    """Refuse degrees that do not fit, in one line that names them. ``micro_batch``: sequences of a micro-batch."""
     require(schedule in SCHEDULES, "parallel.schedule", schedule, f"use one of {', '.join(SCHEDULES)}")
     kind, stages = SCHEDULES[schedule], pp * stages_per_rank
+    require(
+        not kind.split_backward or SPLITS_BACKWARD,
+        "parallel.schedule",
+        schedule,
+        f"torch {torch.__version__} cannot split this backward; use torch 2.13 or later, or 'interleaved_1f1b'",
+    )
     require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks")
     allowed = "2 or more" if kind.stages_per_rank is _MANY else kind.stages_per_rank[0]
     require(
@@ -83,19 +93,29 @@ def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: 
         f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}",
     )
     least = stages if kind.fills_stages else pp if kind.rounds else 1
-    require(
-        micro_batches >= least,
-        "micro_batches",
-        micro_batches,
-        f"parallel.schedule={schedule!r} needs at least {least} with parallel.pp={pp}; lower data.micro_batch",
-    )
-    rounds = max(1, micro_batches // pp) if kind.rounds else 1
-    require(
-        micro_batches % rounds == 0,
-        "micro_batches",
-        micro_batches,
-        f"parallel.schedule={schedule!r} runs {rounds} equal rounds; use a multiple of parallel.pp={pp}",
-    )
+
+    def rounds(number: int) -> int:
+        return max(1, number // pp) if kind.rounds else 1
+
+    def fits(number: int) -> bool:
+        return number >= least and number % rounds(number) == 0
+
+    if not fits(micro_batches):
+        why = f"needs at least {least} with parallel.pp={pp}"
+        if micro_batches >= least:
+            why = f"runs {rounds(micro_batches)} equal rounds; use a multiple of parallel.pp={pp}"
+        remedy = _other_micro_batches(micro_batches, micro_batch, lambda n: fits(n) and not (kind.rounds and n % pp))
+        require(False, "micro_batches", micro_batches, f"parallel.schedule={schedule!r} {why}: {remedy}")
+
+
+def _other_micro_batches(number: int, micro_batch: int, fits: Callable[[int], bool]) -> str:
+    """What to change so that a number of micro-batches fits: their size, or where that cannot be, the whole batch."""
+    each = number * micro_batch
+    for size in range(micro_batch - 1, 0, -1):
+        if each % size == 0 and fits(each // size):
+            return f"set data.micro_batch={size}, which makes it {each // size}"
+    more = next(n for n in count(number + 1) if fits(n))
+    return f"multiply data.global_batch by {Fraction(more, number)}, which makes it {more}"
 
 
 def stage_ids(schedule: str, pp_size: int, pp_rank: int, stages_per_rank: int) -> list[int]:
@@ -160,7 +180,7 @@ class Pipeline:
         precision: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         num_stages = axis.size * len(stages)
-        check_pipeline(schedule, axis.size, len(stages), micro_batches, num_layers=num_stages)
+        check_pipeline(schedule, axis.size, len(stages), micro_batches, num_stages, hidden_shape[0])
         self.kind = SCHEDULES[schedule]
         self.stages = stages
         self.micro_batches = micro_batches

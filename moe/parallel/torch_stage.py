@@ -24,6 +24,9 @@ from torch.distributed.pipelining import PipelineStage
 
 from ..config import require
 
+#: Up to torch 2.12 the second half of a split backward fails: it no longer finds the nodes of custom operations.
+SPLITS_BACKWARD = torch.__version__ >= "2.13"
+
 
 @dataclass
 class _InFlight:
