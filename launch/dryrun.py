@@ -22,6 +22,7 @@ from ..moe.config import MoEConfig
 from ..moe.engines import DataParallel, build_engine
 from ..moe.parallel import Mesh, build_mesh, parallelize
 from ..moe.parallel.dry import Collective, Recorder
+from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import load_tokenizer
 from ..moe.train.loop import build_model
@@ -80,6 +81,9 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
     config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
     degrees = config.parallel.resolve(world)
     passes = config.micro_batches(degrees.dp)
+    if degrees.pp > 1:  # of the whole step: fewer micro-batches are run here
+        layers, micro_batch = config.model.num_layers, config.data.micro_batch
+        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
     run = min(passes, _enough(config, degrees.pp, passes))
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     with env.pretended(rank, world, node):

@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         degrees = config.parallel.resolve(process.world)
         passes = config.micro_batches(degrees.dp)
         if degrees.pp > 1:
-            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, config.model.num_layers)
+            layers, micro_batch = config.model.num_layers, config.data.micro_batch
+            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))

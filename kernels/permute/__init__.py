@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import pick
 from ..sort_by_expert import ExpertOrder
+from ..values import readable
 from . import reference, torch_ops
 
 __all__ = ["combine", "permute"]
@@ -55,6 +56,6 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
     rows = order.order_R.numel()
     if rows_RD.dim() != 2 or rows_RD.shape[0] > rows:
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: give at most {rows} rows of shape [R, D]")
-    if rows_RD.device.type == "cpu" and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
+    if readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {kept} rows; give them all")
     return pick("combine", _COMBINE, backend)(rows_RD, order)

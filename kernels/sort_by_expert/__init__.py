@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..values import readable
 from . import reference, torch_ops
 from .order import ExpertOrder
 
@@ -33,7 +34,7 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         raise ValueError(f"ids_SK={ids_SK.dtype}{list(ids_SK.shape)}: give int64 expert ids of shape [S, K]")
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: must be at least 1")
-    if ids_SK.device.type == "cpu" and ids_SK.numel() and not torch.compiler.is_compiling():
+    if readable(ids_SK) and ids_SK.numel():
         low, high = (int(bound) for bound in ids_SK.aminmax())
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..values import readable
 from . import reference, torch_ops
 from .gate import Gate, Method
 from .tiles import MAX_EXPERTS, MAX_K
@@ -73,7 +74,7 @@ def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
     tokens, experts = logits_TE.shape
     if ids_TK.shape != (tokens, k) or ids_TK.dtype != torch.int64:
         raise ValueError(f"ids_TK={ids_TK.dtype}{list(ids_TK.shape)}: must be int64 [{tokens}, {k}], k per token")
-    if ids_TK.device.type == "cpu" and ids_TK.numel() and not torch.compiler.is_compiling():
+    if readable(ids_TK) and ids_TK.numel():
         low, high = (int(bound) for bound in ids_TK.aminmax())
         if low < 0 or high >= experts:
             raise ValueError(f"ids_TK in [{low}, {high}]: use 0..{experts - 1}, and mask_T for tokens without a choice")

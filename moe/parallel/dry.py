@@ -308,7 +308,7 @@ _WEIGHTS = ("fsdp", "dp_replicate", "dense", "edp", "edp_shard", "edp_replicate"
 
 
 def _believed(dtype: torch.dtype) -> bool | int | float:
-    """What a tensor without values holds when somebody must know: checks pass, gradients are finite and are clipped."""
+    """What a tensor without values holds when somebody must know: gradients are finite and are clipped."""
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 

@@ -9,18 +9,22 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 
 from ..balance import Step, random_state_kept
 from ..collectives import Axis, sum_over
 from ..config import require
 from ..layer import MoE
 from ..model import Decoder
+from .torch_stage import SPLITS_BACKWARD, TorchStage
 
 #: (logits [B, S, V] of a micro-batch, its labels) to its shares of the step's loss, of any shape: they are summed
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -62,10 +66,18 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int) -> None:
-    """Refuse degrees that do not fit, in one line that names them."""
+def check_pipeline(
+    schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int, micro_batch: int = 1
+) -> None:
+    """Refuse degrees that do not fit, in one line that names them. ``micro_batch``: sequences of a micro-batch."""
     require(schedule in SCHEDULES, "parallel.schedule", schedule, f"use one of {', '.join(SCHEDULES)}")
     kind, stages = SCHEDULES[schedule], pp * stages_per_rank
+    require(
+        not kind.split_backward or SPLITS_BACKWARD,
+        "parallel.schedule",
+        schedule,
+        f"torch {torch.__version__} cannot split this backward; use torch 2.13 or later, or 'interleaved_1f1b'",
+    )
     require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks")
     allowed = "2 or more" if kind.stages_per_rank is _MANY else kind.stages_per_rank[0]
     require(
@@ -81,19 +93,29 @@ def check_pipeline(schedule: str, pp: int, stages_per_rank: int, micro_batches: 
         f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}",
     )
     least = stages if kind.fills_stages else pp if kind.rounds else 1
-    require(
-        micro_batches >= least,
-        "micro_batches",
-        micro_batches,
-        f"parallel.schedule={schedule!r} needs at least {least} with parallel.pp={pp}; lower data.micro_batch",
-    )
-    rounds = max(1, micro_batches // pp) if kind.rounds else 1
-    require(
-        micro_batches % rounds == 0,
-        "micro_batches",
-        micro_batches,
-        f"parallel.schedule={schedule!r} runs {rounds} equal rounds; use a multiple of parallel.pp={pp}",
-    )
+
+    def rounds(number: int) -> int:
+        return max(1, number // pp) if kind.rounds else 1
+
+    def fits(number: int) -> bool:
+        return number >= least and number % rounds(number) == 0
+
+    if not fits(micro_batches):
+        why = f"needs at least {least} with parallel.pp={pp}"
+        if micro_batches >= least:
+            why = f"runs {rounds(micro_batches)} equal rounds; use a multiple of parallel.pp={pp}"
+        remedy = _other_micro_batches(micro_batches, micro_batch, lambda n: fits(n) and not (kind.rounds and n % pp))
+        require(False, "micro_batches", micro_batches, f"parallel.schedule={schedule!r} {why}: {remedy}")
+
+
+def _other_micro_batches(number: int, micro_batch: int, fits: Callable[[int], bool]) -> str:
+    """What to change so that a number of micro-batches fits: their size, or where that cannot be, the whole batch."""
+    each = number * micro_batch
+    for size in range(micro_batch - 1, 0, -1):
+        if each % size == 0 and fits(each // size):
+            return f"set data.micro_batch={size}, which makes it {each // size}"
+    more = next(n for n in count(number + 1) if fits(n))
+    return f"multiply data.global_batch by {Fraction(more, number)}, which makes it {more}"
 
 
 def stage_ids(schedule: str, pp_size: int, pp_rank: int, stages_per_rank: int) -> list[int]:
@@ -131,122 +153,6 @@ def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
     return sum_over(value.detach().clone(), axis).get()
 
 
-class _Stage(PipelineStage):
-    """torch's stage, with autocast around the forward and forward-only passes that hold on all its versions."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        number: int,
-        num_stages: int,
-        device: torch.device,
-        group: Any,
-        inputs_BS: Tensor,
-        hidden_BSD: Tensor,
-        precision: Callable[[], AbstractContextManager],
-    ) -> None:
-        # with both given, torch runs no pass of its own to find shapes: that would open balance slots
-        given = hidden_BSD if number else inputs_BS
-        super().__init__(module, number, num_stages, device, input_args=given, output_args=hidden_BSD, group=group)
-        self.hidden_BSD = hidden_BSD
-        self.precision = precision
-
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        with self.precision():
-            return super().forward_maybe_with_nosync(*args, **kwargs)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        if not self.is_last:
-            self._check_hidden(output)
-        elif not self.has_backward:
-            self.fwd_cache[fwd_chunk_id] = ((), [])  # no backward comes for the logits
-        return output
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
-        ops = super().get_fwd_send_ops(fwd_chunk_id)
-        if not self.has_backward:
-            self.fwd_cache[fwd_chunk_id] = ((), [])
-        return ops
-
-    def _check_hidden(self, hidden_BSD: Tensor) -> None:
-        """Other memory than the receiver's buffer would arrive as garbage, or never."""
-        for name, found, told in (
-            ("hidden_shape", tuple(hidden_BSD.shape), tuple(self.hidden_BSD.shape)),
-            ("hidden_dtype", hidden_BSD.dtype, self.hidden_BSD.dtype),
-        ):
-            require(found == told, name, told, f"stage {self.stage_index} gives {found}; make the pipeline with that")
-
-    def _validate_fwd_outputs(self, outputs: Any) -> None:
-        """As above; torch 2.11 would hold the logits to the shape and dtype of hidden states, too."""
-
-    def _post_metadata_inference_cleanup(self) -> None:
-        """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
-
-    # torch makes a buffer for every micro-batch and direction ahead, and keeps them: with hundreds of micro-batches
-    # that is more memory than all else. Here one is made when its rows are about to arrive, for whoever uses them.
-
-    @contextmanager
-    def _without_memory(self) -> Iterator[None]:
-        device, self.device = self.device, torch.device("meta")
-        try:
-            yield
-        finally:
-            self.device = device
-
-    def _setup_forward_recv_info(self, *args: Any) -> None:  # not in torch 2.11, whose buffers go after their first use
-        with self._without_memory():
-            super()._setup_forward_recv_info(*args)
-
-    def _create_grad_recv_info(self, *args: Any) -> Any:
-        with self._without_memory():
-            return super()._create_grad_recv_info(*args)
-
-    def _get_recv_ops(self, recv_infos: Any) -> Any:
-        for info in recv_infos:
-            if _buffer_of(info, "meta") is not None:
-                info.buffer = torch.empty_like(info.buffer, device=self.device)
-        return super()._get_recv_ops(recv_infos)
-
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_activations(fwd_chunk_id)
-        for hidden in received:  # torch 2.11 decides when it makes the buffers, which may be for an evaluation
-            hidden.requires_grad_(self.has_backward)
-        self._let_go(self.args_recv_info[fwd_chunk_id])
-        return received
-
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        received = super()._retrieve_recv_grads(bwd_chunk_id)
-        self._let_go(self.grad_recv_info[bwd_chunk_id])
-        return received
-
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, loss, *args, **kwargs)
-        if loss is not None:  # the schedule keeps it to the step's end, and with its graph the stage's input
-            loss.detach_()
-
-    def _let_go(self, recv_infos: Any) -> None:
-        for info in recv_infos:
-            if _buffer_of(info, self.device.type) is not None:
-                info.buffer = torch.empty_like(info.buffer, device="meta")
-
-    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
-        # torch 2.11 greets the neighbours, in a V also where the neighbour is this rank itself, which gloo cannot
-        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
-
-    def get_local_bwd_output(self, mb_index: int) -> Any:
-        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
-
-    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
-        if self.has_backward:
-            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
-
-
-def _buffer_of(info: Any, device: str) -> Tensor | None:
-    buffer = getattr(info, "buffer", None)
-    return buffer if buffer is not None and buffer.device.type == device else None
-
-
 class Pipeline:
     """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
 
@@ -274,7 +180,7 @@ class Pipeline:
         precision: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         num_stages = axis.size * len(stages)
-        check_pipeline(schedule, axis.size, len(stages), micro_batches, num_layers=num_stages)
+        check_pipeline(schedule, axis.size, len(stages), micro_batches, num_stages, hidden_shape[0])
         self.kind = SCHEDULES[schedule]
         self.stages = stages
         self.micro_batches = micro_batches
@@ -294,14 +200,13 @@ class Pipeline:
             if self.kind.split_backward and isinstance(stage, FSDPModule):
                 # torch looks for the weights before the backward gathers them: gathered they must stay
                 stage.set_reshard_after_forward(False)
-            runner = _Stage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision)
-            for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
-                setattr(runner, name, self._in_micro_batch(balance, getattr(runner, name)))
-            runners.append(runner)
+            within = partial(self._micro_batch, balance)
+            runners.append(
+                TorchStage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision, within)
+            )
         self._loss_fn: LossFunction | None = None
         self._shares: list[Tensor] = []
-        #: the next step's micro-batches are being counted; have been
-        self._counting = self._counted = False
+        self._counting = False
         first: Any = runners if len(runners) > 1 else runners[0]
         self._schedule = self.kind.runner(first, micro_batches, loss_fn=self._loss, scale_grads=False)
 
@@ -315,9 +220,6 @@ class Pipeline:
         where the last stage is; elsewhere nothing. Raises ValueError for a number or shape of micro-batches other than
         the pipeline's.
         """
-        if not self._counted:
-            self._begin()
-        self._counted = False
         with self._losses(loss_fn) as shares:
             self._run(self._schedule.step, inputs, labels, masks)
         return shares
@@ -329,14 +231,12 @@ class Pipeline:
         """
         if self.kind.forwards_first:
             return
-        self._begin()
         self._counting = True
         try:
             with random_state_kept(), torch.no_grad(), self._losses(None):
                 self._run(self._schedule.eval, inputs, inputs, masks)
         finally:
             self._counting = False
-        self._counted = True
 
     @torch.no_grad()
     def evaluate(
@@ -369,18 +269,9 @@ class Pipeline:
         kwargs = {} if masks is None else {"mask": torch.cat(masks)}
         run(*args, target=target, return_outputs=False, **kwargs)
 
-    def _begin(self) -> None:
-        for balance in self.balance:
-            balance.begin(self.micro_batches)
-
-    def _in_micro_batch(self, balance: Step, run: Callable[..., Any]) -> Callable[..., Any]:
-        """``run(chunk, ...)`` of a stage as part of the balance of micro-batch ``chunk``."""
-
-        def call(chunk: int, *args: Any, **kwargs: Any) -> Any:
-            with balance.micro_batch(chunk, ahead=self._counting):
-                return run(chunk, *args, **kwargs)
-
-        return call
+    def _micro_batch(self, balance: Step, number: int) -> AbstractContextManager[None]:
+        """Around what a stage does for a micro-batch."""
+        return balance.micro_batch(number, ahead=self._counting)
 
     @contextmanager
     def _losses(self, loss_fn: LossFunction | None) -> Iterator[list[Tensor]]:

@@ -6,6 +6,8 @@ from equimoe.moe import CapacityConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
+from equimoe.moe.parallel.pipeline import SCHEDULES
+from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
 from tests.helpers.parity import Composition as C
 
 BF16 = "bfloat16"
@@ -129,3 +131,11 @@ COMPOSITIONS: dict[str, C] = {
     "pp 2, cp 2, tp 2, ep 2, etp 2": C(8, P(pp=2, cp=2, tp=2, ep=2, etp=2), micro_batches=2, recompute=True),
     "pp 2, dp 2, ep 2, bf16": C(4, P(pp=2, ep=2), micro_batches=4, dtype=BF16),
 }
+
+
+def runs(parallel: P) -> bool:
+    """Whether the torch that is installed can run the schedule."""
+    return SPLITS_BACKWARD or not SCHEDULES[parallel.schedule].split_backward
+
+
+COMPOSITIONS = {name: of for name, of in COMPOSITIONS.items() if runs(of.parallel)}

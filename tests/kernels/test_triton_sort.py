@@ -7,10 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from equimoe.kernels.permute import combine  # noqa: E402
 from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
+from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
 if DEVICE == "cpu":
@@ -90,3 +93,17 @@ def test_repeats_bit_for_bit() -> None:
     ids_SK = torch.randint(-1, 700, (1500, 2), device=DEVICE)
     first, second = (sort_by_expert(ids_SK, 700, backend="triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_tensors_without_values_are_not_read(experts: int) -> None:
+    """In a dry run or a trace there is nothing to check: ids of one expert are as good as ids of many."""
+    with FakeTensorMode():
+        ids_SK = torch.zeros(5, 2, dtype=torch.int64)
+        order = sort_by_expert(ids_SK, experts, backend="triton")
+        assert order.offsets_E.shape == (experts + 1,)
+        assert combine(torch.zeros(10, 3), order, backend="triton").shape == (5, 3)
+        logits_TE = torch.zeros(5, experts)
+        assert topk_gate(logits_TE, 1, ids_TK=ids_SK[:, :1], backend="triton").weights_TK.shape == (5, 1)
+    with pytest.raises(ValueError, match=r"ids_SK in \[0, 7\]"):
+        sort_by_expert(torch.tensor([[0, 7]]), experts)

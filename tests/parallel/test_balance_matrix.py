@@ -20,6 +20,7 @@ from equimoe.moe.parallel import Mesh, build_mesh, parallelize, share_of, token_
 from equimoe.moe.parallel import ParallelConfig as P
 from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, split, stage_ids
 from tests.helpers import oracle
+from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks
 from tests.helpers.parity import full
 from tests.helpers.placed import spread_experts
@@ -142,7 +143,7 @@ def together(layers: int, micro_batches: int, dp: int, ep: int) -> dict[str, Ten
     return {name: sum(w * of_scope[name] for w, of_scope in found) for name in found[0][1]} | biases
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", [name for name, (_, parallel) in MAPPINGS.items() if runs(parallel)])
 def test_equals_one_process(name: str) -> None:
     assert worst_error(*MAPPINGS[name]) < 1e-6
 

@@ -21,7 +21,8 @@ from equimoe.launch.dryrun import Found, describe, dry_run, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.config import AttentionConfig, MoEConfig, RouterConfig
+from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, RouterConfig
+from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.parallel.dry import chosen_share
@@ -117,6 +118,36 @@ def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
             }
             seen = {(kind.axis, kind.ranks) for kind, _, _ in found.traffic}
             assert set(real["collectives"]) <= seen
+
+
+@pytest.mark.parametrize("dispatcher", [name for name in DISPATCHERS if name != "local"])
+def test_a_rank_with_one_expert(dispatcher: Any) -> None:
+    """Its only valid choice is expert 0, and it computes as many rows as its own tokens choose."""
+    model, parallel = replace(MODEL, num_layers=1, dense_layers=0), ParallelConfig(ep=8)
+    config = replace(SMALL, model=model, parallel=parallel, dispatch=DispatchConfig(name=dispatcher))
+    found = dry(config, 8, 5)
+    assert found.most["parameters"] == memory(config, 8, 5).parameters
+    products = 3 * 2 * found.micro_batches * 16 * 2 * 16 * 3 * 12
+    if dispatcher in ("all_gather", "hierarchical"):  # rows that arrive for other experts are counted, too
+        assert found.flops["experts"] > products
+    else:
+        assert found.flops["experts"] == products
+
+
+#: recipe -> ranks that hold one expert each
+ONE_EACH = {"quickstart": 8, "mixtral": 8, "qwen3_global_batch": 64, "qwen3_235b": 128, "deepseek_v3": 256}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
+    """One layer of them."""
+    ep = ONE_EACH[name]
+    argv = ["--recipe", name, "--model.num_layers", "1", "--model.dense_layers", "0", "--model.vocab_size", "512"]
+    argv += ["--model.moe_every", "1", "--parallel.ep", str(ep), "--parallel.pp", "1", "--parallel.tp", "1"]
+    config = parse([*argv, "--data.global_batch", str(ep), "--data.micro_batch", "1"]).config
+    found, model = dry(config, ep, ep - 1), config.model
+    products = (4 if model.recompute else 3) * 2 * config.data.seq_len * model.top_k
+    assert found.flops["experts"] == products * model.hidden_size * 3 * model.moe_intermediate_size
 
 
 def test_bytes_and_products_by_hand() -> None:
@@ -284,7 +315,24 @@ def test_parameters_are_as_published() -> None:
         (["--world", "4", "--recipe", "gpt"], "--recipe=gpt: no such recipe; use one of "),
         (["--world", "3"], "parallel.ep=2: must divide the number of processes, which is 3"),
         (["--world", "4", "--data.global_batch", "9"], "data.global_batch=9: must be a multiple of "),
-        (["--world", "4", "--parallel.pp", "2"], "micro_batches=1: parallel.schedule='1f1b' needs at least 2 "),
+        (
+            ["--world", "4", "--parallel.pp", "2"],
+            "micro_batches=1: parallel.schedule='1f1b' needs at least 2 with parallel.pp=2: set data.micro_batch=4, ",
+        ),
+        (
+            ["--world", "16384", "--recipe", "deepseek_v3"],
+            "micro_batches=15: parallel.schedule='1f1b' needs at least 16 with parallel.pp=16: "
+            "multiply data.global_batch by 16/15, which makes it 16",
+        ),
+        (
+            ["--world", "16384", "--recipe", "qwen3_235b"],
+            "micro_batches=8: parallel.schedule='1f1b' needs at least 16 with parallel.pp=16: "
+            "multiply data.global_batch by 2, which makes it 16",
+        ),
+        (
+            ["--world", "2048", "--recipe", "deepseek_v3", "--parallel.schedule", "interleaved_1f1b"],
+            "micro_batches=120: parallel.schedule='interleaved_1f1b' runs 7 equal rounds; ",
+        ),
         (["--world", "4", "--parallel.tp", "4"], "model.vocab_size=257: give a multiple of parallel.tp=4; "),
     ],
 )

@@ -12,6 +12,7 @@ from equimoe.moe import BalanceConfig, RouterConfig
 from equimoe.moe.collectives import global_ranks
 from equimoe.moe.config import CapacityConfig, ExtraLossConfig
 from equimoe.moe.parallel import build_mesh
+from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
@@ -81,7 +82,7 @@ MAPPINGS = [
     (2, {"tp": 2, "ep": 2, "sequence_parallel": False}),
     (2, {"data_parallel": "fsdp"}),
     (4, {"ep": 2}),
-    (4, {"pp": 2, "schedule": "zbv", "ep": 2}),
+    *([(4, {"pp": 2, "schedule": "zbv", "ep": 2})] if SPLITS_BACKWARD else []),
     (4, {"ep": 2, "etp": 2}),
 ]
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from equimoe.moe.parallel import ParallelConfig, build_mesh, pipeline
+from equimoe.moe.collectives import world_axis
+from equimoe.moe.parallel import ParallelConfig, build_mesh
+from equimoe.moe.parallel.pipeline import Pipeline
+from equimoe.moe.parallel.torch_stage import TorchStage
 from tests.helpers import parity
 from tests.helpers.fork import run_ranks
+from tests.parallel import test_pipeline
 
 MICRO_BATCHES = 8
 
@@ -19,16 +24,16 @@ def test_receive_buffers_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 1F1B stage s of P has P - s micro-batches in flight: their inputs and two gradients, not those of all."""
     received: list[weakref.ref] = []
     most = 0
-    before = pipeline._Stage._get_recv_ops
+    before = TorchStage._buffer
 
-    def count(stage: Any, recv_infos: Any) -> Any:
+    def count(stage: TorchStage) -> Tensor:
         nonlocal most
-        ops = before(stage, recv_infos)
-        received.extend(weakref.ref(op.tensor) for op in ops)
-        most = max(most, sum(buffer() is not None for buffer in received))
-        return ops
+        buffer = before(stage)
+        received.append(weakref.ref(buffer))
+        most = max(most, sum(seen() is not None for seen in received))
+        return buffer
 
-    monkeypatch.setattr(pipeline._Stage, "_get_recv_ops", count)
+    monkeypatch.setattr(TorchStage, "_buffer", count)
     of = parity.Composition(4, ParallelConfig(pp=4), micro_batches=MICRO_BATCHES)
 
     def script(rank: int, world: int) -> tuple[int, int]:
@@ -39,6 +44,42 @@ def test_receive_buffers_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         passes = 2 if stage == 3 else 1 if stage == 0 else 3  # counting, forward, backward: those that receive
         assert number == passes * MICRO_BATCHES * parity.STEPS
         assert alive <= (4 - stage) * (stage > 0) + 2
+
+
+@pytest.mark.parametrize("schedule", test_pipeline.USABLE)
+def test_nothing_is_left_of_a_micro_batch(schedule: str) -> None:
+    """After an evaluation, a counting pass and a step: no inputs, outputs, gradients or postponed backwards."""
+
+    def left(stages: list[TorchStage]) -> list[Any]:
+        return [value for stage in stages for held in stage._in_flight.values() for value in vars(held).values()]
+
+    def script(rank: int, world: int) -> list[int]:
+        stages: list[TorchStage] = []
+        made = TorchStage.__init__
+
+        def remember(stage: TorchStage, *of: Any) -> None:
+            made(stage, *of)
+            stages.append(stage)
+
+        TorchStage.__init__ = remember  # type: ignore[method-assign]
+        pipeline: Pipeline = test_pipeline.pipeline_of(world_axis(), schedule, 4)
+        inputs, labels, masks = test_pipeline.data(4)
+        loss_fn = test_pipeline.shares_of(labels)
+        outputs: list[weakref.ref] = []
+        for part in pipeline.stages:
+            part.register_forward_hook(lambda _, args, output: outputs.append(weakref.ref(output)))
+        found = []
+        for run in (
+            lambda: pipeline.evaluate(inputs, labels, masks, loss_fn),
+            lambda: pipeline.count(inputs, masks),
+            lambda: pipeline.step(inputs, labels, masks, loss_fn),
+        ):
+            run()
+            found.append(sum(value is not None for value in left(stages)))
+            found.append(sum(output() is not None for output in outputs))
+        return found
+
+    assert run_ranks(script, 2) == [[0] * 6] * 2
 
 
 def test_groups_of_nodes_have_the_timeout() -> None:
