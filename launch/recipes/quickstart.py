@@ -33,9 +33,9 @@ def quickstart() -> TrainConfig:
             moe_every=1,
         ),
         balance=BalanceConfig(scope="global", coefficient=0.01),
-        data=DataConfig(seq_len=256, global_batch=16, micro_batch=8, max_bytes_per_domain=2_000_000),
+        data=DataConfig(seq_len=256, global_batch=16, micro_batch=8, builtin_bytes_per_domain=2_000_000),
         optim=OptimConfig(lr=3e-3, warmup_steps=20),
-        parallel=ParallelConfig(ep=2),
+        parallel=ParallelConfig(ep=-1),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=10, eval_every=100),
     )
