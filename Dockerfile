@@ -41,5 +41,5 @@ RUN useradd --create-home --uid 1000 equimoe \
 USER equimoe
 WORKDIR /workspace
 VOLUME /workspace/runs
-CMD ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "equimoe.launch.train", \
+CMD ["python", "-m", "equimoe.launch.train", "--processes", "2", \
      "--recipe", "quickstart", "--run-dir", "runs/quickstart"]

@@ -45,8 +45,7 @@ train: $(VENV)/.stamp-train
 		echo "  make train RUN_DIR=runs/another      start a second one"; \
 		echo "  rm -r $(RUN_DIR) && make train       start again"; \
 		exit 1; fi
-	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
-		-m equimoe.launch.train --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
+	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.stamp-dev
 	$(PY) -m pytest $(ARGS)

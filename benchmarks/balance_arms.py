@@ -151,7 +151,7 @@ def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
             seq_len=size.seq_len,
             global_batch=BATCH,
             micro_batch=arm.micro_batch,
-            max_bytes_per_domain=size.bytes_per_domain,
+            builtin_bytes_per_domain=size.bytes_per_domain,
         ),
         optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)),
         log=LogConfig(eval_sequences=size.heldout, tensorboard=False),

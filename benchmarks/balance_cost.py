@@ -87,7 +87,7 @@ def training(
         config,
         model=replace(model, **small) if narrow else model,  # type: ignore[arg-type]
         balance=balance,
-        data=replace(config.data, **data, max_bytes_per_domain=200_000),  # type: ignore[arg-type]
+        data=replace(config.data, **data, builtin_bytes_per_domain=200_000),  # type: ignore[arg-type]
         optim=OptimConfig(lr=1e-12, warmup_steps=0),
         parallel=ParallelConfig(timeout_s=TIMEOUT_S, **parallel),
     )

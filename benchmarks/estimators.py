@@ -66,13 +66,13 @@ CONFIG = TrainConfig(
         moe_intermediate_size=96,
     ),
     balance=BalanceConfig(scope="global", coefficient=0.01),
-    data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, max_bytes_per_domain=1_000_000),
+    data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),
 )
 QUICK = replace(
     CONFIG,
     steps=12,
     model=replace(CONFIG.model, hidden_size=32, num_layers=2, num_heads=2, moe_intermediate_size=32),
-    data=replace(CONFIG.data, seq_len=32, global_batch=32, micro_batch=32, max_bytes_per_domain=50_000),
+    data=replace(CONFIG.data, seq_len=32, global_batch=32, micro_batch=32, builtin_bytes_per_domain=50_000),
 )
 
 
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = {key: value for key, value in vars(plan.config.model).items() if isinstance(value, int)}
     result["settings"] = {
         **{key: sizes[key] for key in ("hidden_size", "num_layers", "num_experts", "top_k", "moe_intermediate_size")},
-        **{key: getattr(plan.config.data, key) for key in ("global_batch", "seq_len", "max_bytes_per_domain")},
+        **{key: getattr(plan.config.data, key) for key in ("global_batch", "seq_len", "builtin_bytes_per_domain")},
         **{"steps": plan.config.steps, "coefficient": plan.config.balance.coefficient, "seed": plan.config.seed},
     }
     result |= measure(plan, lambda line: print(line, file=sys.stderr, flush=True))

@@ -1,4 +1,4 @@
-"""Commands: each is ``python -m equimoe.launch.<name>``, or torchrun with that module."""
+"""Commands: each is ``python -m equimoe.launch.<name>``. ``train`` can be a rank of torchrun, too."""
 
 import os
 

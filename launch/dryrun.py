@@ -79,7 +79,8 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
     """Take a step as ``rank`` of ``world``. Raises ValueError for a configuration that does not fit."""
     start = time.perf_counter()
     config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
-    degrees = config.parallel.resolve(world)
+    degrees = config.degrees(world)
+    config = replace(config, parallel=degrees)
     passes = config.micro_batches(degrees.dp)
     if degrees.pp > 1:  # of the whole step: fewer micro-batches are run here
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
@@ -238,6 +239,8 @@ def _own(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             if not equals and (not left or left[0].startswith("--")):
                 raise ValueError(f"{name}: give a value, as in {name} VALUE")
             own[name[2:]] = text if equals else left.pop(0)
+            if not own[name[2:]].strip():
+                raise ValueError(f"{name}=: is empty; give a value, or leave the option out")
         else:
             rest.append(name + equals + text)
     return own, rest

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -17,7 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 T = TypeVar("T")
 
 #: exit codes, after sysexits.h
-CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
+OWN = CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
+
+#: after a shell's 128 + SIGINT
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,11 @@ class Process:
         """This local rank's own GPU; the CPU where there is not one for every rank of the machine."""
         one_each = torch.cuda.is_available() and torch.cuda.device_count() >= self.local_world
         return torch.device("cuda", self.local_rank) if one_each else torch.device("cpu")
+
+
+def started() -> bool:
+    """Whether torchrun, or something like it, has started this process as one of its ranks."""
+    return "RANK" in os.environ
 
 
 def this_process() -> Process:
@@ -89,10 +102,43 @@ def pretended(rank: int, world: int, node: int) -> Iterator[None]:
             os.environ["LOCAL_WORLD_SIZE"] = before
 
 
+def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
+    """Run a module on this many ranks of this machine, as torchrun does, and end with the exit code of the rank that
+    failed first.
+
+    torchrun itself would always end with 1, and hide a rank's one line of error above some forty of its own.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.disable(logging.ERROR)  # what torchrun logs of a failure would come after the rank's line
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
+    except ChildFailedError as error:
+        # after the first failure torchrun ends the other ranks by a signal, which says nothing
+        for code in [failure.exitcode for failure in error.failures.values() if failure.exitcode in OWN]:
+            sys.exit(code)
+        rank, failure = error.get_first_failure()
+        how = f"ended with exit code {failure.exitcode}; its traceback is above"
+        if failure.exitcode < 0:
+            how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+        print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        print(f"error: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr, flush=True)
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
+
+
 def stop(process: Process, code: int, message: str) -> NoReturn:
     """End with one line on stderr, from rank 0, and an exit code; for errors that every rank has found alike."""
     if process.rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun puts this line at the end of its own report
+        report = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": report}))
     sys.exit(code)
 
 

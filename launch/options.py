@@ -32,6 +32,8 @@ class Launch:
     recipe: str
     #: where metrics, checkpoints and the report go
     run_dir: Path
+    #: ranks to start on this machine; None: those that torchrun has started, else one
+    processes: int | None = None
     #: go on from the newest checkpoint in ``run_dir``
     resume: bool = False
     #: check everything, train nothing
@@ -45,6 +47,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "recipe": (str, "the configuration to begin with"),
     "config": (str, "a YAML file, merged over the recipe; may be given more than once"),
     "run_dir": (str, "folder of metrics, checkpoints and report; default runs/RECIPE"),
+    "processes": (int, "ranks to start on this machine; default 1"),
     "resume": (bool, "go on from the newest checkpoint in the run folder"),
     "dry_run": (bool, "check the configuration and the data, build the model, train nothing"),
     "print_config": (bool, "print the whole configuration as YAML for --config, train nothing"),
@@ -64,7 +67,7 @@ def parse(argv: list[str]) -> Launch:
     files = [text for name, text in given if name == "config"]
     for name, text in given:
         if name in RUN_OPTIONS:
-            run[name] = _from_text(RUN_OPTIONS[name][0], name, text)
+            run[name] = _from_text(RUN_OPTIONS[name][0], name.replace("_", "-"), text)
     recipe = "quickstart" if run["recipe"] is None else run["recipe"]
     if recipe not in RECIPES:
         raise ValueError(f"--recipe={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
@@ -72,8 +75,8 @@ def parse(argv: list[str]) -> Launch:
     if run["help"]:
         print(help_text(start))
         raise SystemExit(0)
-    if run["run_dir"] == "":
-        raise ValueError("--run-dir=: give the name of a folder")
+    if run["processes"] is not None and run["processes"] < 1:
+        raise ValueError(f"--processes={run['processes']}: must be at least 1")
     values = asdict(start)
     for file in files:
         _merge(values, _read_yaml(str(file)), TrainConfig, "", str(file))
@@ -84,6 +87,7 @@ def parse(argv: list[str]) -> Launch:
         config=_build(TrainConfig, values),
         recipe=recipe,
         run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
+        processes=run["processes"],
         resume=run["resume"],
         dry_run=run["dry_run"],
         print_config=run["print_config"],
@@ -172,6 +176,8 @@ def _from_text(hint: Any, name: str, text: str | None) -> Any:
         return True
     if type(None) in get_args(hint) and text.strip().lower() in ("none", "null"):
         return None
+    if str in (hint, *get_args(hint)) and not text.strip():
+        raise ValueError(f"--{name}={text}: is empty; give a value, or leave the option out")
     if section := _section(hint):
         raise ValueError(f"--{name}={text}: use none, or set a field, such as --{name}.{next(iter(_hints(section)))}")
     try:
@@ -324,7 +330,7 @@ def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
 
 def help_text(start: TrainConfig) -> str:
     """Every option with its type, its default in ``start``, and the comment above its field."""
-    lines = [USAGE, "(for several processes: torchrun --nproc-per-node N -m equimoe.launch.train ...)"]
+    lines = [USAGE, "(on several machines: torchrun ... -m equimoe.launch.train ...)"]
     lines += ["Dashes and underscores in names are the same.", ""]
     for name, (hint, text) in RUN_OPTIONS.items():
         lines.append(_row(name.replace("_", "-"), "" if hint is bool else _placeholder(hint), text))

@@ -1,4 +1,7 @@
-"""Train a language model: ``torchrun --nproc-per-node 2 -m equimoe.launch.train --recipe quickstart``."""
+"""Train a language model: ``python -m equimoe.launch.train --recipe quickstart --processes 2``.
+
+On several machines each rank is this command, started by torchrun.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..moe import checkpoint
-from ..moe.parallel import build_mesh
+from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.parallel.pipeline import check_pipeline
-from ..moe.train.config import TrainConfig
+from ..moe.train.config import DataConfig, TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.loop import Trainer, run
 from ..moe.train.metrics import METRICS_FILE, MetricsWriter, Progress, read_records
@@ -36,24 +40,34 @@ def main(argv: list[str] | None = None) -> None:
         if launch.print_config:
             print(to_yaml(config), end="") if process.rank == 0 else None
             return
-        degrees = config.parallel.resolve(process.world)
+        started = env.started()
+        if started and launch.processes not in (None, process.local_world):
+            has = f"torchrun has started {process.local_world} here already"
+            raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
+        world = process.world if started else launch.processes or 1
+        degrees = config.degrees(world)
         passes = config.micro_batches(degrees.dp)
         if degrees.pp > 1:
             layers, micro_batch = config.model.num_layers, config.data.micro_batch
             check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
+    if world > process.world:
+        env.start(world, "equimoe.launch.train", arguments)
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
-    with env.joined(process, config.parallel.timeout_s):
-        _train(launch, process, arguments)
+    try:
+        with env.joined(process, config.parallel.timeout_s):
+            _train(launch, degrees, process, arguments)
+    except KeyboardInterrupt:
+        sys.exit(env.INTERRUPTED) if started else env.stop(process, env.INTERRUPTED, "stopped by SIGINT")
 
 
-def _train(launch: Launch, process: env.Process, arguments: list[str]) -> None:
+def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, arguments: list[str]) -> None:
     config, run_dir = launch.config, launch.run_dir
     env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
     corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
     found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, process))
-    mesh = build_mesh(config.parallel, process.device.type) if process.world > 1 else None
+    mesh = build_mesh(degrees, process.device.type) if process.world > 1 else None
     trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
         env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found))
@@ -127,13 +141,33 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
 
 def _introduce(trainer: Trainer, launch: Launch) -> None:
     corpus, config = trainer.corpus, trainer.config
-    sizes = ", ".join(f"{domain} {len(stream) / 1e6:.1f}M" for domain, stream in corpus.train.items())
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
     print(
         f"{len(trainer.moe_numbers)} MoE layers of {config.model.num_experts} experts, top-{config.model.top_k}; "
         f"{trainer.axis.size} ranks{_degrees(trainer)}, {trainer.micro_batches} micro-batches per step"
     )
-    print(f"training tokens: {sizes}", *corpus.notes, sep="\n", flush=True)
+    kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
+    print(f"text: {_source(config.data)}")
+    print(f"trained on: {_short(kept)} tokens ({_sizes(corpus.train)})")
+    print(f"held out: {_short(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
+    for note in corpus.notes:
+        print(f"note: {note}")
+    sys.stdout.flush()
+
+
+def _source(data: DataConfig) -> str:
+    if data.path is not None:
+        return data.path
+    cap = data.builtin_bytes_per_domain
+    return "comes with Python" + ("" if cap is None else f", the first {_short(cap)} bytes of each domain")
+
+
+def _sizes(streams: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{domain} {_short(len(stream))}" for domain, stream in streams.items())
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.1f}M" if count >= 999_500 else f"{count / 1e3:.0f}k" if count >= 9_950 else f"{count:,}"
 
 
 def _degrees(trainer: Trainer) -> str:
@@ -158,20 +192,23 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
     print(f"report:     {write_report(run_dir)}")
-    print(f"to go on:   {_command(arguments, trainer.axis.size, 2 * config.steps)}", flush=True)
+    print(f"to go on:   {_command(arguments, env.this_process(), 2 * config.steps)}", flush=True)
 
 
-def _command(arguments: list[str], world: int, steps: int) -> str:
+def _command(arguments: list[str], process: env.Process, steps: int) -> str:
     """What to type to train on, in the folder where this run was started."""
     kept, skip = [], False
     for argument in arguments:
         name = argument.split("=")[0]
-        if not skip and name not in ("--resume", "--steps"):
+        if not skip and name not in ("--resume", "--steps", "--processes"):
             kept.append(argument)
-        skip = not skip and argument == "--steps"
+        skip = not skip and argument in ("--steps", "--processes")
+    more = [*kept, "--resume", "--steps", str(steps)]
+    if process.local_world < process.world:
+        return f"as before, on every machine, with the options {shlex.join(more)}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
-    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    return shlex.join([*command, "-m", "equimoe.launch.train", *kept, "--resume", "--steps", str(steps)])
+    processes = ["--processes", str(process.world)] if process.world > 1 else []
+    return shlex.join([python, "-m", "equimoe.launch.train", *processes, *more])
 
 
 if __name__ == "__main__":

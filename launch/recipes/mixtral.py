@@ -37,6 +37,6 @@ def mixtral() -> TrainConfig:
         balance=BalanceConfig(scope="micro", coefficient=0.01),
         data=DataConfig(seq_len=1024, global_batch=128, micro_batch=8),
         optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=250),
-        parallel=ParallelConfig(ep=8),
+        parallel=ParallelConfig(ep=-1),
         log=LogConfig(every=10, eval_every=500, eval_sequences=64),
     )

@@ -15,10 +15,10 @@ from ...moe.train.config import (
 
 
 def quickstart() -> TrainConfig:
-    """A small byte-level model on the text that comes with Python, on two CPU processes that share the experts.
+    """A small byte-level model on the text that comes with Python, for one CPU process or two that share the experts.
 
-    Start it with ``torchrun --nproc-per-node 2 -m equimoe.launch.train``. Each optimizer step takes 16 sequences of 256
-    bytes, one micro-batch of 8 on each rank; the load is balanced over all of them together.
+    Each optimizer step takes 16 sequences of 256 bytes in micro-batches of 8: two on one process, one on each of two.
+    The load is balanced over all of them together.
     """
     return TrainConfig(
         steps=300,
@@ -33,9 +33,9 @@ def quickstart() -> TrainConfig:
             moe_every=1,
         ),
         balance=BalanceConfig(scope="global", coefficient=0.01),
-        data=DataConfig(seq_len=256, global_batch=16, micro_batch=8, max_bytes_per_domain=2_000_000),
+        data=DataConfig(seq_len=256, global_batch=16, micro_batch=8, builtin_bytes_per_domain=2_000_000),
         optim=OptimConfig(lr=3e-3, warmup_steps=20),
-        parallel=ParallelConfig(ep=2),
+        parallel=ParallelConfig(ep=-1),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(every=10, eval_every=100),
     )

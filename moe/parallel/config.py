@@ -31,7 +31,7 @@ class ParallelConfig:
     tp: int = 1
     #: replicas of an expert
     edp: int = -1
-    #: ranks among which the experts are split
+    #: ranks among which the experts are split; -1 with edp=-1: as many as divide the number of experts evenly
     ep: int = 1
     #: ranks that split each expert
     etp: int = 1
@@ -54,7 +54,8 @@ class ParallelConfig:
                 value = getattr(self, name)
                 require(value >= 1 or value == -1, f"parallel.{name}", value, "must be at least 1, or -1 for the rest")
             rest = [name for name in names if getattr(self, name) == -1]
-            require(len(rest) < 2, f"parallel.{' and '.join(rest)}", -1, "only one of these can be the rest")
+            alone = len(rest) < 2 or rest == ["edp", "ep"]
+            require(alone, f"parallel.{' and '.join(rest)}", -1, "only one of these can be the rest")
         for name, choices in (
             ("data_parallel", ("ddp", "fsdp")),
             ("context", ("ring", "all_gather")),
@@ -65,23 +66,36 @@ class ParallelConfig:
         require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
 
-    def resolve(self, world: int) -> ParallelConfig:
-        """The same with every -1 replaced, for ``world`` ranks. Raises ValueError where the degrees do not fit."""
+    def resolve(self, world: int, num_experts: int = 0) -> ParallelConfig:
+        """The same with every -1 replaced, for ``world`` ranks. Raises ValueError if the degrees do not fit.
+
+        With ``ep`` and ``edp`` both at -1, ``ep`` is the largest degree that divides ``num_experts`` and the ranks of
+        a pipeline stage; without ``num_experts``, all of those ranks.
+        """
         dense = self._fill(DENSE, world, "the number of processes")
         what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
-        return replace(self, **dense, **self._fill(EXPERT, world // dense["pp"], what))
+        stage = world // dense["pp"]
+        asked = self
+        if self.edp == self.ep == -1:
+            asked = replace(self, ep=1 if stage % self.etp else math.gcd(stage // self.etp, num_experts))
+        return replace(self, **dense, **asked._fill(EXPERT, stage, what))
 
     def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, Any]:
         degrees = {name: getattr(self, name) for name in names}
-        known = math.prod(value for value in degrees.values() if value != -1)
+        known = self._known(names)
         rest = [name for name, value in degrees.items() if value == -1]
         if rest and total % known == 0:
             degrees[rest[0]] = total // known
         elif rest or known != total:
             text = " * ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value not in (1, -1))
             must = "must divide" if rest else "must be equal to, or have one at -1 and divide,"
-            raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}")
+            fitting = self.pp * math.lcm(self._known(DENSE[1:]), self._known(EXPERT)) if self.pp != -1 else known
+            remedy = f"start a multiple of {fitting} processes, or set other degrees"
+            raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}; {remedy}")
         return degrees
+
+    def _known(self, names: tuple[str, ...]) -> int:
+        return math.prod(value for value in (getattr(self, name) for name in names) if value != -1)
 
     @property
     def stages_of_rank(self) -> int:

@@ -22,7 +22,7 @@ from ..model import Block, Decoder
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Split the dense weights, which are the same on all ranks, over a mesh of one dimension.
 
-    Raises ValueError for sizes that the mesh's size does not divide.
+    Raises ValueError for sizes that cannot be split over it.
     """
     check_sizes(model, mesh.size())
     outside = Shard(1) if sequence_parallel else Replicate()
@@ -63,15 +63,22 @@ class _ForAllHeads(ParallelStyle):
 
 
 def check_sizes(model: Decoder, tp: int) -> None:
-    """Refuse sizes that tensor parallelism of this degree cannot split evenly."""
+    """Refuse sizes that cannot be split over ``tp`` ranks.
+
+    Heads and widths must divide evenly. A vocabulary need not: the ranks' parts of it may differ in length.
+    """
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            if module.split_heads % tp:
-                field = "attention.num_kv_heads" if isinstance(module, GroupedAttention) else "model.num_heads"
-                raise ValueError(f"parallel.tp={tp}: must divide {field}={module.split_heads}")
-        elif isinstance(module, SwiGLU) and ".shared." not in name and module.down_proj.weight.shape[1] % tp:
-            width = module.down_proj.weight.shape[1]
-            raise ValueError(f"parallel.tp={tp}: must divide model.intermediate_size={width}")
-        elif isinstance(module, nn.Embedding) and module.num_embeddings % tp:
+            grouped = isinstance(module, GroupedAttention) and module.group > 1
+            _divided("attention.num_kv_heads" if grouped else "model.num_heads", module.split_heads, tp)
+        elif isinstance(module, SwiGLU) and ".shared." not in name:
+            _divided("model.intermediate_size", module.down_proj.weight.shape[1], tp)
+        elif isinstance(module, nn.Embedding) and -(-module.num_embeddings // tp) * (tp - 1) >= module.num_embeddings:
             size = module.num_embeddings
-            raise ValueError(f"model.vocab_size={size}: give a multiple of parallel.tp={tp}; unused entries do no harm")
+            raise ValueError(f"parallel.tp={tp}: leaves a rank without an entry of model.vocab_size={size}; lower it")
+
+
+def _divided(field: str, size: int, tp: int) -> None:
+    if size % tp:
+        fitting = ", ".join(str(degree) for degree in range(1, min(size, 64) + 1) if size % degree == 0)
+        raise ValueError(f"parallel.tp={tp}: must divide {field}={size}; use one of {fitting}, or set {field}")

@@ -35,7 +35,10 @@ class ModelConfig:
     moe_every: int = 1
     #: the first n feed-forwards are dense whatever ``moe_every`` says
     dense_layers: int = 0
+    #: width of the shared experts together (every token takes them); 0: none
     shared_intermediate_size: int = 0
+    #: scale the shared experts' output by a sigmoid gate of the token (Qwen2-MoE)
+    shared_gate: bool = False
     #: entries of the embedding; None: as many as the tokenizer has
     vocab_size: int | None = None
     #: standard deviation of the first weights; narrow models learn sooner from larger ones, about hidden_size**-0.5
@@ -70,6 +73,18 @@ class ModelConfig:
             self.top_k,
             f"must be at most model.num_experts={self.num_experts}",
         )
+        require(
+            self.shared_intermediate_size >= 0,
+            "model.shared_intermediate_size",
+            self.shared_intermediate_size,
+            "must not be negative; 0: no shared experts",
+        )
+        require(
+            not self.shared_gate or self.shared_intermediate_size > 0,
+            "model.shared_gate",
+            self.shared_gate,
+            "needs shared experts; set model.shared_intermediate_size",
+        )
 
 
 @dataclass(frozen=True)
@@ -92,8 +107,9 @@ class DataConfig:
     domain_by: Literal["auto", "folder", "kind", "field"] = "auto"
     text_field: str = "text"
     domain_field: str = "domain"
-    #: stop reading a domain after so many bytes (the built-in text is larger than a quick run needs)
-    max_bytes_per_domain: int | None = None
+    #: of the built-in text, which is larger than a quick run needs: bytes that are read of each domain; None: all.
+    #: Text from ``path`` is always read whole
+    builtin_bytes_per_domain: int | None = None
     #: type of a flat token file's entries
     token_dtype: Literal["uint16", "uint32"] = "uint16"
 
@@ -101,9 +117,21 @@ class DataConfig:
         for name in ("seq_len", "global_batch", "micro_batch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
-            self.max_bytes_per_domain is None or self.max_bytes_per_domain >= 1,
-            "data.max_bytes_per_domain",
-            self.max_bytes_per_domain,
+            self.path is None or self.path.strip() != "",
+            "data.path",
+            self.path,
+            "is empty; give a file or folder, or leave it out for the text that comes with Python",
+        )
+        for name, remedy in (
+            ("tokenizer", "is empty; use 'bytes' or a path to a tokenizer.json"),
+            ("text_field", "is empty; name the field that holds the text"),
+            ("domain_field", "is empty; name the field that holds the domain"),
+        ):
+            require(getattr(self, name).strip() != "", f"data.{name}", getattr(self, name), remedy)
+        require(
+            self.builtin_bytes_per_domain is None or self.builtin_bytes_per_domain >= 1,
+            "data.builtin_bytes_per_domain",
+            self.builtin_bytes_per_domain,
             "must be at least 1; leave it out for no limit",
         )
         require(
@@ -208,6 +236,18 @@ class TrainConfig:
             f"must divide model.num_experts={self.model.num_experts}",
         )
 
+    def degrees(self, world: int) -> ParallelConfig:
+        """How ``world`` ranks share the work, with every -1 replaced. Raises ValueError if that does not fit."""
+        found = self.parallel.resolve(world, self.model.num_experts)
+        require(
+            self.model.num_experts % found.ep == 0,
+            "parallel.ep",
+            found.ep,
+            f"which {world} processes make it, must divide model.num_experts={self.model.num_experts}; "
+            "set parallel.ep or start another number of processes",
+        )
+        return found
+
     def micro_batches(self, data_parallel: int) -> int:
         """Forward passes per optimizer step and rank, for ``data_parallel`` ranks."""
         per_pass = self.data.micro_batch * data_parallel
@@ -215,7 +255,8 @@ class TrainConfig:
             self.data.global_batch % per_pass == 0,
             "data.global_batch",
             self.data.global_batch,
-            f"must be a multiple of data.micro_batch * ranks = {self.data.micro_batch} * {data_parallel}",
+            f"must be a multiple of data.micro_batch * ranks = {self.data.micro_batch} * {data_parallel}; "
+            "set one of the two",
         )
         passes = self.data.global_batch // per_pass
         require(
@@ -238,6 +279,7 @@ class TrainConfig:
             capacity=self.capacity,
             dispatch=self.dispatch,
             shared_intermediate_size=self.model.shared_intermediate_size,
+            shared_gate=self.model.shared_gate,
             activation=self.model.activation,
             gated=self.model.gated,
             recompute_experts=self.model.recompute_experts,

@@ -107,7 +107,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
     # a split embedding's gradient is of all entries on each rank until FSDP, or else the optimizer, takes its part
     tp = place.degrees.tp
-    unsplit = 4 * (vocabulary - vocabulary // tp) * config.model.hidden_size if place.first else 0
+    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.model.hidden_size if place.first else 0
     sharded = place.degrees.data_parallel == "fsdp"
     accumulates = sharded and micro_batches > 1
     activations = _Activations(config, place, vocabulary)
@@ -124,7 +124,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
 
 def _place(config: TrainConfig, world: int, rank: int) -> Place:
     require(0 <= rank < world, "rank", rank, f"must be at least 0 and less than {world}")
-    degrees = config.parallel.resolve(world)
+    degrees = config.degrees(world)
     if degrees.pp == 1:
         return Place(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
     each = degrees.stages_of_rank
@@ -159,7 +159,7 @@ def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
 def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Weight]:
     hidden, tp = config.model.hidden_size, place.degrees.tp
     if place.first:
-        yield Weight(vocabulary // tp, hidden)
+        yield Weight(ceil(vocabulary / tp), hidden)
     for block in place.blocks:
         yield from (Weight(hidden, 1), Weight(hidden, 1))
         yield from _attention_weights(config, tp)
@@ -169,7 +169,7 @@ def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Wei
             width = config.model.intermediate_size // tp
             yield from (Weight(width, hidden), Weight(width, hidden), Weight(hidden, width))
     if place.last:
-        yield from (Weight(hidden, 1), Weight(vocabulary // tp, hidden))
+        yield from (Weight(hidden, 1), Weight(ceil(vocabulary / tp), hidden))
 
 
 def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
@@ -305,5 +305,5 @@ class _Activations:
 
     def _head(self) -> int:
         """The last norm, the logits, and their logarithm in fp32."""
-        logits = (self.c + 4) * (self.vocabulary // self.tp) * self.T
+        logits = (self.c + 4) * ceil(self.vocabulary / self.tp) * self.T
         return 4 * self.t + self._to_split(self.config.model.hidden_size) + logits

@@ -46,11 +46,18 @@ def refused(ended: Ended, code: int, *words: str) -> None:
         (["--parallel.ep", "2", "--model.num_experts", "5"], ["parallel.ep=2", "must divide model.num_experts=5"]),
         (["--parallel.tp", "2", "--parallel.cp", "2"], ["parallel.cp=2 * parallel.tp=2", "processes, which is 2"]),
         (["--parallel.pp", "2", "--parallel.schedule", "zbv"], ["model.num_layers=2", "4 stages"]),
-        (["--parallel.tp", "2"], ["model.vocab_size=257", "multiple of parallel.tp=2"]),
+        (
+            ["--parallel.tp", "2", "--model.num_heads", "1"],
+            ["parallel.tp=2: must divide model.num_heads=1; use one of"],
+        ),
+        (["--parallel.tp", "2", "--model.vocab_size", ""], ["--model.vocab_size=: must be a whole number or none"]),
         (["--parallel.cp", "2", "--data.seq_len", "30"], ["seq_len=30", "parallel.cp"]),
         (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * ranks = 2 * 2"]),
         (["--recipe", "nope"], ["nope", "quickstart"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--data.path", ""], ["--data.path=: is empty"]),
+        (["--run-dir", ""], ["--run-dir=: is empty"]),
+        (["--processes", "3"], ["--processes=3: torchrun has started 2 here already"]),
     ],
 )
 def test_configuration(run: Callable[..., Ended], tmp_path: Path, options: list[str], words: list[str]) -> None:

@@ -49,7 +49,14 @@ def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: fl
 
 def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None) -> None:
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ["OMP_NUM_THREADS"] = "1"
     for descriptor, kind in ((1, "out"), (2, "err")):

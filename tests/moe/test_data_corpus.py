@@ -36,6 +36,12 @@ def documents(tokens):
     return {BYTES.decode(piece) for piece in pieces if len(piece)}
 
 
+def holds(corpus, domain, contents):
+    """Whether the domain has exactly the tokens of these texts, on one side or the other."""
+    ids = np.concatenate([corpus.train[domain], corpus.heldout[domain]])
+    return sorted(ids[ids != 256]) == sorted("".join(contents).encode())
+
+
 def write(root, files):
     for name, content in files.items():
         path = root / name
@@ -57,8 +63,8 @@ def test_kinds_hidden_binary_and_empty_files(tmp_path):
     corpus = load(write(tmp_path, files))
     assert corpus.domains == ("markdown", "python", "text", "xyz")
     assert list(corpus.train) == list(corpus.heldout) == list(corpus.domains)
-    assert documents(corpus.train["python"]) | documents(corpus.heldout["python"]) == {"print('a')", "print('b')"}
-    assert documents(corpus.train["text"]) | documents(corpus.heldout["text"]) == {"read me", "marked"}
+    assert holds(corpus, "python", ["print('a')", "print('b')"])
+    assert holds(corpus, "text", ["read me", "marked"])
     assert "2 of 9 files are not UTF-8 text and were skipped" in corpus.notes
 
 
@@ -86,7 +92,7 @@ def test_jsonl_fields(tmp_path):
     fields = {"text_field": "body", "domain_field": "lang"}
     corpus = load(tmp_path, **fields)
     assert corpus.domains == ("7", "en", "sub")
-    assert documents(corpus.train["en"]) | documents(corpus.heldout["en"]) == {f"row {i} " * 5 for i in (1, 3, 5, 7)}
+    assert holds(corpus, "en", [f"row {i} " * 5 for i in (1, 3, 5, 7)])
     assert load(tmp_path, domain_by="kind", **fields).domains == ("jsonl",)
     assert load(tmp_path / "sub" / "x.jsonl", domain_by="folder", **fields).domains == ("sub",)
 
@@ -117,16 +123,34 @@ def test_one_document_is_cut_by_position(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 400), min_size=2, max_size=40), st.floats(0.001, 0.999))
-def test_at_least_one_document_on_either_side_and_none_on_both(tmp_path_factory, sizes, fraction):
+def test_the_asked_share_is_held_out_and_every_token_is_on_one_side(tmp_path_factory, sizes, fraction):
     root = write(tmp_path_factory.mktemp("d"), {f"{i}.txt": f"{i:03}" + "x" * size for i, size in enumerate(sizes)})
     corpus = load(root, heldout_fraction=fraction, seq_len=1)
-    train, heldout = documents(corpus.train["text"]), documents(corpus.heldout["text"])
-    assert train and heldout and not train & heldout
-    assert len(train) + len(heldout) == len(sizes)
-    total = sum(map(len, train | heldout))
-    held = sum(map(len, heldout))
-    longest_two = sorted(map(len, train | heldout))[-2]
-    assert held <= 1.5 * fraction * total + longest_two
+    train, heldout = (stream["text"][stream["text"] != 256] for stream in (corpus.train, corpus.heldout))
+    total = sum(sizes) + 3 * len(sizes)
+    assert len(train) + len(heldout) == total
+    target = max(fraction * total, 2)
+    assert int(target) <= len(heldout) <= 1.5 * target
+    assert sorted(np.concatenate([train, heldout])) == sorted(b"".join(path.read_bytes() for path in root.iterdir()))
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 50_000), (2, 25_000), (3, 10_000), (10, 5_000), (30, 1_000)])
+def test_few_documents_are_cut(tmp_path, count, size):
+    """Two documents and 2 % held out: 2 % of each, not one of the two."""
+    words = {f"{i}.txt": f"{i:02}" + "w" * (size - 2 - i) for i in range(count)}
+    corpus = load(write(tmp_path, words), heldout_fraction=0.02)
+    train, heldout = (stream["text"] for stream in (corpus.train, corpus.heldout))
+    assert (heldout != 256).sum() == int(0.02 * sum(map(len, words.values())))
+    starts = {text[:2] for text in documents(train)}
+    assert starts == {f"{i:02}" for i in range(count)}
+    assert documents(heldout) == {"w" * len(text) for text in documents(heldout)}
+
+
+def test_one_long_document_among_short_ones_is_trained_on(tmp_path):
+    texts = {"long.txt": "long " * 9000} | {f"{i}.txt": f"{i} short " * 5 for i in range(9)}
+    corpus = load(write(tmp_path, texts), heldout_fraction=0.05)
+    held, kept = (len(stream["text"]) for stream in (corpus.heldout, corpus.train))
+    assert 0.049 < held / (held + kept) < 0.076
 
 
 def test_the_held_out_share_is_near_what_was_asked(tmp_path):
@@ -164,25 +188,25 @@ def test_fingerprint_tells_data_apart(tmp_path):
     assert load(tmp_path).fingerprint != base
 
 
-def test_the_cap_bounds_each_domain_and_does_not_follow_the_alphabet(tmp_path):
-    write(tmp_path, {f"a/{i:03}.txt": t for i, t in enumerate(texts(200, "file"))})
+def test_the_cap_of_the_built_in_text_does_not_reach_other_text(tmp_path):
+    """Ten files of 10 kB under a cap of 1 kB: all are trained on."""
+    write(tmp_path, {f"a/{i:03}.txt": f"{i:03} " + "word " * 2000 for i in range(10)})
     rows = "\n".join(json.dumps({"text": t, "domain": "b"}) for t in texts(200, "row"))
     write(tmp_path, {"b.jsonl": rows})
     np.arange(1000, dtype=np.uint8).astype(np.uint16).tofile(tmp_path / "t.bin")
-    corpus = load(tmp_path, max_bytes_per_domain=1000)
-    for domain in corpus.domains:
-        sides = (corpus.train[domain], corpus.heldout[domain])
-        ids = np.concatenate(sides)
-        assert (ids != 256).sum() * (2 if domain == "tokens" else 1) == 1000
-        if domain != "tokens":
-            numbers = [int(text.split()[1]) for side in sides for text in documents(side) if text.count(" ") > 1]
-            assert max(numbers) > 100
-    assert load(tmp_path, max_bytes_per_domain=1000).fingerprint == corpus.fingerprint
+    capped, whole = (load(tmp_path, builtin_bytes_per_domain=cap) for cap in (1000, None))
+    assert capped.fingerprint == whole.fingerprint
+    ids = {d: np.concatenate([whole.train[d], whole.heldout[d]]) for d in whole.domains}
+    assert {d: int((i != 256).sum()) for d, i in ids.items()} == {
+        "a": 10 * 10_004, "b": sum(map(len, texts(200, "row"))), "tokens": 1000
+    }  # fmt: skip
 
 
-def test_a_cap_inside_a_character_keeps_whole_characters(tmp_path):
-    corpus = load(write(tmp_path, {"a.txt": "\u00e9" * 100}), max_bytes_per_domain=51)
-    assert BYTES.decode(np.concatenate([corpus.train["text"], corpus.heldout["text"]])) == "\u00e9" * 25
+def test_empty_documents_are_passed_over(tmp_path):
+    write(tmp_path, {"a.txt": "text " * 20, "b.txt": "", "c.txt": "", "d.bin": b""})
+    write(tmp_path, {"e.jsonl": "\n".join(json.dumps({"text": t, "domain": "text"}) for t in ("", "", "row " * 9))})
+    corpus = load(tmp_path)
+    assert corpus.domains == ("text",) and corpus.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -221,7 +245,6 @@ def test_a_cap_inside_a_character_keeps_whole_characters(tmp_path):
         ({"a.txt": "text"}, {"domain_by": "field"}, r"data\.domain_by='field': '.*a\.txt' is not jsonl .*use 'auto'"),
         ({"a.txt": "text"}, {"domain_by": "size"}, r"data\.domain_by='size': use one of auto, folder, kind, field"),
         ({"a.txt": "text"}, {"token_dtype": "int8"}, r"data\.token_dtype='int8': use one of uint16, uint32"),
-        ({"a.txt": "text"}, {"max_bytes_per_domain": 0}, r"data\.max_bytes_per_domain=0: must be at least 1"),
         (
             {"a.txt": "0123456789"},
             {"seq_len": 8},
@@ -282,7 +305,14 @@ def test_domains_too_short_are_reported(tmp_path):
     assert any("domain 'c' has too few tokens to hold any out" in note for note in corpus.notes)
 
 
-BUILTIN = DataConfig(max_bytes_per_domain=200_000)
+BUILTIN = DataConfig(builtin_bytes_per_domain=200_000)
+
+
+def test_the_cap_bounds_each_domain_of_the_built_in_text():
+    corpus = load_corpus(replace(BUILTIN, builtin_bytes_per_domain=30_000), BYTES)
+    for domain in corpus.domains:
+        ids = np.concatenate([corpus.train[domain], corpus.heldout[domain]])
+        assert (ids != 256).sum() == 30_000
 
 
 def test_built_in_text_is_enough_and_of_several_kinds():
@@ -299,7 +329,7 @@ def test_built_in_text_is_enough_and_of_several_kinds():
 
 
 def test_no_paragraph_of_the_built_in_text_is_both_trained_on_and_held_out():
-    corpus = load_corpus(replace(BUILTIN, max_bytes_per_domain=500_000), BYTES)
+    corpus = load_corpus(replace(BUILTIN, builtin_bytes_per_domain=500_000), BYTES)
 
     def paragraphs(streams):
         whole = "\n\n".join(text for stream in streams.values() for text in documents(stream))
@@ -339,7 +369,7 @@ def test_bytecode_has_neither_docstrings_nor_an_order_of_sets():
 def test_the_corpus_is_the_same_in_every_process():
     program = (
         "from equimoe.moe.train.config import DataConfig; from equimoe.moe.train.data import *;"
-        "print(load_corpus(DataConfig(max_bytes_per_domain=200_000), load_tokenizer('bytes')).fingerprint)"
+        "print(load_corpus(DataConfig(builtin_bytes_per_domain=200_000), load_tokenizer('bytes')).fingerprint)"
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     runs = [

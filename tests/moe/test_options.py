@@ -11,7 +11,7 @@ import yaml
 
 from equimoe.launch.options import Launch, field_comments, fields_of, help_text, parse, to_yaml
 from equimoe.launch.recipes import RECIPES
-from equimoe.moe.config import CapacityConfig, RouterConfig
+from equimoe.moe.config import CapacityConfig, MoEConfig, RouterConfig
 from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
 
 #: valid values where the next larger number or the last choice would not be
@@ -24,6 +24,7 @@ OTHER_VALUES = {
 #: what must be set first
 ALSO = {
     "router.kept_groups": ["--router.groups=2"],
+    "model.shared_gate": ["--model.shared_intermediate_size=8"],
     "capacity.max_tokens": ["--capacity.pad"],
     "dispatch.chunks": ["--dispatch.name=overlapped"],
     "dispatch.node_size": ["--dispatch.name=hierarchical"],
@@ -53,6 +54,10 @@ def another_value(name: str, hint: Any, current: Any) -> str:
         return str(2 * (current or 4))
     assert kind is str, f"{name}: no value for {hint}"
     return "elsewhere"
+
+
+def is_text(hint: Any) -> bool:
+    return hint is str or str in get_args(hint)
 
 
 FIELDS = [name for name, hint in fields_of().items() if name != "capacity"]
@@ -86,6 +91,46 @@ def test_every_field_can_be_set(name: str, joined: bool) -> None:
     assert changed - others == (set() if name.startswith("capacity.") else {name})
 
 
+def leaves_of(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= leaves_of(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_every_field_of_a_layer_can_be_set() -> None:
+    """Each field of MoEConfig and its sections follows some option of the command line, whatever its name is there."""
+    capacity = ["--capacity.factor=1.1"]
+    reached = set()
+    for name in FIELDS:
+        also = [*capacity, *ALSO.get(name, [])]
+        if name.startswith("dispatch"):
+            also = ALSO.get(name, [])
+        start = parse(also).config
+        text = another_value(name, fields_of()[name], value_of(start, name))
+        before, after = (leaves_of(asdict(parse(argv).config.moe(2))) for argv in (also, [*also, f"--{name}={text}"]))
+        reached |= {leaf for leaf in after if after[leaf] != before.get(leaf)}
+    # which is given by data.global_batch, data.micro_batch and the number of processes
+    reached.add("balance.micro_batches")
+    whole = MoEConfig(8, 8, num_experts=4, top_k=2, capacity=CapacityConfig())
+    assert set(leaves_of(asdict(whole))) - reached == set()
+
+
+@pytest.mark.parametrize("name", ["recipe", "config", "run-dir"] + [n for n, h in fields_of().items() if is_text(h)])
+@pytest.mark.parametrize("text", ["", " "])
+def test_empty_text_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    """As an unset shell variable gives it."""
+    with pytest.raises(ValueError, match=rf"^--{name}={text}: is empty; give a value, or leave the option out$"):
+        parse([f"--{name}", text])
+    if "." in name:
+        file = tmp_path / "config.yaml"
+        section, field = name.split(".")
+        file.write_text(f"{section}: {{{field}: '{text}'}}")
+        with pytest.raises(ValueError, match=f"{name}='{text}': is empty; "):
+            parse(["--config", str(file)])
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path) -> None:
     argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--capacity.factor", "1.1", "--data.text_field", "1e-3"]
@@ -97,7 +142,7 @@ def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path)
     assert config.data.text_field == "1e-3"
 
 
-@pytest.mark.parametrize("name", [n for n, hint in fields_of().items() if hint is str or str in get_args(hint)])
+@pytest.mark.parametrize("name", [n for n, hint in fields_of().items() if is_text(hint)])
 @pytest.mark.parametrize("text", ["null", "none", "true", "12", "1e3", "~", " x: y", "#"])
 def test_awkward_text_comes_back_exactly(name: str, text: str, tmp_path: Path) -> None:
     section, field = name.split(".")
@@ -178,10 +223,10 @@ def test_booleans(argv: list[str], expected: bool) -> None:
 
 
 def test_numbers_and_none() -> None:
-    config = parse(["--optim.lr", "1e-3", "--optim.grad_clip", "2", "--data.max_bytes_per_domain", "none"]).config
+    config = parse(["--optim.lr", "1e-3", "--optim.grad_clip", "2", "--data.builtin_bytes_per_domain", "none"]).config
     assert config.optim == replace(RECIPES["quickstart"]().optim, lr=0.001, grad_clip=2.0)
     assert isinstance(config.optim.grad_clip, float)
-    assert config.data.max_bytes_per_domain is None
+    assert config.data.builtin_bytes_per_domain is None
     assert parse(["--model.vocab_size", "512"]).config.model.vocab_size == 512
 
 
@@ -207,7 +252,9 @@ def test_numbers_and_none() -> None:
         (["--dtype", "fp16"], "--dtype=fp16: must be one of float32, bfloat16"),
         (["--recipe", "nope"], f"--recipe=nope: no such recipe; use one of {', '.join(RECIPES)}"),
         (["--resume", "runs/x"], "--resume=runs/x: must be true or false"),
-        (["--run-dir="], "--run-dir=: give the name of a folder"),
+        (["--run-dir="], "--run-dir=: is empty; give a value, or leave the option out"),
+        (["--processes", "0"], "--processes=0: must be at least 1"),
+        (["--model.shared_gate"], "model.shared_gate=True: needs shared experts; set model.shared_intermediate_size"),
         (["steps"], "steps: not an option; options are written --name value"),
         (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
         (["--steps", "0"], "steps=0: must be at least 1"),
@@ -295,10 +342,16 @@ def test_help_is_read_from_the_source() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe: str) -> None:
     config = RECIPES[recipe]()
-    degrees = config.parallel.resolve({"quickstart": 2, "deepseek_v3": 1024, "qwen3_235b": 1024}.get(recipe, 8))
+    degrees = config.degrees({"quickstart": 2, "deepseek_v3": 1024, "qwen3_235b": 1024}.get(recipe, 8))
+    assert degrees.ep == {"quickstart": 2, "deepseek_v3": 64, "qwen3_235b": 32}.get(recipe, 8)
     passes = config.micro_batches(degrees.dp)
     assert passes >= max(degrees.pp, 1)
     scope = {"mixtral": "micro", "deepseek_v3": "sequence"}.get(recipe, "global")
     assert config.moe(passes).balance.scope == scope
+    if recipe in ("deepseek_v3", "qwen3_235b"):
+        with pytest.raises(ValueError, match="processes, which is 1; start a multiple of [0-9]+ processes"):
+            config.degrees(1)
+    else:
+        assert config.micro_batches(config.degrees(1).dp) >= 1
     assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.model.num_experts
     assert (RECIPES[recipe].__doc__ or "").strip()

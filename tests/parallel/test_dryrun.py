@@ -313,7 +313,8 @@ def test_parameters_are_as_published() -> None:
         (["--world", "4", "--node", "0"], "--node=0: must be a whole number of at least 1"),
         (["--world", "4", "--nodes", "8"], "--nodes: no such option"),
         (["--world", "4", "--recipe", "gpt"], "--recipe=gpt: no such recipe; use one of "),
-        (["--world", "3"], "parallel.ep=2: must divide the number of processes, which is 3"),
+        (["--world", "3", "--parallel.ep", "2"], "parallel.ep=2: must divide the number of processes, which is 3; "),
+        (["--world", "4", "--json", ""], "--json=: is empty; give a value, or leave the option out"),
         (["--world", "4", "--data.global_batch", "9"], "data.global_batch=9: must be a multiple of "),
         (
             ["--world", "4", "--parallel.pp", "2"],
@@ -333,7 +334,10 @@ def test_parameters_are_as_published() -> None:
             ["--world", "2048", "--recipe", "deepseek_v3", "--parallel.schedule", "interleaved_1f1b"],
             "micro_batches=120: parallel.schedule='interleaved_1f1b' runs 7 equal rounds; ",
         ),
-        (["--world", "4", "--parallel.tp", "4"], "model.vocab_size=257: give a multiple of parallel.tp=4; "),
+        (
+            ["--world", "4", "--parallel.tp", "4"],
+            "parallel.tp=4: must divide model.num_heads=6; use one of 1, 2, 3, 6, ",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line_and_64(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,35 @@ def test_degrees_that_do_not_fit(config: ParallelConfig, text: str) -> None:
         config.resolve(8)
 
 
+@pytest.mark.parametrize(
+    ("world", "config", "experts", "expected"),
+    [
+        (1, ParallelConfig(ep=-1), 8, (1, 1)),
+        (2, ParallelConfig(ep=-1), 8, (2, 1)),
+        (16, ParallelConfig(ep=-1), 8, (8, 2)),
+        (6, ParallelConfig(ep=-1), 8, (2, 3)),
+        (16, ParallelConfig(ep=-1, pp=2, etp=2), 8, (4, 1)),
+        (16, ParallelConfig(ep=-1, edp=4), 8, (4, 4)),
+        (16, ParallelConfig(ep=4), 8, (4, 4)),
+        (16, ParallelConfig(ep=-1), 0, (16, 1)),
+    ],
+)
+def test_experts_over_as_many_ranks_as_divide_them(
+    world: int, config: ParallelConfig, experts: int, expected: tuple[int, int]
+) -> None:
+    degrees = config.resolve(world, experts)
+    assert (degrees.ep, degrees.edp) == expected
+    assert degrees.pp * degrees.edp * degrees.ep * degrees.etp == world
+    assert degrees.resolve(world) == degrees
+
+
+def test_a_remedy_that_fits_dense_part_and_experts() -> None:
+    config = ParallelConfig(pp=2, tp=3, ep=4)
+    with pytest.raises(ValueError, match="start a multiple of 24 processes, or set other degrees$"):
+        config.resolve(1)
+    assert config.resolve(24).dp_shard == 4
+
+
 def test_values_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="parallel.tp=0: must be at least 1, or -1 for the rest"):
         ParallelConfig(tp=0)

@@ -14,10 +14,11 @@ import sysconfig
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 
-from .sources import Budget, Document, by_hash
+from .sources import Document, by_hash
 
 #: tests and data written as code; the code pages are eighty near copies of one table
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "_bundled"}
@@ -31,6 +32,26 @@ BLOCK = 128
 PARAGRAPH = 60
 
 Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass
+class Budget:
+    """How many bytes may still be read of each domain."""
+
+    #: bytes per domain; None: no end
+    cap: int | None
+    spent: dict[str, int] = field(default_factory=dict)
+
+    def left(self, domain: str) -> int:
+        """Bytes that may still be read of ``domain``."""
+        return (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
+
+    def take(self, document: Document) -> Iterator[Document]:
+        """The document, cut to what is left of its domain; nothing when that is nothing."""
+        raw = (document.text or "").encode("utf-8", errors="replace")[: self.left(document.domain)]
+        if raw:
+            self.spent[document.domain] = self.spent.get(document.domain, 0) + len(raw)
+            yield Document(document.domain, document.name, raw.decode("utf-8", errors="ignore"))
 
 
 class Once:

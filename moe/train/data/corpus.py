@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from ...config import require
 from ..config import DataConfig
-from .builtin import builtin_documents
-from .sources import Budget, check_ids, file_documents
+from .builtin import Budget, builtin_documents
+from .sources import Document, check_ids, file_documents
 from .tokenizer import Tokenizer, id_dtype
 
 
@@ -45,10 +46,11 @@ class _Part:
 def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """Read and tokenise ``config.path``, or the text that comes with Python.
 
-    Which documents are held out depends on a hash of their contents alone: in the order of the
-    hash, until ``config.heldout_fraction`` of the domain's tokens is reached. A domain that is one
-    document, and each flat token file, is cut in two by position instead. A document that occurs
-    twice is read once. A domain that is one flat token file stays memory-mapped.
+    ``config.heldout_fraction`` of each domain's tokens is held out, or up to half as much more: whole
+    documents in the order of a hash of their contents, as far as they fit; if they do not suffice, the
+    rest is cut off the ends of the other documents, in proportion to their lengths. Names and order do
+    not matter. Each flat token file is cut by itself. A document that occurs twice is read once. A
+    domain that is one flat token file stays memory-mapped.
 
     Raises ``ValueError`` for a path without text, a file that is not what its name says, ids
     beyond the vocabulary, and text too short for one sequence.
@@ -57,12 +59,10 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     require(config.domain_by in choices, "data.domain_by", config.domain_by, f"use one of {', '.join(choices)}")
     dtypes = ("uint16", "uint32")
     require(config.token_dtype in dtypes, "data.token_dtype", config.token_dtype, f"use one of {', '.join(dtypes)}")
-    cap = config.max_bytes_per_domain
-    require(cap is None or cap >= 1, "data.max_bytes_per_domain", cap, "must be at least 1; None reads everything")
-    budget = Budget(cap)
-    parts = _read(config, tokenizer, budget)
+    notes: list[str] = []
+    parts = _read(config, tokenizer, notes)
     remedy = "give UTF-8 text, .jsonl, or .bin, .tokens or .npy token files"
-    require(bool(parts), "data.path", config.path, "; ".join(["no text found", *budget.notes, remedy]))
+    require(bool(parts), "data.path", config.path, "; ".join(["no text found", *notes, remedy]))
 
     dtype = id_dtype(tokenizer.vocab_size)
     train: dict[str, np.ndarray] = {}
@@ -72,32 +72,33 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         train[domain] = _join(kept, tokenizer.end_of_document, dtype)
         heldout[domain] = _join(held, tokenizer.end_of_document, dtype)
         if len(heldout[domain]) < 2:
-            budget.notes.append(f"domain {domain!r} has too few tokens to hold any out and is not evaluated")
+            notes.append(f"domain {domain!r} has too few tokens to hold any out and is not evaluated")
     longest = max(map(len, train.values()))
     message = f"no domain has the {config.seq_len + 1} training tokens of one sequence (the longest has {longest}); "
     remedy = message + f"give more text or lower data.seq_len={config.seq_len}"
     require(longest > config.seq_len, "data.path", config.path, remedy)
     short = [repr(domain) for domain, tokens in train.items() if len(tokens) <= config.seq_len]
     if short:
-        budget.notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
+        notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
     fingerprint = _fingerprint(train, heldout, tokenizer)
-    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(budget.notes))
+    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes))
 
 
-def _read(config: DataConfig, tokenizer: Tokenizer, budget: Budget) -> dict[str, list[_Part]]:
+def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[str, list[_Part]]:
     """Every document once, tokenised, by domain."""
     parts: dict[str, list[_Part]] = {}
     seen: set[bytes] = set()
     twice = 0
-    documents = builtin_documents(budget) if config.path is None else file_documents(config, budget)
-    for document in documents:
+    for document in _documents(config, notes):
         if document.tokens is not None:
             root = Path(config.path or "")
             path = root if root.is_file() else root / document.name
             check_ids(document.tokens, str(path), tokenizer.vocab_size, config.tokenizer)
             part = _Part(hashlib.sha256(document.name.encode()).digest(), document.tokens, flat=True)
         else:
-            text = document.text or ""
+            text = document.text
+            if not text:
+                continue
             digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()
             if digest in seen:
                 twice += 1
@@ -107,45 +108,49 @@ def _read(config: DataConfig, tokenizer: Tokenizer, budget: Budget) -> dict[str,
         if len(part.tokens):
             parts.setdefault(document.domain, []).append(part)
     if twice and config.path is not None:
-        budget.notes.append(f"{twice} documents are copies of others and were left out")
+        notes.append(f"{twice} documents are copies of others and were left out")
     return parts
+
+
+def _documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
+    if config.path is None:
+        return builtin_documents(Budget(config.builtin_bytes_per_domain))
+    return file_documents(config, notes)
 
 
 def _split(parts: list[_Part], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Train and held-out token arrays of one domain; independent of the order of ``parts``."""
     parts = sorted(parts, key=lambda part: part.digest)
-    whole = [] if len(parts) == 1 else [part for part in parts if not part.flat]
-    chosen = _choose(whole, fraction)
-    kept = [part.tokens for part in whole if part not in chosen]
-    held = [part.tokens for part in whole if part in chosen]
-    by_position = [part for part in parts if part not in whole]
-    for part in by_position:
-        count = len(part.tokens)
-        # two tokens are the least that can be evaluated
-        cut = count - max(int(count * fraction), min(2, count // 2))
-        kept.append(part.tokens[:cut])
-        held.append(part.tokens[cut:])
+    texts, flat = [p.tokens for p in parts if not p.flat], [[p.tokens] for p in parts if p.flat]
+    kept, held = [], []
+    for arrays in (texts, *flat):
+        for train, heldout in _divide(arrays, fraction):
+            kept += [train] if len(train) else []
+            held += [heldout] if len(heldout) else []
     return kept, held
 
 
-def _choose(parts: list[_Part], fraction: float) -> list[_Part]:
-    """The documents to hold out: at least one of two, never all, and about ``fraction`` of the tokens."""
-    if len(parts) < 2:
-        return []
-    target = fraction * sum(len(part.tokens) for part in parts)
+def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The part of each array to train on, and the part to hold out."""
+    total = sum(map(len, arrays))
+    # two tokens are the least that can be evaluated
+    target = max(fraction * total, min(2, total // 2))
     # the longest is always trained on, so that one long document cannot empty the training side
-    longest = max(parts, key=lambda part: (len(part.tokens), part.digest))
-    rest = [part for part in parts if part is not longest]
-    chosen: list[_Part] = []
-    taken = 0
-    for part in rest:
-        if taken < target and taken + len(part.tokens) <= 1.5 * target:
-            chosen.append(part)
-            taken += len(part.tokens)
-    if taken < target / 2 and len(chosen) < len(rest):
-        # all others are long: the shortest of them, rather than next to nothing
-        chosen.append(min((part for part in rest if part not in chosen), key=lambda part: len(part.tokens)))
-    return chosen
+    longest = max(range(len(arrays)), key=lambda i: len(arrays[i]), default=0)
+    whole, taken = set(), 0
+    for i, array in enumerate(arrays):
+        if i != longest and taken < target and taken + len(array) <= 1.5 * target:
+            whole.add(i)
+            taken += len(array)
+    missing, others, seen = max(int(target) - taken, 0), total - taken, 0
+    for i, array in enumerate(arrays):
+        if i in whole:
+            yield array[:0], array
+            continue
+        # rounding the running sum, not each share, makes the sum of all shares exact
+        share = missing * (seen + len(array)) // others - missing * seen // others
+        seen += len(array)
+        yield array[: len(array) - share], array[len(array) - share :]
 
 
 def _join(arrays: list[np.ndarray], separator: int, dtype: np.dtype) -> np.ndarray:

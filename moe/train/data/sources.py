@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,39 +38,16 @@ class Document:
     tokens: np.ndarray | None = None
 
 
-@dataclass
-class Budget:
-    """How many bytes may still be read of each domain, and what the reader should be told."""
-
-    #: bytes per domain; None: no end
-    cap: int | None
-    spent: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def left(self, domain: str) -> int:
-        """Bytes that may still be read of ``domain``."""
-        return (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
-
-    def spend(self, domain: str, count: int) -> None:
-        self.spent[domain] = self.spent.get(domain, 0) + count
-
-    def take(self, document: Document) -> Iterator[Document]:
-        """The text document, cut to what is left of its domain; nothing when that is nothing."""
-        raw = (document.text or "").encode("utf-8", errors="replace")[: self.left(document.domain)]
-        if raw:
-            self.spend(document.domain, len(raw))
-            yield Document(document.domain, document.name, raw.decode("utf-8", errors="ignore"))
-
-
 def by_hash(name: str) -> bytes:
     """Sort key that is the same everywhere, and unlike the alphabet favours no kind of name."""
     return hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()
 
 
-def file_documents(config: DataConfig, budget: Budget) -> Iterator[Document]:
+def file_documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
     """All documents of ``config.path``, in an order that depends on names alone.
 
-    Raises ``ValueError`` for what cannot be read; see the single readers.
+    ``notes`` gets what the reader should be told. Raises ``ValueError`` for what cannot be read; see the single
+    readers.
     """
     assert config.path is not None
     root = Path(config.path)
@@ -83,21 +59,19 @@ def file_documents(config: DataConfig, budget: Budget) -> Iterator[Document]:
     for path, name in sorted(files, key=lambda item: by_hash(item[1])):
         suffix = path.suffix.lower()
         if suffix in JSONL:
-            yield from _jsonl(path, name, config, budget)
+            yield from _jsonl(path, name, config)
             continue
         domain = _domain(path, name, config)
-        if budget.left(domain) == 0:
-            continue
         if suffix in TOKENS:
-            yield from _token_file(path, name, domain, config, budget)
+            yield _token_file(path, name, domain, config)
             continue
-        text = _text(path, budget.left(domain))
+        text = _text(path)
         if text is None:
             skipped += 1
         else:
-            yield from budget.take(Document(domain, name, text))
+            yield Document(domain, name, text)
     if skipped:
-        budget.notes.append(f"{skipped} of {len(files)} files are not UTF-8 text and were skipped")
+        notes.append(f"{skipped} of {len(files)} files are not UTF-8 text and were skipped")
 
 
 def _walk(root: Path) -> list[tuple[Path, str]]:
@@ -143,37 +117,27 @@ def _domain(path: Path, name: str, config: DataConfig) -> str:
     return "tokens" if suffix in TOKENS else KINDS.get(suffix, suffix[1:])
 
 
-def _text(path: Path, limit: int) -> str | None:
-    """The first ``limit`` bytes of a text file, or None when it is binary."""
+def _text(path: Path) -> str | None:
+    """The content of a text file, or None if it is binary."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(min(limit, path.stat().st_size))
-            whole = not file.read(1)
+        raw = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
-    if b"\0" in raw:
-        return None
     try:
-        # a cut may fall inside a character
-        return codecs.getincrementaldecoder("utf-8-sig")().decode(raw, final=whole)
+        return None if b"\0" in raw else raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 
 
-def _jsonl(path: Path, name: str, config: DataConfig, budget: Budget) -> Iterator[Document]:
-    """One document per line, in an order that depends on the texts alone, as a cap takes the first ones."""
-    records: list[Document] = []
+def _jsonl(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
+    """One document per line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    records.append(_record(line, path, name, number, config))
+                    yield _record(line, path, name, number, config)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if budget.cap is not None:
-        records.sort(key=lambda record: by_hash(record.text or ""))
-    for record in records:
-        yield from budget.take(record)
 
 
 def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig) -> Document:
@@ -200,16 +164,13 @@ def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig)
     return Document(domain, f"{name}:{number}", text)
 
 
-def _token_file(path: Path, name: str, domain: str, config: DataConfig, budget: Budget) -> Iterator[Document]:
+def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Document:
     """The ids of a flat token file: little-endian without a header, or a one-dimensional integer ``.npy``."""
     try:
         ids = _npy(path) if path.suffix.lower() == ".npy" else _flat(path, config)
     except OSError as error:
         raise _unreadable(path, error) from None
-    ids = ids[: max(budget.left(domain) // ids.dtype.itemsize, 1)]
-    if len(ids):
-        budget.spend(domain, ids.nbytes)
-        yield Document(domain, name, tokens=ids)
+    return Document(domain, name, tokens=ids)
 
 
 def _flat(path: Path, config: DataConfig) -> np.ndarray:

@@ -1,0 +1,140 @@
+"""What the terminal shows of a user's mistake, under a real torchrun: one line, and it is the last."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equimoe.launch import env
+from equimoe.launch.options import to_yaml
+from tests.helpers import small
+from tests.helpers.command import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "equimoe.launch.train"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=1)))
+    return ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
+
+
+def terminal(*command: str) -> tuple[int, list[str]]:
+    """Exit code, and the lines of stdout and stderr together."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    clean = {name: value for name, value in os.environ.items() if name not in place}
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=90,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.timeout(100)
+def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: list[str], tmp_path: Path) -> None:
+    """The gradient that is not finite is found in the second step, by both ranks."""
+    diverge = ["--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9"]
+    code, lines = terminal("-m", "equimoe.launch.train", "--processes", "2", *base, *diverge)
+    assert code == env.NON_FINITE
+    assert lines[-1].startswith("error: step ") and "lower optim.lr" in lines[-1]
+    assert sum(line.startswith("error: ") for line in lines) == 1 and not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.timeout(100)
+def test_torchrun_itself_ends_with_the_line(base: list[str], tmp_path: Path) -> None:
+    """It prints a report of its own, and always ends with 1; the line is what that report says last."""
+    code, lines = terminal(*TORCHRUN, *base, "--data.path", str(tmp_path / "nowhere"))
+    assert code == 1
+    assert set(lines[-1]) == {"="} and "error: data.path=" in lines[-2] and "nowhere" in lines[-2]
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected", "said"),
+    [
+        ({0: -15, 1: env.DATA}, env.DATA, ""),
+        ({1: -9}, 137, "error: rank 1 was killed by SIGKILL\n"),
+        ({1: 1}, 1, "error: rank 1 ended with exit code 1; its traceback is above\n"),
+        ({}, 0, ""),
+    ],
+    ids=["a mistake", "killed", "a bug", "success"],
+)
+def test_the_exit_code_is_that_of_the_rank_that_failed(
+    failures: dict[int, int],
+    expected: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    def torchrun(arguments: list[str]) -> None:
+        assert arguments == ["--standalone", "--nproc-per-node=2", "-m", "some.module", "--steps", "3"]
+        found = {rank: ProcessFailure(rank, 1, code, "<N/A>") for rank, code in failures.items()}
+        if found:
+            raise ChildFailedError("some.module", found)
+
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    with pytest.raises(SystemExit) as stop:
+        env.start(2, "some.module", ["--steps", "3"])
+    assert stop.value.code == expected and capsys.readouterr().err == said
+
+
+def test_configuration_is_checked_for_the_ranks_that_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any of them is started."""
+    import equimoe.launch.train as train
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(env, "start", lambda *_: pytest.fail("started"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--processes", "3"])
+    assert stop.value.code == env.CONFIG
+    assert capsys.readouterr().err.startswith("error: data.global_batch=16: must be a multiple of data.micro_batch")
+
+
+def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path) -> None:
+    """Here with a smaller model, for time; ``parallel`` is the recipe's own."""
+    texts = ["--data.path", str(small.write_texts(tmp_path / "texts")), "--data.seq_len", "16", "--steps", "1"]
+    sizes = ["--model.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
+    alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
+    assert alone.codes == [0], alone
+    assert "1 ranks, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
+    two = launch([*texts, *sizes, "--dry-run"], 2, cwd=tmp_path)
+    assert two.codes == [0, 0] and "2 ranks (ddp, dp_shard 2, ep 2)" in two.out[0], two
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        (env.Process(), "-m equimoe.launch.train --seed 3 --resume --steps 40"),
+        (env.Process(0, 2, 0, 2), "-m equimoe.launch.train --processes 2 --seed 3 --resume --steps 40"),
+        (env.Process(0, 4, 0, 2), "as before, on every machine, with the options --seed 3 --resume --steps 40"),
+    ],
+)
+def test_how_to_go_on(process: env.Process, expected: str) -> None:
+    from equimoe.launch.train import _command
+
+    given = ["--processes", "2", "--steps=20", "--resume", "--seed", "3", "--steps", "20", "--processes=2"]
+    assert _command(given, process, 40).endswith(expected)
+
+
+def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -> None:
+    """All of one's own text, whatever the recipe's limit on the built-in text is."""
+    (tmp_path / "texts").mkdir()
+    for i in range(2):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}" + "many words " * 3000)
+    options = ["--data.path", "texts", "--data.builtin_bytes_per_domain", "1000", "--dry-run"]
+    out = launch(options, cwd=tmp_path).out[0]
+    assert "text: texts\ntrained on: 65k tokens (text 65k)\nheld out: 1,321 tokens, 2.0% (text 1,321)\n" in out
