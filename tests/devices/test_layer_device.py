@@ -35,8 +35,8 @@ CASES: dict[str, MoEConfig] = {
 }
 
 
-def two_steps(config: MoEConfig, precision: str, masked: bool) -> dict[str, Any]:
-    """Two optimizer steps of two micro-batches; what the watch saw, and the devices of what is left."""
+def train(config: MoEConfig, precision: str, masked: bool) -> dict[str, Any]:
+    """A step of two micro-batches, and for what looks back another; what the watch saw, and where tensors are left."""
     weights = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.set_default_dtype(weights)  # as fake modules cannot be converted
     with torch.device("cuda"):
@@ -45,9 +45,9 @@ def two_steps(config: MoEConfig, precision: str, masked: bool) -> dict[str, Any]
         mask = torch.ones(4, 16, dtype=torch.bool) if masked else None
     torch.set_default_dtype(torch.float32)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    exact = config.balance.estimator == "exact"
+    exact, looks_back = (config.balance.estimator == name for name in ("exact", "carry"))
     with Watch() as watch, torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast"):
-        for _ in range(2):
+        for _ in range(1 + looks_back):
             if exact:
                 with counting_pass():
                     layer(x, mask)
@@ -73,7 +73,7 @@ def test_all_is_on_the_device_and_the_host_does_not_wait(backend: str) -> None:
         for name, config in CASES.items():
             config = replace(config, backend=backend)  # type: ignore[arg-type]
             for precision in ("fp32", "bf16", "autocast") if name in ("plain", "shared") else ("autocast",):
-                found[f"{name}, {precision}"] = two_steps(config, precision, masked=precision == "autocast")
+                found[f"{name}, {precision}"] = train(config, precision, masked=precision == "autocast")
         return found
 
     clean = {"waits": [], "copies": [], "mixed": [], "left on": {"cuda:0"}, "own kernels": backend == "triton"}

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import cpp_extension
 
@@ -89,13 +90,15 @@ def _build() -> Path:
         made = Path(folder, library.name)
         command = [str(_compiler()), "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(_SOURCE), "-o", str(made)]
         done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"the fake CUDA device does not build with torch {torch.__version__}:\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"the fake CUDA device does not build with torch {torch.__version__}:\n{done.stderr}"
+        )
         made.replace(library)
     return library
 
 
 def _believe() -> None:
-    """Let the Python half of torch.cuda believe in the device, too."""
+    """Let the Python half of torch.cuda believe in the device, too, and modules of fake tensors move there."""
     stand_ins: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
@@ -107,3 +110,17 @@ def _believe() -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """torch's own exchanges a fake parameter's inside, which it then refuses to do; here it is replaced."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            self._parameters[name] = torch.nn.Parameter(fn(parameter.detach()), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
