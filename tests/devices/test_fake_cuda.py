@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -48,11 +49,9 @@ MIXED = {
 
 
 def seen(text: str) -> dict[str, Any]:
-    with Watch() as watch:
-        try:
-            eval(text, {"torch": torch})
-        except Exception:  # torch itself refuses some of them, after the watch has seen them
-            pass
+    # torch itself refuses some of them, after the watch has seen them
+    with Watch() as watch, contextlib.suppress(Exception):
+        eval(text, {"torch": torch})
     return {"waits": len(watch.waits), "copies": len(watch.copies), "mixed": len(watch.mixed)}
 
 

@@ -90,9 +90,7 @@ def _build() -> Path:
         made = Path(folder, library.name)
         command = [str(_compiler()), "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(_SOURCE), "-o", str(made)]
         done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (
-            f"the fake CUDA device does not build with torch {torch.__version__}:\n{done.stderr}"
-        )
+        assert done.returncode == 0, f"the fake device does not build with torch {torch.__version__}:\n{done.stderr}"
         made.replace(library)
     return library
 
