@@ -108,6 +108,8 @@ def _believe() -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
+    for kernel in ("flash", "mem_efficient", "cudnn"):  # attention's, whose choice looks at the device's properties
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
 
 
