@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Pass, initial_bias
+from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import GroupedExperts, NoSharedExperts, SharedExperts
@@ -53,6 +54,11 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = build_dispatcher(config)
         self.balancer = Balancer(config.balance, config.top_k, config.router.z_loss)
         self._stats: RoutingStats | None = None
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights, as after ``to_empty``; with the same seed, those of a new layer."""
+        for part in self.children():
+            reset(part)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         whole = x.shape

@@ -6,6 +6,7 @@ All ranks of an axis must call the same verbs in the same order, whatever their 
 
 from .axes import LOCAL, Axis, axis_of, global_ranks, split_axis, world_axis
 from .counts import Belief, Pending, believe_splits, equal_sizes, exchange_counts, exchange_sizes, splits, sum_over
+from .initial import fill, fill_normal, reset
 from .kept import Kept, keeping, once
 from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
 from .tokens import gather_tokens, shares, split_tokens
@@ -29,6 +30,8 @@ __all__ = [
     "exchange_counts",
     "exchange_rows",
     "exchange_sizes",
+    "fill",
+    "fill_normal",
     "gather_rows",
     "gather_tokens",
     "global_ranks",
@@ -36,6 +39,7 @@ __all__ = [
     "once",
     "record_traffic",
     "reduce_scatter_rows",
+    "reset",
     "shares",
     "split_axis",
     "split_tokens",

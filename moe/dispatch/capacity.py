@@ -32,11 +32,10 @@ DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probab
 class Dropless:
     """Every choice is computed."""
 
+    positions_S: Tensor | None = None
+
     def __call__(self, routing: Routing) -> Routing:
         return routing
-
-    def hold(self, positions_S: Tensor) -> None:
-        """Nothing competes, so positions do not matter."""
 
 
 class Capacity:
@@ -44,18 +43,14 @@ class Capacity:
 
     T counts the valid tokens over ``axis``, whose ranks share the limit: each knows all choices and keeps its own of
     those that stay. Tokens are ordered by rank, or, with ``by_sequence``, for ranks that hold parts of the same
-    sequences, by sequence and then by position (see :meth:`hold`). Counts of the balance loss do not see the drop.
+    sequences, by sequence and then by ``positions_S``, int64, the positions in the sequence that this rank holds (None:
+    by rank). Counts of the balance loss do not see the drop.
     """
 
     def __init__(self, config: CapacityConfig, bins: int, axis: Axis = LOCAL, by_sequence: bool = False) -> None:
         self.factor, self.bins, self.axis, self.by_sequence = config.factor, bins, axis, by_sequence
         self.order = DROP_POLICIES[config.drop]
-        self._positions_S: Tensor | None = None
-
-    def hold(self, positions_S: Tensor) -> None:
-        """Let the rows of a sequence stand at these positions of it, int64; without them, parts of a sequence are
-        ordered by rank."""
-        self._positions_S = positions_S
+        self.positions_S: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:
@@ -81,10 +76,10 @@ class Capacity:
         each = max(tokens // sequences, 1)
         token_T = torch.arange(tokens, device=device)
         place_T = torch.full_like(token_T, self.axis.rank)
-        if self._positions_S is not None:
-            if self._positions_S.device != device:  # they follow the layer to its device, in its first forward there
-                self._positions_S = self._positions_S.to(device)
-            place_T = self._positions_S[token_T % each]
+        if self.positions_S is not None:
+            if self.positions_S.device != device:  # they follow the layer, in its first forward on another device
+                self.positions_S = self.positions_S.to(device)
+            place_T = self.positions_S[token_T % each]
         key_R = gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
         return torch.sort(key_R, stable=True).indices
 

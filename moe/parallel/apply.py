@@ -48,7 +48,7 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> None:
         attention.hold(held_S)
     # a limit that whole sequences share goes by their positions
     for layer in model.moe_layers():
-        layer.capacity.hold(held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank])
+        layer.capacity.positions_S = held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.topk_gate import topk_gate
+from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
 
@@ -28,10 +29,10 @@ class Router(nn.Module):
         self, hidden_size: int, num_experts: int, k: int, config: RouterConfig, init_std: float, backend: str = "auto"
     ) -> None:
         super().__init__()
-        self.k = k
+        self.k, self.init_std = k, init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.normal_(self.weight, std=init_std)
         self.register_buffer("bias_E", None)
+        self.reset_parameters()
         self.method: dict[str, Any] = {
             "score": config.score,
             "groups": config.groups,
@@ -41,6 +42,12 @@ class Router(nn.Module):
             "scale": config.weight_scale,
             "backend": backend,
         }
+
+    def reset_parameters(self) -> None:
+        """Start again: random weights, and a bias of zero."""
+        fill_normal(self.weight, self.init_std)
+        if self.bias_E is not None:
+            self.bias_E.zero_()
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None

@@ -72,7 +72,7 @@ def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:
         mine = part(whole, places[:, rank].flatten(), sequences)
         limit = build_capacity(replace(CONFIG, capacity=capacity), sequence=world_axis())
         if balanced:
-            limit.hold(held_RS[rank])
+            limit.positions_S = held_RS[rank]
         return limit(mine).ids_TK.tolist()
 
     got = torch.empty(sequences * length, 3, dtype=torch.int64)
