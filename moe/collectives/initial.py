@@ -43,5 +43,5 @@ def reset(module: nn.Module) -> None:
         fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
     elif isinstance(module, nn.Embedding):
         fill(module.weight, nn.init.normal_)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    elif callable(own := getattr(module, "reset_parameters", None)):
+        own()

@@ -45,7 +45,7 @@ def _compiler() -> str | None:
 
 
 #: for ``pytestmark``
-needs_fake_cuda = pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())
+needs_fake_cuda = [pytest.mark.fake_cuda, pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())]
 
 
 #: a context within which a body makes ordinary tensors of the host, with values
@@ -64,9 +64,20 @@ def on_fake_cuda(body: Callable[[], Any], timeout: float = 60.0) -> Any:
         ctypes.CDLL(str(library)).pretend()
         _believe()
         with mode:
+            _check_autograd()
             return body()
 
     return run_ranks(run, 1, timeout=timeout)[0]
+
+
+def _check_autograd() -> None:
+    try:
+        torch.ones((), device="cuda", requires_grad=True).backward()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a backward pass has run in the parent process, so this one has no device: mark the test "
+            "`needs_fake_cuda`, which lets it run before others"
+        ) from error
 
 
 class _Mode(FakeTensorMode):
