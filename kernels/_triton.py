@@ -16,7 +16,11 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
 
     Raises ValueError for a CPU tensor unless Triton interprets its kernels (``TRITON_INTERPRET=1``).
     """
-    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from ._interpreter import correct_interpreter  # only here: it imports triton
+
+        correct_interpreter()
+    elif tensor.device.type == "cpu":
         raise ValueError("backend='triton': the tensors are on the CPU; move them to a GPU or use backend='torch'")
     return torch.cuda.device_of(tensor)
 

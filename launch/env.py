@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -41,9 +42,25 @@ class Process:
 
     @property
     def device(self) -> torch.device:
-        """This local rank's own GPU; the CPU where there is not one for every rank of the machine."""
-        one_each = torch.cuda.is_available() and torch.cuda.device_count() >= self.local_world
-        return torch.device("cuda", self.local_rank) if one_each else torch.device("cpu")
+        """This rank's own GPU: the only one that it sees, or the one of its local rank. The CPU where there is no GPU.
+
+        Raises ValueError where a machine has GPUs, but fewer than ranks: to train on the CPU then would be a surprise.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        visible = torch.cuda.device_count()
+        if visible == 1:  # schedulers may give every rank its own
+            return torch.device("cuda", 0)
+        if visible < self.local_world or visible <= self.local_rank:
+            raise ValueError(_too_many(self.local_world, f"sees {visible} GPUs"))
+        return torch.device("cuda", self.local_rank)
+
+
+def _too_many(processes: int, why: str) -> str:
+    return (
+        f"{processes} processes on a machine that {why}: start as many as it has GPUs (--nproc-per-node), "
+        "or train on the CPU (CUDA_VISIBLE_DEVICES='')"
+    )
 
 
 def started() -> bool:
@@ -68,15 +85,29 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # a restarted attempt must not read the addresses that the one before left in the store
     store = dist.PrefixStore(f"attempt{process.restarts}", store)
-    cuda = process.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(process.device)
+    try:
+        device = process.device
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+            claim(device, process, store)
+    except ValueError as problem:  # not all machines need have the same GPUs, so each says so itself
+        stop(Process(rank=process.local_rank), CONFIG, str(problem))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def claim(device: torch.device, process: Process, store: dist.Store) -> None:
+    """Take a GPU for this rank. Raises ValueError when another rank of the machine has taken it: each may see one GPU,
+    and all the same."""
+    properties = torch.cuda.get_device_properties(device)
+    name = f"gpu/{socket.gethostname()}/{getattr(properties, 'uuid', process.rank)}"
+    if store.add(name, 1) > 1:
+        raise ValueError(_too_many(process.local_world, "has one GPU for several of them"))
 
 
 @contextmanager

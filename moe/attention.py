@@ -7,11 +7,13 @@ W width of a value head, R rotated width, C width of a latent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .collectives import reset
 from .config import AttentionConfig
 
 EPS = 1e-5
@@ -33,7 +35,9 @@ class Attention(nn.Module):
 
     def __init__(self, seq_len: int, rotated: int, base: float, split_heads: int) -> None:
         super().__init__()
-        cos_SR, sin_SR = _rotary(seq_len, rotated, base)
+        self._angles = partial(_rotary, seq_len, rotated, base)
+        self._positions_S: Tensor | None = None
+        cos_SR, sin_SR = self._angles()
         self.register_buffer("cos_SR", cos_SR, persistent=False)
         self.register_buffer("sin_SR", sin_SR, persistent=False)
         #: heads among which the weights can be divided
@@ -44,6 +48,14 @@ class Attention(nn.Module):
     def hold(self, positions_S: Tensor) -> None:
         """Let the rows of a sequence stand at these positions of it, instead of at 0, 1, 2, ..."""
         self.cos_SR, self.sin_SR = self.cos_SR[positions_S], self.sin_SR[positions_S]
+        self._positions_S = positions_S
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights, and compute the rotary tables."""
+        for part in self.children():
+            reset(part)
+        for table_SR, values_SR in zip((self.cos_SR, self.sin_SR), self._angles(), strict=True):
+            table_SR.copy_(values_SR if self._positions_S is None else values_SR[self._positions_S])
 
     def _rotate(self, t: Tensor) -> Tensor:
         """Turn each pair (i, i + R/2) of [..., S, R] by its position's angle."""

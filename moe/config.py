@@ -332,6 +332,7 @@ class MoEConfig:
             self.top_k,
             f"must be at most num_experts={self.num_experts}",
         )
+        self._check_single_choice()
         groups, kept = self.router.groups, self.router.kept_groups
         require(self.num_experts % groups == 0, "router.groups", groups, f"must divide num_experts={self.num_experts}")
         held = kept * (self.num_experts // groups)
@@ -369,3 +370,16 @@ class MoEConfig:
             self.backend,
             "use 'auto', 'torch', 'triton' or 'reference'",
         )
+
+    def _check_single_choice(self) -> None:
+        """Refuse a router that the task's loss cannot reach: one weight divided by the sum of itself is always 1."""
+        if self.top_k > 1 or self.num_experts == 1:
+            return
+        for name in ("softmax_after_topk", "normalize_weights"):
+            require(
+                not getattr(self.router, name),
+                f"router.{name}",
+                True,
+                "with top_k=1 every weight is then 1, and the task's loss cannot train the router; set it to False, so "
+                "that the weight is the score (Switch)",
+            )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Pass, initial_bias
+from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import GroupedExperts, NoSharedExperts, SharedExperts
@@ -59,6 +60,11 @@ class MoE(nn.Module):
         if group is not None:
             self.place(Placement.of_group(group))
         self._stats: RoutingStats | None = None
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights, as after ``to_empty``; with the same seed, those of a new layer."""
+        for part in self.children():
+            reset(part)
 
     def place(self, placement: Placement) -> None:
         """Let the layer work on the ranks of ``placement``; its experts' weights are split by whoever calls this.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .attention import ATTENTION, Attention
 from .balance import recompute
+from .collectives import fill_normal, reset
 from .config import AttentionConfig, MoEConfig, RecomputeConfig
 from .experts import SwiGLU
 from .layer import MoE
@@ -42,6 +43,11 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp_norm = nn.RMSNorm(hidden_size, eps=1e-5)
         self.mlp = mlp
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights."""
+        for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):  # as they were made
+            reset(part)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
         return self.run_block(self._whole, x_BSD, mask_BS)
@@ -97,7 +103,19 @@ class Decoder(nn.Module):
         self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
         #: some activations are computed again
         self.recomputes = recompute_blocks
-        self._initialise(moe.init_std, num_layers)
+        self.init_std, self.num_layers = moe.init_std, num_layers
+        self._initialise()
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights; with the same seed, those of a new model.
+
+        For a model that was made on the meta device: after ``to_empty``, call it once, on the whole model and with the
+        same seed on all ranks. (Each module's own in turn would leave torch's defaults in the linear layers within.)
+        """
+        for part in (self.embedding, *self.blocks.values(), self.norm, self.head):
+            if part is not None:
+                reset(part)
+        self._initialise()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
@@ -113,14 +131,14 @@ class Decoder(nn.Module):
         return list(numbered_moe_layers([self]).values())
 
     @torch.no_grad()
-    def _initialise(self, std: float, num_layers: int) -> None:
+    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
+                fill_normal(module.weight, self.init_std)
         # GPT-2: what is written to the residual stream starts smaller the more writers there are
         for name, weight in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj", "down_proj.weight")):
-                weight.mul_(1.0 / math.sqrt(2 * num_layers))
+                weight.mul_(1.0 / math.sqrt(2 * self.num_layers))
 
 
 def numbered_moe_layers(parts: Iterable[Decoder]) -> dict[int, MoE]:

@@ -23,8 +23,11 @@ torch.set_num_threads(1)  # forking a process whose OpenMP threads have run hang
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on a GPU come last: once autograd has run on one, a forked rank can no longer run a backward pass."""
-    items.sort(key=lambda item: item.get_closest_marker("gpu") is not None)
+    """Tests on a GPU come last: once autograd has run on one, a forked rank can no longer run a backward pass.
+
+    Those on a fake GPU come first: autograd counts devices in a process's first backward pass, and forks keep that.
+    """
+    items.sort(key=lambda item: bool(item.get_closest_marker("gpu")) - bool(item.get_closest_marker("fake_cuda")))
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from .counts import (
     splits,
     sum_over,
 )
+from .initial import fill, fill_normal, reset
 from .kept import Kept, keeping, once
 from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
 from .tokens import gather_tokens, shares, split_tokens
@@ -41,6 +42,8 @@ __all__ = [
     "exchange_counts",
     "exchange_rows",
     "exchange_sizes",
+    "fill",
+    "fill_normal",
     "gather_rows",
     "gather_tokens",
     "global_ranks",
@@ -49,6 +52,7 @@ __all__ = [
     "private_axis",
     "record_traffic",
     "reduce_scatter_rows",
+    "reset",
     "shares",
     "split_axis",
     "split_tokens",

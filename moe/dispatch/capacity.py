@@ -85,6 +85,8 @@ class Capacity:
         token_T = torch.arange(tokens, device=device)
         place_T = torch.full_like(token_T, self.axis.rank)
         if self.positions_S is not None:
+            if self.positions_S.device != device:  # they follow the layer, in its first forward on another device
+                self.positions_S = self.positions_S.to(device)
             place_T = self.positions_S[token_T % each]
         key_R = gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
         return torch.sort(key_R, stable=True).indices

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.expert_mlp import expert_mlp
+from ..collectives import fill_normal
 from ..types import DispatchPlan
 
 
@@ -35,8 +36,13 @@ class GroupedExperts(nn.Module):
         self.mlp = partial(expert_mlp, backend=backend, activation=activation, gated=gated, recompute=recompute)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width if gated else width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights."""
         for weight in self.parameters():
-            nn.init.normal_(weight, std=init_std)
+            fill_normal(weight, self.init_std)
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Each source row's weighted sum over the experts it chose on this rank: [S, D]."""

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..collectives import fill_normal, reset
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -15,8 +17,18 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.init_std = init_std
+        self._initialise()
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights."""
+        for linear in self.children():
+            reset(linear)
+        self._initialise()
+
+    def _initialise(self) -> None:
         for weight in self.parameters():
-            nn.init.normal_(weight, std=init_std)
+            fill_normal(weight, self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -30,6 +42,11 @@ class SharedExperts(nn.Module):
         self.mlp = SwiGLU(hidden_size, width, init_std)
         self.gate = Gate(hidden_size, init_std) if gated else Open()
 
+    def reset_parameters(self) -> None:
+        """Start again from random weights."""
+        for part in self.children():
+            reset(part)
+
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gate(x_TD) * self.mlp(x_TD)
 
@@ -40,7 +57,12 @@ class Gate(nn.Module):
     def __init__(self, hidden_size: int, init_std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size))
-        nn.init.normal_(self.weight, std=init_std)
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again from random weights."""
+        fill_normal(self.weight, self.init_std)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(x_TD, self.weight))

@@ -19,17 +19,18 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis 
     one's are not; parameters of other pipeline ``stages`` belong to the norm too. A norm that is not finite scales
     nothing, so that the caller can skip the step with weights intact.
     """
+    parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
+    device = parameters[0].device if parameters else torch.device("cpu")
     by_split: dict[tuple, list[Tensor]] = {(): []}
     for grad in grads:
         by_split.setdefault(_splitting_groups(grad), []).append(_local(grad))
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, parts in by_split.items():
-        square = torch.zeros((), dtype=torch.float64)
+        square = torch.zeros_like(total)
         if parts:
             norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
             square = norms.square().sum()
-            total = total.to(square.device)
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total + square

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.topk_gate import topk_gate
+from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
 
@@ -17,7 +19,9 @@ from ..types import Decision, Routing
 class Router(nn.Module):
     """A linear gate, then the op :func:`topk_gate`.
 
-    Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast. ``bias_E`` is added
+    Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast. A wrapper that lends
+    the forward a rounded copy of ``weight`` is warned of, because rounding sends tokens to other experts; a module that
+    was itself converted (``model.bfloat16()``) is taken as it is. ``bias_E`` is added
     to the scores where experts are chosen, never where they are weighed (DeepSeek-V3, arXiv 2412.19437): None, or once
     a balancing method assigns it an fp32 tensor, a buffer that is saved, moves with the module and stays fp32.
     """
@@ -28,10 +32,12 @@ class Router(nn.Module):
         self, hidden_size: int, num_experts: int, k: int, config: RouterConfig, init_std: float, backend: str = "auto"
     ) -> None:
         super().__init__()
-        self.k = k
+        self.k, self.init_std = k, init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.normal_(self.weight, std=init_std)
         self.register_buffer("bias_E", None)
+        self.reset_parameters()
+        #: of the weight as it is kept; what a forward sees may be a copy
+        self._kept_dtype = self.weight.dtype
         self.method: dict[str, Any] = {
             "score": config.score,
             "groups": config.groups,
@@ -42,6 +48,12 @@ class Router(nn.Module):
             "backend": backend,
         }
 
+    def reset_parameters(self) -> None:
+        """Start again: random weights, and a bias of zero."""
+        fill_normal(self.weight, self.init_std)
+        if self.bias_E is not None:
+            self.bias_E.zero_()
+
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
     ) -> Routing:
@@ -49,6 +61,8 @@ class Router(nn.Module):
 
         A ``decision`` made before is weighed again, not made again.
         """
+        if self.weight.dtype != self._kept_dtype:
+            self._warn_of_rounding()
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
@@ -65,6 +79,7 @@ class Router(nn.Module):
         super()._load_from_state_dict(*args)
         if self.bias_E is not None:
             self.bias_E = self.bias_E.float()  # load_state_dict(assign=True) takes any dtype
+        self._kept_dtype = self.weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """As for every module, but ``bias_E`` stays fp32: its updates are too small for 16 bits."""
@@ -72,4 +87,16 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         if before is not None and self.bias_E is not None and self.bias_E.dtype != before.dtype:
             self.bias_E = before.to(self.bias_E.device)
+        self._kept_dtype = self.weight.dtype
         return self
+
+    def _warn_of_rounding(self) -> None:
+        """Once, when the forward finds a narrower weight than the module keeps."""
+        kept, self._kept_dtype = self._kept_dtype, self.weight.dtype
+        if self.weight.dtype.itemsize < kept.itemsize:
+            warnings.warn(
+                f"router.weight is {kept}, but its forward gets a copy in {self.weight.dtype}, which sends some tokens "
+                "to other experts; with FSDP2 wrap each router by itself before its block: "
+                "fully_shard(layer.router, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))",
+                stacklevel=3,
+            )

@@ -42,6 +42,7 @@ def refused(ended: Ended, code: int, *words: str) -> None:
         (["--steps", "1.5"], ["--steps", "1.5"]),
         (["--optim.lr", "-1"], ["optim.lr=-1", "must be positive"]),
         (["--model.top_k", "5"], ["model.top_k=5", "at most model.num_experts=4"]),
+        (["--model.top_k", "1"], ["router.normalize_weights=True", "set it to False"]),
         (["--parallel.ep", "3", "--model.num_experts", "6"], ["parallel.ep=3", "number of processes, which is 2"]),
         (["--parallel.ep", "2", "--model.num_experts", "5"], ["parallel.ep=2", "must divide model.num_experts=5"]),
         (["--parallel.tp", "2", "--parallel.cp", "2"], ["parallel.cp=2 * parallel.tp=2", "processes, which is 2"]),

@@ -25,8 +25,6 @@ from equimoe.kernels.expert_mlp.kind import Kind
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
 from equimoe.kernels.permute import triton_ops as permute
 
-from . import interpreter  # noqa: F401
-
 #: rows and a width with a product just over 2**31; a count of experts and a weight's size with the same
 ROWS, WIDTH = 2**16 + 2, 2**15
 EXPERTS, LONG, SHORT = 9, 2**22, 64

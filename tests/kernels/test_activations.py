@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -23,12 +24,7 @@ from equimoe.moe.types import DispatchPlan
 
 from .cases import NAMES, call, compare, make, route_fixture  # noqa: F401
 
-try:
-    from . import interpreter  # noqa: F401
-
-    HAS_TRITON = not torch.cuda.is_available()
-except ImportError:
-    HAS_TRITON = False
+HAS_TRITON = find_spec("triton") is not None and not torch.cuda.is_available()
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter"))
 PATHS = ("torch", "grouped", "blocks", TRITON)
 KINDS = [(activation, gated) for activation in ACTIVATIONS for gated in (True, False)]

@@ -84,7 +84,6 @@ def test_what_a_run_keeps_is_what_the_formula_says(backend: str) -> None:
     """Beyond x and the pre-activation: the order's 64-bit indices, the weights, and rows that pad experts to 16."""
     if backend == "triton":
         pytest.importorskip("triton")
-        import tests.kernels.interpreter  # noqa: F401
     shape = shapes.Shape("s", 160, 96, 64, 4, 2)
     gate_up, down = shapes.expert_weights(shape, torch.bfloat16, torch.device("cpu"))
     batch = shapes.make_batch(shape, "uniform", torch.bfloat16, torch.device("cpu"))
@@ -110,8 +109,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """Bytes of the tensors given to each launch, and its kernel."""
     pytest.importorskip("triton")
     import triton.runtime.interpreter as interpreter
-
-    import tests.kernels.interpreter  # noqa: F401
 
     found: list[tuple[int, str]] = []
     plain: Callable[..., Any] = interpreter.GridExecutor.__call__

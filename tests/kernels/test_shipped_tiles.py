@@ -20,8 +20,6 @@ pytest.importorskip("triton")
 from equimoe.kernels.expert_mlp import triton_ops as mlp
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
 
-from . import interpreter  # noqa: F401
-
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's; a GPU has tiles of its own")
 #: largest relative error by norm, and of the worst row against the rows' root mean square
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1e-2, 4e-2), torch.float16: (1e-3, 6e-3)}

@@ -13,7 +13,6 @@ from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 pytest.importorskip("triton")
-from . import interpreter  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "weights", "gate_up", "down")

@@ -13,8 +13,6 @@ pytest.importorskip("triton")
 from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
-if DEVICE == "cpu":
-    from . import interpreter  # noqa: F401
 #: largest relative error of the worst row in fp32, a fifth of it by norm: gradients that nearly cancel amplify
 TOLERANCE = 1e-5
 SOFTMAX: dict[str, Any] = {}

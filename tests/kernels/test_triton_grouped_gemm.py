@@ -13,7 +13,6 @@ from equimoe.kernels.configs import ARCHS, OPS, pick_config
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 
 pytest.importorskip("triton")
-from . import interpreter  # noqa: F401
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: largest relative error by norm, and of the worst row against the rows' root mean square

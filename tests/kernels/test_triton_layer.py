@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +49,29 @@ def test_same_losses_and_gradients_as_torch() -> None:
     (ours, our_grad), (theirs, their_grad) = losses("triton"), losses("torch")
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert oracle.relative_error(our_grad, their_grad) < 1e-4
+
+
+USER = """
+import torch
+from equimoe.moe import MoE, MoEConfig
+
+found = []
+for backend in ("torch", "triton"):
+    torch.manual_seed(0)
+    layer = MoE(MoEConfig(16, 24, 4, 2, backend=backend, init_std=0.2))
+    x = torch.randn(20, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().square().sum().backward()
+    found.append([y.float(), x.grad, *(p.grad for p in layer.parameters())])
+print(max(float((a - b).norm() / a.norm()) for a, b in zip(*found)))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
+def test_bf16_is_right_in_a_users_process_too() -> None:
+    """Triton's interpreter multiplies the bits of bf16 as integers unless it is corrected, here or anywhere else."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", USER], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.05  # the interpreter cuts bf16 off where a GPU rounds

@@ -21,6 +21,8 @@ ROUTERS = {
     "sigmoid": RouterConfig(score="sigmoid", normalize_weights=False),
     "deepseek": RouterConfig(score="sigmoid", weight_scale=2.5, z_loss=1e-3),
 }
+#: Switch (arXiv 2101.03961), for one expert per token
+SWITCH = ROUTERS["softmax"]
 
 
 def make(**changes: object) -> MoE:
@@ -38,6 +40,8 @@ def gradients(layer: MoE) -> dict[str, torch.Tensor]:
 @pytest.mark.usefixtures("poison")
 def test_forward_and_every_gradient(router: RouterConfig, top_k: int, backend: str) -> None:
     off = BalanceConfig(coefficient=0.0)
+    if top_k == 1:
+        router = replace(router, normalize_weights=False, softmax_after_topk=False)
     layer = make(router=replace(router, z_loss=0.0), top_k=top_k, backend=backend, balance=off)
     x = torch.randn(3, 7, 12, requires_grad=True)
     out_grad = torch.randn(3, 7, 12)
@@ -160,7 +164,7 @@ def test_mask_keeps_padding_out_of_experts_and_counts() -> None:
 
 
 def test_stats_of_a_known_routing() -> None:
-    layer = make(top_k=1, num_experts=4)
+    layer = make(top_k=1, num_experts=4, router=SWITCH)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:3, :3] = 50 * torch.eye(3)
@@ -178,7 +182,7 @@ def test_stats_of_a_known_routing() -> None:
 
 
 def test_balanced_routing_has_loss_one() -> None:
-    layer = make(num_experts=4, top_k=1)
+    layer = make(num_experts=4, top_k=1, router=SWITCH)
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:, :4] = 50 * torch.eye(4)
@@ -293,6 +297,25 @@ def test_weights_are_laid_out_as_hugging_face_does() -> None:
         "experts.gate_up_proj": (5, 40, 12),
         "experts.down_proj": (5, 12, 20),
     }
+
+
+@pytest.mark.parametrize(
+    "router",
+    [RouterConfig(), RouterConfig(score="sigmoid"), RouterConfig(softmax_after_topk=True, normalize_weights=False)],
+    ids=["normalised", "sigmoid", "softmax after top-k"],
+)
+def test_one_choice_whose_weight_is_always_one_is_refused(router: RouterConfig) -> None:
+    """Such a router would follow the balance loss alone. With one expert there is nothing to learn."""
+    field = "softmax_after_topk" if router.softmax_after_topk else "normalize_weights"
+    with pytest.raises(ValueError, match=f"^router.{field}=True: with top_k=1 every weight is then 1.*set it to False"):
+        make(top_k=1, router=router)
+    make(top_k=1, num_experts=1, router=router)
+
+
+def test_switch_routing_trains_the_router_on_the_task() -> None:
+    layer = make(top_k=1, router=SWITCH, balance=BalanceConfig(coefficient=0.0))
+    layer(torch.randn(8, 12)).square().sum().backward()
+    assert layer.router.weight.grad is not None and float(layer.router.weight.grad.norm()) > 1e-6
 
 
 @pytest.mark.parametrize(

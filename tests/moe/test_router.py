@@ -19,8 +19,6 @@ from tests.helpers import oracle
 
 D, E, K, T = 12, 12, 3, 20
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
-if find_spec("triton") and DEVICE == "cpu":
-    import tests.kernels.interpreter  # noqa: F401
 ROUTERS = {
     "softmax": RouterConfig(normalize_weights=False, z_loss=1e-2),
     "normalized": RouterConfig(z_loss=1e-2),

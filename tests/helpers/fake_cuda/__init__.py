@@ -1,0 +1,137 @@
+"""Runs code on CUDA tensors that have no memory, without a GPU, and notes what a GPU would have stumbled over.
+
+Tensors are torch's fake ones: shapes, dtypes and devices are exact, values do not exist. A small library (device.cpp)
+makes torch believe in the device, which a CPU build needs for backward passes, as does a CUDA build without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils import cpp_extension
+
+from tests.helpers.fake_cuda.watch import Watch
+from tests.helpers.fork import run_ranks
+
+__all__ = ["Watch", "needs_fake_cuda", "on_fake_cuda", "real_tensors"]
+
+_SOURCE = Path(__file__).with_name("device.cpp")
+
+
+def _obstacle() -> str:
+    """Why there can be no fake device here; empty where there can."""
+    if torch.cuda.is_available():
+        return "this machine has a GPU, whose place a fake one cannot take"
+    if _compiler() is None:
+        return "needs a C++ compiler (g++ or clang++) to build the fake CUDA device"
+    return ""
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+
+
+#: for ``pytestmark``
+needs_fake_cuda = [pytest.mark.fake_cuda, pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())]
+
+
+#: a context within which a body makes ordinary tensors of the host, with values
+real_tensors = unset_fake_temporarily
+
+
+def on_fake_cuda(body: Callable[[], Any], timeout: float = 60.0) -> Any:
+    """Call ``body`` under FakeTensorMode in a forked process that believes in one CUDA device; returns its result.
+
+    The result must be picklable, so not a fake tensor. An exception fails the test with its traceback.
+    """
+    library, mode = _build(), _Mode()  # the first mode of a process takes a second to make: so here, once
+
+    def run(_rank: int, _world: int) -> Any:
+        dist.destroy_process_group()  # the body makes its own, of ranks that do not exist
+        ctypes.CDLL(str(library)).pretend()
+        _believe()
+        with mode:
+            _check_autograd()
+            return body()
+
+    return run_ranks(run, 1, timeout=timeout)[0]
+
+
+def _check_autograd() -> None:
+    try:
+        torch.ones((), device="cuda", requires_grad=True).backward()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a backward pass has run in the parent process, so this one has no device: mark the test "
+            "`needs_fake_cuda`, which lets it run before others"
+        ) from error
+
+
+class _Mode(FakeTensorMode):
+    """Constants of the device are made on the host and then copied, as where torch knows of no device."""
+
+    avoid_device_init = True
+
+
+def _build() -> Path:
+    """The library for this torch, built once and kept in torch's own folder for such builds."""
+    key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    library = root / "equimoe_fake_cuda" / f"{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    where = cpp_extension.TORCH_LIB_PATH
+    links = [f"-L{where}", f"-Wl,-rpath,{where}", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # other test runs may be building it, too
+        made = Path(folder, library.name)
+        command = [str(_compiler()), "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(_SOURCE), "-o", str(made)]
+        done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"the fake device does not build with torch {torch.__version__}:\n{done.stderr}"
+        made.replace(library)
+    return library
+
+
+def _believe() -> None:
+    """Let the Python half of torch.cuda believe in the device, too, and modules of fake tensors move there."""
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),
+        "set_rng_state": lambda *_: None,
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(torch.cuda, name, stand_in)
+    for kernel in ("flash", "mem_efficient", "cudnn"):  # attention's, whose choice looks at the device's properties
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """torch's own exchanges a fake parameter's inside, which it then refuses to do; here it is replaced."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            self._parameters[name] = torch.nn.Parameter(fn(parameter.detach()), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self

@@ -1,0 +1,118 @@
+"""Notes, op by op, where tensors of a device and the host meet."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ROOT = Path(__file__).resolve().parents[3]
+_FOLDERS = tuple(f"{_ROOT / name}{'/'}" for name in ("moe", "kernels", "launch"))
+
+#: the size of the result, or the result itself, is known to the device alone
+_WAIT = {
+    "aten._local_scalar_dense",
+    "aten.allclose",
+    "aten.bincount",
+    "aten.equal",
+    "aten.is_nonzero",
+    "aten.item",
+    "aten.masked_select",
+    "aten.nonzero",
+    "aten.unique_consecutive",
+    "aten.unique_dim",
+    "aten._unique2",
+}
+#: the same, where they are given a mask
+_BY_MASK = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
+_COPY = {"aten._to_copy", "aten.copy_", "aten.copy", "aten._copy_from"}
+
+
+class Watch(TorchDispatchMode):
+    """While it is active, notes every op on tensors of a device:
+
+    - ``waits``: places where the host waits for the device to know a value or a size, one entry per wait;
+    - ``copies``: places where a tensor of the host is copied to the device (from memory that is not pinned, for which
+      the host waits as well);
+    - ``mixed``: ops that would fail, or read addresses of the other side, because their tensors are on different
+      devices. torch's kernels take scalars of the host; fused, foreach and our own ones do not.
+
+    A place is "file:function" of the package; "?" outside of it. Enter it inside FakeTensorMode. There are no values,
+    so integers that the host reads are all ``reads``.
+    """
+
+    def __init__(self, reads: int = 1) -> None:
+        super().__init__()
+        self.reads = reads
+        self.waits: list[str] = []
+        self.copies: list[str] = []
+        self.mixed: list[str] = []
+        #: how often each op ran on a device
+        self.ops: Counter[str] = Counter()
+        self._waiting = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket._qualified_op_name.replace("::", ".")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name.startswith("prim.") or not given:
+            return func(*args, **kwargs)
+        on_device = any(not t.is_cpu for t in given)
+        if name == "aten._local_scalar_dense" and on_device:
+            self._wait()
+            dtype = given[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else self.reads
+        if on_device and self._waits(name, args, kwargs):
+            self._wait()
+        if name not in _COPY:
+            self._check(name, given)
+        result = func(*args, **kwargs)
+        if name in _COPY:
+            self._copied(args, result)
+        if on_device and not func.is_view:
+            self.ops[name] += 1
+            self._waiting = name in _WAIT
+        return result
+
+    def _waits(self, name: str, args: Any, kwargs: Any) -> bool:
+        if name == "aten.repeat_interleave":
+            return kwargs.get("output_size") is None and len(args) < 2
+        if name in _BY_MASK:
+            by_mask = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in tree_leaves(args[1]))
+            filled = len(args) > 2 and args[2].is_cpu and args[2].dim() == 0  # what torch does without counting
+            return by_mask and not filled
+        return name in _WAIT
+
+    def _wait(self) -> None:
+        if not self._waiting:  # the numbers of one tensor are read in a row, by one wait
+            self.waits.append(_place())
+        self._waiting = True
+
+    def _check(self, name: str, given: list[Tensor]) -> None:
+        strict = not name.startswith("aten.") or name.startswith(("aten._fused", "aten._foreach"))
+        devices = {t.device for t in given if strict or t.dim() or not t.is_cpu}
+        if len(devices) > 1:
+            self.mixed.append(f"{name} at {_place()}")
+
+    def _copied(self, args: Any, result: Tensor) -> None:
+        source = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
+        if result.is_cpu and not source.is_cpu:
+            self._wait()
+        elif source.is_cpu and not result.is_cpu:
+            self.copies.append(_place())
+
+
+def _place() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_FOLDERS):
+            return f"{Path(file).relative_to(_ROOT).as_posix()}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
