@@ -52,7 +52,6 @@ def test_a_training_step_waits_for_the_gradient_norm_alone(trainer_of: Any) -> N
     assert found == {"copies per batch": 3, "mixed": [], "left on": {"cuda:0"}}
 
 
-@pytest.mark.xfail(reason="training_state makes AdamW's step on the host", strict=False)
 def test_a_resumed_optimizer_is_on_the_device(trainer_of: Any) -> None:
     """A resume fills the tensors of a run that has not stepped yet; a fused AdamW reads all of them on the device."""
 
