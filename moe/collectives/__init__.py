@@ -4,7 +4,7 @@ With no process group every verb is the identity, so each stage runs, and is tes
 All ranks of an axis must call the same verbs in the same order, whatever their rows.
 """
 
-from .axes import LOCAL, Axis, axis_of, global_ranks, split_axis, world_axis
+from .axes import LOCAL, Axis, axis_of, global_ranks, separate, split_axis, world_axis
 from .counts import Belief, Pending, believe_splits, equal_sizes, exchange_counts, exchange_sizes, splits, sum_over
 from .kept import Kept, keeping, once
 from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
@@ -36,6 +36,7 @@ __all__ = [
     "once",
     "record_traffic",
     "reduce_scatter_rows",
+    "separate",
     "shares",
     "split_axis",
     "split_tokens",

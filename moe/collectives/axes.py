@@ -59,6 +59,14 @@ def _new_group_like(group: Any, members: list[int]) -> Any:
     return made
 
 
+def separate(axis: Axis) -> Axis:
+    """The same ranks with a communicator of their own: its collectives need no order relative to others'.
+
+    All ranks of the axis call this.
+    """
+    return axis if axis.size == 1 else replace(axis, group=_new_group_like(axis.group, global_ranks(axis)))
+
+
 def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
     """The axis as a grid: (ranks ``inner`` apart, blocks of ``inner`` adjacent ranks). All its ranks call this.
 
