@@ -129,9 +129,8 @@ def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
         [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    norms = re.findall(r"^(\d+) (\S+)$", done.stdout, flags=re.MULTILINE)
-    assert len(norms) == 2 * 10 and all(0 < float(norm) < 10 for _, norm in norms), done.stdout
-    assert len(set(norms)) == 10  # the same on both ranks
+    norms = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(norms) == 10 and all(0 < norm < 10 for norm in norms)
 
 
 def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.recorded import Recorded
 
 # gathering a tensor that is split along two axes is slower than it could be, says torch; here it is for comparison
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -115,15 +116,9 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
     """Three steps: loss and norm of each, clipped gradients of the first, and the parameters after the last."""
     dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
     bf16 = of.dtype == "bfloat16"
-    model, parameters, gradients = make(of, micro_batches), {}, {}
+    model, optimizer = make(of, micro_batches), Recorded(momentum=0.9)
     if mesh is None and bf16 and of.parallel.data_parallel == "fsdp":
         model.forward = partial(_in_bf16, copy.copy(model))
-
-    def optimizer(trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        parameters.update(trainable)
-        made = torch.optim.SGD(trainable.values(), momentum=0.9, foreach=False)
-        made.register_step_pre_hook(lambda *_: gradients.update(gradients or named_gradients(trainable)))
-        return made
 
     engine: Engine = build_engine(
         model,
@@ -135,7 +130,7 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         dtype=torch.bfloat16 if bf16 else None,
         precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
     )
-    result: dict[str, Any] = {"loss": [], "norm": [], "gradients": gradients}
+    result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = batch(step, of)
         parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole), strict=True)
@@ -143,25 +138,13 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         assert found.applied
         result["loss"].append(float(sum(n.double().sum() for n in found.nats)) / float(whole[2].sum()))
         result["norm"].append(float(found.norm))
-    result["parameters"] = {name: full(p) for name, p in parameters.items()}
-    return result
-
-
-def named_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The whole gradients of those parameters that have one."""
-    return {name: full(p.grad) for name, p in parameters.items() if p.grad is not None}
+    return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
 
 
 def _in_bf16(model: torch.nn.Module, *args: Any) -> Tensor:
     """What FSDP2's mixed precision computes: bf16 copies of all weights but the routers'."""
     weights = {n: p if ".router." in n else p.to(torch.bfloat16) for n, p in model.named_parameters()}
     return torch.func.functional_call(model, weights, args)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split."""
-    whole = getattr(tensor, "full_tensor", None)
-    return (tensor if whole is None else whole()).detach().clone()
 
 
 def on_ranks(of: Composition, timeout: float = 120.0) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from equimoe.moe.parallel import ParallelConfig as P
 from equimoe.moe.parallel.pipeline import SCHEDULES
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
-from tests.helpers.parity import named_gradients
+from tests.helpers.recorded import Recorded
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
 #: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
@@ -86,13 +86,7 @@ def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> li
 def train(model: Decoder, mesh: Mesh | None, steps: list[list[Batch]]) -> dict[str, Tensor]:
     """The last step's gradients on this rank, by their names in the whole model, and the routers' biases after it. The
     weights stand still."""
-    found: dict[str, Tensor] = {}
-
-    def optimizer(trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        made = torch.optim.SGD(trainable.values(), foreach=False)
-        made.register_step_pre_hook(lambda *_: found.update(named_gradients(trainable)))
-        return made
-
+    optimizer = Recorded()
     micro_batches, shape = len(steps[0]), tuple(steps[0][0].inputs.shape)
     engine = build_engine(
         model,
@@ -103,8 +97,8 @@ def train(model: Decoder, mesh: Mesh | None, steps: list[list[Batch]]) -> dict[s
         shape=shape,
     )
     for batches in steps:
-        found.clear()
         assert engine.step(batches, lr=0.0).applied
+    found = optimizer.gradients[-1]
     return found | {n: b for part in engine.parts for n, b in part.named_buffers() if n.endswith("bias_E")}
 
 

@@ -15,7 +15,7 @@ from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_, parallelize
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
-from tests.helpers.parity import full, named_gradients
+from tests.helpers.recorded import Recorded
 
 CONFIG = MoEConfig(
     hidden_size=8, intermediate_size=6, num_experts=4, top_k=2, balance=BalanceConfig(coefficient=0.2), init_std=0.5
@@ -49,18 +49,11 @@ def train(rank: int, world: int, ep: int, lengths: tuple[int, ...], config: MoEC
     """Three SGD steps; gradients and norm of the first, parameters after the last."""
     model = Model(*make(config))
     model.again = again
-    trained, result = {}, {}
-
-    def optimizer(trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        made = torch.optim.SGD(trainable.values(), foreach=False)
-        made.register_step_pre_hook(lambda *_: result.setdefault("gradients", named_gradients(trainable)))
-        trained.update(trainable)
-        return made
-
+    optimizer = Recorded()
     engine = build_engine(model, build_mesh(ParallelConfig(ep=ep)), optimizer, loss=square, max_norm=0.5)
     x_BSD = tokens(rank, lengths)[None]
     norms = [float(engine.step([Batch(x_BSD, x_BSD)], lr=0.1).norm) for _ in range(3)]
-    return result | {"norm": norms[0], "parameters": {name: full(p) for name, p in trained.items()}}
+    return {"gradients": optimizer.gradients[0], "norm": norms[0], "parameters": optimizer.parameters}
 
 
 def alone(world: int, lengths: tuple[int, ...], config: MoEConfig = CONFIG) -> dict[str, Any]:
@@ -100,16 +93,10 @@ def test_every_token_on_one_experts_rank() -> None:
     def script(rank: int, world: int) -> dict[str, Tensor]:
         mesh = build_mesh(ParallelConfig(ep=2))
         layer = collapsed()
-        found: dict[str, Tensor] = {}
-
-        def optimizer(trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-            made = torch.optim.SGD(trainable.values(), foreach=False)
-            made.register_step_pre_hook(lambda *_: found.update(named_gradients(trainable)))
-            return made
-
+        optimizer = Recorded()
         x_BSD = tokens(rank, (5, 3)).abs()[None]
         build_engine(layer, mesh, optimizer, loss=square).step([Batch(x_BSD, x_BSD)], lr=0.0)
-        return found
+        return optimizer.gradients[0]
 
     def collapsed() -> MoE:
         torch.manual_seed(0)
