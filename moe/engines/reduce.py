@@ -109,6 +109,8 @@ class _Bucket:
         self.work: Any = None
         #: those without a gradient on this rank, and where the sum of the other ranks' arrives
         self.missing: dict[nn.Parameter, Tensor] = {}
+        #: gradients that stay where they are, and their sums
+        self.copies: list[tuple[Tensor, Tensor]] = []
 
     def add(self, parameter: nn.Parameter, nbytes: int) -> None:
         self.parameters.append(parameter)
@@ -120,20 +122,28 @@ class _Bucket:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Copy the gradients into one piece of memory, let them live there, and start its reduction."""
+        """Copy the gradients into one piece of memory, and start its reduction. They live there from now on, unless
+        that would free nothing: FSDP makes one piece of memory for all gradients of a block."""
         parts = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
         flat = torch.cat([part.flatten() for part in parts])
-        sizes = [part.numel() for part in parts]
-        for p, piece in zip(self.parameters, flat.split(sizes), strict=True):
+        pieces = [
+            piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+        ]
+        moves = all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
+        for p, part, piece in zip(self.parameters, parts, pieces, strict=True):
             if p.grad is None:
                 self.missing[p] = piece
-            else:
+            elif moves:
                 p.grad = _like(p.grad, piece)
+            else:
+                self.copies.append((part, piece))
         self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
 
     def deliver(self, used: dict[nn.Parameter, bool]) -> None:
         """Wait, and give weights that other ranks used the gradient that those found."""
         self.work.wait()
+        for gradient, piece in self.copies:
+            gradient.copy_(piece)
         for p, piece in self.missing.items():
             if used[p]:
                 p.grad = _like(p, piece)
@@ -157,12 +167,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(model: Tensor, piece: Tensor) -> Tensor:
-    """``piece``, in the shape, and split in the way, of ``model``."""
+    """``piece``, this rank's part of a tensor that is split in the way of ``model``."""
     if not isinstance(model, DTensor):
-        return piece.view(model.shape)
-    local = piece.view(model.to_local().shape)
+        return piece
     return DTensor.from_local(
-        local, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
+        piece, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
     )
 
 

@@ -61,4 +61,4 @@ def freeze(engine_or_model: TorchEngine | nn.Module, which: Callable[[str], bool
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
     """The largest relative error and its name; of all that ``got`` has."""
-    return max((oracle.relative_error(value, want[name]), name) for name, value in got.items())
+    return max((oracle.relative_error(value.view_as(want[name]), want[name]), name) for name, value in got.items())
