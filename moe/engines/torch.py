@@ -49,6 +49,8 @@ class TorchEngine:
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
+        if not batches:
+            raise ValueError("batches=[]: a step needs at least one micro-batch")
         self.balance.discard()
         self._adopt_trainable()
         try:

@@ -64,15 +64,16 @@ def forget_step(parts: Iterable[nn.Module]) -> None:
     """Let FSDP forget a forward or backward that was broken off, and the gradients that it holds back of it."""
     parts = list(parts)
     for part in parts:
-        if isinstance(part, FSDPModule):
+        if isinstance(part, FSDPModule) and hasattr(part, "reset_iter_state"):  # not in torch 2.11
             part.reset_iter_state()
     for module in _sharded_modules(parts):
-        # gradients of micro-batches that were to be reduced with the last one: torch has no public way to them
+        # before torch 2.15 a reset leaves the gradients of micro-batches that were to be reduced with the last one
         for group in module._get_fsdp_state()._fsdp_param_groups:
             for weight in group.fsdp_params:
-                weight.unsharded_accumulated_grad = None
                 if hasattr(weight, "_unsharded_param"):
                     weight._unsharded_param.grad = None
+                if weight.unsharded_accumulated_grad is not None:
+                    weight.unsharded_accumulated_grad = None
 
 
 def _sharded_modules(parts: Iterable[nn.Module]) -> Iterator[FSDPModule]:

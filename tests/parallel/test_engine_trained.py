@@ -32,26 +32,29 @@ def mesh_of(world: int, degrees: dict[str, Any]) -> Mesh | None:
 
 
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("frozen", ["experts", "router", "attention"])
-def test_frozen_weights_stay_and_the_others_do_not_notice(name: str, frozen: str) -> None:
+def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
     """AdamW decays a weight whose gradient is zero; one without a gradient it leaves alone."""
     world, degrees = MESHES[name]
+    parts = ("experts", "router", "attention")
 
-    def script(rank: int, world: int) -> tuple[dict[str, Tensor], list[str]]:
-        mesh, model = mesh_of(world, degrees), make()
-        freeze(model, lambda name: frozen in name)
-        engine = engine_of(model, mesh)
-        for step in range(3):
-            assert engine.step(batches(mesh, step), lr=0.1).applied
-        return whole(engine), [name for name in engine.state() if name.startswith("optimizer.")]
+    def script(rank: int, world: int) -> list[tuple[dict[str, Tensor], list[str]]]:
+        mesh, found = mesh_of(world, degrees), []
+        for frozen in parts:
+            model = make()
+            freeze(model, lambda name, frozen=frozen: frozen in name)
+            engine = engine_of(model, mesh)
+            for step in range(2):
+                assert engine.step(batches(mesh, step), lr=0.1).applied
+            found.append((whole(engine), [name for name in engine.state() if name.startswith("optimizer.")]))
+        return found
 
-    want, _ = script(0, 1)
-    before = dict(make().named_parameters())
-    for got, states in run_ranks(script, world):
-        for weight in got:
-            assert torch.equal(got[weight], before[weight]) == (frozen in weight), weight
-        assert worst(got, want)[0] < 1e-8
-        assert states and not any(frozen in state for state in states)
+    wanted, before = script(0, 1), dict(make().named_parameters())
+    for result in run_ranks(script, world):
+        for frozen, (got, states), (want, _) in zip(parts, result, wanted, strict=True):
+            for weight in got:
+                assert torch.equal(got[weight], before[weight]) == (frozen in weight), weight
+            assert worst(got, want)[0] < 1e-8
+            assert states and not any(frozen in state for state in states)
 
 
 class Skipping(Decoder):
@@ -70,14 +73,14 @@ class Skipping(Decoder):
         return self.head(self.norm(x))
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if "pp" not in name])
+@pytest.mark.parametrize("name", ["dp 4, ep 2", "tp 2", "fsdp 2, ep 2"])
 def test_a_layer_that_no_rank_uses_stays(name: str) -> None:
     world, degrees = MESHES[name]
 
     def script(rank: int, world: int) -> dict[str, Tensor]:
         mesh = mesh_of(world, degrees)
         engine = engine_of(make(Skipping), mesh)
-        for step in range(3):
+        for step in range(2):
             engine.step(batches(mesh, step), lr=0.1)
         return whole(engine)
 
@@ -134,7 +137,7 @@ def test_weights_unfrozen_and_frozen_later(name: str) -> None:
             assert worst(mine, theirs)[0] < 1e-8
 
 
-@pytest.mark.parametrize("degrees", [{}, {"ep": 2}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)
 def test_experts_alone_are_trained(degrees: dict[str, Any]) -> None:
     def script(rank: int, world: int) -> dict[str, Tensor]:
         mesh, model = mesh_of(world, degrees), make()
@@ -161,8 +164,8 @@ def test_buckets_of_any_size_give_the_same_sums() -> None:
         return optimizer.gradients[0]
 
     want = script(0, 1, 1 << 20)
-    for nbytes in (1, 1000, 1 << 20):
-        for got in run_ranks(script, 4, nbytes):
+    for nbytes in (1, 2000):
+        for got in run_ranks(script, 2, nbytes):
             assert got.keys() == want.keys() and worst(got, want)[0] < 1e-8
 
 

@@ -55,7 +55,6 @@ def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: P
     for world, degrees, micro_batch in (
         (1, {}, 1),
         (1, {}, 8),
-        (2, {"ep": 2}, 2),
         (2, {}, 4),
         (4, {"ep": 2}, 2),
         (2, {"cp": 2}, 2),
