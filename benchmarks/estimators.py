@@ -240,7 +240,7 @@ def training_state(trainer: Trainer) -> dict[str, float]:
     trainer.losses.sums_N2.zero_()
     last = [layer.balancer.last for layer in trainer.model.moe_layers()]
     worst = max(load_summary(of.counts_E)["max_over_mean"] for of in last if of)
-    return {"lr": trainer.optimizer.param_groups[0]["lr"], "loss": nats / tokens, "max_over_mean": worst}
+    return {"lr": trainer.rate, "loss": nats / tokens, "max_over_mean": worst}
 
 
 def of_stage(

@@ -34,7 +34,7 @@ import balance_figures
 from balance_arms import ARMS, Size, build, configure, measure, observe
 from records import facts
 
-from equimoe.moe.train import checkpoint
+from equimoe.moe import checkpoint
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.metrics import write_atomically
 

@@ -2,5 +2,5 @@
 
 import os
 
-# torch's C++ warnings, above all DDP's advice on a flag that is set on purpose, would come before every first step
+# torch's C++ warnings would come between the lines of a run's progress
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -19,15 +19,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..moe.config import MoEConfig
-from ..moe.engines import DataParallel, build_engine
-from ..moe.parallel import Mesh, build_mesh, parallelize
+from ..moe.engines import Batch, build_engine
+from ..moe.engines.torch import TorchEngine
+from ..moe.parallel import Mesh, build_mesh
 from ..moe.parallel.dry import Collective, Recorder
 from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import TrainConfig
 from ..moe.train.data import load_tokenizer
 from ..moe.train.loop import build_model
 from ..moe.train.optim import build_optimizer
-from ..moe.train.step import Losses, mixed_precision, train_step
+from ..moe.train.step import mixed_precision
 from . import env
 from .options import parse
 
@@ -42,6 +43,11 @@ All options of python -m equimoe.launch.train that configure a run can be given:
 """
 
 CPU = torch.device("cpu")
+
+NOTES = [
+    "routing is taken to be balanced: every expert is chosen equally often, by every rank",
+    "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
             model = build_model(config, vocabulary, run)
         engine = _engine(config, model, mesh, run)
         recorder = _recorder(config, mesh, node, run)
-        _step(config, engine, recorder, mode, mesh, run)
+        _step(config, engine, recorder, mode, run)
         at_peak, most = recorder.peak()
         parts: Iterable[Any] = engine.parts
         blocks = [int(number) for part in parts for number in part.blocks]
@@ -110,12 +116,12 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
         blocks,
         passes,
         run,
-        sum(p.numel() for p in engine.named_parameters().values()),
+        sum(p.numel() for p in engine.parameters.values()),
         at_peak,
         most,
         sorted(traffic, key=lambda row: -row[2]),
         {part: round(count * whole) for part, count in recorder.flops.items()},
-        _notes(config, mesh),
+        NOTES,
         time.perf_counter() - start,
     )
 
@@ -127,14 +133,18 @@ def _enough(config: TrainConfig, pp: int, passes: int) -> int:
     return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
 
 
-def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> DataParallel:
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
-    precision = partial(mixed_precision, config, CPU)
-    if mesh is not None and mesh.degrees.pp == 1:
-        # as a list: DistributedDataParallel reads addresses, which tensors here have not
-        return DataParallel([parallelize(model, mesh, dtype)], mesh, precision)
-    shape = (config.data.micro_batch, config.data.seq_len)
-    return build_engine(model, mesh, micro_batches=run, shape=shape, device=CPU, dtype=dtype, precision=precision)
+def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> TorchEngine:
+    return build_engine(
+        model,
+        mesh,
+        lambda trainable: build_optimizer(trainable.values(), config.optim),
+        max_norm=config.optim.grad_clip,
+        micro_batches=run,
+        shape=(config.data.micro_batch, config.data.seq_len),
+        device=CPU,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        precision=partial(mixed_precision, config, CPU),
+    )
 
 
 def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
@@ -143,41 +153,20 @@ def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Re
     return Recorder(mesh, node, tokens, config.moe(run))
 
 
-def _step(
-    config: TrainConfig, engine: DataParallel, recorder: Recorder, mode: FakeTensorMode, mesh: Mesh | None, run: int
-) -> None:
-    parameters = list(engine.named_parameters().values())
-    optimizer = build_optimizer(parameters, config.optim)
+def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, run: int) -> None:
+    parameters, optimizer = list(engine.parameters.values()), engine.optimizer
+    assert optimizer is not None
     recorder.name("parameters", iter(parameters))
     for part in engine.parts:
         recorder.name("buffers", part.buffers())
         recorder.watch(part)
-    reduce = engine.reduce_gradients
-
-    def once_a_step() -> None:
-        recorder.when = "once a step"
-        reduce()
-
-    engine.reduce_gradients = once_a_step  # type: ignore[method-assign]
     optimizer.register_step_pre_hook(
         lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
     )
-    shape = (config.data.micro_batch, config.data.seq_len)
     with mode, recorder:
-        ids_BS, domain_B = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64)
-        batches = [(ids_BS.clone(), ids_BS.clone(), domain_B) for _ in range(run)]
-        train_step(engine, optimizer, batches, config, Losses(1, CPU))
+        ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
+        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(run)], config.optim.lr)
         recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
-
-
-def _notes(config: TrainConfig, mesh: Mesh | None) -> list[str]:
-    notes = [
-        "routing is taken to be balanced: every expert is chosen equally often, by every rank",
-        "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
-    ]
-    if mesh is not None and mesh.degrees.data_parallel == "ddp" and mesh.degrees.pp == 1:
-        notes.append("gradients are joined one by one here, where a run has DDP's buckets: as many bytes, fewer calls")
-    return notes
 
 
 # ---- the command line

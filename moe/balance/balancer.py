@@ -222,7 +222,7 @@ class Balancer:
         seen, micro_batches = max(len(layer.known), 1), step.micro_batches(self._index)
         estimate = self._estimate(totals, seen, micro_batches, self.before_X)
         if step.tokens is not None:
-            estimate = estimate._replace(step_tokens=step.tokens.double())
+            estimate = estimate._replace(step_tokens=step.tokens.double() * step.runs(self._index))
         ranks = placement.tokens.size // placement.sequence.size
         owners = self.owners
         known = StepView(
@@ -301,16 +301,19 @@ class Balancer:
         }
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs, filled in place by whoever restores them.
+        """Tensors that a resumed run needs. A resume fills them in place and hands them to :meth:`restore`.
 
         Between steps that is the load of the step before, which ``carry`` reads; else nothing. (The bias belongs to the
         router.)
         """
         if self.config.estimator != "carry":
             return {}
-        if self.before_X is None:
-            self.before_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
-        return {"step_before": self.before_X}
+        before_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
+        return {"step_before": before_X if self.before_X is None else self.before_X}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a filled :meth:`state`."""
+        self.before_X = state.get("step_before")
 
 
 class _Losses:

@@ -296,10 +296,13 @@ class Step:
         that runs several times in a forward pass, each time counts.
         """
         layer = self.layers[index]
-        each = 1 + max((occurrence for _, occurrence in layer.visits), default=0)
-        told = (self.length or 0) * each or layer.balancer.config.micro_batches
+        told = (self.length or 0) * self.runs(index) or layer.balancer.config.micro_batches
         ahead = sum(v.was_ahead for v in layer.visits.values())
         return told or ahead or (layer.last.micro_batches if layer.last is not None else 1)
+
+    def runs(self, index: int) -> int:
+        """How often a layer runs in a forward pass."""
+        return 1 + max((occurrence for _, occurrence in self.layers[index].visits), default=0)
 
     def read(self, index: int, visit: Visit) -> None:
         """Note that a backward reads a visit's losses now."""

@@ -5,6 +5,7 @@ T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -59,6 +60,12 @@ class Capacity:
         by_device = config.level == "device"
         self.bins = owners.ranks if by_device else owners.num_experts
         self.bin_of: Callable[[Tensor], Tensor] = owners.rank_of if by_device else _itself
+
+    def of_sequences(self, axis: Axis) -> Capacity:
+        """The same limit for whole sequences, which the ranks of ``axis`` hold parts of."""
+        other = copy.copy(self)
+        other.axis, other.by_sequence = axis, True
+        return other
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:

@@ -1,7 +1,6 @@
 """Who owns data parallelism and the optimizer's step."""
 
+from .base import Batch, Engine, Loss, OptimizerFactory, StepResult
 from .build import build_engine
-from .data_parallel import DataParallel
-from .pipelined import Pipelined
 
-__all__ = ["DataParallel", "Pipelined", "build_engine"]
+__all__ = ["Batch", "Engine", "Loss", "OptimizerFactory", "StepResult", "build_engine"]

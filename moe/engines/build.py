@@ -2,35 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
+from torch import nn
 
+from ..balance import Step
+from ..collectives import Axis, private_axis, world_axis
+from ..layer import MoE
 from ..model import Decoder
-from ..parallel import Mesh, parallelize
-from .data_parallel import DataParallel
-from .pipelined import Pipelined
+from ..parallel import Mesh, check_alike, has_values, parallelize, token_nats
+from ..parallel.pipeline import Pipeline, split, stage_ids
+from ..parallel.tied import check_stages, tied_weights
+from .balance import StepBalance
+from .base import Loss, OptimizerFactory
+from .reduce import Reducer, reduction_axes
+from .runners import Precision, Runner, Stages, WholeModel
+from .torch import TorchEngine
 
 
 def build_engine(
-    model: Decoder,
+    model: nn.Module,
     mesh: Mesh | None,
+    optimizer: OptimizerFactory,
     *,
-    micro_batches: int,
-    shape: tuple[int, int],
-    device: torch.device,
+    loss: Loss = token_nats,
+    max_norm: float = 0.0,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> DataParallel:
-    """Split a model that is whole and the same on every rank over ``mesh``, and make what runs it.
+    precision: Precision = nullcontext,
+    micro_batches: int = 1,
+    shape: tuple[int, int] | None = None,
+) -> TorchEngine:
+    """Split a model that is whole and the same on every rank over ``mesh``, and make what trains it.
 
-    ``shape`` [B, S] is that of a micro-batch before its sequences are split. ``dtype`` is what FSDP2 computes in;
-    ``precision`` makes the context of every forward (autocast).
+    ``model`` is on ``device`` and is called with a batch's inputs, and with its mask if there is one; ``loss`` makes of
+    its outputs and the labels the loss of each position. ``optimizer`` is called with the trainable parameters by name.
+    Gradients are clipped to ``max_norm`` (0: not). ``dtype`` is what FSDP2 computes in; ``precision`` makes the context
+    of every forward (autocast). A pipeline has to know how many ``micro_batches`` a step has, and the ``shape`` [B, S]
+    of one before its sequences are split. Every rank calls it. Raises ValueError for ranks whose weights differ.
     """
-    if mesh is None:
-        return DataParallel(model, None, precision)
-    if mesh.degrees.pp == 1:
-        return DataParallel(parallelize(model, mesh, dtype), mesh, precision)
-    share = (shape[0], shape[1] // mesh["cp"].size)
-    return Pipelined(model, mesh, micro_batches, share, device, dtype, precision)
+    device = device or next(model.parameters()).device
+    exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
+    if mesh is not None:
+        check_alike(model, world_axis())
+    parts: list[nn.Module] = [model]
+    if mesh is not None:
+        whole = [model] if mesh.degrees.pp == 1 else _stages(model, mesh)
+        parts = [parallelize(part, mesh, dtype) for part in whole]
+    parameters = {name: p for part in parts for name, p in part.named_parameters()}
+    axes = reduction_axes(parts, parameters, mesh)
+    runner: Runner
+    if mesh is not None and mesh.degrees.pp > 1:
+        assert isinstance(model, Decoder)
+        reducer = Reducer(parameters, axes)
+        pipeline = _pipeline(model, parts, mesh, micro_batches, shape, device, dtype, precision)  # type: ignore[arg-type]
+        runner, steps = Stages(pipeline, mesh, loss), pipeline.balance
+    else:
+        if has_values(model):
+            # while the backward runs, ranks may come to a layer's exchanges and to a bucket in different orders
+            own = {axis.name: private_axis(axis) for axis in _distinct(axes)}
+            axes = {name: own[axis.name] for name, axis in axes.items()}
+        reducer = Reducer(parameters, axes)
+        runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer), [Step.of(parts[0])]
+    return TorchEngine(parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), optimizer, device, max_norm)
+
+
+def _distinct(axes: dict[str, Axis]) -> list[Axis]:
+    return list({axis.name: axis for axis in axes.values()}.values())
+
+
+def _stages(model: nn.Module, mesh: Mesh) -> list[Decoder]:
+    """This rank's stages of a decoder."""
+    if not isinstance(model, Decoder):
+        found = type(model).__name__
+        raise ValueError(f"parallel.pp: knows how to split a Decoder, not {found}; set parallel.pp=1")
+    degrees, axis = mesh.degrees, mesh["pp"]
+    number = axis.size * degrees.stages_of_rank
+    if tied := tied_weights(model):
+        check_stages(tied, [split(model, number, s) for s in range(number)])
+    return [split(model, number, s) for s in stage_ids(degrees.schedule, axis.size, axis.rank, degrees.stages_of_rank)]
+
+
+def _pipeline(
+    model: Decoder,
+    stages: list[Decoder],
+    mesh: Mesh,
+    micro_batches: int,
+    shape: tuple[int, int] | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    precision: Precision,
+) -> Pipeline:
+    if shape is None:
+        raise ValueError("shape=None: parallel.pp > 1 needs the shape [B, S] of a micro-batch")
+    degrees = mesh.degrees
+    inputs_shape = (shape[0], shape[1] // mesh["cp"].size)
+    held = inputs_shape[1] // (mesh["tp"].size if degrees.sequence_parallel else 1)
+    # autocast leaves the residual stream in fp32
+    hidden_dtype = dtype if dtype is not None and degrees.data_parallel == "fsdp" else next(model.parameters()).dtype
+    hidden_shape = (shape[0], held, model.hidden_size)
+    return Pipeline(
+        stages,
+        mesh["pp"],
+        degrees.schedule,
+        micro_batches,
+        device,
+        hidden_shape,
+        hidden_dtype,
+        inputs_shape,
+        precision,
+    )

@@ -1,17 +1,24 @@
 """Everything that knows a mesh."""
 
+from .alike import check_alike, has_values
 from .apply import parallelize
 from .config import ParallelConfig
 from .grad_norm import clip_grad_norm_
 from .mesh import Mesh, build_mesh
-from .share import Share, share_of, token_nats, vocabulary_parallel
+from .sharded import forget_step, free_gathered
+from .share import IGNORED, Share, share_of, token_nats, vocabulary_parallel
 
 __all__ = [
+    "IGNORED",
     "Mesh",
     "ParallelConfig",
     "Share",
     "build_mesh",
+    "check_alike",
     "clip_grad_norm_",
+    "forget_step",
+    "free_gathered",
+    "has_values",
     "parallelize",
     "share_of",
     "token_nats",

@@ -15,6 +15,7 @@ from .expert import apply_expert_parallel
 from .mesh import Mesh
 from .sharded import apply_fully_sharded
 from .tensor import apply_tensor_parallel
+from .tied import tie_again, tied_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,15 +25,17 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
 
     The weights must be the same on all ranks (same seed). MoE layers in any model get their experts split and their
     loads counted over all ranks; tensor and context parallelism, and FSDP2, know :class:`equimoe.moe.model.Decoder`
-    and pipeline stages of it. ``dtype`` is what FSDP2 computes in. Gradients are sums over ranks, not means: let each
-    rank's loss be its share of the whole. :class:`equimoe.moe.engines.DataParallel` finishes them.
+    and pipeline stages of it. ``dtype`` is what FSDP2 computes in. A weight that the model uses in several places stays
+    one weight, or is refused. Gradients are sums over ranks, not means: :func:`equimoe.moe.engines.build_engine` calls
+    this, and makes what reduces them.
     """
-    degrees = mesh.degrees
+    degrees, tied = mesh.degrees, tied_weights(model)
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         apply_expert_parallel(layer, mesh, positions_S=positions_S)
     if degrees.tp > 1:
         apply_tensor_parallel(_decoder(model, "tp"), mesh.dense["tp"], degrees.sequence_parallel)
+    tie_again(model, tied)
     if degrees.data_parallel == "fsdp":
         apply_fully_sharded(model, mesh, dtype)
     return model

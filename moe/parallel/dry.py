@@ -109,8 +109,6 @@ class Recorder(TorchDispatchMode):
     #: rows of x that a MoE layer dispatches on this rank, and its configuration
     tokens: int
     moe: MoEConfig
-    #: a label for collectives, changed from outside
-    when: str = "forward and backward"
     flops: Counter[str] = field(default_factory=Counter)
     calls: Counter[Collective] = field(default_factory=Counter)
     sent: Counter[Collective] = field(default_factory=Counter)
@@ -265,9 +263,11 @@ class Recorder(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         if verb in ("send", "recv"):
             ranks = [dist.get_rank(), ranks[args[2]]]
-        once = self.when == "forward and backward" and verb in ("reduce_scatter", "all_reduce") and axis in _WEIGHTS
+        # gradients, and the sums that a step begins and ends with
+        once = axis in _WEIGHTS if verb == "reduce_scatter" else verb == "all_reduce" and not noted
+        once = once and func.namespace == "c10d"
         inside = len({rank // self.node for rank in ranks}) == 1
-        kind = Collective(verb, axis, size, inside, "once a step" if once else self.when)
+        kind = Collective(verb, axis, size, inside, "once a step" if once else "forward and backward")
         self.calls[kind] += 1
         self.sent[kind] += sent
 

@@ -24,7 +24,7 @@ class Share:
 
     #: int64 [B, S / cp]
     inputs: Tensor
-    #: the same, :data:`IGNORED` where a token is not valid
+    #: the same, :data:`IGNORED` where a token is not valid; or real numbers [B, S / cp, ...], as they were given
     labels: Tensor
     #: True where a token is valid, for the positions that this rank holds between split layers
     mask: Tensor | None = None
@@ -35,7 +35,7 @@ def share_of(inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor | None = None
 
     Raises ValueError for a length that the degrees do not divide.
     """
-    if mask_BS is not None:
+    if mask_BS is not None and not labels_BS.is_floating_point():
         labels_BS = labels_BS.masked_fill(~mask_BS, IGNORED)
     if mesh is None:
         return Share(inputs_BS, labels_BS, mask_BS)

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from ..attention import Attention, GroupedAttention, LatentAttention
 from ..experts import SwiGLU
-from ..model import Block, Decoder
+from ..model import Decoder
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -34,11 +34,13 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
         LatentAttention: by_latent,
     }
     feed_forward: dict[str, ParallelStyle] = {"gate_proj": column, "up_proj": column, "down_proj": row}
-    for block in model.blocks.values():
-        assert isinstance(block, Block)
-        parallelize_module(block.attention, mesh, attention[type(block.attention)])
-        if isinstance(block.mlp, SwiGLU):
-            parallelize_module(block.mlp, mesh, feed_forward)
+    # a module that several blocks share is split once
+    modules = {part for block in model.blocks.values() for part in (block.attention, block.mlp)}
+    for module in [m for m in model.modules() if m in modules]:
+        if isinstance(module, Attention):
+            parallelize_module(module, mesh, attention[type(module)])
+        elif isinstance(module, SwiGLU):
+            parallelize_module(module, mesh, feed_forward)
     ends: dict[str, ParallelStyle] = {}
     if model.embedding is not None:
         ends["embedding"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=outside)

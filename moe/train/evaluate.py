@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..collectives import sum_over, world_axis
-from ..parallel import share_of
-from ..parallel.share import IGNORED
+from ..collectives import LOCAL, sum_over, world_axis
+from ..dispatch.capacity import Capacity
+from ..engines import Batch
+from ..layer import MoE
+from ..parallel import Mesh
 from ..routing import Router
 from ..types import Routing
 from .data import heldout_batches
@@ -31,40 +35,48 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     """Held-out loss in nats per token, over all and by domain, and how each domain's tokens are routed.
 
     Every rank calls it and gets the same answer, an ``eval`` record's fields: see :mod:`equimoe.moe.train.metrics`.
+    Padding is masked. With a capacity limit each sequence is evaluated alone and has its own limit, so the answer does
+    not depend on how sequences are grouped (a padded exchange, capacity.pad, still has a limit for each rank's part).
     """
-    corpus, config, mesh, device = trainer.corpus, trainer.config, trainer.mesh, trainer.device
-    engine, numbers = trainer.engine, trainer.moe_numbers
+    corpus, config, numbers = trainer.corpus, trainer.config, trainer.moe_numbers
+    cp, tp = (LOCAL, LOCAL) if trainer.mesh is None else (trainer.mesh["cp"], trainer.mesh["tp"])
     place = {domain: i for i, domain in enumerate(corpus.domains)}
-    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device)
-    seen_NLX = torch.zeros(len(place), len(numbers), config.model.num_experts + 2, dtype=torch.float64, device=device)
-    for part in engine.parts:
-        part.eval()
+    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=trainer.device)
+    width = config.model.num_experts + 2
+    seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=trainer.device)
+    rows = config.data.micro_batch if config.capacity is None else 1
     batches = heldout_batches(
-        corpus,
-        config.data.seq_len,
-        config.log.eval_sequences,
-        config.data.micro_batch,
-        trainer.data.rank,
-        trainer.data.size,
+        corpus, config.data.seq_len, config.log.eval_sequences, rows, trainer.data.rank, trainer.data.size
     )
-    counted = mesh is None or mesh["tp"].rank == 0  # the others of a tensor-parallel group have the same losses
-    while several := list(islice(batches, engine.at_once)):
-        shares = [
-            share_of(inputs_BS.to(device), labels_BS.to(device), mask_BS.to(device), mesh)
-            for _, inputs_BS, labels_BS, mask_BS in several
-        ]
-        with watch_routers(trainer.layers.values(), _seen) as routings:
-            found = engine.evaluate(shares)
-        for (domain, *_), share, nats_BS in zip(several, shares, found, strict=False):  # none before the last stage
-            tokens = (share.labels != IGNORED).sum()
-            sums_N2[place[domain]] += torch.stack((nats_BS.double().sum(), tokens.double())) * counted
+    layers = trainer.layers.values()
+    while several := list(islice(batches, trainer.micro_batches)):
+        with watch_routers(layers, _seen) as routings, _capacity_of_each_sequence(layers, trainer.mesh):
+            found = trainer.engine.evaluate([Batch(*batch) for _, *batch in several])
+        for (domain, _, _, mask_BS), nats_BS in zip(several, found, strict=False):  # none before the last stage
+            if tp.rank == 0:  # the others of a tensor-parallel group have the same losses
+                sums_N2[place[domain], 0] += nats_BS.double().sum()
+                sums_N2[place[domain], 1] += mask_BS.sum() * (cp.rank == 0)
         for number, of_layer in zip(trainer.layers, routings, strict=True):
-            for (domain, _, _, mask_BS), seen_BX in zip(several, of_layer, strict=False):
-                whole_B = mask_BS.all(dim=1).to(device)  # sequences that are padded would count padding
-                seen_NLX[place[domain], numbers.index(number)] += seen_BX[whole_B].sum(0)
-    for part in engine.parts:
-        part.train()
+            for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
+                seen_NLX[place[domain], numbers.index(number)] += seen_BX.sum(0)
     return _summary(corpus.domains, _summed(sums_N2), _summed(seen_NLX))
+
+
+@contextmanager
+def _capacity_of_each_sequence(layers: Iterable[MoE], mesh: Mesh | None) -> Iterator[None]:
+    """Limits are those of whole sequences, over the ranks that hold parts of them; not of a rank, or of all ranks."""
+    axis = LOCAL if mesh is None else mesh["sequence"]
+    before = [(layer, layer.capacity) for layer in layers]
+    try:
+        for layer, capacity in before:
+            config = layer.config.capacity
+            if config is not None and not config.pad:
+                assert isinstance(capacity, Capacity)
+                layer.capacity = capacity.of_sequences(axis)
+        yield
+    finally:
+        for layer, capacity in before:
+            layer.capacity = capacity
 
 
 def _summed(values: Tensor) -> Tensor:

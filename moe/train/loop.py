@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
-from ..engines import build_engine
+from ..engines import Batch, build_engine
 from ..model import Decoder, numbered_moe_layers
 from ..parallel import Mesh
 from .config import TrainConfig
@@ -26,7 +26,7 @@ from .evaluate import evaluate
 from .metrics import MetricsWriter, Progress
 from .observe import Layout, expert_share, layer_record, observe, step_record, training_score, watch_routers
 from .optim import build_optimizer, learning_rate
-from .step import Losses, mixed_precision, train_step
+from .step import Losses, NonFiniteError, mixed_precision
 
 
 def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
@@ -69,6 +69,8 @@ class Trainer:
         self.engine = build_engine(
             model.to(device),
             mesh,
+            lambda trainable: build_optimizer(trainable.values(), config.optim),
+            max_norm=config.optim.grad_clip,
             micro_batches=self.micro_batches,
             shape=(config.data.micro_batch, config.data.seq_len),
             device=device,
@@ -77,7 +79,6 @@ class Trainer:
         )
         #: those of them that are on this rank
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
-        self.optimizer = build_optimizer(self.engine.named_parameters().values(), config.optim)
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
         self.layout = Layout.of(config, self.axis.size)
@@ -89,24 +90,36 @@ class Trainer:
     @property
     def model(self) -> Decoder:
         """The decoder; under pipeline parallelism this rank's first stage."""
-        return cast(Decoder, self.engine.model)
+        return cast(Decoder, self.engine.parts[0])
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return learning_rate(self.config.optim, self.step - 1, self.config.steps)
 
     def train_step(self, observed: bool = True) -> Tensor:
         """Do the next optimizer step; returns the gradient's norm.
 
-        ``observed`` looks at scores, which :meth:`record` tells: one more product with the router's weight.
+        ``observed`` looks at scores, which :meth:`record` tells: one more product with the router's weight. Raises
+        NonFiniteError, on every rank and with the weights of the step before, when the norm is not finite.
         """
-        rate = learning_rate(self.config.optim, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batches = self.batches.sample(
-            self.step, self.data.rank, self.data.size, self.micro_batches, self.config.data.micro_batch
+        config = self.config
+        sampled = self.batches.sample(
+            self.step, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
+        batches = [Batch(inputs_BS, labels_BS) for inputs_BS, labels_BS, _ in sampled]
         self.scores = [None] * len(self.layers)
         with self._observed_scores() if observed else nullcontext():
-            norm = train_step(self.engine, self.optimizer, batches, self.config, self.losses)
+            result = self.engine.step(batches, learning_rate(config.optim, self.step, config.steps))
+        if self.mesh is None or self.mesh["tp"].rank == 0:  # the others of a tensor-parallel group have the same losses
+            for nats_BS, (_, _, domain_B) in zip(result.nats, sampled, strict=False):  # none before the last stage
+                self.losses.add(nats_BS, domain_B.to(self.device))
+        if not result.applied:
+            raise NonFiniteError(
+                f"gradient norm is {float(result.norm)}: lower optim.lr, or resume from an earlier checkpoint"
+            )
         self.step += 1
-        return norm
+        return result.norm
 
     @contextmanager
     def _observed_scores(self) -> Iterator[None]:
@@ -135,7 +148,7 @@ class Trainer:
             "step": self.step,
             "loss": nats / max(tokens, 1.0),
             "grad_norm": float(norm),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.rate,
             "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
             **step_record(rows, self.expert_share),
@@ -144,15 +157,14 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """All tensors that a resume needs, those of load balancing among them."""
-        generators = {f"cpu.{self.axis.rank}": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators[f"cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
-        state = checkpoint.training_state(self.engine.named_parameters(), self.optimizer, generators)
+        state = self.engine.state()
         for number, layer in self.layers.items():
             balance = layer.balancer.state(self.device)
             state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
-        biases = [(n, b) for part in self.engine.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
-        return state | {f"model.{name}": bias_E for name, bias_E in biases}
+        state[f"generator.cpu.{self.axis.rank}"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state[f"generator.cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def save(self, root: Path) -> Path:
         """Write a checkpoint of the present step. Every rank calls it."""
@@ -169,7 +181,10 @@ class Trainer:
             )
         state = self.state()
         checkpoint.load(path, state, manifest)
-        checkpoint.restore_optimizer(self.engine.named_parameters(), self.optimizer, state)
+        self.engine.restore(state)
+        for number, layer in self.layers.items():
+            own = f"balance.{number}."
+            layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
         torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)

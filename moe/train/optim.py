@@ -13,12 +13,12 @@ from .config import OptimConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone; norms, being vectors, get none.
+    """AdamW of the trainable parameters, with weight decay on matrices alone; norms, being vectors, get none.
 
     The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
     """
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
-    for parameter in parameters:
+    for parameter in (p for p in parameters if p.requires_grad):
         # a group is updated by one fused call, which cannot mix plain tensors and DTensors, or DTensors of two meshes
         groups.setdefault((parameter.dim() > 1, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return torch.optim.AdamW(

@@ -73,7 +73,9 @@ def test_all_is_on_the_device_and_the_host_does_not_wait(backend: str) -> None:
         for name, config in CASES.items():
             config = replace(config, backend=backend)  # type: ignore[arg-type]
             for precision in ("fp32", "bf16", "autocast") if name in ("plain", "shared") else ("autocast",):
-                found[f"{name}, {precision}"] = train(config, precision, masked=precision == "autocast" and not config.router.z_loss)
+                found[f"{name}, {precision}"] = train(
+                    config, precision, masked=precision == "autocast" and not config.router.z_loss
+                )
         return found
 
     clean = {"waits": [], "copies": [], "mixed": [], "left on": {"cuda:0"}, "own kernels": backend == "triton"}

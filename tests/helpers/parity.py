@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
-from equimoe.moe.collectives import LOCAL
 from equimoe.moe.config import AttentionConfig, RecomputeConfig
-from equimoe.moe.engines import build_engine
+from equimoe.moe.engines import Batch, Engine, build_engine
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh, clip_grad_norm_, share_of
+from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.recorded import Recorded
 
 # gathering a tensor that is split along two axes is slower than it could be, says torch; here it is for comparison
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
@@ -112,50 +113,38 @@ def batch(step: int, of: Composition) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, Any]:
-    """Three steps: loss and norm of each, gradients of the first, and the parameters after the last."""
+    """Three steps: loss and norm of each, clipped gradients of the first, and the parameters after the last."""
     dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
     bf16 = of.dtype == "bfloat16"
-    engine = build_engine(
-        make(of, micro_batches),
+    model, optimizer = make(of, micro_batches), Recorded(momentum=0.9)
+    if mesh is None and bf16 and of.parallel.data_parallel == "fsdp":
+        model.forward = partial(_in_bf16, copy.copy(model))
+
+    engine: Engine = build_engine(
+        model,
         mesh,
+        optimizer,
+        max_norm=1.0,
         micro_batches=micro_batches,
         shape=(SEQUENCES // dp // micro_batches, LENGTH),
-        device=torch.device("cpu"),
         dtype=torch.bfloat16 if bf16 else None,
         precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
     )
-    if mesh is None and bf16 and of.parallel.data_parallel == "fsdp":
-        engine.forward = partial(_in_bf16, engine.model)
-    parameters = engine.named_parameters()
-    stages = LOCAL if mesh is None else mesh["pp"]
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9, foreach=False)
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = batch(step, of)
-        tokens = float(whole[2].sum())
         parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole), strict=True)
-        shares = [share_of(*part, mesh=mesh) for part in parts]
-        nats = engine.gradients(shares, tokens, exact=mesh is not None or micro_batches > 1)
-        if step == 0:
-            result["gradients"] = {name: full(p.grad) for name, p in parameters.items()}
-        result["loss"].append(float(sum(n.double().sum() for n in nats)) / tokens)
-        result["norm"].append(float(clip_grad_norm_(parameters.values(), 1.0, stages)))
-        optimizer.step()
-        optimizer.zero_grad()
-    result["parameters"] = {name: full(p) for name, p in parameters.items()}
-    return result
+        found = engine.step([Batch(*part) for part in parts], lr=0.1)
+        assert found.applied
+        result["loss"].append(float(sum(n.double().sum() for n in found.nats)) / float(whole[2].sum()))
+        result["norm"].append(float(found.norm))
+    return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
 
 
 def _in_bf16(model: torch.nn.Module, *args: Any) -> Tensor:
     """What FSDP2's mixed precision computes: bf16 copies of all weights but the routers'."""
     weights = {n: p if ".router." in n else p.to(torch.bfloat16) for n, p in model.named_parameters()}
     return torch.func.functional_call(model, weights, args)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split."""
-    whole = getattr(tensor, "full_tensor", None)
-    return (tensor if whole is None else whole()).detach().clone()
 
 
 def on_ranks(of: Composition, timeout: float = 120.0) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def test_schedules_of_short_runs(schedule: str, steps: int, warmup: int) -> None
 
 def test_weight_decay_spares_vectors(config: TrainConfig) -> None:
     trainer = trainer_of(config)
-    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in trainer.engine.optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(trainer.model.parameters()))
     for name, p in trainer.model.named_parameters():
         assert decay[id(p)] == (0.0 if name.endswith("norm.weight") else 0.1), name

@@ -14,23 +14,22 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, ExtraLossConfig, MoEConfig, RouterConfig
-from equimoe.moe.engines import DataParallel
+from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import Mesh, build_mesh, parallelize, share_of, token_nats, vocabulary_parallel
+from equimoe.moe.parallel import Mesh, build_mesh, token_nats
 from equimoe.moe.parallel import ParallelConfig as P
-from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, split, stage_ids
+from equimoe.moe.parallel.pipeline import SCHEDULES
 from tests.helpers import oracle
 from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks
-from tests.helpers.parity import full
 from tests.helpers.placed import spread_experts
+from tests.helpers.recorded import Recorded
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
 #: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
 MANY = 1e30
 #: of every scope that does not draw at random; all at once
 WEIGHTS = {"global": 1.0, "micro": 0.7, "sequence": 0.5, "data_parallel": 0.3, "device": 0.9, "communication": 0.6}
-CPU = torch.device("cpu")
 
 MAPPINGS: dict[str, tuple[int, P]] = {
     "dp 1": (1, P()),
@@ -77,42 +76,36 @@ def batch(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.arange(LENGTH) < valid
 
 
-def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> list[Any]:
-    """This rank's shares of a step; alone, each micro-batch is that of all of ``dp`` ranks."""
+def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> list[Batch]:
+    """This rank's micro-batches of a step; alone, each is that of all of ``dp`` ranks."""
     ranks = range(dp) if mesh is None else [mesh["dp"].rank]
     of_ranks = [
         [t.chunk(dp if mesh is None else mesh["dp"].size)[r].chunk(micro_batches) for r in ranks] for t in batch(step)
     ]
-    parts = [[torch.cat([of_rank[m] for of_rank in t]) for t in of_ranks] for m in range(micro_batches)]
-    return [share_of(*part, mesh=mesh) for part in parts]
+    return [Batch(*(torch.cat([of_rank[m] for of_rank in t]) for t in of_ranks)) for m in range(micro_batches)]
 
 
-def gradients(model: Decoder, mesh: Mesh | None, shares: list[Any]) -> dict[str, Tensor]:
-    """Of one step on this rank, by their names in the whole model, and the routers' biases after it."""
-    if mesh is None or mesh["pp"].size == 1:
-        engine = DataParallel(model if mesh is None else parallelize(model, mesh), mesh)
-        engine.gradients(shares, MANY, exact=True)
-    else:
-        engine = through_stages(model, mesh, shares)
-    found = {name: full(p.grad) for name, p in engine.named_parameters().items() if p.grad is not None}
-    torch.optim.SGD(engine.named_parameters().values(), lr=0.0, foreach=False).step()
+def train(model: Decoder, mesh: Mesh | None, steps: list[list[Batch]]) -> dict[str, Tensor]:
+    """The last step's gradients on this rank, by their names in the whole model, and the routers' biases after it. The
+    weights stand still."""
+    optimizer = Recorded()
+    micro_batches, shape = len(steps[0]), tuple(steps[0][0].inputs.shape)
+    engine = build_engine(
+        model,
+        mesh,
+        optimizer,
+        loss=lambda logits_BSV, labels_BS: token_nats(logits_BSV, labels_BS) / MANY,
+        micro_batches=micro_batches,
+        shape=shape,
+    )
+    for batches in steps:
+        assert engine.step(batches, lr=0.0).applied
+    found = optimizer.gradients[-1]
     return found | {n: b for part in engine.parts for n, b in part.named_buffers() if n.endswith("bias_E")}
 
 
-def through_stages(model: Decoder, mesh: Mesh, shares: list[Any]) -> DataParallel:
-    degrees, axis = mesh.degrees, mesh["pp"]
-    each = degrees.stages_of_rank
-    ids = stage_ids(degrees.schedule, axis.size, axis.rank, each)
-    stages = [parallelize(split(model, axis.size * each, number), mesh) for number in ids]
-    engine = DataParallel(stages, mesh)
-    inputs, labels, masks = zip(*((s.inputs, s.labels, s.mask) for s in shares), strict=True)
-    shape = (*masks[0].shape, WIDTH)
-    pipeline = Pipeline(stages, axis, degrees.schedule, len(shares), CPU, shape, torch.float64, tuple(inputs[0].shape))
-    pipeline.count(list(inputs), list(masks))
-    with vocabulary_parallel(mesh):
-        pipeline.step(list(inputs), list(labels), list(masks), lambda *of: token_nats(*of) / MANY)
-    engine.reduce_gradients()
-    return engine
+def gradients(model: Decoder, mesh: Mesh | None, batches: list[Batch]) -> dict[str, Tensor]:
+    return train(model, mesh, [batches])
 
 
 def cases(parallel: P, pp: int) -> Iterator[tuple[int, bool]]:
@@ -176,18 +169,6 @@ def worst_error(world: int, parallel: P) -> float:
     return max(errors)
 
 
-def second_of_two_steps(model: Decoder, mesh: Mesh | None, dp: int) -> dict[str, Tensor]:
-    """The gradients, with no pass ahead; the weights stay."""
-    engine = DataParallel(model if mesh is None else parallelize(model, mesh), mesh)
-    optimizer = torch.optim.SGD(engine.named_parameters().values(), lr=0.0, foreach=False)
-    for step in range(2):
-        optimizer.zero_grad()
-        engine.gradients(own(mesh, 4, dp, step), MANY)
-        found = {name: full(p.grad) for name, p in engine.named_parameters().items() if p.grad is not None}
-        optimizer.step()
-    return found
-
-
 @pytest.mark.parametrize("name", ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"])
 def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> None:
     """What has been counted when a backward asks are micro-batches of all ranks, wherever their tokens are."""
@@ -196,7 +177,8 @@ def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> Non
 
     def script(rank: int, world: int) -> list[dict[str, Tensor]]:
         mesh = build_mesh(parallel) if world > 1 else None
-        return [second_of_two_steps(make(2, 4, e == "carry", estimator=e), mesh, dp) for e in estimators]
+        steps = [own(mesh, 4, dp, step) for step in range(2)]
+        return [train(make(2, 4, e == "carry", estimator=e), mesh, steps) for e in estimators]
 
     want = script(0, 1)
     router = "blocks.0.mlp.router.weight"

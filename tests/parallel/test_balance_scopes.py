@@ -14,10 +14,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass, recompute
+from equimoe.moe import (
+    BalanceConfig,
+    ExtraLossConfig,
+    MoE,
+    MoEConfig,
+    RouterConfig,
+    checkpoint,
+    counting_pass,
+    recompute,
+)
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.parallel.expert import apply_expert_parallel
-from equimoe.moe.train import checkpoint
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import oracle, small

@@ -23,14 +23,14 @@ from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
 from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, RouterConfig
 from equimoe.moe.dispatch import DISPATCHERS
-from equimoe.moe.engines import build_engine
+from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.parallel.dry import chosen_share
 from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from equimoe.moe.train.loop import build_model
 from equimoe.moe.train.memory import memory
 from equimoe.moe.train.optim import build_optimizer
-from equimoe.moe.train.step import Losses, mixed_precision, train_step
+from equimoe.moe.train.step import mixed_precision
 from tests.helpers.fork import run_ranks
 
 RING = ("all_gather", "reduce_scatter")
@@ -85,18 +85,17 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     engine = build_engine(
         build_model(config, MODEL.vocab_size or 0, passes),
         mesh,
+        lambda trainable: build_optimizer(trainable.values(), config.optim),
         micro_batches=passes,
         shape=shape,
-        device=cpu,
         precision=partial(mixed_precision, config, cpu),
     )
-    parameters, found = list(engine.named_parameters().values()), {}
-    optimizer = build_optimizer(parameters, config.optim)
+    parameters, optimizer, found = list(engine.parameters.values()), engine.optimizer, {}
     optimizer.register_step_pre_hook(lambda *_: found.update(gradients=storages([p.grad for p in parameters])))
     torch.manual_seed(mesh["dp"].rank)
-    batches = [(torch.randint(50, shape), torch.randint(50, shape), torch.zeros(1, dtype=torch.int64))] * passes
+    batches = [Batch(torch.randint(50, shape), torch.randint(50, shape))] * passes
     with record_traffic() as traffic:
-        train_step(engine, optimizer, batches, config, Losses(1, cpu))
+        engine.step(batches, config.optim.lr)
     found["parameters"] = storages(parameters)
     found["optimizer state"] = storages([t for state in optimizer.state.values() for t in state.values()])
     found["collectives"] = sorted({(entry.axis, entry.size) for entry in traffic})

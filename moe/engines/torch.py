@@ -1,0 +1,169 @@
+"""The engine on torch's own data parallelism: replicas or FSDP2, any mesh, whole models or pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..checkpoint import restore_optimizer, training_state
+from ..collectives import LOCAL
+from ..parallel import IGNORED, Mesh, Share, clip_grad_norm_, forget_step, free_gathered, share_of
+from .balance import StepBalance
+from .base import Batch, OptimizerFactory, StepResult
+from .reduce import Reducer
+from .runners import Runner
+
+
+class TorchEngine:
+    """Runs optimizer steps on this rank's ``parts`` of a model (several: stages of a pipeline), see
+    :class:`equimoe.moe.engines.base.Engine`. Make one with :func:`equimoe.moe.engines.build_engine`.
+
+    ``max_norm`` is what gradients are clipped to (0: not at all).
+    """
+
+    def __init__(
+        self,
+        parts: list[nn.Module],
+        parameters: dict[str, nn.Parameter],
+        mesh: Mesh | None,
+        runner: Runner,
+        reducer: Reducer,
+        balance: StepBalance,
+        optimizer: OptimizerFactory,
+        device: torch.device,
+        max_norm: float,
+    ) -> None:
+        self.parts, self.balance = parts, balance
+        #: this rank's parameters by their names in the whole model. (Asking the modules would not do: FSDP puts whole
+        #: weights in their places now and then.)
+        self.parameters = parameters
+        self.optimizer: Optimizer | None = None
+        self._mesh, self._runner, self._reducer = mesh, runner, reducer
+        self._make_optimizer, self._device, self._max_norm = optimizer, device, max_norm
+        self._adopt_trainable()
+
+    def step(self, batches: list[Batch], lr: float) -> StepResult:
+        """See :meth:`equimoe.moe.engines.base.Engine.step`."""
+        if not batches:
+            raise ValueError("batches=[]: a step needs at least one micro-batch")
+        self._adopt_trainable()
+        try:
+            shares = self._shares(batches)
+            tokens, routed = self._tokens(batches, shares)
+            self.balance.begin(len(shares), routed)
+            self._reducer.begin()
+            nats = self._runner.train(shares, tokens.clamp_min(1), self.balance)
+            self._reducer.finish()
+            stages = LOCAL if self._mesh is None else self._mesh["pp"]
+            norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
+            applied = bool(norm.isfinite())
+            if applied:
+                self._update(lr)
+        except BaseException:
+            forget_step(self.parts)
+            raise
+        finally:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        self.balance.end(applied)
+        return StepResult(nats, norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> list[Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
+        try:
+            with self._evaluating():
+                return self._runner.evaluate(self._shares(batches))
+        except BaseException:
+            forget_step(self.parts)
+            raise
+        finally:
+            free_gathered(self.parts)
+
+    def state(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.state`."""
+        state = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        if self.optimizer is not None:
+            state |= training_state(self._trained(), self.optimizer, {})
+        # what moves without a gradient; other buffers are constants
+        biases = [(n, b) for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
+        return state | {f"model.{name}": bias_E for name, bias_E in biases}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
+        if self.optimizer is not None:
+            restore_optimizer(self._trained(), self.optimizer, state)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimizer has."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = {p for group in groups for p in group["params"]}
+        return {name: p for name, p in self.parameters.items() if p in held}
+
+    def _adopt_trainable(self) -> None:
+        """Give the optimizer the weights that are trainable and that it does not have yet."""
+        trained = self._trained()
+        new = {name: p for name, p in self.parameters.items() if p.requires_grad and name not in trained}
+        if not new:
+            return
+        made = self._make_optimizer(new)
+        if self.optimizer is None:
+            self.optimizer = made
+        else:
+            for group in made.param_groups:
+                self.optimizer.add_param_group(group)
+
+    def _shares(self, batches: list[Batch]) -> list[Share]:
+        moved = [
+            (b.inputs.to(self._device), b.labels.to(self._device), None if b.mask is None else b.mask.to(self._device))
+            for b in batches
+        ]
+        return [share_of(*batch, mesh=self._mesh) for batch in moved]
+
+    def _tokens(self, batches: list[Batch], shares: list[Share]) -> tuple[Tensor, Tensor]:
+        """int64 scalars: the positions of the step that the loss counts, and those that MoE layers route, on all
+        ranks."""
+        first = self._mesh is None or self._mesh["cp"].rank == 0  # the others have the same batches
+        routed = [b.inputs.shape[:2].numel() if b.mask is None else b.mask.sum() for b in batches]
+        counts = torch.stack([torch.stack([_valid(share) for share in shares]).sum(), _total(routed, shares) * first])
+        if self._mesh is not None and self._mesh["dense"].size > 1:
+            dist.all_reduce(counts, group=self._mesh["dense"].group)
+        return counts[0], counts[1]
+
+    def _update(self, lr: float) -> None:
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """All modules in evaluation mode; then in whichever each was before."""
+        before = [(module, module.training) for part in self.parts for module in part.modules()]
+        try:
+            for part in self.parts:
+                part.eval()
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+
+def _total(numbers: list[int | Tensor], shares: list[Share]) -> Tensor:
+    """int64 scalar: the sum, where the shares are."""
+    return torch.stack([torch.as_tensor(n, device=shares[0].inputs.device) for n in numbers]).sum()
+
+
+def _valid(share: Share) -> Tensor:
+    """int64 scalar: the positions of a share that its loss counts."""
+    labels = share.labels
+    if not labels.is_floating_point():
+        return (labels != IGNORED).sum()
+    valid = share.mask if share.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
+    return valid.sum().long()

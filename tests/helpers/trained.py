@@ -1,0 +1,64 @@
+"""A small decoder that an engine trains in fp64, on any mesh, for a few steps."""
+
+# G sequences of a step, S positions, V vocabulary.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equimoe.moe import BalanceConfig, MoEConfig
+from equimoe.moe.engines import Batch, build_engine
+from equimoe.moe.engines.torch import TorchEngine
+from equimoe.moe.model import Decoder
+from equimoe.moe.parallel import Mesh
+from tests.helpers import oracle
+from tests.helpers.recorded import Recorded, full
+
+SEQUENCES, LENGTH, VOCABULARY, MICRO_BATCHES = 8, 8, 16, 2
+
+
+def make(kind: type[Decoder] = Decoder, layers: int = 2, coefficient: float = 0.1, **how: Any) -> Any:
+    """Every second block has experts; all weights are the same on every rank."""
+    torch.manual_seed(0)
+    balance = BalanceConfig(coefficient=coefficient, estimator="exact", micro_batches=MICRO_BATCHES)
+    moe = MoEConfig(8, 4, num_experts=4, top_k=2, balance=balance, init_std=0.4)
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "num_layers": layers, "num_heads": 2}
+    return kind(**sizes, intermediate_size=8, moe=moe, moe_every=2, **how).double()
+
+
+def engine_of(model: Decoder, mesh: Mesh | None, optimizer: Recorded | None = None, **how: Any) -> TorchEngine:
+    """AdamW with a strong weight decay, so that a gradient of zero is not like none."""
+    dp = 1 if mesh is None else mesh["dp"].size
+    shape = (SEQUENCES // dp // MICRO_BATCHES, LENGTH)
+    adamw = Recorded(torch.optim.AdamW, weight_decay=0.5)
+    return build_engine(model, mesh, optimizer or adamw, micro_batches=MICRO_BATCHES, shape=shape, **how)
+
+
+def batches(mesh: Mesh | None, step: int = 0) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
+    ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    mine = ids.chunk(dp)[rank].chunk(MICRO_BATCHES)
+    return [Batch(part[:, :-1], part[:, 1:]) for part in mine]
+
+
+def whole(engine: TorchEngine) -> dict[str, Tensor]:
+    """All parameters of this rank."""
+    return {name: full(p) for name, p in engine.parameters.items()}
+
+
+def freeze(engine_or_model: TorchEngine | nn.Module, which: Callable[[str], bool], frozen: bool = True) -> None:
+    """Turn training of the weights whose names fit off, or on."""
+    named = engine_or_model.parameters if isinstance(engine_or_model, TorchEngine) else None
+    for name, p in (named or dict(engine_or_model.named_parameters())).items():  # type: ignore[union-attr]
+        if which(name):
+            p.requires_grad_(not frozen)
+
+
+def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative error and its name; of all that ``got`` has."""
+    return max((oracle.relative_error(value.view_as(want[name]), want[name]), name) for name, value in got.items())

@@ -1,0 +1,176 @@
+"""Which weights an engine trains: frozen, unused, and unfrozen ones fare as in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe.engines import Batch
+from equimoe.moe.model import Decoder
+from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
+from equimoe.moe.train.config import OptimConfig
+from equimoe.moe.train.optim import build_optimizer
+from tests.helpers.fork import run_ranks
+from tests.helpers.recorded import Recorded
+from tests.helpers.trained import batches, engine_of, freeze, make, whole, worst
+
+MESHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp 2": (2, {}),
+    "dp 4, ep 2": (4, {"ep": 2}),
+    "tp 2": (2, {"tp": 2}),
+    "cp 2": (2, {"cp": 2}),
+    "fsdp 2, ep 2": (2, {"data_parallel": "fsdp", "ep": 2}),
+    "pp 2, tp 2": (4, {"pp": 2, "tp": 2}),
+}
+
+
+def mesh_of(world: int, degrees: dict[str, Any]) -> Mesh | None:
+    return build_mesh(ParallelConfig(**degrees)) if world > 1 else None
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
+    """AdamW decays a weight whose gradient is zero; one without a gradient it leaves alone."""
+    world, degrees = MESHES[name]
+    parts = ("experts", "router", "attention")
+
+    def script(rank: int, world: int) -> list[tuple[dict[str, Tensor], list[str]]]:
+        mesh, found = mesh_of(world, degrees), []
+        for frozen in parts:
+            model = make()
+            freeze(model, lambda name, frozen=frozen: frozen in name)
+            engine = engine_of(model, mesh)
+            for step in range(2):
+                assert engine.step(batches(mesh, step), lr=0.1).applied
+            found.append((whole(engine), [name for name in engine.state() if name.startswith("optimizer.")]))
+        return found
+
+    wanted, before = script(0, 1), dict(make().named_parameters())
+    for result in run_ranks(script, world):
+        for frozen, (got, states), (want, _) in zip(parts, result, wanted, strict=True):
+            for weight in got:
+                assert torch.equal(got[weight], before[weight]) == (frozen in weight), weight
+            assert worst(got, want)[0] < 1e-8
+            assert states and not any(frozen in state for state in states)
+
+
+class Skipping(Decoder):
+    """Leaves out its first block, with ``every`` in every call, else in the second, fourth, ... call of all ranks."""
+
+    every = True
+    calls = 0
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        assert self.embedding is not None and self.norm is not None and self.head is not None
+        self.calls += 1
+        x = self.embedding(x)
+        for name, block in self.blocks.items():
+            if name != "0" or not (self.every or self.calls % 2 == 0):
+                x = block(x, mask)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("name", ["dp 4, ep 2", "tp 2", "fsdp 2, ep 2"])
+def test_a_layer_that_no_rank_uses_stays(name: str) -> None:
+    world, degrees = MESHES[name]
+
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        mesh = mesh_of(world, degrees)
+        engine = engine_of(make(Skipping), mesh)
+        for step in range(2):
+            engine.step(batches(mesh, step), lr=0.1)
+        return whole(engine)
+
+    want, before = script(0, 1), dict(make().named_parameters())
+    for got in run_ranks(script, world):
+        assert all(torch.equal(got[n], before[n]) for n in got if n.startswith("blocks.0."))
+        assert worst(got, want)[0] < 1e-8
+
+
+@pytest.mark.parametrize("degrees", [{}, {"ep": 2}], ids=str)
+def test_a_layer_that_some_ranks_use_is_updated_alike_on_all(degrees: dict[str, Any]) -> None:
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        mesh, model = mesh_of(world, degrees), make(Skipping, coefficient=0.0)
+        model.every, model.calls = False, rank
+        parts = batches(mesh)
+        # one micro-batch on each rank; alone, one after the other
+        mine = [Batch(*(torch.cat([getattr(b, f) for b in parts]) for f in ("inputs", "labels")))]
+        engine = engine_of(model, mesh)
+        if mesh is None:
+            engine.balance._exact = False  # whose pass ahead would count as calls
+        for _ in range(3):
+            if mesh is not None:
+                model.calls = rank
+            engine.step(mine if mesh is not None else parts, lr=0.1)
+        return whole(engine)
+
+    want = script(0, 1)
+    for got in run_ranks(script, 2):
+        assert worst(got, want)[0] < 1e-8
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_unfrozen_and_frozen_later(name: str) -> None:
+    """Each step reduces and updates what is trainable then."""
+    world, degrees = MESHES[name]
+
+    def script(rank: int, world: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        mesh, model, optimizer = mesh_of(world, degrees), make(), Recorded(torch.optim.AdamW, weight_decay=0.5)
+        freeze(model, lambda name: "attention" in name or "router" in name)
+        engine = engine_of(model, mesh, optimizer)
+        engine.step(batches(mesh, 0), lr=0.1)
+        freeze(engine, lambda _: True, frozen=False)
+        engine.step(batches(mesh, 1), lr=0.1)
+        freeze(engine, lambda name: "experts" in name or "norm" in name)
+        engine.step(batches(mesh, 2), lr=0.1)
+        return whole(engine), optimizer.gradients
+
+    want, gradients = script(0, 1)
+    assert len(gradients[0]) < len(gradients[1]) > len(gradients[2])
+    for got, found in run_ranks(script, world):
+        assert worst(got, want)[0] < 1e-8
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert mine.keys() == {name for name in theirs if name in got}
+            assert worst(mine, theirs)[0] < 1e-8
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)
+def test_experts_alone_are_trained(degrees: dict[str, Any]) -> None:
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        mesh, model = mesh_of(world, degrees), make()
+        freeze(model, lambda name: "experts" not in name)
+        engine = engine_of(model, mesh)
+        for step in range(2):
+            engine.step(batches(mesh, step), lr=0.1)
+        return whole(engine)
+
+    want, before = script(0, 1), dict(make().named_parameters())
+    for got in run_ranks(script, 2):
+        assert {n for n in got if not torch.equal(got[n], before[n])} == {n for n in got if "experts" in n}
+        assert worst(got, want)[0] < 1e-8
+
+
+def test_buckets_of_any_size_give_the_same_sums() -> None:
+    """Also when they are so small that each weight has its own, and are started while the backward runs."""
+
+    def script(rank: int, world: int, nbytes: int) -> dict[str, Tensor]:
+        mesh, optimizer = mesh_of(world, {"ep": 2}), Recorded()
+        engine = engine_of(make(layers=4), mesh, optimizer)
+        engine._reducer._bucket_bytes = nbytes
+        engine.step(batches(mesh), lr=0.1)
+        return optimizer.gradients[0]
+
+    want = script(0, 1, 1 << 20)
+    for nbytes in (1, 2000):
+        for got in run_ranks(script, 2, nbytes):
+            assert got.keys() == want.keys() and worst(got, want)[0] < 1e-8
+
+
+def test_the_optimizer_of_a_run_has_no_frozen_weights() -> None:
+    model = make()
+    freeze(model, lambda name: "experts" in name)
+    held = {p for group in build_optimizer(model.parameters(), OptimConfig()).param_groups for p in group["params"]}
+    assert held == {p for name, p in model.named_parameters() if "experts" not in name}
