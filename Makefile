@@ -86,7 +86,8 @@ $(VENV)/bin/python:
 $(VENV)/.stamp-train: $(SPEC) | $(VENV)/bin/python
 	@echo "installing $(TORCH) and what training needs (once; some minutes on a slow line)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(INSTALL) '$(TORCH)' setuptools wheel
+	@$(INSTALL) '$(TORCH)' setuptools wheel || { echo "once more, with the setuptools that $(TORCH) takes"; \
+		sed -i.bak '/^setuptools==/d' $(VENV)/constraints.txt; $(INSTALL) '$(TORCH)' 'setuptools>=77' wheel; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
 	@$(PY) -c 'from importlib.metadata import version; print("triton==" + version("triton"))' \
 		>> $(VENV)/constraints.txt 2>/dev/null || grep '^triton==' constraints.txt >> $(VENV)/constraints.txt

@@ -26,6 +26,8 @@ from ..config import require
 
 #: Up to torch 2.12 the second half of a split backward fails: it no longer finds the nodes of custom operations.
 SPLITS_BACKWARD = torch.__version__ >= "2.13"
+#: Since torch 2.15 schedules let the logits of a micro-batch go as soon as its loss is known.
+FREES_LOGITS = torch.__version__ >= "2.15"
 
 
 @dataclass
@@ -107,7 +109,7 @@ class TorchStage(PipelineStage):
         save_forward_output: bool = True,
     ) -> Any:
         held = self._in_flight[fwd_chunk_id]
-        inputs = args[0] if self.is_first else held.input
+        inputs: Any = args[0] if self.is_first else held.input
         if not self.is_first:
             inputs.requires_grad_(self.has_backward)
         if self.has_backward and isinstance(self.submod, FSDPModule):
@@ -119,7 +121,7 @@ class TorchStage(PipelineStage):
         if not self.is_last:
             self._check_hidden(output)
         held.input = inputs if self.has_backward else None
-        # the schedule itself keeps logits until their loss is known
+        # logits are the schedule's: they go into the loss
         held.output = output if self._sends_output or (self.has_backward and not self.is_last) else None
         return output
 

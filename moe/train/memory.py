@@ -18,6 +18,7 @@ from ..config import require
 from ..parallel.config import ParallelConfig
 from ..parallel.mesh import EXPERT, sizes
 from ..parallel.pipeline import stage_ids
+from ..parallel.torch_stage import FREES_LOGITS
 from .config import TrainConfig
 
 
@@ -305,5 +306,6 @@ class _Activations:
 
     def _head(self) -> int:
         """The last norm, the logits, and their logarithm in fp32."""
-        logits = (self.c + 4) * ceil(self.vocabulary / self.tp) * self.T
+        kept = 4 if self.place.num_stages > 1 and FREES_LOGITS else self.c + 4
+        logits = kept * ceil(self.vocabulary / self.tp) * self.T
         return 4 * self.t + self._to_split(self.config.model.hidden_size) + logits

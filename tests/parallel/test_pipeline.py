@@ -337,6 +337,8 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
             pipeline.count(inputs, masks)
             shares = pipeline.step(inputs, labels, masks, shares_of(data(4, step)[1]))
             pipeline.evaluate(inputs, labels, masks, shares_of(labels))  # leaves gradients alone
+            split = [isinstance(p, DTensor) for stage in stages for p in stage.parameters()]
+            assert all(split) or data_parallel == "ddp"  # and no weights gathered
             gradients = {}
             for name, p in named:
                 if not isinstance(p, DTensor):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from packaging.specifiers import SpecifierSet
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules, stage
 
@@ -120,3 +122,11 @@ def test_names_of_our_own_are_not_torchs() -> None:
     assert helpers <= vars(TorchStage).keys()
     clash = [name for name in helpers if hasattr(PipelineStage, name) or name in torchs]
     assert not clash, of_torch([f"PipelineStage has a {name}, too" for name in clash])
+
+
+def test_this_torch_is_one_of_those_declared() -> None:
+    """What is tested is what is declared."""
+    setup = (Path(__file__).parents[2] / "setup.py").read_text()
+    (declared,) = re.findall(r'"torch([<>=][^"]+)"', setup)
+    fits = SpecifierSet(declared).contains(torch.__version__, prereleases=True)
+    assert fits, f"setup.py declares torch{declared}, and the tests run on {torch.__version__}"
