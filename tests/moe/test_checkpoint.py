@@ -149,7 +149,7 @@ def test_strict_in_both_directions(tmp_path: Path, other: dict[str, torch.Tensor
 def test_resume_is_bit_identical_and_experts_are_all_there(
     tmp_path: Path, world: int, parallel: dict[str, Any]
 ) -> None:
-    """4 steps, and 2 + resume + 2, end in the same bits; the file holds each expert's own weights."""
+    """4 steps, and 2 + evaluation + resume + 2, end in the same bits; the file holds each expert's own weights."""
     config = small.on(small.write_texts(tmp_path / "texts"), steps=4)
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     run = replace(config, parallel=replace(config.parallel, **parallel))
@@ -161,6 +161,7 @@ def test_resume_is_bit_identical_and_experts_are_all_there(
             straight.train_step()
         for _ in range(2):
             first.train_step()
+        first.evaluate()  # which leaves no trace, and no weights gathered
         path = first.save(tmp_path / "run")
         second.resume(path, checkpoint.read_manifest(path))
         for _ in range(2):
