@@ -242,7 +242,8 @@ class Balancer:
             known = replace(known, sent_P=visit.extras[: owners.ranks])
         if "shuffled" in self._scopes:
             choices_NK = torch.cat(layer.choices(visit))
-            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, visit.number)
+            seed = step.ended * (1 << 20) + visit.number
+            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, seed)
             known = replace(known, drawn_counts_E=counts_E, drawn_tokens=tokens)
         return known
 
@@ -271,9 +272,10 @@ class Balancer:
         return 1.0 / view.ranks if scope == "global" and self.config.scale_convention == "megatron" else 1.0
 
     def _check_tokens(self, view: StepView) -> None:
-        """Refuse a z-loss whose weight, one over the tokens of the step, cannot be known yet."""
+        """Refuse a z-loss whose weight, one over the tokens of the step, cannot be known yet. (Beside a balance loss of
+        another scope the z-loss is a mean over micro-batches.)"""
         layer = self.step.layers[self._index]
-        if not self.z_coefficient or self.step.tokens is not None:
+        if not self.z_coefficient or self.config.scope != "global" or self.step.tokens is not None:
             return
         sizes = {v.size for v in layer.known}
         unequal = None in sizes or len(sizes) > 1

@@ -160,6 +160,8 @@ class Step:
         #: how many micro-batches the step has, and their valid tokens on all ranks (int64 scalar), where that is known
         self.length: int | None = None
         self.tokens: Tensor | None = None
+        #: steps that have ended
+        self.ended = 0
         self._sums: dict[Any, Sums] = {}
         self._now: int | None = None
         self._ahead: object | None = None
@@ -224,6 +226,7 @@ class Step:
         for layer in self.layers:
             layer.close(applied, overflow)
         self.length = self.tokens = None
+        self.ended += 1
 
     def discard(self) -> None:
         """Forget the step under way."""
