@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equimoe.moe import Owners
 from equimoe.moe.config import BalanceConfig, ExtraLossConfig, RouterConfig
 from equimoe.moe.layer import MoE
 from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
@@ -269,9 +270,10 @@ def measure(seen: Heldout) -> dict[str, Any]:
         "score_sum": float(seen.chosen_NL.mean()),
         "domain_score_sum": {seen.domains[d]: float(seen.chosen_NL[seen.domain_N == d].mean()) for d in domains},
         "balance": {str(b): balance(b) for b in (RANK, 16, 32, 128, BATCH)},
-        "max_over_mean": float(straggler(counts_NLE.sum(0), experts).mean()),
+        "max_over_mean": float(straggler(counts_NLE.sum(0), Owners.consecutive(experts, experts)).mean()),
         "straggler": {
-            str(d): float(straggler(groups(counts_NLE, RANK * d), d).mean()) for d in possible_degrees(experts)
+            str(d): float(straggler(groups(counts_NLE, RANK * d), Owners.consecutive(experts, d)).mean())
+            for d in possible_degrees(experts)
         },
         "cv": float((local_GLE.std(-1, correction=0) / local_GLE.mean(-1)).mean()),
         "routing": routing,

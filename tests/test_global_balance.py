@@ -16,6 +16,7 @@ import balance_plots
 import global_balance
 from balance_arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 
+from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
 
 SIZE = Size(steps=10, seq_len=8, hidden=16, layers=2, experts=4, heldout=128, bytes_per_domain=60_000)
@@ -30,8 +31,11 @@ def gradients(arm: Arm, corpus: Corpus) -> dict[str, torch.Tensor]:
     """All gradients of the first step."""
     trainer, _ = build(arm, SIZE, 0, corpus)
     batches = trainer.batches.sample(0, 0, 1, trainer.micro_batches, arm.micro_batch)
+    step = Step.of(trainer.model)
+    step.begin(len(batches))
     for inputs_BS, labels_BS, _ in batches:
-        logits_BSV = trainer.model(inputs_BS)
+        with step.micro_batch():
+            logits_BSV = trainer.model(inputs_BS)
         loss = torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
         (loss / len(batches)).backward()
     return {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
@@ -54,7 +58,9 @@ def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
     plain = build(Arm("", BATCH, BATCH, {"coefficient": 0.0}), SIZE, 0, corpus)[0]
     mixed = build(Arm("", RANK, BATCH, {"scope": "sequence", "coefficient": 0.0}, RANK, mixed=True), SIZE, 0, corpus)[0]
     inputs_BS = plain.batches.sample(0, 0, 1, 1, BATCH)[0][0]
-    torch.testing.assert_close(mixed.model(inputs_BS), plain.model(inputs_BS))
+    with mixed.engine.balance.micro_batch(0), plain.engine.balance.micro_batch(0):
+        logits_BSV = mixed.model(inputs_BS)
+        torch.testing.assert_close(logits_BSV, plain.model(inputs_BS))
     counts_GE = [layer.balancer.micro_batches[-1].counts_BE for layer in mixed.model.moe_layers()]
     assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
     strong = {"scope": "sequence", "coefficient": 1.0}
@@ -68,7 +74,8 @@ def test_ranks_play_in_training_only(corpus: Corpus) -> None:
     shapes: list[int] = []
     layer.router.register_forward_hook(lambda module, args, routing: shapes.append(len(routing.counts_BE)))
     x_BSD = torch.randn(8, SIZE.seq_len, SIZE.hidden)
-    layer(x_BSD)
+    with trainer.engine.balance.micro_batch(0):
+        layer(x_BSD)
     layer.eval()(x_BSD)
     assert shapes == [8 // RANK, 8]
 

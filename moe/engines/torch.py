@@ -129,8 +129,12 @@ class TorchEngine:
         """int64 scalars: the positions of the step that the loss counts, and those that MoE layers route, on all
         ranks."""
         first = self._mesh is None or self._mesh["cp"].rank == 0  # the others have the same batches
-        routed = [b.inputs.shape[:2].numel() if b.mask is None else b.mask.sum() for b in batches]
-        counts = torch.stack([torch.stack([_valid(share) for share in shares]).sum(), _total(routed, shares) * first])
+        counted = torch.stack([_valid(share) for share in shares]).sum()
+        routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
+        for batch in batches:
+            if batch.mask is not None and first:
+                routed += batch.mask.sum().to(routed.device)
+        counts = torch.stack([counted, routed])
         if self._mesh is not None and self._mesh["dense"].size > 1:
             dist.all_reduce(counts, group=self._mesh["dense"].group)
         return counts[0], counts[1]
@@ -153,11 +157,6 @@ class TorchEngine:
         finally:
             for module, training in before:
                 module.training = training
-
-
-def _total(numbers: list[int | Tensor], shares: list[Share]) -> Tensor:
-    """int64 scalar: the sum, where the shares are."""
-    return torch.stack([torch.as_tensor(n, device=shares[0].inputs.device) for n in numbers]).sum()
 
 
 def _valid(share: Share) -> Tensor:
