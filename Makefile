@@ -8,8 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 TORCH ?= torch==2.13.0
 # further arguments for every pip install
 PIP_ARGS ?=
-# processes of `make train`, and where its run lies
-NPROC ?= 2
+# processes of `make train`, no more than there are GPUs if there are any, and where its run lies
+NPROC ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" = 1 ] && echo 1 || echo 2)
 RUN_DIR ?= runs/quickstart
 # further arguments for the command of a target
 ARGS ?=
