@@ -301,14 +301,16 @@ def two_strange_optimizers() -> float:
 
 
 def a_discriminator_without_experts() -> float:
-    """A plain model, whose optimizer steps in the middle of the very first step already."""
-    other = nn.Linear(D, 1).double()
-    optimizer = frozen(other)
+    """A plain model, whose optimizer steps in the middle of the very first step already; and one with weights of the
+    router's shape, which could be copies, once it is known which optimizer has the layer's."""
+    others = [nn.Linear(D, width).double() for width in (1, E)]
+    optimizers = [frozen(other) for other in others]
 
-    def unusual(x: Tensor) -> None:
-        other(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def unusual(x: Tensor, step: int) -> None:
+        for other, optimizer in list(zip(others, optimizers, strict=True))[: 1 + step]:
+            other(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     layer, worst = make(micro_batches=2), 0.0
     own = frozen(layer)
@@ -316,7 +318,7 @@ def a_discriminator_without_experts() -> float:
         inputs = [tokens(10 * step + m) for m in range(2)]
         for x in inputs:
             balance_only(layer, x).backward()
-            unusual(x)
+            unusual(x, step)
         worst = max(worst, error(layer, rolling(layer, inputs)))
         own.step()
         own.zero_grad()
@@ -471,6 +473,19 @@ def broken_off_and_begun_again() -> float:
         for m, x in enumerate(inputs[: 1 + attempt]):
             with step.micro_batch(m):
                 balance_only(layer, x).backward()
+    return error(layer, rolling(layer, inputs))
+
+
+def a_micro_batch_run_again() -> float:
+    """As after running out of memory: what it counted before is replaced."""
+    layer, inputs = make(), [tokens(m) for m in range(2)]
+    step, kept = Step.of(layer), []
+    step.begin(micro_batches=2)
+    for m, x in enumerate(inputs):
+        with step.micro_batch(m):
+            kept.append(layer(tokens(99)))
+        with step.micro_batch(m):
+            balance_only(layer, x).backward()
     return error(layer, rolling(layer, inputs))
 
 
@@ -677,6 +692,7 @@ SCENARIOS: dict[str, Scenario] = {
     "driven, an exception within a micro-batch": Scenario(lambda: driven(an_exception_within)),
     "driven, a forward outside": Scenario(lambda: driven(a_forward_outside), "enter step.micro_batch() around it"),
     "driven, broken off and begun again": Scenario(broken_off_and_begun_again),
+    "driven, a micro-batch that is run again": Scenario(a_micro_batch_run_again),
     "driven, a layer that runs twice": Scenario(a_layer_that_runs_twice),
     "z-loss, rolling, unequal valid tokens": Scenario(lambda: z_loss("rolling", False), "Step.begin(tokens=...)"),
     "z-loss, rolling, unequal lengths": Scenario(lambda: z_loss("rolling", False, False), "Step.begin(tokens=...)"),
