@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ..collectives import Axis, agreed_prefix, private_axis
 from .step import Layer, Step, random_state_kept
 from .sums import Sums
-from .visit import Visit
+from .visit import Visit, reaches
 
 if TYPE_CHECKING:
     from .balancer import Balancer
@@ -39,15 +39,28 @@ class CountingPass:
 
 
 _counting: ContextVar[CountingPass | None] = ContextVar("equimoe_counting_pass", default=None)
-#: all layers of the process by number, so that those that nobody drives find each other
-_layers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
+
+
+class _Registry:
+    """All layers of the process, so that those that nobody drives find each other."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self.layers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
+
+    def add(self, balancer: Balancer) -> int:
+        """Number a layer: unique in the process, in the order of construction, so identical on all ranks."""
+        number = next(self._numbers)
+        self.layers[number] = balancer
+        return number
+
+
+_registry = _Registry()
 
 
 def number_of_layer(balancer: Balancer) -> int:
-    """Number a new layer: unique in the process, in the order of construction, so identical on all ranks."""
-    number = 1 + max(_layers, default=-1)
-    _layers[number] = balancer
-    return number
+    """The number of a new layer of this process."""
+    return _registry.add(balancer)
 
 
 @contextmanager
@@ -76,7 +89,7 @@ class Cohort:
 
     def __init__(self, axis: Axis) -> None:
         gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
-        free = sorted((n, b) for n, b in list(_layers.items()) if b.free(axis))
+        free = sorted((n, b) for n, b in list(_registry.layers.items()) if b.free(axis))
         rows = [(n, tuple(b.widths(axis).items())) for n, b in free]
         # in a group of their own, where no other library's collective can come between
         own = private_axis(axis)
@@ -94,14 +107,15 @@ class AutoStep(Step):
     - when an optimizer that holds the router's weight has stepped. While no such optimizer was seen, one that holds
       another weight of the layer ends it, or the only optimizer there is, since wrappers with master weights hold
       copies;
-    - when something else has changed the router's weight in place;
     - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
     - where neither number is known, when a backward has left a gradient that is gone before the next forward: the
-      update was skipped, or made by hand.
+      update was skipped, or made by hand, which shows where it has changed the router's weight in place.
 
     A micro-batch counts while its graph lives and once its backward has run, so a forward that is not trained on does
     not count. What turns out to have been something else, such as gradients that were taken away after each micro-batch
     and are put back for the update, is refused before the update, naming the call that would have told it.
+
+    Every rank must run some layer in every forward pass; a step that the training loop drives does not need that.
     """
 
     def __init__(self, balancer: Balancer) -> None:
@@ -114,8 +128,8 @@ class AutoStep(Step):
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
         self._left: tuple[Any, Any, int] | None = None
         self._seen: tuple[Any, int] = (lambda: None, 0)
-        #: steps that ended because the gradient was gone: before the first update, the second, and since
-        self._gone = [0]
+        #: since the last update, steps that ended because the gradient was gone, and because they were full
+        self._gone = self._full = 0
         #: how much of the layer the best known optimizer holds, and one that may hold copies
         self._held = 0
         self._stranger: Any = lambda: None
@@ -151,13 +165,7 @@ class AutoStep(Step):
     def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
         balancer = self.layers[0].balancer
         if axis not in balancer.cohorts:
-            if balancer.placed is None:
-                warnings.warn(
-                    f"MoE: the load is counted over all {axis.size} ranks of the default process group, and the engine "
-                    "is taken to average gradients over them. If some of these ranks hold the same tokens, or "
-                    "gradients are joined in another way, say so by MoE(config, group=...) or MoE.place(...)",
-                    stacklevel=2,
-                )
+            balancer.say_what_is_assumed()
             Cohort(axis)
         if axis not in balancer.cohorts:
             raise ValueError(
@@ -181,27 +189,30 @@ class AutoStep(Step):
             self.forget_ahead()
             self.end(applied=self._changed())
             return
-        visits = list(layer.visits.values())
+        visits, told = list(layer.visits.values()), self.told(0)
         done, waiting = sum(v.done for v in visits), any(v.ahead is not None for v in visits)
-        told = layer.balancer.config.micro_batches or sum(v.was_ahead for v in visits)
-        gone = self._gradient_is_gone()
         if not done:
             return
-        if self._changed():
-            self.end(applied=True)
-        elif told:
+        gone, changed = self._gradient_is_gone(), self._changed()
+        if told:
             broken_off = gone and not all(v.lives for v in visits)
             if broken_off or (done >= told and not waiting):
-                self.end(applied=False)
-        elif gone:
-            self.end(applied=False)
-            self._gone[-1] += 1
+                self._full += not changed
+                self.end(applied=changed)
+        elif any(v.reaches is None for v in visits):
+            raise ValueError(
+                "balance.micro_batches=None: torch.autograd.grad leaves no trace from which the end of a step could be "
+                f"seen; {_REMEDY}"
+            )
+        elif gone or (changed and self._left is None):
+            self._gone += not changed
+            self.end(applied=changed)
         elif done >= MOST:
             raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         if applied and self.layers[0].known:
-            self._gone = [*self._gone[:2], 0]
+            self._gone = self._full = 0
         # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
         self._left = None
         super().end(applied, overflow)
@@ -221,8 +232,12 @@ class AutoStep(Step):
         return weight is not None and weight is weight_seen() and weight._version != version
 
     def read(self, index: int, visit: Visit) -> None:
+        visit.reaches = reaches(self._witness())
         super().read(index, visit)
-        torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _read(self, visit: Visit) -> None:
+        visit.done |= visit.reaches is not False
+        self._after_backward()
 
     def _after_backward(self) -> None:
         weight, stranger = self._witness(), self._stranger()
@@ -256,33 +271,55 @@ class AutoStep(Step):
         return holds if holds or self._may_be_copies([p for group in groups for p in group]) else -1
 
     def _may_be_copies(self, theirs: list[Tensor]) -> bool:
-        """Whether an optimizer may train copies of this layer's weights, each by itself or in flat buffers."""
-        weight, done = self._witness(), any(v.done for v in self.layers[0].visits.values())
-        if not done or weight is None:
+        """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
+        visits, of = self.layers[0].visits.values(), self._of()
+        trained = [] if of is None else [p for p in of.parameters() if p.requires_grad]
+        if not any(v.done for v in visits) or sum(v.done for v in visits) < self.told(0):
             return False
-        steps = (b.driven for b in list(_layers.values()))
-        of_layers = {id(step._witness()) for step in steps if isinstance(step, AutoStep)}
+        steps = (b.driven for b in list(_registry.layers.values()))
+        of_layers = {id(step._witness()) for step in steps if isinstance(step, AutoStep)} - {id(None)}
         if any(id(p) in of_layers for p in theirs):  # it trains another model
             return False
-        return any(p.shape == weight.shape or (p.dim() == 1 and p.numel() >= weight.numel()) for p in theirs)
+        flat = max((p.numel() for p in theirs if p.dim() == 1), default=0)
+        shapes = {p.shape for p in theirs}
+        return flat >= sum(p.numel() for p in trained) or all(p.shape in shapes for p in trained)
 
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""
-        holds, weight = self._holds(optimizer), self._witness()
-        if holds < 0:
+        holds, weight, told = self._holds(optimizer), self._witness(), self.told(0)
+        visits = list(self.layers[0].visits.values())
+        done = sum(v.done for v in visits)
+        if holds < 0 or not done:
             return
         stranger = self._stranger()
-        if not holds and stranger is not None and stranger is not optimizer:
+        if not holds and weight is not None and stranger is not None and stranger is not optimizer:
             raise ValueError(
                 f"{type(optimizer).__name__}: neither it nor {type(stranger).__name__}, which has stepped before, "
                 f"holds a weight of this MoE layer, so the end of its step is unknown; {_REMEDY}"
             )
         put_back = self._left is not None and weight is self._left[0]() and weight.grad is not self._left[1]()
-        again = len(self._gone) == 2 and self._gone[0] == self._gone[1]
-        if self._gone[-1] and (put_back or again or not holds):
+        if self._gone and weight is not None and (put_back or not holds):
             raise ValueError(
-                "balance.micro_batches=None: the router's gradient was taken away after a backward pass and has come "
-                f"back for the update, so each micro-batch was balanced by itself; {_REMEDY}"
+                "balance.micro_batches=None: the gradient that a backward pass had left was gone before the next one, "
+                "and comes back in another tensor for the update; if the step has several backward passes, each was "
+                f"balanced by itself; {_REMEDY}"
+            )
+        if self._full and done != told:
+            raise ValueError(
+                f"balance.micro_batches={told}: an update after {done} backward passes, and {told} before it without "
+                f"an update; if a step was broken off, drive the steps: {_REMEDY}"
+            )
+        if any(v.counted and v.lives and not v.done for v in visits):
+            raise ValueError(
+                "MoE: a training forward has been counted whose backward has not run; run what is not trained on under "
+                "torch.no_grad() or in model.eval(), or delete its output before the update"
+            )
+        before = self.layers[0].last
+        if not told and before is not None and done != before.micro_batches:
+            warnings.warn(
+                "MoE: steps have different numbers of micro-batches, and each weighs its losses by the number of the "
+                f"step before; {_REMEDY}",
+                stacklevel=2,
             )
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:

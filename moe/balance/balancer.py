@@ -5,6 +5,7 @@ B sequences, E experts, K top-k, T tokens, X values of a row.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
 from .step import Step, StepTotals
-from .visit import Visit
+from .visit import Visit, reaches
 
 
 class Pass(NamedTuple):
@@ -113,6 +114,17 @@ class Balancer:
         if self.driven is None:
             self.driven, self._index = AutoStep(self), 0
         return self.driven
+
+    def say_what_is_assumed(self) -> None:
+        """Warn where several ranks were not told which of them hold different tokens."""
+        axis = self.placement.tokens
+        if self.placed is None and axis.size > 1:
+            warnings.warn(
+                f"MoE: the load is counted over all {axis.size} ranks of the default process group, each of which must "
+                "take part, and the engine is taken to average gradients over them. If some of these ranks hold the "
+                "same tokens, or gradients are joined otherwise, say so by MoE(config, group=...) or MoE.place(...)",
+                stacklevel=2,
+            )
 
     def free(self, axis: Axis) -> bool:
         """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
@@ -251,7 +263,7 @@ class Balancer:
         """The gradients of a visit's losses with respect to its probability sums [E] or [B, E] and its z sum."""
         self.step.read(self._index, visit)
         view = self.view(visit)
-        self._check_tokens(view)
+        self._check_counts(view)
         losses = [SCOPES[scope](view) for scope, _ in self._terms]
         visit.loss, scale = losses[0], self.placement.scale
         visit.terms = [
@@ -271,20 +283,23 @@ class Balancer:
         """
         return 1.0 / view.ranks if scope == "global" and self.config.scale_convention == "megatron" else 1.0
 
-    def _check_tokens(self, view: StepView) -> None:
-        """Refuse a z-loss whose weight, one over the tokens of the step, cannot be known yet. (Beside a balance loss of
-        another scope the z-loss is a mean over micro-batches.)"""
-        layer = self.step.layers[self._index]
-        if not self.z_coefficient or self.config.scope != "global" or self.step.tokens is not None:
-            return
-        sizes = {v.size for v in layer.known}
-        unequal = None in sizes or len(sizes) > 1
-        early = view.seen < view.micro_batches or view.seen > (layer.first_known or 0)
-        if unequal and early:
+    def _check_counts(self, view: StepView) -> None:
+        """Refuse losses that need counts, or a number of tokens, that only later micro-batches have."""
+        step, layer = self.step, self.step.layers[self._index]
+        early = view.seen < step.told(self._index) or view.seen > (layer.first_known or 0)
+        if early and self.config.estimator == "exact":
             raise ValueError(
-                f"router.z_loss={self.z_coefficient}: the mean over the step's tokens needs their number, and "
-                f"micro-batches of unequal length follow; call Step.begin(tokens=...), use "
-                "balance.estimator='exact', or set router.z_loss=0"
+                "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
+                "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"
+            )
+        if not self.z_coefficient or self.config.scope != "global" or step.tokens is not None:
+            return  # beside a loss of another scope, the z-loss is a mean over micro-batches
+        sizes = {v.size for v in layer.known}
+        if early and (None in sizes or len(sizes) > 1):
+            raise ValueError(
+                f"router.z_loss={self.z_coefficient}: a mean over the step's valid tokens, of which micro-batches may "
+                "have different numbers (masks, lengths); tell the number: step = Step.of(model), "
+                "step.begin(tokens=...), or use balance.estimator='exact', or set router.z_loss=0"
             )
 
     # ---- what others ask
@@ -329,15 +344,5 @@ class _Losses:
         if self.visit.paid:  # a second backward through the same forward
             return torch.zeros_like(gradient), torch.zeros_like(of_z)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            self.visit.paid = _accumulates(self.weight)
+            self.visit.paid = reaches(self.weight) is True
         return gradient, of_z
-
-
-def _accumulates(weight: Tensor) -> bool:
-    """The backward under way adds to ``weight.grad``, unlike ``torch.autograd.grad``."""
-    if not weight.requires_grad:
-        return True
-    try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
-    except RuntimeError:  # torch.autograd.grad of this very weight
-        return False

@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..collectives import Axis
+from ..collectives import Axis, private_axis
 from .losses import Loss, Term
 from .sums import Entry, Sums
 from .visit import Visit
@@ -162,7 +163,9 @@ class Step:
         self.tokens: Tensor | None = None
         #: steps that have ended
         self.ended = 0
-        self._sums: dict[Any, Sums] = {}
+        self._sums: dict[Axis, Sums] = {}
+        #: micro-batches of this step whose forward pass has been summed
+        self._passed: set[int] = set()
         self._now: int | None = None
         self._ahead: object | None = None
         self._occurrence: dict[int, int] = {}
@@ -184,14 +187,21 @@ class Step:
 
     # ---- for the training loop
 
-    def begin(self, micro_batches: int | None = None, tokens: Tensor | None = None) -> None:
-        """Start a step, and drop what an exception left of another.
+    def begin(self, micro_batches: int | None = None, tokens: int | Tensor | None = None) -> None:
+        """Start a step, and drop forwards of which no backward has come.
 
-        ``micro_batches`` it will have, and ``tokens`` (int64 scalar) that all ranks together will route in it, where
-        that is known: estimates of the load and the weights of the losses are then as good as they can be.
+        ``micro_batches`` it will have, and ``tokens`` (integer scalar) that all ranks together will route in it, where
+        that is known: estimates of the load and the weights of the losses are then as good as they can be. Raises
+        ValueError where a step has been trained and neither ended nor discarded.
         """
+        if any(v.done for layer in self.layers for v in layer.visits.values()):
+            raise ValueError(
+                "Step.begin: the step before has been trained and not ended; call Step.end() after the update, "
+                "Step.end(applied=False) after a skipped one, or Step.discard() to forget it"
+            )
         self.discard()
-        self.length, self.tokens = micro_batches, tokens
+        self.length = micro_batches
+        self.tokens = None if tokens is None else torch.as_tensor(tokens)
 
     @contextmanager
     def micro_batch(self, number: int | None = None, ahead: bool = False) -> Iterator[None]:
@@ -206,8 +216,11 @@ class Step:
             number = max(taken, default=-1) + 1
         self._now, self._ahead, self._occurrence = number, self if ahead else None, {}
         try:
+            self._meet()
             yield
-            self.start_sums()
+            if ahead or torch.is_grad_enabled():
+                self._start_sums(first=number not in self._passed)
+                self._passed.add(number)
         except BaseException:
             for sums in self._sums.values():
                 sums.drop()
@@ -221,11 +234,17 @@ class Step:
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         """Close the step and, if its update was ``applied``, move the biases that balance without a loss.
 
-        ``overflow`` is a scalar that is not zero where a fused optimizer has skipped the update on the device.
+        ``overflow`` is a scalar that is not zero where a fused optimizer has skipped the update on the device. Raises
+        ValueError where an applied step has had another number of micro-batches than :meth:`begin` was told.
         """
+        if applied and self.length and self._passed and len(self._passed) != self.length:
+            raise ValueError(
+                f"Step.begin(micro_batches={self.length}): {len(self._passed)} have been trained, and the losses were "
+                "weighed for the other number; tell begin the right one, or call Step.end(applied=False)"
+            )
         for layer in self.layers:
             layer.close(applied, overflow)
-        self.length = self.tokens = None
+        self._forget()
         self.ended += 1
 
     def discard(self) -> None:
@@ -234,7 +253,10 @@ class Step:
             sums.drop()
         for layer in self.layers:
             layer.visits = {}
-        self.length = self.tokens = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.length, self.tokens, self._passed = None, None, set()
 
     # ---- for the layers' balancers
 
@@ -242,13 +264,19 @@ class Step:
         """The visit that begins with this forward of the MoE layer ``of``."""
         if self._now is None:
             raise ValueError(
-                "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, or use "
-                "model.eval() or torch.no_grad() for a forward that is not trained on"
+                "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, and around the "
+                "backward where that recomputes; or use model.eval() or torch.no_grad() for a forward that is not "
+                "trained on"
             )
         layer, occurrence = self.layers[index], self._occurrence.get(index, 0)
         layer.router, self._occurrence[index] = weakref.ref(of.router), occurrence + 1
         key = self._now, occurrence
         found = layer.visits.get(key)
+        if found is not None and found.done:
+            raise ValueError(
+                f"step.micro_batch({self._now}): this micro-batch has been trained; give the next number, or none, and "
+                "call Step.end() after each update"
+            )
         if found is None or found.ahead is None or self.counting:
             found = layer.visits[key] = Visit(self._now, self._ahead)
         return found
@@ -258,11 +286,13 @@ class Step:
         layer, backward = self.layers[index], torch._C._current_graph_task_id()
         if backward == -1:
             return None, False
-        # Inside a backward, forwards run only in checkpointed regions. torch's non-reentrant kind recomputes a visit
-        # that is still open, or that this very backward has just read. The reentrant kind ran without gradient at
-        # first and was not counted; visits opened during this backward are not to be recomputed in it.
+        # Inside a backward, forwards run only in checkpointed regions. The reentrant kind ran without gradient at
+        # first and was not counted, so this is its first pass. The non-reentrant kind, which hooks saved tensors,
+        # recomputes a visit that is still open, or that this very backward has just read.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            return None, False
         last, here = layer.last_read, [v for v in layer.known if self._now in (None, v.number)]
-        flying = [v for v in here if not (v.done or v.ahead is not None or v.opened_in == backward)]
+        flying = [v for v in here if not (v.done or v.read_now or v.ahead is not None or v.opened_in == backward)]
         if last is not None and last.backward_id == backward:
             return last, not flying
         return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
@@ -281,16 +311,26 @@ class Step:
 
     def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
         """The sums over an axis, and the layer's number in them."""
-        if axis not in self._sums:
-            balancers = [(n, layer._balancer()) for n, layer in enumerate(self.layers)]
-            widths = {(n, kind): w for n, b in balancers if b is not None for kind, w in b.widths(axis).items()}
-            self._sums[axis] = Sums(axis, widths, early=False)
         return self._sums[axis], index
 
-    def start_sums(self) -> None:
-        """Start the sums of the forward pass that has ended."""
+    def _meet(self) -> None:
+        """Make the sums that the layers need, where they are not there yet: all ranks do it at the same point."""
+        balancers = [(n, layer.balancer) for n, layer in enumerate(self.layers)]
+        axes = {axis: b for _, b in balancers for axis in b.placement.axes if axis.size > 1 and b.widths(axis)}
+        if axes.keys() == self._sums.keys():
+            return
+        self._sums = {}
+        for axis, balancer in axes.items():
+            balancer.say_what_is_assumed()
+            widths = {(n, kind): width for n, b in balancers for kind, width in b.widths(axis).items()}
+            # where nobody placed the layers, others use the group too, in an order of their own
+            own = private_axis(axis) if balancer.placed is None else axis
+            self._sums[axis] = Sums(own, widths, early=False)
+
+    def _start_sums(self, first: bool) -> None:
+        """Start the sums of the forward pass that has ended; the ``first`` time also where no layer ran here."""
         for sums in self._sums.values():
-            sums.start()
+            sums.start(always=first)
 
     def micro_batches(self, index: int) -> int:
         """How many micro-batches the step has, as far as that can be said.
@@ -298,10 +338,14 @@ class Step:
         In this order: as told; the number counted ahead; the number in the step before; the number so far. Of a layer
         that runs several times in a forward pass, each time counts.
         """
+        last = self.layers[index].last
+        return self.told(index) or (last.micro_batches if last is not None else 1)
+
+    def told(self, index: int) -> int:
+        """How many micro-batches the step has, where it was told or they were counted ahead; else 0."""
         layer = self.layers[index]
-        told = (self.length or 0) * self.runs(index) or layer.balancer.config.micro_batches
-        ahead = sum(v.was_ahead for v in layer.visits.values())
-        return told or ahead or (layer.last.micro_batches if layer.last is not None else 1)
+        told = (self.length or 0) * self.runs(index) or layer.balancer.config.micro_batches or 0
+        return told or sum(v.was_ahead for v in layer.visits.values())
 
     def runs(self, index: int) -> int:
         """How often a layer runs in a forward pass."""
@@ -310,7 +354,13 @@ class Step:
     def read(self, index: int, visit: Visit) -> None:
         """Note that a backward reads a visit's losses now."""
         layer = self.layers[index]
+        if not visit.read_now:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._read, visit))
         visit.backward_id = torch._C._current_graph_task_id()
         layer.last_read = visit
         if layer.first_known is None:
             layer.first_known = len(layer.known)
+
+    def _read(self, visit: Visit) -> None:
+        """A backward that has read a visit's losses has come to its end; one that raises never does."""
+        visit.done = True

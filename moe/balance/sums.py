@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..collectives import Axis, Pending, sum_over
+from ..collectives import Axis, Pending, device_of, sum_over
 
 #: a layer's number, and which of its rows
 Key = tuple[int, str]
@@ -44,22 +44,24 @@ class Sums:
     def __init__(self, axis: Axis, widths: dict[Key, int], early: bool) -> None:
         self.axis, self.widths, self.early = axis, widths, early
         self._waiting: dict[Key, Entry] = {}
+        self._device: torch.device | None = None
 
     def add(self, key: Key, value_BX: Tensor) -> Entry:
         """Take in an int64 row [B, X]."""
         if key in self._waiting:
             self.start()
+        self._device = value_BX.device
         entry = self._waiting[key] = Entry(value_BX, self)
         if self.early and len(self._waiting) == len(self.widths):
             self.start()
         return entry
 
-    def start(self) -> None:
-        """Start the sum of the rows that wait."""
+    def start(self, always: bool = False) -> None:
+        """Start the sum of the rows that wait; ``always``: also where none does, because other ranks may have some."""
         waiting, self._waiting = self._waiting, {}
-        if not waiting:
+        if not (waiting or always):
             return
-        device = next(iter(waiting.values())).value.device
+        device = self._device or device_of(self.axis)
         rows = {kind: len(entry.value) for (_, kind), entry in waiting.items()}
         parts, place = [], 0
         places: dict[Key, int] = {}

@@ -48,6 +48,10 @@ class Visit:
         #: the backward in which its forward ran (-1: none), and the one that last read its losses (None: not yet)
         self.opened_in: int = torch._C._current_graph_task_id()
         self.backward_id: int | None = None
+        #: a backward that read its losses has come to its end
+        self.done = False
+        #: whether that backward adds to the gradients of the layer's weights, as :func:`reaches` says
+        self.reaches: bool | None = True
         #: its losses have reached the gradients of the weights
         self.paid = False
         #: the main loss, and every loss, as that backward read them
@@ -58,14 +62,14 @@ class Visit:
         self.step_choices: list[Tensor] = []
 
     @property
-    def done(self) -> bool:
-        """A backward has read its losses."""
-        return self.backward_id is not None
+    def read_now(self) -> bool:
+        """The backward under way has read its losses."""
+        return self.backward_id is not None and self.backward_id == torch._C._current_graph_task_id()
 
     @property
     def lives(self) -> bool:
-        """It waits for its training forward, or its backward has run or can still run."""
-        return self.ahead is not None or self.done or self.graph() is not None
+        """It waits for its training forward, or its backward has run, runs, or can still run."""
+        return self.ahead is not None or self.done or self.read_now or self.graph() is not None
 
     def count(self, routing: Routing, own: Entry, batch: Entry, choices_NK: Tensor | None) -> None:
         """Take in what was routed."""
@@ -86,3 +90,16 @@ class Visit:
     @property
     def _batch_X(self) -> Tensor:
         return self.batch.get().sum(0)
+
+
+def reaches(weight: Tensor | None) -> bool | None:
+    """Whether the backward under way adds to ``weight.grad``; None where it is a ``torch.autograd.grad`` of the weight.
+
+    True where there is no weight to ask for.
+    """
+    if weight is None or not weight.requires_grad:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:
+        return None

@@ -5,8 +5,8 @@ T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ra
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,16 +56,20 @@ class Capacity:
         positions_S: Tensor | None = None,
     ) -> None:
         self.factor, self.axis, self.by_sequence, self.positions_S = config.factor, axis, by_sequence, positions_S
-        self.order = DROP_POLICIES[config.drop]
+        self.order, self.pads = DROP_POLICIES[config.drop], config.pad
         by_device = config.level == "device"
         self.bins = owners.ranks if by_device else owners.num_experts
         self.bin_of: Callable[[Tensor], Tensor] = owners.rank_of if by_device else _itself
 
-    def of_sequences(self, axis: Axis) -> Capacity:
-        """The same limit for whole sequences, which the ranks of ``axis`` hold parts of."""
-        other = copy.copy(self)
-        other.axis, other.by_sequence = axis, True
-        return other
+    @contextmanager
+    def of_sequences(self, axis: Axis) -> Iterator[None]:
+        """Within it, the limit is one of whole sequences, which the ranks of ``axis`` hold parts of."""
+        before = self.axis, self.by_sequence
+        self.axis, self.by_sequence = axis, True
+        try:
+            yield
+        finally:
+            self.axis, self.by_sequence = before
 
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:

@@ -25,8 +25,7 @@ class StepBalance:
         return self._exact and self._micro_batches > 1
 
     def begin(self, micro_batches: int, tokens: Tensor) -> None:
-        """Start a step, dropping what an exception left of another; ``tokens``, an int64 scalar, are all that its
-        ``micro_batches`` route on all ranks."""
+        """Start a step; ``tokens``, an int64 scalar, are all that its ``micro_batches`` route on all ranks."""
         self._micro_batches = micro_batches
         for step in self._steps:
             step.begin(micro_batches, tokens)
@@ -38,6 +37,11 @@ class StepBalance:
             for step in self._steps:
                 stack.enter_context(step.micro_batch(number, ahead))
             yield
+
+    def discard(self) -> None:
+        """Forget the step under way."""
+        for step in self._steps:
+            step.discard()
 
     def end(self, applied: bool) -> None:
         """Close the step; with ``applied`` the optimizer has moved the weights."""

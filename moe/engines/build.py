@@ -44,8 +44,10 @@ def build_engine(
     """
     device = device or next(model.parameters()).device
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
-    if mesh is not None:
-        check_alike(model, world_axis())
+    world = world_axis()
+    if mesh is None and world.size > 1:
+        raise ValueError(f"mesh=None: {world.size} ranks would train models of their own; give build_mesh(...)")
+    check_alike(model, world)
     parts: list[nn.Module] = [model]
     if mesh is not None:
         whole = [model] if mesh.degrees.pp == 1 else _stages(model, mesh)

@@ -65,6 +65,7 @@ class TorchEngine:
             if applied:
                 self._update(lr)
         except BaseException:
+            self.balance.discard()
             forget_step(self.parts)
             raise
         finally:

@@ -11,15 +11,12 @@ from ..placement import Owners, Placement
 from .mesh import Mesh
 
 
-def apply_expert_parallel(
-    layer: MoE, mesh: Mesh, owners: Owners | None = None, positions_S: Tensor | None = None
-) -> None:
+def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = None) -> None:
     """Let a layer whose full weights are the same on all ranks work among the ranks of ``mesh``.
 
     Each keeps its part of the experts, as DTensors, so that norms, optimizers and checkpoints know what is split.
-    ``owners`` says which part (None: equal runs of consecutive experts); ``positions_S`` int64 which positions of each
-    sequence this rank holds (None: those that follow the ranks before). Raises ValueError for sizes that the degrees do
-    not divide.
+    ``positions_S``, int64: the positions of each sequence that this rank holds (None: those that follow the ranks
+    before). Raises ValueError for sizes that the degrees do not divide.
     """
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
     if config.num_experts % ep.size:
@@ -27,7 +24,7 @@ def apply_expert_parallel(
     if config.intermediate_size % etp.size:
         width = config.intermediate_size
         raise ValueError(f"model.moe_intermediate_size={width}: must be divisible by parallel.etp={etp.size}")
-    owners = owners or Owners.consecutive(config.num_experts, ep.size)
+    owners = Owners.consecutive(config.num_experts, ep.size)  # the order of DTensors, and of checkpoints
     layer.place(
         Placement(
             tokens=mesh["stage"],

@@ -54,6 +54,14 @@ class Placement:
         return cls(tokens=axis, gradient_scale=float(axis.size) if gradient_scale is None else gradient_scale)
 
     @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """Those over which loads are counted."""
+        return self.tokens, self.sequence
+
+    def __deepcopy__(self, memo: dict) -> Placement:
+        return self  # a copied layer is on the same ranks, and the scale is asked of the same scaler
+
+    @property
     def scale(self) -> float | Tensor:
         """The factor now."""
         scale = self.gradient_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -66,17 +66,11 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
 def _capacity_of_each_sequence(layers: Iterable[MoE], mesh: Mesh | None) -> Iterator[None]:
     """Limits are those of whole sequences, over the ranks that hold parts of them; not of a rank, or of all ranks."""
     axis = LOCAL if mesh is None else mesh["sequence"]
-    before = [(layer, layer.capacity) for layer in layers]
-    try:
-        for layer, capacity in before:
-            config = layer.config.capacity
-            if config is not None and not config.pad:
-                assert isinstance(capacity, Capacity)
-                layer.capacity = capacity.of_sequences(axis)
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer.capacity, Capacity) and not layer.capacity.pads:
+                stack.enter_context(layer.capacity.of_sequences(axis))
         yield
-    finally:
-        for layer, capacity in before:
-            layer.capacity = capacity
 
 
 def _summed(values: Tensor) -> Tensor:

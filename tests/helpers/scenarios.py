@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -247,6 +249,141 @@ def by_data(layer: MoE) -> None:
             p.grad.zero_()
 
 
+def a_gradient_scaler(overflows: Sequence[bool]) -> float:
+    """Its scale is told; every overflow skips a step."""
+    layer, worst = make(bias_update_rate=0.01).float(), 0.0
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    layer.place(Placement(gradient_scale=scaler.get_scale))
+    for step, overflow in enumerate(overflows):
+        x, before = tokens(step), layer.router.bias_E.clone()
+        own = copy.deepcopy(layer).double()
+        scaler.scale((layer(x.float()) * 0).sum()).backward()
+        grad = layer.router.weight.grad.double() / scaler.get_scale()
+        want = copy.deepcopy(own).eval().router(x).counts_BE.sum(0)
+        loss = E * (want / (K * len(x)) * oracle.route(own, x)[1].sum(0)).sum() / len(x)
+        wanted = torch.autograd.grad(loss, own.router.weight)[0]
+        worst = max(worst, 1e-6 * oracle.relative_error(grad, wanted))  # in fp32
+        if overflow:
+            layer.router.weight.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(layer.router.bias_E, before) == overflow, "the bias moves when the weights do"
+    return worst
+
+
+def gradients_by_autograd_grad(micro_batches: int | None) -> float:
+    """And an update by hand that leaves no trace."""
+    layer, worst = make(micro_batches=micro_batches), 0.0
+    for step in range(4):
+        x = tokens(step)
+        grad = torch.autograd.grad(balance_only(layer, x), layer.router.weight)[0]
+        worst = max(worst, oracle.relative_error(grad, whole(layer, [x])))
+        layer.router.weight.data.sub_(0 * grad)
+    return worst
+
+
+def gradients_of_the_input_in_between(step: int, layer: MoE) -> None:
+    """Saliency, or adversarial examples: no weight is trained."""
+    x = tokens(90).requires_grad_()
+    torch.autograd.grad(layer(x).square().sum(), x)
+
+
+class Fails(torch.autograd.Function):
+    """A backward that runs out of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+def a_backward_that_raises(step: int, layer: MoE) -> None:
+    """After it has read the losses; then the gradients are cleared and the step begins again."""
+    with suppress(RuntimeError):
+        balance_only(layer, Fails.apply(tokens(91).requires_grad_())).backward()
+    layer.zero_grad()
+
+
+def weights_swapped_in_between(micro_batches: int | None) -> float:
+    """An average of the weights is evaluated in the middle of a step."""
+    layer, worst = make(micro_batches=micro_batches), 0.0
+    optimizer = frozen(layer)
+    for step in range(3):
+        inputs = [tokens(10 * step + m) for m in range(4)]
+        for m, x in enumerate(inputs):
+            balance_only(layer, x).backward()
+            if m == 1:
+                with torch.no_grad():
+                    kept = layer.router.weight.clone()
+                    layer.router.weight.copy_(0.9 * kept)
+                    layer(tokens(99))
+                    layer.router.weight.copy_(kept)
+        if step or micro_batches:
+            worst = max(worst, error(layer, rolling(layer, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+def begun_again_in_the_middle() -> float:
+    """Two of four, gradients cleared, and four: nothing tells that the first two are void."""
+    layer = make(micro_batches=4)
+    optimizer = frozen(layer)
+    for m in (90, 91):
+        balance_only(layer, tokens(m)).backward()
+    layer.zero_grad()
+    for m in range(4):
+        balance_only(layer, tokens(m)).backward()
+    optimizer.step()
+    return error(layer, rolling(layer, [tokens(m) for m in range(4)]))
+
+
+def a_forward_kept_for_the_log() -> float:
+    layer = make()
+    optimizer = frozen(layer)
+    kept = layer(tokens(99))
+    balance_only(layer, tokens(0)).backward()
+    optimizer.step()
+    return float(kept.detach().isnan().any())
+
+
+def a_frozen_layer_in_a_trained_model() -> float:
+    """The balance reaches what is trained before it."""
+    layer, before = make().requires_grad_(False), nn.Linear(D, D).double()
+    optimizer, worst = frozen(before), 0.0
+    for step in range(4):
+        x = tokens(step)
+        balance_only(layer, before(x)).backward()
+        want = torch.autograd.grad(oracle.balance_loss(layer, before(x)), before.weight)[0]
+        worst = max(worst, oracle.relative_error(before.weight.grad, want))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(layer.balancer.micro_batches) <= 1, "memory grows"
+    return worst
+
+
+def exact_without_counting() -> float:
+    layer = make(estimator="exact", micro_batches=2)
+    balance_only(layer, tokens(0)).backward()
+    return 1.0
+
+
+def reentrant_beside_a_live_forward() -> float:
+    """The recomputation routes its own tokens, and counts them."""
+    layer, held = make(micro_batches=1), []
+    held.append(layer(tokens(5)))
+    own, x = [], tokens(0)
+    layer.router.register_forward_hook(lambda router, args, routing: own.append((args[0].detach(), routing.ids_TK)))
+    checkpoint(lambda x: layer(x).square(), x.clone().requires_grad_(), use_reentrant=True).sum().backward()
+    for hidden, ids_TK in own:
+        assert torch.equal(oracle.route(layer, hidden)[2].sort(1).values, ids_TK.sort(1).values), "another's decision"
+    return 0.0
+
+
 # ---- other models
 
 
@@ -463,10 +600,12 @@ def a_forward_outside(step: Step, layer: MoE) -> None:
     layer(tokens(99))
 
 
-def broken_off_and_begun_again() -> float:
+def broken_off_and_begun_again(discard: bool) -> float:
     layer = make()
     step = Step.of(layer)
     for attempt in range(2):
+        if discard:
+            step.discard()
         step.begin(micro_batches=2)
         layer.zero_grad()
         inputs = [tokens(10 * attempt + m) for m in range(2)]
@@ -474,6 +613,33 @@ def broken_off_and_begun_again() -> float:
             with step.micro_batch(m):
                 balance_only(layer, x).backward()
     return error(layer, rolling(layer, inputs))
+
+
+def driven_by(numbers: list[int], told: int) -> float:
+    """Micro-batches of these numbers, where another number of them was told."""
+    layer = make()
+    step = Step.of(layer)
+    step.begin(micro_batches=told)
+    for m in numbers:
+        with step.micro_batch(m):
+            balance_only(layer, tokens(m)).backward()
+    step.end()
+    return 1.0
+
+
+def driven_steps_of_any_length() -> float:
+    layer, worst = make(), 0.0
+    step = Step.of(layer)
+    for number, length in enumerate((4, 2, 3, 1)):
+        step.begin(micro_batches=length)
+        inputs = [tokens(10 * number + m) for m in range(length)]
+        for x in inputs:
+            with step.micro_batch():
+                balance_only(layer, x).backward()
+        worst = max(worst, error(layer, rolling(layer, inputs)))
+        step.end()
+        layer.zero_grad()
+    return worst
 
 
 def a_micro_batch_run_again() -> float:
@@ -552,6 +718,57 @@ def different_layers(rank: int) -> float:
             there = [r for r in range(2) if i in runs[r]]
             want = whole(layer, [tokens(10 * step + r) for r in there])
             worst = max(worst, error(layer, want))
+        optimizer.step()
+        optimizer.zero_grad()
+    return worst
+
+
+def no_layer_on_one_rank(rank: int) -> float:
+    """Rank 1 leaves the only layer out, in every other micro-batch; the step is driven."""
+    layer, worst = make(), 0.0
+    step = Step.of(layer)
+    for number in range(2):
+        step.begin(micro_batches=2)
+        for m in range(2):
+            with step.micro_batch(m):
+                x = tokens(10 * number + 2 * m + rank)
+                if rank == 0 or m == 0:
+                    balance_only(layer, x).backward()
+        dist.all_reduce(layer.router.weight.grad)
+        layer.router.weight.grad /= 2
+        inputs = [torch.cat([tokens(10 * number), tokens(10 * number + 1)]), tokens(10 * number + 2)]
+        worst = max(worst, error(layer, uneven(layer, inputs)))
+        layer.zero_grad()
+        step.end()
+    return worst
+
+
+def uneven(layer: MoE, inputs: Sequence[Tensor]) -> Tensor:
+    """As :func:`rolling`, for two micro-batches of which the second has fewer tokens than was to be expected."""
+    counts_E, seen, total = torch.zeros(E, dtype=torch.float64), 0, torch.zeros(())
+    for n, x in enumerate(inputs, start=1):
+        _, probs_TE, ids_TK, _ = oracle.route(layer, x)
+        counts_E, seen = counts_E + torch.bincount(ids_TK.flatten(), minlength=E), seen + len(x)
+        total = total + E * (counts_E / (K * seen) * probs_TE.sum(0)).sum() / (seen * 2 / n)
+    return torch.autograd.grad(total, layer.router.weight)[0]
+
+
+def fully_sharded(rank: int) -> float:
+    """FSDP2, accumulation without reduction, an evaluation in between."""
+    layer, worst = make(micro_batches=2), 0.0
+    model = fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, foreach=False)
+    own = make()
+    for step in range(2):
+        batches = [[tokens(10 * step + 2 * m + r) for r in range(2)] for m in range(2)]
+        for m, both in enumerate(batches):
+            model.set_requires_gradient_sync(m == 1)
+            balance_only(model, both[rank]).backward()
+            model.eval()(tokens(99))
+            model.train()
+        want = rolling(own, [torch.cat(both) for both in batches])
+        model.reshard()  # an evaluation leaves the outermost weights gathered
+        worst = max(worst, oracle.relative_error(layer.router.weight.grad.full_tensor(), want))
         optimizer.step()
         optimizer.zero_grad()
     return worst
@@ -653,6 +870,19 @@ class Scenario:
 
 
 SCENARIOS: dict[str, Scenario] = {
+    "a gradient scaler, overflow in every other step": Scenario(lambda: a_gradient_scaler([True, False] * 3)),
+    "a gradient scaler, overflows at the start": Scenario(lambda: a_gradient_scaler([True] * 3 + [False] * 3)),
+    "torch.autograd.grad, update by hand": Scenario(lambda: gradients_by_autograd_grad(None), "torch.autograd.grad"),
+    "torch.autograd.grad, micro_batches=1": Scenario(lambda: gradients_by_autograd_grad(1)),
+    "gradients of the input in between": Scenario(told(gradients_of_the_input_in_between)),
+    "a backward that raises": Scenario(told(a_backward_that_raises)),
+    "weights swapped in the middle of a step": Scenario(lambda: weights_swapped_in_between(None)),
+    "weights swapped, micro_batches=4": Scenario(lambda: weights_swapped_in_between(4)),
+    "begun again in the middle of a step": Scenario(begun_again_in_the_middle, "if a step was broken off"),
+    "a forward kept for the log": Scenario(a_forward_kept_for_the_log, "under torch.no_grad()"),
+    "a frozen layer in a trained model": Scenario(a_frozen_layer_in_a_trained_model),
+    "exact, nothing counted ahead": Scenario(exact_without_counting, "counting_pass()"),
+    "reentrant, beside a live forward": Scenario(reentrant_beside_a_live_forward),
     "several micro-batches": Scenario(told(None)),
     "an exception after a forward": Scenario(told(a_forward_that_raises_later)),
     "three training forwards without a backward": Scenario(told(forwards_without_backward)),
@@ -691,7 +921,13 @@ SCENARIOS: dict[str, Scenario] = {
     "driven by the loop": Scenario(driven),
     "driven, an exception within a micro-batch": Scenario(lambda: driven(an_exception_within)),
     "driven, a forward outside": Scenario(lambda: driven(a_forward_outside), "enter step.micro_batch() around it"),
-    "driven, broken off and begun again": Scenario(broken_off_and_begun_again),
+    "driven, broken off and begun again": Scenario(
+        lambda: broken_off_and_begun_again(discard=False), "or Step.discard() to forget it"
+    ),
+    "driven, broken off, discarded, begun again": Scenario(lambda: broken_off_and_begun_again(discard=True)),
+    "driven, another number than told": Scenario(lambda: driven_by([0, 1, 2], told=2), "3 have been trained"),
+    "driven, the same number each time": Scenario(lambda: driven_by([0, 0], told=2), "give the next number"),
+    "driven, steps of 4, 2, 3 and 1 micro-batches": Scenario(driven_steps_of_any_length),
     "driven, a micro-batch that is run again": Scenario(a_micro_batch_run_again),
     "driven, a layer that runs twice": Scenario(a_layer_that_runs_twice),
     "z-loss, rolling, unequal valid tokens": Scenario(lambda: z_loss("rolling", False), "Step.begin(tokens=...)"),
@@ -701,6 +937,8 @@ SCENARIOS: dict[str, Scenario] = {
     "z-loss, carry, tokens told": Scenario(lambda: z_loss("carry", True)),
     "2 ranks: DDP, accumulation": Scenario(on_two_ranks(accumulation_under_ddp)),
     "2 ranks: different layers in one step": Scenario(on_two_ranks(different_layers)),
+    "2 ranks: driven, no layer on one rank": Scenario(on_two_ranks(no_layer_on_one_rank)),
+    "2 ranks: FSDP2, accumulation": Scenario(on_two_ranks(fully_sharded)),
     "2 ranks: a copy of the model on rank 0": Scenario(on_two_ranks(a_copy_on_one_rank)),
     "2 ranks: a layer more on rank 1": Scenario(
         on_two_ranks(another_layer_on_one_rank), "build the same layers in the same order on all ranks"
