@@ -217,9 +217,11 @@ class Step:
         self._now, self._ahead, self._occurrence = number, self if ahead else None, {}
         try:
             self._meet()
+            started = {sums: sums.started for sums in self._sums.values()}
             yield
             if ahead or torch.is_grad_enabled():
-                self._start_sums(first=number not in self._passed)
+                for sums, before_this in started.items():  # one for each pass, also where no layer ran here
+                    sums.start(always=number not in self._passed and sums.started == before_this)
                 self._passed.add(number)
         except BaseException:
             for sums in self._sums.values():
@@ -326,11 +328,6 @@ class Step:
             # where nobody placed the layers, others use the group too, in an order of their own
             own = private_axis(axis) if balancer.placed is None else axis
             self._sums[axis] = Sums(own, widths, early=False)
-
-    def _start_sums(self, first: bool) -> None:
-        """Start the sums of the forward pass that has ended; the ``first`` time also where no layer ran here."""
-        for sums in self._sums.values():
-            sums.start(always=first)
 
     def micro_batches(self, index: int) -> int:
         """How many micro-batches the step has, as far as that can be said.

@@ -43,6 +43,8 @@ class Sums:
 
     def __init__(self, axis: Axis, widths: dict[Key, int], early: bool) -> None:
         self.axis, self.widths, self.early = axis, widths, early
+        #: sums that have been started
+        self.started = 0
         self._waiting: dict[Key, Entry] = {}
         self._device: torch.device | None = None
 
@@ -73,6 +75,7 @@ class Sums:
             parts.append(part.flatten())
             place += part.numel()
         joined = sum_over(torch.cat(parts), self.axis)
+        self.started += 1
         for key, entry in waiting.items():
             entry.started(joined, places[key])
 

@@ -227,8 +227,9 @@ def test_between_steps(schedule: str) -> None:
         begin(pipeline, masks)
         pipeline.count(inputs, masks)
         pipeline.step(inputs, labels, masks, shares_of(labels))
-        for stage in pipeline.stages:
+        for stage, balance in zip(pipeline.stages, pipeline.balance, strict=True):
             stage.zero_grad()
+            balance.discard()
         begin(pipeline, masks)
         pipeline.count(inputs, masks)
         for stage, balance in zip(pipeline.stages, pipeline.balance, strict=True):
