@@ -24,12 +24,13 @@ SPEC := setup.py pyproject.toml constraints.txt
 # without build isolation the build tools are the pinned ones, and nothing is fetched twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test check kernels bench measure balance clean
+.PHONY: help train test test-slow check kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
-	@echo "make test    run the tests                           [ARGS=\"-k routing\"]"
+	@echo "make test    run the tests, in at most 7 minutes      [ARGS=\"-k routing\"]"
+	@echo "make test-slow run the heavier tests, 20 minutes      [ARGS=\"-k routing\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every GPU generation, without a GPU"
 	@echo "make bench   compare one layer with its peers        [ARGS=...]"
@@ -48,7 +49,10 @@ train: $(VENV)/.stamp-train
 	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
 
 test: $(VENV)/.stamp-dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(PY) -m pytest -m slow $(ARGS)
 
 # the links let mypy see the folders under the names that they are imported by
 check: $(VENV)/.stamp-dev

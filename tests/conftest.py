@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those on a fake GPU come first: autograd counts devices in a process's first backward pass, and forks keep that.
     """
     items.sort(key=lambda item: bool(item.get_closest_marker("gpu")) - bool(item.get_closest_marker("fake_cuda")))
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected out of every later garbage collection, of which training runs some itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -222,6 +222,7 @@ def test_ratios_are_of_the_same_round() -> None:
     assert (row["ratio_low"], row["ratio"], row["ratio_high"]) == (1.25, 1.5, 1.75) and row["median_us"] == 2e6
 
 
+@pytest.mark.slow
 def test_the_cost_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance_cost, "MIXES", [(2, {"ep": 2})])
     assert balance_cost.main(["--quick", "--ranks", "2", "--rounds", "2", "--out", str(tmp_path)]) == 0

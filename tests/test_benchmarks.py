@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import agreement
 import peers
 import report
+import run
 import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,10 +119,13 @@ def test_a_wrong_peer_is_not_timed(tmp_path: Path) -> None:
     assert "absent: mine: disagrees: output" in done.stdout and "| mine |" not in done.stdout
 
 
-def test_an_unknown_shape_and_peer_are_refused() -> None:
-    for option, word in (("--shapes", "tiny-x"), ("--peer", "liger=/nowhere"), ("--only", "nobody")):
-        done = python("benchmarks/run.py", "--device", "cpu", option, word)
-        assert done.returncode == 2 and word in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("option", "word"), [("--shapes", "tiny-x"), ("--peer", "liger=/nowhere"), ("--only", "nobody")]
+)
+def test_an_unknown_shape_and_peer_are_refused(option: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--device", "cpu", option, word])
+    assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("routing", shapes.ROUTINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 
 def sum_of_ranks(rank: int, world: int, scale: float) -> torch.Tensor:
@@ -56,6 +58,24 @@ def test_results_come_back_in_rank_order(world: int) -> None:
     for x in results:
         assert torch.equal(x, torch.full((3,), float(world * (world + 1))))
     assert run_ranks(lambda rank, world: rank * 10, world) == [rank * 10 for rank in range(world)]
+
+
+def test_garbage_collections_of_a_rank_leave_out_what_the_parent_holds() -> None:
+    """Else each would visit everything that pytest and torch keep, which takes longer than most tests."""
+    held = [[i] for i in range(20_000)]
+    assert max(run_ranks(lambda rank, world: len(gc.get_objects()), 2)) < len(held) < len(gc.get_objects())
+
+
+def test_parameters_that_are_not_named_as_fast_are_slow() -> None:
+    found = slow_but([2, ("a", 4)], [1, 2, ("a", 3), ("a", 4)])
+    assert [(of.values, [mark.name for mark in of.marks]) for of in found] == [
+        ((1,), ["slow"]),
+        ((2,), []),
+        (("a", 3), ["slow"]),
+        (("a", 4), []),
+    ]
+    with pytest.raises(AssertionError, match=r"\[3\] are not among the values"):
+        slow_but([1, 3], [1, 2])
 
 
 def test_a_result_keeps_its_dtype_and_size() -> None:

@@ -85,6 +85,7 @@ def test_the_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> Non
     assert namespace == "None", "equimoe must stay a namespace package"
 
 
+@pytest.mark.slow
 def test_other_packages_keep_the_names_of_our_folders(installed: Path, tmp_path: Path) -> None:
     names = (*FOLDERS, "transformers")
     for name in names:
@@ -121,6 +122,7 @@ def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
 
 
+@pytest.mark.slow
 def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(examples("README.md")[1])
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
@@ -133,6 +135,7 @@ def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert len(norms) == 10 and all(0 < norm < 10 for norm in norms)
 
 
+@pytest.mark.slow
 def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
     watched, driven = examples("docs/balance.md")
     report = ast.literal_eval(python(watched, tmp_path, ROOT)[-1])
@@ -262,6 +265,14 @@ def test_the_kubernetes_job_is_consistent(tmp_path: Path) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
 
 
+def clean_of_make() -> dict[str, str]:
+    """The environment without what an outer ``make`` or its caller has set."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    for name in ("ARGS", "RUN_DIR", "NPROC", "PYTHON", "TORCH", "PIP_ARGS"):
+        env.pop(name, None)
+    return env
+
+
 @pytest.fixture
 def make(tmp_path: Path):
     """``make`` in a copy of the build files whose set-up counts as done; returns (exit code, output)."""
@@ -275,10 +286,7 @@ def make(tmp_path: Path):
         (tmp_path / ".venv" / f".stamp-{stamp}").touch()
 
     def run(*arguments: str) -> tuple[int, str]:
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-        for name in ("ARGS", "RUN_DIR", "NPROC", "PYTHON", "TORCH", "PIP_ARGS"):
-            env.pop(name, None)
-        done = subprocess.run(["make", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(["make", *arguments], cwd=tmp_path, env=clean_of_make(), capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
     return run
@@ -297,6 +305,27 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
     assert code != 0 and "ARGS=--resume" in output and "RUN_DIR=" in output and "equimoe.launch.train" not in output
     assert make("train", "ARGS=--steps 9 --resume")[0] == 0
     assert make("train", "RUN_DIR=runs/second")[0] == 0
+
+
+def test_make_runs_fast_and_slow_tests_apart(make) -> None:
+    assert "-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
+    assert "-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+
+
+@pytest.mark.parametrize("failing", ["nothing", "-m not slow", "-m slow", "ruff", "mypy"])
+def test_a_change_passes_if_both_kinds_of_tests_and_the_checks_do(make, tmp_path: Path, failing: str) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.unlink()
+    python.write_text(f'#!/bin/sh\ncase " $* " in *" {failing} "*) exit 1 ;; esac\n')
+    python.chmod(stat.S_IRWXU)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
+    lines = done.stdout.splitlines()[-3:]
+    failed = {"-m not slow": "test", "-m slow": "test-slow", "ruff": "check", "mypy": "check"}.get(failing)
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "check"]
+    assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
+    assert (done.returncode == 0) == (failed is None)
 
 
 def test_make_refuses_a_python_that_is_too_old(make, tmp_path: Path) -> None:

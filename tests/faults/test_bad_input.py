@@ -16,8 +16,9 @@ from tests.helpers.command import Ended, launch
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., Ended]:
-    """Launch the small run with more options; asserts nothing."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Launch the small run with more options; asserts nothing. Its report leaves out the figures, to save seconds."""
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
 
     def command(*options: str, world: int = 2) -> Ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -48,6 +49,7 @@ def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: fl
 
 
 def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None) -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     place = {
         "RANK": rank,

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -108,6 +109,7 @@ def _rank_main(
     timeout: float,
     detail: bool,
 ) -> None:
+    gc.freeze()  # a garbage collection would visit, and so copy, every page that is shared with the parent
     os.setsid()  # a process group of its own, so that what this rank starts can be killed with it
     _die_with_parent()
     with open(folder / f"stack-{rank}", "w") as stack:

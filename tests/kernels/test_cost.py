@@ -122,7 +122,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("shape", [shapes.Shape("a", 72, 48, 32, 4, 2), shapes.Shape("b", 50, 32, 48, 5, 3)], ids="ab")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shapes.Shape("a", 72, 48, 32, 4, 2), marks=pytest.mark.slow),
+        shapes.Shape("b", 50, 32, 48, 5, 3),
+    ],
+    ids="ab",
+)
 def test_counted_traffic_is_that_of_the_launches(shape: shapes.Shape, recorded: list[tuple[int, str]]) -> None:
     import kernel_suite
     import layer_suite

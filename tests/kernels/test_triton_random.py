@@ -82,6 +82,7 @@ def test_permute_and_combine(seed: int, sources: int, k: int, experts: int, hidd
     )
 
 
+@pytest.mark.slow
 @some
 @given(seeds, st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(1, 40), st.integers(1, 40))
 def test_grouped_gemm(seed: int, counts: list[int], wide_in: int, wide_out: int) -> None:
@@ -92,6 +93,7 @@ def test_grouped_gemm(seed: int, counts: list[int], wide_in: int, wide_out: int)
     both(lambda backend, x, w: [grouped_gemm(x, w, offsets_E, backend=backend)], [rows, weight])
 
 
+@pytest.mark.slow
 @some
 @given(
     seeds, st.integers(1, 10), st.integers(1, 3), st.integers(1, 4), st.integers(1, 40), st.integers(1, 24), drops,

@@ -24,6 +24,7 @@ from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks
 from tests.helpers.placed import spread_experts
 from tests.helpers.recorded import Recorded
+from tests.helpers.slow import slow_but
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
 #: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
@@ -136,7 +137,11 @@ def together(layers: int, micro_batches: int, dp: int, ep: int) -> dict[str, Ten
     return {name: sum(w * of_scope[name] for w, of_scope in found) for name in found[0][1]} | biases
 
 
-@pytest.mark.parametrize("name", [name for name, (_, parallel) in MAPPINGS.items() if runs(parallel)])
+#: of every axis one mapping, and the pipeline with the usual schedule
+FAST = ("dp 1", "dp 4, ep 2", "fsdp 2", "cp 2", "tp 2", "pp 2, 1f1b")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, [name for name, (_, parallel) in MAPPINGS.items() if runs(parallel)]))
 def test_equals_one_process(name: str) -> None:
     assert worst_error(*MAPPINGS[name]) < 1e-6
 
@@ -169,7 +174,7 @@ def worst_error(world: int, parallel: P) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("name", ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"])
+@pytest.mark.parametrize("name", slow_but(["fsdp 2"], ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"]))
 def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> None:
     """What has been counted when a backward asks are micro-batches of all ranks, wherever their tokens are."""
     world, parallel = MAPPINGS[name]

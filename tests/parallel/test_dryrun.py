@@ -32,6 +32,7 @@ from equimoe.moe.train.memory import memory
 from equimoe.moe.train.optim import build_optimizer
 from equimoe.moe.train.step import mixed_precision
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 RING = ("all_gather", "reduce_scatter")
 MODEL = ModelConfig(
@@ -102,7 +103,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("name", slow_but(["fsdp", "pp", "tp_ddp"], MAPPINGS))
 def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
     config = MAPPINGS[name]
     for rank, real in enumerate(run_ranks(counted, 4, config, timeout=120.0)):
@@ -249,7 +250,7 @@ def test_qwen3_235b_at_1024_ranks(recompute: str) -> None:
     assert found.blocks == [89, 90, 91, 92, 93]
 
 
-@pytest.mark.parametrize("rank", [0, 8000, 16383])
+@pytest.mark.parametrize("rank", slow_but([0], [0, 8000, 16383]))
 def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
     argv = ["--recipe", "deepseek_v3", "--data.global_batch", "16384", "--model.num_layers", "16"]
     config = parse([*argv, "--model.dense_layers", "1", "--model.recompute", "false"]).config

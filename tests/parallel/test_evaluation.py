@@ -17,6 +17,7 @@ from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import full
+from tests.helpers.slow import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def trainer_of(config: TrainConfig, world: int) -> Trainer:
     return Trainer(config, corpus, build_mesh(config.parallel) if world > 1 else None, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("scope", ["local", "sequence", "global"])
+@pytest.mark.parametrize("scope", slow_but(["sequence"], ["local", "sequence", "global"]))
 def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: Path, scope: str) -> None:
     """Neither padding, nor the sequences beside it, take the place of a token. (The last sequences are shorter.)"""
     config = small.on(texts, capacity=CapacityConfig(0.7, scope=scope))  # type: ignore[arg-type]
@@ -70,12 +71,15 @@ def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: P
 
 @pytest.mark.parametrize(
     ("world", "parallel", "dtype"),
-    [
-        (2, {"data_parallel": "fsdp"}, "float32"),
-        (2, {"data_parallel": "fsdp", "ep": 2}, "bfloat16"),
-        (4, {"dp_replicate": 2, "data_parallel": "fsdp"}, "float32"),
-        (4, {"pp": 2, "data_parallel": "fsdp"}, "float32"),
-    ],
+    slow_but(
+        [(2, {"data_parallel": "fsdp"}, "float32")],
+        [
+            (2, {"data_parallel": "fsdp"}, "float32"),
+            (2, {"data_parallel": "fsdp", "ep": 2}, "bfloat16"),
+            (4, {"dp_replicate": 2, "data_parallel": "fsdp"}, "float32"),
+            (4, {"pp": 2, "data_parallel": "fsdp"}, "float32"),
+        ],
+    ),
     ids=str,
 )
 def test_a_checkpoint_right_after_an_evaluation_resumes_in_the_same_bits(

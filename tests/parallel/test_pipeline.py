@@ -27,6 +27,7 @@ from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, s
 from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 VOCAB, SEQ, HIDDEN, SEQUENCES = 11, 5, 8, 2
 GLOBAL = BalanceConfig(coefficient=0.5, estimator="exact")
@@ -168,7 +169,7 @@ def compare(results: list[list[dict[str, Any]]], want: list[dict[str, Any]], tol
             assert oracle.relative_error(gradient, wanted["gradients"][name]) < tolerance, (step, name)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", slow_but([2], [2, 4]))
 @pytest.mark.parametrize("schedule", USABLE)
 def test_equals_the_whole_batch_in_one_go(schedule: str, world: int) -> None:
     """With experts in every second block, some stages have none."""
@@ -183,7 +184,7 @@ def test_equals_the_whole_batch_in_one_go(schedule: str, world: int) -> None:
         compare([r[i] for r in results], alone(number, 1, layers_of(schedule, world), moe_every=every))
 
 
-@pytest.mark.parametrize("scope", ["micro", "sequence"])
+@pytest.mark.parametrize("scope", slow_but(["micro"], ["micro", "sequence"]))
 @pytest.mark.parametrize("schedule", USABLE)
 def test_local_scopes_equal_the_same_micro_batches_in_one_process(schedule: str, scope: Any) -> None:
     balance = replace(GLOBAL, scope=scope)
@@ -316,7 +317,7 @@ def half(parts: tuple[list[Tensor], ...], rank: int) -> tuple[list[Tensor], ...]
     return tuple([part.chunk(2)[rank].contiguous() for part in which] for which in parts)
 
 
-@pytest.mark.parametrize("data_parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("data_parallel", slow_but(["fsdp"], ["ddp", "fsdp"]))
 @pytest.mark.parametrize("schedule", USABLE)
 def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
     """2 x 2 ranks; the two of a stage hold different sequences, and either half of the experts or half of all weights.
@@ -447,7 +448,7 @@ def test_too_few_blocks_for_the_stages() -> None:
 
 
 @pytest.mark.parametrize("schedule", USABLE)
-@pytest.mark.parametrize("pp", [2, 3])
+@pytest.mark.parametrize("pp", slow_but([2], [2, 3]))
 def test_what_is_not_refused_runs(schedule: str, pp: int) -> None:
     """torch accepts every number of micro-batches that the check lets through, and every micro-batch is scored."""
 
