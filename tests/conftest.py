@@ -37,6 +37,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # as libraries expect at exit, where some report what is left
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
