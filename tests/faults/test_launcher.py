@@ -40,6 +40,7 @@ def terminal(*command: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: list[str], tmp_path: Path) -> None:
     """The gradient that is not finite is found in the second step, by both ranks."""
