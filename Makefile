@@ -30,7 +30,7 @@ INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.tx
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the tests, in at most 7 minutes      [ARGS=\"-k routing\"]"
-	@echo "make test-slow run the heavier tests, 20 minutes      [ARGS=\"-k routing\"]"
+	@echo "make test-slow run the heavier tests, 10 minutes      [ARGS=\"-k routing\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every GPU generation, without a GPU"
 	@echo "make bench   compare one layer with its peers        [ARGS=...]"

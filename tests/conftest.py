@@ -37,6 +37,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # as libraries expect at exit, where some report what is left
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
@@ -67,6 +71,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Te
 
         return allocate
 
+    with torch.device("cpu"):
+        torch.empty(0)  # at the first call under a device, torch lists for good the functions that make tensors
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

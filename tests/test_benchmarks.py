@@ -94,7 +94,12 @@ def check_kernels(kernels: dict) -> None:
         # one row of many
         ("expert_mlp", "_BACKENDS", "y = right(*args, **kwargs); return torch.cat([-y[:1], y[1:]])"),
         ("permute", "_COMBINE", "return right(*args, **kwargs) * 1.05"),
-        ("sort_by_expert", "_BACKENDS", "o = right(*args, **kwargs); return o._replace(order_R=o.order_R.flip(0))"),
+        pytest.param(
+            "sort_by_expert",
+            "_BACKENDS",
+            "o = right(*args, **kwargs); return o._replace(order_R=o.order_R.flip(0))",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_wrong_kernel_gets_no_figures(op: str, table: str, wrong: str, tmp_path: Path) -> None:

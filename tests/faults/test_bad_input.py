@@ -11,6 +11,7 @@ import pytest
 
 from equimoe.launch import env
 from equimoe.launch.options import to_yaml
+from equimoe.moe.train.metrics import read_records
 from tests.helpers import small
 from tests.helpers.command import Ended, launch
 
@@ -148,6 +149,17 @@ def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_pa
     refused(run("--resume"), env.CHECKPOINT, "steps=2", "raise --steps")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert run("--resume", "--steps", "4").codes == [0, 0]
+
+
+def test_a_run_that_torchrun_has_restarted_goes_on(
+    run: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("--checkpoint.every", "1").codes == [0, 0]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = run("--steps", "4")
+    assert again.codes == [0, 0], again
+    steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Path) -> None:

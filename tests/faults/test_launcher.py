@@ -40,6 +40,7 @@ def terminal(*command: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: list[str], tmp_path: Path) -> None:
     """The gradient that is not finite is found in the second step, by both ranks."""
@@ -50,6 +51,7 @@ def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: l
     assert sum(line.startswith("error: ") for line in lines) == 1 and not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_torchrun_itself_ends_with_the_line(base: list[str], tmp_path: Path) -> None:
     """It prints a report of its own, and always ends with 1; the line is what that report says last."""

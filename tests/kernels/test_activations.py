@@ -21,6 +21,7 @@ from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.moe import MoEConfig
 from equimoe.moe.experts import GroupedExperts
 from equimoe.moe.types import DispatchPlan
+from tests.helpers.slow import slow_but
 
 from .cases import NAMES, call, compare, make, route_fixture  # noqa: F401
 
@@ -30,7 +31,7 @@ PATHS = ("torch", "grouped", "blocks", TRITON)
 KINDS = [(activation, gated) for activation in ACTIVATIONS for gated in (True, False)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", slow_but([False], [False, True]))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("activation", "gated"), KINDS)

@@ -25,6 +25,7 @@ from equimoe.launch.figures import DARK, LIGHT, Run, draw_load, draw_loss, draw_
 from equimoe.launch.report import PLOTS, main, write_report
 from equimoe.moe.train.metrics import to_line
 from tests.helpers.runs import made_up_run, observed
+from tests.helpers.slow import slow_but
 
 IDS = ["loss", "domain-loss", "balance", "evenness", "losses", "estimator", "straggler", "load", "routing"]
 IDS += ["divergence", "scores", "optimizer"]
@@ -186,7 +187,11 @@ MISSING: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("case", MISSING)
+#: between them, every figure is missing once
+FAST = ("no evaluation", "no MoE layer", "only the beginning", "only an evaluation")
+
+
+@pytest.mark.parametrize("case", slow_but(FAST, MISSING))
 def test_missing_parts_are_said_in_a_sentence(case: str, tmp_path: Path) -> None:
     records, missing = MISSING[case]
     found = draw_all(Run.read(write_run(tmp_path, records)))

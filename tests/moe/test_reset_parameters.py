@@ -69,6 +69,12 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make()
 
 
+@pytest.mark.usefixtures("poison")
+def test_poisoned_memory_is_where_it_is_asked_for() -> None:
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and MoE(LAYER).router.weight.is_meta
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_meta_then_to_empty_gives_the_weights_of_a_construction(name: str) -> None:
     want, after = tensors(seeded(MAKERS[name])), torch.rand(1)

@@ -13,6 +13,7 @@ from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh, token_nats
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded, full
+from tests.helpers.slow import slow_but
 from tests.helpers.trained import batches, engine_of, make, whole
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -118,7 +119,11 @@ def test_a_step_that_is_not_finite_is_not_applied(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "raises"),
-    [*((name, False) for name in (*MESHES, *MORE)), ("alone", True), ("fsdp 2", True)],
+    [
+        *slow_but([(name, False) for name in (*MESHES, "pp 2, fsdp 2")], [(name, False) for name in (*MESHES, *MORE)]),
+        ("alone", True),
+        ("fsdp 2", True),
+    ],
     ids=lambda value: "raises" if value is True else "" if value is False else value,
 )
 def test_an_evaluation_leaves_no_trace(name: str, raises: bool) -> None:

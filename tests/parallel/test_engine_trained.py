@@ -15,6 +15,7 @@ from equimoe.moe.train.config import OptimConfig
 from equimoe.moe.train.optim import build_optimizer
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
+from tests.helpers.slow import slow_but
 from tests.helpers.trained import batches, engine_of, freeze, make, whole, worst
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -25,13 +26,14 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 2, ep 2": (2, {"data_parallel": "fsdp", "ep": 2}),
     "pp 2, tp 2": (4, {"pp": 2, "tp": 2}),
 }
+FAST = ("dp 2", "tp 2", "cp 2", "fsdp 2, ep 2")
 
 
 def mesh_of(world: int, degrees: dict[str, Any]) -> Mesh | None:
     return build_mesh(ParallelConfig(**degrees)) if world > 1 else None
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", slow_but(FAST, MESHES))
 def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
     """AdamW decays a weight whose gradient is zero; one without a gradient it leaves alone."""
     world, degrees = MESHES[name]
@@ -112,7 +114,7 @@ def test_a_layer_that_some_ranks_use_is_updated_alike_on_all(degrees: dict[str, 
         assert worst(got, want)[0] < 1e-8
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", slow_but(FAST, MESHES))
 def test_weights_unfrozen_and_frozen_later(name: str) -> None:
     """Each step reduces and updates what is trainable then."""
     world, degrees = MESHES[name]

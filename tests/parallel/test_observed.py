@@ -18,6 +18,7 @@ from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 BALANCE = BalanceConfig(coefficient=0.05, estimator="exact", extra=ExtraLossConfig(micro=0.01, sequence=0.002))
 SAME = ("losses", "scaled_losses", "balance_tokens", "balance_sequences", "estimator_error", "score_sum")
@@ -87,7 +88,7 @@ MAPPINGS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "parallel"), MAPPINGS, ids=str)
+@pytest.mark.parametrize(("world", "parallel"), slow_but([m for m in MAPPINGS if m[0] == 2], MAPPINGS), ids=str)
 def test_any_mapping_tells_the_same(
     config: TrainConfig, alone: dict[str, Any], world: int, parallel: dict[str, Any]
 ) -> None:
@@ -109,7 +110,9 @@ def test_any_mapping_tells_the_same(
         assert got == results[0]["record"], "all ranks tell the same"
 
 
-@pytest.mark.parametrize(("world", "parallel"), [m for m in MAPPINGS if "ep" in m[1]], ids=str)
+@pytest.mark.parametrize(
+    ("world", "parallel"), slow_but([(2, {"ep": 2}), (4, {"ep": 2})], [m for m in MAPPINGS if "ep" in m[1]]), ids=str
+)
 def test_stragglers_are_the_rows_that_ranks_received(config: TrainConfig, world: int, parallel: dict[str, Any]) -> None:
     results = run_ranks(observed, world, on(config, parallel))
     record = results[0]["record"]

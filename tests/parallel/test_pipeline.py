@@ -318,7 +318,7 @@ def half(parts: tuple[list[Tensor], ...], rank: int) -> tuple[list[Tensor], ...]
 
 
 @pytest.mark.parametrize("data_parallel", slow_but(["fsdp"], ["ddp", "fsdp"]))
-@pytest.mark.parametrize("schedule", USABLE)
+@pytest.mark.parametrize("schedule", slow_but([USABLE[1], USABLE[-1]], USABLE))
 def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
     """2 x 2 ranks; the two of a stage hold different sequences, and either half of the experts or half of all weights.
 

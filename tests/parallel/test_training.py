@@ -95,7 +95,7 @@ def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "balance",
-    [BALANCE, replace(BALANCE, scope="micro"), replace(BALANCE, scope="sequence")],
+    slow_but([BALANCE], [BALANCE, replace(BALANCE, scope="micro"), replace(BALANCE, scope="sequence")]),
     ids=["global-exact", "micro", "sequence"],
 )
 def test_four_ranks_equal_four_micro_batches(texts: Path, balance: BalanceConfig) -> None:
