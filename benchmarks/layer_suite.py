@@ -17,13 +17,16 @@ from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch
 from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary, told
 from torch import Tensor, nn
 
-from equimoe.moe import MoE, MoEConfig
+from equimoe.moe import BalanceConfig, MoE, MoEConfig
 
 LAYER = "equimoe with router"
 #: hidden batches that a contestant goes through by turns, so that routing changes from step to step
 _BATCHES = 2
 #: of the whole layer's gate on a CPU, whose oracle is slow; the expert path passes its own at full width
 _CPU_WEIGHTS = 1e7
+
+#: nothing is updated here: every backward is a step of its own
+ONE = BalanceConfig(micro_batches=1)
 
 
 @dataclass
@@ -74,12 +77,13 @@ def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
     """The whole layer in fp32 against itself in fp64 with the reference backend; in 16 bits routing would flip."""
     while not context.timer.cuda and small.weights > _CPU_WEIGHTS and small.F > 64:
         small = replace(small, F=small.F // 2)
-    layer = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend=context.backend)).to(context.device)
+    layer = MoE(MoEConfig(small.D, small.F, small.E, small.K, balance=ONE, backend=context.backend)).to(context.device)
     with torch.no_grad():
         layer.router.weight.normal_(std=small.D**-0.5)
         for weight in layer.experts.parameters():
             weight.normal_(std=weight.shape[-1] ** -0.5)
-    oracle = MoE(MoEConfig(small.D, small.F, small.E, small.K, backend="reference")).to(context.device).double()
+    oracle = MoE(MoEConfig(small.D, small.F, small.E, small.K, balance=ONE, backend="reference"))
+    oracle = oracle.to(context.device).double()
     oracle.load_state_dict(layer.state_dict())
     chosen_TD, dy_TD = decided(layer.router.weight, small), torch.randn(small.T, small.D, device=context.device)
     results = []
@@ -103,7 +107,7 @@ def decided(router_ED: Tensor, shape: Shape) -> Tensor:
 
 def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
     """Our MoE module with router, gate, balance loss and statistics, on the same experts."""
-    layer = MoE(MoEConfig(shape.D, 8, shape.E, shape.K, backend=backend)).to(gate_up.device, gate_up.dtype)
+    layer = MoE(MoEConfig(shape.D, 8, shape.E, shape.K, balance=ONE, backend=backend)).to(gate_up.device, gate_up.dtype)
     with torch.no_grad():
         layer.router.weight.normal_(std=shape.D**-0.5)
     layer.experts.gate_up_proj, layer.experts.down_proj = gate_up, down

@@ -210,6 +210,9 @@ class AutoStep(Step):
         elif done >= MOST:
             raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
 
+    def _incomplete(self, index: int, seen: int) -> bool:
+        return seen < self.told(index)
+
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         if applied and self.layers[0].known:
             self._gone = self._full = 0

@@ -286,8 +286,8 @@ class Balancer:
     def _check_counts(self, view: StepView) -> None:
         """Refuse losses that need counts, or a number of tokens, that only later micro-batches have."""
         step, layer = self.step, self.step.layers[self._index]
-        early = view.seen < step.told(self._index) or view.seen > (layer.first_known or 0)
-        if early and self.config.estimator == "exact":
+        early = step.early(self._index, view.seen)
+        if early and self.config.estimator == "exact" and any(coefficient for _, coefficient in self._terms):
             raise ValueError(
                 "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
                 "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"

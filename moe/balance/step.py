@@ -344,6 +344,15 @@ class Step:
         told = (self.length or 0) * self.runs(index) or layer.balancer.config.micro_batches or 0
         return told or sum(v.was_ahead for v in layer.visits.values())
 
+    def early(self, index: int, seen: int) -> bool:
+        """Whether a backward that has ``seen`` so many visits of a layer comes before all of the step were counted."""
+        first = self.layers[index].first_known
+        return self._incomplete(index, seen) or seen > (seen if first is None else first)
+
+    def _incomplete(self, index: int, seen: int) -> bool:
+        """Passes are still to come. (A layer need not run in each of them.)"""
+        return self.length is not None and len(self._passed | ({self._now} - {None})) < self.length
+
     def runs(self, index: int) -> int:
         """How often a layer runs in a forward pass."""
         return 1 + max((occurrence for _, occurrence in self.layers[index].visits), default=0)

@@ -336,6 +336,7 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
         found = []
         for step in range(2):
             inputs, labels, masks = half(data(4, step), mesh["dp"].rank)
+            begin(pipeline, data(4, step)[2])
             pipeline.count(inputs, masks)
             shares = pipeline.step(inputs, labels, masks, shares_of(data(4, step)[1]))
             pipeline.evaluate(inputs, labels, masks, shares_of(labels))  # leaves gradients alone
@@ -349,6 +350,8 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
             found.append({"shares": shares, "gradients": gradients})
             optimizer.step()
             optimizer.zero_grad()
+            for balance in pipeline.balance:
+                balance.end()
         return found
 
     results = run_ranks(script, 4)
