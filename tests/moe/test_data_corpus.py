@@ -372,14 +372,7 @@ def test_the_corpus_is_the_same_in_every_process():
         "print(load_corpus(DataConfig(builtin_bytes_per_domain=200_000), load_tokenizer('bytes')).fingerprint)"
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in ("1", "2")
-    ]
-    fingerprints = [run.communicate(timeout=60)[0].strip() for run in runs]
-    assert fingerprints == [load_corpus(BUILTIN, BYTES).fingerprint] * 2
+    # text is hashed in another way than here, where the seed is random or 0
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == load_corpus(BUILTIN, BYTES).fingerprint, done.stderr

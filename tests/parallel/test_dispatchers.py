@@ -31,6 +31,7 @@ from equimoe.moe.dispatch.manifest import dropless
 from equimoe.moe.placement import Placement
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 CONFIG = MoEConfig(
     hidden_size=6,
@@ -140,7 +141,7 @@ def on_ranks(rank: int, world: int, ep: int, etp: int, case: str) -> dict[str, d
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("ep", "etp"), slow_but([(2, 1), (1, 2), (4, 1)], [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]))
 @pytest.mark.usefixtures("poison")
 def test_equals_one_process(ep: int, etp: int, case: str) -> None:
     compare(run_ranks(on_ranks, ep * etp, ep, etp, case), alone(ep * etp, case), ep, etp)
@@ -361,7 +362,7 @@ def test_node_size_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "are not blocks of equal size on nodes of 2" in run_ranks(script, 4, "2", 1)[3]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", slow_but([2], [2, 4]))
 @pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (3, 1, 6), (0, 6)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_duplicate_tokens_are_dropped(world: int, shape: tuple[int, ...], masked: bool) -> None:

@@ -261,7 +261,7 @@ def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_235b"])
-@pytest.mark.parametrize("rank", [0, 63])
+@pytest.mark.parametrize("rank", slow_but([63], [0, 63]))
 def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> None:
     argv = ["--recipe", name, "--model.num_layers", "4", "--model.dense_layers", "1", "--model.recompute", "false"]
     argv += ["--parallel.pp", "4", "--parallel.ep", "16", "--parallel.tp", "2", "--data.global_batch", "64"]

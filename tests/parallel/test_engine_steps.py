@@ -67,7 +67,15 @@ class Loss:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.float64) for name in MESHES), ("fsdp 2", torch.bfloat16)], ids=str
+    ("name", "dtype"),
+    [
+        *slow_but(
+            [(name, torch.float64) for name in ("alone", "dp 2, ep 2", "fsdp 2")],
+            [(name, torch.float64) for name in MESHES],
+        ),
+        ("fsdp 2", torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_after_an_exception_the_next_step_is_right(name: str, dtype: torch.dtype) -> None:
     """In a forward or a backward, in the first or last micro-batch, on all ranks at once."""
@@ -96,7 +104,7 @@ def test_after_an_exception_the_next_step_is_right(name: str, dtype: torch.dtype
                 assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
-@pytest.mark.parametrize("name", [*MESHES, "pp 2, fsdp 2"])
+@pytest.mark.parametrize("name", slow_but(["alone", "tp 2", "pp 2, fsdp 2"], [*MESHES, "pp 2, fsdp 2"]))
 def test_a_step_that_is_not_finite_is_not_applied(name: str) -> None:
     world, degrees = (MESHES | MORE)[name]
 
