@@ -14,7 +14,7 @@ FOLDERS = ("moe", "kernels", "launch")
 BASE = ("moe.collectives", "moe.placement", "moe.types", "moe.config", "kernels")
 STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
-MODEL = ("moe.model", "moe.attention", "moe.interop", *LAYER)
+MODEL = ("moe.model", "moe.interop", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
 TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", *PARALLEL)
 
@@ -25,8 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(STAGES, BASE),
     "moe.layer": LAYER,
     "moe": LAYER,  # moe/__init__.py
-    "moe.attention": BASE,
-    "moe.model": ("moe.attention", *LAYER),
+    "moe.model": LAYER,
     "moe.interop": MODEL,
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,

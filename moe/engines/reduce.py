@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..attention import HeadNorm
 from ..collectives import Axis
 from ..layer import MoE
+from ..model import HeadNorm
 from ..parallel import Mesh
 
 _EXPERT = {"edp_replicate", "edp_shard", "ep", "etp"}

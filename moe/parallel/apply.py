@@ -7,9 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention
 from ..layer import MoE
-from ..model import Decoder
+from ..model import Attention, Decoder
 from .context import ContextAttention, positions
 from .expert import apply_expert_parallel
 from .mesh import Mesh

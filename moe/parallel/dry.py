@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..attention import Attention
 from ..collectives import Axis, believe_splits, record_traffic, shares
 from ..config import MoEConfig
 from ..experts import SwiGLU
 from ..layer import MoE
+from ..model import Attention
 from ..routing import Router
 from .dry_costs import FLOPS, bytes_sent, fused_attention, fused_norm, group_of, verb_of
 from .mesh import Mesh

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import Attention, LatentAttention
 from ..balance import StepTotals, loss_terms, loss_value
 from ..collectives import sum_over
 from ..layer import MoE
-from ..model import Decoder
+from ..model import Attention, Decoder, LatentAttention
 from ..parallel import Mesh
 from ..placement import Owners
 from ..routing import Router

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from equimoe.moe import MoE, MoEConfig
-from equimoe.moe.attention import ATTENTION, EPS
 from equimoe.moe.config import AttentionConfig
 from equimoe.moe.model import Decoder, numbered_moe_layers
+from equimoe.moe.model.attention import ATTENTION, EPS
 from equimoe.moe.parallel import ParallelConfig
 from equimoe.moe.train.config import ModelConfig, TrainConfig
 from tests.helpers import oracle, parity

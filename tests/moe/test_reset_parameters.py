@@ -11,9 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig
-from equimoe.moe.attention import Attention
 from equimoe.moe.config import AttentionConfig
-from equimoe.moe.model import Decoder
+from equimoe.moe.model import Attention, Decoder
 from equimoe.moe.parallel import ParallelConfig, build_mesh, parallelize
 from tests.conftest import poison_
 from tests.helpers.fork import run_ranks

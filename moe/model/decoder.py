@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..balance import recompute
+from ..collectives import fill_normal, reset
+from ..config import AttentionConfig, MoEConfig, RecomputeConfig
+from ..experts import SwiGLU
+from ..layer import MoE
 from .attention import ATTENTION, Attention
-from .balance import recompute
-from .collectives import fill_normal, reset
-from .config import AttentionConfig, MoEConfig, RecomputeConfig
-from .experts import SwiGLU
-from .layer import MoE
 
 #: runs a function on its arguments, now or now and once more
 Run = Callable[..., Any]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .collectives import reset
-from .config import AttentionConfig
+from ..collectives import reset
+from ..config import AttentionConfig
 
 EPS = 1e-5
 
