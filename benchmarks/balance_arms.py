@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from equimoe.moe import Owners
 from equimoe.moe.config import BalanceConfig, ExtraLossConfig, RouterConfig
 from equimoe.moe.layer import MoE
-from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
-from equimoe.moe.train.data import Corpus, heldout_batches
-from equimoe.moe.train.loop import Trainer
-from equimoe.moe.train.observe import (
+from equimoe.moe.observe import (
     chosen_probability,
     divergences,
     mean_divergence,
@@ -30,6 +27,9 @@ from equimoe.moe.train.observe import (
     straggler,
     watch_routers,
 )
+from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
+from equimoe.moe.train.data import Corpus, heldout_batches
+from equimoe.moe.train.loop import Trainer
 
 #: sequences of one rank's micro-batch
 RANK = 4

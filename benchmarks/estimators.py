@@ -44,10 +44,10 @@ from equimoe.moe.balance import Balancer, loss_value
 from equimoe.moe.balance.estimators import so_far
 from equimoe.moe.balance.losses import loads
 from equimoe.moe.model import Decoder
+from equimoe.moe.observe import estimate_quality
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
 from equimoe.moe.train.data import Batches, Corpus, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
-from equimoe.moe.train.observe import estimate_quality
 from equimoe.moe.types import load_summary
 
 #: orders of micro-batches over which a mean is taken, where there are more

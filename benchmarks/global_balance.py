@@ -35,8 +35,8 @@ from balance_arms import ARMS, Size, build, configure, measure, observe
 from records import facts
 
 from equimoe.moe import checkpoint
+from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.metrics import write_atomically
 
 FULL, QUICK = Size(steps=160), Size(steps=80, heldout=256)
 QUICK_ARMS = ("sync-4", "sync-32", "sync-512", "shuffled", "rolling", "bias-global", "with-micro", "micro-eighth")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ..moe.train.metrics import METRICS_FILE, Record, read_records
+from ..moe.observe.metrics import METRICS_FILE, Record, read_records
 
 Array = NDArray[np.float64]
 

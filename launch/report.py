@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from ..moe.train.metrics import duration, write_atomically
+from ..moe.observe.metrics import duration, write_atomically
 from . import figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
 

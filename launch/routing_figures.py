@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from ..moe.train.metrics import Record
-from ..moe.train.observe import divergences, mean_divergence
+from ..moe.observe import divergences, mean_divergence
+from ..moe.observe.metrics import Record
 from .figures import COLORS, MAX_PANELS, Array, Drawn, Run, Style, draw_line, finish, new_panels, numbers
 
 #: layers are told apart by colour up to so many

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from ..moe import checkpoint
+from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import DataConfig, TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.loop import Trainer, run
-from ..moe.train.metrics import METRICS_FILE, MetricsWriter, Progress, read_records
 from ..moe.train.step import NonFiniteError
 from . import env
 from .options import Launch, parse, to_yaml

@@ -16,7 +16,7 @@ STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
 MODEL = ("moe.model", "moe.interop", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
-TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", *PARALLEL)
+TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", *PARALLEL)
 
 #: part -> the parts that it may import (besides itself); what is not listed may not exist
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.interop": MODEL,
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,
+    "moe.observe": PARALLEL,
     "moe.engines": TRAIN,
     "moe.train": TRAIN,
     "launch": ("moe", *TRAIN),

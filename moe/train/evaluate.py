@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..collectives import LOCAL, sum_over, world_axis
 from ..dispatch.capacity import Capacity
-from ..engines import Batch
+from ..engines import Batch, Engine
 from ..layer import MoE
+from ..observe import chosen_probability, domain_record, watch_routers
 from ..parallel import Mesh
 from ..routing import Router
 from ..types import Routing
-from .data import heldout_batches
-from .observe import chosen_probability, domain_record, watch_routers
-
-if TYPE_CHECKING:
-    from .loop import Trainer
+from .config import TrainConfig
+from .data import Corpus, heldout_batches
 
 
 def _seen(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -31,32 +29,38 @@ def _seen(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer) -> dict[str, Any]:
+def evaluate(
+    engine: Engine,
+    layers: Mapping[int, MoE],
+    numbers: Sequence[int],
+    corpus: Corpus,
+    config: TrainConfig,
+    mesh: Mesh | None,
+    device: torch.device,
+) -> dict[str, Any]:
     """Held-out loss in nats per token, over all and by domain, and how each domain's tokens are routed.
 
-    Every rank calls it and gets the same answer, an ``eval`` record's fields: see :mod:`equimoe.moe.train.metrics`.
+    ``layers`` are this rank's MoE layers by their number in the decoder, ``numbers`` those of the whole model.
+    Every rank calls it and gets the same answer, an ``eval`` record's fields: see :mod:`equimoe.moe.observe.metrics`.
     Padding is masked. With a capacity limit each sequence is evaluated alone and has its own limit, so the answer does
     not depend on how sequences are grouped (a padded exchange, capacity.pad, still has a limit for each rank's part).
     """
-    corpus, config, numbers = trainer.corpus, trainer.config, trainer.moe_numbers
-    cp, tp = (LOCAL, LOCAL) if trainer.mesh is None else (trainer.mesh["cp"], trainer.mesh["tp"])
+    cp, tp = (LOCAL, LOCAL) if mesh is None else (mesh["cp"], mesh["tp"])
+    readers = LOCAL if mesh is None else mesh["dp"]
     place = {domain: i for i, domain in enumerate(corpus.domains)}
-    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=trainer.device)
+    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device)
     width = config.model.num_experts + 2
-    seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=trainer.device)
+    seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=device)
     rows = config.data.micro_batch if config.capacity is None else 1
-    batches = heldout_batches(
-        corpus, config.data.seq_len, config.log.eval_sequences, rows, trainer.data.rank, trainer.data.size
-    )
-    layers = trainer.layers.values()
-    while several := list(islice(batches, trainer.micro_batches)):
-        with watch_routers(layers, _seen) as routings, _capacity_of_each_sequence(layers, trainer.mesh):
-            found = trainer.engine.evaluate([Batch(*batch) for _, *batch in several])
+    batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)
+    while several := list(islice(batches, config.micro_batches(readers.size))):
+        with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
+            found = engine.evaluate([Batch(*batch) for _, *batch in several])
         for (domain, _, _, mask_BS), nats_BS in zip(several, found, strict=False):  # none before the last stage
             if tp.rank == 0:  # the others of a tensor-parallel group have the same losses
                 sums_N2[place[domain], 0] += nats_BS.double().sum()
                 sums_N2[place[domain], 1] += mask_BS.sum() * (cp.rank == 0)
-        for number, of_layer in zip(trainer.layers, routings, strict=True):
+        for number, of_layer in zip(layers, routings, strict=True):
             for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
                 seen_NLX[place[domain], numbers.index(number)] += seen_BX.sum(0)
     return _summary(corpus.domains, _summed(sums_N2), _summed(seen_NLX))

@@ -19,12 +19,12 @@ from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Batch, build_engine
 from ..model import Decoder, numbered_moe_layers
+from ..observe import Columns, expert_share, layer_record, observe, step_record, training_score, watch_routers
+from ..observe.metrics import MetricsWriter, Progress
 from ..parallel import Mesh
 from .config import TrainConfig
 from .data import Batches, Corpus
 from .evaluate import evaluate
-from .metrics import MetricsWriter, Progress
-from .observe import Layout, expert_share, layer_record, observe, step_record, training_score, watch_routers
 from .optim import build_optimizer, learning_rate
 from .step import Losses, NonFiniteError, mixed_precision
 
@@ -81,7 +81,7 @@ class Trainer:
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
-        self.layout = Layout.of(config, self.axis.size)
+        self.columns = Columns.of(config.moe(self.micro_batches), self.axis.size)
         #: by layer, fp64 [2]: the chosen experts' probabilities and the tokens, if the last step was observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0
@@ -129,18 +129,19 @@ class Trainer:
         self.scores = [torch.stack(of_layer).sum(0) if of_layer else None for of_layer in found]
 
     def evaluate(self) -> dict[str, Any]:
-        """An ``eval`` record: see :mod:`equimoe.moe.train.metrics`."""
-        return {"kind": "eval", "step": self.step} | evaluate(self)
+        """An ``eval`` record: see :mod:`equimoe.moe.observe.metrics`."""
+        found = evaluate(self.engine, self.layers, self.moe_numbers, self.corpus, self.config, self.mesh, self.device)
+        return {"kind": "eval", "step": self.step} | found
 
     def record(self, norm: Tensor) -> dict[str, Any]:
         """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce, and smaller
         ones among ranks that share sequences or experts."""
-        table = torch.zeros(len(self.moe_numbers), self.layout.width, dtype=torch.float64, device=self.device)
+        table = torch.zeros(len(self.moe_numbers), self.columns.width, dtype=torch.float64, device=self.device)
         places = [self.moe_numbers.index(number) for number in self.layers]
-        observe(table, places, self.layers.values(), self.layout, self.mesh, self.axis.rank, self.scores)
+        observe(table, places, self.layers.values(), self.columns, self.mesh, self.axis.rank, self.scores)
         joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
         sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        rows = [layer_record(row, self.layout) for row in joined[sums_N2.numel() :].view(table.shape)]
+        rows = [layer_record(row, self.columns) for row in joined[sums_N2.numel() :].view(table.shape)]
         self.losses = Losses(len(self.corpus.domains), self.device)
         nats, tokens = sums_N2.sum(0).tolist()
         return {

@@ -11,7 +11,7 @@ import pytest
 
 from equimoe.launch import env
 from equimoe.launch.options import to_yaml
-from equimoe.moe.train.metrics import read_records
+from equimoe.moe.observe.metrics import read_records
 from tests.helpers import small
 from tests.helpers.command import Ended, launch
 

@@ -16,8 +16,8 @@ import torch
 
 from equimoe.launch.options import to_yaml
 from equimoe.moe import checkpoint
+from equimoe.moe.observe.metrics import read_records
 from equimoe.moe.train.config import CheckpointConfig
-from equimoe.moe.train.metrics import read_records
 from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parents[2]

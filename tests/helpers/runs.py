@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from equimoe.moe.observe import domain_record, step_record
 from equimoe.moe.train.config import TrainConfig
-from equimoe.moe.train.observe import domain_record, step_record
 
 
 def layer_record(counts: np.ndarray) -> dict[str, Any]:

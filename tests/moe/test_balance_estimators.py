@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, counting_pass
-from equimoe.moe.train.observe import estimate_quality
+from equimoe.moe.observe import estimate_quality
 from tests.helpers import oracle
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from equimoe.moe.train import metrics
-from equimoe.moe.train.metrics import (
+from equimoe.moe.observe import metrics
+from equimoe.moe.observe.metrics import (
     MetricsWriter,
     Progress,
     balance_note,

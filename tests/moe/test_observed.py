@@ -15,13 +15,7 @@ from torch.nn import functional as F
 from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig
 from equimoe.moe.config import AttentionConfig, ExtraLossConfig
 from equimoe.moe.model import Decoder
-from equimoe.moe.placement import Owners
-from equimoe.moe.routing import Router
-from equimoe.moe.train import metrics
-from equimoe.moe.train.config import TrainConfig
-from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
-from equimoe.moe.train.observe import (
+from equimoe.moe.observe import (
     chosen_probability,
     divergences,
     domain_record,
@@ -29,10 +23,16 @@ from equimoe.moe.train.observe import (
     expert_share,
     jensen_shannon,
     mean_divergence,
+    metrics,
     possible_degrees,
     straggler,
     watch_routers,
 )
+from equimoe.moe.placement import Owners
+from equimoe.moe.routing import Router
+from equimoe.moe.train.config import TrainConfig
+from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 
 SEQUENCES, MICRO, SEQ = 8, 2, 16  # of a step, of a micro-batch; tokens

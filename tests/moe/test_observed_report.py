@@ -13,7 +13,7 @@ import pytest
 from equimoe.launch.figures import LIGHT, Run
 from equimoe.launch.report import PLOTS
 from equimoe.launch.routing_figures import draw_divergence, draw_losses, draw_scores, draw_straggler
-from equimoe.moe.train.observe import divergences, mean_divergence
+from equimoe.moe.observe import divergences, mean_divergence
 from tests.helpers.runs import made_up_run, observed
 from tests.moe.test_report import NEWER, report, write_run
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from equimoe.launch.figures import DARK, LIGHT, Run, draw_load, draw_loss, draw_routing
 from equimoe.launch.report import PLOTS, main, write_report
-from equimoe.moe.train.metrics import to_line
+from equimoe.moe.observe.metrics import to_line
 from tests.helpers.runs import made_up_run, observed
 from tests.helpers.slow import slow_but
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, Routing, counting_pass
 from equimoe.moe.balance.bias import sign
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.train.observe import estimate_quality
+from equimoe.moe.observe import estimate_quality
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 

@@ -1,0 +1,62 @@
+"""What a router does, seen from outside.  T tokens, D hidden, E experts, K top-k, B sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layer import MoE
+from ..routing import Router
+from ..types import Routing
+
+V = TypeVar("V")
+
+
+@contextmanager
+def watch_routers(layers: Iterable[MoE], see: Callable[[Router, Tensor, Routing], V]) -> Iterator[list[list[V]]]:
+    """Within it, the list of a layer grows by what ``see`` makes of router, hidden states [T, D] and routing of every
+    forward, of whatever kind that is."""
+    handles, seen = [], []
+    for layer in layers:
+        found: list[V] = []
+
+        def hook(router: Router, given: Any, routing: Routing, found: list[V] = found) -> None:
+            found.append(see(router, given[0], routing))
+
+        # before the hook by which FSDP takes the whole weight away
+        handles.append(layer.router.register_forward_hook(hook, prepend=True))
+        seen.append(found)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def chosen_probability(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
+    """fp64 [B]: the sum over a sequence's valid tokens of the probabilities of their K experts.
+
+    The probabilities are those of the balance loss: scores of all experts, normalised to 1. Per token it is K/E where
+    scores are indifferent, 1 where all of them lie on the chosen ("topK score sum" of arXiv 2501.11873).
+    """
+    with torch.autocast(x_TD.device.type, enabled=False):
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(dtype), router.weight.to(dtype))
+    scores_TE = logits_TE.softmax(-1) if router.method["score"] == "softmax" else logits_TE.sigmoid()
+    chosen_TK = scores_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
+    share_T = chosen_TK.sum(1) / scores_TE.sum(1).clamp_min(torch.finfo(dtype).tiny)
+    sequences = len(routing.tokens_B)
+    return share_T.double().view(sequences, len(share_T) // sequences).sum(1)
+
+
+def training_score(router: Router, x_TD: Tensor, routing: Routing) -> Tensor | None:
+    """fp64 [2], sum of :func:`chosen_probability` and valid tokens; None where a pass recomputes or only counts."""
+    if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        return None
+    return torch.stack((chosen_probability(router, x_TD, routing).sum(), routing.tokens_B.sum().double()))

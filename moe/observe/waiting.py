@@ -1,0 +1,47 @@
+"""How long expert-parallel ranks wait for the busiest of them.  E experts, P ranks, X anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model import Attention, Decoder, LatentAttention
+from ..placement import Owners
+
+
+def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
+    """fp64 [X]: rows of the busiest of the ranks that own the experts, over the mean of these ranks.
+
+    1.0 when balanced, the number of ranks at worst; 1.0 without rows.
+    """
+    load_XP = owners.by_rank(counts_XE).double()
+    mean_X = load_XP.mean(-1)
+    return torch.where(mean_X > 0, load_XP.amax(-1) / mean_X.clamp_min(1e-300), 1.0)
+
+
+def possible_degrees(experts: int) -> tuple[int, ...]:
+    """Expert-parallel degrees that a factor is projected for: 2, 4, 8, ... where they divide E, and E."""
+    powers = (2**i for i in range(1, experts.bit_length()))
+    return tuple(sorted({d for d in powers if experts % d == 0} | ({experts} if experts > 1 else set())))
+
+
+def expert_share(model: Decoder) -> float:
+    """The routed experts' part, in one MoE layer, of the floating-point operations that the whole model does per token.
+
+    Matrix products with weights, and attention over half a sequence in the mean; forward and backward alike.
+    """
+    layers, total = model.moe_layers(), 0.0
+    routed = {id(w): layer.config for layer in layers for w in layer.experts.parameters()}
+    of_layer = 0.0
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2 or name.startswith("embedding"):
+            continue
+        config = routed.get(id(weight))
+        flops = 2.0 * weight.numel() * (1.0 if config is None else config.top_k / config.num_experts)
+        total += flops
+        of_layer += flops / len(layers) if config is not None else 0.0
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        inner = attention.get_parameter("out_proj.weight").shape[1]  # of all heads' values, and of as wide queries
+        queries = attention.q_up_proj.out_features if isinstance(attention, LatentAttention) else inner
+        total += attention.cos_SR.shape[0] * (queries + inner)
+    return of_layer / total
