@@ -1,34 +1,18 @@
 """One rank of a large job, on a laptop: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
 
-The code of a training run takes one optimizer step on tensors without memory, in a process group that reaches nobody.
-What it would have allocated, sent and computed is counted. Routing is taken to be balanced, because nothing is routed.
+Tells what a rank allocates, sends and computes in one optimizer step: see :mod:`equimoe.moe.plan.dry_run`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from ..moe.config import MoEConfig
-from ..moe.engines import Batch, build_engine
-from ..moe.engines.torch import TorchEngine
-from ..moe.parallel import Mesh, build_mesh
-from ..moe.parallel.dry import Collective, Recorder
-from ..moe.parallel.pipeline import check_pipeline
+from ..moe.plan import DryRun, dry_run
 from ..moe.train.config import TrainConfig
-from ..moe.train.data import load_tokenizer
-from ..moe.train.loop import build_model
-from ..moe.train.optim import build_optimizer
-from ..moe.train.step import mixed_precision
 from . import env
 from .options import parse
 
@@ -42,137 +26,8 @@ USAGE = """usage: python -m equimoe.launch.dryrun --world N [--rank R] [--node N
 All options of python -m equimoe.launch.train that configure a run can be given: --recipe, --config, --SECTION.FIELD.
 """
 
-CPU = torch.device("cpu")
 
-NOTES = [
-    "routing is taken to be balanced: every expert is chosen equally often, by every rank",
-    "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
-]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one rank does in one optimizer step."""
-
-    world: int
-    rank: int
-    #: blocks of the model that are on this rank
-    blocks: list[int]
-    #: micro-batches of a step, and how many of them were run
-    micro_batches: int
-    run: int
-    #: parameters of its blocks, over all ranks that share them
-    parameters: int
-    #: bytes by kind at the moment when most is allocated, and the most of each kind at any moment
-    memory: dict[str, int]
-    most: dict[str, int]
-    #: kind, calls and bytes sent of all micro-batches of a step
-    traffic: list[tuple[Collective, int, int]]
-    #: floating-point operations of a step, recomputation included, by part of the model
-    flops: dict[str, int]
-    notes: list[str]
-    seconds: float
-
-
-class _WithTriton(TrainConfig):
-    """The kernels whose operations know the shapes of their results without computing them."""
-
-    def moe(self, micro_batches: int) -> MoEConfig:
-        return replace(super().moe(micro_batches), backend="triton")
-
-
-def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> Found:
-    """Take a step as ``rank`` of ``world``. Raises ValueError for a configuration that does not fit."""
-    start = time.perf_counter()
-    config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
-    degrees = config.degrees(world)
-    config = replace(config, parallel=degrees)
-    passes = config.micro_batches(degrees.dp)
-    if degrees.pp > 1:  # of the whole step: fewer micro-batches are run here
-        layers, micro_batch = config.model.num_layers, config.data.micro_batch
-        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
-    run = min(passes, _enough(config, degrees.pp, passes))
-    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    with env.pretended(rank, world, node):
-        mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
-        mode = FakeTensorMode(allow_non_fake_inputs=True)  # positions and ranks are known
-        with mode:
-            model = build_model(config, vocabulary, run)
-        engine = _engine(config, model, mesh, run)
-        recorder = _recorder(config, mesh, node, run)
-        _step(config, engine, recorder, mode, run)
-        at_peak, most = recorder.peak()
-        parts: Iterable[Any] = engine.parts
-        blocks = [int(number) for part in parts for number in part.blocks]
-    whole = passes / run
-    traffic = [
-        (kind, round(calls * scale), round(recorder.sent[kind] * scale))
-        for kind, calls in recorder.calls.items()
-        for scale in [1 if kind.when == "once a step" else whole]
-    ]
-    return Found(
-        world,
-        rank,
-        blocks,
-        passes,
-        run,
-        sum(p.numel() for p in engine.parameters.values()),
-        at_peak,
-        most,
-        sorted(traffic, key=lambda row: -row[2]),
-        {part: round(count * whole) for part, count in recorder.flops.items()},
-        NOTES,
-        time.perf_counter() - start,
-    )
-
-
-def _enough(config: TrainConfig, pp: int, passes: int) -> int:
-    """Micro-batches after which a rank holds as many at a time as it ever will."""
-    if pp == 1:
-        return 2
-    return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
-
-
-def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> TorchEngine:
-    return build_engine(
-        model,
-        mesh,
-        lambda trainable: build_optimizer(trainable.values(), config.optim),
-        max_norm=config.optim.grad_clip,
-        micro_batches=run,
-        shape=(config.data.micro_batch, config.data.seq_len),
-        device=CPU,
-        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-        precision=partial(mixed_precision, config, CPU),
-    )
-
-
-def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
-    pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
-    tokens = config.data.micro_batch * config.data.seq_len // pieces
-    return Recorder(mesh, node, tokens, config.moe(run))
-
-
-def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, run: int) -> None:
-    parameters, optimizer = list(engine.parameters.values()), engine.optimizer
-    assert optimizer is not None
-    recorder.name("parameters", iter(parameters))
-    for part in engine.parts:
-        recorder.name("buffers", part.buffers())
-        recorder.watch(part)
-    optimizer.register_step_pre_hook(
-        lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
-    )
-    with mode, recorder:
-        ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
-        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(run)], config.optim.lr)
-        recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
-
-
-# ---- the command line
-
-
-def describe(found: Found, config: TrainConfig) -> str:
+def describe(found: DryRun, config: TrainConfig) -> str:
     """The findings as text."""
     lines = [
         f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
@@ -269,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: {error.strerror}")
 
 
-def _as_json(found: Found) -> dict[str, Any]:
+def _as_json(found: DryRun) -> dict[str, Any]:
     traffic = [asdict(kind) | {"calls": calls, "bytes_sent": size} for kind, calls, size in found.traffic]
     return {f.name: getattr(found, f.name) for f in fields(found)} | {"traffic": traffic}
 

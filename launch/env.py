@@ -110,29 +110,6 @@ def claim(device: torch.device, process: Process, store: dist.Store) -> None:
         raise ValueError(_too_many(process.local_world, "has one GPU for several of them"))
 
 
-@contextmanager
-def pretended(rank: int, world: int, node: int) -> Iterator[None]:
-    """Be ``rank`` of ``world``, ``node`` to a machine, in a process group that reaches nobody.
-
-    Collectives return at once, and move nothing.
-    """
-    if world == 1:
-        yield
-        return
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # only here: it belongs to torch's own tests
-
-    before = os.environ.get("LOCAL_WORLD_SIZE")
-    os.environ["LOCAL_WORLD_SIZE"] = str(node)
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        os.environ.pop("LOCAL_WORLD_SIZE")
-        if before is not None:
-            os.environ["LOCAL_WORLD_SIZE"] = before
-
-
 def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     """Run a module on this many ranks of this machine, as torchrun does, and end with the exit code of the rank that
     failed first.

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.observe": PARALLEL,
     "moe.engines": TRAIN,
     "moe.train": TRAIN,
-    "launch": ("moe", *TRAIN),
+    "moe.plan": TRAIN,
+    "launch": ("moe", "moe.plan", *TRAIN),
 }
 
 #: top-level package or module -> the files and folders of the package that may use it
@@ -42,6 +43,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "moe/parallel/",
         "moe/engines/",
         "moe/checkpoint/",
+        "moe/plan/",
         "launch/env.py",
     ),
     "safetensors": ("moe/checkpoint/",),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from equimoe.launch.env import pretended
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Step
 from equimoe.moe.config import AttentionConfig
 from equimoe.moe.model import Decoder
@@ -25,6 +24,7 @@ from equimoe.moe.parallel import (
     token_nats,
     vocabulary_parallel,
 )
+from equimoe.moe.plan import pretended
 from equimoe.moe.train.config import OptimConfig
 from equimoe.moe.train.optim import build_optimizer
 from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda, real_tensors

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from equimoe.moe import CapacityConfig, DispatchConfig, MoEConfig, Routing
 from equimoe.moe.collectives import record_traffic, split_axis, world_axis
-from equimoe.moe.dispatch import build_dispatcher, traffic
-from equimoe.moe.dispatch.traffic import Bytes, Load
+from equimoe.moe.dispatch import build_dispatcher
 from equimoe.moe.placement import Placement
+from equimoe.moe.plan import traffic
+from equimoe.moe.plan.traffic import Bytes, Load
 from equimoe.moe.types import Decision, DispatchPlan
 
 T, D, K, E = 16, 6, 2, 8

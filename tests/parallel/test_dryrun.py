@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equimoe.launch.dryrun import Found, describe, dry_run, main
+from equimoe.launch.dryrun import describe, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
@@ -25,10 +25,10 @@ from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, Route
 from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
-from equimoe.moe.parallel.dry import chosen_share
+from equimoe.moe.plan import DryRun, dry_run, memory
+from equimoe.moe.plan.record import chosen_share
 from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from equimoe.moe.train.loop import build_model
-from equimoe.moe.train.memory import memory
 from equimoe.moe.train.optim import build_optimizer
 from equimoe.moe.train.step import mixed_precision
 from tests.helpers.fork import run_ranks
@@ -63,10 +63,10 @@ MAPPINGS = {
 }
 
 
-def dry(config: TrainConfig, world: int, rank: int, timeout: float = 240.0) -> Found:
+def dry(config: TrainConfig, world: int, rank: int, timeout: float = 240.0) -> DryRun:
     """In a process of its own: the pretended process group would stand in the way of later ones."""
 
-    def script(*_: Any) -> Found:
+    def script(*_: Any) -> DryRun:
         dist.destroy_process_group()
         return dry_run(config, world, rank)
 
@@ -214,7 +214,7 @@ def test_share_of_tokens_that_choose_a_place() -> None:
         assert chosen_share(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
 
 
-def within(found: Found, config: TrainConfig) -> None:
+def within(found: DryRun, config: TrainConfig) -> None:
     """Each kind of memory agrees with the formula to 5 %, and weights exactly."""
     formula = memory(config, found.world, found.rank)
     for kind in ("parameters", "gradients", "optimizer state"):
@@ -238,7 +238,7 @@ def test_deepseek_v3_at_1024_ranks(tmp_path: Path) -> None:
     kinds = [(entry["verb"], entry["axis"], entry["ranks"], entry["inside_node"]) for entry in values["traffic"]]
     assert ("all_to_all", "ep", 64, False) in kinds and ("send", "pp", 16, False) in kinds
     values["traffic"] = []
-    within(Found(**values), RECIPES["deepseek_v3"]())
+    within(DryRun(**values), RECIPES["deepseek_v3"]())
 
 
 @pytest.mark.slow

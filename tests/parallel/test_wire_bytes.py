@@ -10,10 +10,11 @@ from torch import Tensor
 
 from equimoe.moe import BalanceConfig, DispatchConfig, MoE
 from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, world_axis
-from equimoe.moe.dispatch import DropDuplicates, build_dispatcher, traffic
-from equimoe.moe.dispatch.traffic import Load
+from equimoe.moe.dispatch import DropDuplicates, build_dispatcher
 from equimoe.moe.dispatch.wire import WIRES, BFloat16, Float8
 from equimoe.moe.placement import Placement
+from equimoe.moe.plan import traffic
+from equimoe.moe.plan.traffic import Load
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks

@@ -2,7 +2,7 @@
 
 Weights, gradients and the optimizer's state are exact. Activations are what the fused kernels of a GPU keep between a
 forward and its backward, with balanced routing. Not here: weights that FSDP gathers, and what comes and goes within a
-forward or backward; :mod:`equimoe.launch.dryrun` sees those, too.
+forward or backward; :mod:`equimoe.moe.plan.dry_run` sees those, too.
 
 D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch on this
 rank's attention, t those that it holds between split layers.
@@ -19,7 +19,7 @@ from ..parallel.config import ParallelConfig
 from ..parallel.mesh import EXPERT, sizes
 from ..parallel.pipeline import stage_ids
 from ..parallel.torch_stage import FREES_LOGITS
-from .config import TrainConfig
+from ..train.config import TrainConfig
 
 
 @dataclass(frozen=True)

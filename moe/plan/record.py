@@ -32,9 +32,9 @@ from ..config import MoEConfig
 from ..experts import SwiGLU
 from ..layer import MoE
 from ..model import Attention
+from ..parallel import Mesh
 from ..routing import Router
-from .dry_costs import FLOPS, bytes_sent, fused_attention, fused_norm, group_of, verb_of
-from .mesh import Mesh
+from .costs import FLOPS, bytes_sent, fused_attention, fused_norm, group_of, verb_of
 
 aten = torch.ops.aten
 

@@ -1,0 +1,6 @@
+"""What a run will need before it is started: memory, traffic and operations of a rank."""
+
+from .dry_run import DryRun, dry_run, pretended
+from .memory import Memory, memory
+
+__all__ = ["DryRun", "Memory", "dry_run", "memory", "pretended"]

@@ -1,0 +1,181 @@
+"""One optimizer step of one rank of a large job, on tensors without memory.
+
+The code of a training run takes the step in a process group that reaches nobody, and a
+:class:`~equimoe.moe.plan.record.Recorder` counts what it would have allocated, sent and computed. Routing is taken to
+be balanced, because nothing is routed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config import MoEConfig
+from ..engines import Batch, build_engine
+from ..engines.torch import TorchEngine
+from ..parallel import Mesh, build_mesh
+from ..parallel.pipeline import check_pipeline
+from ..train.config import TrainConfig
+from ..train.data import load_tokenizer
+from ..train.loop import build_model
+from ..train.optim import build_optimizer
+from ..train.step import mixed_precision
+from .record import Collective, Recorder
+
+CPU = torch.device("cpu")
+
+NOTES = [
+    "routing is taken to be balanced: every expert is chosen equally often, by every rank",
+    "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
+]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank does in one optimizer step."""
+
+    world: int
+    rank: int
+    #: blocks of the model that are on this rank
+    blocks: list[int]
+    #: micro-batches of a step, and how many of them were run
+    micro_batches: int
+    run: int
+    #: parameters of its blocks, over all ranks that share them
+    parameters: int
+    #: bytes by kind at the moment when most is allocated, and the most of each kind at any moment
+    memory: dict[str, int]
+    most: dict[str, int]
+    #: kind, calls and bytes sent of all micro-batches of a step
+    traffic: list[tuple[Collective, int, int]]
+    #: floating-point operations of a step, recomputation included, by part of the model
+    flops: dict[str, int]
+    notes: list[str]
+    seconds: float
+
+
+class _WithTriton(TrainConfig):
+    """The kernels whose operations know the shapes of their results without computing them."""
+
+    def moe(self, micro_batches: int) -> MoEConfig:
+        return replace(super().moe(micro_batches), backend="triton")
+
+
+def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun:
+    """Take a step as ``rank`` of ``world``. Raises ValueError for a configuration that does not fit."""
+    start = time.perf_counter()
+    config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
+    degrees = config.degrees(world)
+    config = replace(config, parallel=degrees)
+    passes = config.micro_batches(degrees.dp)
+    if degrees.pp > 1:  # of the whole step: fewer micro-batches are run here
+        layers, micro_batch = config.model.num_layers, config.data.micro_batch
+        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
+    run = min(passes, _enough(config, degrees.pp, passes))
+    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    with pretended(rank, world, node):
+        mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # positions and ranks are known
+        with mode:
+            model = build_model(config, vocabulary, run)
+        engine = _engine(config, model, mesh, run)
+        recorder = _recorder(config, mesh, node, run)
+        _step(config, engine, recorder, mode, run)
+        at_peak, most = recorder.peak()
+        parts: Iterable[Any] = engine.parts
+        blocks = [int(number) for part in parts for number in part.blocks]
+    whole = passes / run
+    traffic = [
+        (kind, round(calls * scale), round(recorder.sent[kind] * scale))
+        for kind, calls in recorder.calls.items()
+        for scale in [1 if kind.when == "once a step" else whole]
+    ]
+    return DryRun(
+        world,
+        rank,
+        blocks,
+        passes,
+        run,
+        sum(p.numel() for p in engine.parameters.values()),
+        at_peak,
+        most,
+        sorted(traffic, key=lambda row: -row[2]),
+        {part: round(count * whole) for part, count in recorder.flops.items()},
+        NOTES,
+        time.perf_counter() - start,
+    )
+
+
+def _enough(config: TrainConfig, pp: int, passes: int) -> int:
+    """Micro-batches after which a rank holds as many at a time as it ever will."""
+    if pp == 1:
+        return 2
+    return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
+
+
+def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> TorchEngine:
+    return build_engine(
+        model,
+        mesh,
+        lambda trainable: build_optimizer(trainable.values(), config.optim),
+        max_norm=config.optim.grad_clip,
+        micro_batches=run,
+        shape=(config.data.micro_batch, config.data.seq_len),
+        device=CPU,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        precision=partial(mixed_precision, config, CPU),
+    )
+
+
+def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
+    pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
+    tokens = config.data.micro_batch * config.data.seq_len // pieces
+    return Recorder(mesh, node, tokens, config.moe(run))
+
+
+def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, run: int) -> None:
+    parameters, optimizer = list(engine.parameters.values()), engine.optimizer
+    assert optimizer is not None
+    recorder.name("parameters", iter(parameters))
+    for part in engine.parts:
+        recorder.name("buffers", part.buffers())
+        recorder.watch(part)
+    optimizer.register_step_pre_hook(
+        lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
+    )
+    with mode, recorder:
+        ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
+        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(run)], config.optim.lr)
+        recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
+
+
+@contextmanager
+def pretended(rank: int, world: int, node: int) -> Iterator[None]:
+    """Be ``rank`` of ``world``, ``node`` to a machine, in a process group that reaches nobody.
+
+    Collectives return at once, and move nothing.
+    """
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # only here: it belongs to torch's own tests
+
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        os.environ.pop("LOCAL_WORLD_SIZE")
+        if before is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = before
