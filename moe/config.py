@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def require(ok: bool, where: str, value: Any, remedy: str) -> None:
     """Raise ``ValueError("<where>=<value>: <remedy>")`` unless ``ok``."""
     if not ok:
         raise ValueError(f"{where}={value!r}: {remedy}")
+
+
+def check_choices(section: object, where: str = "") -> None:
+    """Refuse a value that is not among those that the field's type names: those of a ``Literal``, or True and False.
+
+    ``where`` goes before the field's name.
+    """
+    for name, hint in get_type_hints(type(section)).items():
+        allowed = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
+        if allowed is not None:
+            value = getattr(section, name)
+            ok = any(value == choice and type(value) is type(choice) for choice in allowed)
+            require(ok, where + name, value, f"use one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class RouterConfig:
         return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
     def __post_init__(self) -> None:
-        require(self.score in ("softmax", "sigmoid"), "router.score", self.score, "use 'softmax' or 'sigmoid'")
+        check_choices(self, "router.")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
         for name in ("groups", "kept_groups"):
@@ -54,9 +67,6 @@ class RouterConfig:
             self.kept_groups,
             f"must be at most router.groups={self.groups}",
         )
-
-
-Scope = Literal["global", "micro", "sequence", "data_parallel", "device", "communication", "shuffled"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class BalanceConfig:
 
     #: the tokens over which the load is counted: the whole optimizer step on all ranks, one
     #: micro-batch of one rank, one sequence, or as ``balance.extra`` describes them
-    scope: Scope = "global"
+    scope: Literal["global", "micro", "sequence", "data_parallel", "device", "communication", "shuffled"] = "global"
     #: weight of the loss; 0 switches it off (the counts are still kept)
     coefficient: float = 0.01
     #: which counts stand for the whole step while it is still running: ``rolling`` those so far;
@@ -112,27 +122,13 @@ class BalanceConfig:
     bias_scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
-        choices = {
-            "scope": get_args(Scope),
-            "estimator": ("rolling", "carry", "exact"),
-            "bias_rule": ("sign", "proportional"),
-            "bias_scope": ("global", "micro"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value in allowed, f"balance.{name}", value, f"use one of {', '.join(allowed)}")
+        check_choices(self, "balance.")
         require(self.coefficient >= 0, "balance.coefficient", self.coefficient, "must not be negative")
         require(
             self.micro_batches is None or self.micro_batches >= 1,
             "balance.micro_batches",
             self.micro_batches,
             "give the number of backward passes per optimizer step, at least 1, or leave it out",
-        )
-        require(
-            self.scale_convention in ("exact", "megatron"),
-            "balance.scale_convention",
-            self.scale_convention,
-            "use 'exact', or 'megatron' for a coefficient that was tuned there",
         )
         require(
             self.bias_update_rate >= 0,
@@ -166,7 +162,7 @@ class AttentionConfig:
     v_width: int = 128
 
     def __post_init__(self) -> None:
-        require(self.kind in ("grouped", "latent"), "attention.kind", self.kind, "use 'grouped' or 'latent'")
+        check_choices(self, "attention.")
         for name in ("num_kv_heads", "head_width", "kv_lora_rank", "qk_nope_width", "qk_rope_width", "v_width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"attention.{name}", value, "must be at least 1")
@@ -206,8 +202,7 @@ class RecomputeConfig:
     keep_exchanges: bool = False
 
     def __post_init__(self) -> None:
-        parts = ("block", "attention", "feed_forward")
-        require(self.part in parts, "recompute.part", self.part, f"use one of {', '.join(parts)}")
+        check_choices(self, "recompute.")
         require(self.layers is None or self.layers >= 0, "recompute.layers", self.layers, "must not be negative")
 
 
@@ -231,11 +226,8 @@ class CapacityConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "capacity.")
         require(self.factor > 0, "capacity.factor", self.factor, "must be positive; 1.25 is usual")
-        require(self.drop in ("probability", "position"), "capacity.drop", self.drop, "use 'probability' or 'position'")
-        scopes = ("local", "sequence", "global")
-        require(self.scope in scopes, "capacity.scope", self.scope, f"use one of {', '.join(scopes)}")
-        require(self.level in ("expert", "device"), "capacity.level", self.level, "use 'expert' or 'device'")
         require(
             not self.pad or (self.scope, self.level) == ("local", "expert"),
             "capacity.pad",
@@ -269,8 +261,7 @@ class DispatchConfig:
     equal_tokens: bool = False
 
     def __post_init__(self) -> None:
-        names = ("all_to_all", "hierarchical", "overlapped", "all_gather", "deepep")
-        require(self.name in names, "dispatch.name", self.name, f"use one of {', '.join(names)}")
+        check_choices(self, "dispatch.")
         require(self.chunks >= 1, "dispatch.chunks", self.chunks, "must be at least 1")
         require(
             self.chunks == 1 or self.name == "overlapped",
@@ -284,7 +275,6 @@ class DispatchConfig:
             self.node_size,
             "the ranks of a node, at least 1, for dispatch.name='hierarchical'; else leave it out",
         )
-        require(self.wire in ("compute", "bf16", "fp8"), "dispatch.wire", self.wire, "use 'compute', 'bf16' or 'fp8'")
         require(
             self.wire == "compute" or self.name != "deepep",
             "dispatch.wire",
@@ -322,6 +312,7 @@ class MoEConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -359,16 +350,6 @@ class MoEConfig:
             "shared_gate",
             self.shared_gate,
             "needs shared experts; set shared_intermediate_size",
-        )
-        activations = ("silu", "gelu", "gelu_tanh", "relu2")
-        require(self.activation in activations, "activation", self.activation, f"use one of {', '.join(activations)}")
-        for name in ("gated", "recompute_experts"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "use True or False")
-        require(
-            self.backend in ("auto", "torch", "triton", "reference"),
-            "backend",
-            self.backend,
-            "use 'auto', 'torch', 'triton' or 'reference'",
         )
 
     def _check_single_choice(self) -> None:

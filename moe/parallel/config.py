@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..config import require
+from ..config import check_choices, require
 
 DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT = ("edp", "ep", "etp")
@@ -56,12 +56,7 @@ class ParallelConfig:
             rest = [name for name in names if getattr(self, name) == -1]
             alone = len(rest) < 2 or rest == ["edp", "ep"]
             require(alone, f"parallel.{' and '.join(rest)}", -1, "only one of these can be the rest")
-        for name, choices in (
-            ("data_parallel", ("ddp", "fsdp")),
-            ("context", ("ring", "all_gather")),
-            ("schedule", ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")),
-        ):
-            require(getattr(self, name) in choices, f"parallel.{name}", getattr(self, name), f"use one of {choices}")
+        check_choices(self, "parallel.")
         given = self.stages_per_rank
         require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")

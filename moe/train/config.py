@@ -13,6 +13,7 @@ from ..config import (
     MoEConfig,
     RecomputeConfig,
     RouterConfig,
+    check_choices,
     require,
 )
 from ..parallel.config import ParallelConfig as ParallelConfig  # one section of a run's configuration
@@ -55,6 +56,7 @@ class ModelConfig:
     backend: Literal["auto", "torch", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
+        check_choices(self, "model.")
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("num_experts", "top_k", "moe_intermediate_size"):
@@ -114,6 +116,7 @@ class DataConfig:
     token_dtype: Literal["uint16", "uint32"] = "uint16"
 
     def __post_init__(self) -> None:
+        check_choices(self, "data.")
         for name in ("seq_len", "global_batch", "micro_batch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -162,10 +165,10 @@ class OptimConfig:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices(self, "optim.")
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
-        require(self.schedule in ("cosine", "wsd"), "optim.schedule", self.schedule, "use 'cosine' or 'wsd'")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
@@ -199,6 +202,7 @@ class LogConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        check_choices(self, "log.")
         require(self.every >= 1, "log.every", self.every, "must be at least 1")
         require(self.eval_every >= 0, "log.eval_every", self.eval_every, "must not be negative; 0: only at the end")
         require(self.eval_sequences >= 1, "log.eval_sequences", self.eval_sequences, "must be at least 1")
@@ -226,8 +230,8 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
-        require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "use 'float32' or 'bfloat16'")
         self.attention.check(self.model.hidden_size, self.model.num_heads)
         require(
             self.parallel.ep == -1 or self.model.num_experts % self.parallel.ep == 0,

@@ -173,7 +173,7 @@ def test_shuffled_looks_at_as_many_tokens_as_a_micro_batch_from_the_whole_step()
     [
         ({"extra": {"micro": -1.0}}, "balance.extra.micro=-1.0: must not be negative; 0 switches it off"),
         ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, exact"),
-        ({"scale_convention": "x"}, "balance.scale_convention='x': use 'exact', or 'megatron'"),
+        ({"scale_convention": "x"}, "balance.scale_convention='x': use one of exact, megatron"),
         ({"bias_rule": "x"}, "balance.bias_rule='x': use one of sign, proportional"),
         ({"bias_scope": "x"}, "balance.bias_scope='x': use one of global, micro"),
         ({"bias_update_rate": -1.0}, "balance.bias_update_rate=-1.0: must not be negative"),

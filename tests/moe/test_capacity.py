@@ -138,7 +138,7 @@ def test_rows_of_a_padded_exchange() -> None:
     ("fields", "message"),
     [
         ({"scope": "node"}, "capacity.scope='node': use one of local, sequence, global"),
-        ({"level": "rank"}, "capacity.level='rank': use 'expert' or 'device'"),
+        ({"level": "rank"}, "capacity.level='rank': use one of expert, device"),
         ({"pad": True, "scope": "global"}, "capacity.pad=True: needs scope='local' and level='expert'"),
         ({"pad": True, "level": "device"}, "capacity.pad=True: needs scope='local' and level='expert'"),
         ({"max_tokens": 5}, "capacity.max_tokens=5: the most tokens of a rank"),

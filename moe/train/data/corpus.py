@@ -55,10 +55,6 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     Raises ``ValueError`` for a path without text, a file that is not what its name says, ids
     beyond the vocabulary, and text too short for one sequence.
     """
-    choices = ("auto", "folder", "kind", "field")
-    require(config.domain_by in choices, "data.domain_by", config.domain_by, f"use one of {', '.join(choices)}")
-    dtypes = ("uint16", "uint32")
-    require(config.token_dtype in dtypes, "data.token_dtype", config.token_dtype, f"use one of {', '.join(dtypes)}")
     notes: list[str] = []
     parts = _read(config, tokenizer, notes)
     remedy = "give UTF-8 text, .jsonl, or .bin, .tokens or .npy token files"
