@@ -24,7 +24,7 @@ SPEC := setup.py pyproject.toml constraints.txt
 # without build isolation the build tools are the pinned ones, and nothing is fetched twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow check kernels bench measure balance clean
+.PHONY: help train test test-slow check types kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,10 +54,12 @@ test: $(VENV)/.stamp-dev
 test-slow: $(VENV)/.stamp-dev
 	$(PY) -m pytest -m slow $(ARGS)
 
-# the links let mypy see the folders under the names that they are imported by
-check: $(VENV)/.stamp-dev
+check: types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# the links let mypy see the folders under the names that they are imported by
+types: $(VENV)/.stamp-dev
 	@mkdir -p $(VENV)/typing/equimoe
 	@for d in moe kernels launch; do ln -sfn "$(CURDIR)/$$d" $(VENV)/typing/equimoe/$$d; done
 	MYPYPATH=$(VENV)/typing $(PY) -m mypy -p equimoe.moe -p equimoe.kernels -p equimoe.launch

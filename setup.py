@@ -4,11 +4,14 @@
 another project's of that name. tests/ and benchmarks/ are not installed. Nothing is compiled.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
 FOLDERS = ("moe", "kernels", "launch")
+VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "moe" / "version.py").read_text(encoding="utf-8"))[0]
 
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
@@ -31,9 +34,9 @@ EXTRAS = {
 
 setup(
     name="equimoe",
-    version="0.1.0",
+    version=VERSION,
     description="Mixture-of-Experts training for PyTorch with exact global-batch load balancing",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -44,7 +47,10 @@ setup(
         for folder in FOLDERS
         for name in (f"equimoe.{folder}", *(f"equimoe.{folder}.{sub}" for sub in find_packages(folder)))
     ],
-    package_data={"equimoe.launch": ["slurm/*.sbatch", "k8s/*.yaml"]},
+    package_data={
+        **{f"equimoe.{folder}": ["py.typed"] for folder in FOLDERS},
+        "equimoe.launch": ["py.typed", "slurm/*.sbatch", "k8s/*.yaml"],
+    },
     include_package_data=False,
     zip_safe=False,
     install_requires=[

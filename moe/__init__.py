@@ -9,6 +9,7 @@ from .config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConf
 from .layer import MoE
 from .placement import Owners, Placement
 from .types import Routing, RoutingStats
+from .version import __version__
 
 __all__ = [
     "BalanceConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "Routing",
     "RoutingStats",
     "Step",
+    "__version__",
     "counting_pass",
     "recompute",
 ]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
 
-BASE = ("moe.collectives", "moe.placement", "moe.types", "moe.config", "kernels")
+BASE = ("moe.collectives", "moe.placement", "moe.types", "moe.config", "moe.version", "kernels")
 STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
 MODEL = ("moe.model", "moe.interop", *LAYER)
@@ -21,7 +21,7 @@ TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", *PARALLEL)
 #: part -> the parts that it may import (besides itself); what is not listed may not exist
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
-    **dict.fromkeys(("moe.collectives", "moe.placement", "moe.types", "moe.config"), BASE),
+    **dict.fromkeys(("moe.collectives", "moe.placement", "moe.types", "moe.config", "moe.version"), BASE),
     **dict.fromkeys(STAGES, BASE),
     "moe.layer": LAYER,
     "moe": LAYER,  # moe/__init__.py

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in (*FOLDERS, "tests", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "equimoe.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "equimoe.py"):
         shutil.copy(ROOT / name, source)
     pip("wheel", "--no-build-isolation", "-w", out, source)
     (built,) = out.glob("equimoe-*.whl")
@@ -76,7 +77,36 @@ def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None
         f"equimoe/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
     }
     data = {"equimoe/launch/slurm/train.sbatch", "equimoe/launch/k8s/train.yaml"}
-    assert ours == expected | data
+    typed = {f"equimoe/{folder}/py.typed" for folder in FOLDERS}
+    assert ours == expected | data | typed
+
+
+def test_the_version_is_said_once(installed: Path, tmp_path: Path) -> None:
+    code = "import equimoe.moe, importlib.metadata as m; print(equimoe.moe.__version__, m.version('equimoe'))"
+    (line,) = python(code, tmp_path, installed)
+    ours, installed_as = line.split()
+    assert ours == installed_as
+    assert f"## {ours} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_source_distribution_holds_all_that_is_tracked(tmp_path: Path) -> None:
+    """Tests, documents and benchmarks too, so that whoever has only the archive can run ``make test``."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("needs a git checkout: an unpacked archive has no list of its files to compare with")
+    source = tmp_path / "source"
+    for name in tracked.stdout.splitlines():
+        if not name.startswith("benchmarks/results/") and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = tmp_path.glob("equimoe-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        inside = {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+    expected = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    assert expected - inside == set()
 
 
 def test_the_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
