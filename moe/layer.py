@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .balance import Balancer, Pass, initial_bias
 from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
-from .experts import GroupedExperts, NoSharedExperts, SharedExperts
+from .experts import GroupedExperts, SharedExperts
 from .placement import Placement
 from .routing import Router
 from .types import Routing, RoutingStats
@@ -50,7 +50,7 @@ class MoE(nn.Module):
             config.gated,
             config.recompute_experts,
         )
-        self.shared: nn.Module = NoSharedExperts()
+        self.shared: SharedExperts | None = None
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
         self.balancer = Balancer(
@@ -84,11 +84,14 @@ class MoE(nn.Module):
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
         this = self.balancer.begin(self, x_TD)
-        routing = self.capacity(self.router(x_TD, mask_T, sequences, this.decision))
+        routing = self.router(x_TD, mask_T, sequences, this.decision)
+        if self.capacity is not None:
+            routing = self.capacity(routing)
         self.balancer.count(this, routing, mask_T)
-        shared = cache(partial(self.shared, x_TD))  # computed once: while rows travel, or else below
-        y_TD = self.dispatcher(x_TD, routing, self.experts, meanwhile=shared)
-        if (shared_TD := shared()) is not None:
+        flight = self.dispatcher.send(x_TD, routing)
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # computed while rows travel
+        y_TD = self.dispatcher.finish(flight, self.experts)
+        if shared_TD is not None:
             y_TD = y_TD + shared_TD
         self._keep_stats(routing, this)
         y = self.balancer.attach(this, y_TD, routing, self.router.weight).view(x.shape).to(x.dtype)

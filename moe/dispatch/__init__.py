@@ -7,7 +7,7 @@ from ..placement import Placement
 from .all_gather import AllGatherDispatcher
 from .all_to_all import AllToAllDispatcher, OverlappedDispatcher
 from .base import Dispatcher
-from .capacity import Capacity, Dropless, build_capacity
+from .capacity import Capacity, build_capacity
 from .deepep import deepep
 from .duplicates import DropDuplicates
 from .hierarchical import HierarchicalDispatcher
@@ -40,7 +40,6 @@ __all__ = [
     "Capacity",
     "Dispatcher",
     "DropDuplicates",
-    "Dropless",
     "HierarchicalDispatcher",
     "LocalDispatcher",
     "OverlappedDispatcher",

@@ -5,14 +5,25 @@ T tokens of this rank, D hidden, K top-k, S tokens of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..collectives import gather_rows, reduce_scatter_rows, start_gather
+from ..collectives import Transit, gather_rows, reduce_scatter_rows, start_gather
 from ..types import Experts, Routing
-from .base import Dispatcher, as_computed, nothing
+from .base import Dispatcher, as_computed
+
+
+class Flight(NamedTuple):
+    """All ranks' tokens, on their way to this one."""
+
+    rows: Transit
+    weights_SK: Tensor
+    #: this rank's slots, -1 for choices of other ranks' experts
+    slots_SK: Tensor
+    #: how many tokens each rank has
+    sizes: list[int]
 
 
 class AllGatherDispatcher(Dispatcher):
@@ -22,9 +33,7 @@ class AllGatherDispatcher(Dispatcher):
     waits for nothing.
     """
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
         axis = self.axis
         sizes = self.sizes_of(x_TD, axis)
         rows = start_gather(as_computed(x_TD), sizes, axis, self.there)
@@ -32,6 +41,8 @@ class AllGatherDispatcher(Dispatcher):
         slots_TK = self.owners.to_slots(routing.ids_TK).int()
         slots_SK = gather_rows(slots_TK, sizes, axis).long() - axis.rank * self.slots
         here_SK = torch.where((slots_SK >= 0) & (slots_SK < self.slots), slots_SK, -1)
-        meanwhile()
-        y_SD = self.compute(rows.wait(), weights_SK, here_SK, experts, self.sizes_of)
-        return reduce_scatter_rows(y_SD, sizes, axis, self.home)
+        return Flight(rows, weights_SK, here_SK, sizes)
+
+    def finish(self, flight: Flight, experts: Experts) -> Tensor:
+        y_SD = self.compute(flight.rows.wait(), flight.weights_SK, flight.slots_SK, experts, self.sizes_of)
+        return reduce_scatter_rows(y_SD, flight.sizes, self.axis, self.home)

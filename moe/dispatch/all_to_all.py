@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,17 @@ from torch import Tensor
 from ...kernels.permute import combine, permute
 from ..collectives import Transit, start_exchange
 from ..types import Experts, Routing
-from .base import Dispatcher, as_computed, nothing
+from .base import Dispatcher, as_computed
 from .manifest import Manifest, dropless, padded
+
+
+class Flight(NamedTuple):
+    """Rows on their way to their experts' ranks."""
+
+    tokens: int
+    load: Manifest
+    #: rows and weights of each chunk
+    chunks: list[tuple[Transit, Transit]]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -30,24 +39,23 @@ class AllToAllDispatcher(Dispatcher):
         if self.capacity is not None and self.capacity.pad:
             self.pack = partial(padded, capacity=self.capacity, num_experts=self.owners.num_experts)
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
         load = self.pack(self.owners.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend)
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
         if load.order.inverse_SK.shape[0] > x_SD.shape[0]:
             x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))
-        under_way = self.start(x_SD, weights_SK, load)
-        meanwhile()
-        going_home = []
-        for c, (rows, weights) in zip(load.chunks, under_way, strict=True):
+        return Flight(x_TD.shape[0], load, self._start(x_SD, weights_SK, load))
+
+    def finish(self, flight: Flight, experts: Experts) -> Tensor:
+        load, going_home = flight.load, []
+        for c, (rows, weights) in zip(load.chunks, flight.chunks, strict=True):
             y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, load.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.home))
         home = [transit.wait() for transit in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
-        return combine(y_XD, load.order, backend=self.backend)[: x_TD.shape[0]]
+        return combine(y_XD, load.order, backend=self.backend)[: flight.tokens]
 
-    def start(self, x_SD: Tensor, weights_SK: Tensor, load: Manifest) -> list[tuple[Transit, Transit]]:
+    def _start(self, x_SD: Tensor, weights_SK: Tensor, load: Manifest) -> list[tuple[Transit, Transit]]:
         """Rows and weights of every chunk, under way: all leave at once, and later ones still arrive while the first
         ones are computed and sent home."""
         rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)

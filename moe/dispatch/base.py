@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,6 @@ from .wire import WIRES
 
 #: (rows, axis) to the number of rows on each rank of the axis
 SizesOf = Callable[[Tensor, Axis], list[int]]
-
-
-def nothing() -> None:
-    """Nothing to do while rows travel."""
 
 
 class Dispatcher(ABC):
@@ -53,13 +50,15 @@ class Dispatcher(ABC):
         self.sizes_of: SizesOf = equal_sizes if self.config.equal_tokens else exchange_sizes
 
     @abstractmethod
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
-        """Each token's weighted sum over the experts it chose: [T, D].
+    def send(self, x_TD: Tensor, routing: Routing) -> Any:
+        """Let the rows of ``x_TD`` leave for the ranks of their experts; returns what :meth:`finish` needs.
 
-        ``meanwhile`` is work of the caller that may be called once while rows travel.
+        What the caller computes between the two overlaps with the exchange.
         """
+
+    @abstractmethod
+    def finish(self, flight: Any, experts: Experts) -> Tensor:
+        """Wait for the rows, compute, bring results home: each token's weighted sum over its experts, [T, D]."""
 
     def compute(
         self, rows_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor, experts: Experts, sizes_of: SizesOf

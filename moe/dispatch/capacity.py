@@ -31,13 +31,6 @@ def by_position(weights_R: Tensor) -> Tensor:
 DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probability, "position": by_position}
 
 
-class Dropless:
-    """Every choice is computed."""
-
-    def __call__(self, routing: Routing) -> Routing:
-        return routing
-
-
 class Capacity:
     """At most ceil(factor * K * T / bins) choices per bin: an expert, or the experts of one device.
 
@@ -119,11 +112,11 @@ def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
     return kept_R
 
 
-def build_capacity(config: MoEConfig, placement: Placement) -> Dropless | Capacity:
-    """What ``config.capacity`` asks for, on the ranks of ``placement``."""
+def build_capacity(config: MoEConfig, placement: Placement) -> Capacity | None:
+    """The limit that ``config.capacity`` asks for, on the ranks of ``placement``; None: dropless."""
     capacity = config.capacity
     if capacity is None:
-        return Dropless()
+        return None
     axis = {"local": LOCAL, "sequence": placement.sequence, "global": placement.tokens}[capacity.scope]
     owners, by_sequence = placement.owners_of(config.num_experts), capacity.scope == "sequence"
     return Capacity(capacity, owners, axis, by_sequence, placement.positions_S)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ..collectives import Axis, exchange_sizes, once
 from ..placement import Owners
 from ..types import Experts, Routing
 from .all_to_all import AllToAllDispatcher
-from .base import Dispatcher, as_computed, nothing
+from .base import Dispatcher, as_computed
 
 
 def deepep(owners: Owners | int, axis: Axis, *args: Any, **kwargs: Any) -> Dispatcher:
@@ -38,9 +37,7 @@ class DeepEPDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.buffer_class = buffer_class
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
         x_TD = as_computed(x_TD)
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
@@ -48,11 +45,21 @@ class DeepEPDispatcher(Dispatcher):
             )
         trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
         slots_TK = self.owners.to_slots(routing.ids_TK)
-        rows_SD, weights_SK, ids_SK = _ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip)
-        meanwhile()
-        trip.arrived.current_stream_wait()
-        y_SD = self.compute(rows_SD, weights_SK, ids_SK, experts, exchange_sizes)
-        return _Home.apply(y_SD, trip)
+        return Flight(trip, *_ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip))
+
+    def finish(self, flight: Flight, experts: Experts) -> Tensor:
+        flight.trip.arrived.current_stream_wait()
+        y_SD = self.compute(flight.rows_SD, flight.weights_SK, flight.slots_SK, experts, exchange_sizes)
+        return _Home.apply(y_SD, flight.trip)
+
+
+class Flight(NamedTuple):
+    """Rows that have arrived once the trip's event is over."""
+
+    trip: _Trip
+    rows_SD: Tensor
+    weights_SK: Tensor
+    slots_SK: Tensor
 
 
 class _Trip:

@@ -9,15 +9,16 @@ import os
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.permute import combine, permute
-from ...kernels.sort_by_expert import sort_by_expert
+from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from ..collectives import (
     Axis,
+    Transit,
     exchange_counts,
     exchange_rows,
     exchange_sizes,
@@ -27,10 +28,22 @@ from ..collectives import (
     start_exchange,
 )
 from ..types import Experts, Routing
-from .base import Dispatcher, as_computed, nothing
+from .base import Dispatcher, as_computed
 
 #: (rows [S, D], weights [S, K], ids [S, K]) to each row's weighted sum over the ids that are not -1
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Hop(NamedTuple):
+    """Rows, weights and ids on their way over an axis; or here already, where it has one rank."""
+
+    axis: Axis
+    here: tuple[Tensor, ...]
+    transits: tuple[Transit, ...] = ()
+    #: None where the axis has one rank
+    order: ExpertOrder | None = None
+    sent: list[int] = []
+    received: list[int] = []
 
 
 class HierarchicalDispatcher(Dispatcher):
@@ -47,30 +60,24 @@ class HierarchicalDispatcher(Dispatcher):
             raise ValueError(f"dispatch.node_size={size}: must divide expert parallel = {self.axis.size} ranks")
         self.between, self.within = split_axis(self.axis, size)
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
-        compute = partial(self.compute, experts=experts, sizes_of=exchange_sizes)
-        inner = partial(self.hop, self.within, inner=compute)
+    def send(self, x_TD: Tensor, routing: Routing) -> Hop:
         slots_TK = self.owners.to_slots(routing.ids_TK)
-        return self.hop(self.between, as_computed(x_TD), routing.weights_TK, slots_TK, inner, meanwhile)
+        return self.depart(self.between, as_computed(x_TD), routing.weights_TK, slots_TK)
 
-    def hop(
-        self,
-        axis: Axis,
-        x_SD: Tensor,
-        weights_SK: Tensor,
-        ids_SK: Tensor,
-        inner: Inner,
-        meanwhile: Callable[[], object] = nothing,
-    ) -> Tensor:
-        """Let ``inner`` compute on the ranks of the axis, over which the slots ``ids_SK`` are split evenly.
+    def finish(self, flight: Hop, experts: Experts) -> Tensor:
+        def within(x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Tensor:
+            return self.arrive(self.depart(self.within, x_SD, weights_SK, ids_SK), compute)
 
-        A row goes once to each rank that has experts of its, with the choices it has there, and comes back summed.
+        compute = partial(self.compute, experts=experts, sizes_of=exchange_sizes)
+        return self.arrive(flight, within)
+
+    def depart(self, axis: Axis, x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Hop:
+        """Send rows to the ranks of the axis, over which the slots ``ids_SK`` are split evenly.
+
+        A row goes once to each rank that has experts of its, with the choices it has there.
         """
         if axis.size == 1:
-            meanwhile()
-            return inner(x_SD, weights_SK, ids_SK)
+            return Hop(axis, (x_SD, weights_SK, ids_SK))
         # slots count within the innermost group that holds all ranks of this hop
         each = self.slots * (self.within.size if axis is self.between else 1)
         to_SK = torch.div(ids_SK, each, rounding_mode="floor")  # -1 stays -1
@@ -87,9 +94,16 @@ class HierarchicalDispatcher(Dispatcher):
         rows = start_exchange(rows_XD, sent, received, axis, self.there)
         weights = start_exchange(weights_XK, sent, received, axis)
         ids = start_exchange(there_XK.int(), sent, received, axis)
-        meanwhile()
+        return Hop(axis, (), (rows, weights, ids), order, sent, received)
+
+    def arrive(self, hop: Hop, inner: Inner) -> Tensor:
+        """Let ``inner`` compute where the rows have arrived; they come back summed."""
+        if hop.order is None:
+            return inner(*hop.here)
+        rows, weights, ids = hop.transits
         y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())
-        return combine(exchange_rows(y_SD, received, sent, axis, self.home), order, backend=self.backend)
+        home_XD = exchange_rows(y_SD, hop.received, hop.sent, hop.axis, self.home)
+        return combine(home_XD, hop.order, backend=self.backend)
 
 
 def repeated(to_SK: Tensor) -> Tensor:

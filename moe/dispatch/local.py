@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..types import Experts, Routing
-from .base import Dispatcher, as_computed, nothing
+from .base import Dispatcher, as_computed
 
 
 class LocalDispatcher(Dispatcher):
@@ -22,9 +21,9 @@ class LocalDispatcher(Dispatcher):
         if self.axis.size > 1:
             raise ValueError(f"dispatch 'local': experts are split over {self.axis.size} ranks; use another dispatcher")
 
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, experts: Experts, meanwhile: Callable[[], object] = nothing
-    ) -> Tensor:
+    def send(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD
-        slots_TK = self.owners.to_slots(routing.ids_TK)
-        return self.compute(x_TD, routing.weights_TK, slots_TK, experts, self.sizes_of)
+        return x_TD, routing.weights_TK, self.owners.to_slots(routing.ids_TK)
+
+    def finish(self, flight: tuple[Tensor, Tensor, Tensor], experts: Experts) -> Tensor:
+        return self.compute(*flight, experts, self.sizes_of)

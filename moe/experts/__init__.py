@@ -1,6 +1,6 @@
 """The MLPs: math on rows."""
 
 from .grouped import GroupedExperts
-from .shared import NoSharedExperts, SharedExperts, SwiGLU
+from .shared import SharedExperts, SwiGLU
 
-__all__ = ["GroupedExperts", "NoSharedExperts", "SharedExperts", "SwiGLU"]
+__all__ = ["GroupedExperts", "SharedExperts", "SwiGLU"]

@@ -40,7 +40,7 @@ class SharedExperts(nn.Module):
     def __init__(self, hidden_size: int, width: int, gated: bool, init_std: float) -> None:
         super().__init__()
         self.mlp = SwiGLU(hidden_size, width, init_std)
-        self.gate = Gate(hidden_size, init_std) if gated else Open()
+        self.gate = Gate(hidden_size, init_std) if gated else None
 
     def reset_parameters(self) -> None:
         """Start again from random weights."""
@@ -48,7 +48,8 @@ class SharedExperts(nn.Module):
             reset(part)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.gate(x_TD) * self.mlp(x_TD)
+        y_TD = self.mlp(x_TD)
+        return y_TD if self.gate is None else self.gate(x_TD) * y_TD
 
 
 class Gate(nn.Module):
@@ -66,17 +67,3 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(x_TD, self.weight))
-
-
-class Open(nn.Module):
-    """A gate that lets everything through."""
-
-    def forward(self, x_TD: Tensor) -> float:
-        return 1.0
-
-
-class NoSharedExperts(nn.Module):
-    """Nothing to add."""
-
-    def forward(self, x_TD: Tensor) -> None:
-        return None

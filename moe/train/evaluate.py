@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..collectives import LOCAL, sum_over, world_axis
-from ..dispatch.capacity import Capacity
 from ..engines import Batch, Engine
 from ..layer import MoE
 from ..observe import chosen_probability, domain_record, watch_routers
@@ -72,7 +71,7 @@ def _capacity_of_each_sequence(layers: Iterable[MoE], mesh: Mesh | None) -> Iter
     axis = LOCAL if mesh is None else mesh["sequence"]
     with ExitStack() as stack:
         for layer in layers:
-            if isinstance(layer.capacity, Capacity) and not layer.capacity.pads:
+            if layer.capacity is not None and not layer.capacity.pads:
                 stack.enter_context(layer.capacity.of_sequences(axis))
         yield
 

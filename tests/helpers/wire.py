@@ -47,7 +47,7 @@ def measure(
         return rows_SD * plan.weights_SK.sum(1, keepdim=True)
 
     with record_traffic() as forward:
-        y_TD = dispatcher(x_TD, routing(spread, torch.float32), experts)
+        y_TD = dispatcher.finish(dispatcher.send(x_TD, routing(spread, torch.float32)), experts)
     with record_traffic() as backward:
         y_TD.sum().backward()
     assert {entry.size for entry in forward + backward} <= {2, 4}

@@ -334,7 +334,7 @@ def test_degrees_that_do_not_fit() -> None:
         ({"chunks": 2}, "dispatch.chunks=2: dispatch.name='all_to_all' does not cut rows"),
         ({"name": "overlapped", "chunks": 0}, "dispatch.chunks=0: must be at least 1"),
         ({"node_size": 2}, "dispatch.node_size=2: the ranks of a node"),
-        ({"wire": "fp4"}, "dispatch.wire='fp4': use 'compute', 'bf16' or 'fp8'"),
+        ({"wire": "fp4"}, "dispatch.wire='fp4': use one of compute, bf16, fp8"),
         ({"name": "deepep", "wire": "fp8"}, "dispatch.wire='fp8': deepep sends rows as they are computed"),
     ],
 )

@@ -123,7 +123,7 @@ def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
         ids_TK = torch.rand(T, E, generator=generator).argsort(1)[:, :5]
         made = replace(routing("nodes", torch.float32), decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(T, 5))
         with record_traffic() as entries, torch.no_grad():
-            dispatcher(torch.randn(T, D), made, lambda rows, plan: rows)
+            dispatcher.finish(dispatcher.send(torch.randn(T, D), made), lambda rows, plan: rows)
         between = [e.sent for e in entries if e.axis == "ep.across" and e.verb == "exchange_rows"]
         other = [[int(i) for i in row if int(i) // 4 != rank // 2] for row in ids_TK]
         return between[0], sum(bool(row) for row in other) * D * 4
@@ -144,7 +144,7 @@ def test_dropped_duplicates_exchange_a_share() -> None:
             share, _ = duplicates.split(x)
             ids_TK = made.ids_TK[rank * T // world : (rank + 1) * T // world] if drop else made.ids_TK
             own = replace(made, decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(len(ids_TK), K))
-            y = dispatcher(share, own, lambda rows, plan: rows)
+            y = dispatcher.finish(dispatcher.send(share, own), lambda rows, plan: rows)
             duplicates.join(y, x.shape).sum().backward()
         sums = [sum(e.sent for e in entries if e.verb == verb) for verb in ("exchange_rows", "gather_rows")]
         return sums[0], sums[1]
