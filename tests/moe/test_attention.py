@@ -178,7 +178,7 @@ def test_first_layers_can_be_dense() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AttentionConfig("linear"), "attention.kind='linear': use 'grouped' or 'latent'"),
+        (lambda: AttentionConfig("linear"), "attention.kind='linear': use one of grouped, latent"),
         (lambda: AttentionConfig(num_kv_heads=0), "attention.num_kv_heads=0: must be at least 1"),
         (lambda: AttentionConfig(head_width=5), "attention.head_width=5: must be even: pairs are rotated"),
         (lambda: AttentionConfig(qk_rope_width=3), "attention.qk_rope_width=3: must be even: pairs are rotated"),
