@@ -30,12 +30,16 @@ def check_choices(section: object, where: str = "") -> None:
             require(ok, where + name, value, f"use one of {', '.join(map(str, allowed))}")
 
 
+#: see :mod:`equimoe.moe.routing.score`
+Score = Literal["softmax", "sigmoid"]
+
+
 @dataclass(frozen=True)
 class RouterConfig:
     """From hidden states to expert ids and weights."""
 
     #: how logits become scores
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Score = "softmax"
     #: divide a token's K weights by their sum
     normalize_weights: bool = True
     #: weights are the softmax over the K chosen logits (Mixtral) instead of the chosen scores

@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from .. import pick
 from ..values import readable
 from . import reference, torch_ops
-from .gate import Gate, Method
+from .gate import FUSED_SCORES, Gate, Method, Score
 from .tiles import MAX_EXPERTS, MAX_K
 
-__all__ = ["Gate", "topk_gate"]
+__all__ = ["FUSED_SCORES", "Gate", "topk_gate"]
 
 
 def _triton(
@@ -33,7 +31,7 @@ def topk_gate(
     logits_TE: Tensor,
     k: int,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: Score = "softmax",
     bias_E: Tensor | None = None,
     groups: int = 1,
     kept_groups: int = 1,
@@ -87,8 +85,8 @@ def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, meth
     tokens, experts = shape
     if not 1 <= method.k <= experts:
         raise ValueError(f"k={method.k}: must lie in 1..{experts}, the number of experts")
-    if method.score not in ("softmax", "sigmoid"):
-        raise ValueError(f"score={method.score!r}: use 'softmax' or 'sigmoid'")
+    if method.score not in FUSED_SCORES:
+        raise ValueError(f"score={method.score!r}: use one of {', '.join(FUSED_SCORES)}")
     if method.groups < 1 or experts % method.groups:
         raise ValueError(f"groups={method.groups}: must divide the {experts} experts")
     if not 1 <= method.kept_groups <= method.groups:

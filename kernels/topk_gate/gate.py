@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+#: the scores that the op computes
+FUSED_SCORES: tuple[str, ...] = get_args(Score)
 
 
 class Gate(NamedTuple):
@@ -31,7 +35,7 @@ class Method(NamedTuple):
     """The choices of :func:`topk_gate` that are no tensors."""
 
     k: int
-    score: Literal["softmax", "sigmoid"]
+    score: Score
     groups: int
     kept_groups: int
     normalize: bool

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..layer import MoE
 from ..routing import Router
@@ -45,12 +44,9 @@ def chosen_probability(router: Router, x_TD: Tensor, routing: Routing) -> Tensor
     The probabilities are those of the balance loss: scores of all experts, normalised to 1. Per token it is K/E where
     scores are indifferent, 1 where all of them lie on the chosen ("topK score sum" of arXiv 2501.11873).
     """
-    with torch.autocast(x_TD.device.type, enabled=False):
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(dtype), router.weight.to(dtype))
-    scores_TE = logits_TE.softmax(-1) if router.method["score"] == "softmax" else logits_TE.sigmoid()
-    chosen_TK = scores_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
-    share_T = chosen_TK.sum(1) / scores_TE.sum(1).clamp_min(torch.finfo(dtype).tiny)
+    probabilities_TE = router.probabilities(x_TD)
+    chosen_TK = probabilities_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
+    share_T = chosen_TK.sum(1)
     sequences = len(routing.tokens_B)
     return share_T.double().view(sequences, len(share_T) // sequences).sum(1)
 

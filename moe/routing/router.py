@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.topk_gate import topk_gate
+from ...kernels.topk_gate import FUSED_SCORES, Gate, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
+from .compose import compose
+from .score import SCORES
+from .select import group_limited, top_k
+from .weight import WEIGHTS
 
 
 class Router(nn.Module):
-    """A linear gate, then the op :func:`topk_gate`.
+    """A linear layer, then three functions: score, select and weigh.
 
+    The op :func:`~equimoe.kernels.topk_gate.topk_gate` computes all three at once for the scores that it knows.
     Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast. A wrapper that lends
     the forward a rounded copy of ``weight`` is warned of, because rounding sends tokens to other experts; a module that
     was itself converted (``model.bfloat16()``) is taken as it is. ``bias_E`` is added
@@ -38,15 +44,8 @@ class Router(nn.Module):
         self.reset_parameters()
         #: of the weight as it is kept; what a forward sees may be a copy
         self._kept_dtype = self.weight.dtype
-        self.method: dict[str, Any] = {
-            "score": config.score,
-            "groups": config.groups,
-            "kept_groups": config.kept_groups,
-            "normalize": config.normalize_weights,
-            "softmax_after_topk": config.softmax_after_topk,
-            "scale": config.weight_scale,
-            "backend": backend,
-        }
+        self.route = _fused(k, config, backend) if config.score in FUSED_SCORES else _composed(k, config)
+        self.score = SCORES[config.score]
 
     def reset_parameters(self) -> None:
         """Start again: random weights, and a bias of zero."""
@@ -61,19 +60,24 @@ class Router(nn.Module):
 
         A ``decision`` made before is weighed again, not made again.
         """
-        if self.weight.dtype != self._kept_dtype:
-            self._warn_of_rounding()
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
         chosen_TK = None if decision is None else decision.chosen_TK
-        gate = topk_gate(
-            logits_TE, self.k, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK, **self.method
-        )
+        gate = self.route(self.logits(x_TD), bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
         if decision is None:
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
             decision = Decision(gate.ids_TK, ids_TK)
         return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E] in fp32 (fp64 for fp64 input)."""
+        if self.weight.dtype != self._kept_dtype:
+            self._warn_of_rounding()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        """[T, E] each token's scores of all experts, normalised to 1: what the balance loss sums up."""
+        return self.score(self.logits(x_TD)).softmax(-1)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -100,3 +104,26 @@ class Router(nn.Module):
                 "fully_shard(layer.router, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))",
                 stacklevel=3,
             )
+
+
+def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., Gate]:
+    return partial(
+        topk_gate,
+        k=k,
+        score=config.score,
+        groups=config.groups,
+        kept_groups=config.kept_groups,
+        normalize=config.normalize_weights,
+        softmax_after_topk=config.softmax_after_topk,
+        scale=config.weight_scale,
+        backend=backend,
+    )
+
+
+def _composed(k: int, config: RouterConfig) -> Callable[..., Gate]:
+    select = partial(top_k, k=k)
+    if config.groups > 1:
+        select = partial(group_limited, k=k, groups=config.groups, kept_groups=config.kept_groups)
+    name = "normalized" if config.normalize_weights else "plain"
+    weigh = WEIGHTS["softmax_after_topk" if config.softmax_after_topk else name]
+    return partial(compose, score=SCORES[config.score], select=select, weigh=weigh, scale=config.weight_scale)

@@ -152,7 +152,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
 
 def test_backend_is_the_layers() -> None:
     config = MoEConfig(D, 8, E, K, backend="reference")
-    assert MoE(config).router.method["backend"] == "reference"
+    assert MoE(config).router.route.keywords["backend"] == "reference"
 
 
 def test_fp64_never_goes_to_triton_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

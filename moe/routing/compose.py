@@ -1,0 +1,53 @@
+"""Score, select and weigh in plain torch, for what no kernel computes at once.
+
+T tokens, E experts, K top-k, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...kernels.topk_gate import Gate
+
+
+def compose(
+    logits_TE: Tensor,
+    *,
+    score: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor], Tensor],
+    weigh: Callable[[Tensor, Tensor], Tensor],
+    scale: float = 1.0,
+    bias_E: Tensor | None = None,
+    mask_T: Tensor | None = None,
+    sequences: int = 1,
+    ids_TK: Tensor | None = None,
+) -> Gate:
+    """What :func:`~equimoe.kernels.topk_gate.topk_gate` answers, for any three functions of this package."""
+    log_scores_TE = score(logits_TE)
+    if ids_TK is None:
+        with torch.no_grad():
+            scores_TE = log_scores_TE.exp()
+            ids_TK = select(scores_TE if bias_E is None else scores_TE + bias_E)
+    weights_TK = weigh(log_scores_TE.gather(1, ids_TK), logits_TE.gather(1, ids_TK)) * scale
+    probs_TE, z_T = log_scores_TE.softmax(-1), logits_TE.logsumexp(-1).square()
+    valid_T = torch.ones_like(z_T, dtype=torch.bool) if mask_T is None else mask_T
+    probs_TE, z_T = torch.where(valid_T[:, None], probs_TE, 0.0), torch.where(valid_T, z_T, 0.0)
+    with torch.no_grad():
+        taken_TE = torch.zeros_like(logits_TE, dtype=torch.int64).scatter_(1, ids_TK, 1) * valid_T[:, None]
+    return Gate(
+        ids_TK=ids_TK,
+        weights_TK=weights_TK,
+        counts_BE=_by_sequence(taken_TE, sequences),
+        tokens_B=_by_sequence(valid_T.long()[:, None], sequences)[:, 0],
+        prob_sums_BE=_by_sequence(probs_TE, sequences),
+        z_sum=z_T.sum(),
+    )
+
+
+def _by_sequence(values_TX: Tensor, sequences: int) -> Tensor:
+    """[B, X] the sum over each sequence's tokens."""
+    tokens, width = values_TX.shape
+    return values_TX.reshape(sequences, tokens // sequences, width).sum(1)

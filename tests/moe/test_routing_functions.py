@@ -1,0 +1,105 @@
+"""The router's three functions, put together in plain torch, answer what the fused op answers; new ones work alike."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from equimoe.kernels.topk_gate import FUSED_SCORES, topk_gate
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe.config import Score
+from equimoe.moe.routing import Router
+from equimoe.moe.routing.router import _composed
+from equimoe.moe.routing.score import SCORES
+
+T, E, K, D = 12, 8, 3, 6
+
+
+def run(route: Any, logits_TE: Tensor, **given: Any) -> tuple[Any, Tensor]:
+    logits_TE = logits_TE.clone().requires_grad_()
+    gate = route(logits_TE, **given)
+    generator = torch.Generator().manual_seed(1)
+    values = [gate.weights_TK, gate.prob_sums_BE, gate.z_sum]
+    loss = sum((v * torch.randn(v.shape, generator=generator, dtype=v.dtype)).sum() for v in values)
+    return gate, torch.autograd.grad(loss, logits_TE)[0]
+
+
+@pytest.mark.parametrize("low", [0.0, -300.0])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(
+    "weights", [{}, {"normalize_weights": False}, {"softmax_after_topk": True}], ids=["normalized", "plain", "after"]
+)
+@pytest.mark.parametrize("score", FUSED_SCORES)
+def test_composed_equals_the_fused_op(score: Any, weights: dict[str, bool], groups: int, low: float) -> None:
+    """With bias, mask, sequences and a choice made before; also where scores of the narrower dtypes underflow."""
+    config = RouterConfig(score=score, groups=groups, kept_groups=max(groups // 2, 1), weight_scale=1.5, **weights)
+    composed = _composed(K, config)
+    torch.manual_seed(0)
+    logits_TE = torch.randn(T, E, dtype=torch.float64) * 2 + low
+    mask_T, bias_E = torch.rand(T) > 0.3, torch.randn(E, dtype=torch.float64) * 0.2
+    ids_TK = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    for bias, mask, ids in product((None, bias_E), (None, mask_T), (None, ids_TK)):
+        given: dict[str, Any] = {"bias_E": bias, "mask_T": mask, "sequences": 3, "ids_TK": ids}
+        found, got = run(composed, logits_TE, **given)
+        expected, want = run(
+            topk_gate,
+            logits_TE,
+            k=K,
+            score=score,
+            groups=config.groups,
+            kept_groups=config.kept_groups,
+            normalize=config.normalize_weights,
+            softmax_after_topk=config.softmax_after_topk,
+            scale=1.5,
+            backend="reference",
+            **given,
+        )
+        for name in ("ids_TK", "counts_BE", "tokens_B"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        for name in ("weights_TK", "prob_sums_BE", "z_sum"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-11, atol=1e-300)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+
+
+def test_every_score_of_the_configuration_exists() -> None:
+    assert set(SCORES) == set(get_args(Score))
+
+
+@pytest.fixture
+def squared(monkeypatch: pytest.MonkeyPatch) -> RouterConfig:
+    """A router whose scores, squared sigmoids, no kernel knows."""
+    monkeypatch.setitem(SCORES, "squared", lambda logits_TE: 2 * nn.functional.logsigmoid(logits_TE))
+    config = RouterConfig(score="sigmoid")
+    object.__setattr__(config, "score", "squared")
+    return config
+
+
+def test_a_new_score_trains_and_balances(squared: RouterConfig) -> None:
+    """One entry in the dict is all that it takes: weights, probabilities and the balance loss are of the new score."""
+    torch.manual_seed(0)
+    config = MoEConfig(D, 8, E, K, router=squared, balance=BalanceConfig(coefficient=0.1, estimator="exact"))
+    layer = MoE(config).double()
+    x_TD = torch.randn(T, D, dtype=torch.float64)
+    with counting_pass():
+        layer(x_TD)
+    layer(x_TD).sum().mul(0).backward()  # what is left is the balance loss
+    weight = layer.router.weight.detach().clone().requires_grad_()
+    scores_TE = (x_TD @ weight.T).sigmoid().square()
+    ids_TK = scores_TE.topk(K).indices
+    load_E = torch.zeros(E, dtype=torch.float64).scatter_add_(0, ids_TK.flatten(), torch.ones(T * K).double()) / (T * K)
+    probabilities_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+    (0.1 * E * (load_E * probabilities_TE.mean(0)).sum()).backward()
+    torch.testing.assert_close(layer.router.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.router.probabilities(x_TD), probabilities_TE.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", FUSED_SCORES)
+def test_probabilities_are_what_the_balance_loss_sums(score: Any) -> None:
+    torch.manual_seed(0)
+    router = Router(D, E, K, RouterConfig(score=score), 1.0)
+    x_TD = torch.randn(T, D)
+    torch.testing.assert_close(router.probabilities(x_TD).sum(0), router(x_TD).prob_sums_BE[0])
