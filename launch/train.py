@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..moe import checkpoint
-from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records
+from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.parallel.pipeline import check_pipeline
@@ -130,7 +130,7 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
         return None
     new = trainer.step == 0
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
-    (launch.run_dir / "config.yaml").write_text(to_yaml(launch.config))
+    write_atomically(launch.run_dir / "config.yaml", to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if new:
         data, log = launch.config.data, launch.config.log

@@ -4,7 +4,7 @@
 """
 
 from .manifest import MANIFEST, CheckpointError, read_manifest
-from .state import restore_optimizer, training_state
+from .state import expect_moments, restore_optimizer, training_state
 from .store import complete, contents, load, newest, save
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "complete",
     "contents",
+    "expect_moments",
     "load",
     "newest",
     "read_manifest",

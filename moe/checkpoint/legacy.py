@@ -242,7 +242,7 @@ def _places(storage: dict[Any, Any], sizes: dict[str, int]) -> dict[tuple[str, t
     found = {}
     for index, info in storage.items():
         where, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
-        file, first, length = place["relative_path"], _size(place["offset"]), _size(place["length"])
+        file, first, length = _typed(place["relative_path"], str), _size(place["offset"]), _size(place["length"])
         if place.keys() != {"relative_path", "offset", "length"}:
             raise ValueError("a chunk is stored in a way that no checkpoint of ours has")
         if file not in sizes or first + length > sizes[file]:

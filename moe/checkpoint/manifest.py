@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,15 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+#: looks a few levels and items deep: a file can nest values until writing them out never ends
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
+
+
 def short(value: Any) -> str:
     """``value`` within an error of one line, whatever a file put there."""
     try:
-        text = repr(list(value) if isinstance(value, tuple) else value)
+        text = _REPR.repr(list(value) if isinstance(value, tuple) else value)
     except ValueError:  # an integer of thousands of digits
         text = "(unprintable)"
     return text if len(text) <= 80 else text[:77] + "..."

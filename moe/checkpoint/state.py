@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ def training_state(
 ) -> dict[str, Tensor]:
     """All weights, moments and generators. Reading them changes nothing.
 
-    A weight has moments if it requires a gradient and ``optimizer`` (AdamW) updates it; before its first step they are
-    new zeros, which :func:`restore_optimizer` hands to the optimizer after :func:`equimoe.moe.checkpoint.load`.
+    A weight has moments if ``optimizer`` (AdamW) updates it, or has done so before the weight was frozen. Before its
+    first step they are new zeros, which :func:`restore_optimizer` hands to the optimizer after
+    :func:`equimoe.moe.checkpoint.load`.
     """
     state = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, moments in _moments(parameters, optimizer).items():
@@ -31,13 +34,25 @@ def restore_optimizer(
         optimizer.state[parameters[name]] = {key: state[f"optimizer.{name}.{key}"] for key in moments}
 
 
+def expect_moments(frozen: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Give frozen weights that ``optimizer`` holds new moments, which a checkpoint's will replace."""
+    groups = _groups(optimizer)
+    for parameter in frozen.values():
+        if not optimizer.state.get(parameter):
+            optimizer.state[parameter] = _new_moments(parameter, groups[id(parameter)])
+
+
 def _moments(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    groups = _groups(optimizer)
     return {
         name: optimizer.state.get(parameter) or _new_moments(parameter, groups[id(parameter)])
         for name, parameter in parameters.items()
-        if parameter.requires_grad and id(parameter) in groups
+        if id(parameter) in groups and (parameter.requires_grad or optimizer.state.get(parameter))
     }
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _new_moments(parameter: nn.Parameter, group: dict[str, object]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,11 @@ class Engine(Protocol):
 
         A resume fills them in place and then calls :meth:`restore`.
         """
+        ...
+
+    def expect(self, names: Collection[str]) -> None:
+        """Let :meth:`state` also hold the moments of weights that are frozen now, where ``names``, those of a
+        checkpoint's tensors, have them: they count again once such a weight is trained on."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:

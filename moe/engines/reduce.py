@@ -59,8 +59,13 @@ class Reducer:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Around the step's last backward: starts a bucket as soon as its gradients are there, in order."""
-        handles = [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
+        """Around the step's last backward: starts a bucket as soon as its gradients are there, in order.
+
+        Not where FSDP shards weights: it hands a gradient over each time that a block was used, and what is left to
+        reduce then is small.
+        """
+        sharded = any(isinstance(p, DTensor) for p in self._of)
+        handles = [] if sharded else [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,9 +10,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import restore_optimizer, training_state
+from ..checkpoint import expect_moments, restore_optimizer, training_state
 from ..collectives import LOCAL
-from ..parallel import IGNORED, Mesh, Share, clip_grad_norm_, forget_step, free_gathered, share_of
+from ..parallel import (
+    IGNORED,
+    Mesh,
+    Share,
+    check_trained_alike,
+    clip_grad_norm_,
+    digest,
+    forget_step,
+    free_gathered,
+    share_of,
+)
 from .balance import StepBalance
 from .base import Batch, OptimizerFactory, StepResult
 from .reduce import Reducer
@@ -95,6 +105,15 @@ class TorchEngine:
         biases = [(n, b) for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
         return state | {f"model.{name}": bias_E for name, bias_E in biases}
 
+    def expect(self, names: Collection[str]) -> None:
+        """See :meth:`equimoe.moe.engines.base.Engine.expect`."""
+        frozen = {
+            name: p for name, p in self.parameters.items() if not p.requires_grad and f"optimizer.{name}.step" in names
+        }
+        self._adopt(frozen)
+        if self.optimizer is not None:
+            expect_moments(frozen, self.optimizer)
+
     def restore(self, state: dict[str, Tensor]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
         if self.optimizer is not None:
@@ -108,8 +127,11 @@ class TorchEngine:
 
     def _adopt_trainable(self) -> None:
         """Give the optimizer the weights that are trainable and that it does not have yet."""
+        self._adopt({name: p for name, p in self.parameters.items() if p.requires_grad})
+
+    def _adopt(self, parameters: dict[str, nn.Parameter]) -> None:
         trained = self._trained()
-        new = {name: p for name, p in self.parameters.items() if p.requires_grad and name not in trained}
+        new = {name: p for name, p in parameters.items() if name not in trained}
         if not new:
             return
         made = self._make_optimizer(new)
@@ -128,17 +150,28 @@ class TorchEngine:
 
     def _tokens(self, batches: list[Batch], shares: list[Share]) -> tuple[Tensor, Tensor]:
         """int64 scalars: the positions of the step that the loss counts, and those that MoE layers route, on all
-        ranks."""
-        first = self._mesh is None or self._mesh["cp"].rank == 0  # the others have the same batches
+        ranks.
+
+        The same sum tells whether all ranks train the same weights; otherwise their gradients would be added up with
+        those of other weights. Raises ValueError, on every rank, if not.
+        """
+        mesh = self._mesh
         counted = torch.stack([_valid(share) for share in shares]).sum()
+        # the other ranks of a tensor-parallel or context-parallel group have the same batches
+        whole = mesh is None or mesh["tp"].rank == 0
+        first = whole and (mesh is None or mesh["cp"].rank == 0)
         routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
         for batch in batches:
             if batch.mask is not None and first:
                 routed += batch.mask.sum().to(routed.device)
-        counts = torch.stack([counted, routed])
-        if self._mesh is not None and self._mesh["dense"].size > 1:
-            dist.all_reduce(counts, group=self._mesh["dense"].group)
-        return counts[0], counts[1]
+        if mesh is None or mesh["stage"].size == 1:
+            return counted, routed
+        trained = digest([name for name, p in self.parameters.items() if p.requires_grad])
+        sums = torch.stack([counted * whole, routed, torch.full_like(routed, trained)])
+        dist.all_reduce(sums, group=mesh["stage"].group)
+        if int(sums[2]) != trained * mesh["stage"].size:
+            check_trained_alike(self.parameters, mesh["stage"])
+        return sums[0], sums[1]
 
     def _update(self, lr: float) -> None:
         if self.optimizer is None:

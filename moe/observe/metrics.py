@@ -103,7 +103,7 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
 
 
 def _json_ready(value: Any) -> tuple[Any, bool]:
@@ -182,6 +182,8 @@ class MetricsWriter:
         self._warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_symlink():  # somebody else's run folder may lead anywhere
+                raise ValueError(f"{self.path}: is a link, which is not followed; put the file itself there")
             if resume_step is None:
                 if self.path.exists():
                     os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))

@@ -1,6 +1,6 @@
 """Everything that knows a mesh."""
 
-from .alike import check_alike, has_values
+from .alike import check_alike, check_trained_alike, digest, has_values
 from .apply import parallelize
 from .config import ParallelConfig
 from .grad_norm import clip_grad_norm_
@@ -15,6 +15,8 @@ __all__ = [
     "Share",
     "build_mesh",
     "check_alike",
+    "check_trained_alike",
+    "digest",
     "clip_grad_norm_",
     "forget_step",
     "free_gathered",

@@ -28,23 +28,47 @@ def check_alike(model: nn.Module, axis: Axis) -> None:
     Compares a hash of each tensor's content: nothing is copied, and 16 bytes per tensor are sent. Raises ValueError, on
     every rank, that names the first tensor that differs and a rank.
     """
-    if axis.size == 1 or not has_values(model):
+    if axis.size == 1:
         return
     tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
-    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     described = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
-    digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "big")
-    rank = _first_that_differs(torch.tensor([digest], device=device), axis)
-    if rank is not None:
-        raise ValueError(f"model: rank {rank[1]} has other parameters than rank 0; build the same model on every rank")
+    # tensors that have no values lie on no device that could communicate
+    device = torch.device("cuda" if dist.get_backend(axis.group) == "nccl" else "cpu")
+    facts = torch.tensor([digest(described), has_values(model)], device=device)
+    found = _first_that_differs(facts, axis)
+    if found is not None and found[0] == 0:
+        raise ValueError(f"model: rank {found[1]} has other parameters than rank 0; build the same model on every rank")
+    if found is not None:
+        raise ValueError(
+            f"model: either rank 0 or rank {found[1]} has it on the meta device; materialize it on every rank"
+        )
+    if not has_values(model):
+        return
+    check_trained_alike(tensors, axis)
     hashes_N = torch.stack([content_hash(t) for t in tensors.values()])
     found = _first_that_differs(hashes_N, axis)
     if found is not None:
-        place, rank_ = found
         raise ValueError(
-            f"{list(tensors)[place]}: rank {rank_} starts from other values than rank 0; "
+            f"{list(tensors)[found[0]]}: rank {found[1]} starts from other values than rank 0; "
             "seed every rank alike before building the model, or load the same weights"
         )
+
+
+def check_trained_alike(parameters: Mapping[str, Tensor], axis: Axis) -> None:
+    """Raise ValueError, on every rank of ``axis``, that names the first parameter which only some of them train."""
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    trained_N = torch.tensor([p.requires_grad for p in parameters.values()], dtype=torch.int64, device=device)
+    found = _first_that_differs(trained_N, axis)
+    if found is not None:
+        raise ValueError(
+            f"{list(parameters)[found[0]]}: one of the ranks 0 and {found[1]} trains it, and the other does not; set "
+            "requires_grad alike on every rank"
+        )
+
+
+def digest(value: object) -> int:
+    """A number of 40 bits that depends on ``repr(value)``."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:5], "big")
 
 
 def content_hash(tensor: Tensor) -> Tensor:

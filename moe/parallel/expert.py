@@ -36,7 +36,9 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
             positions_S=positions_S,
         )
     )
-    if ep.size * etp.size == 1:
+    if ep.size * etp.size == 1 or isinstance(
+        layer.experts.gate_up_proj, DTensor
+    ):  # alone, or shared with another layer
         return
     own_experts = owners.experts_of(ep.rank)
     if etp.size > 1:  # so that a slice of the width has both halves

@@ -29,14 +29,14 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    routers = [layer.router for layer in layers] if dtype is not None else []
-    check_units(model, tied_weights(model), [*(layer.experts for layer in layers), *routers, *blocks])
+    routers = list(dict.fromkeys(layer.router for layer in layers)) if dtype is not None else []
+    check_units(model, tied_weights(model), [*dict.fromkeys(layer.experts for layer in layers), *routers, *blocks])
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
-    for layer in layers:
+    for experts, layer in {layer.experts: layer for layer in layers}.items():  # layers may share experts
         # experts that work in chunks are called several times, and should be gathered once
         once = layer.config.dispatch.chunks > 1
         fully_shard(
-            layer.experts,
+            experts,
             mesh=expert,
             mp_policy=policy,
             reshard_after_forward=False if once else None,

@@ -231,6 +231,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         self.attention.check(self.model.hidden_size, self.model.num_heads)
         require(

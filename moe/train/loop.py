@@ -47,6 +47,20 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
     )
 
 
+def _built(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
+    """The same, with one line where there is not enough memory for it."""
+    try:
+        return build_model(config, vocab_size, micro_batches)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).split("\n")[0] or "out of memory"
+        if not isinstance(error, MemoryError) and "alloc" not in reason and "overflow" not in reason.lower():
+            raise
+        raise ValueError(
+            f"model.num_layers={config.model.num_layers}, model.hidden_size={config.model.hidden_size}: the model does "
+            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun tells what it needs"
+        ) from None
+
+
 class Trainer:
     """Model, optimizer and data of a run on this rank."""
 
@@ -56,7 +70,7 @@ class Trainer:
         #: the ranks that read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
-        model = build_model(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
+        model = _built(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
             w.numel() * (config.model.num_experts - config.model.top_k) // config.model.num_experts
@@ -180,15 +194,19 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path}: was trained on other data; give the same data.path, tokenizer and sizes, or a new run folder"
             )
+        self.engine.expect(checkpoint.contents(path, manifest))
         state = self.state()
         checkpoint.load(path, state, manifest)
         self.engine.restore(state)
         for number, layer in self.layers.items():
             own = f"balance.{number}."
             layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
-        torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
+        try:
+            torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(f"{path}: a random generator's state is refused: {error}") from None
         self.step = int(manifest["step"])
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:

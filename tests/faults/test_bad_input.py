@@ -53,6 +53,8 @@ def refused(ended: Ended, code: int, *words: str) -> None:
             ["--parallel.tp", "2", "--model.num_heads", "1"],
             ["parallel.tp=2: must divide model.num_heads=1; use one of"],
         ),
+        (["--seed", "99999999999999999999"], ["seed=99999999999999999999", "must lie in 0..2**63 - 1"]),
+        (["--model.hidden_size", "99999999999996"], ["model.hidden_size=99999999999996", "not fit into", "dryrun"]),
         (["--parallel.tp", "2", "--model.vocab_size", ""], ["--model.vocab_size=: must be a whole number or none"]),
         (["--parallel.cp", "2", "--data.seq_len", "30"], ["seq_len=30", "parallel.cp"]),
         (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * ranks = 2 * 2"]),
@@ -188,6 +190,22 @@ def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
 def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     refused(run(), env.CANNOT_WRITE, "run_dir=", "cannot be written")
+
+
+def test_links_in_a_run_folder_are_not_written_through(run: Callable[..., Ended], tmp_path: Path) -> None:
+    """A run folder that somebody else has made may hold links to anything."""
+    assert run("--steps", "1", world=1).codes == [0]
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("config.yaml", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(victim)
+    assert run("--resume", world=1).codes == [0]
+    assert victim.read_text() == "precious" and not (folder / "config.yaml").is_symlink()
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").symlink_to(victim)
+    refused(run("--resume", "--steps", "3", world=1), env.CANNOT_WRITE, "metrics.jsonl: is a link")
+    assert victim.read_text() == "precious"
 
 
 def test_gradient_that_is_not_finite(run: Callable[..., Ended], tmp_path: Path) -> None:

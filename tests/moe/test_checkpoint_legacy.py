@@ -194,6 +194,14 @@ def edited(path: Path, edit: Callable[[Metadata, Any, Any], object]) -> None:
     forge(path)
 
 
+def doubled(depth: int) -> tuple[Any, ...]:
+    """A few bytes of a pickle, whose hash and text take 2^depth steps."""
+    value: tuple[Any, ...] = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
 def put(where: Any, **fields: Any) -> None:
     where.__dict__.update(fields)
 
@@ -204,7 +212,11 @@ def put(where: Any, **fields: Any) -> None:
         (lambda all, w, info: put(info, relative_path="../victim"), "outside of the files of the manifest"),
         (lambda all, w, info: put(info, relative_path="/etc/passwd"), "outside of the files of the manifest"),
         (lambda all, w, info: put(info, relative_path=".metadata"), "outside of the files of the manifest"),
-        (lambda all, w, info: put(info, relative_path=("a",)), "outside of the files of the manifest"),
+        (lambda all, w, info: put(info, relative_path=("a",)), "a tuple where a str belongs"),
+        (lambda all, w, info: put(info, relative_path=doubled(60)), "a tuple where a str belongs"),
+        (lambda all, w, info: put(info, offset=doubled(60)), "a tuple where a int belongs"),
+        (lambda all, w, info: put(w, size=doubled(60)), ""),
+        (lambda all, w, info: put(w.chunks[0], offsets=doubled(60)), ""),
         (lambda all, w, info: put(info, offset=-1), "is not a size"),
         (lambda all, w, info: put(info, offset=True), "a bool where a int belongs"),
         (lambda all, w, info: put(info, offset=1.0), "BINFLOAT"),

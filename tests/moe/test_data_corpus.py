@@ -202,6 +202,11 @@ def test_the_cap_of_the_built_in_text_does_not_reach_other_text(tmp_path):
     }  # fmt: skip
 
 
+def npy_header(shape: str) -> bytes:
+    header = f"{{'descr': '<u8', 'fortran_order': False, 'shape': {shape}}}".ljust(500) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
 def test_empty_documents_are_passed_over(tmp_path):
     write(tmp_path, {"a.txt": "text " * 20, "b.txt": "", "c.txt": "", "d.bin": b""})
     write(tmp_path, {"e.jsonl": "\n".join(json.dumps({"text": t, "domain": "text"}) for t in ("", "", "row " * 9))})
@@ -249,6 +254,17 @@ def test_empty_documents_are_passed_over(tmp_path):
             {"a.txt": "0123456789"},
             {"seq_len": 8},
             r"data\.path='.*': no domain has the 9 training tokens of one sequence \(the longest has 8\); give more",
+        ),
+        ({"x.jsonl": "[" * 100_000}, {}, r"data\.path='.*x\.jsonl' line 1: is not JSON \(nested too deeply\); write one"),
+        (
+            {"z.npy": npy_header("(" + "9" * 40 + ",)")},
+            {},
+            r"data\.path='.*z\.npy': is not a plain \.npy array \(.*\); save it with np\.save",
+        ),
+        (
+            {"z.npy": npy_header("(" * 90 + ")" * 90)},
+            {},
+            r"data\.path='.*z\.npy': is not a plain \.npy array \(.*\); save it with np\.save",
         ),
         (
             {"z.npy": b"not numpy"},

@@ -13,7 +13,7 @@ from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.parallel.alike import _CHUNK, content_hash
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
-from tests.helpers.trained import batches, engine_of, make, whole, worst
+from tests.helpers.trained import batches, engine_of, freeze, make, whole, worst
 
 
 def refused(world: int, degrees: dict[str, Any], change: Any) -> list[str]:
@@ -59,6 +59,26 @@ def test_ranks_that_differ_in_a_buffer_or_in_shape() -> None:
     assert all("model: rank 1 has other parameters than rank 0" in text for text in refused(2, {}, shape))
 
 
+def test_ranks_that_train_different_weights() -> None:
+    """Each would add its gradient to that of another weight."""
+
+    def change(model: Decoder, rank: int) -> None:
+        freeze(model, lambda name: ("blocks.1.attention_norm" if rank else "blocks.0.mlp_norm") in name)
+
+    for degrees in ({}, {"data_parallel": "fsdp"}, {"tp": 2}):
+        for text in refused(2, degrees, change):
+            assert text.startswith("blocks.0.mlp_norm.weight: one of the ranks 0 and 1 trains it"), text
+
+
+def test_a_rank_without_values() -> None:
+    """It does not leave the others waiting."""
+
+    def change(model: Decoder, rank: int) -> Any:
+        return model.to("meta") if rank else model
+
+    assert all("model: either rank 0 or rank 1 has it on the meta device" in text for text in refused(2, {}, change))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.cfloat])
 def test_the_hash_sees_every_element_and_its_place(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -93,6 +113,18 @@ def attention_shared(model: Decoder, rank: int = 0) -> None:
     model.blocks["1"].attention = model.blocks["0"].attention  # type: ignore[union-attr]
 
 
+def expert_module_shared(model: Decoder, rank: int = 0) -> Decoder:
+    deep = make(layers=4)
+    deep.blocks["3"].mlp.experts = deep.blocks["1"].mlp.experts  # type: ignore[union-attr]
+    return deep
+
+
+def blocks_shared(model: Decoder, rank: int = 0) -> Decoder:
+    deep = make(layers=4)
+    deep.blocks["2"], deep.blocks["3"] = deep.blocks["0"], deep.blocks["1"]
+    return deep
+
+
 def experts_shared(model: Decoder, rank: int = 0) -> Decoder:
     deep = make(layers=4)
     deep.blocks["3"].mlp.experts.down_proj = deep.blocks["1"].mlp.experts.down_proj  # type: ignore[union-attr]
@@ -112,6 +144,10 @@ def experts_shared(model: Decoder, rank: int = 0) -> Decoder:
         (attention_shared, 2, {"cp": 2}),
         (experts_shared, 2, {"ep": 2}),
         (experts_shared, 2, {"etp": 2}),
+        (expert_module_shared, 2, {"ep": 2}),
+        (expert_module_shared, 2, {"data_parallel": "fsdp"}),
+        (expert_module_shared, 4, {"data_parallel": "fsdp", "ep": 2, "etp": 2}),
+        (blocks_shared, 4, {"data_parallel": "fsdp", "tp": 2}),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

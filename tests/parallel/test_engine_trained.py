@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from equimoe.moe import checkpoint
 from equimoe.moe.engines import Batch
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
@@ -137,6 +139,59 @@ def test_weights_unfrozen_and_frozen_later(name: str) -> None:
         for mine, theirs in zip(found, gradients, strict=True):
             assert mine.keys() == {name for name in theirs if name in got}
             assert worst(mine, theirs)[0] < 1e-8
+
+
+@pytest.mark.parametrize("degrees", [{}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)
+def test_weights_unfrozen_on_some_ranks_only(degrees: dict[str, Any]) -> None:
+    """Refused on every rank before anything is added up; once all agree, training goes on."""
+
+    def script(rank: int, world: int) -> tuple[str, dict[str, Tensor]]:
+        mesh, model = mesh_of(world, degrees), make()
+        freeze(model, lambda name: "norm" in name)
+        engine = engine_of(model, mesh)
+        engine.step(batches(mesh, 0), lr=0.1)
+        freeze(engine, lambda name: "attention_norm" in name and bool(rank), frozen=False)
+        with pytest.raises(ValueError) as error:
+            engine.step(batches(mesh, 1), lr=0.1)
+        freeze(engine, lambda name: "attention_norm" in name, frozen=False)
+        engine.step(batches(mesh, 1), lr=0.1)
+        return str(error.value), whole(engine)
+
+    (one, got), (other, also) = run_ranks(script, 2)
+    assert one == other and one.startswith("blocks.0.attention_norm.weight: one of the ranks 0 and 1 trains it")
+    assert all(torch.equal(got[name], also[name]) for name in got)
+
+
+@pytest.mark.parametrize("frozen_first", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_moments_outlive_a_resume_while_their_weight_is_frozen(frozen_first: bool, world: int, tmp_path: Path) -> None:
+    """Trained, frozen, saved, resumed, unfrozen: as without the resume."""
+
+    def script(rank: int, world: int) -> bool:
+        def frozen(name: str) -> bool:
+            return "attention" in name
+
+        mesh, ends = mesh_of(world, {"data_parallel": "fsdp"}), []
+        for resumed in (False, True):
+            engine = engine_of(make(), mesh)
+            engine.step(batches(mesh, 0), lr=0.1)
+            freeze(engine, frozen)
+            engine.step(batches(mesh, 1), lr=0.1)
+            if resumed:
+                path = checkpoint.save(tmp_path, 2, engine.state(), {}, keep_last=1)
+                model = make()
+                freeze(model, frozen, frozen_first)
+                engine, manifest = engine_of(model, mesh), checkpoint.read_manifest(path)
+                engine.expect(checkpoint.contents(path, manifest))
+                state = engine.state()
+                checkpoint.load(path, state, manifest)
+                engine.restore(state)
+            freeze(engine, frozen, frozen=False)
+            engine.step(batches(mesh, 2), lr=0.1)
+            ends.append(whole(engine))
+        return all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+    assert all(run_ranks(script, world))
 
 
 @pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)

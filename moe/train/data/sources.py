@@ -144,8 +144,8 @@ def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig)
     where = f"{str(path)!r} line {number}"
     try:
         record: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
-        reason = str(error)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"data.path={where}: is not JSON ({reason}); write one JSON object per line") from None
     if not isinstance(record, dict):
         raise ValueError(f"data.path={where}: is a JSON {type(record).__name__}; write one JSON object per line")
@@ -184,7 +184,7 @@ def _flat(path: Path, config: DataConfig) -> np.ndarray:
 def _npy(path: Path) -> np.ndarray:
     try:
         ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError) as error:
         message = f"is not a plain .npy array ({' '.join(str(error).split())}); save it with np.save"
         raise ValueError(f"data.path={str(path)!r}: {message}") from None
     ok = ids.ndim == 1 and ids.dtype.kind in "iu"
