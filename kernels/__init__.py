@@ -1,7 +1,9 @@
 """The compute-heavy ops of a Mixture-of-Experts layer, one folder each.
 
-Every op has a ``reference`` backend (slow, obvious, the oracle of the tests) and a ``torch`` backend (fast,
-portable), and takes ``backend="auto" | "torch" | "reference"``. Nothing in here knows of layers or meshes.
+Every op has a ``reference`` backend (slow, obvious, the oracle of the tests), a ``torch`` backend (fast, portable) and
+a ``triton`` backend, and takes ``backend="auto" | "torch" | "triton" | "reference"``. On tensors without values (meta,
+FakeTensorMode) it returns shapes; there the reference, which reads values, does as torch does. Nothing in here knows
+of layers or meshes.
 """
 
 from __future__ import annotations

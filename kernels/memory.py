@@ -15,6 +15,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from .values import readable
+
 _HUGE_PAGE = 1 << 21
 #: a pooled block goes back to the kernel when so many later requests had no use for it
 _PATIENCE = 4096
@@ -66,6 +68,6 @@ def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     size = dtype.itemsize
     for length in shape:
         size *= length
-    if like.device.type != "cpu" or size < _HUGE_PAGE or _pool is None:
+    if not readable(like) or size < _HUGE_PAGE or _pool is None:
         return torch.empty(shape, dtype=dtype, device=like.device)
     return torch.frombuffer(_pool.lend(size), dtype=dtype).view(shape)

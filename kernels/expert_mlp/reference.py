@@ -1,4 +1,4 @@
-"""The oracle: each routed row on its own expert, differentiated by autograd."""
+"""The oracle: each kept row on its own expert, differentiated by autograd. Dropped rows are never read."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 
@@ -35,7 +35,7 @@ def expert_mlp(
     x, weights, gate_up, down = (t.to(wide) for t in (x_SD, weights_SK, gate_up_EFD, down_EDF))
     activation, width = _FUNCTIONS[kind.activation], down_EDF.shape[2]
     choices = weights_SK.shape[1]
-    y_SD = x * 0
+    y_SD = x.new_zeros(x.shape)
     bounds = order.offsets_E.tolist()
     for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         flat = order.order_R[start:stop]

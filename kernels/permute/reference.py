@@ -1,4 +1,4 @@
-"""The oracle: plain indexing, differentiated by autograd."""
+"""The oracle: plain indexing, differentiated by autograd. What lies in dropped rows is never read."""
 
 # S source rows, K choices per row, D hidden, R = S*K routed rows.
 
@@ -11,18 +11,16 @@ from ..sort_by_expert import ExpertOrder
 
 
 def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
-    choices = order.inverse_SK.shape[1]
-    kept = int(order.offsets_E[-1])
-    rows = [x_SD[i // choices] if r < kept else 0 * x_SD[0] for r, i in enumerate(order.order_R[:num_rows].tolist())]
-    return torch.stack(rows) if rows else x_SD[:0]
+    choices = max(order.inverse_SK.shape[1], 1)
+    kept = min(int(order.offsets_E[-1]), num_rows)
+    rows_RD = x_SD[order.order_R[:kept] // choices]
+    return torch.cat((rows_RD, x_SD.new_zeros(num_rows - kept, x_SD.shape[1])))
 
 
 def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
     wide = rows_RD.double() if rows_RD.dtype == torch.float64 else rows_RD.float()
     sources, choices = order.inverse_SK.shape
-    y_SD = wide.new_zeros(sources, rows_RD.shape[1])
-    for k in range(choices):
-        row_S = order.inverse_SK[:, k]
-        kept = (row_S >= 0).nonzero().squeeze(1)
-        y_SD = y_SD.index_add(0, kept, wide[row_S[kept]])
+    row_R = order.inverse_SK.reshape(-1)
+    there = ((row_R >= 0) & (row_R < rows_RD.shape[0])).nonzero().squeeze(1)
+    y_SD = wide.new_zeros(sources, rows_RD.shape[1]).index_add(0, there // max(choices, 1), wide[row_R[there]])
     return y_SD.to(rows_RD.dtype)

@@ -13,16 +13,17 @@ from torch.autograd.function import once_differentiable
 
 from ..memory import empty
 from ..sort_by_expert import ExpertOrder
+from ..values import readable
 
 
 def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
     """[num_rows, D] row r is the source of sorted row r; zero where that row is dropped."""
-    choices = order.inverse_SK.shape[1]
+    choices = max(order.inverse_SK.shape[1], 1)
     rows_RD = empty(num_rows, x_SD.shape[1], like=x_SD)
     if num_rows == 0:
         return rows_RD
     torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)
-    if x_SD.device.type == "cpu":
+    if readable(order.offsets_E):
         rows_RD[int(order.offsets_E[-1]) :] = 0
         return rows_RD
     dropped_R = torch.arange(num_rows, device=x_SD.device) >= order.offsets_E[-1]
@@ -49,9 +50,12 @@ def sum_rows(rows_RD: Tensor, inverse_SK: Tensor, weights_SK: Tensor | None = No
 
 
 def _combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
-    on_cpu = rows_RD.device.type == "cpu"
-    all_kept = on_cpu and int(order.offsets_E[-1]) == order.order_R.numel()
-    return sum_rows(rows_RD, order.inverse_SK, all_kept=all_kept)
+    """The sum of the rows that are there: a row beyond the last of ``rows_RD`` counts as dropped."""
+    num_rows, inverse_SK = rows_RD.shape[0], order.inverse_SK
+    if num_rows < inverse_SK.numel():
+        inverse_SK = inverse_SK.masked_fill(inverse_SK >= num_rows, -1)
+    all_kept = readable(order.offsets_E) and int(order.offsets_E[-1]) == num_rows == inverse_SK.numel()
+    return sum_rows(rows_RD, inverse_SK, all_kept=all_kept)
 
 
 class _Permute(torch.autograd.Function):

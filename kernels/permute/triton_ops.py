@@ -57,6 +57,7 @@ class Tile(NamedTuple):
 #: by bytes of an element; 32 or 64 bytes per thread. Narrower hidden sizes take more rows instead of idle columns
 TILES = {2: Tile(4, 1024, 4), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)}
 _MAX_ROWS = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tile_for(element_size: int, hidden: int) -> Tile:
@@ -69,7 +70,7 @@ def tile_for(element_size: int, hidden: int) -> Tile:
 _ORDER = "Tensor order, Tensor inverse, Tensor offsets"
 
 
-@torch.library.custom_op("equimoe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}, int num_rows) -> Tensor")
+@torch.library.custom_op("equimoe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}, SymInt num_rows) -> Tensor")
 def _permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     hidden, choices = x.shape[1], inverse.shape[1]
     rows = torch.empty(num_rows, hidden, dtype=x.dtype, device=x.device)
@@ -139,11 +140,18 @@ _permute.register_autograd(_differentiate_permute, setup_context=_save_permute)
 _combine.register_autograd(_differentiate_combine, setup_context=_save_combine)
 
 
+def _check(rows: Tensor) -> None:
+    if rows.dtype not in _DTYPES:
+        raise ValueError(f"rows={rows.dtype}: backend='triton' has fp32, bf16, fp16 and fp64; use backend='torch'")
+
+
 def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    _check(x_SD)
     return _permute(x_SD, *order, num_rows)
 
 
 def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
+    _check(rows_RD)
     return _combine(rows_RD, *order)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import readable
+from ..values import readable, reads_no_values
 from . import reference, torch_ops
 from .order import ExpertOrder
 
@@ -28,7 +28,8 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
     """Order the S*K routed rows by expert, stably: rows of one expert keep the order s*K + k.
 
     ``ids_SK`` is int64 [S, K] with entries in [0, num_experts), or -1 for a choice that is dropped or masked.
-    Raises ValueError for another dtype or shape and, on the CPU, for ids out of range.
+    Raises ValueError for another dtype or shape and, on the CPU, for ids out of range; on an accelerator nobody waits
+    to look, and such ids count as dropped.
     """
     if ids_SK.dtype != torch.int64 or ids_SK.dim() != 2:
         raise ValueError(f"ids_SK={ids_SK.dtype}{list(ids_SK.shape)}: give int64 expert ids of shape [S, K]")
@@ -38,4 +39,4 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         low, high = (int(bound) for bound in ids_SK.aminmax())
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
-    return pick("sort_by_expert", _BACKENDS, backend)(ids_SK, num_experts)
+    return pick("sort_by_expert", _BACKENDS, reads_no_values(backend, ids_SK))(ids_SK, num_experts)

@@ -11,7 +11,7 @@ from .order import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
-    ids = ids_SK.reshape(-1).tolist()
+    ids = [i if 0 <= i < num_experts else -1 for i in ids_SK.reshape(-1).tolist()]
     order = sorted(range(len(ids)), key=lambda i: num_experts if ids[i] < 0 else ids[i])
     inverse = [-1] * len(ids)
     for row, i in enumerate(order):

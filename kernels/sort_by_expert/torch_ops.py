@@ -7,12 +7,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..values import readable
 from .order import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
     ids_R = ids_SK.reshape(-1)
     dropped_R = ids_R < 0
+    if not readable(ids_R):  # else the public op has refused ids that are too large
+        dropped_R |= ids_R >= num_experts
     sorted_R, order_R = torch.sort(ids_R.masked_fill(dropped_R, num_experts), stable=True)
     experts = torch.arange(num_experts + 1, device=ids_R.device)
     offsets_E = torch.searchsorted(sorted_R, experts)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import readable
+from ..values import check_device, readable, reads_no_values, without_autocast
 from . import reference, torch_ops
-from .gate import FUSED_SCORES, Gate, Method, Score
+from .gate import FUSED_SCORES, Gate, Method, Score, lowest_bias
 from .tiles import MAX_EXPERTS, MAX_K
 
-__all__ = ["FUSED_SCORES", "Gate", "topk_gate"]
+__all__ = ["FUSED_SCORES", "Gate", "lowest_bias", "topk_gate"]
 
 
 def _triton(
@@ -24,6 +24,7 @@ def _triton(
     return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, method)
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BACKENDS = {"reference": reference.topk_gate, "torch": torch_ops.topk_gate, "triton": _triton}
 
 
@@ -45,7 +46,7 @@ def topk_gate(
 ) -> Gate:
     """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
 
-    A token's experts are those of its k highest scores plus ``bias_E`` (finite, [E]), which chooses and never weighs
+    A token's experts are those of its k highest scores plus ``bias_E`` ([E]), which chooses and never weighs
     (DeepSeek-V3, arXiv 2412.19437); of equal ones the expert with the lower index. With ``groups`` of E/groups
     consecutive experts, only the ``kept_groups`` best can be chosen from, a group being worth the sum of its two best
     biased scores. The weights are the chosen scores, divided by their sum if ``normalize``, or with
@@ -55,6 +56,12 @@ def topk_gate(
     length. ``ids_TK`` (int64 [T, K]) is a choice that was made before: it is weighed and counted, not made again, and
     bias and groups have no say. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum.
 
+    Whatever logits, bias and mask hold, a token chooses k different experts of its kept groups. NaN counts as the
+    highest score, and -inf in the bias as a huge negative number; scores that underflow are equal. Normalised weights
+    sum to ``scale`` however small the chosen scores are. NaN logits, +inf under a softmax, and chosen logits that are
+    all -inf make a weight NaN where they enter its formula. They do the same to the gradient of their token's logits
+    and, unless it is masked, to the sums. No other token's choice, weight or gradient is touched.
+
     The triton backend takes fp32, bf16 and fp16 logits, k up to 64 and E up to 4096; "auto" takes torch for others.
     Raises ValueError for values that do not fit and, on the CPU, for ids out of range.
     """
@@ -62,10 +69,13 @@ def topk_gate(
     _check(logits_TE, bias_E, mask_T, method)
     if ids_TK is not None:
         _check_ids(ids_TK, logits_TE, k)
+    check_device(logits_TE.device, bias_E=bias_E, mask_T=mask_T, ids_TK=ids_TK)
     if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
         backend = "torch"
-    with torch.autocast(logits_TE.device.type, enabled=False):
-        return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, method)
+    with without_autocast(logits_TE):
+        return pick("topk_gate", _BACKENDS, reads_no_values(backend, logits_TE))(
+            logits_TE, bias_E, mask_T, ids_TK, method
+        )
 
 
 def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
@@ -80,8 +90,8 @@ def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
 
 def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> None:
     shape = list(logits_TE.shape)
-    if len(shape) != 2 or not logits_TE.is_floating_point():
-        raise ValueError(f"logits_TE={logits_TE.dtype}{shape}: give floating-point logits of shape [T, E]")
+    if len(shape) != 2 or logits_TE.dtype not in _DTYPES:
+        raise ValueError(f"logits_TE={logits_TE.dtype}{shape}: give fp32, bf16, fp16 or fp64 logits of shape [T, E]")
     tokens, experts = shape
     if not 1 <= method.k <= experts:
         raise ValueError(f"k={method.k}: must lie in 1..{experts}, the number of experts")
@@ -96,8 +106,10 @@ def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, meth
         raise ValueError(f"kept_groups={method.kept_groups}: they hold {held} experts; keep enough for k={method.k}")
     if not method.scale > 0:
         raise ValueError(f"scale={method.scale}: must be positive")
-    if bias_E is not None and bias_E.shape != (experts,):
-        raise ValueError(f"bias_E={list(bias_E.shape)}: must be [{experts}], one per expert")
+    if bias_E is not None and (bias_E.shape != (experts,) or not bias_E.is_floating_point()):
+        raise ValueError(
+            f"bias_E={bias_E.dtype}{list(bias_E.shape)}: must be floating-point [{experts}], one per expert"
+        )
     if mask_T is not None and (mask_T.shape != (tokens,) or mask_T.dtype != torch.bool):
         raise ValueError(f"mask_T={mask_T.dtype}{list(mask_T.shape)}: must be bool [{tokens}], one per token")
     if method.sequences < 1 or tokens % method.sequences:

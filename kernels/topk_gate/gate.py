@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 Score = Literal["softmax", "sigmoid"]
 #: the scores that the op computes
 FUSED_SCORES: tuple[str, ...] = get_args(Score)
+
+#: a sigmoid below exp(LOW) is the exponential of its logit, in fp64 too
+LOW = -40.0
+#: scores whose sum is below are exponentials, up to a factor that they share; normalised, they are a softmax of logits.
+#: Far above the smallest number of fp32, and far below a sum with a score of exp(LOW) in it
+FLOOR = math.exp(-60.0)
 
 
 class Gate(NamedTuple):
@@ -42,3 +50,8 @@ class Method(NamedTuple):
     softmax_after_topk: bool
     scale: float
     sequences: int
+
+
+def lowest_bias(dtype: torch.dtype) -> float:
+    """What a lower bias, such as -inf, counts as: no score changes it, and a sum of two is finite."""
+    return torch.finfo(dtype).min / 4

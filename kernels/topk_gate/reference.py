@@ -1,13 +1,16 @@
-"""The oracle: one token at a time, chosen by Python's own sort, differentiated by autograd."""
+"""The oracle: one token at a time, chosen by Python's own sort, weighed by logarithms, differentiated by autograd."""
 
 # T tokens, E experts, K top-k, B sequences.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .gate import Gate, Method
+from .gate import LOW, Gate, Method, lowest_bias
 
 
 def topk_gate(
@@ -22,17 +25,16 @@ def topk_gate(
     z_sum = logits_TE[:0].sum()
     for t in range(tokens):
         logits_E, b = logits_TE[t], t // length
-        scores_E = logits_E.softmax(0) if method.score == "softmax" else logits_E.sigmoid()
-        wanted_E = scores_E.detach() if bias_E is None else scores_E.detach() + bias_E.to(scores_E.dtype)
-        chosen = choose(wanted_E.tolist(), method) if ids_TK is None else ids_TK[t].tolist()
+        log_scores_E = F.logsigmoid(logits_E) if method.score == "sigmoid" else logits_E.log_softmax(0)
+        chosen = choose(wanted(logits_E.detach(), bias_E, method), method) if ids_TK is None else ids_TK[t].tolist()
         ids.append(chosen)
-        weights.append(weigh(logits_E[chosen], scores_E[chosen], method)[None])
+        weights.append(weigh(logits_E[chosen], log_scores_E[chosen], method)[None])
         if mask_T is not None and not mask_T[t]:
             continue
         valid[b] += 1
         for expert in chosen:
             counts[b][expert] += 1
-        prob_sums[b] = prob_sums[b] + scores_E / scores_E.sum()
+        prob_sums[b] = prob_sums[b] + log_scores_E.softmax(0)
         z_sum = z_sum + logits_E.logsumexp(0) ** 2
 
     def integers(values: list[int] | list[list[int]]) -> Tensor:
@@ -48,17 +50,33 @@ def topk_gate(
     )
 
 
-def choose(wanted: list[float], method: Method) -> list[int]:
-    """The k best of the experts in the best groups, best first, equal ones by index."""
-    size = len(wanted) // method.groups
-    groups = [range(g * size, (g + 1) * size) for g in range(method.groups)]
-    worth = [sum(sorted((wanted[e] for e in group), reverse=True)[:2]) for group in groups]
-    kept = sorted(range(method.groups), key=lambda g: -worth[g])[: method.kept_groups]
-    candidates = sorted(e for g in kept for e in groups[g])
-    return sorted(candidates, key=lambda e: -wanted[e])[: method.k]
+def wanted(logits_E: Tensor, bias_E: Tensor | None, method: Method) -> Tensor:
+    """[E] what is compared: scores plus bias; without one, sigmoids that would underflow up to a common factor."""
+    lift = logits_E.new_zeros(())
+    if method.score == "sigmoid" and -math.inf < float(logits_E.max()) < LOW:
+        lift = LOW - logits_E.max()
+    scores_E = logits_E.softmax(0) if method.score == "softmax" else (logits_E + lift).sigmoid()
+    if bias_E is None:
+        return scores_E
+    return scores_E * (-lift).exp() + bias_E.to(scores_E.dtype).clamp(min=lowest_bias(scores_E.dtype))
 
 
-def weigh(logits_K: Tensor, scores_K: Tensor, method: Method) -> Tensor:
+def choose(wanted_E: Tensor, method: Method) -> list[int]:
+    """The k best of the experts in the best groups, best first: NaN, then the highest, equal ones by index."""
+
+    def best(values: Tensor, candidates: list[int], number: int) -> list[int]:
+        order = values.tolist()
+        return sorted(candidates, key=lambda i: (0, 0.0) if math.isnan(order[i]) else (1, -order[i]))[:number]
+
+    size = len(wanted_E) // method.groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(method.groups)]
+    # summed as tensors: the numbers of Python are wider, and tell groups apart that are equal in the scores' dtype
+    worth = torch.stack([wanted_E[best(wanted_E, group, 2)].sum() for group in members])
+    kept = best(worth, list(range(method.groups)), method.kept_groups)
+    return best(wanted_E, sorted(e for g in kept for e in members[g]), method.k)
+
+
+def weigh(logits_K: Tensor, log_scores_K: Tensor, method: Method) -> Tensor:
     if method.softmax_after_topk:
         return logits_K.softmax(0) * method.scale
-    return (scores_K / scores_K.sum() if method.normalize else scores_K) * method.scale
+    return (log_scores_K.softmax(0) if method.normalize else log_scores_K.exp()) * method.scale

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from .._triton import next_power_of_2
@@ -90,3 +91,21 @@ COMPILED: tuple[tuple[int, str, bool, bool, Method], ...] = (
     (4096, "*fp32", False, False, Method(64, "softmax", 1, 1, True, False, 1.0, 1)),
     (4092, "*fp32", True, True, Method(64, "sigmoid", 33, 9, True, False, 1.0, 1)),
 )
+
+
+def compiled() -> Iterator[tuple[str, str, dict[str, int | bool], str, int]]:
+    """What is compiled: the name of a kernel, the types of its arguments, its constants, a label and its warps."""
+    for experts, logits, has_bias, has_mask, method in COMPILED:
+        bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
+        label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
+        constants = forward_constants(experts, method)
+        types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
+        yield "gate_forward", types, constants, label, forward_warps(constants, given=False)
+        constants = forward_constants(experts, method._replace(groups=1, kept_groups=1))
+        types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
+        yield "gate_forward", types, constants, f"given {label}", forward_warps(constants, given=True)
+        constants = backward_constants(experts, method)
+        types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
+        yield "gate_backward", types, constants, label, tile_for(constants["BE"]).warps
+        constants = {"E": experts, "BC": REDUCE_CHUNKS, "BW": REDUCE_COLUMNS}
+        yield "gate_reduce", "*i32 *fp32 *i64 *i64 *fp32 *fp32 i32", constants, f"E{experts}", 4

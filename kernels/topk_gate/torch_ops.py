@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gate import Gate, Method
+from ..values import readable
+from .gate import FLOOR, LOW, Gate, Method, lowest_bias
 
 #: up to so many choices, taking the best of all one by one is faster than sorting all; not where launches cost
 _ONE_BY_ONE = 16
@@ -17,11 +18,12 @@ def topk_gate(
     logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
 ) -> Gate:
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    scores_TE = logits_TE.softmax(dim=-1) if method.score == "softmax" else logits_TE.sigmoid()
+    scores_TE, scale_T1 = _score(logits_TE, method)
+    best = ids_TK is None and bias_E is None
     if ids_TK is None:
-        ids_TK = choose(scores_TE, bias_E, method)
-    weights_TK = _weigh(logits_TE, scores_TE, ids_TK, method)
-    probs_TE, z_T = _normalized(scores_TE), logits_TE.logsumexp(dim=-1).square()
+        ids_TK = choose(scores_TE, scale_T1, bias_E, method)
+    weights_TK = _weigh(logits_TE, scores_TE, scale_T1, ids_TK, best, method)
+    probs_TE, z_T = scores_TE / scores_TE.sum(dim=-1, keepdim=True), logits_TE.logsumexp(dim=-1).square()
     if mask_T is not None:
         probs_TE, z_T = torch.where(mask_T[:, None], probs_TE, 0.0), torch.where(mask_T, z_T, 0.0)
     counts_BE, tokens_B = _count(ids_TK, mask_T, method.sequences, logits_TE.shape[1])
@@ -35,10 +37,28 @@ def topk_gate(
     )
 
 
+def _score(logits_TE: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
+    """Each token's scores, and what to multiply them by [T, 1]; None is 1.
+
+    Sigmoids of a token that are all so small that they are exponentials are scaled up, so that none underflows.
+    """
+    if method.score == "softmax":
+        return logits_TE.softmax(dim=-1), None
+    peak_T1 = logits_TE.detach().amax(dim=-1, keepdim=True)
+    low_T1 = peak_T1 < LOW
+    if readable(low_T1) and not low_T1.any():
+        return logits_TE.sigmoid(), None
+    lift_T1 = torch.where(low_T1 & (peak_T1 > float("-inf")), LOW - peak_T1, 0.0)
+    return (logits_TE + lift_T1).sigmoid(), (-lift_T1).exp()
+
+
 @torch.no_grad()
-def choose(scores_TE: Tensor, bias_E: Tensor | None, method: Method) -> Tensor:
+def choose(scores_TE: Tensor, scale_T1: Tensor | None, bias_E: Tensor | None, method: Method) -> Tensor:
     """int64 [T, K] the chosen experts, best first."""
-    wanted_TE = scores_TE if bias_E is None else scores_TE + bias_E.to(scores_TE.dtype)
+    wanted_TE = scores_TE
+    if bias_E is not None:
+        bias_E = bias_E.to(scores_TE.dtype).clamp_min(lowest_bias(scores_TE.dtype))
+        wanted_TE = scores_TE + bias_E if scale_T1 is None else torch.addcmul(bias_E, scores_TE, scale_T1)
     if method.kept_groups < method.groups:
         size = scores_TE.shape[1] // method.groups
         worth_TG = wanted_TE.unflatten(1, (method.groups, size)).topk(min(2, size), dim=-1).values.sum(dim=-1)
@@ -49,7 +69,10 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, method: Method) -> Tensor:
 
 
 def _best(values_TE: Tensor, k: int) -> Tensor:
-    """int64 [T, K] the columns of the k highest, best first, of equal ones the lower; torch.topk leaves that open."""
+    """int64 [T, K] the columns of the k highest, best first; torch.topk leaves open which of equal ones.
+
+    NaN is the highest, and of equal ones the lower column. At least k are higher than -inf.
+    """
     if not values_TE.is_cpu or k > _ONE_BY_ONE:
         return values_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     left_TE, best = values_TE.clone(), []
@@ -59,15 +82,23 @@ def _best(values_TE: Tensor, k: int) -> Tensor:
     return torch.cat(best, dim=1)
 
 
-def _normalized(scores: Tensor) -> Tensor:
-    return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-
-
-def _weigh(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, method: Method) -> Tensor:
+def _weigh(
+    logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, best: bool, method: Method
+) -> Tensor:
+    """The chosen experts' weights. ``best`` says that these have the token's highest scores, which do not underflow."""
     if method.softmax_after_topk:
         return logits_TE.gather(1, ids_TK).softmax(dim=-1) * method.scale
     chosen_TK = scores_TE.gather(1, ids_TK)
-    return (_normalized(chosen_TK) if method.normalize else chosen_TK) * method.scale
+    if not method.normalize:
+        return (chosen_TK if scale_T1 is None else chosen_TK * scale_T1) * method.scale
+    sum_T1 = chosen_TK.sum(dim=-1, keepdim=True)
+    low_T1 = sum_T1.detach() < FLOOR
+    if best or (readable(low_T1) and not low_T1.any()):
+        return chosen_TK / sum_T1 * method.scale
+    # each side gets harmless numbers where the other one is taken, because a gradient of 0 times NaN is NaN
+    logits_TK = torch.where(low_T1, logits_TE.gather(1, ids_TK), 0.0)
+    plain_TK = chosen_TK / torch.where(low_T1, 1.0, sum_T1)
+    return torch.where(low_T1, logits_TK.softmax(dim=-1), plain_TK) * method.scale
 
 
 @torch.no_grad()

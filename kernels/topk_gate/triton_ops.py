@@ -17,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import CompileCase, compile_case, launch_on
-from .gate import Gate, Method
+from .gate import FLOOR, LOW, Gate, Method, lowest_bias
 from .tiles import (
-    COMPILED,
     MAX_EXPERTS,
     MAX_K,
     REDUCE_CHUNKS,
     REDUCE_COLUMNS,
     backward_constants,
+    compiled,
     forward_constants,
     forward_warps,
     tile_for,
@@ -32,7 +32,8 @@ from .tiles import (
 
 _NONE = tl.constexpr(-(2**63))  # below the key of every number, like the next
 _TAKEN = tl.constexpr(-(2**63) + 1)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_LOW, _FLOOR = tl.constexpr(LOW), tl.constexpr(FLOOR)
+_LOWEST_BIAS = tl.constexpr(lowest_bias(torch.float32))
 _RUNTIME = ["length", "chunks", "scale"]  # numbers of tokens must not compile anew
 
 
@@ -87,8 +88,17 @@ def _best_groups(
 
 
 @triton.jit
-def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, AFTER: tl.constexpr):
-    """What the weights are made of, [T, K]: the scores, or for softmax_after_topk exponentials; and their sum."""
+def _lift(peak_T):
+    """What to add to logits so that sigmoids which are all exponentials do not underflow; they share the factor."""
+    return tl.where((peak_T < _LOW) & (peak_T > float("-inf")), _LOW - peak_T, 0.0)
+
+
+@triton.jit
+def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, AFTER: tl.constexpr):
+    """What the weights are made of, [T, K]; their sum; and where they are exponentials of the logits.
+
+    Else they are the scores. Those to be normalised are exponentials where the scores are so small as to underflow.
+    """
     logits_TK = tl.where(valid_TK, logits_TK, float("-inf"))
     if AFTER:
         parts_TK = tl.exp(logits_TK - tl.max(logits_TK, 1)[:, None])
@@ -96,7 +106,12 @@ def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, AFTER: t
         parts_TK = tl.sigmoid(logits_TK)
     else:
         parts_TK = tl.exp(logits_TK - peak_T[:, None]) / total_T[:, None]
-    return parts_TK, tl.sum(parts_TK, 1)
+    sum_T = tl.sum(parts_TK, 1)
+    low_T = sum_T < _FLOOR
+    if NORMALIZE and not AFTER:
+        parts_TK = tl.where(low_T[:, None], tl.exp(logits_TK - tl.max(logits_TK, 1)[:, None]), parts_TK)
+        sum_T = tl.sum(parts_TK, 1)
+    return parts_TK, sum_T, low_T
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -127,8 +142,9 @@ def gate_forward(
         total_T = tl.sum(scores_TE, 1)
         lse_T = peak_T + tl.log(total_T)
         if SIGMOID:
-            scores_TE = tl.sigmoid(x_TE)
-            p_TE = scores_TE / tl.maximum(tl.sum(scores_TE, 1), _TINY)[:, None]
+            lift_T = _lift(peak_T)
+            scores_TE = tl.sigmoid(x_TE + lift_T[:, None])
+            p_TE = scores_TE / tl.sum(scores_TE, 1)[:, None]
         else:
             scores_TE = scores_TE / total_T[:, None]
             p_TE = scores_TE
@@ -142,7 +158,10 @@ def gate_forward(
         else:
             wanted_TE = scores_TE
             if bias is not None:
-                wanted_TE += tl.load(bias + expert_E, mask=valid_E, other=0.0).to(tl.float32)[None, :]
+                if SIGMOID:
+                    wanted_TE *= tl.exp(-lift_T)[:, None]
+                bias_E = tl.load(bias + expert_E, mask=valid_E, other=0.0).to(tl.float32)
+                wanted_TE += tl.where(bias_E < _LOWEST_BIAS, _LOWEST_BIAS, bias_E)[None, :]
             keys_TE = _keys(wanted_TE, column_E, valid_E)
             if KEPT < GROUPS:
                 keys_TE = _best_groups(keys_TE, GROUPS, KEPT, SIZE, BT, BG, BJ)
@@ -156,9 +175,9 @@ def gate_forward(
         valid_TK = inside_T[:, None] & (k_K < K)[None, :]
         logits_TK = tl.load(logits + t_T[:, None] * E + chosen_TK, mask=valid_TK, other=0.0).to(tl.float32)
         # an outside token keeps a choice, so that nothing in its row is divided by zero
-        parts_TK, sum_T = _weigh(logits_TK, peak_T, total_T, (k_K < K)[None, :], SIGMOID, AFTER)
+        parts_TK, sum_T, _ = _weigh(logits_TK, peak_T, total_T, (k_K < K)[None, :], SIGMOID, NORMALIZE, AFTER)
         if NORMALIZE or AFTER:
-            parts_TK = parts_TK / tl.maximum(sum_T, _TINY)[:, None]
+            parts_TK = parts_TK / sum_T[:, None]
         tl.store(ids + t_T[:, None] * K + k_K, chosen_TK.to(tl.int64), mask=valid_TK)
         tl.store(weights + t_T[:, None] * K + k_K, parts_TK * scale, mask=valid_TK)
         tokens_T += counted_T.to(tl.int32)
@@ -220,41 +239,48 @@ def gate_backward(
         ids_TK = tl.load(ids + t_T[:, None] * K + k_K, mask=inside_TK, other=0).to(tl.int32)
         dw_TK = tl.load(dweights + t_T[:, None] * K + k_K, mask=inside_TK, other=0.0) * scale
         logits_TK = tl.load(logits + t_T[:, None] * E + ids_TK, mask=inside_TK, other=0.0).to(tl.float32)
-        parts_TK, sum_T = _weigh(logits_TK, peak_T, total_T, valid_K[None, :], SIGMOID, AFTER)
+        parts_TK, sum_T, low_T = _weigh(logits_TK, peak_T, total_T, valid_K[None, :], SIGMOID, NORMALIZE, AFTER)
         if NORMALIZE or AFTER:
-            floor_T = tl.maximum(sum_T, _TINY)
-            mean_T = tl.where(sum_T < _TINY, 0.0, tl.sum(dw_TK * parts_TK, 1) / floor_T)  # no slope below the floor
-            dw_TK = (dw_TK - mean_T[:, None]) / floor_T[:, None]
-        if AFTER:
-            dw_TK *= parts_TK
+            mean_T = tl.sum(dw_TK * parts_TK, 1) / sum_T
+            dw_TK = (dw_TK - mean_T[:, None]) / sum_T[:, None]
+            if AFTER:
+                dw_TK *= parts_TK
+            else:
+                dw_TK = tl.where(low_T[:, None], dw_TK * parts_TK, dw_TK)
         dchosen_TE = tl.zeros([BT, BE], tl.float32)
         for k in range(K):
             id_T = tl.sum(tl.where(k_K[None, :] == k, ids_TK, 0), 1)
             d_T = tl.sum(tl.where(k_K[None, :] == k, dw_TK, 0.0), 1)
             dchosen_TE += tl.where(e_E[None, :] == id_T[:, None], d_T[:, None], 0.0)
 
+        # the gradient of the choice is one of scores, and of logits where the weights are exponentials of these
+        from_scores_TE = dchosen_TE
+        if NORMALIZE:
+            from_scores_TE = tl.where(low_T[:, None], 0.0, dchosen_TE)
         dscores_TE = tl.where(counted_T[:, None], dp_E[None, :], 0.0)
         if SIGMOID:
-            s_TE = tl.sigmoid(x_TE)
+            lift_T = _lift(peak_T)
+            s_TE = tl.sigmoid(x_TE + lift_T[:, None])
             sum_T = tl.sum(s_TE, 1)
-            floor_T = tl.maximum(sum_T, _TINY)
-            mean_T = tl.where(sum_T < _TINY, 0.0, tl.sum(dscores_TE * s_TE, 1) / floor_T)
-            dscores_TE = tl.where(counted_T[:, None], (dscores_TE - mean_T[:, None]) / floor_T[:, None], 0.0)
+            mean_T = tl.sum(dscores_TE * s_TE, 1) / sum_T
+            dscores_TE = tl.where(counted_T[:, None], (dscores_TE - mean_T[:, None]) / sum_T[:, None], 0.0)
             if not AFTER:
-                dscores_TE += dchosen_TE
+                dscores_TE += from_scores_TE * tl.exp(-lift_T)[:, None]
             dx_TE = dscores_TE * s_TE * (1.0 - s_TE)
         else:
             if not AFTER:
-                dscores_TE += dchosen_TE
+                dscores_TE += from_scores_TE
             dx_TE = p_TE * (dscores_TE - tl.sum(p_TE * dscores_TE, 1)[:, None])
         if AFTER:
             dx_TE += dchosen_TE
+        elif NORMALIZE:
+            dx_TE += tl.where(low_T[:, None], dchosen_TE, 0.0)
         dlse_T = tl.where(counted_T, 2.0 * dz_one * (peak_T + tl.log(total_T)), 0.0)
         dx_TE += dlse_T[:, None] * p_TE
         tl.store(dlogits + t_T[:, None] * E + e_E, dx_TE.to(dlogits.dtype.element_ty), mask=inside_TE)
 
 
-_METHOD = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, int sequences"
+_METHOD = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
 
 
 @torch.library.custom_op(
@@ -331,8 +357,9 @@ def _gate_backward(
     bytes_T = None if mask is None else mask.contiguous().view(torch.uint8)
     with launch_on(logits):
         gate_backward[(method.sequences * chunks,)](
-            logits.contiguous(), bytes_T, ids, dweights.contiguous(), dprob_sums.contiguous(), dz.contiguous(),
-            dlogits, length, chunks, method.scale, **constants, num_warps=tile_for(constants["BE"]).warps,
+            logits.contiguous(), bytes_T, ids.contiguous(), dweights.contiguous(), dprob_sums.contiguous(),
+            dz.contiguous(), dlogits, length, chunks, method.scale, **constants,
+            num_warps=tile_for(constants["BE"]).warps,
         )  # fmt: skip
     return dlogits
 
@@ -375,22 +402,8 @@ def topk_gate(
 
 def compile_cases() -> list[CompileCase]:
     """Every kernel at every tile, for compiling without a device."""
-    cases = []
-    for experts, logits, has_bias, has_mask, method in COMPILED:
-        forward, backward = forward_constants(experts, method), backward_constants(experts, method)
-        bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
-        label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
-        types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = forward_warps(forward, given=False)
-        cases.append(compile_case(gate_forward, types, forward, f"gate_forward {label}", warps))
-        forward = forward_constants(experts, method._replace(groups=1, kept_groups=1))
-        types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = forward_warps(forward, given=True)
-        cases.append(compile_case(gate_forward, types, forward, f"gate_forward given {label}", warps))
-        types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
-        warps = tile_for(backward["BE"]).warps
-        cases.append(compile_case(gate_backward, types, backward, f"gate_backward {label}", warps))
-        reduce = {"E": experts, "BC": REDUCE_CHUNKS, "BW": REDUCE_COLUMNS}
-        types = "*i32 *fp32 *i64 *i64 *fp32 *fp32 i32"
-        cases.append(compile_case(gate_reduce, types, reduce, f"gate_reduce E{experts}"))
-    return cases
+    kernels = {kernel.__name__: kernel for kernel in (gate_forward, gate_backward, gate_reduce)}
+    return [
+        compile_case(kernels[name], types, constants, f"{name} {label}", warps)
+        for name, types, constants, label, warps in compiled()
+    ]

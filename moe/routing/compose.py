@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.topk_gate import Gate
+from ...kernels.topk_gate import Gate, lowest_bias
 
 
 def compose(
@@ -29,8 +29,10 @@ def compose(
     log_scores_TE = score(logits_TE)
     if ids_TK is None:
         with torch.no_grad():
-            scores_TE = log_scores_TE.exp()
-            ids_TK = select(scores_TE if bias_E is None else scores_TE + bias_E)
+            wanted_TE = log_scores_TE.exp()
+            if bias_E is not None:  # an expert with a bias of -inf still comes before one outside of the kept groups
+                wanted_TE = wanted_TE + bias_E.clamp_min(lowest_bias(wanted_TE.dtype))
+            ids_TK = select(wanted_TE)
     weights_TK = weigh(log_scores_TE.gather(1, ids_TK), logits_TE.gather(1, ids_TK)) * scale
     probs_TE, z_T = log_scores_TE.softmax(-1), logits_TE.logsumexp(-1).square()
     valid_T = torch.ones_like(z_T, dtype=torch.bool) if mask_T is None else mask_T

@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from equimoe.kernels import memory
 
@@ -27,6 +28,10 @@ def test_shape_dtype_and_device() -> None:
         assert buffer.shape == shape and buffer.dtype == torch.bfloat16 and buffer.is_contiguous()
     assert memory.empty(2, 1 << 20, like=LIKE.double()).dtype == torch.float64
     assert memory.empty(4 * MIB, like=torch.zeros(1, device="meta")).device.type == "meta"
+    with torch.device("meta"):
+        assert memory.empty(4 * MIB, like=LIKE).device.type == "cpu", "not the default device"
+    with FakeTensorMode():
+        assert isinstance(memory.empty(4 * MIB, like=torch.zeros(1)), FakeTensor), "takes up no memory"
 
 
 def test_a_block_is_lent_again_only_when_every_view_is_gone() -> None:

@@ -240,21 +240,6 @@ def test_repeats_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and torch.equal(dfirst_TE, dsecond_TE)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_custom_ops(given: bool) -> None:
-    """Schemas, fakes, autograd and tracing agree with what the ops do."""
-    logits_TE, tensors = inputs(10, 6, True, 0.3)
-    topk_gate(logits_TE, 2, backend="triton")  # registers the ops
-    ids_TK = torch.randint(0, 6, (10, 2), device=DEVICE)
-    options = (2, "sigmoid", 1 if given else 3, 1 if given else 2, True, False, 2.0, 2)
-    bias_E, mask_T = tensors["bias_E"], tensors["mask_T"]
-    args = (logits_TE.requires_grad_(), None if given else bias_E, mask_T, ids_TK if given else None)
-    torch.library.opcheck(torch.ops.equimoe.topk_gate.default, (*args, *options))
-    grads = [torch.randn(shape, device=DEVICE) for shape in ((10, 2), (2, 6), (2,))]
-    args = (logits_TE.detach(), mask_T, ids_TK, *grads)
-    torch.library.opcheck(torch.ops.equimoe.topk_gate_backward.default, (*args, *options))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -265,7 +250,7 @@ def test_custom_ops(given: bool) -> None:
         ({"groups": 3, "kept_groups": 4}, "kept_groups=4"),
         ({"groups": 6, "kept_groups": 1}, "hold 1 experts"),
         ({"scale": 0.0}, "scale=0.0"),
-        ({"bias_E": torch.zeros(5)}, r"bias_E=\[5\]"),
+        ({"bias_E": torch.zeros(5)}, r"bias_E=torch.float32\[5\]"),
         ({"mask_T": torch.zeros(8)}, "mask_T=torch.float32"),
         ({"mask_T": torch.zeros(7, dtype=torch.bool)}, r"bool \[8\]"),
         ({"sequences": 3}, "sequences=3"),
@@ -275,7 +260,7 @@ def test_custom_ops(given: bool) -> None:
         ({"ids_TK": torch.full((8, 2), -1)}, r"ids_TK in \[-1, -1\]"),
         ({"backend": "fast"}, "backend='fast'.*'triton'"),
         ({"logits_TE": torch.zeros(6)}, "logits_TE"),
-        ({"logits_TE": torch.zeros(8, 6, dtype=torch.int64)}, "floating-point"),
+        ({"logits_TE": torch.zeros(8, 6, dtype=torch.int64)}, "logits_TE=torch.int64"),
         ({"logits_TE": torch.zeros(8, 6, dtype=torch.float64), "backend": "triton"}, "computes in fp32"),
         ({"logits_TE": torch.zeros(8, 4097), "backend": "triton"}, "4097 experts"),
         ({"logits_TE": torch.zeros(8, 99), "k": 65, "backend": "triton"}, "k=65"),

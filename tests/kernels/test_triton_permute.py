@@ -106,16 +106,6 @@ def test_second_derivative() -> None:
     assert torch.autograd.gradgradcheck(lambda x: permute(x, order, backend="triton").pow(2), x_SD)
 
 
-def test_custom_ops() -> None:
-    """Schemas, fakes and autograd registrations agree with what the ops do."""
-    x_SD, order = make(5, 2, 3, 4, torch.float32, 0.3)
-    rows_RD = permute(x_SD, order, backend="triton")  # registers the ops
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    ops = torch.ops.equimoe
-    torch.library.opcheck(ops.permute.default, (x_SD.requires_grad_(), *order, 7), test_utils=utils)
-    torch.library.opcheck(ops.combine.default, (rows_RD.detach().requires_grad_(), *order), test_utils=utils)
-
-
 def test_mistakes() -> None:
     x_SD, order = make(6, 2, 3, 4, torch.float32)
     with pytest.raises(ValueError, match="num_rows=13"):

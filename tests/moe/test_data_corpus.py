@@ -255,7 +255,11 @@ def test_empty_documents_are_passed_over(tmp_path):
             {"seq_len": 8},
             r"data\.path='.*': no domain has the 9 training tokens of one sequence \(the longest has 8\); give more",
         ),
-        ({"x.jsonl": "[" * 100_000}, {}, r"data\.path='.*x\.jsonl' line 1: is not JSON \(nested too deeply\); write one"),
+        (
+            {"x.jsonl": "[" * 100_000},
+            {},
+            r"data\.path='.*x\.jsonl' line 1: is not JSON \(nested too deeply\); write one",
+        ),
         (
             {"z.npy": npy_header("(" + "9" * 40 + ",)")},
             {},

@@ -161,7 +161,7 @@ def test_lines_that_cannot_be_read(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_records(path) == [TRAIN]
-    path.write_bytes(b"\xff\x00\n[1]\n\n{}\n{\"kind\": 3}\n" + to_line(TRAIN))
+    path.write_bytes(b'\xff\x00\n[1]\n\n{}\n{"kind": 3}\n' + to_line(TRAIN))
     with pytest.warns(RuntimeWarning, match="4 unreadable lines left out"):
         assert read_records(path) == [TRAIN]
 

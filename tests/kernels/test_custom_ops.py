@@ -1,0 +1,182 @@
+"""Every custom op of the project passes torch's own check of schema, autograd, fake tensors and symbolic sizes.
+
+``pytest -s`` prints the table of cases. S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from equimoe import kernels  # noqa: E402
+from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert  # noqa: E402
+from tests.helpers.slow import slow_but  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+for path in sorted(Path(kernels.__path__[0]).glob("*/triton_ops.py")):
+    import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers its ops
+
+S, K, D, F, E = 5, 2, 8, 6, 3
+
+
+def randn(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).requires_grad_(grad)
+
+
+def strided(*shape: int, grad: bool = False) -> Tensor:
+    """Every other element of every dimension, transposed in memory."""
+    wide = torch.randn(*(2 * n + 1 for n in reversed(shape)), device=DEVICE)
+    view = wide.permute(*reversed(range(len(shape))))[tuple(slice(0, 2 * n, 2) for n in shape)]
+    return view.requires_grad_(grad)
+
+
+def ids(sources: int = S, drop: str = "some") -> Tensor:
+    """Some choices dropped, all or none; the last expert has no rows."""
+    ids_SK = torch.randint(0, E - 1, (sources, K), device=DEVICE)
+    if drop == "some":
+        ids_SK[::3, 0] = -1
+    return ids_SK.fill_(-1) if drop == "all" else ids_SK
+
+
+def order(sources: int = S, drop: str = "some", strides: bool = False) -> ExpertOrder:
+    """With ``strides`` none of its tensors is contiguous."""
+    found = sort_by_expert(ids(sources, drop), E, backend="torch")
+    if not strides:
+        return found
+    return ExpertOrder(column(found.order_R), found.inverse_SK.t().contiguous().t(), column(found.offsets_E))
+
+
+def gate(
+    sources: int = S,
+    bias: bool = True,
+    mask: bool = True,
+    given: bool = False,
+    make: Callable[..., Tensor] = randn,
+    **changes: Any,
+) -> tuple:
+    options = {"k": K, "score": "sigmoid", "groups": 1, "kept_groups": 1, "normalize": True, "after": False}
+    options |= {"scale": 2.0, "sequences": 1} | changes
+    mask_T = (torch.arange(2 * sources, device=DEVICE) % 4 > 0)[::2] if mask else None
+    ids_TK = torch.randint(0, 6, (K, sources), device=DEVICE).t() if given else None
+    return make(sources, 6, grad=True), make(6) if bias else None, mask_T, ids_TK, *options.values()
+
+
+def gate_backward(sources: int = S, make: Callable[..., Tensor] = randn, **changes: Any) -> tuple:
+    logits_TE, _, mask_T, ids_TK, *options = gate(sources, given=True, make=make, **changes)
+    gradients = (make(sources, K), make(options[-1], 6), make(options[-1]))
+    return logits_TE.detach(), mask_T, ids_TK, *gradients, *options
+
+
+def offsets(*counts: int) -> Tensor:
+    return torch.tensor([0, *counts], device=DEVICE).cumsum(0)
+
+
+def column(t: Tensor) -> Tensor:
+    """The same values as a column of a table."""
+    return torch.stack((t, torch.full_like(t, -9)), 1)[:, 0]
+
+
+def index(rows: int) -> Tensor:
+    return torch.randint(0, S, (rows,), device=DEVICE)
+
+
+def weight_grad(make: Callable[..., Tensor], counts: tuple[int, ...] = (3, 0, 2)) -> tuple:
+    bounds, left, right = offsets(*counts), index(6), index(6)
+    if make is strided:
+        bounds, left, right = column(bounds), column(left), column(right)
+    return make(S, F), make(S, D), bounds, left, right
+
+
+def mlp(
+    sources: int = S,
+    drop: str = "some",
+    make: Callable[..., Tensor] = randn,
+    keep: bool = True,
+    kind: tuple[str, bool] = ("silu", True),
+    grad: bool = True,
+) -> tuple:
+    up = 2 * F if kind[1] else F
+    tensors = (make(sources, D), make(sources, K), make(E, up, D), make(E, D, F))
+    return *(t.requires_grad_(grad) for t in tensors), *order(sources, drop, strides=make is strided), *kind, keep
+
+
+def mlp_backward(
+    sources: int = S, needs: tuple[bool, ...] = (True,) * 4, make: Callable[..., Tensor] = randn, keep: bool = True
+) -> tuple:
+    arguments = mlp(sources, make=make, keep=keep, grad=False)
+    pre_RU = make(sources * K if keep else 0, 2 * F)
+    return make(sources, D), pre_RU, *arguments, list(needs)
+
+
+Case = tuple[str, str, Callable[[], tuple]]
+#: op, what is special about the case, the arguments
+CASES: list[Case] = [
+    ("permute", "dropped ids, cut", lambda: (randn(S, D, grad=True), *order(), 7)),
+    ("permute", "fewer rows than kept", lambda: (randn(S, D, grad=True), *order(drop="none"), 3)),
+    ("permute", "strided", lambda: (strided(S, D, grad=True), *order(strides=True), S * K)),
+    ("permute", "no rows", lambda: (randn(0, D, grad=True), *order(0), 0)),
+    ("combine", "dropped ids", lambda: (randn(S * K, D, grad=True), *order())),
+    ("combine", "all dropped, no rows", lambda: (randn(0, D, grad=True), *order(drop="all"))),
+    ("combine", "strided", lambda: (strided(S * K, D, grad=True), *order(strides=True))),
+    ("sort_by_expert", "dropped ids", lambda: (ids(), E)),
+    ("sort_by_expert", "strided", lambda: (ids(2 * S)[::2], E)),
+    ("sort_by_expert", "no rows", lambda: (ids(0), E)),
+    ("topk_gate", "bias, groups, mask", lambda: gate(4, groups=3, kept_groups=2, sequences=2)),
+    ("topk_gate", "given ids, softmax", lambda: gate(bias=False, given=True, score="softmax")),
+    ("topk_gate", "strided", lambda: gate(make=strided)),
+    ("topk_gate", "no tokens", lambda: gate(0, bias=False, mask=False)),
+    ("topk_gate_backward", "mask", lambda: gate_backward(4, sequences=2)),
+    ("topk_gate_backward", "strided", lambda: gate_backward(make=strided, score="softmax")),
+    ("topk_gate_backward", "no tokens", lambda: gate_backward(0, mask=False)),
+    ("grouped_gemm", "rows of no expert", lambda: (randn(7, D), randn(E, F, D), offsets(3, 0, 2), None)),
+    ("grouped_gemm", "strided", lambda: (strided(S, D), strided(E, F, D), column(offsets(3, 0, 2)), column(index(7)))),
+    ("grouped_gemm", "no rows", lambda: (randn(0, D), randn(E, F, D), offsets(0, 0, 0), None)),
+    ("grouped_gemm_dgrad", "rows of no expert", lambda: (randn(7, F), randn(E, F, D), offsets(3, 0, 2))),
+    ("grouped_gemm_dgrad", "strided", lambda: (strided(5, F), strided(E, F, D), column(offsets(3, 0, 2)))),
+    ("grouped_gemm_dgrad", "no rows", lambda: (randn(0, F), randn(E, F, D), offsets(0, 0, 0))),
+    ("grouped_gemm_wgrad", "rows of no expert", lambda: (randn(7, F), randn(7, D), offsets(3, 0, 2), None, None)),
+    ("grouped_gemm_wgrad", "strided", lambda: weight_grad(strided)),
+    ("grouped_gemm_wgrad", "no rows", lambda: (randn(0, F), randn(0, D), offsets(0, 0, 0), None, None)),
+    ("grouped_gemm_wgrad_", "gathered", lambda: (*weight_grad(randn), randn(E, F, D))),
+    ("grouped_gemm_wgrad_", "strided", lambda: (*weight_grad(strided), randn(E, F, D))),
+    (
+        "grouped_gemm_wgrad_",
+        "no rows",
+        lambda: (randn(0, F), randn(0, D), offsets(0, 0, 0), None, None, randn(E, F, D)),
+    ),
+    ("expert_mlp", "dropped ids", lambda: mlp()),
+    ("expert_mlp", "strided, nothing kept", lambda: mlp(make=strided, keep=False)),
+    ("expert_mlp", "no rows", lambda: mlp(0)),
+    ("expert_mlp_backward", "dropped ids", lambda: mlp_backward()),
+    ("expert_mlp_backward", "strided, computed again", lambda: mlp_backward(make=strided, keep=False)),
+    ("expert_mlp_backward", "no rows", lambda: mlp_backward(0)),
+]
+MORE: list[Case] = [
+    ("expert_mlp", "all dropped, no gate", lambda: mlp(drop="all", kind=("gelu", False))),
+    ("expert_mlp_backward", "one gradient", lambda: mlp_backward(needs=(False, True, False, False))),
+]
+
+
+@pytest.mark.parametrize(("name", "label", "arguments"), slow_but(CASES, [*CASES, *MORE]))
+def test_opcheck(name: str, label: str, arguments: Callable[[], tuple]) -> None:
+    done = torch.library.opcheck(getattr(torch.ops.equimoe, name).default, arguments())
+    assert set(done.values()) == {"SUCCESS"}
+    print(f"\n{name:20} {label:24} {', '.join(key.removeprefix('test_') for key in done)}", end="")
+
+
+def test_every_custom_op_has_cases() -> None:
+    """Permute and combine are each other's gradient; a sort has none."""
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "equimoe::" in name}
+    table = {name: [label for op, label, _ in CASES if op == name] for name in sorted(names)}
+    for name, labels in table.items():
+        print(f"\n{name:20} {len(labels)} cases: {'; '.join(labels)}", end="")
+    assert names and all(table.values()), f"without a case: {[name for name, labels in table.items() if not labels]}"
+    assert {op for op, _, _ in CASES} == names
