@@ -65,7 +65,7 @@ def test_experts_copies_follow_the_dense_ones() -> None:
     ("config", "text"),
     [
         (ParallelConfig(tp=3), "parallel.tp=3: must divide the number of processes, which is 8"),
-        (ParallelConfig(dp_shard=2, tp=2), "parallel.dp_shard=2 * parallel.tp=2: must be equal to, or"),
+        (ParallelConfig(dp_shard=2, tp=2), "parallel.dp_shard=2 * parallel.tp=2: must equal (or divide,"),
         (
             ParallelConfig(pp=2, ep=8),
             "parallel.ep=8: must divide the number of processes of a pipeline stage, which is 4",
@@ -101,7 +101,7 @@ def test_experts_over_as_many_ranks_as_divide_them(
 
 def test_a_remedy_that_fits_dense_part_and_experts() -> None:
     config = ParallelConfig(pp=2, tp=3, ep=4)
-    with pytest.raises(ValueError, match="start a multiple of 24 processes, or set other degrees$"):
+    with pytest.raises(ValueError, match="start a multiple of 24 processes, or change the degrees$"):
         config.resolve(1)
     assert config.resolve(24).dp_shard == 4
 
@@ -109,7 +109,7 @@ def test_a_remedy_that_fits_dense_part_and_experts() -> None:
 def test_values_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="parallel.tp=0: must be at least 1, or -1 for the rest"):
         ParallelConfig(tp=0)
-    with pytest.raises(ValueError, match="only one of these can be the rest"):
+    with pytest.raises(ValueError, match="only one of these can be -1; set the others"):
         ParallelConfig(cp=-1)
 
 
