@@ -171,5 +171,5 @@ def test_more_tokens_than_the_exchange_is_made_for() -> None:
             return str(error)
         return ""
 
-    want = "capacity.max_tokens=4: this forward has 5 tokens; raise it to the most"
+    want = "capacity.max_tokens=4: this forward has 5 tokens; set it to the maximum"
     assert run_ranks(script, 2) == [want, want]

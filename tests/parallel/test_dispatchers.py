@@ -321,9 +321,9 @@ def test_degrees_that_do_not_fit() -> None:
     four = Axis("ep", None, 4, 0)
     with pytest.raises(ValueError, match="num_experts=6: must be divisible by parallel.ep=4"):
         DISPATCHERS["all_to_all"](6, four)
-    with pytest.raises(ValueError, match="dispatch 'local': experts are split over 4 ranks"):
+    with pytest.raises(ValueError, match="dispatch.name='local': experts are on 4 ranks; use 'all_to_all'"):
         LocalDispatcher(8, four)
-    with pytest.raises(ValueError, match="dispatch.node_size=3: must divide expert parallel = 4 ranks"):
+    with pytest.raises(ValueError, match="dispatch.node_size=3: must divide parallel.ep=4; use a divisor"):
         DISPATCHERS["hierarchical"](8, four, config=DispatchConfig("hierarchical", node_size=3))
 
 
