@@ -182,7 +182,7 @@ def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Pat
 def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
     assert run().codes == [0, 0]
     other = run("--resume", "--steps", "4", "--model.moe_intermediate_size", "8")
-    refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "same config?")
+    refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "resume with the config")
 
 
 def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Path) -> None:
