@@ -1,4 +1,4 @@
-"""What an engine refuses, or joins, when it is made: ranks that differ, and weights that are used in several places."""
+"""Checks that a new engine refuses ranks that differ, and ties or refuses weights that are used in several places."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.trained import batches, engine_of, make, whole, worst
 
 
 def refused(world: int, degrees: dict[str, Any], change: Any) -> list[str]:
-    """The message on every rank for a model that ``change(model, rank)`` has changed."""
+    """Return every rank's error for a model that ``change(model, rank)`` has changed."""
 
     def script(rank: int, world: int) -> str:
         mesh, model = build_mesh(ParallelConfig(**degrees)), make()

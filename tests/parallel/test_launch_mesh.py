@@ -1,4 +1,4 @@
-"""The command that shows groups."""
+"""Checks the command that shows process groups."""
 
 from __future__ import annotations
 
