@@ -1,4 +1,6 @@
-"""Whatever is wrong: one line that names it, the same exit code on every rank within seconds, nothing half-written."""
+"""Checks that every mistake is reported in one line, with one exit code on all ranks, in seconds, with no partial
+files.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.helpers.command import Ended, launch
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Launch the small run with more options; asserts nothing. Its report leaves out the figures, to save seconds."""
+    """Return a function that runs the small run with more options. Reports have no figures, which saves seconds."""
     monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
 
@@ -103,7 +105,7 @@ def test_vocabulary_smaller_than_the_tokenizers(run: Callable[..., Ended]) -> No
 
 
 def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that differs between two machines is found before the first step, on every rank."""
+    """A file that differs between two machines must be found before the first step, on every rank."""
     import equimoe.launch.train as train
 
     real = train._read_corpus
