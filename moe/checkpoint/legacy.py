@@ -126,11 +126,10 @@ def opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]
 
 
 def interpret(pickled: bytes, names: set[Name]) -> Any:
-    """Return the value of a pickle, made only of tuples, lists, dicts, strings, numbers, :class:`Name` and
-    :class:`Record`.
+    """Return the value of a pickle as inert data. Imports and calls nothing.
 
-    Imports and calls nothing. Raises ValueError for an opcode that torch's files do not have, or a name that is not in
-    ``names``.
+    The data are tuples, lists, dicts, strings, numbers, :class:`Name` and :class:`Record`. Raises ValueError for an
+    opcode that torch's files do not have, or a name that is not in ``names``.
     """
     machine = _Machine(names)
     for opcode, argument, _ in pickletools.genops(pickled):

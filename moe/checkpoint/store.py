@@ -3,7 +3,7 @@
 A checkpoint is a folder ``step-00000100`` with safetensors files, with ``tensors.json``, which describes the tensors,
 and with ``manifest.json``, which holds the run's position, and the size and sha256 of every file. The folder is written
 under a temporary name, flushed to disk, and renamed. So a folder with the final name is complete, however the run
-ended. Loading checks every byte before it parses anything, and runs no code from the files: see ``SECURITY.md``.
+ended. Reading first checks every byte against the manifest, and never runs code from the files: see ``SECURITY.md``.
 """
 
 from __future__ import annotations

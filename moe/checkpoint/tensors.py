@@ -1,4 +1,4 @@
-"""Descriptions of the tensors of a checkpoint: dtype, shape, and the chunks that hold the values."""
+"""Describes the tensors of a checkpoint: dtype, shape, and the chunks that hold the values."""
 
 from __future__ import annotations
 

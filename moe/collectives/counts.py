@@ -24,7 +24,7 @@ class Pending:
         self._work = work
 
     def get(self) -> Tensor:
-        """The summed tensor."""
+        """Wait for the result, and return it."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -35,7 +35,7 @@ def sum_over(value: Tensor, axis: Axis) -> Pending:
     """Start to sum ``value`` over the axis, in place. No gradient."""
     if axis.size == 1:
         return Pending(value)
-    note("sum_over", axis, 2 * value.nbytes * (axis.size - 1) // axis.size)  # as in a ring
+    note("sum_over", axis, 2 * value.nbytes * (axis.size - 1) // axis.size)  # what a ring all-reduce sends
     return Pending(value, dist.all_reduce(value, group=axis.group, async_op=True))
 
 
@@ -72,7 +72,7 @@ def believe_splits(belief: Belief) -> Iterator[None]:
 
 
 def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], list[int]]:
-    """Copy the rows to and from each rank to the host. A layer's forward waits for the device nowhere else."""
+    """Return the numbers of rows to and from each rank as host integers, for which the host waits."""
     if _belief is not None:
         return _belief(sent_P.numel(), axis), _belief(sent_P.numel(), axis)
     sent, received = torch.stack((sent_P, received_P)).tolist()

@@ -41,7 +41,7 @@ class Dispatcher(ABC):
         capacity: CapacityConfig | None = None,
     ) -> None:
         self.owners = Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners
-        #: number of slots per rank and in total; experts_here: number of experts that this rank owns
+        #: numbers of slots per rank and in total, and of experts that this rank owns
         self.slots, self.all_slots = self.owners.slots, self.owners.slots * axis.size
         self.experts_here = len(self.owners.experts_of(axis.rank))
         self.axis, self.etp, self.backend = axis, etp, backend

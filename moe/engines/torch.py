@@ -50,7 +50,7 @@ class TorchEngine:
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         if not batches:
-            raise ValueError("batches=[]: a step needs at least one micro-batch")
+            raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
         self._adopt_trainable()
         try:
             shares = self._shares(batches)
@@ -107,7 +107,7 @@ class TorchEngine:
         return {name: p for name, p in self.parameters.items() if p in held}
 
     def _adopt_trainable(self) -> None:
-        """Add trainable weights that the optimizer does not hold yet to it."""
+        """Give the optimizer the trainable weights that it does not hold yet."""
         trained = self._trained()
         new = {name: p for name, p in self.parameters.items() if p.requires_grad and name not in trained}
         if not new:
@@ -127,7 +127,10 @@ class TorchEngine:
         return [share_of(*batch, mesh=self._mesh) for batch in moved]
 
     def _tokens(self, batches: list[Batch], shares: list[Share]) -> tuple[Tensor, Tensor]:
-        """Return two int64 scalars, sums over all ranks: the step's positions in the loss, and its routed tokens."""
+        """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
+
+        Both are int64 scalars.
+        """
         first = self._mesh is None or self._mesh["cp"].rank == 0  # all cp ranks have the same batches: count them once
         counted = torch.stack([_valid(share) for share in shares]).sum()
         routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)

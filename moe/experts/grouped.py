@@ -1,4 +1,4 @@
-"""The routed experts: MLPs on rows, wherever the rows came from.  E experts, F width, D hidden, S source rows."""
+"""The routed experts: MLPs on rows of any rank.  E experts, F width, D hidden, S source rows, K choices of a row."""
 
 from __future__ import annotations
 

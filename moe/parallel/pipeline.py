@@ -78,19 +78,19 @@ def check_pipeline(
         schedule,
         f"torch {torch.__version__} cannot split this backward; use torch 2.13 or later, or 'interleaved_1f1b'",
     )
-    require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks")
+    require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks; set 2 or more")
     allowed = "2 or more" if kind.stages_per_rank is _MANY else kind.stages_per_rank[0]
     require(
         stages_per_rank in kind.stages_per_rank,
         "parallel.stages_per_rank",
         stages_per_rank,
-        f"parallel.schedule={schedule!r} takes {allowed}",
+        f"parallel.schedule={schedule!r} takes {allowed}; set that",
     )
     require(
         num_layers >= stages,
         "model.num_layers",
         num_layers,
-        f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}",
+        f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}; lower one",
     )
     least = stages if kind.fills_stages else pp if kind.rounds else 1
 
@@ -163,7 +163,7 @@ class Pipeline:
     * ``inputs_shape``: [B, S] of the inputs, if sequence parallelism gives them a different S.
     * ``precision``: returns the context of every stage's forward (autocast).
 
-    Gradients are sums over the micro-batches. The balance estimator "exact" needs a call of :meth:`count` before every
+    Gradients are sums over the micro-batches. The balance estimator "exact" needs :meth:`count` before every
     :meth:`step`. "rolling" uses the counts of the forwards that the schedule has run on a stage before a backward:
     under "gpipe" all of them; under "1f1b", for the backward of micro-batch k, min(micro_batches, k + P - stage).
     """

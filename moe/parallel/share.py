@@ -43,7 +43,7 @@ def share_of(inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor | None = None
     pieces = tp.size if mesh.degrees.sequence_parallel else 1
     if inputs_BS.shape[1] % (cp.size * pieces):
         degrees = f"parallel.cp * parallel.tp = {cp.size} * {pieces}"
-        raise ValueError(f"data.seq_len={inputs_BS.shape[1]}: must be a multiple of {degrees}")
+        raise ValueError(f"data.seq_len={inputs_BS.shape[1]}: must be a multiple of {degrees}; change one of them")
     if cp.size > 1:
         inputs_BS, labels_BS = (shard_sequence(t, 1, cp.size, cp.rank) for t in (inputs_BS, labels_BS))
         mask_BS = None if mask_BS is None else shard_sequence(mask_BS, 1, cp.size, cp.rank)

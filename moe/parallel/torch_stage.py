@@ -155,7 +155,7 @@ class TorchStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """Run the backward of a micro-batch; without ``full_backward``, defer the part of the weights."""
+        """Run the backward of a micro-batch; without ``full_backward``, defer the gradients of the weights."""
         if not self.has_backward:
             return
         with self._micro_batch(bwd_chunk_id):

@@ -40,7 +40,7 @@ class Owners:
     def consecutive(cls, num_experts: int, ranks: int) -> Owners:
         """Assign equal runs of consecutive experts. Raises ValueError if the ranks do not divide the experts."""
         if num_experts % ranks:
-            raise ValueError(f"num_experts={num_experts}: must be divisible by parallel.ep={ranks}")
+            raise ValueError(f"num_experts={num_experts}: must be divisible by parallel.ep={ranks}; change one of them")
         each = num_experts // ranks
         return cls(ranks, [e // each for e in range(num_experts)], [e % each for e in range(num_experts)])
 

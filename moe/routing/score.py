@@ -1,7 +1,7 @@
 """Score functions: map logits to scores.  T tokens, E experts.
 
-They return logarithms of the scores, so that tiny scores do not underflow. Normalised weights are quotients of scores,
-and thus differences of these logarithms.
+They return logarithms of the scores, so that tiny scores do not underflow: quotients of scores, as in normalised
+weights, are computed as differences of logarithms.
 """
 
 from __future__ import annotations

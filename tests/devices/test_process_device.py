@@ -15,7 +15,7 @@ from equimoe.launch.env import CONFIG, Process, claim, joined
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make torch see ``count`` GPUs, the first of them with this identity."""
+    """Return a function that makes torch see ``count`` GPUs, the first of them with ``uuid``."""
 
     def see(count: int, uuid: str = "GPU-0") -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)

@@ -271,7 +271,7 @@ def test_exchange_is_under_way_while_others_compute() -> None:
 
 
 def test_chunks_overlap_forward_and_backward() -> None:
-    """All chunks are sent before the first is computed; each chunk's results and gradients are sent before the next."""
+    """All chunks are sent before the first is computed; each chunk's results and gradients, before the next one is."""
 
     def script(rank: int, world: int) -> tuple[list[str], list[str]]:
         log: list[str] = []

@@ -60,7 +60,7 @@ def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
 
 
 class Skipping(Decoder):
-    """Skips its first block, always with ``every``, else in every second call; skips the second block otherwise."""
+    """Skips its first block: in every call with ``every``, else in every second call."""
 
     every = True
     calls = 0
