@@ -1,4 +1,4 @@
-"""What every test gets: one thread, a fixed seed, and on request memory that is poisoned instead of empty."""
+"""Sets up every test with one thread and a fixed seed, and provides memory that is poisoned instead of empty."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 import random
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")  # read when the libraries load, so before numpy and torch
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher has it
+    os.environ.setdefault(_name, "1")  # read when the libraries load, so set before they are imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the launcher sets the same value
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads: without a GPU, its kernels run on numpy
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads; runs kernels on numpy without a GPU
 
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
@@ -20,25 +20,26 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed._functional_collectives  # noqa: E402, F401  (forked ranks inherit it)
 
-torch.set_num_threads(1)  # forking a process whose OpenMP threads have run hangs the child
+torch.set_num_threads(1)  # a forked child hangs if the parent has run OpenMP threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on a GPU come last: once autograd has run on one, a forked rank can no longer run a backward pass.
+    """Run GPU tests last and fake-GPU tests first.
 
-    Those on a fake GPU come first: autograd counts devices in a process's first backward pass, and forks keep that.
+    After autograd has run on a GPU, forked ranks can no longer run a backward. Autograd counts devices in a process's
+    first backward, and forks inherit that count, so the fake GPU must come before any other backward.
     """
     items.sort(key=lambda item: bool(item.get_closest_marker("gpu")) - bool(item.get_closest_marker("fake_cuda")))
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported and collected out of every later garbage collection, of which training runs some itself."""
+    """Exclude all objects that exist after collection from later garbage collections, which training runs too."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # as libraries expect at exit, where some report what is left
+    gc.unfreeze()  # libraries expect this at exit, where some report leaked objects
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def _seed() -> None:
 
 
 def poison_(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with what a later read cannot miss: NaN, the smallest integer, True."""
+    """Fill a tensor with values that a later read cannot overlook: NaN, the smallest integer, True."""
     with torch.no_grad():
         if tensor.is_floating_point() or tensor.is_complex():
             return tensor.fill_(float("nan"))
@@ -60,8 +61,8 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:
     """Make ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` return poisoned memory.
 
-    Uninitialised memory is zero more often than not, so code that reads it passes its tests by luck. Returns the
-    function that poisons one tensor in place.
+    Uninitialised memory is often zero, so code that reads it can pass its tests by luck. Returns the function that
+    poisons one tensor in place.
     """
 
     def poisoned(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -72,7 +73,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Te
         return allocate
 
     with torch.device("cpu"):
-        torch.empty(0)  # at the first call under a device, torch lists for good the functions that make tensors
+        torch.empty(0)  # torch caches the functions that create tensors on its first call under a device context
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

@@ -1,6 +1,7 @@
-"""Checkpoints: complete or absent, independent of the mesh, and data only.
+"""Checkpoints, which are complete or absent, do not depend on the mesh, and contain only data.
 
-:func:`save` and :func:`load` are called by every rank; :func:`training_state` gathers what they write and fill.
+Every rank must call :func:`save` and :func:`load`. :func:`training_state` collects the tensors that they write and
+fill.
 """
 
 from .manifest import MANIFEST, CheckpointError, read_manifest

@@ -1,11 +1,11 @@
-"""Reads checkpoints of schema 1, which torch's distributed format stores as pickles, without unpickling them.
+"""Reads checkpoints of schema 1, which contain pickles (torch's distributed format), without unpickling them.
 
-Such a checkpoint has ``.metadata``, a pickle that describes the tensors, and ``.distcp`` files of zip archives, one per
-chunk, each with a small pickle and the numbers. :func:`interpret` follows the opcodes of a pickle and builds inert
-values: it imports nothing and calls nothing. Whatever differs from the files that torch writes is refused.
+Such a checkpoint has ``.metadata``, a pickle that describes the tensors, and ``.distcp`` files. These contain zip
+archives, one per chunk, each with a small pickle and the values. :func:`interpret` follows the opcodes of a pickle and
+builds inert values: it imports nothing and calls nothing. It refuses everything that torch does not write.
 
-Equimoe 0.1 wrote this format. This file is needed until version 0.3, which removes it and schema 1 from
-``manifest.py`` and ``store.py``: a run of 0.1 that still goes on must have saved once with 0.2 by then.
+Equimoe 0.1 wrote this format. Version 0.3 will remove this file, and schema 1 from ``manifest.py`` and ``store.py``. A
+run started with 0.1 must have saved a checkpoint with 0.2 by then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METADATA = ".metadata"
 _MAX_METADATA_BYTES = 32 << 20
 _MAX_TENSOR_PICKLE_BYTES = 4096
 
-#: what zipfile raises for bytes that are no archive of ours, and :func:`interpret` for their pickle
+#: raised by zipfile for bytes that are not an archive of ours, and by :func:`interpret` for their pickle
 _BROKEN_ARCHIVE = (
     zipfile.BadZipFile,
     struct.error,
@@ -56,7 +56,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Name:
-    """A name that a pickle mentions; it is not looked up."""
+    """A global name in a pickle. It is never imported."""
 
     module: str
     name: str
@@ -64,7 +64,7 @@ class Name:
 
 @dataclass(eq=False, repr=False)
 class Record:
-    """What a pickle would have made by calling ``of``."""
+    """Stands for the object that unpickling would create by calling ``of``."""
 
     of: Name
     arguments: tuple[Any, ...]
@@ -73,7 +73,7 @@ class Record:
 
 #: stands for the storage that a tensor's pickle refers to
 _STORAGE = Name("", "storage")
-#: what the two pickles may mention
+#: the names that may appear in the pickle of ``.metadata``, and in that of a tensor
 _METADATA_NAMES = {
     *(Name(_DCP, name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata")),
     *(Name(_DCP, name) for name in ("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")),
@@ -92,7 +92,7 @@ _TENSOR_NAMES = {
 
 
 def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
-    """All tensors of the checkpoint in folder ``path``."""
+    """Return the description of all tensors of the checkpoint in folder ``path``."""
     file = path / METADATA
     if METADATA not in manifest["files"]:
         raise CheckpointError(f"{file}: missing from the manifest; {REMEDY}")
@@ -126,9 +126,10 @@ def opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]
 
 
 def interpret(pickled: bytes, names: set[Name]) -> Any:
-    """The value of a pickle, of tuples, lists, dicts, strings, numbers, :class:`Name` and :class:`Record` alone.
+    """Return the value of a pickle as inert data. Imports and calls nothing.
 
-    Nothing is imported or called. ValueError for an opcode that torch's files do not have, or a name not in ``names``.
+    The data are tuples, lists, dicts, strings, numbers, :class:`Name` and :class:`Record`. Raises ValueError for an
+    opcode that torch's files do not have, or a name that is not in ``names``.
     """
     machine = _Machine(names)
     for opcode, argument, _ in pickletools.genops(pickled):
@@ -142,7 +143,7 @@ def interpret(pickled: bytes, names: set[Name]) -> Any:
 
 
 class _Machine:
-    """The stack and memo of a pickle, of inert values."""
+    """Interprets the opcodes of a pickle with a stack and a memo of inert values."""
 
     MARK = object()
 
@@ -197,7 +198,7 @@ class _Machine:
             case "BINPERSID":
                 push(Record(self.known(_STORAGE.module, _STORAGE.name), _typed(pop(), tuple)))
             case _:
-                raise ValueError(f"the pickle has the opcode {opcode}, which no checkpoint of ours does")
+                raise ValueError(f"the pickle has the opcode {opcode}, which our checkpoints do not use")
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is self.MARK:
@@ -220,14 +221,14 @@ class _Machine:
     def known(self, module: Any, name: Any) -> Name:
         found = Name(_typed(module, str), _typed(name, str))
         if found not in self.names:
-            raise ValueError(f"the pickle names {found.module}.{found.name}, which no checkpoint of ours does")
+            raise ValueError(f"the pickle names {found.module}.{found.name}, which our checkpoints do not use")
         return found
 
     @staticmethod
     def update(into: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
         for key, value in zip(keys, values, strict=True):
             if not isinstance(key, (str, Record)) or key in into:
-                raise ValueError("the pickle has a key that stands twice, or is neither a name nor a record")
+                raise ValueError("the pickle has a key that is repeated, or is neither a string nor a record")
             into[key] = value
 
     @staticmethod
@@ -238,15 +239,15 @@ class _Machine:
 
 
 def _places(storage: dict[Any, Any], sizes: dict[str, int]) -> dict[tuple[str, tuple[int, ...]], Chunk]:
-    """By tensor and offsets: where a chunk is. ``sizes``: the bytes of each file."""
+    """Return the chunks by (tensor name, offsets). ``sizes`` are the bytes of each file."""
     found = {}
     for index, info in storage.items():
         where, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
         file, first, length = _typed(place["relative_path"], str), _size(place["offset"]), _size(place["length"])
         if place.keys() != {"relative_path", "offset", "length"}:
-            raise ValueError("a chunk is stored in a way that no checkpoint of ours has")
+            raise ValueError("a chunk is stored in a way that our checkpoints do not use")
         if file not in sizes or first + length > sizes[file]:
-            raise ValueError(f"a chunk is outside of the files of the manifest: {short(file)}")
+            raise ValueError(f"a chunk is outside the files of the manifest: {short(file)}")
         key = _typed(where["fqn"], str), _torch_size(where["offset"])
         if key in found:
             raise ValueError(f"{short(key[0])}: chunks overlap")
@@ -266,13 +267,13 @@ def _saved(name: str, entry: Any, places: dict[tuple[str, tuple[int, ...]], Chun
 
 
 def _read_chunk(stream: BinaryIO, chunk: Chunk) -> Tensor:
-    """The tensor in the zip archive at a chunk's place."""
+    """Read a chunk's tensor from its zip archive."""
     first, length = _typed(chunk.place, tuple)
     stream.seek(first)
     with zipfile.ZipFile(io.BytesIO(stream.read(length))) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
-            raise ValueError("the archive holds a name twice")
+            raise ValueError("the archive has a repeated name")
         for entry in entries.values():
             if entry.compress_type != zipfile.ZIP_STORED or not entry.file_size == entry.compress_size <= length:
                 raise ValueError("the archive is not one that torch writes")
@@ -288,7 +289,7 @@ def _read_chunk(stream: BinaryIO, chunk: Chunk) -> Tensor:
         data = bytearray(archive.read(entries[f"data/{_typed(key, str)}"]))
     sizes, strides = (tuple(map(_size, _typed(part, tuple))) for part in (sizes, strides))
     if len(data) != _size(count) * dtype.itemsize or sizes != chunk.sizes or len(sizes) != len(strides):
-        raise ValueError(f"the tensor is not one of {short(chunk.sizes)}")
+        raise ValueError(f"the tensor does not have the shape {short(chunk.sizes)}")
     last = _size(offset) + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if math.prod(sizes) == 0 or last >= count:
         raise ValueError("the tensor is larger than its storage")
@@ -298,7 +299,7 @@ def _read_chunk(stream: BinaryIO, chunk: Chunk) -> Tensor:
 def _made(value: Any, name: str) -> Record:
     record: Record = _typed(value, Record)
     if record.of.name != name:
-        raise ValueError(f"a {record.of.name} where a {name} belongs")
+        raise ValueError(f"found a {record.of.name} instead of a {name}")
     return record
 
 
@@ -324,7 +325,7 @@ def _size(value: Any) -> int:
 
 
 def _typed(value: Any, kind: type) -> Any:
-    """``value`` if it is a ``kind``; a bool is no int."""
+    """Return ``value`` if it is a ``kind``, else raise ValueError. A bool is not an int."""
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        raise ValueError(f"found a {type(value).__name__} instead of a {kind.__name__}")
     return value

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: a JSON file that holds the run's position, and the size and sha256 of every file."""
+"""The manifest of a checkpoint: a JSON file with the run's position, and the size and sha256 of every file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-#: written now: safetensors files, described by tensors.json
+#: the schema that we write: safetensors files, described by tensors.json
 SCHEMA = 2
-#: still read: torch's distributed format, see :mod:`equimoe.moe.checkpoint.legacy`
+#: an older schema that we still read: torch's distributed format, see :mod:`equimoe.moe.checkpoint.legacy`
 LEGACY_SCHEMA = 1
 MANIFEST = "manifest.json"
 #: appended to errors about damage
@@ -22,15 +22,15 @@ _FILES = {
     LEGACY_SCHEMA: re.compile(r"\.metadata|__\d+_\d+\.distcp", re.ASCII),
 }
 _MAX_BYTES = 64 << 20
-_MAX_STEP = 99_999_999  # what a folder's name can hold
+_MAX_STEP = 99_999_999  # folder names have eight digits
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another run."""
+    """Raised for a checkpoint that is missing or damaged, or does not fit the run."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in folder ``path``, after checking every file against its size and sha256."""
+    """Read the manifest of the checkpoint in folder ``path``, and check the size and sha256 of every file."""
     file = path / MANIFEST
     try:
         manifest = read_json(file, _MAX_BYTES)
@@ -69,12 +69,12 @@ def read_json(file: Path, max_bytes: int) -> Any:
 
 
 def is_plain(file: Path) -> bool:
-    """Whether ``file`` is an ordinary file itself: no link, pipe, device or folder."""
+    """Return whether ``file`` is a regular file: not a link, pipe, device or folder."""
     return not file.is_symlink() and file.is_file()
 
 
 def sha256(file: Path) -> str:
-    """The hexadecimal digest of a file's content."""
+    """Return the hexadecimal sha256 of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -82,27 +82,27 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-#: looks a few levels and items deep: a file can nest values until writing them out never ends
+#: formats a few levels and items only: a crafted file can nest values so deeply that formatting all never ends
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 80
 
 
 def short(value: Any) -> str:
-    """``value`` within an error of one line, whatever a file put there."""
+    """Format an untrusted ``value`` for a one-line error, in at most 80 characters."""
     try:
         text = _REPR.repr(list(value) if isinstance(value, tuple) else value)
-    except ValueError:  # an integer of thousands of digits
+    except ValueError:  # an integer with thousands of digits
         text = "(unprintable)"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def reason(error: Exception) -> str:
-    """Why reading failed, in one line."""
+    """Say in one line why reading failed."""
     return printable(str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {error}")
 
 
 def printable(text: str) -> str:
-    """At most 300 characters of one line."""
+    """Replace unprintable characters, including line breaks, by "?", and keep at most 300 characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:300]
 
 

@@ -1,4 +1,4 @@
-"""Reads the files of a checkpoint: tensors.json says which tensors there are, safetensors files hold their numbers."""
+"""Reads the files of a checkpoint: tensors.json describes the tensors, and safetensors files hold their values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_TENSORS_BYTES = 1 << 30
 
 
 def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
-    """All tensors of the checkpoint, after checking that its files hold exactly their chunks."""
+    """Return the description of all tensors, after checking that the files hold exactly their chunks."""
     if TENSORS not in manifest["files"]:
         raise CheckpointError(f"{path / TENSORS}: missing from the manifest; {REMEDY}")
     file, name = path / TENSORS, ""
@@ -42,7 +42,7 @@ def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
 
 
 def to_json(tensors: dict[str, Saved]) -> dict[str, Any]:
-    """What :func:`contents` reads."""
+    """Return the value of tensors.json, which :func:`contents` reads."""
     return {
         name: {
             "dtype": str(saved.dtype).removeprefix("torch."),
@@ -54,7 +54,7 @@ def to_json(tensors: dict[str, Saved]) -> dict[str, Any]:
 
 
 def key_of(name: str, offsets: tuple[int, ...], whole: bool) -> str:
-    """The key of a chunk in its safetensors file; a whole tensor goes by its name."""
+    """Return the key of a chunk in its safetensors file. The key of a whole tensor is its name."""
     return name if whole else f"{name}@{','.join(map(str, offsets))}"
 
 
@@ -84,7 +84,7 @@ def _saved(name: str, entry: Any) -> Saved:
 
 
 def _check_header(file: Path, expected: dict[str, tuple[str, list[int]]]) -> None:
-    """Compare a file's own description of its tensors with that of tensors.json."""
+    """Check that the header of a safetensors file agrees with tensors.json."""
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             keys = set(content.keys())

@@ -1,7 +1,7 @@
-"""Moves tensors between ranks and files by torch's distributed checkpoint (DCP), with a storage of our own.
+"""Writes and reads sharded tensors with torch's distributed checkpoint (DCP), and with storage classes of our own.
 
-DCP plans which rank writes or reads which box of which tensor, for any two meshes. Its own storage pickles, so
-:class:`ShardWriter` and :class:`ShardReader` implement its public storage interface without it.
+DCP plans which rank writes or reads which box of which tensor, and so reshards between any two meshes. Its own storage
+uses pickle; :class:`ShardWriter` and :class:`ShardReader` implement DCP's public storage interface without pickle.
 """
 
 from __future__ import annotations
@@ -42,12 +42,15 @@ from .manifest import CheckpointError
 from .reader import key_of
 from .tensors import Chunk, Opened, Saved
 
-#: a rank starts another file beyond this size, so that only that much of its tensors is copied at a time
+#: a rank starts a new file beyond this size, because all tensors of a file are copied to host memory at once
 FILE_BYTES = 1 << 30
 
 
 def write(folder: Path, state: dict[str, Tensor]) -> dict[str, Saved]:
-    """Write every rank's part of ``state`` to ``folder``, durably; rank 0 gets the description of all tensors."""
+    """Write every rank's part of ``state`` to ``folder``, and flush it to disk.
+
+    Returns the description of all tensors on rank 0, and an empty dict elsewhere.
+    """
     writer = ShardWriter(folder)
     with _single_process_allowed(), _one_line(f"{folder}: cannot be written"):
         dcp.save(cast(dict[str, Any], state), storage_writer=writer, no_dist=not distributed())
@@ -55,7 +58,7 @@ def write(folder: Path, state: dict[str, Tensor]) -> dict[str, Saved]:
 
 
 def fill(folder: Path, state: dict[str, Tensor], tensors: dict[str, Saved], opened: Opened) -> None:
-    """Fill the tensors of ``state`` in place. ``opened`` opens a file of the checkpoint in ``folder``."""
+    """Fill the tensors of ``state`` in place from the checkpoint in ``folder``, whose files ``opened`` opens."""
     reader = ShardReader(folder, {name: tensors[name] for name in state}, opened)
     with _single_process_allowed(), _one_line(f"{folder}: refused"):
         dcp.load(cast(dict[str, Any], state), storage_reader=reader, no_dist=not distributed())
@@ -87,7 +90,7 @@ class ShardWriter(StorageWriter):
             tensors = {}
             for item in items:
                 offsets, sizes, shape = _box(item)
-                # a copy of its own: safetensors refuses tensors that share memory
+                # always copy: safetensors refuses tensors that share memory
                 source = cast(Tensor, planner.resolve_data(item)).detach()
                 copy = source.to("cpu", copy=True, memory_format=torch.contiguous_format)
                 tensors[key_of(item.index.fqn, offsets, sizes == shape)] = copy
@@ -100,7 +103,7 @@ class ShardWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, once all have written."""
+        """Collect the description of all tensors. DCP calls this on rank 0, after all ranks have written."""
         chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
         for result in (result for of_rank in results for result in of_rank):
             name, (file, offsets, sizes) = result.index.fqn, result.storage_data
@@ -117,7 +120,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """Reads boxes of the given tensors, from files that ``opened`` opens."""
+    """Reads boxes of ``tensors`` from files that ``opened`` opens."""
 
     def __init__(self, folder: Path, tensors: dict[str, Saved], opened: Opened) -> None:
         self.folder, self.tensors, self.opened = folder, tensors, opened
@@ -161,12 +164,12 @@ class ShardReader(StorageReader):
 
 
 def distributed() -> bool:
-    """Whether this process has peers."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, survive a loss of power."""
+    """Flush a file, or a folder's entries, to disk, so that it survives a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -175,11 +178,11 @@ def sync(path: Path) -> None:
 
 
 def _files_of(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    """The items with anything to write, in runs of at most ``FILE_BYTES``; a larger one is alone."""
+    """Group items into files of at most ``FILE_BYTES``. A larger item gets its own file; empty ones are left out."""
     group: list[WriteItem] = []
     size = 0
     for item in items:
-        assert item.tensor_data is not None, "a state holds tensors alone"
+        assert item.tensor_data is not None, "a state holds only tensors"
         nbytes = torch.Size(_box(item)[1]).numel() * item.tensor_data.properties.dtype.itemsize
         if nbytes == 0:
             continue
@@ -193,7 +196,7 @@ def _files_of(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
 
 
 def _box(item: WriteItem) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of a chunk, and the shape of its tensor."""
+    """Return the offsets and sizes of a chunk, and the shape of its tensor."""
     data = item.tensor_data
     assert data is not None and data.chunk is not None
     return tuple(data.chunk.offsets), tuple(data.chunk.sizes), tuple(data.size)
@@ -214,7 +217,7 @@ def _described(saved: Saved) -> TensorStorageMetadata:
 
 @contextmanager
 def _single_process_allowed() -> Iterator[None]:
-    """DCP warns when there is no process group; a run of one process has none."""
+    """Context that silences DCP's warnings about a missing process group, which a run of one process does not need."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="torch.distributed is unavailable")
@@ -223,7 +226,7 @@ def _single_process_allowed() -> Iterator[None]:
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """DCP raises a page with every rank's traceback; say in one line what failed on the first of them."""
+    """Context that replaces DCP's error, a page with all ranks' tracebacks, by one line for the lowest failed rank."""
     try:
         yield
     except CheckpointException as error:

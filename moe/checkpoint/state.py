@@ -1,4 +1,4 @@
-"""The tensors of a run, by names that do not depend on the mesh: weights, AdamW's moments, random generators."""
+"""Names the tensors of a run independently of the mesh: weights, AdamW's moments, random generators."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: what AdamW keeps of a weight
+#: AdamW's state of a weight
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def training_state(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, generators: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """All weights, moments and generators. Reading them changes nothing.
+    """Return all weights, moments and generators by name. Changes nothing.
 
-    A weight has moments if ``optimizer`` (AdamW) updates it, or has done so before the weight was frozen. Before its
-    first step they are new zeros, which :func:`restore_optimizer` hands to the optimizer after
-    :func:`equimoe.moe.checkpoint.load`.
+    A weight has moments if ``optimizer`` (AdamW) updates it, or did so before the weight was frozen. Before the first
+    step they are new zeros, which the optimizer does not know: after :func:`equimoe.moe.checkpoint.load` has filled
+    them, :func:`restore_optimizer` gives them to the optimizer.
     """
     state = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, moments in _moments(parameters, optimizer).items():
@@ -29,7 +29,7 @@ def training_state(
 def restore_optimizer(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
 ) -> None:
-    """Make the moments in a loaded ``state`` those of ``optimizer``."""
+    """Give the moments in a loaded ``state`` to ``optimizer``."""
     for name, moments in _moments(parameters, optimizer).items():
         optimizer.state[parameters[name]] = {key: state[f"optimizer.{name}.{key}"] for key in moments}
 
@@ -56,8 +56,8 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 
 
 def _new_moments(parameter: nn.Parameter, group: dict[str, object]) -> dict[str, Tensor]:
-    """Moments as AdamW makes them in its first step."""
-    # kernels that update on the device count there; a counter on the CPU would be an illegal access
+    """Return the moments that AdamW would create in its first step."""
+    # fused and capturable kernels read the step counter on the device; a counter on the CPU would be an illegal access
     on_device = group.get("fused") or group.get("capturable")
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),

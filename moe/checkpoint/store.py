@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or absent.
+"""Saves, lists and loads checkpoints. A checkpoint is complete or absent.
 
-A checkpoint is a folder ``step-00000100`` of safetensors files, with ``tensors.json``, which describes the tensors, and
-``manifest.json``, which holds the size and sha256 of every file and the run's position. It is written under another
-name, flushed, and renamed: a folder with that name is complete, however the run ended. Reading checks every byte
-first, and parses data only: see ``SECURITY.md``.
+A checkpoint is a folder ``step-00000100`` with safetensors files, with ``tensors.json``, which describes the tensors,
+and with ``manifest.json``, which holds the run's position, and the size and sha256 of every file. The folder is written
+under a temporary name, flushed to disk, and renamed. So a folder with the final name is complete, however the run
+ended. Reading first checks every byte against the manifest, and never runs code from the files: see ``SECURITY.md``.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _NAME = re.compile(r"step-(\d{8})", re.ASCII)
 
 
 def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any], keep_last: int) -> Path:
-    """Write ``state`` (logical name -> tensor or DTensor) and the JSON-able ``position`` as ``root/step-...``.
+    """Write ``state`` (logical name -> tensor or DTensor) and ``position`` (JSON) as ``root/step-...``.
 
-    Every rank calls it. Of the complete checkpoints, the newest ``keep_last`` stay.
+    Every rank must call this. Keeps the newest ``keep_last`` complete checkpoints, and deletes older ones.
     """
     for name, value in state.items():
         if value.dtype not in DTYPES:
@@ -44,7 +44,7 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
     if _rank() == 0:
         text = json.dumps(reader.to_json(tensors), separators=(",", ":")).encode()
         if len(text) > reader.MAX_TENSORS_BYTES:
-            raise ValueError(f"{reader.TENSORS}: {len(text)} bytes are more than can be read; shard over fewer ranks")
+            raise ValueError(f"{reader.TENSORS}: {len(text)} bytes are too many to load; shard over fewer ranks")
         _write_durably(partial / reader.TENSORS, text)
     files = {name: entry for part in _gather(_digest_own(partial)) for name, entry in part.items()}
     if _rank() == 0:
@@ -59,7 +59,7 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
 
 
 def newest(root: Path) -> Path:
-    """The complete checkpoint of the latest step."""
+    """Return the complete checkpoint of the latest step."""
     found = complete(root)
     if not found:
         raise CheckpointError(f"{root}: no complete checkpoint; start without --resume, or give the run's own folder")
@@ -67,20 +67,21 @@ def newest(root: Path) -> Path:
 
 
 def complete(root: Path) -> list[Path]:
-    """Folders with a complete checkpoint's name, oldest first. Bytes are checked when one is read."""
+    """List the folders of complete checkpoints by name, oldest first. Their content is checked when one is read."""
     return sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
-    """Dtype, shape and chunks of every tensor of a checkpoint, whose manifest was read before."""
+    """Return the dtype, shape and chunks of every tensor of a checkpoint; ``manifest`` is from ``read_manifest``."""
     return _format(manifest).contents(path, manifest)
 
 
 def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-    """Fill ``state``'s tensors in place; all ranks' names, dtypes and shapes must be exactly the checkpoint's.
+    """Fill the tensors of ``state`` in place. Every rank must call this.
 
-    Generators and moments may differ: a rank without a saved generator keeps its own, a weight without saved moments
-    keeps those in ``state``, and those of weights that this run does not train are skipped. Every rank calls it.
+    The names, dtypes and shapes of all ranks together must equal the checkpoint's. Generators and moments may differ: a
+    rank without a saved generator keeps its own, a weight without saved moments keeps those in ``state``, and saved
+    moments of weights that this run does not train are skipped.
     """
     saved: dict[str, Saved] = {}
     refusal = None
@@ -99,12 +100,12 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
         ours, theirs = want.get(name), have.get(name)
         if ours != theirs and not _may_lack(name, want, have):
             what = f"{printable(name)}: this run wants {ours}, the checkpoint has {theirs}"
-            raise CheckpointError(f"{path}: {what}; same config?")
+            raise CheckpointError(f"{path}: {what}; resume with the config that saved it")
     fill(path, {name: value for name, value in state.items() if name in saved}, saved, _format(manifest).opened)
 
 
 def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
-    """Whether a tensor may be on one side alone: see :func:`load`."""
+    """Return whether a tensor may be missing from the run or from the checkpoint: see :func:`load`."""
     if name in want and name in have:
         return False
     kind, _, rest = name.partition(".")
@@ -128,7 +129,7 @@ def _retire(root: Path, keep_last: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder if it exists; of a symbolic link the link alone, never what it points to."""
+    """Delete a folder if it exists. If it is a symbolic link, delete only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -136,7 +137,7 @@ def _remove(folder: Path) -> None:
 
 
 def _digest_own(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of the files that this rank has written."""
+    """Return the size and sha256 of the files that this rank has written."""
     own = sorted(folder.glob(f"rank{_rank():05d}-*.safetensors"))
     own += [folder / reader.TENSORS] if _rank() == 0 else []
     return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in own}

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its tensors: dtype, shape, and the chunks that hold the numbers."""
+"""Describes the tensors of a checkpoint: dtype, shape, and the chunks that hold the values."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _MAX_DIMS = 64  # torch's own limit
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and the place of its numbers in a file."""
+    """A box of a tensor, and the location of its values in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
-    #: key in a safetensors file; in a file of the old format, the first byte and the number of bytes
+    #: key in a safetensors file; in a file of the legacy format, (first byte, number of bytes)
     place: str | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor of a checkpoint."""
+    """The description of a tensor of a checkpoint."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,10 +58,10 @@ class Saved:
         Chunks form a grid, because a mesh splits each dimension on its own.
         """
         if len(self.shape) > _MAX_DIMS or not all(map(_is_size, self.shape)):
-            raise ValueError(f"shape {short(self.shape)} is not one of a tensor")
+            raise ValueError(f"shape {short(self.shape)} is not a valid shape")
         for chunk in self.chunks:
             if not len(chunk.offsets) == len(chunk.sizes) == len(self.shape):
-                raise ValueError(f"a chunk has another number of dimensions than shape {short(self.shape)}")
+                raise ValueError(f"a chunk and shape {short(self.shape)} have different numbers of dimensions")
             if not all(map(_is_size, (*chunk.offsets, *chunk.sizes))):
                 raise ValueError(f"chunk at {short(chunk.offsets)} of {short(chunk.sizes)} is not a box")
         full = [chunk for chunk in self.chunks if all(chunk.sizes)]
@@ -75,7 +75,7 @@ class Saved:
             raise ValueError(f"chunks overlap, leave holes or exceed shape {short(self.shape)}")
 
 
-#: opens a file of a checkpoint; the function that it yields reads a box of a chunk of that file
+#: opens a file of a checkpoint; yields a function that reads a box of a chunk of that file
 Opened = Callable[[Path], AbstractContextManager[Callable[[Chunk, tuple[slice, ...]], Tensor]]]
 
 

@@ -1,7 +1,7 @@
-"""The verbs through which a layer communicates, over named axes of ranks.
+"""All communication of a layer: collectives over named axes of ranks.
 
-With no process group every verb is the identity, so each stage runs, and is tested, in one process.
-All ranks of an axis must call the same verbs in the same order, whatever their rows.
+Without a process group every collective is the identity, so that each stage runs, and is tested, in one process.
+All ranks of an axis must call the same collectives in the same order, even with no rows.
 """
 
 from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, split_axis, world_axis

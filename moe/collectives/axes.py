@@ -19,7 +19,7 @@ class Axis:
     rank: int = 0
 
     def __deepcopy__(self, memo: dict) -> Axis:
-        return self  # a process group is a handle; a copied layer talks to the same ranks
+        return self  # a copied layer communicates with the same ranks, and process groups cannot be copied
 
 
 #: this rank alone
@@ -27,27 +27,27 @@ LOCAL = Axis("local")
 
 
 def axis_of(name: str, group: Any) -> Axis:
-    """The axis of a process group; one rank needs no communication."""
+    """Return the axis of a process group; a group of one rank gets no group, since it needs no communication."""
     size = dist.get_world_size(group)
     return Axis(name, group, size, dist.get_rank(group)) if size > 1 else Axis(name)
 
 
 def world_axis() -> Axis:
-    """All ranks of the default process group, or this one alone when there is none."""
+    """Return the axis of all ranks of the default process group; LOCAL if there is none."""
     if dist.is_available() and dist.is_initialized():
         return axis_of("world", dist.group.WORLD)
     return LOCAL
 
 
 def global_ranks(axis: Axis) -> list[int]:
-    """The axis's ranks as the default process group numbers them."""
+    """Return the axis's ranks, numbered as in the default process group."""
     return dist.get_process_group_ranks(axis.group) if axis.size > 1 else [0]
 
 
 def private_axis(axis: Axis) -> Axis:
-    """The same ranks in a process group of their own, so that no other collective can be confused with its own.
+    """Return an axis of the same ranks with a new process group, whose collectives cannot mix with those of others.
 
-    All ranks of the axis call this.
+    All ranks of the axis must call this.
     """
     if axis.size == 1 or dist.get_backend(axis.group) == "fake":
         return axis
@@ -58,15 +58,18 @@ _halves: dict[tuple[Any, int], tuple[Axis, Axis]] = {}
 
 
 def device_of(axis: Axis) -> torch.device:
-    """Where tensors must be that the axis's ranks send each other: a GPU where its backend takes one."""
-    # a gloo group names every device
+    """Return the device on which the axis's backend communicates; prefers a GPU."""
+    # a gloo group lists every device type, also unavailable ones
     usable = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     known = [kind for kind in axis.group._device_types if kind.type in usable]
     return next((kind for kind in known if kind.type == "cuda"), known[0])
 
 
 def _new_group_like(group: Any, members: list[int]) -> Any:
-    """A group of some of a group's ranks with the same timeout, which has been used once: all of them call this."""
+    """Create a group of ``members``, a subset of a group's ranks, with the group's timeout, and use it once.
+
+    All members must call this.
+    """
     device = device_of(Axis("", group))
     options = getattr(group._get_backend(device), "options", None)
     made = dist.new_group(members, timeout=getattr(options, "_timeout", None), use_local_synchronization=True)
@@ -75,12 +78,12 @@ def _new_group_like(group: Any, members: list[int]) -> Any:
 
 
 def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
-    """The axis as a grid: (ranks ``inner`` apart, blocks of ``inner`` adjacent ranks). All its ranks call this.
+    """Split an axis into a grid; return (the axis across blocks, the axis within a block of ``inner`` adjacent ranks).
 
-    Raises ValueError when ``inner`` does not divide the size.
+    All ranks of the axis must call this. Raises ValueError if ``inner`` does not divide the size.
     """
     if inner < 1 or axis.size % inner:
-        raise ValueError(f"split of axis {axis.name!r} into blocks of {inner}: must divide its {axis.size} ranks")
+        raise ValueError(f"inner={inner}: must divide the {axis.size} ranks of axis {axis.name!r}; use a divisor")
     if (axis.group, inner) not in _halves:
         ranks, block = global_ranks(axis), axis.rank // inner
         lengths = {"across": ranks[axis.rank % inner :: inner], "within": ranks[block * inner : (block + 1) * inner]}

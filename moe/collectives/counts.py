@@ -1,4 +1,4 @@
-"""Sums, counts and sizes, without gradient."""
+"""Collectives for sums, counts and sizes, which have no gradient."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .wire import note
 
 
 class Pending:
-    """A tensor whose sum over an axis is under way; :meth:`get` waits for it."""
+    """The result of a collective that may still be running; :meth:`get` waits for it."""
 
     def __init__(self, value: Tensor, work: Any = None) -> None:
         self._value = value
         self._work = work
 
     def get(self) -> Tensor:
-        """The summed tensor."""
+        """Wait for the result, and return it."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -32,35 +32,37 @@ class Pending:
 
 
 def sum_over(value: Tensor, axis: Axis) -> Pending:
-    """Start to sum ``value`` over the axis; its own memory takes the result. No gradient."""
+    """Start to sum ``value`` over the axis, in place. No gradient."""
     if axis.size == 1:
         return Pending(value)
-    note("sum_over", axis, 2 * value.nbytes * (axis.size - 1) // axis.size)  # of a ring
+    note("sum_over", axis, 2 * value.nbytes * (axis.size - 1) // axis.size)  # what a ring all-reduce sends
     return Pending(value, dist.all_reduce(value, group=axis.group, async_op=True))
 
 
 def exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
-    """Row p goes to rank p; row p of the result came from rank p. No gradient."""
+    """Send row p to rank p; row p of the result is from rank p. No gradient."""
     if counts_PX.shape[0] != axis.size:
-        raise ValueError(f"counts_PX has {counts_PX.shape[0]} rows for axis {axis.name!r} of {axis.size} ranks")
+        raise ValueError(
+            f"counts_PX.shape={tuple(counts_PX.shape)}: axis {axis.name!r} has {axis.size} ranks; pass one row for each"
+        )
     return counts_PX if axis.size == 1 else once(lambda: _exchange_counts(counts_PX, axis))
 
 
 def _exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
     note("exchange_counts", axis, counts_PX.nbytes * (axis.size - 1) // axis.size)
-    received = counts_PX.clone()  # what a dry run, whose backend moves nothing, is to believe
+    received = counts_PX.clone()  # the result in a dry run, whose backend moves no data
     dist.all_to_all_single(received, counts_PX.contiguous(), group=axis.group)
     return received
 
 
-#: (how many sizes, the axis) to what to believe of them
+#: (number of sizes, axis) -> the sizes to assume
 Belief = Callable[[int, Axis], list[int]]
 _belief: Belief | None = None
 
 
 @contextmanager
 def believe_splits(belief: Belief) -> Iterator[None]:
-    """Within it, :func:`splits` reads no tensors: those of a dry run have shapes, but no values."""
+    """Context for a dry run, whose tensors have no values: :func:`splits` returns the sizes of ``belief``."""
     global _belief
     before, _belief = _belief, belief
     try:
@@ -70,7 +72,7 @@ def believe_splits(belief: Belief) -> Iterator[None]:
 
 
 def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], list[int]]:
-    """Rows to and from each rank, for the host: it waits for the device here, and nowhere else in a layer."""
+    """Return the numbers of rows to and from each rank as host integers, for which the host waits."""
     if _belief is not None:
         return _belief(sent_P.numel(), axis), _belief(sent_P.numel(), axis)
     sent, received = torch.stack((sent_P, received_P)).tolist()
@@ -78,7 +80,7 @@ def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], l
 
 
 def agreed_prefix(values: Sequence[object], axis: Axis) -> int:
-    """How many leading values are equal on all ranks of the axis, by their ``repr``; the host waits for the answer."""
+    """Return how many leading values have the same ``repr`` on all ranks of the axis. The host waits for the answer."""
     if axis.size == 1 or _belief is not None:
         return len(values)
     device = device_of(axis)
@@ -92,12 +94,12 @@ def agreed_prefix(values: Sequence[object], axis: Axis) -> int:
 
 
 def equal_sizes(rows: Tensor, axis: Axis) -> list[int]:
-    """How many rows each rank has, where all are known to have equally many."""
+    """Return the number of rows of each rank, if all ranks are known to have the same number."""
     return [rows.shape[0]] * axis.size
 
 
 def exchange_sizes(rows: Tensor, axis: Axis) -> list[int]:
-    """How many rows each rank has; the host waits for the answer."""
+    """Ask every rank for its number of rows. The host waits for the answer."""
     if axis.size == 1 or _belief is not None:
         return equal_sizes(rows, axis)
     mine_P = torch.full((axis.size, 1), rows.shape[0], dtype=torch.int64, device=rows.device)

@@ -1,4 +1,4 @@
-"""Initial values of weights that may be split over ranks."""
+"""Initializes weights that may be sharded over ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def fill(weight: Tensor, values: Callable[[Tensor], object]) -> None:
-    """Let ``values`` fill a weight in place. A split weight (DTensor) gets its part of what it would get whole.
+    """Call ``values`` to fill a weight in place. A sharded weight (DTensor) gets its part of the whole weight's values.
 
-    So ranks that have seeded alike agree with one process. The whole weight is in memory meanwhile, on every rank.
+    Ranks with the same seed therefore get the same weights as one process. Every rank temporarily holds the whole
+    weight in memory.
     """
     mesh = getattr(weight, "device_mesh", None)
     if mesh is None:
         values(weight)
         return
-    from torch.distributed.tensor import DTensor, Replicate  # only here: slow to import
+    from torch.distributed.tensor import DTensor, Replicate  # imported late because it is slow
 
     whole = torch.empty(weight.shape, dtype=weight.dtype, device=weight.to_local().device)  # type: ignore[attr-defined]
     values(whole)
@@ -29,15 +30,15 @@ def fill(weight: Tensor, values: Callable[[Tensor], object]) -> None:
 
 
 def fill_normal(weight: Tensor, std: float) -> None:
-    """Values of a normal distribution around 0."""
+    """Fill a weight, which may be sharded, from a normal distribution with mean 0."""
     fill(weight, partial(nn.init.normal_, std=std))
 
 
 def reset(module: nn.Module) -> None:
-    """What the module's constructor did to its parameters and buffers, with the same random numbers.
+    """Initialize a module's parameters and buffers as its constructor does, with the same draws of random numbers.
 
-    Of linear layers and embeddings of torch, which draw from the random stream even where other values follow; of
-    others, their own ``reset_parameters``, if they have any.
+    torch's linear layers and embeddings are filled here, even if the caller overwrites the values, because their
+    constructors draw random numbers too. Other modules use their own ``reset_parameters``, if they have one.
     """
     if isinstance(module, nn.Linear):
         fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))

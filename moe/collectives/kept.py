@@ -1,4 +1,4 @@
-"""What a recomputation need not communicate again."""
+"""Keeps results of exchanges, so that recomputation need not communicate again."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ V = TypeVar("V")
 
 
 class Kept:
-    """What the exchanges of a region brought when it ran first; its recomputation takes them from here."""
+    """Results of the exchanges in a region's first run, in order; its recomputation reads them instead."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
         self.next: int | None = None
 
 
-#: set while a region runs whose exchanges are kept
+#: set while a region runs or is recomputed whose exchanges are kept
 keeping: ContextVar[Kept | None] = ContextVar("equimoe_kept_exchanges", default=None)
 
 
 def once(make: Callable[[], V]) -> V:
-    """What ``make`` brings from other ranks; in a recomputation that keeps exchanges, what it brought before."""
+    """Run an exchange and return its result; in a recomputation that keeps exchanges, return the first run's result."""
     kept = keeping.get()
     if kept is None:
         return make()

@@ -1,4 +1,4 @@
-"""Rows that travel between the ranks of an axis, and their gradients back."""
+"""Differentiable exchanges of rows between the ranks of an axis; gradients return the same way."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .wire import PLAIN, Codec, Wire, note
 
 
 class _Way(NamedTuple):
-    """Who sends how many rows to whom, in rank order."""
+    """One direction of an exchange: the number of rows sent to and received from each rank, in rank order."""
 
     verb: str
     axis: Axis
-    #: None: all to everybody
+    #: None: all rows to every rank
     sent: list[int] | None
     received: list[int]
-    #: ranks send equally many, which are added up
+    #: every rank sends the same number of rows, and the result is their sum
     summed: bool = False
 
     @property
     def rows(self) -> int:
-        """How many there are on arrival."""
+        """Number of rows in the result."""
         return self.received[0] if self.summed else sum(self.received)
 
 
 class Flight:
-    """Rows on their way: a collective that has started, and how to read what arrives."""
+    """A collective that has started, and how to decode the rows that it receives."""
 
     def __init__(self, rows: Tensor, way: _Way, codec: Codec) -> None:
         self.way, self.codec, self.dtype = way, codec, rows.dtype
@@ -44,13 +44,13 @@ class Flight:
         if sent is None and len(set(received)) == 1:
             self.work = dist.all_gather_into_tensor(self.out, payload, group=axis.group, async_op=True)
         else:
-            if sent is None:  # as an all-to-all, because gathering unequal parts is not for every backend
+            if sent is None:  # not every backend can gather unequal parts, so use an all-to-all
                 sent, payload = [len(payload)] * axis.size, payload.repeat(axis.size, *[1] * (payload.dim() - 1))
             self.work = dist.all_to_all_single(self.out, payload, received, sent, group=axis.group, async_op=True)
-        self.payload: Tensor | None = payload  # not freed before it has left
+        self.payload: Tensor | None = payload  # kept alive until the send completes
 
     def land(self) -> Tensor:
-        """Wait, once; the rows that arrived, or their sum."""
+        """Wait for the collective; return the rows received, or their sum."""
         if self.payload is not None:
             self.work.wait()
             self.work = self.payload = None
@@ -65,10 +65,10 @@ class Flight:
 
 
 class _Leg:
-    """Ties a departure to its arrival, forward and backward."""
+    """Connects the start of an exchange with its end: ``forward`` for rows, ``backward`` for their gradients."""
 
-    def __init__(self, there: _Way, back: _Way, wire: Wire) -> None:
-        self.there, self.back, self.wire = there, back, wire
+    def __init__(self, forward: _Way, backward: _Way, wire: Wire) -> None:
+        self.forward, self.backward, self.wire = forward, backward, wire
         self.flight: Flight | None = None
 
     def land(self) -> Tensor:
@@ -78,13 +78,13 @@ class _Leg:
 
 
 class _Depart(torch.autograd.Function):
-    """Starts; the graph gets a token in the place of rows that are not there yet: their shape without their memory."""
+    """Starts the exchange, and puts a token into the graph: a tensor of the result's shape, but without its memory."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, leg: _Leg) -> Tensor:
         ctx.leg = leg
-        leg.flight = once(lambda: Flight(rows, leg.there, leg.wire.forward))
-        return rows.new_zeros(()).expand(leg.there.rows, *rows.shape[1:])
+        leg.flight = once(lambda: Flight(rows, leg.forward, leg.wire.forward))
+        return rows.new_zeros(()).expand(leg.forward.rows, *rows.shape[1:])
 
     @staticmethod
     @once_differentiable
@@ -102,62 +102,63 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         leg = ctx.leg
-        leg.flight = Flight(grad, leg.back, leg.wire.backward)
+        leg.flight = Flight(grad, leg.backward, leg.wire.backward)
         return grad.new_zeros(()).expand(grad.shape), None
 
 
 class Transit:
-    """Rows that are under way; :meth:`wait` gives those that arrive here.
+    """An exchange of rows that has started; :meth:`wait` returns the rows received.
 
-    What is computed between start and wait runs while rows travel, and its backward while their gradients do.
+    Computation between start and wait overlaps with the exchange, in the forward and in the backward.
     """
 
     def __init__(self, rows: Tensor, leg: _Leg) -> None:
-        self._leg = leg if leg.there.axis.size > 1 else None
+        self._leg = leg if leg.forward.axis.size > 1 else None
         self._token = rows if self._leg is None else _Depart.apply(rows, leg)
 
     def wait(self) -> Tensor:
-        """The rows that arrived, in the order of the ranks that sent them."""
+        """Wait for the rows received, and return them in the order of the ranks that sent them."""
         return self._token if self._leg is None else _Arrive.apply(self._token, self._leg)
 
 
 def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> Transit:
     """Start an all-to-all of rows: ``sent[p]`` rows to rank p, ``received[p]`` from it, both in rank order.
 
-    Differentiable; the gradient travels the same way back. ``received`` must come from the senders'
-    own counts (:func:`exchange_counts`): a wrong one is undefined memory, not an error.
+    Differentiable; gradients return the same way. ``received`` must come from the senders' counts
+    (:func:`exchange_counts`): wrong sizes are not detected, and yield undefined values.
     """
     if len(sent) != axis.size or len(received) != axis.size or sum(sent) != rows.shape[0]:
         raise ValueError(
-            f"splits {sent} and {received} do not fit {rows.shape[0]} rows on axis {axis.name!r} of {axis.size} ranks"
+            f"sent={sent}, received={received}: do not fit {rows.shape[0]} rows and the {axis.size} ranks of axis "
+            f"{axis.name!r}; give one size per rank, and sizes sent that add up to the rows"
         )
     name = "exchange_rows"
     return Transit(rows, _Leg(_Way(name, axis, sent, received), _Way(name, axis, received, sent), wire))
 
 
 def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
-    """:func:`start_exchange`, and wait."""
+    """Run :func:`start_exchange`, and wait."""
     return start_exchange(rows, sent, received, axis, wire).wait()
 
 
 def start_gather(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Transit:
-    """Start to bring the rows of all ranks here, in rank order; rank p has ``sizes[p]``.
+    """Start to gather the rows of all ranks, in rank order; rank p has ``sizes[p]`` rows.
 
-    Its backward is that of :func:`reduce_scatter_rows`.
+    The backward is a :func:`reduce_scatter_rows`.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes[axis.rank : axis.rank + 1])
     return Transit(rows, _Leg(gathering(sizes, axis), _reduce_scatter(sizes, axis), wire))
 
 
 def gather_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
-    """:func:`start_gather`, and wait."""
+    """Run :func:`start_gather`, and wait."""
     return start_gather(rows, sizes, axis, wire).wait()
 
 
 def reduce_scatter_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
-    """This rank's ``sizes[rank]`` rows of the sum over ranks of ``rows``. Its backward is :func:`gather_rows`.
+    """Sum ``rows`` over the ranks and return this rank's ``sizes[rank]`` rows. The backward is a :func:`gather_rows`.
 
-    Terms are added in rank order, in fp32 for 16-bit rows.
+    Terms are added in rank order; 16-bit rows in fp32.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes)
     return Transit(rows, _Leg(_reduce_scatter(sizes, axis), gathering(sizes, axis), wire)).wait()
@@ -165,7 +166,10 @@ def reduce_scatter_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire =
 
 def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> None:
     if len(sizes) != axis.size or sum(counted) != rows:
-        raise ValueError(f"sizes {sizes} do not fit {rows} rows on axis {axis.name!r} of {axis.size} ranks")
+        raise ValueError(
+            f"sizes={sizes}: do not fit {rows} rows and the {axis.size} ranks of axis {axis.name!r}; "
+            "give each rank's number of rows"
+        )
 
 
 def gathering(sizes: list[int], axis: Axis) -> _Way:

@@ -1,4 +1,4 @@
-"""Ranks that all hold the same rows."""
+"""Splits and gathers rows that all ranks of an axis hold."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .wire import Plain
 
 
 def shares(rows: int, axis: Axis) -> list[int]:
-    """How many of ``rows`` each rank takes, differing by one at most."""
+    """Return how many of ``rows`` each rank takes; ranks differ by at most one."""
     return [rows // axis.size + (rank < rows % axis.size) for rank in range(axis.size)]
 
 
 def split_tokens(x_TD: Tensor, axis: Axis) -> Tensor:
-    """This rank's share of rows that all ranks hold; its backward gathers the shares' gradients."""
+    """Take this rank's share of rows that all ranks hold. The backward gathers the gradients of all shares."""
     return x_TD if axis.size == 1 else _Split.apply(x_TD, axis)
 
 
 def gather_tokens(y_TD: Tensor, tokens: int, axis: Axis) -> Tensor:
-    """All ``tokens`` rows from the ranks' shares of them; its backward takes this rank's share of the gradient.
+    """Gather all ``tokens`` rows from the ranks' shares. The backward takes this rank's share of the gradient.
 
-    For a gradient that is the same on all ranks, as it is where all compute the same loss from the rows: unlike
-    :func:`gather_rows` it does not add the ranks' gradients up.
+    The gradient must be the same on all ranks, as it is if all compute the same loss from the rows. Unlike
+    :func:`gather_rows`, this does not sum the gradients of the ranks.
     """
     sizes = shares(tokens, axis)
     check_sizes(sizes, y_TD.shape[0], axis, [sizes[axis.rank]])

@@ -1,4 +1,4 @@
-"""What is on the wire: a record of it, and the formats that rows travel in."""
+"""Records the traffic of collectives, and defines the formats in which rows are sent."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .axes import Axis
 
 
 class Traffic(NamedTuple):
-    """One collective as this rank took part in it."""
+    """One collective that this rank took part in."""
 
     verb: str
     axis: str
-    #: ranks of the axis
+    #: number of ranks of the axis
     size: int
     #: bytes that this rank sent to other ranks
     sent: int
@@ -28,9 +28,9 @@ _record: list[Traffic] | None = None
 
 @contextmanager
 def record_traffic() -> Iterator[list[Traffic]]:
-    """Within it, every collective of a layer is noted in the list, those of backward passes too."""
+    """Context that records every collective of a layer in the list that it yields, including those of backwards."""
     global _record
-    before, _record = _record, []  # not a context variable: backward passes run in threads of their own
+    before, _record = _record, []  # not a ContextVar, because autograd runs backwards in other threads
     try:
         yield _record
     finally:
@@ -38,13 +38,13 @@ def record_traffic() -> Iterator[list[Traffic]]:
 
 
 def note(verb: str, axis: Axis, sent: int) -> None:
-    """Put a collective on the record, if there is one."""
+    """Record a collective if :func:`record_traffic` is active."""
     if _record is not None:
         _record.append(Traffic(verb, axis.name, axis.size, sent))
 
 
 class Codec(Protocol):
-    """How rows look on the wire: [S, ...] to a payload [S, ...] and back."""
+    """A wire format: encodes rows [S, ...] as a payload [S, ...], and decodes it."""
 
     def encode(self, rows: Tensor) -> Tensor: ...
 
@@ -52,7 +52,7 @@ class Codec(Protocol):
 
 
 class Plain:
-    """Rows travel as they are."""
+    """Sends rows unchanged."""
 
     def encode(self, rows: Tensor) -> Tensor:
         return rows
@@ -62,7 +62,7 @@ class Plain:
 
 
 class Wire(NamedTuple):
-    """The formats of rows and of their gradients."""
+    """The wire formats of rows and of their gradients."""
 
     forward: Codec = Plain()
     backward: Codec = Plain()

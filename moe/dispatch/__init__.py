@@ -1,4 +1,4 @@
-"""Bring tokens to the ranks of their experts, and results back."""
+"""Dispatchers: send tokens to the ranks of their experts, and combine the results."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from .duplicates import DropDuplicates
 from .hierarchical import HierarchicalDispatcher
 from .local import LocalDispatcher
 
-#: all are made alike: see :class:`Dispatcher`
+#: all take the arguments of :class:`Dispatcher`
 DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
     "local": LocalDispatcher,
     "all_gather": AllGatherDispatcher,
@@ -25,7 +25,7 @@ DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {
 
 
 def build_dispatcher(config: MoEConfig, placement: Placement) -> Dispatcher:
-    """The dispatcher that ``config.dispatch`` names, for experts where ``placement`` puts them."""
+    """Build the dispatcher that ``config.dispatch`` names, for the ranks of ``placement``."""
     ep, owners = placement.ep, placement.owners_of(config.num_experts)
     name = config.dispatch.name if ep.size > 1 else "local"
     return DISPATCHERS[name](

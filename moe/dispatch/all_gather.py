@@ -1,4 +1,4 @@
-"""Every rank of the axis sees every token, and computes what its experts have to do with it.
+"""Dispatch by all-gather: every rank gets all tokens, and computes its own experts on them.
 
 T tokens of this rank, D hidden, K top-k, S tokens of all ranks.
 """
@@ -16,27 +16,27 @@ from .base import Dispatcher, as_computed
 
 
 class Flight(NamedTuple):
-    """All ranks' tokens, on their way to this one."""
+    """A dispatch that has started."""
 
     rows: Transit
     weights_SK: Tensor
-    #: this rank's slots, -1 for choices of other ranks' experts
+    #: slots on this rank; -1 for choices of other ranks' experts
     slots_SK: Tensor
-    #: how many tokens each rank has
+    #: number of tokens of each rank
     sizes: list[int]
 
 
 class AllGatherDispatcher(Dispatcher):
-    """All-gather of tokens and routing, reduce-scatter of results.
+    """All-gathers tokens and routing, and reduce-scatters results.
 
-    For few ranks, or K near their number; moves the same however tokens are routed. With ``equal_tokens`` the host
-    waits for nothing.
+    Good for few ranks, or if K is close to the number of ranks. Traffic does not depend on routing. With
+    ``equal_tokens`` the host never waits for the device.
     """
 
     def send(self, x_TD: Tensor, routing: Routing) -> Flight:
         axis = self.axis
         sizes = self.sizes_of(x_TD, axis)
-        rows = start_gather(as_computed(x_TD), sizes, axis, self.there)
+        rows = start_gather(as_computed(x_TD), sizes, axis, self.dispatch_wire)
         weights_SK = gather_rows(routing.weights_TK, sizes, axis)
         slots_TK = self.owners.to_slots(routing.ids_TK).int()
         slots_SK = gather_rows(slots_TK, sizes, axis).long() - axis.rank * self.slots
@@ -45,4 +45,4 @@ class AllGatherDispatcher(Dispatcher):
 
     def finish(self, flight: Flight, experts: Experts) -> Tensor:
         y_SD = self.compute(flight.rows.wait(), flight.weights_SK, flight.slots_SK, experts, self.sizes_of)
-        return reduce_scatter_rows(y_SD, flight.sizes, self.axis, self.home)
+        return reduce_scatter_rows(y_SD, flight.sizes, self.axis, self.combine_wire)

@@ -1,4 +1,4 @@
-"""Each routed row travels to its expert's rank and back, in one exchange or in chunks that overlap with computing.
+"""Dispatch by all-to-all: sends each routed row to its expert's rank, at once or in chunks that overlap with experts.
 
 T tokens, D hidden, K top-k, X rows sent, S rows received.
 """
@@ -20,16 +20,16 @@ from .manifest import Manifest, dropless, padded
 
 
 class Flight(NamedTuple):
-    """Rows on their way to their experts' ranks."""
+    """A dispatch that has started."""
 
     tokens: int
     load: Manifest
-    #: rows and weights of each chunk
+    #: (rows, weights) of each chunk
     chunks: list[tuple[Transit, Transit]]
 
 
 class AllToAllDispatcher(Dispatcher):
-    """One row per choice, each way; split sizes from the senders' counts, or fixed by a padded capacity."""
+    """Sends one row per choice. Splits come from the senders' counts, or are fixed by a padded capacity."""
 
     chunks = 1
 
@@ -50,30 +50,29 @@ class AllToAllDispatcher(Dispatcher):
         load, going_home = flight.load, []
         for c, (rows, weights) in zip(load.chunks, flight.chunks, strict=True):
             y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, load.sizes_of)
-            going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.home))
+            going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.combine_wire))
         home = [transit.wait() for transit in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
         return combine(y_XD, load.order, backend=self.backend)[: flight.tokens]
 
     def _start(self, x_SD: Tensor, weights_SK: Tensor, load: Manifest) -> list[tuple[Transit, Transit]]:
-        """Rows and weights of every chunk, under way: all leave at once, and later ones still arrive while the first
-        ones are computed and sent home."""
+        """Start the exchanges of all chunks at once. Later chunks arrive while the first are computed and returned."""
         rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)
         weights_X1 = weights_SK.reshape(-1, 1)[load.order.order_R[: load.rows]]
         sizes = [sum(chunk.sent) for chunk in load.chunks]
         return [
             (
-                start_exchange(rows, c.sent, c.received, self.axis, self.there),
-                start_exchange(weights, c.sent, c.received, self.axis),  # exactly, whatever the rows' format
+                start_exchange(rows, c.sent, c.received, self.axis, self.dispatch_wire),
+                start_exchange(weights, c.sent, c.received, self.axis),  # never rounded to the rows' wire format
             )
             for c, rows, weights in zip(load.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
         ]
 
 
 class OverlappedDispatcher(AllToAllDispatcher):
-    """The same in ``chunks``, cut along each expert's rows, so that every chunk is for all ranks (Tutel).
+    """Sends rows in chunks, which overlap with the experts. Each chunk has rows for every expert and rank (Tutel).
 
-    Backward passes overlap as forward ones do: chunks' gradients leave before the last is computed.
+    The backward overlaps too: gradients of a chunk are sent while other chunks are computed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which choices an expert with limited capacity keeps.
+"""Drops choices beyond the capacity of an expert.
 
 T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ranks that share a limit).
 """
@@ -18,26 +18,26 @@ from ..types import Routing
 
 
 def by_probability(weights_R: Tensor) -> Tensor:
-    """The highest weights first; of equal ones the earlier token."""
+    """Order choices by descending weight; ties by token, the earlier one first."""
     return torch.sort(weights_R, descending=True, stable=True).indices
 
 
 def by_position(weights_R: Tensor) -> Tensor:
-    """The earliest tokens first."""
+    """Keep the order of the tokens."""
     return torch.arange(weights_R.numel(), device=weights_R.device)
 
 
-#: the order, int64 [R], in which choices ask for a place, given their weights by position of the token
+#: weights of the choices in token order -> int64 [R], the priority order in which choices claim capacity
 DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probability, "position": by_position}
 
 
 class Capacity:
-    """At most ceil(factor * K * T / bins) choices per bin: an expert, or the experts of one device.
+    """Keeps at most ceil(factor * K * T / bins) choices per bin. A bin is an expert, or all experts of a device.
 
-    T counts the valid tokens over ``axis``, whose ranks share the limit: each knows all choices and keeps its own of
-    those that stay. Tokens are ordered by rank, or, with ``by_sequence``, for ranks that hold parts of the same
-    sequences, by sequence and then by ``positions_S``, int64, the positions in the sequence that this rank holds (None:
-    by rank). Counts of the balance loss do not see the drop.
+    The ranks of ``axis`` share the limit: T is the number of their valid tokens, and each rank gathers all choices to
+    decide which of its own to keep. Tokens are ordered by rank. With ``by_sequence``, for ranks that hold parts of the
+    same sequences, they are ordered by sequence and then by ``positions_S``, int64, the positions that this rank holds
+    (None: by rank). The counts for balance losses are taken before the drop.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Capacity:
 
     @contextmanager
     def of_sequences(self, axis: Axis) -> Iterator[None]:
-        """Within it, the limit is one of whole sequences, which the ranks of ``axis`` hold parts of."""
+        """Context in which the limit covers whole sequences, of which the ranks of ``axis`` hold parts."""
         before = self.axis, self.by_sequence
         self.axis, self.by_sequence = axis, True
         try:
@@ -68,7 +68,7 @@ class Capacity:
     def __call__(self, routing: Routing) -> Routing:
         ids_TK, sequences = routing.ids_TK, routing.counts_BE.shape[0]
         tokens = gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
-        # fp64, and in the same order as `rows_per_expert`: a padded exchange has a place for all that stay
+        # fp64, in the order of operations of `rows_per_expert`, so that a padded exchange has room for all kept rows
         limit = torch.ceil(tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins)
         bin_TK = self.bin_of(ids_TK)
         sizes = exchange_sizes(ids_TK, self.axis)
@@ -81,7 +81,7 @@ class Capacity:
         return routing.keep(kept_R.view(-1, ids_TK.shape[1])[start : start + ids_TK.shape[0]])
 
     def _by_position(self, sizes: list[int], sequences: int, ids_TK: Tensor) -> Tensor:
-        """int64 [R], the choices of all ranks in the order of their tokens."""
+        """Return the choices of all ranks in token order, int64 [R]."""
         (tokens, top_k), device = ids_TK.shape, ids_TK.device
         if not self.by_sequence:
             return torch.arange(sum(sizes) * top_k, device=device)
@@ -89,7 +89,7 @@ class Capacity:
         token_T = torch.arange(tokens, device=device)
         place_T = torch.full_like(token_T, self.axis.rank)
         if self.positions_S is not None:
-            if self.positions_S.device != device:  # they follow the layer, in its first forward on another device
+            if self.positions_S.device != device:  # move once, after the layer moved to another device
                 self.positions_S = self.positions_S.to(device)
             place_T = self.positions_S[token_T % each]
         key_R = gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
@@ -101,11 +101,11 @@ def _itself(ids: Tensor) -> Tensor:
 
 
 def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
-    """bool [R]: which choices are among the first ``limit`` of their bin to ask."""
+    """Return bool [R]: whether a choice is among the first ``limit`` of its bin in the order ``asking_R``."""
     asked_R = bin_R[asking_R]
     by_bin_R = torch.sort(asked_R, stable=True).indices
     sorted_R = asked_R[by_bin_R]
-    # place in the queue of its bin: distance to the bin's first row
+    # place in the queue of its bin = distance to the bin's first row
     place_R = torch.arange(bin_R.numel(), device=bin_R.device) - torch.searchsorted(sorted_R, sorted_R)
     kept_R = torch.empty_like(bin_R, dtype=torch.bool)
     kept_R[asking_R[by_bin_R]] = place_R < limit
@@ -113,7 +113,7 @@ def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
 
 
 def build_capacity(config: MoEConfig, placement: Placement) -> Capacity | None:
-    """The limit that ``config.capacity`` asks for, on the ranks of ``placement``; None: dropless."""
+    """Build the limit that ``config.capacity`` describes, over the ranks of ``placement``; None for dropless."""
     capacity = config.capacity
     if capacity is None:
         return None

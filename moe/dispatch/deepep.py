@@ -1,4 +1,4 @@
-"""Exchange by DeepSeek's kernels (package deep_ep), which send a token to each rank once, over NVLink and RDMA.
+"""Dispatch with DeepSeek's kernels (package deep_ep), which send a token at most once to each rank, by NVLink and RDMA.
 
 T tokens, D hidden, K top-k, S source rows received.
 """
@@ -21,17 +21,17 @@ from .base import Dispatcher, as_computed
 
 
 def deepep(owners: Owners | int, axis: Axis, *args: Any, **kwargs: Any) -> Dispatcher:
-    """A :class:`DeepEPDispatcher` where package deep_ep can be imported; else, with a warning, the all-to-all."""
+    """Build a :class:`DeepEPDispatcher`; if deep_ep cannot be imported, warn and build the all-to-all dispatcher."""
     try:
         buffer_class = importlib.import_module("deep_ep").Buffer
     except (ImportError, AttributeError) as error:
-        warnings.warn(f"dispatch.name='deepep': {error}; 'all_to_all' takes its place", stacklevel=2)
+        warnings.warn(f"dispatch.name='deepep': {error}; using 'all_to_all' instead", stacklevel=2)
         return AllToAllDispatcher(owners, axis, *args, **kwargs)
     return DeepEPDispatcher(buffer_class, owners, axis, *args, **kwargs)
 
 
 class DeepEPDispatcher(Dispatcher):
-    """The high-throughput kernels of ``deep_ep.Buffer``. Rows are bf16; sums of results are made in its kernels."""
+    """Uses the high-throughput kernels of ``deep_ep.Buffer``, which send bf16 rows and sum the results."""
 
     def __init__(self, buffer_class: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class DeepEPDispatcher(Dispatcher):
         x_TD = as_computed(x_TD)
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
-                f"dispatch.name='deepep': rows are {x_TD.dtype}; it sends bf16 alone: use autocast to bf16"
+                f"dispatch.name='deepep': rows are {x_TD.dtype}, but deep_ep sends only bf16; use autocast to bf16"
             )
         trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
         slots_TK = self.owners.to_slots(routing.ids_TK)
@@ -54,7 +54,7 @@ class DeepEPDispatcher(Dispatcher):
 
 
 class Flight(NamedTuple):
-    """Rows that have arrived once the trip's event is over."""
+    """A dispatch that has started. Its tensors are valid once the trip's event has completed."""
 
     trip: _Trip
     rows_SD: Tensor
@@ -63,7 +63,7 @@ class Flight(NamedTuple):
 
 
 class _Trip:
-    """One forward's exchange: the handle by which results, and gradients, find their way."""
+    """The exchange of one forward. ``handle`` routes results and gradients back."""
 
     def __init__(self, buffer: Any, slots: int) -> None:
         self.buffer, self.slots = buffer, slots
@@ -71,7 +71,7 @@ class _Trip:
         self.arrived: Any = None
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple:
-        """(rows, weights, ids counted from this rank's first expert, handle, event)."""
+        """Return (rows, weights, ids from 0 for this rank's first slot, handle, event)."""
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(ids_TK, self.slots)
         rows, ids, weights, _, handle, event = self.buffer.dispatch(
             x_TD.contiguous(),
@@ -123,7 +123,7 @@ _buffers: dict[Any, Any] = {}
 
 
 def buffer_for(buffer_class: Any, axis: Axis, x_TD: Tensor) -> Any:
-    """The buffer of the axis's group, one for all layers, made anew where rows have become too long for it."""
+    """Return the buffer of the axis's group, which all layers share. Replaces it if it is too small for these rows."""
     row_bytes, size = x_TD.shape[1] * x_TD.element_size(), axis.size
     configs = (buffer_class.get_dispatch_config(size), buffer_class.get_combine_config(size))
     nvlink = max(config.get_nvl_buffer_size_hint(row_bytes, size) for config in configs)

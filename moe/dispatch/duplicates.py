@@ -1,4 +1,4 @@
-"""Tokens that all ranks of an axis hold: each routes and dispatches its share of them.  S positions, D hidden."""
+"""Splits tokens that all ranks of an axis hold, so that each token is dispatched once.  S positions, D hidden."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from ..collectives import LOCAL, Axis, gather_tokens, split_tokens
 
 
 class DropDuplicates:
-    """At a layer's entry each rank keeps its share of every sequence; at its exit it gets the whole output back.
+    """Keeps each rank's share of every sequence at a layer's entry, and gathers the whole output at its exit.
 
-    For tensor parallelism without sequence parallelism, where activations are the same on all ranks of ``axis``:
-    otherwise each token is dispatched, and trained on, once per rank (DeepSpeed-TED, arXiv 2303.06318). The gradient
-    of ``x`` is whole on every rank; those of the router and the shared experts are this rank's share, to be summed over
-    the axis. Shares differ by one position at most and may be empty.
+    Tensor parallelism without sequence parallelism needs this: activations are the same on all ranks of ``axis``, so
+    each token would be dispatched and trained once per rank (DeepSpeed-TED, arXiv 2303.06318). Every rank gets the
+    whole gradient of ``x``. Gradients of the router and the shared experts cover only this rank's share, and must be
+    summed over the axis. Shares differ by at most one position and may be empty.
     """
 
     def __init__(self, axis: Axis = LOCAL) -> None:
         self.axis = axis
 
     def split(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """This rank's positions of ``x`` [..., S, D] and ``mask`` [..., S]."""
+        """Take this rank's positions of ``x`` [..., S, D] and ``mask`` [..., S]."""
         if self.axis.size == 1:
             return x, mask
         if x.dim() < 2:
-            raise ValueError(f"x.shape={tuple(x.shape)}: must be [..., S, D] where duplicate tokens are dropped")
+            raise ValueError(
+                f"x.shape={tuple(x.shape)}: must be [..., S, D] to be split over tp; add a dimension of positions"
+            )
         share = split_tokens(x.movedim(-2, 0), self.axis).movedim(0, -2)
         return share, None if mask is None else split_tokens(mask.movedim(-1, 0), self.axis).movedim(0, -1)
 
     def join(self, y: Tensor, whole: torch.Size) -> Tensor:
-        """All positions of the ``whole`` shape [..., S, D] from the ranks' shares [..., s, D]."""
+        """Gather the ranks' shares [..., s, D] into the ``whole`` shape [..., S, D]."""
         if self.axis.size == 1:
             return y
         return gather_tokens(y.movedim(-2, 0), whole[-2], self.axis).movedim(0, -2)

@@ -1,4 +1,4 @@
-"""Between nodes first, then within the node: a row crosses to each node, and to each rank there, at most once.
+"""Dispatch in two hops, between nodes and then within a node. A row is sent to each node and each rank at most once.
 
 T tokens, D hidden, K top-k, S source rows of one hop, X rows sent, G destinations of a hop.
 """
@@ -30,34 +30,36 @@ from ..collectives import (
 from ..types import Experts, Routing
 from .base import Dispatcher, as_computed
 
-#: (rows [S, D], weights [S, K], ids [S, K]) to each row's weighted sum over the ids that are not -1
+#: (rows [S, D], weights [S, K], ids [S, K]) -> each row's weighted sum over the ids that are not -1
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Hop(NamedTuple):
-    """Rows, weights and ids on their way over an axis; or here already, where it has one rank."""
+    """An exchange of rows, weights and ids over an axis that has started."""
 
     axis: Axis
+    #: rows, weights and ids if the axis has one rank; else they are in ``transits``
     here: tuple[Tensor, ...]
     transits: tuple[Transit, ...] = ()
-    #: None where the axis has one rank
+    #: None if the axis has one rank
     order: ExpertOrder | None = None
     sent: list[int] = []
     received: list[int] = []
 
 
 class HierarchicalDispatcher(Dispatcher):
-    """Two hops of the same kind. Rank i of a node talks to rank i of other nodes only, so that messages between nodes
-    are few and large; a node's results for a token are summed before they go home.
+    """Sends rows between nodes, then within the node.
 
-    Raises ValueError when nodes do not have equally many adjacent ranks of the axis.
+    Rank i of a node communicates only with rank i of other nodes, so that messages between nodes are few and large. A
+    node sums its results for a token before it returns them. Raises ValueError unless every node has the same number of
+    adjacent ranks of the axis.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         size = node_size(self.axis) if self.config.node_size is None else self.config.node_size
         if size < 1 or self.axis.size % size:
-            raise ValueError(f"dispatch.node_size={size}: must divide expert parallel = {self.axis.size} ranks")
+            raise ValueError(f"dispatch.node_size={size}: must divide parallel.ep={self.axis.size}; use a divisor")
         self.between, self.within = split_axis(self.axis, size)
 
     def send(self, x_TD: Tensor, routing: Routing) -> Hop:
@@ -72,13 +74,13 @@ class HierarchicalDispatcher(Dispatcher):
         return self.arrive(flight, within)
 
     def depart(self, axis: Axis, x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Hop:
-        """Send rows to the ranks of the axis, over which the slots ``ids_SK`` are split evenly.
+        """Start to send rows over the axis. Its ranks hold equal runs of the slots ``ids_SK``.
 
-        A row goes once to each rank that has experts of its, with the choices it has there.
+        Each rank that owns any of a row's experts gets the row once, together with the row's choices on that rank.
         """
         if axis.size == 1:
             return Hop(axis, (x_SD, weights_SK, ids_SK))
-        # slots count within the innermost group that holds all ranks of this hop
+        # slots per destination: those of a whole node in the hop between nodes
         each = self.slots * (self.within.size if axis is self.between else 1)
         to_SK = torch.div(ids_SK, each, rounding_mode="floor")  # -1 stays -1
         order = sort_by_expert(to_SK.masked_fill(repeated(to_SK), -1), axis.size, backend=self.backend)
@@ -91,32 +93,35 @@ class HierarchicalDispatcher(Dispatcher):
         ids_XK = ids_SK[source_X] - rank_X[:, None] * each
         there_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
 
-        rows = start_exchange(rows_XD, sent, received, axis, self.there)
+        rows = start_exchange(rows_XD, sent, received, axis, self.dispatch_wire)
         weights = start_exchange(weights_XK, sent, received, axis)
         ids = start_exchange(there_XK.int(), sent, received, axis)
         return Hop(axis, (), (rows, weights, ids), order, sent, received)
 
     def arrive(self, hop: Hop, inner: Inner) -> Tensor:
-        """Let ``inner`` compute where the rows have arrived; they come back summed."""
+        """Wait for the rows, run ``inner`` on them, return the results, and sum them per source row."""
         if hop.order is None:
             return inner(*hop.here)
         rows, weights, ids = hop.transits
         y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())
-        home_XD = exchange_rows(y_SD, hop.received, hop.sent, hop.axis, self.home)
+        home_XD = exchange_rows(y_SD, hop.received, hop.sent, hop.axis, self.combine_wire)
         return combine(home_XD, hop.order, backend=self.backend)
 
 
 def repeated(to_SK: Tensor) -> Tensor:
-    """Where an earlier choice of the same row has the same destination: bool [S, K]."""
+    """Return bool [S, K]: whether an earlier choice of the same row has the same destination."""
     same_SKK = to_SK[:, :, None] == to_SK[:, None, :]
     return same_SKK.tril(-1).any(-1)
 
 
 def node_size(axis: Axis) -> int:
-    """Ranks of the axis on each node, by the launcher's LOCAL_WORLD_SIZE; without it all are on one."""
+    """Return the number of the axis's ranks per node, from the launcher's LOCAL_WORLD_SIZE (unset: one node)."""
     ranks = global_ranks(axis)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
     blocks = [len(list(block)) for _, block in groupby(ranks, key=lambda rank: rank // per_node)]
     if len(set(blocks)) > 1:
-        raise ValueError(f"dispatch 'hierarchical': ranks {ranks} are not blocks of equal size on nodes of {per_node}")
+        raise ValueError(
+            f"dispatch.name='hierarchical': ranks {ranks} are not blocks of equal size on nodes of {per_node}; "
+            "set dispatch.node_size, or use 'all_to_all'"
+        )
     return blocks[0]

@@ -1,4 +1,4 @@
-"""All experts live on this rank: nothing moves. T tokens, D hidden."""
+"""Dispatch for one rank that owns all experts: nothing is sent.  T tokens, D hidden."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .base import Dispatcher, as_computed
 
 
 class LocalDispatcher(Dispatcher):
-    """The tokens themselves are the source rows; the experts gather them as they go.
+    """Passes tokens to the experts as source rows; the experts' kernel gathers them.
 
-    Raises ValueError for experts that are split over several ranks.
+    Raises ValueError if the experts are distributed over several ranks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.axis.size > 1:
-            raise ValueError(f"dispatch 'local': experts are split over {self.axis.size} ranks; use another dispatcher")
+            raise ValueError(f"dispatch.name='local': experts are on {self.axis.size} ranks; use 'all_to_all'")
 
     def send(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD

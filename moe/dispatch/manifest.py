@@ -1,4 +1,4 @@
-"""What a rank sends where: which row stands at which place of an all-to-all, in one piece or in chunks.
+"""Plans an all-to-all, whole or in chunks: which row a rank sends to which slot.
 
 T tokens, K top-k, P ranks, e slots per rank, C chunks, X rows sent.
 """
@@ -19,28 +19,29 @@ from .base import SizesOf
 
 @dataclass(frozen=True)
 class Chunk:
-    """One all-to-all."""
+    """The splits of one all-to-all."""
 
     sent: list[int]
     received: list[int]
-    #: int64 [S, 1], the slot on this rank of each row received
+    #: int64 [S, 1], slot on this rank of each received row
     ids_S1: Tensor
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that leaves this rank, ordered by chunk, then by expert and with that by rank."""
+    """All rows that this rank sends, sorted by chunk and then by slot (which sorts them by rank too)."""
 
-    #: rows of x, and perhaps one more, which is empty, to rows sent
+    #: maps source rows to sent rows; a padded exchange has one more source row, which is empty
     order: ExpertOrder
+    #: number of rows sent
     rows: int
     chunks: list[Chunk]
-    #: what tells how many rows the other ranks of the etp axis have
+    #: returns the number of rows of each rank of the etp axis
     sizes_of: SizesOf
 
 
 def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str) -> Manifest:
-    """Exactly the rows that were routed; the j-th of a slot's rows travels in chunk j mod C."""
+    """Plan to send exactly the routed rows. The j-th row of a slot goes into chunk j mod C."""
     each = slots // axis.size
     order = sort_by_expert(slots_TK, slots, backend=backend)
     if chunks > 1:
@@ -61,17 +62,17 @@ def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str
 
 
 def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_experts: int) -> int:
-    """The rows that a padded exchange has for each expert, from what the host knows."""
+    """Return the rows per expert of a padded exchange, without reading the device."""
     limit = tokens if capacity.max_tokens is None else capacity.max_tokens
     if tokens > limit:
-        raise ValueError(f"capacity.max_tokens={limit}: this forward has {tokens} tokens; raise it to the most")
+        raise ValueError(f"capacity.max_tokens={limit}: this forward has {tokens} tokens; set it to the maximum")
     return math.ceil(limit * (capacity.factor * top_k) / num_experts)
 
 
 def padded(
     slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str, capacity: CapacityConfig, num_experts: int
 ) -> Manifest:
-    """The same number of rows for every slot, empty where fewer were routed (and kept: see ``Capacity``)."""
+    """Plan to send the same number of rows to every slot; rows that no kept choice fills are empty."""
     each, device = slots // axis.size, slots_TK.device
     tokens, top_k = slots_TK.shape
     per_chunk = math.ceil(rows_per_expert(capacity, tokens, top_k, num_experts) / chunks)
@@ -80,7 +81,7 @@ def padded(
     place_TK = order.inverse_SK - order.offsets_E[slots_TK.clamp_min(0)]
     row_TK = (place_TK % chunks * slots + slots_TK) * per_chunk + place_TK // chunks
     row_TK = torch.where(slots_TK >= 0, row_TK, -1)
-    # one more source row, which is empty, fills the rows that no choice takes; one more row takes dropped choices
+    # an extra empty source row fills unused rows; an extra sent row, which is ignored, takes the dropped choices
     empty = tokens * top_k
     order_X = slots_TK.new_full((rows + 1,), empty)
     order_X.scatter_(0, torch.where(row_TK >= 0, row_TK, rows).flatten(), torch.arange(empty, device=device))

@@ -1,4 +1,4 @@
-"""Formats of rows on the wire.  S rows, D hidden."""
+"""Wire formats of rows.  S rows, D hidden."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX = 448.0
 
 
 class BFloat16:
-    """Rounded to bf16: 2 bytes per value, relative error at most 2^-9."""
+    """Sends rows as bf16: 2 bytes per value, relative error at most 2^-9."""
 
     def encode(self, rows: Tensor) -> Tensor:
         return rows.to(torch.bfloat16)
@@ -22,10 +22,11 @@ class BFloat16:
 
 
 class Float8:
-    """e4m3 with an fp32 scale per row: D + 4 bytes per row; error at most 2^-4 of a value or 2^-10/448 of the largest.
+    """Sends rows as e4m3 with an fp32 scale per row: D + 4 bytes per row.
 
-    The scale brings the row's largest value to 448. A row with a value that is not finite arrives as NaN, whole (its
-    scale is infinite or NaN), so that it does not look healthy. Bytes, because not every backend sends fp8.
+    The scale maps the row's largest value to 448. The error is at most 2^-4 of a value, or 2^-10/448 of the row's
+    largest value. A row with a value that is not finite arrives as all NaN, because its scale is infinite or NaN; so
+    the fault is not hidden. The payload is uint8, because not every backend can send fp8.
     """
 
     def encode(self, rows: Tensor) -> Tensor:
@@ -43,8 +44,8 @@ class Float8:
         return (small_SD.to(wide) * scale_S1).to(dtype)
 
 
-#: name -> (to the experts, home). Results and gradients are never fp8: both are sums that later terms are added to, and
-#: e5m2, which has the range for gradients, keeps two bits (DeepSeek-V3, arXiv 2412.19437, too combines in bf16)
+#: name -> (wire of dispatch, wire of combine). Results and gradients are never fp8: they enter sums, and e5m2, which
+#: has the range that gradients need, keeps only two bits. DeepSeek-V3 (arXiv 2412.19437) combines in bf16 too.
 WIRES: dict[str, tuple[Wire, Wire]] = {
     "compute": (PLAIN, PLAIN),
     "bf16": (Wire(BFloat16(), BFloat16()), Wire(BFloat16(), BFloat16())),

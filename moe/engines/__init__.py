@@ -1,4 +1,4 @@
-"""Who owns data parallelism and the optimizer's step."""
+"""Engines: own data parallelism and the optimizer step."""
 
 from .base import Batch, Engine, Loss, OptimizerFactory, StepResult
 from .build import build_engine

@@ -1,4 +1,4 @@
-"""The load balancing of an engine's step."""
+"""Drives load balancing during an engine's step."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from ..balance import Step
 
 
 class StepBalance:
-    """Drives the steps of this rank's parts of a model, each with the MoE layers of one part, together."""
+    """Drives the balancing steps of all parts of a model on this rank together. Each part has its own ``Step``.
+
+    ``exact`` says that some layer of the whole model, on whichever rank, uses the exact estimator.
+    """
 
     def __init__(self, steps: Sequence[Step], exact: bool) -> None:
-        #: ``exact``: some layer of the whole model, on whichever rank, has an exact estimator
         self._steps, self._exact = steps, exact
         self._micro_batches = 1
 
     @property
     def counts_ahead(self) -> bool:
-        """Every micro-batch of this step is to be run ahead, without gradient, so that the first backward knows all
-        counts. (Those of a single one are known anyway.)"""
+        """Whether this step must first run every micro-batch without gradients, so that its first backward knows all
+        counts. A step of one micro-batch need not: its forward counts everything."""
         return self._exact and self._micro_batches > 1
 
     def begin(self, micro_batches: int, tokens: Tensor) -> None:
-        """Start a step; ``tokens``, an int64 scalar, are all that its ``micro_batches`` route on all ranks."""
+        """Start a step. ``tokens``, an int64 scalar, is the number that its micro-batches route on all ranks."""
         self._micro_batches = micro_batches
         for step in self._steps:
             step.begin(micro_batches, tokens)
 
     @contextmanager
     def micro_batch(self, number: int, ahead: bool = False) -> Iterator[None]:
-        """Around forward and backward of a micro-batch, or around a forward that counts ``ahead`` of those."""
+        """Context for forward and backward of a micro-batch; with ``ahead``, for a forward that only counts."""
         with ExitStack() as stack:
             for step in self._steps:
                 stack.enter_context(step.micro_batch(number, ahead))
             yield
 
     def discard(self) -> None:
-        """Forget the step under way."""
+        """Discard the current step."""
         for step in self._steps:
             step.discard()
 
     def end(self, applied: bool) -> None:
-        """Close the step; with ``applied`` the optimizer has moved the weights."""
+        """End the step. ``applied`` says whether the optimizer updated the weights."""
         for step in self._steps:
             step.end(applied)

@@ -1,4 +1,4 @@
-"""What a training loop asks of an engine.  B sequences, S positions."""
+"""The interface between a training loop and an engine.  B sequences, S positions."""
 
 from __future__ import annotations
 
@@ -9,55 +9,61 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-#: makes the optimizer of the trainable parameters, which it is given by their names in the whole model
+#: (trainable parameters by their names in the whole model) -> their optimizer
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
-#: (outputs of the model, labels) to the loss of each position [B, S]
+#: (outputs of the model, labels) -> loss of each position [B, S]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Ranks that hold parts of the same sequences (context and tensor parallel) get the same one."""
+    """One micro-batch of whole sequences. Context- and tensor-parallel peers must get the same one."""
 
-    #: what the model reads [B, S, ...]: token ids, for a language model
+    #: model inputs [B, S, ...]; for a language model, token ids
     inputs: Tensor
-    #: what the loss compares its outputs with [B, S, ...]: the next tokens, for a language model
+    #: targets of the loss [B, S, ...]; for a language model, the next tokens
     labels: Tensor
-    #: bool [B, S], True where a position is valid; None: everywhere
+    #: bool [B, S], True where a position is valid; None: all are valid
     mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did."""
+    """The outcome of an optimizer step."""
 
-    #: the losses [B, S] of this rank's share of each batch; empty on the ranks of a pipeline without its last stage
+    #: losses [B, S] of this rank's share of each micro-batch; empty on pipeline ranks without the last stage
     nats: list[Tensor]
-    #: fp32 scalar, the 2-norm of the whole model's gradient before clipping
+    #: fp32 scalar, 2-norm of the whole model's gradient before clipping
     norm: Tensor
-    #: False where the norm was not finite: the weights are those of before
+    #: False if the norm was not finite; the weights are then unchanged
     applied: bool
 
 
 class Engine(Protocol):
-    """Owns data parallelism, gradient accumulation, precision, clipping and the optimizer. Every rank calls it."""
+    """Owns data parallelism, gradient accumulation, precision, clipping and the optimizer.
+
+    Every rank must call every method.
+    """
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
-        """Take an optimizer step on ``batches``, this rank's micro-batches.
+        """Run an optimizer step on ``batches``, this rank's micro-batches.
 
-        The loss is the mean over the valid positions of all micro-batches on all ranks. If anything raises, the
-        step's gradients are dropped, and the next step is not affected.
+        The loss is the mean over the valid positions of all micro-batches on all ranks. If the step raises, its
+        gradients are dropped and the next step is not affected.
         """
         ...
 
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
-        """The losses [B, S] of this rank's share of each batch, zero where not valid; forward only, without a trace."""
+        """Return the losses [B, S] of this rank's share of each batch, zero where not valid.
+
+        Runs forwards only and changes no state.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that a resumed run needs of model and optimizer, by logical names. Reading them changes nothing.
+        """Return the model and optimizer tensors that a checkpoint must hold, by logical names. Changes nothing.
 
-        A resume fills them in place and then calls :meth:`restore`.
+        To resume, fill these tensors in place and pass them to :meth:`restore`.
         """
         ...
 
@@ -67,5 +73,5 @@ class Engine(Protocol):
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a ``state`` that a resume has filled: tensors that did not exist yet are taken over."""
+        """Resume from a filled ``state``: adopt its tensors that did not exist before, such as optimizer moments."""
         ...

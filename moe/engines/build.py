@@ -1,4 +1,4 @@
-"""The engine that a mesh asks for."""
+"""Builds the engine for a model and a mesh."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ def build_engine(
     micro_batches: int = 1,
     shape: tuple[int, int] | None = None,
 ) -> TorchEngine:
-    """Split a model that is whole and the same on every rank over ``mesh``, and make what trains it.
+    """Split ``model`` over ``mesh`` and build the engine that trains it. Every rank must call this.
 
-    ``model`` is on ``device`` and is called with a batch's inputs, and with its mask if there is one; ``loss`` makes of
-    its outputs and the labels the loss of each position. ``optimizer`` is called with the trainable parameters by name.
-    Gradients are clipped to ``max_norm`` (0: not). ``dtype`` is what FSDP2 computes in; ``precision`` makes the context
-    of every forward (autocast). A pipeline has to know how many ``micro_batches`` a step has, and the ``shape`` [B, S]
-    of one before its sequences are split. Every rank calls it. Raises ValueError for ranks whose weights differ.
+    * ``model``: the whole model, with the same weights on every rank (else ValueError), on ``device``. It is called
+      with a batch's inputs, and with its mask if there is one.
+    * ``optimizer``: makes the optimizer from the trainable parameters by name.
+    * ``loss``: maps the model's outputs and the labels to the loss of each position.
+    * ``max_norm``: gradients are clipped to this norm; 0 does not clip.
+    * ``dtype``: FSDP2's compute dtype. ``precision``: returns the context of every forward (autocast).
+    * ``micro_batches``, ``shape``: micro-batches per step, and the shape [B, S] of one before its sequences are split.
+      Only a pipeline needs them.
     """
     device = device or next(model.parameters()).device
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
     world = world_axis()
     if mesh is None and world.size > 1:
-        raise ValueError(f"mesh=None: {world.size} ranks would train models of their own; give build_mesh(...)")
+        raise ValueError(f"mesh=None: {world.size} ranks would train separate models; pass build_mesh(...)")
     check_alike(model, world)
     parts: list[nn.Module] = [model]
     if mesh is not None:
@@ -62,7 +65,7 @@ def build_engine(
         runner, steps = Stages(pipeline, mesh, loss), pipeline.balance
     else:
         if has_values(model):
-            # while the backward runs, ranks may come to a layer's exchanges and to a bucket in different orders
+            # buckets get their own groups: ranks may start exchanges and buckets of a backward in different orders
             own = {axis.name: private_axis(axis) for axis in _distinct(axes)}
             axes = {name: own[axis.name] for name, axis in axes.items()}
         reducer = Reducer(parameters, axes)
@@ -75,10 +78,10 @@ def _distinct(axes: dict[str, Axis]) -> list[Axis]:
 
 
 def _stages(model: nn.Module, mesh: Mesh) -> list[Decoder]:
-    """This rank's stages of a decoder."""
+    """Return this rank's pipeline stages of a decoder."""
     if not isinstance(model, Decoder):
         found = type(model).__name__
-        raise ValueError(f"parallel.pp: knows how to split a Decoder, not {found}; set parallel.pp=1")
+        raise ValueError(f"parallel.pp: can split only a Decoder, not {found}; set parallel.pp=1")
     degrees, axis = mesh.degrees, mesh["pp"]
     number = axis.size * degrees.stages_of_rank
     if tied := tied_weights(model):
@@ -97,7 +100,7 @@ def _pipeline(
     precision: Precision,
 ) -> Pipeline:
     if shape is None:
-        raise ValueError("shape=None: parallel.pp > 1 needs the shape [B, S] of a micro-batch")
+        raise ValueError("shape=None: a pipeline needs it; pass the shape [B, S] of a micro-batch")
     degrees = mesh.degrees
     inputs_shape = (shape[0], shape[1] // mesh["cp"].size)
     held = inputs_shape[1] // (mesh["tp"].size if degrees.sequence_parallel else 1)

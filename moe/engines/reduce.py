@@ -1,9 +1,9 @@
-"""Gradients, added up over the ranks that hold copies of a weight.
+"""Sums gradients over the ranks that hold replicas of a weight.
 
-Every rank's loss is its share of the whole, and gradients are sums over ranks. FSDP2 reduces those of weights that it
-shards. The others are reduced here in buckets: while the last backward of a step still runs, or after it. An expert's
-gradient already holds the tokens of its whole ep group, which the exchange brought there; only replicas (edp) are added
-up.
+Each rank's loss is its share of the step's loss, so gradients are summed over ranks, not averaged. FSDP2 reduces the
+gradients of weights that it shards. The others are reduced here, in buckets, during the last backward of a step or
+after it. An expert's gradient already covers all tokens of its ep group, because dispatch brought them to the expert;
+it is summed only over replicas (edp).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EXPERT = {"edp_replicate", "edp_shard", "ep", "etp"}
 class Reducer:
     """Reduces the gradients of ``parameters``, each over its axis.
 
-    Which weights are trained is looked up at every :meth:`begin`. Buckets are started in one order on all ranks, so the
-    sums do not depend on timing, and a resumed run finds the same ones. A weight that only some ranks used is reduced
-    and gets its gradient on all; one that no rank used keeps none.
+    :meth:`begin` looks up which weights are trainable. All ranks start buckets in the same order, so sums do not depend
+    on timing, and a resumed run gets the same sums. A weight that only some ranks used gets its gradient on all ranks;
+    one that no rank used gets none.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Reducer:
         self._next = 0
 
     def begin(self) -> None:
-        """Start a step: forget what an earlier one left, and see which weights are trained now."""
+        """Start a step: discard leftovers of the previous one, and put the trainable weights into buckets."""
         self._buckets, self._of, self._next = [], {}, 0
         open_buckets: dict[tuple, _Bucket] = {}
-        # the last weights are complete first
+        # in reverse order, because a backward completes the gradients of the last weights first
         for p in [p for p in reversed(self._names) if p.requires_grad and self._names[p] in self._axes]:
             axis, local = self._axes[self._names[p]], _local(p)
             key = axis.name, local.dtype, local.device
@@ -59,10 +59,10 @@ class Reducer:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Around the step's last backward: starts a bucket as soon as its gradients are there, in order.
+        """Context for the step's last backward: reduces buckets in order, as soon as their gradients are complete.
 
-        Not where FSDP shards weights: it hands a gradient over each time that a block was used, and what is left to
-        reduce then is small.
+        With FSDP, buckets are reduced after the backward: FSDP delivers a gradient once for each use of a block, and
+        few small weights are left to reduce.
         """
         sharded = any(isinstance(p, DTensor) for p in self._of)
         handles = [] if sharded else [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
@@ -74,7 +74,7 @@ class Reducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Reduce what has not been started, and wait for all. Every rank calls it after the step's last backward."""
+        """Reduce the remaining buckets and wait for all. Every rank must call this after the step's last backward."""
         while self._next < len(self._buckets):
             self._start_next()
         by_axis: dict[str, list[_Bucket]] = {}
@@ -87,13 +87,13 @@ class Reducer:
 
     def _ready(self, parameter: Tensor) -> None:
         bucket = self._of[parameter]  # type: ignore[index]
-        if bucket.work is not None or parameter in bucket.there:
+        if bucket.work is not None or parameter in bucket.ready:
             name = self._names[parameter]  # type: ignore[index]
             raise RuntimeError(
-                f"{name}: got a second gradient in one backward; reentrant checkpointing cannot be reduced while the "
-                "backward runs, use torch.utils.checkpoint with use_reentrant=False"
+                f"{name}: got a second gradient in one backward, as reentrant checkpointing does; "
+                "use torch.utils.checkpoint with use_reentrant=False"
             )
-        bucket.there.add(parameter)
+        bucket.ready.add(parameter)
         while self._next < len(self._buckets) and self._buckets[self._next].complete:
             self._start_next()
 
@@ -109,12 +109,12 @@ class _Bucket:
         self.axis = axis
         self.parameters: list[nn.Parameter] = []
         self.nbytes = 0
-        #: those whose gradient is complete
-        self.there: set[Tensor] = set()
+        #: parameters whose gradient is complete
+        self.ready: set[Tensor] = set()
         self.work: Any = None
-        #: those without a gradient on this rank, and where the sum of the other ranks' arrives
+        #: parameters without a gradient on this rank -> the sum of the other ranks' gradients
         self.missing: dict[nn.Parameter, Tensor] = {}
-        #: gradients that stay where they are, and their sums
+        #: (gradient that keeps its memory, its sum), to be copied back
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def add(self, parameter: nn.Parameter, nbytes: int) -> None:
@@ -123,12 +123,15 @@ class _Bucket:
 
     @property
     def complete(self) -> bool:
-        return len(self.there) == len(self.parameters)
+        return len(self.ready) == len(self.parameters)
 
     @torch.no_grad()
     def start(self) -> None:
-        """Copy the gradients into one piece of memory, and start its reduction. They live there from now on, unless
-        that would free nothing: FSDP makes one piece of memory for all gradients of a block."""
+        """Copy the gradients into one flat tensor and start to reduce it.
+
+        The gradients become views of the flat tensor, which frees their old memory. FSDP allocates all gradients of a
+        block together, so moving them would free nothing: they keep their memory, and the sums are copied back.
+        """
         parts = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
         flat = torch.cat([part.flatten() for part in parts])
         pieces = [
@@ -145,7 +148,7 @@ class _Bucket:
         self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
 
     def deliver(self, used: dict[nn.Parameter, bool]) -> None:
-        """Wait, and give weights that other ranks used the gradient that those found."""
+        """Wait for the sum, and give it also to weights that only other ranks ``used``."""
         self.work.wait()
         for gradient, piece in self.copies:
             gradient.copy_(piece)
@@ -155,7 +158,10 @@ class _Bucket:
 
 
 def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
-    """Whether any rank of an axis has a gradient, by weight. The host waits for it where this rank lacks one."""
+    """Return for each weight whether any rank of the axis has its gradient.
+
+    The host waits for the answer only if this rank lacks a gradient.
+    """
     parameters = [p for bucket in buckets for p in bucket.parameters]
     missing = {p for bucket in buckets for p in bucket.missing}
     device = _local(parameters[0]).device
@@ -172,7 +178,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(model: Tensor, piece: Tensor) -> Tensor:
-    """``piece``, this rank's part of a tensor that is split in the way of ``model``."""
+    """Wrap ``piece``, this rank's part, as a DTensor if ``model`` is one, with the same mesh and placements."""
     if not isinstance(model, DTensor):
         return piece
     return DTensor.from_local(
@@ -181,10 +187,13 @@ def _like(model: Tensor, piece: Tensor) -> Tensor:
 
 
 def reduction_axes(parts: list[nn.Module], parameters: dict[str, nn.Parameter], mesh: Mesh | None) -> dict[str, Axis]:
-    """The axis over which each parameter's gradient is still in parts after a backward; only where there is one."""
+    """Return the axis over which each parameter's gradient must be summed after a backward.
+
+    Parameters whose gradient is complete already are left out.
+    """
     if mesh is None:
         return {}
-    # layers whose copies on tensor-parallel ranks work on other tokens, or on other heads
+    # layers that are replicated over tp, but process different tokens (MoE) or heads (HeadNorm) on each rank
     inside = {p for part in parts for m in part.modules() if isinstance(m, (MoE, HeadNorm)) for p in m.parameters()}
     found = {name: mesh[axis] for name, p in parameters.items() if (axis := _axis(p, p in inside, mesh))}
     return {name: axis for name, axis in found.items() if axis.size > 1}

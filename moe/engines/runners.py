@@ -1,4 +1,4 @@
-"""How an engine runs the micro-batches of a step: through the whole model, or through the stages of a pipeline."""
+"""Runners: run the micro-batches of a step through the whole model, or through the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .balance import StepBalance
 from .base import Loss
 from .reduce import Reducer
 
-#: makes the context of every forward (autocast)
+#: returns the context of every forward (autocast)
 Precision = Callable[[], AbstractContextManager[None]]
 
 
@@ -25,19 +25,22 @@ class Runner(Protocol):
     """Runs micro-batches on this rank's modules."""
 
     def train(self, shares: list[Share], tokens: Tensor, balance: StepBalance) -> list[Tensor]:
-        """Forward and backward of all ``shares`` of a step: their losses. Gradients are those of their sum over
-        ``tokens``; what FSDP shards is reduced then."""
+        """Run forward and backward of all ``shares`` of a step, and return their losses [B, S].
+
+        Accumulates the gradients of their sum divided by ``tokens``. On return, FSDP has reduced those of the weights
+        that it shards.
+        """
         ...
 
     def evaluate(self, shares: list[Share]) -> list[Tensor]:
-        """Forward only: the losses of each share."""
+        """Run forwards only, and return the losses [B, S] of each share."""
         ...
 
 
 class WholeModel:
-    """One micro-batch after the other through a model that is on this rank from its first layer to its last.
+    """Runs micro-batches one after the other through a model that has all its layers on this rank.
 
-    Gradients of weights that FSDP does not shard are reduced by ``reducer`` during the last backward.
+    ``reducer`` reduces the gradients of weights that FSDP does not shard, during the last backward.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh | None, loss: Loss, precision: Precision, reducer: Reducer) -> None:
@@ -66,7 +69,7 @@ class WholeModel:
 
     def _losses(self, share: Share) -> Tensor:
         losses_BS = self.loss(self._forward(share), share.labels)
-        if share.mask is not None and share.labels.is_floating_point():  # no label says that it is to be ignored
+        if share.mask is not None and share.labels.is_floating_point():  # floats have no label IGNORED
             return losses_BS.masked_fill(~share.mask, 0.0)
         return losses_BS
 
@@ -77,7 +80,7 @@ class WholeModel:
 
 
 class Stages:
-    """All micro-batches through this rank's stages of a pipeline, in the order of its schedule."""
+    """Runs all micro-batches through this rank's pipeline stages, in the order of the schedule."""
 
     def __init__(self, pipeline: Pipeline, mesh: Mesh, loss: Loss) -> None:
         self.pipeline, self.mesh, self.loss = pipeline, mesh, loss
@@ -115,7 +118,7 @@ def _columns(shares: list[Share]) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 
 def _filled(share: Share, rows: int, mask_shape: tuple[int, ...]) -> Share:
-    """A share of the pipeline's shape: sequences that are added to it are not valid, so no layer counts them."""
+    """Pad a share to ``rows`` sequences. Padding is masked, so no layer counts it."""
     more = rows - len(share.inputs)
     mask = share.inputs.new_ones((len(share.inputs), mask_shape[1]), dtype=torch.bool)
     mask = mask if share.mask is None else share.mask

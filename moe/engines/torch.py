@@ -1,4 +1,4 @@
-"""The engine on torch's own data parallelism: replicas or FSDP2, any mesh, whole models or pipelines."""
+"""The engine for replicated weights or torch's FSDP2, on any mesh, with whole models or pipelines."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from .runners import Runner
 
 
 class TorchEngine:
-    """Runs optimizer steps on this rank's ``parts`` of a model (several: stages of a pipeline), see
-    :class:`equimoe.moe.engines.base.Engine`. Make one with :func:`equimoe.moe.engines.build_engine`.
+    """Implements :class:`equimoe.moe.engines.base.Engine`. Built by :func:`equimoe.moe.engines.build_engine`.
 
-    ``max_norm`` is what gradients are clipped to (0: not at all).
+    ``parts`` are the whole model, or this rank's pipeline stages. Gradients are clipped to ``max_norm`` (0: not
+    clipped).
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class TorchEngine:
         max_norm: float,
     ) -> None:
         self.parts, self.balance = parts, balance
-        #: this rank's parameters by their names in the whole model. (Asking the modules would not do: FSDP puts whole
-        #: weights in their places now and then.)
+        #: this rank's parameters by their names in the whole model. Modules cannot be asked for them, because FSDP
+        #: temporarily replaces its parameters with gathered ones.
         self.parameters = parameters
         self.optimizer: Optimizer | None = None
         self._mesh, self._runner, self._reducer = mesh, runner, reducer
@@ -60,7 +60,7 @@ class TorchEngine:
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         if not batches:
-            raise ValueError("batches=[]: a step needs at least one micro-batch")
+            raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
         self._adopt_trainable()
         try:
             shares = self._shares(batches)
@@ -101,7 +101,7 @@ class TorchEngine:
         state = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         if self.optimizer is not None:
             state |= training_state(self._trained(), self.optimizer, {})
-        # what moves without a gradient; other buffers are constants
+        # the balancer moves router biases without a gradient; all other buffers are constants
         biases = [(n, b) for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
         return state | {f"model.{name}": bias_E for name, bias_E in biases}
 
@@ -120,13 +120,13 @@ class TorchEngine:
             restore_optimizer(self._trained(), self.optimizer, state)
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that the optimizer has."""
+        """Return the parameters that the optimizer holds."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         held = {p for group in groups for p in group["params"]}
         return {name: p for name, p in self.parameters.items() if p in held}
 
     def _adopt_trainable(self) -> None:
-        """Give the optimizer the weights that are trainable and that it does not have yet."""
+        """Give the optimizer the trainable weights that it does not hold yet."""
         self._adopt({name: p for name, p in self.parameters.items() if p.requires_grad})
 
     def _adopt(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -149,15 +149,14 @@ class TorchEngine:
         return [share_of(*batch, mesh=self._mesh) for batch in moved]
 
     def _tokens(self, batches: list[Batch], shares: list[Share]) -> tuple[Tensor, Tensor]:
-        """int64 scalars: the positions of the step that the loss counts, and those that MoE layers route, on all
-        ranks.
+        """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
 
-        The same sum tells whether all ranks train the same weights; otherwise their gradients would be added up with
-        those of other weights. Raises ValueError, on every rank, if not.
+        Both are int64 scalars. The same all-reduce checks that all ranks train the same weights: gradients of
+        different weights would be added up otherwise. Raises ValueError, on every rank, if they do not.
         """
         mesh = self._mesh
         counted = torch.stack([_valid(share) for share in shares]).sum()
-        # the other ranks of a tensor-parallel or context-parallel group have the same batches
+        # all ranks of a tensor-parallel or context-parallel group have the same batches: count them once
         whole = mesh is None or mesh["tp"].rank == 0
         first = whole and (mesh is None or mesh["cp"].rank == 0)
         routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
@@ -182,7 +181,7 @@ class TorchEngine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """All modules in evaluation mode; then in whichever each was before."""
+        """Context in which all modules are in evaluation mode; restores each module's mode afterwards."""
         before = [(module, module.training) for part in self.parts for module in part.modules()]
         try:
             for part in self.parts:
@@ -194,7 +193,7 @@ class TorchEngine:
 
 
 def _valid(share: Share) -> Tensor:
-    """int64 scalar: the positions of a share that its loss counts."""
+    """Return an int64 scalar: the number of positions of a share that the loss counts."""
     labels = share.labels
     if not labels.is_floating_point():
         return (labels != IGNORED).sum()

@@ -1,4 +1,4 @@
-"""The MLPs: math on rows."""
+"""The routed and shared experts: MLPs on rows, without communication."""
 
 from .grouped import GroupedExperts
 from .shared import SharedExperts, SwiGLU

@@ -1,4 +1,4 @@
-"""The experts: MLPs on rows, which know nothing of tokens' origin. E experts, F width, D hidden."""
+"""The routed experts: MLPs on rows of any rank.  E experts, F width, D hidden, S source rows, K choices of a row."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..types import DispatchPlan
 
 
 class GroupedExperts(nn.Module):
-    """E MLPs in two stacked weights, laid out as Hugging Face transformers v5 does.
+    """E MLPs in two stacked weights, in the layout of Hugging Face transformers v5.
 
-    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] of experts that are not ``gated``, and
-    ``down_proj`` [E, D, F]. Under expert parallelism they are DTensors split over E, and each rank computes with its
-    own part; where ranks split each expert's width, ``gate_up_proj`` is [E, 2, F, D], split over F. ``activation``
-    and ``recompute`` as in :func:`expert_mlp`.
+    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] if the experts are not ``gated``;
+    ``down_proj`` is [E, D, F]. Under expert parallelism both are DTensors sharded over E, and each rank computes with
+    its own experts. Under expert tensor parallelism ``gate_up_proj`` is [E, 2, F, D], sharded over F. See
+    :func:`expert_mlp` for ``activation`` and ``recompute``.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class GroupedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from random weights."""
+        """Initialize the weights with new random values."""
         for weight in self.parameters():
             fill_normal(weight, self.init_std)
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Each source row's weighted sum over the experts it chose on this rank: [S, D]."""
+        """Return each source row's weighted sum over its experts on this rank, [S, D]."""
         gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
         return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
 

@@ -1,4 +1,4 @@
-"""Experts that every token takes, beside the routed ones (DeepSeekMoE, arXiv 2401.06066). T tokens, D hidden."""
+"""Shared experts, which process every token (DeepSeekMoE, arXiv 2401.06066).  T tokens, D hidden."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..collectives import fill_normal, reset
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """The MLP down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, init_std: float) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
         self._initialise()
 
     def reset_parameters(self) -> None:
-        """Start again from random weights."""
+        """Initialize the weights with new random values."""
         for linear in self.children():
             reset(linear)
         self._initialise()
@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
 
 
 class SharedExperts(nn.Module):
-    """The output to add to that of the routed experts."""
+    """Computes the output that is added to that of the routed experts; with ``gated``, times a gate per token."""
 
     def __init__(self, hidden_size: int, width: int, gated: bool, init_std: float) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class SharedExperts(nn.Module):
         self.gate = Gate(hidden_size, init_std) if gated else None
 
     def reset_parameters(self) -> None:
-        """Start again from random weights."""
+        """Initialize the weights with new random values."""
         for part in self.children():
             reset(part)
 
@@ -53,7 +53,7 @@ class SharedExperts(nn.Module):
 
 
 class Gate(nn.Module):
-    """sigmoid(w . x): how much of the shared experts a token takes (Qwen2-MoE)."""
+    """Computes sigmoid(w . x), a token's factor on the output of the shared experts (Qwen2-MoE)."""
 
     def __init__(self, hidden_size: int, init_std: float) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Gate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from random weights."""
+        """Initialize the weights with new random values."""
         fill_normal(self.weight, self.init_std)
 
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything that knows a mesh."""
+"""Splits a model over a mesh of ranks: tensor, context, pipeline and expert parallelism, and FSDP2."""
 
 from .alike import check_alike, check_trained_alike, digest, has_values
 from .apply import parallelize

@@ -1,4 +1,4 @@
-"""Whether all ranks start from the same weights.  N tensors."""
+"""Checks that all ranks start from the same weights.  N tensors."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..collectives import Axis
 
-#: elements that are hashed at a time: the memory that this takes is about 20 bytes for each
+#: elements hashed at a time; hashing takes about 20 bytes of memory per element
 _CHUNK = 1 << 20
 
 
 def has_values(model: nn.Module) -> bool:
-    """False for weights that have a shape and no values, as in a dry run."""
+    """Return whether the weights have values; in a dry run they have only shapes."""
     return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
 
 
 @torch.no_grad()
 def check_alike(model: nn.Module, axis: Axis) -> None:
-    """Refuse to start where the ranks of ``axis`` hold different parameters or buffers. Every rank calls it.
+    """Raise ValueError if the ranks of ``axis`` hold different parameters or buffers. Every rank must call it.
 
-    Compares a hash of each tensor's content: nothing is copied, and 16 bytes per tensor are sent. Raises ValueError, on
-    every rank, that names the first tensor that differs and a rank.
+    Ranks compare a hash of each tensor's content: no tensor is copied, and 16 bytes per tensor are sent. The error, the
+    same on every rank, names the first tensor that differs and a rank where it does.
     """
     if axis.size == 1:
         return
     tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     described = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
-    # tensors that have no values lie on no device that could communicate
+    # meta and fake tensors are on a device that cannot communicate
     device = torch.device("cuda" if dist.get_backend(axis.group) == "nccl" else "cpu")
     facts = torch.tensor([digest(described), has_values(model)], device=device)
     found = _first_that_differs(facts, axis)
     if found is not None and found[0] == 0:
-        raise ValueError(f"model: rank {found[1]} has other parameters than rank 0; build the same model on every rank")
+        raise ValueError(
+            f"model: rank {found[1]} has different parameters from rank 0; build the same model on every rank"
+        )
     if found is not None:
         raise ValueError(
             f"model: either rank 0 or rank {found[1]} has it on the meta device; materialize it on every rank"
@@ -49,8 +51,8 @@ def check_alike(model: nn.Module, axis: Axis) -> None:
     found = _first_that_differs(hashes_N, axis)
     if found is not None:
         raise ValueError(
-            f"{list(tensors)[found[0]]}: rank {found[1]} starts from other values than rank 0; "
-            "seed every rank alike before building the model, or load the same weights"
+            f"{list(tensors)[found[0]]}: rank {found[1]} starts from different values from rank 0; "
+            "set the same seed on every rank before building the model, or load the same weights"
         )
 
 
@@ -72,7 +74,7 @@ def digest(value: object) -> int:
 
 
 def content_hash(tensor: Tensor) -> Tensor:
-    """int64 scalar that depends on every bit of a tensor, and on their order; computed where the tensor is."""
+    """Hash a tensor's bits and their order to an int64 scalar, on the tensor's own device."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
@@ -80,7 +82,7 @@ def content_hash(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(bits), _CHUNK):
         part = bits[start : start + _CHUNK].to(torch.int64)
-        # odd multipliers, unlike for every place; the arithmetic wraps around
+        # a different odd multiplier for every position; int64 arithmetic wraps around
         place = torch.arange(start, start + len(part), device=tensor.device)
         mixed = (part + 1) * (place * 0x5851F42D4C957F2D + 0x14057B7EF767814F).bitwise_or(1)
         total += (mixed ^ (mixed >> 29)).sum()
@@ -91,8 +93,8 @@ _INTEGERS: Mapping[int, torch.dtype] = {1: torch.int8, 2: torch.int16, 4: torch.
 
 
 def _first_that_differs(values_N: Tensor, axis: Axis) -> tuple[int, int] | None:
-    """The first place where the ranks' values are not equal, and the lowest rank there that differs from rank 0."""
-    extremes = torch.stack((values_N, ~values_N))  # ~ turns the order around, and cannot overflow
+    """Return the first index where the ranks' values differ, and the lowest rank that differs from rank 0 there."""
+    extremes = torch.stack((values_N, ~values_N))  # one MAX finds both extremes: ~ reverses the order without overflow
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=axis.group)
     different = (extremes[0] != ~extremes[1]).nonzero().flatten().tolist()
     if not different:

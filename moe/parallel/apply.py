@@ -1,4 +1,4 @@
-"""From a plain model to a parallel one, from outside."""
+"""Turns a plain model into a parallel one without changing the model's code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
-    """Split a model over ``mesh`` (from :func:`equimoe.moe.parallel.build_mesh`), in place.
+    """Split ``model`` over ``mesh`` (from :func:`equimoe.moe.parallel.build_mesh`), in place.
 
-    The weights must be the same on all ranks (same seed). MoE layers in any model get their experts split and their
-    loads counted over all ranks; tensor and context parallelism, and FSDP2, know :class:`equimoe.moe.model.Decoder`
-    and pipeline stages of it. ``dtype`` is what FSDP2 computes in. A weight that the model uses in several places stays
-    one weight, or is refused. Gradients are sums over ranks, not means: :func:`equimoe.moe.engines.build_engine` calls
-    this, and makes what reduces them.
+    All ranks must start from the same weights (same seed). In any model, the experts of MoE layers are split and their
+    tokens are counted over all ranks. Tensor and context parallelism require a :class:`equimoe.moe.model.Decoder` or a
+    pipeline stage of one; FSDP2 wraps its blocks one by one. ``dtype`` is FSDP2's compute dtype. A weight that the
+    model uses in several places stays one weight; ValueError where the split makes that impossible.
+
+    Gradients are sums over ranks, not means. :func:`equimoe.moe.engines.build_engine` calls this function and sets up
+    the reduction of gradients.
     """
     degrees, tied = mesh.degrees, tied_weights(model)
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
@@ -41,9 +43,10 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
 
 
 def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
-    """Let attention reach over the ranks that hold parts of the same sequences.
+    """Make attention span the ranks that hold parts of the same sequences.
 
-    Returns the positions int64 [S] that this rank holds between split layers; None for a model without attention.
+    Returns int64 [S], the positions of the tokens that this rank's MoE layers process; None for a model without
+    attention.
     """
     axis, held_S = mesh["cp"], None
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
@@ -56,5 +59,5 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
 def _decoder(model: nn.Module, degree: str) -> Decoder:
     if not isinstance(model, Decoder):
         found = type(model).__name__
-        raise ValueError(f"parallel.{degree}: knows how to split a Decoder, not {found}; set parallel.{degree}=1")
+        raise ValueError(f"parallel.{degree}: can split only a Decoder, not {found}; set parallel.{degree}=1")
     return model

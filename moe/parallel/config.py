@@ -1,4 +1,4 @@
-"""How ranks share the work: the degrees by the names that users know, and the choice of methods."""
+"""The parallelism degrees, under the names that users know, and the choice of methods."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ EXPERT = ("edp", "ep", "etp")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Two foldings of the same ranks, for the dense part and for the experts; -1 stands for what is left.
+    """Two factorizations of the same ranks: one for the dense weights, one for the experts.
 
-    The ranks are pp x dp_replicate x dp_shard x cp x tp to the one, and pp x edp x ep x etp to the other.
+    The number of ranks is pp * dp_replicate * dp_shard * cp * tp for the dense weights, and pp * edp * ep * etp for the
+    experts. -1 means all ranks that the other degrees leave.
     """
 
-    #: pipeline stages (ranks; a schedule may give each rank several)
+    #: pipeline ranks; a schedule may give each rank several stages
     pp: int = 1
-    #: groups of data-parallel ranks that each hold all weights (HSDP)
+    #: groups of data-parallel ranks; each group holds all weights (HSDP)
     dp_replicate: int = 1
-    #: data-parallel ranks within such a group; they hold different sequences, as the groups do
+    #: data-parallel ranks of a group; all ranks of all groups hold different sequences
     dp_shard: int = -1
     #: ranks that hold parts of the same sequences
     cp: int = 1
-    #: ranks among which attention, dense feed-forwards, embedding and head are split
+    #: ranks that split attention, dense feed-forwards, embedding and head
     tp: int = 1
-    #: replicas of an expert
+    #: replicas of each expert
     edp: int = -1
-    #: ranks among which the experts are split; -1 with edp=-1: as many as divide the number of experts evenly
+    #: ranks that the experts are distributed over; -1 together with edp=-1: see :meth:`resolve`
     ep: int = 1
-    #: ranks that split each expert
+    #: ranks that split each expert's width
     etp: int = 1
-    #: under tp, let each rank hold a part of the tokens between the split layers
+    #: with tp > 1, shard the tokens over the tp ranks outside the layers that tp splits
     sequence_parallel: bool = True
-    #: weights are replicated over data-parallel ranks ("ddp"), or split over dp_shard x cp ("fsdp", torch's FSDP2)
+    #: "ddp" replicates weights over data-parallel ranks; "fsdp" (torch's FSDP2) shards them over dp_shard x cp
     data_parallel: Literal["ddp", "fsdp"] = "ddp"
-    #: how attention reaches over cp: keys and values travel around, or are gathered
+    #: how attention sees the keys and values of all cp ranks: they travel around a ring, or are gathered
     context: Literal["ring", "all_gather"] = "ring"
-    #: in which order a pipeline's stages work on the micro-batches
+    #: the order in which pipeline stages process the micro-batches
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
-    #: stages that each rank of a pipeline holds; none: as few as the schedule takes
+    #: pipeline stages per rank; None: the fewest that the schedule accepts
     stages_per_rank: int | None = None
-    #: seconds a collective may take before the run ends with an error
+    #: seconds that a collective may take before the run fails
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
@@ -55,17 +56,17 @@ class ParallelConfig:
                 require(value >= 1 or value == -1, f"parallel.{name}", value, "must be at least 1, or -1 for the rest")
             rest = [name for name in names if getattr(self, name) == -1]
             alone = len(rest) < 2 or rest == ["edp", "ep"]
-            require(alone, f"parallel.{' and '.join(rest)}", -1, "only one of these can be the rest")
+            require(alone, f"parallel.{' and '.join(rest)}", -1, "only one of these can be -1; set the others")
         check_choices(self, "parallel.")
         given = self.stages_per_rank
         require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
 
     def resolve(self, world: int, num_experts: int = 0) -> ParallelConfig:
-        """The same with every -1 replaced, for ``world`` ranks. Raises ValueError if the degrees do not fit.
+        """Return the degrees for ``world`` ranks, with every -1 replaced. Raises ValueError if they do not fit.
 
-        With ``ep`` and ``edp`` both at -1, ``ep`` is the largest degree that divides ``num_experts`` and the ranks of
-        a pipeline stage; without ``num_experts``, all of those ranks.
+        If ``ep`` and ``edp`` are both -1, ``ep`` becomes the largest degree that divides both ``num_experts`` and the
+        ranks of a pipeline stage (over ``etp``); without ``num_experts``, all of those ranks.
         """
         dense = self._fill(DENSE, world, "the number of processes")
         what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
@@ -83,9 +84,9 @@ class ParallelConfig:
             degrees[rest[0]] = total // known
         elif rest or known != total:
             text = " * ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value not in (1, -1))
-            must = "must divide" if rest else "must be equal to, or have one at -1 and divide,"
+            must = "must divide" if rest else "must equal (or divide, with one degree at -1)"
             fitting = self.pp * math.lcm(self._known(DENSE[1:]), self._known(EXPERT)) if self.pp != -1 else known
-            remedy = f"start a multiple of {fitting} processes, or set other degrees"
+            remedy = f"start a multiple of {fitting} processes, or change the degrees"
             raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}; {remedy}")
         return degrees
 
@@ -94,10 +95,10 @@ class ParallelConfig:
 
     @property
     def stages_of_rank(self) -> int:
-        """Pipeline stages that each rank holds."""
+        """Number of pipeline stages per rank."""
         return self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2)
 
     @property
     def dp(self) -> int:
-        """Ranks that hold different sequences, when resolved."""
+        """Number of ranks that hold different sequences. Only valid after :meth:`resolve`."""
         return self.dp_replicate * self.dp_shard

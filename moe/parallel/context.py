@@ -1,8 +1,9 @@
 """Context parallelism: each rank holds some chunks of every sequence, and attends to the keys of all ranks.
 
-A causal sequence cut into P equal parts would leave the first rank idle: it has few keys to attend to. Balanced, it is
-cut into 2P chunks, and rank r holds chunks r and 2P-1-r; then all ranks compute the same number of blocks. A block is
-one chunk of queries against one of keys; partial results meet by their logsumexp (online softmax, arXiv 1805.02867).
+If a sequence were cut into P equal parts, causal attention would leave the first rank almost idle: its queries see few
+keys. A balanced split has 2P chunks, and rank r holds chunks r and 2P-1-r, so that all ranks compute the same number of
+blocks. A block is one chunk of queries against one chunk of keys. Blocks are merged by their logsumexp (online softmax,
+arXiv 1805.02867).
 
 B sequences, N query heads, M key/value heads, G = N / M, S positions of this rank, H head width, P ranks of the axis,
 Q queries and C keys of a tile.
@@ -21,23 +22,26 @@ from torch.nn import functional as F
 
 from ..collectives import Axis
 
-# torch 2.13 has new names for both and warns of the old ones
+# torch 2.13 renamed both and warns about the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-#: queries whose scores are in memory at a time
+#: number of queries whose scores are in memory at a time
 TILE = 512
 
 
 def positions(seq_len: int, size: int, rank: int, balanced: bool = True) -> Tensor:
-    """The positions of a sequence that this rank holds, in its order: int64 [seq_len / size]."""
+    """Return the positions of a sequence that this rank holds, in the order in which it holds them.
+
+    int64 [seq_len / size].
+    """
     return shard_sequence(torch.arange(seq_len), 0, size, rank, balanced)
 
 
 def shard_sequence(t: Tensor, dim: int, size: int, rank: int, balanced: bool = True) -> Tensor:
-    """This rank's part of a tensor that has whole sequences along ``dim``. Differentiable.
+    """Take this rank's part of a tensor that has whole sequences along ``dim``. Differentiable.
 
-    Raises ValueError where the sequence does not divide into 2 * size chunks (balanced) or size (not).
+    Raises ValueError unless the sequence length is divisible by 2 * size (balanced) or size (not balanced).
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank={rank}: must be from 0 to {size - 1}, for size={size} context-parallel ranks")
@@ -53,7 +57,7 @@ def shard_sequence(t: Tensor, dim: int, size: int, rank: int, balanced: bool = T
 
 
 def unshard(parts: Sequence[Tensor], dim: int, balanced: bool = True) -> Tensor:
-    """The whole sequences from the parts of all ranks, in rank order."""
+    """Assemble whole sequences from the parts of all ranks, given in rank order. Inverse of :func:`shard_sequence`."""
     chunks: dict[int, Tensor] = {}
     for rank, part in enumerate(parts):
         held = _held(rank, len(parts), balanced)
@@ -62,11 +66,12 @@ def unshard(parts: Sequence[Tensor], dim: int, balanced: bool = True) -> Tensor:
 
 
 class ContextAttention:
-    """Causal attention over sequences that are split over an axis, in place of scaled_dot_product_attention.
+    """Causal attention over sequences that are split over an axis; replaces scaled_dot_product_attention.
 
-    ``method``: "ring" passes K and V from rank to rank while blocks are computed, so that a rank holds two ranks' K and
-    V at a time (arXiv 2310.01889); "all_gather" holds all ranks', and has one collective instead of P - 1 exchanges.
-    ``balanced`` tells how the sequences were split (:func:`shard_sequence`). All ranks must call it with equal shapes.
+    ``method="ring"`` passes K and V around the ranks while blocks are computed, so that a rank holds K and V of only
+    two ranks at a time (arXiv 2310.01889). ``method="all_gather"`` gathers K and V of all ranks with one collective
+    instead of P - 1 exchanges. ``balanced`` must match the :func:`shard_sequence` call that split the sequences. All
+    ranks must call this with equal shapes.
     """
 
     def __init__(self, axis: Axis, method: str = "ring", balanced: bool = True) -> None:
@@ -75,9 +80,9 @@ class ContextAttention:
         self.axis, self.method, self.balanced = axis, method, balanced
 
     def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
-        """This rank's rows, as F.scaled_dot_product_attention(is_causal=True) on the whole sequences has them.
+        """Return this rank's rows of F.scaled_dot_product_attention(is_causal=True) on the whole sequences.
 
-        Query head n uses key head n // (N / M); v may have a width of its own. Sums are fp32 (fp64 for fp64).
+        Query head n uses key head n // (N / M). v may differ from k in width. Accumulates in fp32 (fp64 for fp64).
         """
         self._check(q_BNSH, k_BMSH, v_BMSH)
         if self.axis.size == 1:
@@ -92,7 +97,7 @@ class ContextAttention:
         heads_fit = len(q) == len(k) == len(v) == 4 and k[1] > 0 and q[1] % k[1] == 0
         if not heads_fit or k[:3] != v[:3] or (q[0], *q[2:]) != (k[0], *k[2:]):
             raise ValueError(
-                f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any], M a divisor of N"
+                f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any]; M must divide N"
             )
         chunks = len(_held(0, self.axis.size, self.balanced))
         if q[2] == 0 or q[2] % chunks:
@@ -110,9 +115,9 @@ def _held(rank: int, size: int, balanced: bool) -> tuple[int, ...]:
 
 
 def _tiles(axis: Axis, source: int, balanced: bool, length: int) -> Iterator[tuple[slice, slice, bool]]:
-    """Own queries, ``source``'s keys that they may see, and whether the last keys are hidden from the first queries.
+    """Yield the tiles to compute: (this rank's queries, ``source``'s keys, whether the causal mask cuts the tile).
 
-    Both are given as positions in what a rank holds. What is hidden altogether does not appear.
+    Queries and keys are slices of the positions that their rank holds. Tiles that are masked entirely are left out.
     """
     own, other = _held(axis.rank, axis.size, balanced), _held(source, axis.size, balanced)
     chunk = length // len(own)
@@ -130,10 +135,10 @@ def _tiles(axis: Axis, source: int, balanced: bool, length: int) -> Iterator[tup
 
 
 class _Arriving:
-    """Tensors on their way to the next rank of the ring; :meth:`get` waits for those of the rank before."""
+    """An exchange along the ring: sends tensors to the next rank; :meth:`get` waits for those of the previous one."""
 
     def __init__(self, tensors: Sequence[Tensor], axis: Axis, tag: int) -> None:
-        self.sent = [t.contiguous() for t in tensors]  # kept until they have left
+        self.sent = [t.contiguous() for t in tensors]  # kept alive until the send completes
         self.received = [torch.empty_like(t) for t in self.sent]
         after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
         ops = []
@@ -158,7 +163,7 @@ def _ring_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequen
 
 
 class _RingReturn:
-    """Gradients follow their K and V around the ring, gather each rank's share, and go home with the last hop."""
+    """Passes the gradients of K and V around the ring; each rank adds its share, and the last hop reaches the owner."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
@@ -196,7 +201,7 @@ def _gather_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequ
 
 
 class _GatherReturn:
-    """One reduce-scatter sums all ranks' shares at the owner."""
+    """Sums all ranks' shares of the gradients at the owner, with one reduce-scatter."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
@@ -218,15 +223,15 @@ class _GatherReturn:
 
 class _Return(Protocol):
     def add(self, source: int, share: Sequence[Tensor]) -> None:
-        """Take this rank's share, its own to change, of the gradients of ``source``'s K and V."""
+        """Add this rank's share of the gradients of ``source``'s K and V. May modify ``share``."""
 
     def get(self) -> Sequence[Tensor]:
-        """The gradients of this rank's K and V."""
+        """Return the complete gradients of this rank's K and V."""
 
 
 @dataclass(frozen=True)
 class _Method:
-    """Every rank's K and V, own first and then backwards around the ring; and their gradients' way home."""
+    """How K and V reach every rank (own first, then backwards around the ring), and how their gradients return."""
 
     visits: Callable[[Sequence[Tensor], Axis], Iterator[tuple[int, Sequence[Tensor]]]]
     way_home: Callable[[Axis], _Return]
@@ -242,7 +247,7 @@ METHODS = {
 
 
 def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Tensor:
-    """Scores [B, M, G, Q, C] of scaled queries; with ``hidden_last`` query i sees all keys but the last Q - 1 - i."""
+    """Return the scores [B, M, G, Q, C]; with ``hidden_last``, the last Q - 1 - i keys are masked from query i."""
     scores = (q_BMGQH.flatten(2, 3) @ k_BMCH.mT).unflatten(2, q_BMGQH.shape[2:4])
     if hidden_last:
         queries, keys = scores.shape[-2:]
@@ -307,13 +312,13 @@ class _ContextAttention(torch.autograd.Function):
 
 
 def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:
-    """[B, M, G, S, H] times H^-0.5, in the dtype of the sums."""
+    """Return q * H^-0.5 as [B, M, G, S, H], in the accumulation dtype."""
     dtype = torch.promote_types(q_BNSH.dtype, torch.float32)
     return (q_BNSH.to(dtype) * q_BNSH.shape[-1] ** -0.5).unflatten(1, (heads, -1))
 
 
 def _autocast(t: Tensor) -> Tensor:
-    """What autocast does to the arguments of scaled_dot_product_attention."""
+    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
     device = t.device.type
     wanted = torch.is_autocast_enabled(device) and t.dtype != torch.float64
     return t.to(torch.get_autocast_dtype(device)) if wanted else t

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of the ep axis owns num_experts / ep experts; those of the etp axis a part of each."""
+"""Expert parallelism: each ep rank owns num_experts / ep experts; the etp ranks split the width of each."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from .mesh import Mesh
 
 
 def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = None) -> None:
-    """Let a layer whose full weights are the same on all ranks work among the ranks of ``mesh``.
+    """Split a layer's experts over ``mesh``. The full weights must be the same on all ranks.
 
-    Each keeps its part of the experts, as DTensors, so that norms, optimizers and checkpoints know what is split.
-    ``positions_S``, int64: the positions of each sequence that this rank holds (None: those that follow the ranks
-    before). Raises ValueError for sizes that the degrees do not divide.
+    Each rank keeps its part of the experts as DTensors, so that gradient norms, optimizers and checkpoints know the
+    split. ``positions_S``, int64, are the positions of each sequence that this rank holds; None means that ranks hold
+    consecutive parts in rank order. Raises ValueError for sizes that the degrees do not divide.
     """
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
     if config.num_experts % ep.size:
-        raise ValueError(f"model.num_experts={config.num_experts}: must be divisible by parallel.ep={ep.size}")
+        number = config.num_experts
+        raise ValueError(f"model.num_experts={number}: must be divisible by parallel.ep={ep.size}; change one of them")
     if config.intermediate_size % etp.size:
         width = config.intermediate_size
-        raise ValueError(f"model.moe_intermediate_size={width}: must be divisible by parallel.etp={etp.size}")
-    owners = Owners.consecutive(config.num_experts, ep.size)  # the order of DTensors, and of checkpoints
+        what = f"must be divisible by parallel.etp={etp.size}; change one of them"
+        raise ValueError(f"model.moe_intermediate_size={width}: {what}")
+    owners = Owners.consecutive(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
     layer.place(
         Placement(
             tokens=mesh["stage"],
@@ -41,7 +43,7 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     ):  # alone, or shared with another layer
         return
     own_experts = owners.experts_of(ep.rank)
-    if etp.size > 1:  # so that a slice of the width has both halves
+    if etp.size > 1:  # separate gate and up, so that a slice of the width contains both
         stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
         layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):

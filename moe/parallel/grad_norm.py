@@ -1,4 +1,4 @@
-"""The norm of a gradient whose parts are replicated, or split over some axis of a mesh."""
+"""Clips gradients by their global norm, where some are replicated and others sharded over mesh axes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..collectives import LOCAL, Axis, sum_over
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
-    """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (0: leave them); returns the norm before.
+    """Clip all gradients to a joint 2-norm of at most ``max_norm`` (0: do not clip); return the norm before clipping.
 
-    Each element is counted once: a split gradient's squares are summed over the axes that split it, a replicated
-    one's are not; parameters of other pipeline ``stages`` belong to the norm too. A norm that is not finite scales
-    nothing, so that the caller can skip the step with weights intact.
+    Each element counts once: squares of a sharded gradient are summed over the axes that shard it, those of a
+    replicated one are not. The norm includes the parameters of all pipeline ``stages``. If the norm is not finite,
+    gradients are left alone; the caller should then skip the step.
     """
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -35,7 +35,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis 
             dist.all_reduce(square, group=group)
         total = total + square
     norm = sum_over(total, stages).get().sqrt()
-    factor = max_norm / (float(norm) + 1e-6)  # as torch.nn.utils.clip_grad_norm_ has it
+    factor = max_norm / (float(norm) + 1e-6)  # the same formula as torch.nn.utils.clip_grad_norm_
     if max_norm > 0 and 0 < factor < 1:
         torch._foreach_mul_([_local(grad) for grad in grads], factor)
     return norm.float()

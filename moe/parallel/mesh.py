@@ -1,9 +1,9 @@
-"""All groups of ranks, made in one place from the degrees.
+"""Creates all process groups of a run from the parallelism degrees.
 
-Ranks are numbered with the pipeline outermost and tensor parallelism innermost, so that the axes which talk most stay
-inside a node, and every stage has the same dense and expert axes. The experts' axes fold over the dense ones freely:
-expert parallelism may be larger than data parallelism and span tensor and context parallel ranks (arXiv 2504.14960;
-the listing in its appendix, where the pipeline is not outermost, breaks unless cp * tp = ep * etp).
+The pipeline is the outermost axis and tensor parallelism the innermost, so that the axes that communicate most stay
+inside a node and every stage has the same dense and expert axes. Expert axes are independent of dense axes: ep may be
+larger than dp and span tp and cp ranks (arXiv 2504.14960; the listing in that paper's appendix does not put the
+pipeline outermost, and breaks unless cp * tp = ep * etp).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .config import ParallelConfig
 DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
 
-#: axis -> the grid and the dimensions of it that it runs over
+#: axis -> the grid that it belongs to, and the dimensions of that grid that it spans
 AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pp": (DENSE, ("pp",)),
-    # ranks that hold different sequences; parts of the same sequences; any different tokens under sequence parallelism
+    # dp: different sequences; cp: parts of the same sequences; stage: different tokens, if tp is sequence-parallel
     "dp": (DENSE, ("dp_replicate", "dp_shard")),
     "cp": (DENSE, ("cp",)),
     "tp": (DENSE, ("tp",)),
     "sequence": (DENSE, ("cp", "tp")),
     "stage": (DENSE, ("dp_replicate", "dp_shard", "cp", "tp")),
-    # dense weights: replicas, and the ranks that FSDP splits them over; together, those whose gradients are added up
+    # dp_replicate: replicas of dense weights; fsdp: ranks that shard them; dense: both, to sum gradients over
     "dp_replicate": (DENSE, ("dp_replicate",)),
     "fsdp": (DENSE, ("dp_shard", "cp")),
     "dense": (DENSE, ("dp_replicate", "dp_shard", "cp")),
@@ -47,16 +47,19 @@ AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def sizes(degrees: ParallelConfig) -> dict[str, int]:
-    """The length of each dimension of both grids, for resolved degrees."""
+    """Return the length of every dimension of both grids. The degrees must be resolved."""
     found = {name: getattr(degrees, name) for name in (*DENSE, "ep", "etp")}
-    # replicas of the experts follow those of the dense part as far as there are that many
+    # replicas of experts coincide with replicas of dense weights as far as edp allows
     found["edp_replicate"] = math.gcd(degrees.dp_replicate, degrees.edp)
     found["edp_shard"] = degrees.edp // found["edp_replicate"]
     return found
 
 
 def groups_of(axis: str, degrees: ParallelConfig) -> Tensor:
-    """int64 [groups, ranks of a group] for resolved degrees; each rank is in one group."""
+    """Return the groups of an axis, int64 [groups, ranks per group]. The degrees must be resolved.
+
+    Each rank is in exactly one group.
+    """
     grid, along = AXES[axis]
     lengths = sizes(degrees)
     ranks = torch.arange(math.prod(lengths[name] for name in grid)).view([lengths[name] for name in grid])
@@ -67,7 +70,7 @@ def groups_of(axis: str, degrees: ParallelConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place: the resolved degrees, its group along every axis, and the meshes that DTensors live on."""
+    """The resolved degrees, this rank's group along every axis, and the device meshes for DTensors."""
 
     degrees: ParallelConfig
     axes: Mapping[str, Axis]
@@ -81,10 +84,10 @@ class Mesh:
 
 
 def build_mesh(config: ParallelConfig, device_type: str = "cpu", warm_up: bool = True) -> Mesh:
-    """Make every group that the degrees ask for, with the configured timeout, and use each once.
+    """Create all process groups with the configured timeout, and (``warm_up``) run one collective in each.
 
-    A communicator made on first use can fail, or hang, in the middle of a run; here it fails at the start. Every rank
-    calls it. Raises ValueError for degrees that do not fit the number of processes.
+    Backends create a communicator on first use, which can fail or hang in the middle of a run; the warm-up makes it
+    fail at the start. Every rank must call this. Raises ValueError for degrees that do not fit the number of processes.
     """
     rank, degrees = dist.get_rank(), config.resolve(dist.get_world_size())
     timeout = timedelta(seconds=config.timeout_s)
@@ -93,7 +96,7 @@ def build_mesh(config: ParallelConfig, device_type: str = "cpu", warm_up: bool =
     for name in AXES:
         table = groups_of(name, degrees)
         ranks = tuple(table[(table == rank).any(1)][0].tolist())
-        if ranks not in made:  # rows of one axis are shifted copies, so all ranks find the same axes equal
+        if ranks not in made:  # if two axes have equal groups on one rank, they do on all
             made[ranks] = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
         handles[name] = made[ranks]
         single = len(ranks) == 1

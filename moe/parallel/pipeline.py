@@ -1,6 +1,6 @@
-"""Pipeline parallelism: the blocks of a decoder over ranks, by the schedules of ``torch.distributed.pipelining``.
+"""Pipeline parallelism: splits a decoder's blocks over ranks, with the schedules of ``torch.distributed.pipelining``.
 
-B sequences of a micro-batch, S tokens of each, D hidden, V vocabulary.
+B sequences per micro-batch, S tokens per sequence, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from ..layer import MoE
 from ..model import Decoder
 from .torch_stage import SPLITS_BACKWARD, TorchStage
 
-#: (logits [B, S, V] of a micro-batch, its labels) to its shares of the step's loss, of any shape: they are summed
+#: (logits [B, S, V], labels) of a micro-batch -> its terms of the step's loss, of any shape; the pipeline sums them
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order a rank runs the forwards and backwards of its stages."""
+    """A schedule: the order in which a rank runs the forwards and backwards of its stages."""
 
     runner: type
-    #: how many stages a rank may hold
+    #: allowed numbers of stages per rank
     stages_per_rank: range
-    #: the stages of a rank lie on the way there and back (0 and 2P-1) instead of one round apart (0 and P)
+    #: rank 0 of P holds stages 0 and 2P-1 (down and back up a V), instead of 0 and P
     v_shaped: bool = False
-    #: gradients of activations first, those of weights when there is time
+    #: computes the gradients of activations first, and fills idle time with those of weights
     split_backward: bool = False
-    #: every forward of a step comes before its first backward, so that all counts are known by then
+    #: runs every forward of a step before its first backward, which therefore knows all counts
     forwards_first: bool = False
-    #: at least as many micro-batches as stages
+    #: needs at least as many micro-batches as stages
     fills_stages: bool = False
-    #: micro-batches run in equal rounds of at least one per rank
+    #: runs micro-batches in equal rounds of at least one per rank
     rounds: bool = False
 
 
@@ -69,7 +69,7 @@ SCHEDULES: dict[str, Schedule] = {
 def check_pipeline(
     schedule: str, pp: int, stages_per_rank: int, micro_batches: int, num_layers: int, micro_batch: int = 1
 ) -> None:
-    """Refuse degrees that do not fit, in one line that names them. ``micro_batch``: sequences of a micro-batch."""
+    """Raise ValueError for a pipeline that cannot run. ``micro_batch`` is the number of sequences per micro-batch."""
     require(schedule in SCHEDULES, "parallel.schedule", schedule, f"use one of {', '.join(SCHEDULES)}")
     kind, stages = SCHEDULES[schedule], pp * stages_per_rank
     require(
@@ -78,19 +78,19 @@ def check_pipeline(
         schedule,
         f"torch {torch.__version__} cannot split this backward; use torch 2.13 or later, or 'interleaved_1f1b'",
     )
-    require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks")
+    require(pp >= 2, "parallel.pp", pp, "a pipeline needs at least 2 ranks; set 2 or more")
     allowed = "2 or more" if kind.stages_per_rank is _MANY else kind.stages_per_rank[0]
     require(
         stages_per_rank in kind.stages_per_rank,
         "parallel.stages_per_rank",
         stages_per_rank,
-        f"parallel.schedule={schedule!r} takes {allowed}",
+        f"parallel.schedule={schedule!r} takes {allowed}; set that",
     )
     require(
         num_layers >= stages,
         "model.num_layers",
         num_layers,
-        f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}",
+        f"fewer than the {stages} stages of parallel.pp={pp} x parallel.stages_per_rank={stages_per_rank}; lower one",
     )
     least = stages if kind.fills_stages else pp if kind.rounds else 1
 
@@ -109,7 +109,7 @@ def check_pipeline(
 
 
 def _other_micro_batches(number: int, micro_batch: int, fits: Callable[[int], bool]) -> str:
-    """What to change so that a number of micro-batches fits: their size, or where that cannot be, the whole batch."""
+    """Suggest how to get a number of micro-batches that fits: change their size, or else the global batch."""
     each = number * micro_batch
     for size in range(micro_batch - 1, 0, -1):
         if each % size == 0 and fits(each // size):
@@ -119,17 +119,17 @@ def _other_micro_batches(number: int, micro_batch: int, fits: Callable[[int], bo
 
 
 def stage_ids(schedule: str, pp_size: int, pp_rank: int, stages_per_rank: int) -> list[int]:
-    """The stages of a rank, in the order in which a micro-batch meets them."""
+    """Return the stages of a rank, in the order in which a micro-batch passes through them."""
     if SCHEDULES[schedule].v_shaped:
         return [pp_rank, 2 * pp_size - 1 - pp_rank]
     return [pp_rank + i * pp_size for i in range(stages_per_rank)]
 
 
 def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
-    """One stage of a decoder: its share of the blocks, the embedding on the first, norm and head on the last.
+    """Return one pipeline stage of a decoder: some of its blocks; the first stage has the embedding, the last the head.
 
-    Parameters keep their names and are the model's own, not copies. Where the blocks do not divide, earlier stages
-    take one more (the last has the head). Raises ValueError when there are fewer blocks than stages.
+    Parameters keep their names and are shared with ``model``, not copied. If the blocks do not divide evenly, earlier
+    stages get one more, because the last also has norm and head. Raises ValueError for fewer blocks than stages.
     """
     names = list(model.blocks)
     require(len(names) >= num_stages, "model.num_layers", len(names), f"fewer than the {num_stages} pipeline stages")
@@ -139,7 +139,7 @@ def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
     own = names[start : start + each + (stage < more)]
     part = copy.copy(model)
     tables = {key: copy.copy(table) for key, table in vars(model).items() if isinstance(table, (dict, set))}
-    vars(part).update(tables)  # a module's shallow copy shares its tables of children and hooks
+    vars(part).update(tables)  # a shallow copy would share the module's tables of children and hooks
     part.blocks = nn.ModuleDict({name: model.blocks[name] for name in own})
     if stage > 0:
         part.embedding = None
@@ -149,22 +149,23 @@ def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
 
 
 def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
-    """The sum of what the stages' ranks hold, on all of them. No gradient."""
+    """Return the sum of ``value`` over the pipeline's ranks, on every rank. No gradient."""
     return sum_over(value.detach().clone(), axis).get()
 
 
 class Pipeline:
     """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
 
-    ``stages``: decoders from :func:`split`, in the order of :func:`stage_ids`, on ``device``, and already parallelized:
-    every MoE layer must know the ranks that hold other tokens of the same stage. ``micro_batches``: how many an
-    optimizer step has; one :meth:`step` is one optimizer step. ``hidden_shape``: [B, S, D] of one micro-batch, as it
-    travels between stages in ``hidden_dtype``; ``inputs_shape`` [B, S], where sequence parallelism makes that another
-    S. ``precision`` makes the context of every stage's forward (autocast).
+    * ``stages``: decoders from :func:`split`, in the order of :func:`stage_ids`, on ``device``. They must be
+      parallelized already: every MoE layer must know the ranks that hold different tokens of its stage.
+    * ``micro_batches``: number per optimizer step. One :meth:`step` is one optimizer step.
+    * ``hidden_shape``, ``hidden_dtype``: [B, S, D] of one micro-batch as stages send it.
+    * ``inputs_shape``: [B, S] of the inputs, if sequence parallelism gives them a different S.
+    * ``precision``: returns the context of every stage's forward (autocast).
 
-    Gradients are sums over the micro-batches. The balance estimator is exact after :meth:`count`, which "gpipe" does
-    not need. ``rolling`` reads the counts of the forwards that the schedule has run on a stage before a backward:
-    all of them in "gpipe", and in "1f1b" min(micro_batches, k + P - stage) for the backward of micro-batch k.
+    Gradients are sums over the micro-batches. The balance estimator "exact" needs :meth:`count` before every
+    :meth:`step`. "rolling" uses the counts of the forwards that the schedule has run on a stage before a backward:
+    under "gpipe" all of them; under "1f1b", for the backward of micro-batch k, min(micro_batches, k + P - stage).
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Pipeline:
         self.masks_shape = tuple(hidden_shape[:2])
         for stage in stages:
             _check_balance(stage, micro_batches)
-        #: the optimizer step of each stage's MoE layers
+        #: for each stage, the balancing step of its MoE layers
         self.balance = [Step.of(stage) for stage in stages]
         ids = stage_ids(schedule, axis.size, axis.rank, len(stages))
         self.holds_first, self.holds_last = 0 in ids, num_stages - 1 in ids
@@ -198,7 +199,7 @@ class Pipeline:
         for stage, number, balance in zip(stages, ids, self.balance, strict=True):
             _check_stage(stage, schedule, number, num_stages)
             if self.kind.split_backward and isinstance(stage, FSDPModule):
-                # torch looks for the weights before the backward gathers them: gathered they must stay
+                # torch looks up the weights before the backward gathers them, so they must stay gathered
                 stage.set_reshard_after_forward(False)
             within = partial(self._micro_batch, balance)
             runners.append(
@@ -213,21 +214,21 @@ class Pipeline:
     def step(
         self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
     ) -> list[Tensor]:
-        """Forward and backward of all micro-batches; gradients are added to ``.grad``.
+        """Run forward and backward of all micro-batches; gradients accumulate in ``.grad``.
 
-        ``inputs`` int64 [B, S], ``masks`` bool [B, S] as hidden states have it, ``labels`` of any shape [B, ...]. All
-        ranks of the pipeline give the same lists. Returns what ``loss_fn`` returned for each micro-batch, detached,
-        where the last stage is; elsewhere nothing. Raises ValueError for a number or shape of micro-batches other than
-        the pipeline's.
+        All ranks of the pipeline must pass the same lists: ``inputs`` int64 [B, S], ``labels`` [B, ...] of any shape,
+        and ``masks`` bool [B, S] with the S of the hidden states. The rank with the last stage returns the result of
+        ``loss_fn`` for each micro-batch, detached; others return an empty list. Raises ValueError unless the number and
+        shapes of micro-batches are those that the pipeline was built for.
         """
         with self._losses(loss_fn) as shares:
             self._run(self._schedule.step, inputs, labels, masks)
         return shares
 
     def count(self, inputs: list[Tensor], masks: list[Tensor] | None = None) -> None:
-        """Count the step's choices ahead of :meth:`step`, for ``estimator="exact"``, in a pass without gradient.
+        """Count the tokens per expert of a whole step before :meth:`step`, in a pass without gradients.
 
-        Under "gpipe" it does nothing: all forwards have counted before the first backward asks.
+        ``estimator="exact"`` needs this. A no-op under "gpipe", where all forwards precede the first backward.
         """
         if self.kind.forwards_first:
             return
@@ -242,7 +243,10 @@ class Pipeline:
     def evaluate(
         self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
     ) -> list[Tensor]:
-        """Like :meth:`step`, forward only and without a trace; here fewer micro-batches will do."""
+        """Run the forwards and return the losses like :meth:`step`, without changing any state.
+
+        Accepts fewer micro-batches than a step has.
+        """
         number = len(inputs)
         pad = (self.micro_batches - number) if number else 0
         inputs, labels = inputs + inputs[:1] * pad, labels + labels[:1] * pad
@@ -262,7 +266,7 @@ class Pipeline:
                 len(shapes) == self.micro_batches and all(shape == want for shape in shapes),
                 f"{name}.shape",
                 shapes,
-                f"give {self.micro_batches} micro-batches of {want}",
+                f"pass {self.micro_batches} micro-batches of shape {want}",
             )
         args = (torch.cat(inputs),) if self.holds_first else ()
         target = torch.cat(labels) if self.holds_last else None
@@ -270,7 +274,7 @@ class Pipeline:
         run(*args, target=target, return_outputs=False, **kwargs)
 
     def _micro_batch(self, balance: Step, number: int) -> AbstractContextManager[None]:
-        """Around what a stage does for a micro-batch."""
+        """Return the context for a stage's work on a micro-batch."""
         return balance.micro_batch(number, ahead=self._counting)
 
     @contextmanager
@@ -299,10 +303,10 @@ def _check_balance(stage: nn.Module, micro_batches: int) -> None:
             layer.balancer.placed is not None,
             "stages",
             type(stage).__name__,
-            "the ranks of other stages hold the same tokens; parallelize every stage before the pipeline is made",
+            "its MoE layers do not know their ranks; parallelize every stage before you build the pipeline",
         )
         given = layer.balancer.config.micro_batches
-        wanted = f"the pipeline runs {micro_batches} a step"
+        wanted = f"the pipeline runs {micro_batches} per step; set that, or None"
         require(given in (None, micro_batches), "balance.micro_batches", given, wanted)
 
 
@@ -310,7 +314,7 @@ def _check_stage(stage: Decoder, schedule: str, number: int, num_stages: int) ->
     for name, place in (("embedding", 0), ("head", num_stages - 1)):
         if (getattr(stage, name) is not None) != (number == place):
             raise ValueError(
-                f"stage {number} of {num_stages}: {name} belongs to stage {place}; see split and stage_ids"
+                f"stage {number} of {num_stages}: {name} belongs to stage {place}; split the model by stage_ids"
             )
     if SCHEDULES[schedule].split_backward and stage.recomputes:
         raise ValueError(

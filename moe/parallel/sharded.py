@@ -1,4 +1,4 @@
-"""Weights split over data-parallel ranks: torch's FSDP2, dense and expert weights each on their own mesh."""
+"""Shards weights over data-parallel ranks with torch's FSDP2; dense and expert weights each have their own mesh."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .tied import check_units, tied_weights
 
 
 def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None = None) -> None:
-    """Split all weights over the data-parallel ranks (and keep dp_replicate copies: HSDP), in place.
+    """Shard all weights over the data-parallel ranks, in place, with dp_replicate replicas (HSDP).
 
-    With ``dtype``, weights and activations are computed in it; gradients are reduced in fp32, and routers stay in
-    fp32. Gradients are added up over the ranks, not averaged.
+    ``dtype`` is the compute dtype of weights and activations; gradients are then reduced in fp32, and routers stay in
+    fp32. Gradients are summed over the ranks, not averaged.
     """
     policy, exact = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if dtype is not None:
@@ -33,7 +33,7 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     check_units(model, tied_weights(model), [*dict.fromkeys(layer.experts for layer in layers), *routers, *blocks])
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
     for experts, layer in {layer.experts: layer for layer in layers}.items():  # layers may share experts
-        # experts that work in chunks are called several times, and should be gathered once
+        # with chunked dispatch the experts run several times per forward, but their weights should be gathered once
         once = layer.config.dispatch.chunks > 1
         fully_shard(
             experts,
@@ -54,20 +54,22 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
 
 
 def free_gathered(parts: Iterable[nn.Module]) -> None:
-    """Free the whole weights that FSDP keeps after a forward (those of its root), so that the modules have their
-    sharded ones, which optimizer and checkpoints know."""
+    """Put the sharded weights back into modules that FSDP leaves gathered after a forward (its root).
+
+    The optimizer and checkpoints know only the sharded weights.
+    """
     for module in _sharded_modules(parts):
         module.reshard()
 
 
 def forget_step(parts: Iterable[nn.Module]) -> None:
-    """Let FSDP forget a forward or backward that was broken off, and the gradients that it holds back of it."""
+    """Reset FSDP after an interrupted forward or backward, and drop the gradients that it has not reduced yet."""
     parts = list(parts)
     for part in parts:
         if isinstance(part, FSDPModule) and hasattr(part, "reset_iter_state"):  # not in torch 2.11
             part.reset_iter_state()
     for module in _sharded_modules(parts):
-        # before torch 2.15 a reset leaves the gradients of micro-batches that were to be reduced with the last one
+        # before torch 2.15 the reset keeps gradients that wait for the step's last micro-batch to be reduced
         for group in module._get_fsdp_state()._fsdp_param_groups:
             for weight in group.fsdp_params:
                 if hasattr(weight, "_unsharded_param"):
@@ -81,9 +83,9 @@ def _sharded_modules(parts: Iterable[nn.Module]) -> Iterator[FSDPModule]:
 
 
 def _divided(ranks: int, weight: nn.Parameter) -> Shard | None:
-    """Where to split a rank's experts [e, ...]: by expert, or within each where they are fewer than ranks or uneven.
+    """Choose the dimension along which to shard a rank's experts [e, ...]; None for the first.
 
-    Otherwise most of the ranks would hold nothing but padding.
+    Shards over experts if they divide evenly; otherwise within each expert, so that no rank holds only padding.
     """
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     if local.shape[0] % ranks == 0:
@@ -94,5 +96,5 @@ def _divided(ranks: int, weight: nn.Parameter) -> Shard | None:
 
 
 def _submesh(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
-    """One dimension to split over; two where there are several copies."""
+    """Return the mesh that FSDP shards over, with a dimension for replicas if there are several."""
     return mesh[shard] if mesh[replicate].size() == 1 else mesh[replicate, shard]

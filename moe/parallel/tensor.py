@@ -1,8 +1,8 @@
-"""Tensor parallelism of the dense part: attention, dense feed-forwards, embedding, head and loss, on DTensor.
+"""Tensor parallelism of attention, dense feed-forwards, embedding, head and loss, with DTensor.
 
-Between the split layers a rank holds, under sequence parallelism, its part of the positions, else all of them. Linear
-and embedding weights become DTensors split over the mesh; norms, routers and shared experts stay plain and the same on
-all ranks.  B sequences, S positions, D hidden, V vocabulary.
+Linear and embedding weights become DTensors sharded over the mesh. Norms, routers and shared experts stay plain tensors
+that are the same on all ranks. Outside the split layers, a rank holds its part of the positions under sequence
+parallelism, and all positions without it.  B sequences, S positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..model import Attention, Decoder, GroupedAttention, LatentAttention
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Split the dense weights, which are the same on all ranks, over a mesh of one dimension.
+    """Shard the dense weights over a one-dimensional mesh. They must be the same on all ranks.
 
-    Raises ValueError for sizes that cannot be split over it.
+    Raises ValueError for sizes that cannot be split.
     """
     check_sizes(model, mesh.size())
     outside = Shard(1) if sequence_parallel else Replicate()
     column, row = ColwiseParallel(input_layouts=outside), RowwiseParallel(output_layouts=outside)
-    # the projections to latents are narrow: every rank has them whole, and what is gathered is the latents
+    # projections to latents are narrow: every rank holds them whole, and only the latents are gathered
     by_latent = {"q_up_proj": column, "kv_up_proj": column, "common_key": _ForAllHeads(outside), "out_proj": row}
     attention: dict[type, dict[str, ParallelStyle]] = {
         GroupedAttention: {"qkv_proj": column, "out_proj": row},
@@ -49,7 +49,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
 
 
 class _ForAllHeads(ParallelStyle):
-    """The positions of all ranks on each; its gradient is the sum of what every rank's own heads make of it."""
+    """Gathers the output's positions on every rank; the backward sums the gradients of all ranks' heads."""
 
     def __init__(self, outside: Placement) -> None:
         self.outside = outside
@@ -64,9 +64,9 @@ class _ForAllHeads(ParallelStyle):
 
 
 def check_sizes(model: Decoder, tp: int) -> None:
-    """Refuse sizes that cannot be split over ``tp`` ranks.
+    """Raise ValueError for sizes that cannot be split over ``tp`` ranks.
 
-    Heads and widths must divide evenly. A vocabulary need not: the ranks' parts of it may differ in length.
+    Heads and widths must divide evenly. The vocabulary need not, but every rank must get at least one entry.
     """
     for name, module in model.named_modules():
         if isinstance(module, Attention):
@@ -76,7 +76,7 @@ def check_sizes(model: Decoder, tp: int) -> None:
             _divided("model.intermediate_size", module.down_proj.weight.shape[1], tp)
         elif isinstance(module, nn.Embedding) and -(-module.num_embeddings // tp) * (tp - 1) >= module.num_embeddings:
             size = module.num_embeddings
-            raise ValueError(f"parallel.tp={tp}: leaves a rank without an entry of model.vocab_size={size}; lower it")
+            raise ValueError(f"parallel.tp={tp}: some rank would get no entry of model.vocab_size={size}; lower it")
 
 
 def _divided(field: str, size: int, tp: int) -> None:

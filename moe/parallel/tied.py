@@ -1,4 +1,4 @@
-"""Weights that a model uses in several places: they stay one weight when the model is split, or are refused."""
+"""Keeps tied weights (one weight used in several places) tied when a model is split, or raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 
 def tied_weights(model: nn.Module) -> list[list[str]]:
-    """The names of each weight that has several."""
+    """Return the names of each weight that has more than one name."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
@@ -18,7 +18,7 @@ def tied_weights(model: nn.Module) -> list[list[str]]:
 
 
 def check_stages(tied: Iterable[list[str]], stages: list[nn.Module]) -> None:
-    """Refuse weights that lie in several ``stages`` of a pipeline: each would train a copy of its own."""
+    """Raise ValueError for a tied weight that is in several pipeline ``stages``: each would train its own copy."""
     owned = [dict(stage.named_parameters(remove_duplicate=False)) for stage in stages]
     for names in tied:
         where = {name: next(i for i, stage in enumerate(owned) if name in stage) for name in names}
@@ -27,23 +27,23 @@ def check_stages(tied: Iterable[list[str]], stages: list[nn.Module]) -> None:
         if other is not None:
             raise ValueError(
                 f"{first} and {other} are one weight, in stages {number} and {where[other]} of a pipeline, which would "
-                f"train them apart; give each its own weight, or set parallel.pp=1"
+                f"train two copies of it; give each its own weight, or set parallel.pp=1"
             )
 
 
 def tie_again(model: nn.Module, tied: Iterable[list[str]]) -> None:
-    """Make one weight of each again, after every place has been split for itself.
+    """Tie weights again after each place where they are used has been split separately.
 
-    Raises ValueError where they were not split alike.
+    Raises ValueError if the places were split in different ways.
     """
     for first, *others in tied:
-        if first not in (there := dict(model.named_parameters(remove_duplicate=False))):
-            continue  # of another stage
-        weight = there[first]
+        if first not in (own := dict(model.named_parameters(remove_duplicate=False))):
+            continue  # in another pipeline stage
+        weight = own[first]
         for name in others:
-            if there[name] is weight:
+            if own[name] is weight:
                 continue
-            if not _split_alike(weight, there[name]):
+            if not _split_alike(weight, own[name]):
                 raise ValueError(
                     f"{first} and {name} are one weight, and tensor or expert parallelism splits them in different "
                     "ways; give each its own weight, or set parallel.tp=1, parallel.ep=1 and parallel.etp=1"
@@ -53,9 +53,9 @@ def tie_again(model: nn.Module, tied: Iterable[list[str]]) -> None:
 
 
 def check_units(model: nn.Module, tied: Iterable[list[str]], units: Iterable[nn.Module]) -> None:
-    """Refuse weights in several of the ``units`` that FSDP gathers apart (an inner one wins).
+    """Raise ValueError for a tied weight that is in several of the ``units`` that FSDP gathers separately.
 
-    ``model`` itself is the unit of what lies in no other.
+    A weight belongs to the innermost unit that contains it, and to ``model`` if no unit does.
     """
     ids = {id(unit) for unit in units}
     named = [(f"{name}.", id(m)) for name, m in model.named_modules(remove_duplicate=False) if id(m) in ids]
@@ -65,12 +65,12 @@ def check_units(model: nn.Module, tied: Iterable[list[str]], units: Iterable[nn.
         other = next((name for name in others if unit_of[name] != unit_of[first]), None)
         if other is not None:
             raise ValueError(
-                f"{first} and {other} are one weight, which FSDP would gather for the one and free for the other; "
+                f"{first} and {other} are one weight, but FSDP gathers and frees the two places separately; "
                 "give each its own weight, or set parallel.data_parallel='ddp'"
             )
 
 
 def _split_alike(one: torch.Tensor, two: torch.Tensor) -> bool:
     if not (isinstance(one, DTensor) and isinstance(two, DTensor)):
-        return False  # plain weights are still one; of a plain and a split one there is no telling
+        return False  # two plain weights would still be tied; a plain and a split one cannot be compared
     return one.device_mesh == two.device_mesh and one.placements == two.placements and one.shape == two.shape

@@ -1,10 +1,10 @@
-"""A pipeline stage for the schedules of ``torch.distributed.pipelining``: all that rests on how torch runs them.
+"""A pipeline stage for the schedules of ``torch.distributed.pipelining``; isolates our dependence on torch internals.
 
-torch's own stage keeps what a micro-batch needs in private attributes, which change from version to version. Here a
-stage keeps that itself and answers the calls that schedules make, of which nearly all have public names. What is left
-of torch's internals is the two steps that prepare a stage, and how the gradients of FSDP's weights are joined.
+torch's own stage keeps the state of micro-batches in private attributes, which change from version to version. Our
+stage keeps this state itself and implements the methods that schedules call, nearly all of which are public. We still
+depend on two private methods that prepare a stage, and on how torch reduces the gradients of FSDP weights.
 
-B sequences of a micro-batch, S tokens of each, D hidden.
+B sequences per micro-batch, S tokens per sequence, D hidden.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from torch.distributed.pipelining import PipelineStage
 
 from ..config import require
 
-#: Up to torch 2.12 the second half of a split backward fails: it no longer finds the nodes of custom operations.
+#: Before torch 2.13, the weight half of a split backward fails because it does not find the nodes of custom ops.
 SPLITS_BACKWARD = torch.__version__ >= "2.13"
-#: Since torch 2.15 schedules let the logits of a micro-batch go as soon as its loss is known.
+#: Since torch 2.15, schedules free the logits of a micro-batch as soon as they have its loss.
 FREES_LOGITS = torch.__version__ >= "2.15"
 
 
 @dataclass
 class _InFlight:
-    """What a stage holds of one micro-batch, each only as long as somebody still needs it."""
+    """A stage's state for one micro-batch. Each field is cleared as soon as it is no longer needed."""
 
     input: Tensor | None = None
     output: Tensor | None = None
     output_gradient: Tensor | None = None
     input_gradient: Tensor | None = None
-    #: the backward of the weights, where the schedule puts that off
+    #: the deferred backward of the weights, if the schedule splits the backward
     weights: Callable[..., Any] | None = None
 
 
 class TorchStage(PipelineStage):
-    """Stage ``number`` of ``num_stages``: ``module`` takes ids or hidden states and gives hidden states or logits.
+    """Pipeline stage ``number`` of ``num_stages``. ``module`` maps ids or hidden states to hidden states or logits.
 
-    ``inputs_BS`` and ``hidden_BSD`` are meta tensors: what the first stage takes, and what travels between stages.
-    ``precision`` makes the context of every forward (autocast), and ``micro_batch`` that of what is done for the
-    micro-batch of a number.
+    ``inputs_BS`` (input of the first stage) and ``hidden_BSD`` (sent between stages) are meta tensors. ``precision``
+    returns the context of every forward (autocast). ``micro_batch(n)`` returns the context of all work for micro-batch
+    n.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TorchStage(PipelineStage):
         precision: Callable[[], AbstractContextManager],
         micro_batch: Callable[[int], AbstractContextManager],
     ) -> None:
-        # with both given, torch runs no pass of its own to find shapes: that would open balance slots
+        # if both are given, torch does not infer shapes with a forward of its own, which the balancer would count
         given = hidden_BSD if number else inputs_BS
         super().__init__(module, number, num_stages, device, input_args=given, output_args=hidden_BSD, group=group)
         self._hidden_BSD = hidden_BSD
@@ -70,24 +70,27 @@ class TorchStage(PipelineStage):
         self._in_flight: defaultdict[int, _InFlight] = defaultdict(_InFlight)
 
     def clear_runtime_states(self) -> None:
-        """Forget what a step that was broken off has left."""
+        """Discard the state of an interrupted step."""
         self._in_flight.clear()
 
     # ---- preparation
 
     def _prepare_forward_infra(self, *_: Any, **__: Any) -> Any:
-        """Make no buffers: torch makes one for every micro-batch ahead, and keeps them."""
-        self.args_recv_info[0] = ()  # where torch looks for connections that skip a stage
+        """Allocate no receive buffers. torch would allocate one per micro-batch here, and keep them all."""
+        self.args_recv_info[0] = ()  # torch looks here for connections that skip a stage
         return ()
 
     def _prepare_backward_infra(self, *_: Any, **__: Any) -> Any:
         return None
 
     def _post_metadata_inference_cleanup(self) -> None:
-        """Nothing to clean: shapes were given. torch would drop gradients of FSDP's weights at every evaluation."""
+        """Do nothing: no shapes were inferred. torch's version would drop FSDP gradients at every evaluation."""
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
-        """No greeting: the mesh has used its groups. In a V, torch 2.11 would greet itself, which gloo cannot."""
+        """Skip the warm-up messages: the mesh has used its groups already.
+
+        With a V-shaped schedule, torch 2.11 would send a message from a rank to itself, which gloo cannot do.
+        """
         return []
 
     # ---- forward
@@ -114,14 +117,14 @@ class TorchStage(PipelineStage):
             inputs.requires_grad_(self.has_backward)
         if self.has_backward and isinstance(self.submod, FSDPModule):
             by_hand = getattr(self.submod, "set_manual_backward_finalization", None)
-            if by_hand is not None:  # since torch 2.15, whose perform_reduce_grad asks for it
+            if by_hand is not None:  # since torch 2.15, where perform_reduce_grad requires it
                 by_hand(True)
         with self._micro_batch(fwd_chunk_id), self._precision():
             output = self.submod(inputs, **(kwargs or {}))
         if not self.is_last:
             self._check_hidden(output)
         held.input = inputs if self.has_backward else None
-        # logits are the schedule's: they go into the loss
+        # the schedule holds the logits, which it passes to the loss
         held.output = output if self._sends_output or (self.has_backward and not self.is_last) else None
         return output
 
@@ -136,7 +139,7 @@ class TorchStage(PipelineStage):
         return [self._op(dist.isend, output_BSD, self.stage_index + 1)]
 
     def release_fwd_send_outputs(self, fwd_chunk_id: int) -> None:
-        """Since torch 2.15, after a send. The backward still starts from the output."""
+        """Keep the output: the backward starts from it. torch calls this after a send, since 2.15."""
 
     # ---- backward
 
@@ -152,7 +155,7 @@ class TorchStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """The backward of a micro-batch; without ``full_backward``, that of its weights comes later."""
+        """Run the backward of a micro-batch; without ``full_backward``, defer the gradients of the weights."""
         if not self.has_backward:
             return
         with self._micro_batch(bwd_chunk_id):
@@ -165,13 +168,13 @@ class TorchStage(PipelineStage):
         what = {"stage_output": output, "output_grads": gradient, "input_values": inputs}
         if full_backward:
             held.input_gradient = self.backward_maybe_with_nosync("full", what, last_backward)[0][0]
-        elif self.is_first:  # ids have no gradient, so all of it is put off
+        elif self.is_first:  # ids have no gradient, so the whole backward is deferred
             held.weights = partial(self.backward_maybe_with_nosync, "full", what)
         else:
             several = what | {"stage_output": (output,), "output_grads": None if gradient is None else (gradient,)}
             (held.input_gradient,), groups = self.backward_maybe_with_nosync("input", several, last_backward)
             held.weights = partial(self.backward_maybe_with_nosync, "weight", {"param_groups": groups})
-        if loss is not None:  # the schedule keeps it to the step's end, and with its graph the stage's input
+        if loss is not None:  # the schedule keeps losses until the step ends; a graph would keep the stage's input too
             loss.detach_()
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
@@ -198,7 +201,7 @@ class TorchStage(PipelineStage):
         if self.has_backward:
             super().perform_reduce_grad(grad_scale_factor)
             return
-        for module in self.submod.modules():  # after a forward alone FSDP leaves the outermost weights gathered
+        for module in self.submod.modules():  # after a forward without backward, FSDP leaves its root gathered
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -206,11 +209,11 @@ class TorchStage(PipelineStage):
 
     @property
     def _sends_output(self) -> bool:
-        """Whether the next stage is on another rank."""
+        """Return whether the next stage is on another rank."""
         return not self.is_last and self.stage_index_to_group_rank[self.stage_index + 1] != self.group_rank
 
     def _buffer(self) -> Tensor:
-        """Memory for what is about to arrive."""
+        """Allocate memory for a hidden state, or its gradient, from another rank."""
         return torch.empty_like(self._hidden_BSD, device=self.device, requires_grad=False)
 
     def _op(self, verb: Callable[..., Any], tensor: Tensor, stage: int) -> dist.P2POp:
@@ -218,9 +221,9 @@ class TorchStage(PipelineStage):
         return dist.P2POp(verb, tensor, group=self.group, group_peer=peer)
 
     def _check_hidden(self, hidden_BSD: Tensor) -> None:
-        """Other memory than the receiver's buffer would arrive as garbage, or never."""
+        """Raise ValueError for a hidden state that does not match the receiver's buffer: it would arrive corrupted."""
         for name, found, told in (
             ("hidden_shape", tuple(hidden_BSD.shape), tuple(self._hidden_BSD.shape)),
             ("hidden_dtype", hidden_BSD.dtype, self._hidden_BSD.dtype),
         ):
-            require(found == told, name, told, f"stage {self.stage_index} gives {found}; make the pipeline with that")
+            require(found == told, name, told, f"stage {self.stage_index} gives {found}; build the pipeline with that")

@@ -1,4 +1,4 @@
-"""Hidden states to routing decisions."""
+"""Routing: chooses the experts of each token, and their gate weights."""
 
 from .router import Router
 

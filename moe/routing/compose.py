@@ -1,4 +1,4 @@
-"""Score, select and weigh in plain torch, for what no kernel computes at once.
+"""Score, select and weigh in plain torch, for combinations that no fused kernel supports.
 
 T tokens, E experts, K top-k, B sequences.
 """
@@ -25,7 +25,7 @@ def compose(
     sequences: int = 1,
     ids_TK: Tensor | None = None,
 ) -> Gate:
-    """What :func:`~equimoe.kernels.topk_gate.topk_gate` answers, for any three functions of this package."""
+    """Compute the result of :func:`~equimoe.kernels.topk_gate.topk_gate` from any three functions of this package."""
     log_scores_TE = score(logits_TE)
     if ids_TK is None:
         with torch.no_grad():
@@ -50,6 +50,6 @@ def compose(
 
 
 def _by_sequence(values_TX: Tensor, sequences: int) -> Tensor:
-    """[B, X] the sum over each sequence's tokens."""
+    """Sum over each sequence's tokens, [B, X]."""
     tokens, width = values_TX.shape
     return values_TX.reshape(sequences, tokens // sequences, width).sum(1)

@@ -1,4 +1,4 @@
-"""Hidden states to a :class:`Routing`. T tokens, D hidden, E experts, K top-k, B sequences."""
+"""The router: maps hidden states to a :class:`Routing`.  T tokens, D hidden, E experts, K top-k, B sequences."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from .weight import WEIGHTS
 
 
 class Router(nn.Module):
-    """A linear layer, then three functions: score, select and weigh.
+    """A linear layer (the gate), then three functions: score, select and weigh.
 
-    The op :func:`~equimoe.kernels.topk_gate.topk_gate` computes all three at once for the scores that it knows.
-    Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x`` or autocast. A wrapper that lends
-    the forward a rounded copy of ``weight`` is warned of, because rounding sends tokens to other experts; a module that
-    was itself converted (``model.bfloat16()``) is taken as it is. ``bias_E`` is added
-    to the scores where experts are chosen, never where they are weighed (DeepSeek-V3, arXiv 2412.19437): None, or once
-    a balancing method assigns it an fp32 tensor, a buffer that is saved, moves with the module and stays fp32.
+    The op :func:`~equimoe.kernels.topk_gate.topk_gate` fuses all three for the scores that it supports.
+
+    The router computes in fp32 (fp64 for fp64 input), whatever the dtype of ``x`` or autocast. It warns if a wrapper
+    gives its forward a rounded copy of ``weight``, because rounding sends some tokens to other experts. It does not
+    warn if the module itself was converted (``model.bfloat16()``).
+
+    ``bias_E`` is added to the scores to choose experts, but not to compute gate weights (DeepSeek-V3, arXiv
+    2412.19437). It is None until a balancing method assigns an fp32 tensor; from then on it is a buffer that is saved,
+    moves with the module and stays fp32.
     """
 
     bias_E: Tensor | None
@@ -42,13 +45,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("bias_E", None)
         self.reset_parameters()
-        #: of the weight as it is kept; what a forward sees may be a copy
+        #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
         self.route = _fused(k, config, backend) if config.score in FUSED_SCORES else _composed(k, config)
         self.score = SCORES[config.score]
 
     def reset_parameters(self) -> None:
-        """Start again: random weights, and a bias of zero."""
+        """Initialize the weights with new random values, and the bias with zero."""
         fill_normal(self.weight, self.init_std)
         if self.bias_E is not None:
             self.bias_E.zero_()
@@ -56,9 +59,9 @@ class Router(nn.Module):
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
     ) -> Routing:
-        """Route T tokens that are ``sequences`` sequences of equal length.
+        """Route T tokens: ``sequences`` sequences of equal length.
 
-        A ``decision`` made before is weighed again, not made again.
+        If a ``decision`` is given, its experts are kept and only their gate weights are computed.
         """
         chosen_TK = None if decision is None else decision.chosen_TK
         gate = self.route(self.logits(x_TD), bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
@@ -68,7 +71,7 @@ class Router(nn.Module):
         return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """[T, E] in fp32 (fp64 for fp64 input)."""
+        """Return the logits [T, E] in fp32 (fp64 for fp64 input)."""
         if self.weight.dtype != self._kept_dtype:
             self._warn_of_rounding()
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -76,17 +79,17 @@ class Router(nn.Module):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
-        """[T, E] each token's scores of all experts, normalised to 1: what the balance loss sums up."""
+        """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these."""
         return self.score(self.logits(x_TD)).softmax(-1)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.bias_E is not None:
-            self.bias_E = self.bias_E.float()  # load_state_dict(assign=True) takes any dtype
+            self.bias_E = self.bias_E.float()  # load_state_dict(assign=True) keeps the dtype of the file
         self._kept_dtype = self.weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """As for every module, but ``bias_E`` stays fp32: its updates are too small for 16 bits."""
+        """Apply ``fn`` as every module does, but keep ``bias_E`` in fp32: its updates are too small for 16 bits."""
         before = self.bias_E
         super()._apply(fn, recurse)
         if before is not None and self.bias_E is not None and self.bias_E.dtype != before.dtype:
@@ -95,7 +98,7 @@ class Router(nn.Module):
         return self
 
     def _warn_of_rounding(self) -> None:
-        """Once, when the forward finds a narrower weight than the module keeps."""
+        """Warn once if the forward gets a weight of a narrower dtype than the module's own."""
         kept, self._kept_dtype = self._kept_dtype, self.weight.dtype
         if self.weight.dtype.itemsize < kept.itemsize:
             warnings.warn(

@@ -1,4 +1,4 @@
-"""Which experts a token takes.  T tokens, E experts, K top-k, G groups."""
+"""Select functions: choose the experts of each token.  T tokens, E experts, K top-k, G groups."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def top_k(wanted_TE: Tensor, k: int) -> Tensor:
-    """The k highest, best first; of equal ones the expert with the lower index."""
+    """Choose the k highest scores, best first; ties by the lower expert index."""
     return wanted_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
 def group_limited(wanted_TE: Tensor, k: int, groups: int, kept_groups: int) -> Tensor:
-    """The k highest in the best ``kept_groups`` of ``groups`` groups of consecutive experts.
+    """Choose the k highest scores within the best ``kept_groups`` of ``groups`` groups of consecutive experts.
 
-    A group is worth the sum of its two best (DeepSeek-V3, arXiv 2412.19437).
+    Groups are ranked by the sum of their two highest scores (DeepSeek-V3, arXiv 2412.19437).
     """
     size = wanted_TE.shape[1] // groups
     worth_TG = wanted_TE.unflatten(1, (groups, size)).topk(min(2, size), dim=-1).values.sum(-1)

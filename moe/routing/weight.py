@@ -1,4 +1,4 @@
-"""How the results of a token's experts are weighed.  T tokens, K top-k."""
+"""Weight functions: compute the gate weights of a token's chosen experts.  T tokens, K top-k."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def plain(log_scores_TK: Tensor, logits_TK: Tensor) -> Tensor:
-    """The chosen scores themselves (Switch)."""
+    """Use the chosen scores unchanged (Switch)."""
     return log_scores_TK.exp()
 
 
 def normalized(log_scores_TK: Tensor, logits_TK: Tensor) -> Tensor:
-    """The chosen scores, divided by their sum."""
+    """Divide the chosen scores by their sum."""
     return log_scores_TK.softmax(-1)
 
 
 def softmax_after_topk(log_scores_TK: Tensor, logits_TK: Tensor) -> Tensor:
-    """The softmax of the chosen logits (Mixtral, arXiv 2401.04088)."""
+    """Take the softmax of the chosen logits (Mixtral, arXiv 2401.04088)."""
     return logits_TK.softmax(-1)
 
 
-#: logarithms of the chosen scores [T, K], and the chosen logits [T, K], to weights [T, K], differentiable
+#: name -> function from (log of chosen scores [T, K], chosen logits [T, K]) to gate weights [T, K], differentiable
 WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain": plain,
     "normalized": normalized,

@@ -1,4 +1,4 @@
-"""The watch sees what a GPU would stumble over: each of these is a planted fault."""
+"""Checks that the watch finds faults that would occur on a GPU; each test plants one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MIXED = {
 
 
 def seen(text: str) -> dict[str, Any]:
-    # torch itself refuses some of them, after the watch has seen them
+    # torch itself refuses some of them, after the watch has recorded them
     with Watch() as watch, contextlib.suppress(Exception):
         eval(text, {"torch": torch})
     return {"waits": len(watch.waits), "copies": len(watch.copies), "mixed": len(watch.mixed)}

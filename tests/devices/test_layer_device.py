@@ -1,4 +1,4 @@
-"""A layer on one GPU: all its tensors are there, and the host neither waits nor sends anything."""
+"""Checks a layer on one GPU: all its tensors are on the device, and the host neither waits nor copies anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda
 pytestmark = needs_fake_cuda
 
 BASE = MoEConfig(hidden_size=32, intermediate_size=48, num_experts=8, top_k=2)
-#: but for "shuffled", which draws from a generator of the device, and a fake device has none
+#: all scopes except "shuffled", which draws from a device generator that a fake device does not have
 EXTRA = ExtraLossConfig(micro=0.01, sequence=0.01, data_parallel=0.01, device=0.01, communication=0.01)
 CASES: dict[str, MoEConfig] = {
     "plain": BASE,
@@ -36,9 +36,9 @@ CASES: dict[str, MoEConfig] = {
 
 
 def train(config: MoEConfig, precision: str, masked: bool) -> dict[str, Any]:
-    """A step of two micro-batches, and for what looks back another; what the watch saw, and where tensors are left."""
+    """Run a step of two micro-batches, or two steps for "carry"; return what the watch saw and where tensors are."""
     weights = torch.bfloat16 if precision == "bf16" else torch.float32
-    torch.set_default_dtype(weights)  # as fake modules cannot be converted
+    torch.set_default_dtype(weights)  # fake modules cannot be converted, so convert the dtype here
     with torch.device("cuda"):
         layer = MoE(config)
         x = torch.randn(4, 16, 32, dtype=weights)

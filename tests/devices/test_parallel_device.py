@@ -1,7 +1,7 @@
-"""Parallel layers and models on GPUs: where tensors are, and the only places where the host waits.
+"""Checks parallel layers and models on GPUs: the device of every tensor, and the only places where the host waits.
 
-One rank of several that do not exist: torch's fake process group moves nothing, and fake tensors have no values, so
-every size that the host reads is the same number.
+Each test is one rank of several that do not exist. torch's fake process group moves no data, and fake tensors have no
+values, so every size that the host reads is the same number.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ pytestmark = needs_fake_cuda
 
 TOKENS, RANKS = 64, 4
 LATENT = AttentionConfig("latent", q_lora_rank=8, kv_lora_rank=8, qk_nope_width=8, qk_rope_width=4, v_width=8)
-#: the dropless exchange must know how many rows come from each rank
+#: the dropless exchange must know the number of rows from each rank
 SPLITS = "moe/collectives/counts.py:splits"
-#: ranks may have different numbers of tokens, and those of one expert must agree on them
+#: ranks may have different numbers of tokens, and the etp ranks of an expert must know them
 SIZES = "moe/collectives/counts.py:exchange_sizes"
 
-#: name -> dispatch, capacity, degrees, and all that the host waits for in a forward and backward of one layer
+#: name -> dispatch, capacity, degrees, and every wait of the host in a layer's forward and backward
 DISPATCHERS: dict[str, tuple[DispatchConfig, CapacityConfig | None, dict[str, int], list[str]]] = {
     "local": (DispatchConfig(), None, {"ep": 1}, []),
     "all_to_all": (DispatchConfig(), None, {"ep": 4}, [SPLITS]),
@@ -65,7 +65,7 @@ def mesh_of(**degrees: Any) -> Mesh:
 
 def watched(layer: torch.nn.Module, x: torch.Tensor) -> Watch:
     with Watch(reads=TOKENS) as watch, torch.autocast("cuda", torch.bfloat16):
-        for _ in range(2):  # in the first pass, layers that no engine drives agree with the other ranks' on their sums
+        for _ in range(2):  # in the first pass, layers without an engine check that all ranks have the same sums
             watch.waits.clear()
             watch.copies.clear()
             layer(x).float().square().sum().backward()
@@ -86,7 +86,7 @@ def test_dispatchers_wait_for_their_sizes_alone(backend: str) -> None:
             hidden_size=32,
             intermediate_size=48,
             num_experts=16,
-            top_k=8,  # enough rows for any sizes that the host reads
+            top_k=8,  # enough rows for any size that the host reads
             backend=backend,  # type: ignore[arg-type]
             shared_intermediate_size=16,
             dispatch=dispatch,
@@ -109,7 +109,7 @@ def test_dispatchers_wait_for_their_sizes_alone(backend: str) -> None:
     assert on_fake_cuda(body) == expected
 
 
-#: name -> degrees of two ranks, kind of attention, and all that the host waits for in the layer's forward and backward
+#: name -> degrees of two ranks, kind of attention, and every wait of the host in the layer's forward and backward
 MODELS: dict[str, tuple[dict[str, Any], AttentionConfig, list[str]]] = {
     "cp, ring": ({"cp": 2, "ep": 1}, AttentionConfig(qk_norm=True), [SIZES]),
     "cp, all-gather": ({"cp": 2, "ep": 1, "context": "all_gather"}, LATENT, [SIZES]),
@@ -121,7 +121,10 @@ MODELS: dict[str, tuple[dict[str, Any], AttentionConfig, list[str]]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> None:
-    """The layer's limit is shared by whole sequences, so it goes by positions, which context parallelism sets."""
+    """A parallel decoder and its optimizer must be entirely on the device.
+
+    The capacity limit covers whole sequences, so it orders tokens by the positions that context parallelism sets.
+    """
     degrees, attention, waits = MODELS[name]
     limit = CapacityConfig(scope="sequence")
     moe = MoEConfig(hidden_size=32, intermediate_size=48, num_experts=4, top_k=2, capacity=limit)
@@ -131,14 +134,14 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> No
         model = Decoder(
             vocab_size=64, seq_len=64, num_layers=1, num_heads=2, intermediate_size=48, moe=moe, attention=attention
         )
-        # everything is made, and split, on the host: all of it must follow the model to its device
+        # the model is built and split on the host, and all of it must follow to the device
         model = parallelize(model, mesh).to("cuda")
         parameters = list(model.parameters())
         optimizer = build_optimizer(parameters, OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
         share = share_of(ids, ids, ids == 0, mesh)
         with Watch(reads=TOKENS), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            model(share.inputs, share.mask)  # in which positions move to the device, once
+            model(share.inputs, share.mask)  # here the positions move to the device, once
         balance = Step.of(model)  # as an engine drives it
         with Watch(reads=TOKENS) as watch:
             with balance.micro_batch(), vocabulary_parallel(mesh), torch.autocast("cuda", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Which device a rank takes, with a stand-in for torch.cuda."""
+"""Checks which device a rank uses, with a stand-in for torch.cuda."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from equimoe.launch.env import CONFIG, Process, claim, joined
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let torch see so many GPUs, the first of them with this identity."""
+    """Return a function that makes torch see ``count`` GPUs, the first of them with ``uuid``."""
 
     def see(count: int, uuid: str = "GPU-0") -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -38,8 +38,8 @@ def of(local_rank: int, local_world: int) -> Process:
         (8, 0, 1, "cuda:0"),
         (8, 5, 8, "cuda:5"),
         (4, 1, 2, "cuda:1"),
-        (1, 3, 4, "cuda:0"),  # a scheduler shows every rank its own GPU alone
-        (1, 3, 1, "cuda:0"),  # and need not say how many ranks it has started here
+        (1, 3, 4, "cuda:0"),  # a scheduler may show each rank only its own GPU
+        (1, 3, 1, "cuda:0"),  # and may not say how many ranks it has started on this machine
     ],
 )
 def test_a_rank_takes_its_own_gpu(visible: int, local_rank: int, local_world: int, device: str, gpus: Callable) -> None:

@@ -1,4 +1,4 @@
-"""Training runs on one GPU: where the loop waits, and where a resumed run's optimizer is."""
+"""Checks training on one GPU: where the loop waits, and where a resumed run's optimizer state is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda, real_t
 
 pytestmark = needs_fake_cuda
 
-#: what runs once per layer and micro-batch
+#: modules that run once per layer and micro-batch
 LAYER = tuple(f"moe/{part}" for part in ("layer", "routing", "balance", "dispatch", "experts", "collectives"))
 
 
@@ -32,12 +32,12 @@ def trainer_of(tmp_path: Path) -> Any:
 
 
 def test_a_training_step_waits_for_the_gradient_norm_alone(trainer_of: Any) -> None:
-    """Twice: for the factor that clips gradients, and for whether the step is made at all. No layer waits."""
+    """A step waits only twice: to compute the clip factor, and to decide whether to update. No layer waits."""
 
     def body() -> dict[str, Any]:
         trainer = trainer_of(dtype="bfloat16", model=replace(small.CONFIG.model, recompute=True))
         with Watch() as watch:
-            trainer.train_step(observed=False)  # made once: the optimizer's moments
+            trainer.train_step(observed=False)  # created once: the optimizer's moments
             watch.waits.clear(), watch.copies.clear()
             trainer.train_step(observed=False)
         moments = [t for name, t in trainer.state().items() if name.startswith("optimizer.")]
@@ -48,12 +48,12 @@ def test_a_training_step_waits_for_the_gradient_norm_alone(trainer_of: Any) -> N
     found = on_fake_cuda(body)
     waits = found.pop("waits")
     assert len(waits) <= 2 and not any(place.startswith(LAYER) for place in waits), waits
-    # of inputs, labels and domains
+    # copies of inputs, labels and domains
     assert found == {"copies per batch": 3, "mixed": [], "left on": {"cuda:0"}}
 
 
 def test_a_resumed_optimizer_is_on_the_device(trainer_of: Any) -> None:
-    """A resume fills the tensors of a run that has not stepped yet; a fused AdamW reads all of them on the device."""
+    """Resuming fills the tensors of a run that has not stepped yet; a fused AdamW needs all of them on the device."""
 
     def body() -> dict[str, Any]:
         trainer = trainer_of()

@@ -1,4 +1,6 @@
-"""Whatever is wrong: one line that names it, the same exit code on every rank within seconds, nothing half-written."""
+"""Checks that every mistake is reported in one line, with one exit code on all ranks, in seconds, with no partial
+files.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.helpers.command import Ended, launch
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Launch the small run with more options; asserts nothing. Its report leaves out the figures, to save seconds."""
+    """Return a function that runs the small run with more options. Reports have no figures, which saves seconds."""
     monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
 
@@ -105,7 +107,7 @@ def test_vocabulary_smaller_than_the_tokenizers(run: Callable[..., Ended]) -> No
 
 
 def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that differs between two machines is found before the first step, on every rank."""
+    """A file that differs between two machines must be found before the first step, on every rank."""
     import equimoe.launch.train as train
 
     real = train._read_corpus
@@ -184,7 +186,7 @@ def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Pat
 def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
     assert run().codes == [0, 0]
     other = run("--resume", "--steps", "4", "--model.moe_intermediate_size", "8")
-    refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "same config?")
+    refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "resume with the config")
 
 
 def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run under torchrun that is killed goes on as if nothing had been."""
+"""Checks that a run under torchrun that is killed resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started, each in a session of its own."""
+    """Return the processes that torchrun has started; each has its own session."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -54,7 +54,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
+    """Load every tensor of a checkpoint, whole."""
     manifest = checkpoint.read_manifest(path)
     state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in checkpoint.contents(path, manifest).items()}
     checkpoint.load(path, state, manifest)

@@ -1,4 +1,4 @@
-"""What the terminal shows of a user's mistake, under a real torchrun: one line, and it is the last."""
+"""Checks what the terminal shows after a user's mistake, under a real torchrun: one line, which is the last."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path: Path) -> list[str]:
 
 
 def terminal(*command: str) -> tuple[int, list[str]]:
-    """Exit code, and the lines of stdout and stderr together."""
+    """Return the exit code, and the lines of stdout and stderr together."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     clean = {name: value for name, value in os.environ.items() if name not in place}
@@ -43,7 +43,7 @@ def terminal(*command: str) -> tuple[int, list[str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: list[str], tmp_path: Path) -> None:
-    """The gradient that is not finite is found in the second step, by both ranks."""
+    """Both ranks find the gradient that is not finite in the second step."""
     diverge = ["--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9"]
     code, lines = terminal("-m", "equimoe.launch.train", "--processes", "2", *base, *diverge)
     assert code == env.NON_FINITE
@@ -54,7 +54,7 @@ def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: l
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_torchrun_itself_ends_with_the_line(base: list[str], tmp_path: Path) -> None:
-    """It prints a report of its own, and always ends with 1; the line is what that report says last."""
+    """torchrun prints a report of its own and always exits with 1; the line must be the last of that report."""
     code, lines = terminal(*TORCHRUN, *base, "--data.path", str(tmp_path / "nowhere"))
     assert code == 1
     assert set(lines[-1]) == {"="} and "error: data.path=" in lines[-2] and "nowhere" in lines[-2]
@@ -95,7 +95,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
 def test_configuration_is_checked_for_the_ranks_that_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before any of them is started."""
+    """The configuration must be checked before any rank is started."""
     import equimoe.launch.train as train
 
     monkeypatch.delenv("RANK", raising=False)
@@ -107,7 +107,7 @@ def test_configuration_is_checked_for_the_ranks_that_are_asked_for(
 
 
 def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path) -> None:
-    """Here with a smaller model, for time; ``parallel`` is the recipe's own."""
+    """The quickstart runs with a smaller model to save time; ``parallel`` is the recipe's own."""
     texts = ["--data.path", str(small.write_texts(tmp_path / "texts")), "--data.seq_len", "16", "--steps", "1"]
     sizes = ["--model.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
     alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
@@ -133,7 +133,7 @@ def test_how_to_go_on(process: env.Process, expected: str) -> None:
 
 
 def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -> None:
-    """All of one's own text, whatever the recipe's limit on the built-in text is."""
+    """All of the user's text must be used, whatever the recipe's limit on the built-in text is."""
     (tmp_path / "texts").mkdir()
     for i in range(2):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}" + "many words " * 3000)

@@ -1,4 +1,4 @@
-"""Checkpoints to tamper with, and a watch over what reading them does."""
+"""Creates checkpoints to tamper with, and watches what reading them does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from equimoe.moe import checkpoint
 
-#: audit events of Python that reading a checkpoint has no reason for
+#: Python audit events that reading a checkpoint must not cause
 _ACTIONS = (
     *("pickle.find_class", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "shutil.rmtree"),
     *("os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate"),
@@ -27,7 +27,7 @@ _watches: list[list[str]] = []
 
 
 def forge(path: Path, without: str = "", **changes: Any) -> None:
-    """Change a manifest, and make its sizes and digests fit the files as they are now, but for one left out."""
+    """Change a manifest, and make its sizes and digests match the current files, except for one that is left out."""
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     manifest["files"].pop(without, None)
     for name, entry in manifest["files"].items():
@@ -38,7 +38,7 @@ def forge(path: Path, without: str = "", **changes: Any) -> None:
 
 
 def save_old(root: Path, state: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint as equimoe 0.1 wrote it on one process."""
+    """Save a checkpoint in the format that equimoe 0.1 wrote on one process."""
     path = root / "step-00000001"
     path.mkdir(parents=True)
     with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def save_old(root: Path, state: dict[str, torch.Tensor]) -> Path:
 
 
 def load_all(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, in one process."""
+    """Load every tensor of a checkpoint, whole, in one process."""
     manifest = checkpoint.read_manifest(path)
     state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in checkpoint.contents(path, manifest).items()}
     checkpoint.load(path, state, manifest)
@@ -65,7 +65,7 @@ def nothing_happens(folder: Path) -> Iterator[None]:
     """Assert that the block unpickles, starts, writes and deletes nothing, in ``folder`` or elsewhere."""
     if not _watches:
         _watches.append([])
-        sys.addaudithook(_watch)  # a hook cannot be removed
+        sys.addaudithook(_watch)  # audit hooks cannot be removed
     before = _snapshot(folder)
     _watches.append([])
     try:

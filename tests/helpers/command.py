@@ -1,4 +1,4 @@
-"""Runs ``equimoe.launch.train`` on forked ranks, as torchrun would start it but without its seconds of imports."""
+"""Runs ``equimoe.launch.train`` on forked ranks, as torchrun would start it, but without seconds of imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import equimoe.launch.train as train
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks ended: exit codes, seconds, and what each wrote."""
+    """How the ranks ended: exit codes, seconds, and the output of each."""
 
     codes: list[int]
     seconds: float
@@ -28,12 +28,12 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """All lines on all ranks' stderr."""
+        """All lines of all ranks' stderr."""
         return [line for text in self.err for line in text.splitlines()]
 
 
 def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0) -> Ended:
-    """Call the command's main on ``world`` ranks; a rank that is not done in time has the exit code -9."""
+    """Call the command's main on ``world`` ranks. A rank that does not finish in time gets the exit code -9."""
     fork, start, port = multiprocessing.get_context("fork"), time.monotonic(), _free_port()
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
         ranks = [fork.Process(target=_main, args=(argv, rank, world, port, folder, cwd)) for rank in range(world)]

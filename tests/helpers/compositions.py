@@ -1,4 +1,4 @@
-"""The compositions of parallelisms that are held to one process, in the order of the table."""
+"""The compositions of parallelisms that are compared with one process, in the order of the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPOSITIONS: dict[str, C] = {
     "dp 2, ep 2, sequence scope": C(2, P(ep=2), scope="sequence"),
     "dp 2, ep 2, capacity": C(2, P(ep=2), capacity=CapacityConfig(1.0), tokens="equal"),
     "dp 2, ep 2, bf16": C(2, P(ep=2), dtype=BF16),
-    # what is computed again
+    # recomputation
     "dp 2, ep 2, recompute attention": C(2, P(ep=2), recompute=R("attention")),
     "dp 2, ep 2, recompute feed-forward": C(2, P(ep=2), recompute=R("feed_forward")),
     "fsdp 4, ep 4, recompute two blocks": C(4, P(ep=4, data_parallel="fsdp"), recompute=R(layers=2)),
@@ -51,7 +51,7 @@ COMPOSITIONS: dict[str, C] = {
     "fsdp 8, ep 2, one expert each": C(8, P(data_parallel="fsdp", ep=2), experts=2, micro_batches=1),
     "fsdp 4, etp 2, one expert for two ranks": C(4, P(data_parallel="fsdp", etp=2), experts=3, tokens="zero"),
     "fsdp 2, ep 2, bf16": C(2, P(data_parallel="fsdp", ep=2), dtype=BF16),
-    # tensor and sequence parallelism; experts fold over it
+    # tensor and sequence parallelism; expert parallelism spans tp ranks
     "tp 2": C(2, P(tp=2)),
     "tp 2, ep 2 > dp 1": C(2, P(tp=2, ep=2)),
     "tp 4, ep 4 > dp 1, recompute": C(4, P(tp=4, ep=4), recompute=True),
@@ -61,7 +61,7 @@ COMPOSITIONS: dict[str, C] = {
     "tp 2, ep 2, micro scope": C(2, P(tp=2, ep=2), scope="micro"),
     "tp 2, ep 2, sequence scope": C(2, P(tp=2, ep=2), scope="sequence"),
     "tp 2, ep 2, bf16": C(2, P(tp=2, ep=2), dtype=BF16),
-    # context parallelism; experts fold over it
+    # context parallelism; expert parallelism spans cp ranks
     "cp 2, ring": C(2, P(cp=2)),
     "cp 2, gathered, ep 2 > dp 1": C(2, P(cp=2, ep=2, context="all_gather")),
     "cp 4, ep 4 > dp 1": C(4, P(cp=4, ep=4)),
@@ -80,12 +80,12 @@ COMPOSITIONS: dict[str, C] = {
     "dp 4, ep 2, etp 2, recompute": C(4, P(ep=2, etp=2), recompute=True),
     "tp 2, fsdp 2, ep 2, etp 2": C(4, P(tp=2, data_parallel="fsdp", ep=2, etp=2)),
     "hsdp 2 x 2, etp 2": C(4, P(dp_replicate=2, dp_shard=2, data_parallel="fsdp", etp=2), tokens="zero"),
-    # tensor without sequence parallelism: each token is dispatched once
+    # tensor parallelism without sequence parallelism: each token is dispatched once
     "tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False)),
     "tp 4, no sp, ep 4, recompute": C(4, P(tp=4, ep=4, sequence_parallel=False), recompute=True),
     "tp 2, no sp, fsdp 2, ep 4": C(4, P(tp=2, ep=4, sequence_parallel=False, data_parallel="fsdp"), tokens="zero"),
     "tp 2, no sp, dp 2, etp 2": C(4, P(tp=2, etp=2, sequence_parallel=False)),
-    # how rows travel
+    # dispatchers and wire formats
     "all_gather, dp 4, ep 4": C(4, P(ep=4), dispatch=D("all_gather")),
     "all_gather, tp 2, cp 2, ep 4": C(4, P(tp=2, cp=2, ep=4), dispatch=D("all_gather"), recompute=True),
     "hierarchical, 2 nodes, dp 4, ep 4": C(4, P(ep=4), dispatch=D("hierarchical", node_size=2)),
@@ -134,7 +134,7 @@ COMPOSITIONS: dict[str, C] = {
 
 
 def runs(parallel: P) -> bool:
-    """Whether the torch that is installed can run the schedule."""
+    """Return whether the installed torch can run the schedule."""
     return SPLITS_BACKWARD or not SCHEDULES[parallel.schedule].split_backward
 
 

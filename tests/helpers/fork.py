@@ -1,7 +1,7 @@
-"""Runs a function on several gloo ranks by fork: 0.1 s for four ranks, where torchrun takes seconds.
+"""Runs a function on several forked gloo ranks: four ranks take 0.1 s, where torchrun takes seconds.
 
-The parent has imported torch already, so a rank costs one fork. A rank that raises, hangs or dies ends the test
-within its time limit, and what is reported is the rank that failed first, not the ones that lost their peer.
+The parent has imported torch already, so a rank costs only a fork. A rank that raises, hangs or dies ends the test
+within its time limit. The report names the rank that failed first, not ranks that failed because they lost a peer.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # noqa: F401  (slow to import: once here, not once per rank)
 
-#: seconds that the other ranks have, after the first failure, to report one that happened before it
+#: seconds after the first failure in which other ranks may report an earlier one
 GRACE_S = 0.3
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, detail: bool = False) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on ``world`` forked ranks with an initialised gloo group.
 
-    ``fn`` may be a closure; its results must be picklable. ``timeout`` (seconds) is a hard limit on everything, after
-    which all ranks are killed. ``detail`` makes torch check that all ranks run the same collectives
-    (``TORCH_DISTRIBUTED_DEBUG=DETAIL``). Returns the results in rank order.
-    Raises AssertionError with the traceback of the rank that failed first, or with every hanging rank's stack.
+    ``fn`` may be a closure; its results must be picklable, and are returned in rank order. ``timeout`` (seconds) limits
+    the whole call; after it, all ranks are killed. ``detail`` makes torch check that all ranks run the same collectives
+    (``TORCH_DISTRIBUTED_DEBUG=DETAIL``).
+
+    Raises AssertionError with the traceback of the rank that failed first, or with the stacks of all hanging ranks.
     """
     fork = multiprocessing.get_context("fork")
     processes: list[Any] = []
@@ -52,7 +53,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 6
                     target=_rank_main, args=(there, fn, rank, world, args, Path(folder), timeout, detail)
                 )
                 process.start()
-                there.close()  # before the next fork: a copy of it in another rank would hide this rank's death
+                there.close()  # close it before the next fork: a copy in another rank would hide this rank's death
                 processes.append(process)
                 pipes.append(here)
             return _gather(processes, pipes, Path(folder), time.monotonic() + timeout, timeout)
@@ -81,7 +82,7 @@ def _gather(processes: list[Any], pipes: list[Connection], folder: Path, deadlin
                 ok, when, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except (EOFError, ConnectionResetError):
                 processes[rank].join(5.0)
-                # a dead rank is the cause of what its peers report, so it sorts before them
+                # a rank's death causes what its peers report, so it sorts before their reports
                 failures.append((0.0, rank, f"died without a report ({_exit_text(processes[rank].exitcode)})"))
                 continue
             if ok:
@@ -109,21 +110,21 @@ def _rank_main(
     timeout: float,
     detail: bool,
 ) -> None:
-    gc.freeze()  # a garbage collection would visit, and so copy, every page that is shared with the parent
-    os.setsid()  # a process group of its own, so that what this rank starts can be killed with it
+    gc.freeze()  # a garbage collection would touch, and so copy, every page that is shared with the parent
+    os.setsid()  # a process group for each rank, so that everything it starts can be killed with it
     _die_with_parent()
     with open(folder / f"stack-{rank}", "w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
         try:
             _join_group(rank, world, folder, timeout, detail)
             message = pickle.dumps((True, time.monotonic(), fn(rank, world, *args)))
-        except BaseException:  # SystemExit and pytest's outcomes too: nothing may end a rank without a report
+        except BaseException:  # catch SystemExit and pytest's outcomes too: no rank may end without a report
             message = pickle.dumps((False, time.monotonic(), traceback.format_exc()))
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(OSError):
             pipe.send_bytes(message)
-            # stay connected until the parent has heard everybody: a rank that leaves makes its peers fail too
+            # stay connected until all ranks have reported: a rank that leaves makes its peers fail
             pipe.poll(None)
     os._exit(0)
 
@@ -132,7 +133,7 @@ def _join_group(rank: int, world: int, folder: Path, timeout: float, detail: boo
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     if any(name == "lo" for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name need not resolve
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host name of a container may not resolve
     if detail:
         dist.set_debug_level(dist.DebugLevel.DETAIL)
     limit = datetime.timedelta(seconds=timeout)
@@ -140,14 +141,14 @@ def _join_group(rank: int, world: int, folder: Path, timeout: float, detail: boo
 
 
 def _die_with_parent() -> None:
-    """Nobody is left to clean up when the test process itself is killed."""
+    """Have the kernel kill this rank when the test process dies, because nobody else would clean up."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _kill(pid: int) -> None:
-    for kill in (os.killpg, os.kill):  # the group does not exist yet if the rank has only just been forked
+    for kill in (os.killpg, os.kill):  # the process group does not exist yet if the rank has only just been forked
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
@@ -169,7 +170,7 @@ def _hang_text(missing: list[int], processes: list[Any], folder: Path, world: in
     for rank in missing:
         with contextlib.suppress(ProcessLookupError):
             os.kill(processes[rank].pid, signal.SIGUSR1)
-    time.sleep(GRACE_S)  # the handlers write the stacks
+    time.sleep(GRACE_S)  # let the signal handlers write the stacks
     lines = [f"no result after {timeout} s from rank {', '.join(map(str, missing))} of {world}"]
     for rank in missing:
         stack = folder / f"stack-{rank}"

@@ -1,4 +1,4 @@
-"""Slow and obvious: the layer and its losses as the definitions read.  T tokens, D hidden, E experts, K top-k."""
+"""A slow and obvious reference: the layer and its losses, as defined.  T tokens, D hidden, E experts, K top-k."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from equimoe.moe import MoE
 
 
 def route(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, probabilities (summing to 1), ids and weights, token by token."""
+    """Return logits, probabilities (summing to 1), ids and weights, computed token by token."""
     config = layer.config
     logits_TE = x_TD @ layer.router.weight.to(x_TD.dtype).T
     scores_TE = logits_TE.softmax(-1) if config.router.score == "softmax" else logits_TE.sigmoid()
@@ -27,7 +27,7 @@ def route(layer: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward(layer: MoE, x_TD: Tensor, kept_TK: Tensor | None = None) -> Tensor:
-    """The routed experts' output; ``kept_TK`` False drops a choice."""
+    """Return the routed experts' output; where ``kept_TK`` is False, the choice is dropped."""
     _, _, ids_TK, weights_TK = route(layer, x_TD)
     gate_up, down = layer.experts.gate_up_proj.to(x_TD.dtype), layer.experts.down_proj.to(x_TD.dtype)
     rows = []
@@ -42,7 +42,7 @@ def forward(layer: MoE, x_TD: Tensor, kept_TK: Tensor | None = None) -> Tensor:
 
 
 def balance_loss(layer: MoE, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """E / (K T) sum_i c_i * (1/T) sum_t p_i(t) over the valid tokens of one process that holds them all."""
+    """Return E / (K T) sum_i c_i * (1/T) sum_t p_i(t) over the valid tokens of one process that holds all tokens."""
     _, probs_TE, ids_TK, _ = route(layer, x_TD)
     if mask_T is not None:
         probs_TE, ids_TK = probs_TE[mask_T], ids_TK[mask_T]
@@ -52,7 +52,7 @@ def balance_loss(layer: MoE, x_TD: Tensor, mask_T: Tensor | None = None) -> Tens
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of ``want`` (the plain norm where that is zero but for rounding)."""
+    """Return the norm of the difference over that of ``want``; the plain norm if ``want`` is zero up to rounding."""
     got, want = got.detach().double(), want.detach().double()
     scale = float(want.norm())
     return float((got - want).norm()) / (scale if scale > 1e-12 else 1.0)

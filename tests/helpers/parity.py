@@ -1,4 +1,4 @@
-"""One composition of parallelisms against one process that holds the whole batch."""
+"""Compares one composition of parallelisms with one process that holds the whole batch."""
 
 # G sequences of a step, S positions, V vocabulary.
 
@@ -22,7 +22,7 @@ from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
 
-# gathering a tensor that is split along two axes is slower than it could be, says torch; here it is for comparison
+# torch warns that gathering a tensor sharded over two axes is slow; speed does not matter here
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 SEQUENCES, LENGTH, VOCABULARY, STEPS = 16, 16, 32, 3
@@ -30,13 +30,13 @@ SEQUENCES, LENGTH, VOCABULARY, STEPS = 16, 16, 32, 3
 
 @dataclass(frozen=True)
 class Composition:
-    """A mapping onto ``world`` ranks, and what is computed on it."""
+    """A mesh over ``world`` ranks, and the options of the model and step that run on it."""
 
     world: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batches: int = 2
     recompute: bool | RecomputeConfig = False
-    #: how many positions of each sequence are valid: all; different numbers; none on the first rank
+    #: number of valid positions per sequence: all; different numbers; none on the first rank
     tokens: str = "unequal"
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     capacity: CapacityConfig | None = None
@@ -48,12 +48,12 @@ class Composition:
 
     @property
     def limit(self) -> float:
-        """The largest relative error that is allowed."""
+        """The largest allowed relative error."""
         return 1e-5 if self.dtype == "float32" else 2e-2
 
 
 def make(of: Composition, micro_batches: int) -> Decoder:
-    """The whole model, the same on every rank."""
+    """Build the whole model, the same on every rank."""
     torch.manual_seed(0)
     moe = MoEConfig(
         hidden_size=16,
@@ -86,9 +86,9 @@ def make(of: Composition, micro_batches: int) -> Decoder:
 
 @torch.no_grad()
 def _choose_clearly(model: Decoder) -> None:
-    """Let each token's own embedding decide its experts by a wide margin.
+    """Make each token's own embedding choose its experts by a wide margin.
 
-    Where two experts are nearly equal, rounding to bf16 decides, and no two orders of summation choose alike.
+    If two experts are nearly equal, rounding to bf16 decides between them, and two orders of summation may disagree.
     """
     directions_ED = torch.linalg.qr(torch.randn(16, 16)).Q[:8] * 4
     token_V = torch.arange(VOCABULARY)
@@ -100,7 +100,7 @@ def _choose_clearly(model: Decoder) -> None:
 
 
 def batch(step: int, of: Composition) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, labels and mask [G, S] of a step."""
+    """Return inputs, labels and mask [G, S] of a step."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     valid_G = torch.full((SEQUENCES,), LENGTH)
@@ -113,7 +113,7 @@ def batch(step: int, of: Composition) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, Any]:
-    """Three steps: loss and norm of each, clipped gradients of the first, and the parameters after the last."""
+    """Train three steps; return each step's loss and norm, the first's clipped gradients, and the final parameters."""
     dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
     bf16 = of.dtype == "bfloat16"
     model, optimizer = make(of, micro_batches), Recorded(momentum=0.9)
@@ -142,13 +142,13 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
 
 
 def _in_bf16(model: torch.nn.Module, *args: Any) -> Tensor:
-    """What FSDP2's mixed precision computes: bf16 copies of all weights but the routers'."""
+    """Run the model as FSDP2's mixed precision does: with bf16 copies of all weights except the routers'."""
     weights = {n: p if ".router." in n else p.to(torch.bfloat16) for n, p in model.named_parameters()}
     return torch.func.functional_call(model, weights, args)
 
 
 def on_ranks(of: Composition, timeout: float = 120.0) -> list[dict[str, Any]]:
-    """The composition's result on every rank; losses are this rank's shares."""
+    """Return the composition's result on every rank; losses are this rank's shares."""
 
     def script(rank: int, world: int) -> dict[str, Any]:
         mesh = build_mesh(of.parallel)
@@ -160,9 +160,9 @@ def on_ranks(of: Composition, timeout: float = 120.0) -> list[dict[str, Any]]:
 
 
 def alone(of: Composition) -> dict[str, Any]:
-    """The same in one process.
+    """Return the result of one process.
 
-    It takes the whole batch at once, but for what is decided by micro-batch: there it takes one after the other.
+    It runs the whole batch at once, or the micro-batches one by one if anything is decided per micro-batch.
     """
     together = of.scope == "global" and (of.capacity is None or of.capacity.scope == "global")
     micro_batches = 1 if together else of.parallel.resolve(of.world).dp * of.micro_batches
@@ -170,12 +170,12 @@ def alone(of: Composition) -> dict[str, Any]:
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error among named tensors, and its name."""
+    """Return the largest relative error among named tensors, and its name."""
     return max((oracle.relative_error(got[name].view_as(want[name]), want[name]), name) for name in want)
 
 
 def compare(of: Composition) -> dict[str, float]:
-    """Largest relative errors of loss, norm, gradients and parameters over all ranks."""
+    """Return the largest relative errors of loss, norm, gradients and parameters over all ranks."""
     want, results = alone(of), on_ranks(of)
     losses = [sum(result["loss"][step] for result in results) for step in range(STEPS)]
     found = {"loss": max(abs(a / b - 1) for a, b in zip(losses, want["loss"], strict=True)), "norm": 0.0}

@@ -1,4 +1,4 @@
-"""Layers put on ranks by hand."""
+"""Places layers on ranks by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from equimoe.moe.collectives import Axis, world_axis
 
 
 def spread_experts(layer: MoE, ranks: int) -> None:
-    """Let the balance believe that the experts are spread over so many ranks, without splitting them."""
+    """Make the balancer believe that the experts are spread over ``ranks`` ranks, without splitting them."""
     layer.balancer.place(replace(layer.balancer.placement, ep=Axis("ep", size=ranks)))
 
 
 def reduce_by(layer: MoE, reduction: str) -> None:
-    """Tell a layer whose ranks all hold different tokens what the engine does to gradients: "mean" or "sum"."""
+    """Place a layer whose ranks hold different tokens; the engine reduces gradients by "mean" or "sum"."""
     world = world_axis()
     layer.place(Placement(tokens=world, gradient_scale=float(world.size) if reduction == "mean" else 1.0))

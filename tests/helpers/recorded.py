@@ -1,4 +1,4 @@
-"""An optimizer for engines under test that keeps what it was given."""
+"""An optimizer that records what an engine under test gives it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Recorded:
-    """Makes optimizers (by default plain SGD) and remembers, by name and whole, what they see."""
+    """Makes optimizers (plain SGD by default), and records gradients and parameters by name and whole."""
 
     def __init__(self, make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **how: Any) -> None:
         self.make, self.how = make, how
         self.trained: dict[str, torch.nn.Parameter] = {}
-        #: of each optimizer step, after clipping; without the weights that had none
+        #: gradients of each optimizer step after clipping, without weights that had none
         self.gradients: list[dict[str, Tensor]] = []
 
     def __call__(self, trainable: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -35,6 +35,6 @@ class Recorded:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split."""
+    """Return the whole of a tensor that may be sharded."""
     whole = getattr(tensor, "full_tensor", None)
     return (tensor if whole is None else whole()).detach().clone()

@@ -1,4 +1,4 @@
-"""Records of a made-up run, as a training loop would write them."""
+"""Creates records of a made-up run, as a training loop would write them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from equimoe.moe.train.config import TrainConfig
 
 
 def layer_record(counts: np.ndarray) -> dict[str, Any]:
-    """The figures of one layer whose experts got ``counts`` tokens."""
+    """Return the metrics of one layer whose experts got ``counts`` tokens."""
     share = counts / counts.sum()
     return {
         "counts": [int(count) for count in counts],
@@ -34,7 +34,7 @@ def made_up_run(
     domains: tuple[str, ...] = ("code", "docs", "tests"),
     eval_every: int = 100,
 ) -> list[dict[str, Any]]:
-    """A run that learns: losses fall, the load evens out, domains part; expert 1 of layer 0 dies."""
+    """Return a run that learns: losses fall, counts even out, domains diverge; expert 1 of layer 0 dies."""
     rng = np.random.default_rng(0)
     skew_LE = rng.normal(size=(layers, experts))
     taste_DLE = rng.normal(size=(len(domains), layers, experts))
@@ -88,7 +88,7 @@ def made_up_run(
 
 
 def observed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of a made-up run as newer versions write them, with what they observe of routing."""
+    """Return the records of a made-up run with the routing metrics that newer versions add."""
     rng, found = np.random.default_rng(1), []
     for record in records:
         if record["kind"] == "train" and record["layers"]:

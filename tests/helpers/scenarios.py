@@ -1,7 +1,7 @@
-"""Optimizer steps that are unusual: each returns its largest relative error, or is refused with a ValueError.
+"""Unusual optimizer steps: each returns its largest relative error, or is refused with a ValueError.
 
-The error is that of the router's balance gradient against one process that holds what the step holds, whose weights the
-scenarios do not change (their learning rate is zero). E experts, K top-k, D hidden.
+The error compares the router's balance gradient with one process that holds everything the step holds. Scenarios do not
+change the weights, because their learning rate is zero. E experts, K top-k, D hidden.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CONFIG = MoEConfig(D, 8, E, K, balance=BalanceConfig(coefficient=1.0), init_std=
 
 
 def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
-    """A layer in fp64, always with the same weights."""
+    """Build a layer in fp64, always with the same weights."""
     torch.manual_seed(0)
     config = replace(CONFIG, balance=replace(CONFIG.balance, **balance), router=router or RouterConfig())
     return MoE(config).double()
 
 
 def tokens(number: int, count: int = 7) -> Tensor:
-    """Micro-batches of different domains."""
+    """Return a micro-batch; each number is a different domain."""
     generator = torch.Generator().manual_seed(100 + number)
     shape: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     return torch.randn(count, D, **shape) + 2 * torch.randn(1, D, **shape)
@@ -50,12 +50,12 @@ def frozen(layer: nn.Module) -> torch.optim.Optimizer:
 
 
 def balance_only(layer: nn.Module, *args: Tensor) -> Tensor:
-    """A loss whose only gradient is that of the balance."""
+    """Return a loss whose only gradient is that of the balance loss."""
     return (layer(*args) * 0).sum()
 
 
 def rolling(layer: MoE, inputs: Sequence[Tensor], micro_batches: int | None = None) -> Tensor:
-    """The router's gradient of a step whose micro-batches each read the counts up to them."""
+    """Return the router's gradient of a step in which each micro-batch uses the counts so far ("rolling")."""
     total, counts_E, seen = torch.zeros(()), torch.zeros(E, dtype=torch.float64), 0
     for n, x in enumerate(inputs, start=1):
         _, probs_TE, ids_TK, _ = oracle.route(layer, x)
@@ -66,7 +66,7 @@ def rolling(layer: MoE, inputs: Sequence[Tensor], micro_batches: int | None = No
 
 
 def whole(layer: MoE, inputs: Iterable[Tensor]) -> Tensor:
-    """The router's gradient of one process that holds all micro-batches at once."""
+    """Return the router's gradient of one process that holds all micro-batches at once."""
     return torch.autograd.grad(oracle.balance_loss(layer, torch.cat(list(inputs))), layer.router.weight)[0]
 
 
@@ -78,7 +78,7 @@ def error(layer: MoE, want: Tensor) -> float:
 def steps(
     layer: MoE, number: int, unusual: Callable[[int, MoE], None] | None = None, micro_batches: int = 2, start: int = 0
 ) -> float:
-    """Ordinary steps, each after something ``unusual``; the largest error of their gradients."""
+    """Run ordinary steps, each after something ``unusual``; return the largest error of their gradients."""
     optimizer, worst = frozen(layer), 0.0
     for step in range(start, start + number):
         if unusual is not None:
@@ -92,7 +92,7 @@ def steps(
     return worst
 
 
-# ---- forwards that are not trained on
+# ---- forwards that are never trained
 
 
 def a_forward_that_raises_later(step: int, layer: MoE) -> None:
@@ -122,7 +122,7 @@ def an_evaluation(step: int, layer: MoE) -> None:
 
 
 def skipped(step: int, layer: MoE) -> None:
-    """As a gradient scaler does on overflow; also before the first update."""
+    """A step is skipped, as a gradient scaler does on overflow; also before the first update."""
     for number in range(2):
         balance_only(layer, tokens(90 + number)).backward()
     layer.zero_grad()
@@ -160,7 +160,7 @@ def a_gradient_is_asked_for_before_the_backward() -> float:
 
 
 def gradients_elsewhere(micro_batches: int | None, put_back: Callable[[MoE, Tensor], None]) -> float:
-    """Each micro-batch's gradient is moved away, and the sum comes back for the update."""
+    """Each micro-batch's gradient is moved away, and the sum is put back for the update."""
     layer, worst = make(micro_batches=micro_batches), 0.0
     optimizer = frozen(layer)
     for step in range(3):
@@ -181,7 +181,7 @@ def as_a_new_tensor(layer: MoE, total: Tensor) -> None:
 
 
 def clipped_by_micro_batch() -> float:
-    """Clipping scales what is taken away; each gradient is looked at before."""
+    """Each micro-batch's gradient is clipped before it is moved away; it is compared before the clipping."""
     layer, worst = make(micro_batches=4), 0.0
     optimizer = frozen(layer)
     for step in range(2):
@@ -200,7 +200,7 @@ def clipped_by_micro_batch() -> float:
 
 
 def gradients_taken_in_the_backward() -> float:
-    """Main gradients: param.grad is gone before the backward ends."""
+    """param.grad is moved to main gradients and cleared before the backward ends."""
     layer, total = make(), []
 
     def take(p: Tensor) -> None:
@@ -250,7 +250,7 @@ def by_data(layer: MoE) -> None:
 
 
 def a_gradient_scaler(overflows: Sequence[bool]) -> float:
-    """Its scale is told; every overflow skips a step. In fp32."""
+    """The layer knows the gradient scaler's scale, and every overflow skips a step. In fp32."""
     layer, worst = make(bias_update_rate=0.01).float(), 0.0
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
     layer.place(Placement(gradient_scale=scaler.get_scale))
@@ -273,7 +273,7 @@ def a_gradient_scaler(overflows: Sequence[bool]) -> float:
 
 
 def gradients_by_autograd_grad(micro_batches: int | None) -> float:
-    """And an update by hand that leaves no trace."""
+    """Gradients come from torch.autograd.grad, and weights are updated by hand, which leaves no trace."""
     layer, worst = make(micro_batches=micro_batches), 0.0
     for step in range(4):
         x = tokens(step)
@@ -284,7 +284,7 @@ def gradients_by_autograd_grad(micro_batches: int | None) -> float:
 
 
 def gradients_of_the_input_in_between(step: int, layer: MoE) -> None:
-    """Saliency, or adversarial examples: no weight is trained."""
+    """Only the gradient of the input is computed (saliency, adversarial examples); no weight is trained."""
     x = tokens(90).requires_grad_()
     torch.autograd.grad(layer(x).square().sum(), x)
 
@@ -302,14 +302,14 @@ class Fails(torch.autograd.Function):
 
 
 def a_backward_that_raises(step: int, layer: MoE) -> None:
-    """After it has read the losses; then the gradients are cleared and the step begins again."""
+    """The backward raises after it has read the losses; then gradients are cleared and the step starts again."""
     with suppress(RuntimeError):
         balance_only(layer, Fails.apply(tokens(91).requires_grad_())).backward()
     layer.zero_grad()
 
 
 def weights_swapped_in_between(micro_batches: int | None) -> float:
-    """An average of the weights is evaluated in the middle of a step."""
+    """A moving average of the weights is evaluated in the middle of a step."""
     layer, worst = make(micro_batches=micro_batches), 0.0
     optimizer = frozen(layer)
     for step in range(3):
@@ -330,7 +330,7 @@ def weights_swapped_in_between(micro_batches: int | None) -> float:
 
 
 def begun_again_in_the_middle() -> float:
-    """Two of four, gradients cleared, and four: nothing tells that the first two are void."""
+    """A step stops after two of four micro-batches, gradients are cleared, and it starts again, unannounced."""
     layer = make(micro_batches=4)
     optimizer = frozen(layer)
     for m in (90, 91):
@@ -352,7 +352,7 @@ def a_forward_kept_for_the_log() -> float:
 
 
 def a_frozen_layer_in_a_trained_model() -> float:
-    """The balance reaches what is trained before it."""
+    """The balance gradient must reach trained modules in front of the frozen layer."""
     layer, before = make().requires_grad_(False), nn.Linear(D, D).double()
     optimizer, worst = frozen(before), 0.0
     for step in range(4):
@@ -373,7 +373,7 @@ def exact_without_counting() -> float:
 
 
 def reentrant_beside_a_live_forward() -> float:
-    """The recomputation routes its own tokens, and counts them."""
+    """The recomputation must route its own tokens, and count them."""
     layer, held = make(micro_batches=1), []
     held.append(layer(tokens(5)))
     own, x = [], tokens(0)
@@ -388,7 +388,7 @@ def reentrant_beside_a_live_forward() -> float:
 
 
 def another_models_optimizer() -> float:
-    """A generator with a discriminator that has an MoE layer and a bias of its own, and steps twice as often."""
+    """A discriminator with its own MoE layer and bias steps twice as often as the generator under test."""
     layer, other = make(bias_update_rate=0.01), make(bias_update_rate=0.01)
     optimizers, worst = (frozen(layer), frozen(other)), 0.0
     for step in range(3):
@@ -400,7 +400,7 @@ def another_models_optimizer() -> float:
             optimizers[1].step()
             optimizers[1].zero_grad()
             assert torch.equal(layer.router.bias_E, before[0]) and torch.equal(layer.router.weight.grad, before[1])
-        if step:  # in the first step nobody knows how many micro-batches there are
+        if step:  # in the first step the number of micro-batches is still unknown
             worst = max(worst, biased_error(layer, inputs))
         optimizers[0].step()
         optimizers[0].zero_grad()
@@ -408,7 +408,7 @@ def another_models_optimizer() -> float:
 
 
 def biased_error(layer: MoE, inputs: list[Tensor]) -> float:
-    """The error of a layer whose bias takes part in the choice."""
+    """Return the error of a layer whose bias takes part in the choice of experts."""
     total, counts_E, seen = torch.zeros(()), torch.zeros(E, dtype=torch.float64), 0
     for n, x in enumerate(inputs, start=1):
         routing = copy.deepcopy(layer).eval().router(x)
@@ -419,7 +419,7 @@ def biased_error(layer: MoE, inputs: list[Tensor]) -> float:
 
 
 def a_frozen_teacher() -> float:
-    """It stays in training mode and has a bias, which nothing moves."""
+    """A frozen teacher in training mode has a bias, which nothing may move."""
     teacher = make(bias_update_rate=0.01).requires_grad_(False)
     found = steps(make(), 3, lambda step, layer: (teacher(tokens(50 + step)), None)[1], micro_batches=1)
     return max(found, float(teacher.router.bias_E.abs().max()))
@@ -438,8 +438,11 @@ def two_strange_optimizers() -> float:
 
 
 def a_discriminator_without_experts() -> float:
-    """A plain model, whose optimizer steps in the middle of the very first step already; and one with weights of the
-    router's shape, which could be copies, once it is known which optimizer has the layer's."""
+    """Optimizers of models without experts step in the middle of the layer's steps.
+
+    One steps in the layer's very first step. A second one, whose weights have the router's shape and so might be main
+    copies of it, steps only once the layer's optimizer is known.
+    """
     others = [nn.Linear(D, width).double() for width in (1, E)]
     optimizers = [frozen(other) for other in others]
 
@@ -466,7 +469,7 @@ def a_discriminator_without_experts() -> float:
 
 
 class Dropped(nn.Module):
-    """Dropout before the layer."""
+    """Dropout in front of the layer."""
 
     def __init__(self, **balance: Any) -> None:
         super().__init__()
@@ -483,7 +486,7 @@ class Dropped(nn.Module):
 
 
 def counted_ahead(between: Callable[[Dropped], None] | None = None, order: Sequence[int] = (0, 1, 2)) -> float:
-    """Every token is computed by the experts that its own router chooses, whatever was counted before."""
+    """Dropout differs between counting and training; every token must use the experts that its router then chose."""
     model, inputs = Dropped(), [tokens(m) for m in range(3)]
     with counting_pass():
         for x in inputs:
@@ -493,7 +496,7 @@ def counted_ahead(between: Callable[[Dropped], None] | None = None, order: Seque
     for m in order:
         balance_only(model, inputs[m]).backward()
     assert all(own for _, own in model.seen), "routed by another forward's decision"
-    if between is not None:  # the load is that of the weights that were counted
+    if between is not None:  # the counts are those of the old weights, so the gradient is not compared
         return 0.0
     return error(model.layer, whole(model.layer, [x for x, _ in model.seen]))
 
@@ -504,7 +507,7 @@ def other_weights(model: Dropped) -> None:
 
 
 def another_order() -> float:
-    """Without dropout: the sum over the step does not depend on the order."""
+    """Micro-batches are trained in reverse order; without dropout, the step's gradient does not depend on the order."""
     layer, inputs = make(estimator="exact"), [tokens(m) for m in range(3)]
     with counting_pass():
         for x in inputs:
@@ -528,7 +531,7 @@ def counted_in_inference_mode() -> float:
 
 
 def as_many_as_there_are() -> float:
-    """Steps of 4, 2, 3 and 1 micro-batches."""
+    """Steps have 4, 2, 3 and 1 micro-batches."""
     layer, worst = make(estimator="exact"), 0.0
     optimizer = frozen(layer)
     for step, number in enumerate((4, 2, 3, 1)):
@@ -616,7 +619,7 @@ def broken_off_and_begun_again(discard: bool) -> float:
 
 
 def driven_by(numbers: list[int], told: int) -> float:
-    """Micro-batches of these numbers, where another number of them was told."""
+    """The numbers of the micro-batches run do not fit the number told at the start of the step."""
     layer = make()
     step = Step.of(layer)
     step.begin(micro_batches=told)
@@ -643,7 +646,7 @@ def driven_steps_of_any_length() -> float:
 
 
 def a_micro_batch_run_again() -> float:
-    """As after running out of memory: what it counted before is replaced."""
+    """A micro-batch runs again, as after running out of memory; its earlier counts must be replaced."""
     layer, inputs = make(), [tokens(m) for m in range(2)]
     step, kept = Step.of(layer), []
     step.begin(micro_batches=2)
@@ -656,7 +659,7 @@ def a_micro_batch_run_again() -> float:
 
 
 def a_layer_that_runs_twice() -> float:
-    """Each time is a micro-batch of its own."""
+    """Each of the layer's two runs must count as a micro-batch of its own."""
     layer, inputs = make(scope="micro"), [tokens(m) for m in range(4)]
     step = Step.of(layer)
     step.begin(micro_batches=2)
@@ -670,7 +673,7 @@ def a_layer_that_runs_twice() -> float:
 
 
 def z_loss(estimator: str, tell: bool, masked: bool = True) -> float:
-    """The mean over the step's valid tokens, of which micro-batches have different numbers."""
+    """The z-loss must be the mean over the step's valid tokens, whose number differs between micro-batches."""
     layer = make(RouterConfig(z_loss=0.1), coefficient=0.0, estimator=estimator, micro_batches=2)
     lengths = (7, 2)
     inputs = [(tokens(m), torch.arange(7) < length) for m, length in enumerate(lengths)]
@@ -698,7 +701,7 @@ def on_two_ranks(script: Callable[[int], float]) -> Callable[[], float]:
 
 
 class TwoLayers(nn.Module):
-    """Rank 1 leaves the second layer out, or the first."""
+    """Two layers, of which a caller runs any subset."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -724,7 +727,7 @@ def different_layers(rank: int) -> float:
 
 
 def no_layer_on_one_rank(rank: int) -> float:
-    """Rank 1 leaves the only layer out, in every other micro-batch; the step is driven."""
+    """Rank 1 leaves out the only layer in every second micro-batch; the loop drives the step."""
     layer, worst = make(), 0.0
     step = Step.of(layer)
     for number in range(2):
@@ -744,7 +747,7 @@ def no_layer_on_one_rank(rank: int) -> float:
 
 
 def uneven(layer: MoE, inputs: Sequence[Tensor]) -> Tensor:
-    """As :func:`rolling`, for two micro-batches of which the second has fewer tokens than was to be expected."""
+    """Return :func:`rolling` for two micro-batches whose second has fewer tokens than expected."""
     counts_E, seen, total = torch.zeros(E, dtype=torch.float64), 0, torch.zeros(())
     for n, x in enumerate(inputs, start=1):
         _, probs_TE, ids_TK, _ = oracle.route(layer, x)
@@ -754,7 +757,7 @@ def uneven(layer: MoE, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def fully_sharded(rank: int) -> float:
-    """FSDP2, accumulation without reduction, an evaluation in between."""
+    """FSDP2 accumulates without reduction, with an evaluation in between."""
     layer, worst = make(micro_batches=2), 0.0
     model = fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, foreach=False)
@@ -767,7 +770,7 @@ def fully_sharded(rank: int) -> float:
             model.eval()(tokens(99))
             model.train()
         want = rolling(own, [torch.cat(both) for both in batches])
-        model.reshard()  # an evaluation leaves the outermost weights gathered
+        model.reshard()  # an evaluation leaves FSDP's root gathered
         worst = max(worst, oracle.relative_error(layer.router.weight.grad.full_tensor(), want))
         optimizer.step()
         optimizer.zero_grad()
@@ -775,7 +778,7 @@ def fully_sharded(rank: int) -> float:
 
 
 def a_copy_on_one_rank(rank: int) -> float:
-    """An average of the weights that rank 0 alone keeps."""
+    """Only rank 0 keeps a moving average of the weights."""
     layer = make()
     average = copy.deepcopy(layer).eval() if rank == 0 else None
     model, optimizer, worst = DistributedDataParallel(layer), frozen(layer), 0.0
@@ -796,7 +799,7 @@ def another_layer_on_one_rank(rank: int) -> float:
 
 @contextmanager
 def group_again() -> Any:
-    """The process group as a restart within the process makes it."""
+    """Destroy the process group and create it again, as a restart within the process does."""
     store = dist.distributed_c10d._get_default_store()
     rank, world = dist.get_rank(), dist.get_world_size()
     dist.barrier()
@@ -806,13 +809,13 @@ def group_again() -> Any:
 
 
 def a_restart_in_the_process(rank: int) -> float:
-    """One rank breaks its pass off; then the same model goes on in a new process group."""
+    """One rank interrupts a pass; then the same model continues in a new process group."""
     layer = make()
     kept = []
     balance_only(layer, tokens(rank)).backward()
     layer.zero_grad()
     if rank == 0:
-        kept.append(layer(tokens(99)))  # no rank joins this one's sum
+        kept.append(layer(tokens(99)))  # no other rank joins this forward's sum
     with group_again():
         inputs = [tokens(10 + r) for r in range(2)]
         balance_only(layer, inputs[rank]).backward()
@@ -822,7 +825,7 @@ def a_restart_in_the_process(rank: int) -> float:
 
 
 def gradient_scale(reduce: Callable[[Tensor], Tensor], scale: Any) -> Callable[[int], float]:
-    """An engine that joins gradients in its own way, told by one number."""
+    """An engine reduces gradients in its own way, and one number describes it."""
 
     def script(rank: int) -> float:
         layer = make()
@@ -837,7 +840,7 @@ def gradient_scale(reduce: Callable[[Tensor], Tensor], scale: Any) -> Callable[[
 
 
 def the_group_as_an_argument(rank: int) -> float:
-    """Ranks that hold the same tokens, each in a group of its own."""
+    """All ranks hold the same tokens; each has a group of its own."""
     groups = [dist.new_group([r]) for r in range(2)]
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -863,7 +866,7 @@ def accumulation_under_ddp(rank: int) -> float:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens, a part of the message where it is refused, and the largest error otherwise."""
+    """A scenario: expected part of the error message if it is refused, else the largest allowed error."""
 
     run: Callable[[], float]
     refused: str = ""
@@ -956,7 +959,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def outcome(name: str) -> tuple[str, float, str]:
-    """("right" or "wrong" or "refused", error, message) of a scenario."""
+    """Return ("right" or "wrong" or "refused", error, message) of a scenario."""
     scenario = SCENARIOS[name]
     try:
         found = scenario.run()

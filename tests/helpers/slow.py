@@ -1,4 +1,4 @@
-"""Chooses which parameters of a test `make test` runs, and which it leaves to `make test-slow`."""
+"""Chooses which parameters of a test `make test` runs, and which only `make test-slow` runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """Parameters for ``values``, in their order: those in ``fast`` run always, all others are marked slow.
+    """Return pytest parameters for ``values``, in order; all that are not in ``fast`` are marked slow.
 
     A tuple holds the values of several arguments.
     """

@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
 
 
 def write_texts(folder: Path) -> Path:
-    """Three domains of made-up text that differ in their alphabet; returns ``folder``."""
+    """Write made-up text of three domains with different alphabets; return ``folder``."""
     for number, words in enumerate(("alpha beta gamma", "one two three four", "x = y + z; return")):
         place = folder / f"domain{number}"
         place.mkdir(parents=True)
@@ -45,6 +45,6 @@ def write_texts(folder: Path) -> Path:
 
 
 def on(folder: Path, ep: int = 1, **changes: object) -> TrainConfig:
-    """The small run on the texts in ``folder``."""
+    """Return the small run on the texts in ``folder``."""
     config = replace(CONFIG, data=replace(CONFIG.data, path=str(folder)), parallel=replace(CONFIG.parallel, ep=ep))
     return replace(config, **changes)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A small decoder that an engine trains in fp64, on any mesh, for a few steps."""
+"""A small decoder that an engine trains in fp64 for a few steps, on any mesh."""
 
 # G sequences of a step, S positions, V vocabulary.
 
@@ -22,7 +22,7 @@ SEQUENCES, LENGTH, VOCABULARY, MICRO_BATCHES = 8, 8, 16, 2
 
 
 def make(kind: type[Decoder] = Decoder, layers: int = 2, coefficient: float = 0.1, **how: Any) -> Any:
-    """Every second block has experts; all weights are the same on every rank."""
+    """Build a decoder with experts in every second block; all weights are the same on every rank."""
     torch.manual_seed(0)
     balance = BalanceConfig(coefficient=coefficient, estimator="exact", micro_batches=MICRO_BATCHES)
     moe = MoEConfig(8, 4, num_experts=4, top_k=2, balance=balance, init_std=0.4)
@@ -31,7 +31,7 @@ def make(kind: type[Decoder] = Decoder, layers: int = 2, coefficient: float = 0.
 
 
 def engine_of(model: Decoder, mesh: Mesh | None, optimizer: Recorded | None = None, **how: Any) -> TorchEngine:
-    """AdamW with a strong weight decay, so that a gradient of zero is not like none."""
+    """Build an engine, by default with AdamW and strong weight decay, so that a zero gradient differs from none."""
     dp = 1 if mesh is None else mesh["dp"].size
     shape = (SEQUENCES // dp // MICRO_BATCHES, LENGTH)
     adamw = Recorded(torch.optim.AdamW, weight_decay=0.5)
@@ -39,7 +39,7 @@ def engine_of(model: Decoder, mesh: Mesh | None, optimizer: Recorded | None = No
 
 
 def batches(mesh: Mesh | None, step: int = 0) -> list[Batch]:
-    """This rank's micro-batches of a step."""
+    """Return this rank's micro-batches of a step."""
     dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     mine = ids.chunk(dp)[rank].chunk(MICRO_BATCHES)
@@ -47,12 +47,12 @@ def batches(mesh: Mesh | None, step: int = 0) -> list[Batch]:
 
 
 def whole(engine: TorchEngine) -> dict[str, Tensor]:
-    """All parameters of this rank."""
+    """Return all parameters of this rank, whole."""
     return {name: full(p) for name, p in engine.parameters.items()}
 
 
 def freeze(engine_or_model: TorchEngine | nn.Module, which: Callable[[str], bool], frozen: bool = True) -> None:
-    """Turn training of the weights whose names fit off, or on."""
+    """Freeze, or unfreeze, the weights whose names match."""
     named = engine_or_model.parameters if isinstance(engine_or_model, TorchEngine) else None
     for name, p in (named or dict(engine_or_model.named_parameters())).items():  # type: ignore[union-attr]
         if which(name):
@@ -60,5 +60,5 @@ def freeze(engine_or_model: TorchEngine | nn.Module, which: Callable[[str], bool
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error and its name; of all that ``got`` has."""
+    """Return the largest relative error among the tensors of ``got``, and its name."""
     return max((oracle.relative_error(value.view_as(want[name]), want[name]), name) for name, value in got.items())

@@ -1,4 +1,4 @@
-"""What every dispatcher sends for a routing that is known, beside the closed formula."""
+"""Measures what every dispatcher sends for a known routing, and pairs it with the closed formula."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from equimoe.moe.types import Decision, DispatchPlan
 T, D, K, E = 16, 6, 2, 8
 CONFIG = MoEConfig(hidden_size=D, intermediate_size=4, num_experts=E, top_k=K, init_std=0.5)
 
-#: ids of token t: on two ranks of different nodes (of two), on two ranks of one node, on one rank
+#: name -> (expert ids of token t, nodes of two ranks that a token reaches, ranks that it reaches)
 SPREADS = {
     "nodes": (lambda t: (t % E, (t + 4) % E), 2, 2),
     "ranks": (lambda t: (t % E, t % E // 4 * 4 + (t + 2) % 4), 1, 2),
@@ -36,7 +36,7 @@ def routing(spread: str, dtype: torch.dtype) -> Routing:
 def measure(
     rank: int, world: int, dispatch: DispatchConfig, capacity: CapacityConfig | None, etp: int, spread: str
 ) -> tuple[int, int]:
-    """Bytes that this rank sends in a forward and a backward, without counts."""
+    """Return the bytes that this rank sends in a forward and in a backward, without counts."""
     axis, etp_axis = split_axis(world_axis(), etp)
     dispatcher = build_dispatcher(
         replace(CONFIG, dispatch=dispatch, capacity=capacity), Placement(ep=axis, etp=etp_axis)
@@ -60,7 +60,7 @@ Case = tuple[DispatchConfig, CapacityConfig | None, int, Bytes]
 
 
 def cases(wire: str, spread: str) -> list[Case]:
-    """Every dispatcher on 4 ranks of 2 nodes."""
+    """Return every dispatcher with its formula, for 4 ranks of 2 nodes."""
     load = Load(T, D, K, value=4, weight=4, wire=wire)
     _, nodes_each, ranks_each = SPREADS[spread]
     capacity = CapacityConfig(factor=1.0, pad=True)

@@ -51,16 +51,16 @@ def chunks(*boxes: tuple[list[Any], list[Any]], file: Any = SHARD) -> Callable[[
     ("edit", "words"),
     [
         (w(shape=[2**62, 2**62], chunks=[[SHARD, [0, 0], [2**62, 2**62]]]), ["is not F32 of"]),
-        (w(shape=[2**70, 3]), ["is not one of a tensor"]),
-        (w(shape=[10**4000, 3]), ["is not one of a tensor"]),
-        (w(shape=[-5, 3]), ["is not one of a tensor"]),
-        (w(shape=[5.0, 3]), ["is not one of a tensor"]),
-        (w(shape=[True, 3]), ["is not one of a tensor"]),
-        (w(shape=["5", 3]), ["is not one of a tensor"]),
-        (w(shape=[1] * 100_000), ["is not one of a tensor"]),
+        (w(shape=[2**70, 3]), ["is not a valid shape"]),
+        (w(shape=[10**4000, 3]), ["is not a valid shape"]),
+        (w(shape=[-5, 3]), ["is not a valid shape"]),
+        (w(shape=[5.0, 3]), ["is not a valid shape"]),
+        (w(shape=[True, 3]), ["is not a valid shape"]),
+        (w(shape=["5", 3]), ["is not a valid shape"]),
+        (w(shape=[1] * 100_000), ["is not a valid shape"]),
         (w(shape=5), ["TypeError"]),
-        (w(shape=[]), ["number of dimensions"]),
-        (chunks(([0, 0], [5])), ["number of dimensions"]),
+        (w(shape=[]), ["numbers of dimensions"]),
+        (chunks(([0, 0], [5])), ["numbers of dimensions"]),
         (chunks(([-1, 0], [6, 3])), ["is not a box"]),
         (chunks(([0, 0], [-5, -3])), ["is not a box"]),
         (chunks(([0, 0.0], [5, 3])), ["is not a box"]),
@@ -121,7 +121,7 @@ def test_description_that_is_no_object(path: Path, text: str) -> None:
 def test_description_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.checkpoint.reader.MAX_TENSORS_BYTES", 100)
     refused(path, "tensors.json: refused: larger than 100 bytes")
-    with pytest.raises(ValueError, match="tensors.json: .* bytes are more than can be read"):
+    with pytest.raises(ValueError, match="tensors.json: .* bytes are too many to load"):
         checkpoint.save(path.parent, 2, {"model.w": torch.ones(2), "model.b": torch.ones(2)}, {}, keep_last=1)
     assert checkpoint.complete(path.parent) == [path]
 
@@ -129,7 +129,7 @@ def test_description_that_is_too_large(path: Path, monkeypatch: pytest.MonkeyPat
 def test_names_do_not_break_the_line_of_an_error(tmp_path: Path) -> None:
     state = {"model.w": torch.ones(2), "model.\n\x1b[2J" + "x" * 9999: torch.ones(2)}
     path = checkpoint.save(tmp_path, 1, state, {}, 1)
-    with pytest.raises(CheckpointError, match=r"model\.\?\?\[2Jx+: this run wants None, .* same config\?$") as caught:
+    with pytest.raises(CheckpointError, match=r"model\.\?\?\[2Jx+: this run wants None, .* that saved it$") as caught:
         checkpoint.load(path, {"model.w": torch.ones(2)}, checkpoint.read_manifest(path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 

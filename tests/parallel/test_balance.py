@@ -1,4 +1,4 @@
-"""The balance gradient over ranks equals that of one process that holds the whole batch."""
+"""Checks that the balance gradient over ranks equals that of one process that holds the whole batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(config: MoEConfig = CONFIG) -> MoE:
 
 
 def tokens(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unequal numbers of valid tokens: 12, 5, 0, 9, ..."""
+    """Return tokens of which a different number is valid on each rank: 12, 5, 0, 9, ..."""
     generator = torch.Generator().manual_seed(100 + rank)
     x = torch.randn(12, 8, dtype=torch.float64, generator=generator)
     return x, torch.arange(12) < (12, 5, 0, 9)[rank % 4]
@@ -42,7 +42,9 @@ def whole(world: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_router_gradient_in_anybodys_ddp_script(world: int) -> None:
-    """No mesh, no call of ours: DDP around the layer, unequal valid tokens, one rank without any."""
+    """A user's script uses plain DDP around the layer, without mesh or engine; valid tokens differ, and one rank has
+    none.
+    """
 
     def script(rank: int, world: int) -> tuple[torch.Tensor, float]:
         layer = make(replace(CONFIG, router=RouterConfig(z_loss=0.01)))
@@ -77,7 +79,7 @@ def test_engines_that_take_the_mean_or_the_sum(reduction: str) -> None:
 
 
 def test_scale_does_not_depend_on_the_number_of_ranks() -> None:
-    """All ranks hold the same data: the gradient is that of one rank, not 1/dp of it."""
+    """All ranks hold the same data; the gradient must be that of one rank, not 1/dp of it."""
 
     def script(rank: int, world: int, scope: str) -> torch.Tensor:
         layer = make(replace(CONFIG, balance=replace(CONFIG.balance, scope=scope)))
@@ -92,14 +94,14 @@ def test_scale_does_not_depend_on_the_number_of_ranks() -> None:
 
 
 def domain(rank: int) -> torch.Tensor:
-    """Tokens that choose experts 2r and 2r+1 alone, each pair with equal probabilities over the ranks."""
+    """Return tokens that choose only experts 2r and 2r+1; over the ranks, all pairs are equally probable."""
     x = torch.zeros(10, 8, dtype=torch.float64)
     x[:, 2 * rank : 2 * rank + 2] = 1.0
     return x
 
 
 def test_disjoint_domains_are_balanced_globally_and_not_locally() -> None:
-    """Four ranks whose tokens go to disjoint experts: the global loss is 1 and has no gradient at all."""
+    """Tokens of four ranks go to disjoint experts: the global loss is 1 and has no gradient."""
 
     def script(rank: int, world: int, scope: str) -> tuple[torch.Tensor, dict[str, float]]:
         layer = make(replace(CONFIG, balance=replace(CONFIG.balance, scope=scope)))

@@ -1,4 +1,7 @@
-"""The counts of all layers of a micro-batch travel in one collective, started in the forward.  E experts, L layers."""
+"""Checks that one collective, started in the forward, sums the counts of all layers of a micro-batch.
+
+E experts, L layers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def tokens(rank: int, step: int = 0, count: int = 5) -> Tensor:
 
 
 def sums(record: list[Any]) -> list[int]:
-    """Bytes of counts in each collective; a ring of two ranks sends each once."""
+    """Return the bytes of counts in each collective; in a ring of two ranks, each rank sends them once."""
     return [entry.sent for entry in record if entry.verb == "sum_over"]
 
 
@@ -64,7 +67,7 @@ def test_one_collective_of_a_known_size_whatever_the_tokens(tokens_each: int) ->
             found += [forward, sums(record)]
         return found
 
-    # one, in the forward, and nothing in the backward
+    # one in the forward, and none in the backward
     assert run_ranks(script, 2) == [[[8 * (E + 1) * L]] * 8] * 2
 
 
@@ -117,7 +120,7 @@ def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
 
 
 def test_bytes_of_several_scopes() -> None:
-    """All ranks' scopes share one sum; micro-batches and sequences within a rank are free; communication adds D."""
+    """Scopes over all ranks share one sum; scopes within a rank add nothing to it; "communication" adds D numbers."""
 
     def script(rank: int, world: int, extra: dict[str, float], rate: float) -> int:
         balance = BalanceConfig(extra=ExtraLossConfig(**extra), bias_update_rate=rate)
@@ -136,7 +139,7 @@ def test_bytes_of_several_scopes() -> None:
 
 
 def test_two_axes_of_the_same_ranks_share_a_collective() -> None:
-    """Context parallelism alone: a micro-batch is on the ranks on which the step is."""
+    """With context parallelism alone, a micro-batch and a step are on the same ranks, so one collective serves both."""
 
     def script(rank: int, world: int) -> list[int]:
         model = Stack(replace(CONFIG, balance=BalanceConfig(extra=ExtraLossConfig(micro=0.01))))
@@ -151,7 +154,7 @@ def test_two_axes_of_the_same_ranks_share_a_collective() -> None:
 
 
 def test_models_that_take_turns_each_have_one_collective() -> None:
-    """Nobody knows which layers belong together, so the layers of both have a place in it; the backward starts it."""
+    """Layers of different models cannot be told apart, so one sum has rows for both models; the backward starts it."""
 
     def script(rank: int, world: int) -> list[list[int]]:
         models, found = (Stack(), Stack(layers=2)), []
@@ -166,7 +169,7 @@ def test_models_that_take_turns_each_have_one_collective() -> None:
 
 
 def test_statistics_of_a_shorter_pass_before_its_backward() -> None:
-    """All ranks ask; nothing has started the sum yet, so the question does."""
+    """No forward has started the sum when the losses are read, so reading must start it, on all ranks."""
 
     def script(rank: int, world: int) -> list[float]:
         model = Stack()
@@ -192,7 +195,7 @@ def test_local_scopes_communicate_nothing() -> None:
 
 
 def alone(kind: str, step: int, skip: int | None = None) -> list[Tensor]:
-    """Router gradients of one process with both ranks' tokens."""
+    """Return the router gradients of one process with both ranks' tokens."""
     model = Stack()
     x = torch.cat([tokens(rank, step) for rank in range(2)])
     found: list[Tensor] = []
@@ -207,7 +210,7 @@ def alone(kind: str, step: int, skip: int | None = None) -> list[Tensor]:
 
 
 def detached(layer: nn.Module, x: Tensor) -> Tensor:
-    """Each layer's loss reaches its own router only, as the oracle has it."""
+    """Detach layers, so that each layer's loss reaches only its own router, as in the oracle."""
     return layer(x.detach()) + 0 * x.sum()
 
 
@@ -239,7 +242,7 @@ def test_right_under_every_kind_of_recomputation(kind: str) -> None:
 
 
 def test_layers_left_out_two_models_and_passes_without_backward() -> None:
-    """Passes of changing length on one axis: every sum is of the right layers, and no rank waits for another."""
+    """Passes run different layers, on one axis: every sum must be of the right layers, and no rank may hang."""
 
     def script(rank: int, world: int) -> list[list[list[int]]]:
         model, other, found = Stack(), Stack(layers=2), []
@@ -247,7 +250,7 @@ def test_layers_left_out_two_models_and_passes_without_backward() -> None:
             mine, foreign = tokens(rank, step), tokens(rank, 100 + step)
             out = model(mine, skip=skip)
             if step % 3 == 1:
-                model(tokens(rank, 50 + step), skip=0)  # a forward that no backward follows
+                model(tokens(rank, 50 + step), skip=0)  # a forward without a backward
             outs = [out, other(foreign)] if step % 2 else [out]
             sum((part * 0).sum() for part in outs).backward()
             of_step = []
@@ -262,7 +265,7 @@ def test_layers_left_out_two_models_and_passes_without_backward() -> None:
     def local(rank: int) -> list[list[list[int]]]:
         return run_ranks(lambda _rank, _world: script(rank, 1), 1)[0]
 
-    # the layers' inputs do not depend on other ranks, so the sum over ranks is that of what each has alone
+    # layer inputs do not depend on other ranks, so the sums over ranks must equal the sums of single-process runs
     parts = [local(0), local(1)]
     want = [
         [[a + b for a, b in zip(*layers, strict=True)] for layers in zip(*steps, strict=True)]
@@ -272,7 +275,7 @@ def test_layers_left_out_two_models_and_passes_without_backward() -> None:
 
 
 def test_ranks_that_read_statistics_at_other_times() -> None:
-    """Reading starts nothing where the forward has: one rank may look at its losses and the other not."""
+    """The forward has started the sum, so one rank may read its losses while the other does not."""
 
     def script(rank: int, world: int) -> float:
         model, value = Stack(), 0.0
@@ -309,7 +312,7 @@ def test_layer_alone_and_several_micro_batches_in_flight() -> None:
 
 
 def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
-    """And the bias moves once."""
+    """Counts must be exact for 512 micro-batches in bf16, and the bias must move once."""
 
     def script(rank: int, world: int) -> tuple[list[int], list[float], list[int]]:
         torch.manual_seed(0)

@@ -1,5 +1,8 @@
-"""The balance gradient alone, in fp64: every mapping, number of micro-batches and kind of recomputation has that of one
-process which holds the whole batch, under every scope and estimator; and the bias moves as it would there."""
+"""Checks the balance gradient, in fp64, for every mapping, number of micro-batches and kind of recomputation.
+
+Under every scope and estimator it must equal that of one process that holds the whole batch; the bias must move the
+same way.
+"""
 
 # B sequences of a micro-batch, S positions, D hidden, V vocabulary.
 
@@ -27,9 +30,9 @@ from tests.helpers.recorded import Recorded
 from tests.helpers.slow import slow_but
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH = 16, 8, 16, 8
-#: tokens by which the language model's loss is divided, so that it weighs nothing beside the balance loss
+#: divisor of the language model's loss, so large that only the balance loss matters
 MANY = 1e30
-#: of every scope that does not draw at random; all at once
+#: weights of all scopes that do not draw at random; used together
 WEIGHTS = {"global": 1.0, "micro": 0.7, "sequence": 0.5, "data_parallel": 0.3, "device": 0.9, "communication": 0.6}
 
 MAPPINGS: dict[str, tuple[int, P]] = {
@@ -57,7 +60,7 @@ MAPPINGS: dict[str, tuple[int, P]] = {
 
 
 def make(layers: int, micro_batches: int, recompute: bool = False, **balance: Any) -> Decoder:
-    """All weights are the same on every rank."""
+    """Build a decoder whose weights are the same on every rank."""
     torch.manual_seed(0)
     z_loss = 0.01 if "extra" in balance or balance.get("scope", "global") == "global" else 0.0
     fields = {"coefficient": 1.0, "estimator": "exact", "micro_batches": micro_batches, "bias_update_rate": 0.5}
@@ -68,7 +71,7 @@ def make(layers: int, micro_batches: int, recompute: bool = False, **balance: An
 
 
 def batch(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Text of one domain after the other, with another number of valid tokens in every sequence; two have none."""
+    """Return sequences of different domains and different numbers of valid tokens; two sequences have none."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, ids, torch.arange(SEQUENCES)[:, None])
@@ -78,7 +81,7 @@ def batch(step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> list[Batch]:
-    """This rank's micro-batches of a step; alone, each is that of all of ``dp`` ranks."""
+    """Return this rank's micro-batches of a step; without a mesh, each joins those of all ``dp`` ranks."""
     ranks = range(dp) if mesh is None else [mesh["dp"].rank]
     of_ranks = [
         [t.chunk(dp if mesh is None else mesh["dp"].size)[r].chunk(micro_batches) for r in ranks] for t in batch(step)
@@ -87,8 +90,10 @@ def own(mesh: Mesh | None, micro_batches: int, dp: int = 1, step: int = 0) -> li
 
 
 def train(model: Decoder, mesh: Mesh | None, steps: list[list[Batch]]) -> dict[str, Tensor]:
-    """The last step's gradients on this rank, by their names in the whole model, and the routers' biases after it. The
-    weights stand still."""
+    """Return the last step's gradients on this rank, and the router biases after it, by names in the whole model.
+
+    The learning rate is zero, so weights do not change.
+    """
     optimizer = Recorded()
     micro_batches, shape = len(steps[0]), tuple(steps[0][0].inputs.shape)
     engine = build_engine(
@@ -122,7 +127,7 @@ def cases(parallel: P, pp: int) -> Iterator[tuple[int, bool]]:
 
 @lru_cache
 def alone(layers: int, scope: str, micro_batches: int, dp: int, ep: int) -> dict[str, Tensor]:
-    """One scope's gradient in one process, whose micro-batches are what the scope looks at."""
+    """Return one scope's gradient in one process, whose micro-batches are the token sets of that scope."""
     model = make(layers, micro_batches, scope=scope)
     for layer in model.moe_layers():
         spread_experts(layer, ep)
@@ -130,14 +135,14 @@ def alone(layers: int, scope: str, micro_batches: int, dp: int, ep: int) -> dict
 
 
 def together(layers: int, micro_batches: int, dp: int, ep: int) -> dict[str, Tensor]:
-    """The gradients of all scopes with their weights. A micro-batch of a rank, or of all ranks, is one here."""
+    """Return the weighted sum of all scopes' gradients; a scope's micro-batch is that of one rank or of all ranks."""
     spread = {"global": (1, 1), "sequence": (1, 1), "micro": (micro_batches * dp, 1)}
     found = [(w, alone(layers, s, *spread.get(s, (micro_batches, dp)), ep)) for s, w in WEIGHTS.items()]
     biases = {name: value for name, value in found[0][1].items() if name.endswith("bias_E")}
     return {name: sum(w * of_scope[name] for w, of_scope in found) for name in found[0][1]} | biases
 
 
-#: of every axis one mapping, and the pipeline with the usual schedule
+#: one mapping of each axis, and the pipeline with the usual schedule
 FAST = ("dp 1", "dp 4, ep 2", "fsdp 2", "cp 2", "tp 2", "pp 2, 1f1b")
 
 
@@ -147,9 +152,9 @@ def test_equals_one_process(name: str) -> None:
 
 
 def worst_error(world: int, parallel: P) -> float:
-    """The largest relative error of a gradient against one process, over all cases of a mapping.
+    """Return the largest relative error of a gradient against one process, over all cases of a mapping.
 
-    AssertionError where a bias differs in a bit, or a gradient is missing.
+    Raises AssertionError if a bias differs in a bit, or a gradient is missing.
     """
     pp, errors = parallel.pp, []
     layers = 2 if pp == 1 else pp * parallel.stages_of_rank
@@ -176,7 +181,7 @@ def worst_error(world: int, parallel: P) -> float:
 
 @pytest.mark.parametrize("name", slow_but(["fsdp 2"], ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"]))
 def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> None:
-    """What has been counted when a backward asks are micro-batches of all ranks, wherever their tokens are."""
+    """The counts that a backward sees must be those of micro-batches over all ranks, whatever the mapping."""
     world, parallel = MAPPINGS[name]
     estimators, dp = ("rolling", "carry"), parallel.resolve(world).dp
 

@@ -1,4 +1,4 @@
-"""Scopes that look at all ranks, the placement of experts, conventions of scale, and loss-free balancing over ranks."""
+"""Checks scopes over all ranks, expert placement, scale conventions, and the expert bias, on several ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make(**balance: Any) -> MoE:
 
 
 def tokens(rank: int, micro_batch: int = 0) -> tuple[Tensor, Tensor]:
-    """Unequal numbers of valid tokens, and another domain on each rank."""
+    """Return tokens of a different domain, and with a different number of valid ones, on each rank."""
     generator = torch.Generator().manual_seed(100 * micro_batch + rank)
     centre = torch.randn(8, dtype=torch.float64, generator=generator)
     x = torch.randn(12, 8, dtype=torch.float64, generator=generator) + centre
@@ -75,7 +75,7 @@ def test_data_parallel_scope_is_one_micro_batch_over_all_ranks(world: int) -> No
 
 @pytest.mark.parametrize("estimator", ["rolling", "carry"])
 def test_estimators_do_not_see_how_a_micro_batch_is_spread_over_ranks(estimator: str) -> None:
-    """Two steps of two micro-batches on 1, 2 and 4 ranks: the same tokens, the same gradient."""
+    """Two steps of two micro-batches on 1, 2 and 4 ranks with the same tokens must give the same gradient."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         layer = make(estimator=estimator)
@@ -100,7 +100,7 @@ def test_estimators_do_not_see_how_a_micro_batch_is_spread_over_ranks(estimator:
 
 @pytest.mark.parametrize("scope", ["device", "communication"])
 def test_losses_of_expert_parallel_ranks_follow_the_placement(scope: str) -> None:
-    """ep 2 of 4 ranks: the first has experts 0-3, the second 4-7, and the loads are those of all ranks' tokens."""
+    """With ep=2 on 4 ranks, ep ranks own experts 0-3 and 4-7, and the counts are those of all ranks' tokens."""
 
     def script(rank: int, world: int) -> tuple[Tensor, int]:
         layer = make(scope=scope)
@@ -140,7 +140,7 @@ def test_reach_follows_the_groups() -> None:
 
 
 def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
-    """Of unequal ranks, one of them without any."""
+    """Ranks have different numbers of tokens, and one has none; all must draw the same tokens."""
 
     def script(rank: int, world: int) -> list[list[float]]:
         layer = make(scope="shuffled", extra=ExtraLossConfig(data_parallel=1e-9))
@@ -152,13 +152,13 @@ def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
 
     results = run_ranks(script, 4)
     assert all(result == results[0] for result in results)
-    # 26 valid tokens on four ranks each time: a micro-batch has six
+    # the four ranks have 26 valid tokens each time, so a micro-batch has six
     assert results[0][2] == [6, 26, 52]
     assert sum(results[0][0]) == pytest.approx(E) and results[0][0] != results[0][1]
 
 
 def test_shuffled_under_a_recomputation_that_keeps_exchanges() -> None:
-    """What is drawn from is exchanged in the first pass alone, and is none of what the recomputation takes again."""
+    """The scope exchanges tokens only in the first pass; the recomputation must not take them for kept exchanges."""
 
     def script(rank: int, world: int, again: bool) -> Tensor:
         layer = make(scope="shuffled")
@@ -176,7 +176,7 @@ def test_shuffled_under_a_recomputation_that_keeps_exchanges() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["plain", "reentrant", "non-reentrant", "recompute"])
 def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
-    """After a step that was skipped, with evaluations in between, recomputed, on unequal ranks."""
+    """The step follows a skipped one, and has evaluations, recomputation and different numbers of tokens per rank."""
     run: dict[str, Any] = {
         "plain": lambda layer, x, mask: layer(x, mask),
         "reentrant": lambda layer, x, mask: checkpoint_of(layer, x.requires_grad_(), mask, use_reentrant=True),
@@ -227,7 +227,7 @@ def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
 
 
 def slope(values: dict[int, float]) -> float:
-    """Of log(value) over log(ranks), least squares."""
+    """Return the least-squares slope of log(value) over log(ranks)."""
     x = torch.tensor(list(values), dtype=torch.float64).log()
     y = torch.tensor(list(values.values()), dtype=torch.float64).log()
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
@@ -236,7 +236,7 @@ def slope(values: dict[int, float]) -> float:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("convention", "expected"), [("exact", 0.0), ("megatron", -1.0)])
 def test_slope_of_the_gradients_scale(convention: str, expected: float, reduction: str) -> None:
-    """All ranks hold the same data, so that a loss that means one thing has one gradient for any number of them."""
+    """All ranks hold the same data, so the gradient of a well-defined loss must not depend on the number of ranks."""
 
     def script(rank: int, world: int) -> float:
         layer = make(scale_convention=convention, extra=ExtraLossConfig(), micro_batches=1)
@@ -279,7 +279,7 @@ def test_megatrons_convention_counts_data_parallel_ranks_and_not_those_of_a_sequ
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "none"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_bias_moves_alike_on_all_ranks_by_the_load_of_all(wrapper: str, world: int) -> None:
-    """In a script that knows nothing of ours: two micro-batches, unequal tokens, bf16 weights under FSDP."""
+    """A script without our engine runs two micro-batches per step; ranks have different numbers of tokens."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         layer = make(bias_update_rate=RATE, scope="micro", coefficient=0.0)
@@ -331,7 +331,7 @@ def test_bias_by_micro_batches_of_ranks_is_the_mean_of_their_signs() -> None:
 
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2, "data_parallel": "fsdp"}, {"pp": 2}], ids=str)
 def test_a_resumed_run_goes_on_alike(parallel: dict[str, Any], tmp_path: Path) -> None:
-    """Bias and carried counts are in the checkpoint; without them the next steps would differ."""
+    """The checkpoint must hold bias and carried counts; without them the next steps would differ."""
     texts = small.write_texts(tmp_path / "texts")
     balance = BalanceConfig(coefficient=0.05, estimator="carry", bias_update_rate=0.01)
     config = small.on(texts, balance=balance)

@@ -1,5 +1,7 @@
-"""A training script of somebody's own around DistributedDataParallel: no mesh, no trainer, no call of ours but to count
-ahead."""
+"""Checks a user's own training script around DistributedDataParallel, without mesh or trainer.
+
+The script's only call of ours counts ahead.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def make(**balance: Any) -> MoE:
 
 
 def tokens(rank: int, number: int) -> tuple[Tensor, Tensor]:
-    """Of another domain on each rank and in each micro-batch, with unequal numbers of valid ones; some have none."""
+    """Return tokens of a different domain for each rank and micro-batch; some have no valid token."""
     generator = torch.Generator().manual_seed(100 * number + rank)
     centre = torch.randn(8, dtype=torch.float64, generator=generator)
     x = torch.randn(12, 8, dtype=torch.float64, generator=generator) + centre
@@ -54,8 +56,10 @@ RUN: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("kind", RUN)
 def test_accumulation_without_sync_in_steps_of_any_length(kind: str) -> None:
-    """Four micro-batches, then two (the last, incomplete accumulation), then three; evaluation between them, a clipped
-    gradient, and a step that is skipped."""
+    """Run steps of four, two (an incomplete accumulation) and three micro-batches.
+
+    With evaluations in between, a clipped gradient, and a skipped step.
+    """
     lengths = (4, 2, 3)
 
     def script(rank: int, world: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -97,14 +101,14 @@ def test_accumulation_without_sync_in_steps_of_any_length(kind: str) -> None:
 
 
 def balance_loss(layer: MoE, x_TD: Tensor, ids_TK: Tensor) -> Tensor:
-    """As the oracle's, for choices that a bias had a part in."""
+    """Return the oracle's balance loss, for choices in which a bias took part."""
     probs_TE = oracle.route(layer, x_TD)[1]
     load_E = torch.bincount(ids_TK.flatten(), minlength=E).double() * E / (K * len(ids_TK))
     return 0.7 * (load_E * probs_TE.mean(0)).sum()
 
 
 def test_two_forwards_in_one_backward_and_a_module_that_is_used_between() -> None:
-    """Gradients of both reach DDP in one go; its broadcast of the bias in each forward disturbs neither."""
+    """DDP gets the gradients of two forwards at once, and broadcasts the bias in each forward; neither may do harm."""
 
     def script(rank: int, world: int) -> tuple[Tensor, Tensor]:
         layer = make(bias_update_rate=0.01, estimator="rolling")
@@ -120,15 +124,18 @@ def test_two_forwards_in_one_backward_and_a_module_that_is_used_between() -> Non
     layer = make()
     (0.7 * oracle.balance_loss(layer, *whole(range(2)))).backward()
     results = run_ranks(script, WORLD)
-    for grad, bias_E in results:  # all forwards came before the backward: no pass ahead is needed
+    for grad, bias_E in results:  # all forwards came before the backward, so no counting pass is needed
         assert oracle.relative_error(grad, layer.router.weight.grad) < 1e-10
         assert torch.equal(bias_E, results[0][1]) and bool(bias_E.any())
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_deepseek_v3s_companions_together(wrapper: str) -> None:
-    """Bias, sequence loss of 1e-4, node-limited groups, sigmoid scores; bf16 weights under DDP, and FSDP that computes
-    in bf16: the bias is fp32, alike on all ranks bit for bit, and moves once per step by the rate or not at all."""
+    """Combine bias, sequence loss of 1e-4, node-limited groups and sigmoid scores, as DeepSeek-V3 does.
+
+    Weights are bf16 under DDP, or FSDP computes in bf16. The bias must be fp32, bitwise equal on all ranks, and move
+    once per step by the rate or not at all.
+    """
     router = RouterConfig(score="sigmoid", weight_scale=2.5, groups=4, kept_groups=2)
     balance = BalanceConfig(scope="sequence", coefficient=1e-4, bias_update_rate=0.001)
 
@@ -166,7 +173,7 @@ def test_deepseek_v3s_companions_together(wrapper: str) -> None:
 
 
 def test_counts_beyond_2_to_the_24_are_exact() -> None:
-    """Where fp32 knows even numbers only: one choice more decides the bias, on all ranks."""
+    """fp32 has only even numbers at this size, but one choice more must decide the bias, on all ranks."""
     many = 2**24
 
     def script(rank: int, world: int) -> tuple[list[int], list[float], float]:
@@ -208,8 +215,9 @@ class Stack(nn.Module):
 
 
 def test_one_collective_again_after_a_forward_that_failed() -> None:
-    """On all ranks: what its first layer had counted is summed first, since nobody knows yet that it counts for
-    nothing."""
+    """After a failed forward, the next pass first sums what the failed one counted, because nobody knows yet that it is
+    void.
+    """
 
     def script(rank: int, world: int) -> list[list[int]]:
         model, found = Stack(), []

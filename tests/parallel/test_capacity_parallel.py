@@ -1,4 +1,4 @@
-"""Capacity decided over ranks equals one process that holds all tokens; a padded exchange changes no number."""
+"""Checks that capacity over ranks equals one process that holds all tokens, and that padding changes no number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.moe.test_capacity import CONFIG, keep, random_routing
 
 
 def part(whole: Routing, tokens: Tensor, sequences: int) -> Routing:
-    """The routing of some of the tokens."""
+    """Return the routing of some of the tokens."""
     chosen_TK, ids_TK = (t[tokens] for t in whole.decision)
     valid_T = (ids_TK >= 0).any(1)
     return replace(
@@ -36,7 +36,9 @@ def part(whole: Routing, tokens: Tensor, sequences: int) -> Routing:
 @pytest.mark.parametrize("level", ["expert", "device"])
 @pytest.mark.parametrize("kind", ["plain", "ties", "masked"])
 def test_global_scope(drop: Any, level: Any, kind: str) -> None:
-    """Unequal tokens, one rank without any: the same choices as one process that holds them in rank order."""
+    """Ranks have different numbers of tokens, and one has none; kept choices equal one process with tokens in rank
+    order.
+    """
     lengths = (9, 0, 4, 11)
     whole = random_routing(sum(lengths), 7, ties=kind == "ties", masked=kind == "masked")
     capacity = CapacityConfig(0.6, drop, scope="global", level=level)
@@ -57,8 +59,7 @@ def test_global_scope(drop: Any, level: Any, kind: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:
-    """Three sequences, of which each rank holds a part (consecutive, or from both ends): the same as whole sequences,
-    one after the other."""
+    """Each rank holds a part of three sequences (consecutive, or from both ends); the result equals whole sequences."""
     sequences, length = 3, 8
     whole = random_routing(sequences * length, 11, sequences, ties=True)
     capacity = CapacityConfig(0.6, drop, scope="sequence")
@@ -120,7 +121,7 @@ def step(layer: MoE, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("factor", [0.4, 1.0, 8.0])
 @pytest.mark.usefixtures("poison")
 def test_padding_changes_no_number(dispatch: DispatchConfig, factor: float) -> None:
-    """Output, every gradient and the balance gradient in it, equal those of the same drop without padding."""
+    """Output and all gradients, with the balance gradient, must equal those of the same drop without padding."""
     lengths = (6, 0, 9, 3)
 
     def script(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
@@ -138,7 +139,7 @@ def test_padding_changes_no_number(dispatch: DispatchConfig, factor: float) -> N
 
 
 def test_padded_sizes_are_the_same_for_every_routing_and_need_no_answer() -> None:
-    """No counts are exchanged and the host reads nothing from the device, whatever was routed."""
+    """The ranks exchange no counts, and the host reads nothing from the device, whatever the routing."""
 
     def script(rank: int, world: int) -> list[tuple[str, int]]:
         config = replace(CONFIG, capacity=CapacityConfig(1.0, pad=True))
@@ -171,5 +172,5 @@ def test_more_tokens_than_the_exchange_is_made_for() -> None:
             return str(error)
         return ""
 
-    want = "capacity.max_tokens=4: this forward has 5 tokens; raise it to the most"
+    want = "capacity.max_tokens=4: this forward has 5 tokens; set it to the maximum"
     assert run_ranks(script, 2) == [want, want]

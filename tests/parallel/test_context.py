@@ -1,4 +1,4 @@
-"""Causal attention over split sequences equals attention on the whole sequence.
+"""Checks that causal attention over split sequences equals attention on whole sequences.
 
 B sequences, N query heads, M key/value heads, S positions, H head width.
 """
@@ -31,7 +31,7 @@ SHAPES = {"plain": (2, 2, 2, 4, 4), "grouped": (1, 6, 2, 4, 4), "one_head": (1, 
 
 
 def inputs(shape: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """q, k, v and the gradient of the output, for whole sequences."""
+    """Return q, k, v and the gradient of the output, for whole sequences."""
     batch, heads, kv_heads, width, v_width = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     sizes = ((heads, width), (kv_heads, width), (kv_heads, v_width), (heads, v_width))
@@ -39,7 +39,7 @@ def inputs(shape: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]
 
 
 def whole(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    """Output and gradients of torch's own attention in fp64."""
+    """Return output and gradients of torch's own attention in fp64."""
     qkv = [t.detach().double().requires_grad_() for t in (q, k, v)]
     out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
     out.backward(grad.double())
@@ -51,7 +51,7 @@ def part(tensors: tuple[Tensor, ...], axis: Axis, balanced: bool) -> list[Tensor
 
 
 def split(tensors: tuple[Tensor, ...], axis: Axis, method: str, balanced: bool, run: Any = None) -> list[Tensor]:
-    """This rank's output and gradients; ``run(attention, q, k, v)`` may wrap the call."""
+    """Return this rank's output and gradients; ``run(attention, q, k, v)`` may wrap the call."""
     *qkv, grad = part(tensors, axis, balanced)
     qkv = [t.requires_grad_() for t in qkv]
     attention = ContextAttention(axis, method, balanced)
@@ -61,7 +61,7 @@ def split(tensors: tuple[Tensor, ...], axis: Axis, method: str, balanced: bool, 
 
 
 def errors(results: list[list[Tensor]], want: list[Tensor], balanced: bool) -> list[float]:
-    """Relative errors of output, dq, dk, dv put together from all ranks."""
+    """Return the relative errors of output, dq, dk, dv, assembled from all ranks."""
     return [
         oracle.relative_error(unshard(parts, 2, balanced), value)
         for parts, value in zip(zip(*results, strict=True), want, strict=True)
@@ -69,7 +69,7 @@ def errors(results: list[list[Tensor]], want: list[Tensor], balanced: bool) -> l
 
 
 def counting(module: Any, name: str, note: Callable[..., None]) -> None:
-    """Note each call of a function (in a forked rank, which nobody sees afterwards)."""
+    """Count the calls of a function. It is never restored, so use it only in a forked rank."""
     original = getattr(module, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ def test_balanced_rank_holds_one_chunk_of_either_end() -> None:
 @BOTH
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
-    """All shapes; queries also in tiles that do not divide a chunk."""
+    """All shapes must agree, also with query tiles that do not divide a chunk."""
 
     def script(rank: int, world: int) -> list[Any]:
         results = []
@@ -126,7 +126,7 @@ def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOTH
 def test_low_precision(method: str, dtype: torch.dtype) -> None:
-    """Against fp64 on the same rounded inputs; results keep the dtype, sums and travelling gradients are fp32."""
+    """Compare with fp64 on the same rounded inputs; results keep the dtype, sums and sent gradients are fp32."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         return split(inputs("grouped", dtype), world_axis(), method, True)
@@ -149,7 +149,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 @BOTH
 def test_any_strides(method: str) -> None:
-    """q, k, v as the model has them, views of one projection, and a gradient without memory of its own."""
+    """q, k, v may be views of one projection, as in the model, and the gradient may be an expanded tensor."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         dense: list[bool] = []
@@ -158,7 +158,7 @@ def test_any_strides(method: str) -> None:
         qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()  # [B, S, 3, N, H]
         views = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         assert not any(t.is_contiguous() for t in views)
-        # nccl takes contiguous tensors alone, gloo any
+        # nccl requires contiguous tensors, gloo does not
         counting(context, "_all_gather", lambda into, t, **_: dense.append(t.is_contiguous()))
         counting(dist, "batch_isend_irecv", lambda ops: dense.extend(op.tensor.is_contiguous() for op in ops))
         out = ContextAttention(world_axis(), method)(*views)
@@ -172,7 +172,7 @@ def test_any_strides(method: str) -> None:
 
 @BOTH
 def test_autocast_is_that_of_torch(method: str) -> None:
-    """fp32 arguments become bf16, and nothing inside is rounded beyond that, in the backward neither."""
+    """fp32 arguments become bf16, and nothing else is rounded, in the forward or the backward."""
 
     def script(rank: int, world: int) -> list[Any]:
         results = []
@@ -195,7 +195,7 @@ def test_autocast_is_that_of_torch(method: str) -> None:
 
 @BOTH
 def test_hidden_blocks_are_not_computed(method: str) -> None:
-    """Balanced: 2P + 1 blocks of (S / 2P)^2 on each rank, twice that in the backward. Contiguous: rank r has r + 1."""
+    """A rank computes 2P + 1 blocks of (S / 2P)^2 if balanced, else rank r computes r + 1; the backward twice that."""
 
     def script(rank: int, world: int, balanced: bool) -> tuple[int, int]:
         products: list[tuple[int, int]] = []
@@ -216,7 +216,7 @@ def test_hidden_blocks_are_not_computed(method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
-    """K and V of P - 1 ranks each way; their gradients, in the dtype of the sums, P - 1 times on the way back."""
+    """Forward and backward each send K and V P - 1 times; the backward also sends their gradients, in fp32 or wider."""
 
     def script(rank: int, world: int, method: str) -> list[tuple[int, int]]:
         warnings.simplefilter("error")
@@ -247,7 +247,7 @@ def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
 
 
 def test_ring_computes_while_it_communicates() -> None:
-    """Each exchange starts before the blocks that it has nothing to do with, and is waited for after them."""
+    """Each exchange starts before blocks that do not need it, and is waited for after them."""
 
     def script(rank: int, world: int) -> list[str]:
         events: list[str] = []
@@ -261,7 +261,7 @@ def test_ring_computes_while_it_communicates() -> None:
         return events
 
     forward = "start 3 wait start 2 wait 2 backward"
-    # K and V; then the gradients too, which leave as soon as the next rank's K and V are there to be added to
+    # exchanges of K and V, and then those of their gradients, which start as soon as each share is computed
     backward = "start 6 wait start 4 start wait 4 wait start wait"
     numbers = {str(n): ["block"] * n for n in (2, 3, 4, 6)}
     want = [event for word in f"{forward} {backward}".split() for event in numbers.get(word, [word])]
@@ -285,7 +285,7 @@ def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
     assert run_ranks(script, 2) == [want] * 2
 
 
-# ---- in company
+# ---- in larger models and meshes
 
 
 @BOTH
@@ -304,7 +304,7 @@ def test_same_bits_again_and_under_checkpoint(method: str) -> None:
 
 @BOTH
 def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
-    """Two groups of two of four ranks, not adjacent, each with a sequence of its own, through two layers."""
+    """Two groups of two ranks that are not adjacent, each with its own sequence, run two layers."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
@@ -326,7 +326,7 @@ def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
         assert max(errors(results[group::2], [out, *(t.grad for t in qkv)], True)) < 1e-10
 
 
-# ---- what is refused
+# ---- errors
 
 
 def test_refuses_what_does_not_fit() -> None:

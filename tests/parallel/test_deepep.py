@@ -1,4 +1,4 @@
-"""The dispatcher on package deep_ep, on a stand-in for it that moves rows by gloo with the same signatures."""
+"""Checks the DeepEP dispatcher with a stand-in for package deep_ep that has its signatures and sends rows by gloo."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = MoEConfig(
 
 
 class Event:
-    """Tells when it is waited for."""
+    """Records that it was waited for."""
 
     def current_stream_wait(self) -> None:
         Buffer.calls.append("wait")
@@ -50,7 +50,9 @@ class Sizes:
 
 
 class Buffer:
-    """``deep_ep.Buffer`` as documented: a token goes once to each rank, ids there count from 0, -1 is nothing."""
+    """Stands in for ``deep_ep.Buffer`` as documented: sends a token once to each rank; ids count from 0 there, -1 is
+    none.
+    """
 
     calls: list[str] = []
 
@@ -170,7 +172,7 @@ def test_equals_the_all_to_all_in_the_documented_sequence_of_calls() -> None:
 @pytest.mark.usefixtures("installed")
 def test_rows_that_are_not_bf16_are_refused() -> None:
     def script(rank: int, world: int) -> None:
-        with pytest.raises(ValueError, match=r"dispatch.name='deepep': rows are torch.float32; it sends bf16 alone"):
+        with pytest.raises(ValueError, match=r"'deepep': rows are torch.float32, but deep_ep sends only bf16"):
             run(rank, "deepep", torch.float32)
 
     run_ranks(script, 2)
@@ -190,9 +192,9 @@ def test_layers_share_a_buffer_that_grows() -> None:
 @pytest.mark.parametrize("module", [None, types.ModuleType("deep_ep")], ids=["absent", "without Buffer"])
 def test_falls_back_with_a_warning(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", module)
-    with pytest.warns(UserWarning, match="dispatch.name='deepep': .*deep_ep.*; 'all_to_all' takes its place"):
+    with pytest.warns(UserWarning, match="dispatch.name='deepep': .*deep_ep.*; using 'all_to_all' instead"):
         dispatcher = build_dispatcher(CONFIG, Placement(ep=Axis("ep", None, 2, 0)))
     assert type(dispatcher) is AllToAllDispatcher and dispatcher.axis.size == 2
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # with one rank nothing is dispatched, and nothing is warned of
+        warnings.simplefilter("error")  # one rank dispatches nothing, so nothing is warned about
         MoE(CONFIG)

@@ -1,4 +1,4 @@
-"""Every dispatcher, with experts split over ranks in both ways, equals one process that holds everything."""
+"""Checks that every dispatcher, with ep and etp, equals one process that holds all experts."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def variants(ep: int) -> dict[str, tuple[DispatchConfig, CapacityConfig | None]]
 
 
 def collapse(layer: MoE) -> None:
-    """All tokens with positive entries choose the first four experts, in the same order."""
+    """Make all tokens with positive entries choose the first four experts, in the same order."""
     with torch.no_grad():
         layer.router.weight.copy_(-torch.arange(8.0)[:, None].expand(8, 6))
 
 
 def untouched(layer: MoE) -> None:
-    """As initialised."""
+    """Leave the router as initialised."""
 
 
-#: tokens per rank (in turn), what is done to the router, whether some tokens are masked
+#: tokens per rank (in turn), change to the router, whether some tokens are masked
 CASES: dict[str, tuple[tuple[int, ...], Callable[[MoE], None], bool]] = {
     "unequal": ((5, 2, 9, 1), untouched, False),
     "zero": ((0, 7), untouched, False),
@@ -93,7 +93,7 @@ def batch(rank: int, lengths: tuple[int, ...], masked: bool) -> tuple[Tensor, Te
 
 
 def shard(layer: MoE, ep: Axis, etp: Axis) -> None:
-    """Keep this rank's experts, and of each this rank's part of its width."""
+    """Keep this rank's experts, and its part of their width."""
     experts = layer.experts
     gate_up = experts.gate_up_proj.detach().chunk(ep.size)[ep.rank].unflatten(1, (2, -1))
     down = experts.down_proj.detach().chunk(ep.size)[ep.rank]
@@ -102,13 +102,13 @@ def shard(layer: MoE, ep: Axis, etp: Axis) -> None:
 
 
 def assemble(parts: list[Tensor], ep: int, etp: int, width_dim: int) -> Tensor:
-    """Whole weights (or gradients) from the ranks' parts, etp innermost."""
+    """Assemble whole weights (or gradients) from the ranks' parts, etp innermost."""
     rows = [torch.cat(parts[p * etp : (p + 1) * etp], dim=width_dim) for p in range(ep)]
     return torch.cat(rows)
 
 
 def axes(ep: int, etp: int) -> tuple[Axis, Axis]:
-    """Blocks of ``etp`` adjacent ranks, and the ranks that far apart."""
+    """Return the axes (ep, etp): etp has blocks of ``etp`` adjacent ranks, ep the ranks that are ``etp`` apart."""
     across, within = split_axis(world_axis(), etp)
     return replace(across, name="ep"), replace(within, name="etp")
 
@@ -149,14 +149,14 @@ def test_equals_one_process(ep: int, etp: int, case: str) -> None:
 
 @pytest.mark.slow
 def test_eight_ranks() -> None:
-    """Four nodes of two, two of four, and experts split four ways with their width in two."""
+    """Eight ranks as four nodes of two, as two nodes of four, and with ep=4 and etp=2."""
     compare(run_ranks(on_ranks, 8, 8, 1, "unequal"), alone(8, "unequal"), 8, 1)
     compare(run_ranks(on_ranks, 8, 4, 2, "zero"), alone(8, "zero"), 4, 2)
 
 
 @pytest.mark.parametrize(("ep", "etp"), [(2, 1), (2, 2)])
 def test_same_collectives_on_every_rank(ep: int, etp: int) -> None:
-    """torch's own checker sees no rank out of step, with a rank that has no tokens."""
+    """torch's checker must find the same collectives on every rank, also on one without tokens."""
     compare(run_ranks(on_ranks, ep * etp, ep, etp, "zero", detail=True), alone(ep * etp, "zero"), ep, etp)
 
 
@@ -178,11 +178,11 @@ def compare(results: list[dict[str, dict[str, Tensor]]], want: dict[str, Tensor]
             assert oracle.relative_error(got[name], value) < 1e-10, (variant, name)
 
 
-# ---- the verbs ----------------------------------------------------------------------------------------------------
+# ---- collectives of rows ------------------------------------------------------------------------------------------
 
 
 def test_gather_and_reduce_scatter() -> None:
-    """Uneven and empty parts; each verb's backward is the other; sums are in rank order."""
+    """Parts may be uneven or empty; each collective is the other's backward; sums are in rank order."""
 
     def script(rank: int, world: int, lengths: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
         axis = world_axis()
@@ -206,7 +206,7 @@ def test_gather_and_reduce_scatter() -> None:
 
 
 def test_sums_of_16_bit_rows_are_made_in_fp32() -> None:
-    """256 + 1 + 1 + 1 is 259, which bf16 rounds to 260; adding in bf16 stays at 256."""
+    """256 + 1 + 1 + 1 is 259, which bf16 rounds to 260; sums in bf16 would stay at 256."""
 
     def script(rank: int, world: int) -> float:
         rows = torch.full((4, 1), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
@@ -225,7 +225,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_moves() -> None:
                 errors.append(str(error))
         return errors
 
-    want = ["sizes [4, 4] do not fit 3 rows on axis 'world' of 2 ranks"] * 2
+    want = ["sizes=[4, 4]: do not fit 3 rows and the 2 ranks of axis 'world'; give each rank's number of rows"] * 2
     assert run_ranks(script, 2) == [want, want]
 
 
@@ -236,7 +236,7 @@ def test_one_rank_is_the_identity() -> None:
 
 
 def test_exchange_is_under_way_while_others_compute() -> None:
-    """Two exchanges start before either is waited for, forward and backward; both arrive whole."""
+    """Two exchanges start before either is waited for, in forward and backward; both must arrive intact."""
 
     def script(rank: int, world: int) -> tuple[list[str], Tensor]:
         log: list[str] = []
@@ -271,7 +271,7 @@ def test_exchange_is_under_way_while_others_compute() -> None:
 
 
 def test_chunks_overlap_forward_and_backward() -> None:
-    """All chunks leave before the first is computed; a chunk's results, and its gradients, leave before the next is."""
+    """All chunks are sent before the first is computed; each chunk's results and gradients, before the next one is."""
 
     def script(rank: int, world: int) -> tuple[list[str], list[str]]:
         log: list[str] = []
@@ -302,7 +302,7 @@ def test_chunks_overlap_forward_and_backward() -> None:
 
 
 def test_chunks_have_equally_many_rows_of_every_expert() -> None:
-    """However uneven the experts are."""
+    """Chunks must have the same number of rows of every expert, however uneven the experts' counts are."""
     generator = torch.Generator().manual_seed(0)
     ids_TK = (torch.rand(40, 8, generator=generator) + torch.arange(8) / 8).argsort(1, descending=True)[:, :3]
     ids_TK[5:9] = -1
@@ -314,16 +314,16 @@ def test_chunks_have_equally_many_rows_of_every_expert() -> None:
     assert int((counts_CE.amax(0) - counts_CE.amin(0)).max()) == 1 and int(counts_CE.sum(0).amax()) > 20
 
 
-# ---- one layer's other parts --------------------------------------------------------------------------------------
+# ---- other parts of a layer ---------------------------------------------------------------------------------------
 
 
 def test_degrees_that_do_not_fit() -> None:
     four = Axis("ep", None, 4, 0)
     with pytest.raises(ValueError, match="num_experts=6: must be divisible by parallel.ep=4"):
         DISPATCHERS["all_to_all"](6, four)
-    with pytest.raises(ValueError, match="dispatch 'local': experts are split over 4 ranks"):
+    with pytest.raises(ValueError, match="dispatch.name='local': experts are on 4 ranks; use 'all_to_all'"):
         LocalDispatcher(8, four)
-    with pytest.raises(ValueError, match="dispatch.node_size=3: must divide expert parallel = 4 ranks"):
+    with pytest.raises(ValueError, match="dispatch.node_size=3: must divide parallel.ep=4; use a divisor"):
         DISPATCHERS["hierarchical"](8, four, config=DispatchConfig("hierarchical", node_size=3))
 
 
@@ -344,7 +344,7 @@ def test_config_errors(fields: dict[str, Any], message: str) -> None:
 
 
 def test_node_size_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that share a value of rank // LOCAL_WORLD_SIZE are on one node; blocks must be equal."""
+    """Ranks with the same value of rank // LOCAL_WORLD_SIZE are on one node; nodes must have equal blocks."""
 
     def script(rank: int, world: int, per_node: str, first: int) -> int | str:
         import os
@@ -366,7 +366,7 @@ def test_node_size_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6), (3, 1, 6), (0, 6)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_duplicate_tokens_are_dropped(world: int, shape: tuple[int, ...], masked: bool) -> None:
-    """All ranks hold the same tokens: each routes its share; y and the gradient of x are whole on every rank."""
+    """All ranks hold the same tokens and route only a share; y and the gradient of x are whole on every rank."""
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(x[..., 0].numel()).view(shape[:-1]) % 3 != 1 if masked else None
 
@@ -396,7 +396,7 @@ def test_duplicate_tokens_are_dropped(world: int, shape: tuple[int, ...], masked
 
 @pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
 def test_autocast_sends_rows_in_its_dtype(name: str) -> None:
-    """bf16 rows and results, forward and backward; the router's weights stay fp32."""
+    """Rows and results are sent in bf16, forward and backward; gate weights stay fp32."""
 
     def script(rank: int, world: int) -> tuple[Tensor, Tensor, set[str]]:
         seen: set[str] = set()
@@ -435,7 +435,7 @@ def test_autocast_sends_rows_in_its_dtype(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
 def test_recomputation_that_keeps_exchanges_repeats_none(name: str) -> None:
-    recompute(torch.nn.Identity(), torch.ones(1))  # what torch imports for it: once here, not once per rank
+    recompute(torch.nn.Identity(), torch.ones(1))  # imported by torch for this: once here, instead of once per rank
 
     def script(rank: int, world: int) -> dict[str, tuple[dict[str, Tensor], int, int]]:
         fields: dict[str, Any] = {"hierarchical": {"node_size": 2}, "overlapped": {"chunks": 2}}.get(name, {})
@@ -470,7 +470,7 @@ def test_recomputation_that_keeps_exchanges_repeats_none(name: str) -> None:
 
 
 def test_exchanges_of_rows_per_recomputed_layer() -> None:
-    """Four, not six: there and home, forward and backward."""
+    """A recomputed layer exchanges rows four times, not six: dispatch and combine, forward and backward."""
     recompute(torch.nn.Identity(), torch.ones(1))
 
     def script(rank: int, world: int, keep: bool) -> int:
@@ -487,7 +487,7 @@ def test_exchanges_of_rows_per_recomputed_layer() -> None:
         layer.dispatcher = build_dispatcher(CONFIG, Placement(ep=world_axis()))
         dist.all_to_all_single = spy
 
-        def block(x: Tensor) -> Tensor:  # what follows the layer needs its output again
+        def block(x: Tensor) -> Tensor:  # the next module needs the layer's output again
             return layer(x).square()
 
         recompute(block, batch(rank, (5, 3), False)[0].requires_grad_(), keep_exchanges=keep).sum().backward()

@@ -1,4 +1,4 @@
-"""A dry run against real runs, sums done by hand, and the closed formula of a rank's memory."""
+"""Compares dry runs with real runs, with sums done by hand, and with the closed formula of a rank's memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ MAPPINGS = {
 
 
 def dry(config: TrainConfig, world: int, rank: int, timeout: float = 240.0) -> DryRun:
-    """In a process of its own: the pretended process group would stand in the way of later ones."""
+    """Run in a process of its own, because the fake process group would disturb later ones."""
 
     def script(*_: Any) -> DryRun:
         dist.destroy_process_group()
@@ -74,13 +74,13 @@ def dry(config: TrainConfig, world: int, rank: int, timeout: float = 240.0) -> D
 
 
 def storages(tensors: list[Any]) -> int:
-    """Bytes behind tensors, those that several share counted once."""
+    """Return the bytes of the tensors' storages, counting shared ones once."""
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
 def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
-    """Bytes that a real step has, and what it sends."""
+    """Return the bytes that a real step holds, and those that it sends."""
     mesh, cpu = build_mesh(config.parallel), torch.device("cpu")
     passes, shape = config.micro_batches(mesh["dp"].size), (config.data.micro_batch, config.data.seq_len)
     engine = build_engine(
@@ -122,13 +122,13 @@ def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
 
 @pytest.mark.parametrize("dispatcher", [name for name in DISPATCHERS if name != "local"])
 def test_a_rank_with_one_expert(dispatcher: Any) -> None:
-    """Its only valid choice is expert 0, and it computes as many rows as its own tokens choose."""
+    """The rank's only valid choice is expert 0, and it computes as many rows as its own tokens choose."""
     model, parallel = replace(MODEL, num_layers=1, dense_layers=0), ParallelConfig(ep=8)
     config = replace(SMALL, model=model, parallel=parallel, dispatch=DispatchConfig(name=dispatcher))
     found = dry(config, 8, 5)
     assert found.most["parameters"] == memory(config, 8, 5).parameters
     products = 3 * 2 * found.micro_batches * 16 * 2 * 16 * 3 * 12
-    if dispatcher in ("all_gather", "hierarchical"):  # rows that arrive for other experts are counted, too
+    if dispatcher in ("all_gather", "hierarchical"):  # rows that arrive for other experts are counted too
         assert found.flops["experts"] > products
     else:
         assert found.flops["experts"] == products
@@ -140,7 +140,7 @@ ONE_EACH = {"quickstart": 8, "mixtral": 8, "qwen3_global_batch": 64, "qwen3_235b
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
-    """One layer of them."""
+    """Each recipe runs with one layer."""
     ep = ONE_EACH[name]
     argv = ["--recipe", name, "--model.num_layers", "1", "--model.dense_layers", "0", "--model.vocab_size", "512"]
     argv += ["--model.moe_every", "1", "--parallel.ep", str(ep), "--parallel.pp", "1", "--parallel.tp", "1"]
@@ -151,7 +151,7 @@ def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
 
 
 def test_bytes_and_products_by_hand() -> None:
-    """A middle stage of a pipeline: all-to-alls of two layers, hidden states to the neighbours, matrix products."""
+    """A middle pipeline stage: all-to-alls of two layers, hidden states to both neighbours, matrix products."""
     model = replace(MODEL, num_layers=8, dense_layers=0, num_heads=2, shared_intermediate_size=0)
     parallel = ParallelConfig(pp=4, ep=2)
     data = replace(SMALL.data, micro_batch=2, global_batch=32)
@@ -162,7 +162,7 @@ def test_bytes_and_products_by_hand() -> None:
     hidden = 4 * d * tokens
     sent = {(kind.verb, kind.axis): size for kind, _, size in found.traffic}
     assert sent["send", "pp"] == 2 * hidden and sent["recv", "pp"] == 0
-    # per layer half of the rows, there and home, and their gradients back; weights; the number of rows per expert
+    # per layer half of the rows, dispatched and combined, with gradients; weights; the number of rows per expert
     exchanged = 2 * (4 * rows // 2 * 4 * d + 2 * rows // 2 * 4 + 8 * 8 // 2 * 8)
     assert sent["all_to_all", "ep"] == exchanged
     assert found.flops["experts"] == 2 * 3 * 2 * rows * d * 3 * f
@@ -175,7 +175,7 @@ def test_bytes_and_products_by_hand() -> None:
 
 
 def test_bytes_of_fully_sharded_weights_by_hand() -> None:
-    """Blocks are gathered for each forward and each backward, what is not in a block once for both; sums come last."""
+    """Blocks are gathered for each forward and backward, other weights once for both; the reductions come last."""
     config = replace(SMALL, parallel=ParallelConfig(data_parallel="fsdp"))
     found, own = dry(config, 2, 1), memory(config, 2, 1).parameters
     outside = 4 * (25 * 16 + 8 + 25 * 16)
@@ -191,7 +191,7 @@ def test_memory_is_counted_at_its_peak() -> None:
     assert sum(found.memory.values()) <= sum(found.most.values())
     assert found.memory["parameters"] == found.most["parameters"]
     assert found.memory["optimizer state"] == found.most["optimizer state"]
-    assert found.memory["activations"] > 0.9 * found.most["activations"]  # not when the optimizer steps
+    assert found.memory["activations"] > 0.9 * found.most["activations"]  # not during the optimizer step
     longer = dry(replace(config, data=replace(config.data, seq_len=32)), 4, 0)
     assert longer.most["parameters"] == found.most["parameters"]
     assert longer.most["activations"] > 1.9 * found.most["activations"]
@@ -201,7 +201,7 @@ def test_memory_is_counted_at_its_peak() -> None:
 
 
 def test_share_of_tokens_that_choose_a_place() -> None:
-    """By drawing: 8 of 64 experts, or within 2 of 4 groups."""
+    """Compare with random draws: 8 of 64 experts, also limited to 2 of 4 groups."""
     for router, experts in ((RouterConfig(), 16), (RouterConfig(groups=4, kept_groups=2), 8)):
         generator = torch.Generator().manual_seed(0)
         scores_TE = torch.rand(20000, 64, generator=generator)
@@ -215,7 +215,7 @@ def test_share_of_tokens_that_choose_a_place() -> None:
 
 
 def within(found: DryRun, config: TrainConfig) -> None:
-    """Each kind of memory agrees with the formula to 5 %, and weights exactly."""
+    """Check that each kind of memory agrees with the formula to 5 %, and weights exactly."""
     formula = memory(config, found.world, found.rank)
     for kind in ("parameters", "gradients", "optimizer state"):
         assert found.most[kind] == getattr(formula, kind.replace(" ", "_"))
@@ -225,7 +225,7 @@ def within(found: DryRun, config: TrainConfig) -> None:
 
 @pytest.mark.slow
 def test_deepseek_v3_at_1024_ranks(tmp_path: Path) -> None:
-    """The command, within a minute and 8 GB where nothing else runs; here with three times the time."""
+    """The command takes a minute and 8 GB on an idle machine; the test allows three times as long."""
     file, command = tmp_path / "found.json", [sys.executable, "-m", "equimoe.launch.dryrun"]
     argv = ["--recipe", "deepseek_v3", "--world", "1024", "--rank", "517", "--json", str(file)]
     start = time.monotonic()
@@ -290,7 +290,7 @@ def test_ways_to_keep_less(how: list[str]) -> None:
 
 
 def test_parameters_are_as_published() -> None:
-    """671 and 235 billion, summed over one rank of each stage."""
+    """Published numbers of parameters: 671 and 235 billion, summed over one rank of each stage."""
     for name, published in (("deepseek_v3", 671.0e9), ("qwen3_235b", 235.1e9)):
         config, total = RECIPES[name](), 0
         vocab, d = config.model.vocab_size or 0, config.model.hidden_size

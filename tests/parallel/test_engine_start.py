@@ -1,4 +1,4 @@
-"""What an engine refuses, or joins, when it is made: ranks that differ, and weights that are used in several places."""
+"""Checks that a new engine refuses ranks that differ, and ties or refuses weights that are used in several places."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.trained import batches, engine_of, freeze, make, whole, worst
 
 
 def refused(world: int, degrees: dict[str, Any], change: Any) -> list[str]:
-    """The message on every rank for a model that ``change(model, rank)`` has changed."""
+    """Return every rank's error for a model that ``change(model, rank)`` has changed."""
 
     def script(rank: int, world: int) -> str:
         mesh, model = build_mesh(ParallelConfig(**degrees)), make()
@@ -45,7 +45,7 @@ def test_ranks_that_differ_in_one_bit_of_one_weight(world: int, degrees: dict[st
             weight[-1] = torch.nextafter(weight[-1], weight[-1] + 1)
 
     for text in refused(world, degrees, change):
-        assert text.startswith(f"{name}: rank {world - 1} starts from other values than rank 0; ")
+        assert text.startswith(f"{name}: rank {world - 1} starts from different values from rank 0; ")
 
 
 def test_ranks_that_differ_in_a_buffer_or_in_shape() -> None:
@@ -56,7 +56,7 @@ def test_ranks_that_differ_in_a_buffer_or_in_shape() -> None:
         return make(layers=4) if rank else model
 
     assert all(text.startswith("extra: rank 1 starts from") for text in refused(2, {}, buffer))
-    assert all("model: rank 1 has other parameters than rank 0" in text for text in refused(2, {}, shape))
+    assert all("model: rank 1 has different parameters from rank 0" in text for text in refused(2, {}, shape))
 
 
 def test_ranks_that_train_different_weights() -> None:

@@ -1,4 +1,4 @@
-"""Steps that do not go as planned: exceptions, gradients that are not finite, evaluations in between."""
+"""Checks steps that go wrong: exceptions, gradients that are not finite, evaluations in between."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _BreakBackward(torch.autograd.Function):
 
 
 class Loss:
-    """The language model's, which breaks in the forward or backward of a micro-batch, counted from here on."""
+    """The language model's loss; :meth:`break_at` makes it raise in the forward or backward of a later micro-batch."""
 
     def __init__(self) -> None:
         self.where, self.left = "", 0
@@ -78,7 +78,7 @@ class Loss:
     ids=str,
 )
 def test_after_an_exception_the_next_step_is_right(name: str, dtype: torch.dtype) -> None:
-    """In a forward or a backward, in the first or last micro-batch, on all ranks at once."""
+    """A step raises on all ranks, in a forward or backward, in the first or last micro-batch; the next is right."""
     world, degrees = MESHES[name]
     how: dict[str, Any] = {} if dtype == torch.float64 else {"dtype": dtype}
 
@@ -135,7 +135,7 @@ def test_a_step_that_is_not_finite_is_not_applied(name: str) -> None:
     ids=lambda value: "raises" if value is True else "" if value is False else value,
 )
 def test_an_evaluation_leaves_no_trace(name: str, raises: bool) -> None:
-    """In weights, their place in the modules, optimizer state, the modules' mode, or the next step."""
+    """An evaluation must not change weights, modules' parameters, optimizer state, modes, or the next step."""
     world, degrees = (MESHES | MORE)[name]
 
     def script(rank: int, world: int) -> tuple[bool, dict[str, Tensor]]:
@@ -144,7 +144,7 @@ def test_an_evaluation_leaves_no_trace(name: str, raises: bool) -> None:
         engine.step(batches(mesh, 0), lr=0.1)
         before = engine.state()
         copies = {name: full(tensor) for name, tensor in before.items()}
-        engine.parts[0].blocks.eval()  # a user's choice
+        engine.parts[0].blocks.eval()  # a mode that the user has set
         if raises:
             loss.break_at("forward", 1)
             with pytest.raises(Broken):
@@ -190,7 +190,7 @@ def test_reading_the_state_changes_nothing() -> None:
 
 
 def test_real_labels_and_a_mask() -> None:
-    """A model and loss of a user's own: the mean is over the positions where the mask is, on all ranks."""
+    """With float labels and a user's own loss, the mean is over positions where the mask is True, on all ranks."""
 
     def make_linear() -> nn.Linear:
         torch.manual_seed(0)

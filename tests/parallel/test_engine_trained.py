@@ -1,4 +1,4 @@
-"""Which weights an engine trains: frozen, unused, and unfrozen ones fare as in one process."""
+"""Checks which weights an engine trains: frozen, unused and unfrozen ones must behave as in one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mesh_of(world: int, degrees: dict[str, Any]) -> Mesh | None:
 
 @pytest.mark.parametrize("name", slow_but(FAST, MESHES))
 def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
-    """AdamW decays a weight whose gradient is zero; one without a gradient it leaves alone."""
+    """AdamW decays weights whose gradient is zero, but leaves those without a gradient alone."""
     world, degrees = MESHES[name]
     parts = ("experts", "router", "attention")
 
@@ -62,7 +62,7 @@ def test_frozen_weights_stay_and_the_others_do_not_notice(name: str) -> None:
 
 
 class Skipping(Decoder):
-    """Leaves out its first block, with ``every`` in every call, else in the second, fourth, ... call of all ranks."""
+    """Skips its first block: in every call with ``every``, else in every second call."""
 
     every = True
     calls = 0
@@ -100,11 +100,11 @@ def test_a_layer_that_some_ranks_use_is_updated_alike_on_all(degrees: dict[str, 
         mesh, model = mesh_of(world, degrees), make(Skipping, coefficient=0.0)
         model.every, model.calls = False, rank
         parts = batches(mesh)
-        # one micro-batch on each rank; alone, one after the other
+        # one micro-batch per rank; alone, one after the other
         mine = [Batch(*(torch.cat([getattr(b, f) for b in parts]) for f in ("inputs", "labels")))]
         engine = engine_of(model, mesh)
         if mesh is None:
-            engine.balance._exact = False  # whose pass ahead would count as calls
+            engine.balance._exact = False  # a counting pass would count as calls
         for _ in range(3):
             if mesh is not None:
                 model.calls = rank
@@ -118,7 +118,7 @@ def test_a_layer_that_some_ranks_use_is_updated_alike_on_all(degrees: dict[str, 
 
 @pytest.mark.parametrize("name", slow_but(FAST, MESHES))
 def test_weights_unfrozen_and_frozen_later(name: str) -> None:
-    """Each step reduces and updates what is trainable then."""
+    """Each step must reduce and update exactly the weights that are trainable then."""
     world, degrees = MESHES[name]
 
     def script(rank: int, world: int) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
@@ -211,7 +211,7 @@ def test_experts_alone_are_trained(degrees: dict[str, Any]) -> None:
 
 
 def test_buckets_of_any_size_give_the_same_sums() -> None:
-    """Also when they are so small that each weight has its own, and are started while the backward runs."""
+    """Sums must not depend on bucket size, even if each weight has its own bucket and starts during the backward."""
 
     def script(rank: int, world: int, nbytes: int) -> dict[str, Tensor]:
         mesh, optimizer = mesh_of(world, {"ep": 2}), Recorded()

@@ -1,4 +1,4 @@
-"""The held-out loss does not depend on how its sequences are grouped, and evaluations do not disturb a run."""
+"""Checks that the held-out loss does not depend on how sequences are grouped, and that evaluation changes no run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trainer_of(config: TrainConfig, world: int) -> Trainer:
 
 @pytest.mark.parametrize("scope", slow_but(["sequence"], ["local", "sequence", "global"]))
 def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: Path, scope: str) -> None:
-    """Neither padding, nor the sequences beside it, take the place of a token. (The last sequences are shorter.)"""
+    """Neither padding nor other sequences may take a token's capacity. The last sequences are shorter."""
     config = small.on(texts, capacity=CapacityConfig(0.7, scope=scope))  # type: ignore[arg-type]
     log = replace(config.log, eval_sequences=5)
     config = replace(config, log=log, model=replace(config.model, vocab_size=258))
@@ -41,7 +41,7 @@ def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: P
         parallel, data = replace(config.parallel, **degrees), replace(config.data, micro_batch=micro_batch)
         trainer = trainer_of(replace(config, parallel=parallel, data=data), world)
         trained = [layer.capacity for layer in trainer.layers.values()]
-        with torch.no_grad():  # as if trained: the experts matter
+        with torch.no_grad():  # as in a trained model, where experts matter
             for layer in trainer.layers.values():
                 for weight in (layer.router.weight, *layer.experts.parameters()):
                     weight.mul_(20.0)

@@ -1,4 +1,4 @@
-"""A layer whose experts are split over ranks equals one process that holds all tokens and all experts."""
+"""Checks that a layer whose experts are distributed equals one process that holds all tokens and all experts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tokens(rank: int, lengths: tuple[int, ...]) -> Tensor:
 
 
 class Model(torch.nn.Sequential):
-    """``make`` as the engine calls it: rows of one sequence, and perhaps computed again in the backward."""
+    """The model as the engine calls it: rows of one sequence; the layer may be recomputed."""
 
     again = False
 
@@ -47,7 +47,7 @@ def square(y: Tensor, _: Tensor) -> Tensor:
 
 
 def train(rank: int, world: int, ep: int, lengths: tuple[int, ...], config: MoEConfig, again: bool) -> dict[str, Any]:
-    """Three SGD steps; gradients and norm of the first, parameters after the last."""
+    """Run three SGD steps; return the first's gradients and norm, and the final parameters."""
     model = Model(*make(config))
     model.again = again
     optimizer = Recorded()
@@ -58,7 +58,7 @@ def train(rank: int, world: int, ep: int, lengths: tuple[int, ...], config: MoEC
 
 
 def alone(world: int, lengths: tuple[int, ...], config: MoEConfig = CONFIG) -> dict[str, Any]:
-    """The same in one process with the whole batch, on the slow backend and torch's own norm."""
+    """Run the same steps in one process with the whole batch, the slow backend and torch's own norm."""
     model = make(replace(config, backend="reference"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.cat([tokens(rank, lengths) for rank in range(world)])
@@ -89,7 +89,7 @@ def test_equals_one_process(world: int, ep: int, lengths: tuple[int, ...], again
 
 
 def test_every_token_on_one_experts_rank() -> None:
-    """All choices go to the first rank's experts: the others receive nothing and still take part."""
+    """All choices go to the first rank's experts: other ranks get nothing and must still take part."""
 
     def script(rank: int, world: int) -> dict[str, Tensor]:
         mesh = build_mesh(ParallelConfig(ep=2))
@@ -117,7 +117,7 @@ def test_every_token_on_one_experts_rank() -> None:
 
 
 def test_capacity_counts_before_the_drop() -> None:
-    """Capacity limits each rank's own choices; the counts, and with them the balance gradient, do not see it."""
+    """Capacity limits each rank's own choices; counts and the balance gradient must not change."""
 
     def script(rank: int, world: int, capacity: CapacityConfig | None) -> tuple[Tensor, float]:
         mesh = build_mesh(ParallelConfig(ep=2))
@@ -142,11 +142,11 @@ def test_split_that_does_not_fit_is_refused_before_the_exchange() -> None:
             return str(error)
         return ""
 
-    assert all("splits [1, 1] and [1, 1] do not fit 3 rows" in text for text in run_ranks(script, 2))
+    assert all("sent=[1, 1], received=[1, 1]: do not fit 3 rows" in text for text in run_ranks(script, 2))
 
 
 def test_same_collectives_on_every_rank() -> None:
-    """torch's own checker sees no rank out of step, with a rank that has no tokens."""
+    """torch's checker must find the same collectives on every rank, also on one without tokens."""
 
     def script(rank: int, world: int) -> bool:
         model = parallelize(make(), build_mesh(ParallelConfig(ep=2)))
@@ -158,7 +158,9 @@ def test_same_collectives_on_every_rank() -> None:
 
 
 def test_norm_counts_split_gradients_once() -> None:
-    """All-ones gradients: the norm is the square root of the number of elements, whatever is split or replicated."""
+    """With all-ones gradients, the norm is the square root of the number of elements, whatever is sharded or
+    replicated.
+    """
 
     def script(rank: int, world: int, ep: int) -> tuple[float, float]:
         model = parallelize(make(), build_mesh(ParallelConfig(ep=ep)))

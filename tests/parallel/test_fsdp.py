@@ -1,4 +1,4 @@
-"""The layer alone under FSDP2, in a script that knows nothing of ours."""
+"""Checks a layer under FSDP2 in a user's own script, without our engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def make() -> MoE:
 
 
 def test_router_gradient_and_window() -> None:
-    """Two steps of two micro-batches: FSDP's unsharded weights lose their gradients, and the step still goes on."""
+    """FSDP takes the gradients from unsharded weights after each micro-batch; the step must still have two micro-
+    batches.
+    """
 
     def script(rank: int, world: int) -> tuple[list[Tensor], list[int]]:
         layer = make()
@@ -60,7 +62,7 @@ def test_router_gradient_and_window() -> None:
 
 
 def test_a_skipped_step_starts_anew() -> None:
-    """Of shards the optimizer has gradients, and not the weight that the layer sees."""
+    """Only sharded weights have gradients after a step, so the layer cannot detect a skipped step by its own weight."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         layer = make()

@@ -1,4 +1,4 @@
-"""Which ranks form which group, against the definition read literally."""
+"""Checks which ranks form which group, against a literal reading of the definition."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEGREES = [
 
 @pytest.mark.parametrize("config", DEGREES, ids=str)
 def test_groups_are_those_that_differ_in_the_axis_alone(config: ParallelConfig) -> None:
-    """Two ranks share a group exactly when all their coordinates but the axis's own are equal."""
+    """Two ranks share a group exactly if all their coordinates except the axis's own are equal."""
     world = 16
     degrees = config.resolve(world)
     shared = {a: {frozenset(row) for row in groups_of(a, degrees).tolist()} for a in AXES}
@@ -47,7 +47,7 @@ def test_groups_are_those_that_differ_in_the_axis_alone(config: ParallelConfig) 
 
 
 def test_stages_are_the_same_for_dense_and_experts() -> None:
-    """Also where cp * tp is not ep * etp: 128 ranks, tp 2, ep 8, pp 8."""
+    """Stages must agree also if cp * tp is not ep * etp: 128 ranks, tp 2, ep 8, pp 8."""
     degrees = ParallelConfig(pp=8, tp=2, ep=8).resolve(128)
     stage = {frozenset(row) for row in groups_of("stage", degrees).tolist()}
     for axis in ("tp", "ep", "edp", "dense"):
@@ -65,7 +65,7 @@ def test_experts_copies_follow_the_dense_ones() -> None:
     ("config", "text"),
     [
         (ParallelConfig(tp=3), "parallel.tp=3: must divide the number of processes, which is 8"),
-        (ParallelConfig(dp_shard=2, tp=2), "parallel.dp_shard=2 * parallel.tp=2: must be equal to, or"),
+        (ParallelConfig(dp_shard=2, tp=2), "parallel.dp_shard=2 * parallel.tp=2: must equal (or divide,"),
         (
             ParallelConfig(pp=2, ep=8),
             "parallel.ep=8: must divide the number of processes of a pipeline stage, which is 4",
@@ -101,7 +101,7 @@ def test_experts_over_as_many_ranks_as_divide_them(
 
 def test_a_remedy_that_fits_dense_part_and_experts() -> None:
     config = ParallelConfig(pp=2, tp=3, ep=4)
-    with pytest.raises(ValueError, match="start a multiple of 24 processes, or set other degrees$"):
+    with pytest.raises(ValueError, match="start a multiple of 24 processes, or change the degrees$"):
         config.resolve(1)
     assert config.resolve(24).dp_shard == 4
 
@@ -109,13 +109,13 @@ def test_a_remedy_that_fits_dense_part_and_experts() -> None:
 def test_values_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="parallel.tp=0: must be at least 1, or -1 for the rest"):
         ParallelConfig(tp=0)
-    with pytest.raises(ValueError, match="only one of these can be the rest"):
+    with pytest.raises(ValueError, match="only one of these can be -1; set the others"):
         ParallelConfig(cp=-1)
 
 
 @pytest.mark.parametrize("config", DEGREES[1:3], ids=str)
 def test_groups_that_are_made(config: ParallelConfig) -> None:
-    """Each rank's group sums up the very ranks of the table, and knows the timeout."""
+    """Each rank's group must sum over exactly the ranks of the table, and have the timeout."""
     config = replace(config, pp=1, timeout_s=47)
 
     def script(rank: int, world: int) -> dict[str, tuple[float, int, float]]:

@@ -1,4 +1,4 @@
-"""What a step tells of routing does not depend on the mapping, and its stragglers are the rows that ranks received."""
+"""Checks that routing metrics do not depend on the mapping, and that stragglers match the rows that ranks received."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def observed(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
-    """The last record, the evaluation, and the rows that each layer's experts here were given in that step."""
+    """Return the last record, the evaluation, and the rows that each layer's experts here got in the last step."""
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     mesh = build_mesh(config.parallel) if world > 1 else None
     trainer = Trainer(config, corpus, mesh, torch.device("cpu"))
     rows: dict[int, list[int]] = {}
 
     def count(number: int, given: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():  # not a pass that only counts
+        if torch.is_grad_enabled():  # not a counting pass
             rows.setdefault(number, []).append(given[0].shape[0])
 
     for number, layer in trainer.layers.items():
@@ -61,7 +61,7 @@ def on(config: TrainConfig, parallel: dict[str, Any]) -> TrainConfig:
 
 
 def close(one: Any, two: Any, where: str) -> None:
-    """Equal but for rounding, through dicts and lists."""
+    """Return whether dicts and lists are equal up to rounding."""
     if isinstance(two, dict):
         assert one.keys() == two.keys(), where
         for key in two:
@@ -131,13 +131,13 @@ def test_stragglers_are_the_rows_that_ranks_received(config: TrainConfig, world:
     if len(set(factors)) > 1:
         assert any(row["straggler"] < row["straggler_max"] for row in record["layers"])
     assert record["straggler_max"] == max(row["straggler_max"] for row in record["layers"])
-    # four equal layers: the projection to as many ranks costs the same share per straggling row
+    # for four equal layers, the waiting projected to 2 ranks gives the cost per unit of straggling
     each = record["projected_waiting"]["2"] / (record["projected_straggler"]["2"] - 1.0)
     assert record["waiting"] == pytest.approx(each * (record["straggler"] - 1.0))
 
 
 def test_stragglers_are_before_any_drop(config: TrainConfig) -> None:
-    """A capacity limit changes what is computed, not what the router asks for."""
+    """A capacity limit changes what is computed, not what the router chooses."""
     limited = replace(config, capacity=CapacityConfig(factor=0.5), steps=1)
     free, short = (run_ranks(observed, 2, on(c, {"ep": 2}))[0]["record"] for c in (replace(config, steps=1), limited))
     assert short["layers"][0]["dropped"] > 0.2
@@ -160,7 +160,7 @@ def test_a_loss_within_one_rank_counts_its_own_sequences(config: TrainConfig) ->
 
 
 def test_bf16_weights_that_fsdp_takes_away(config: TrainConfig, alone: dict[str, Any]) -> None:
-    """Scores are looked at while the router's whole weight is there."""
+    """Scores must be read while FSDP has the router's whole weight gathered."""
     half = replace(on(config, {"data_parallel": "fsdp"}), dtype="bfloat16")
     record = run_ranks(observed, 2, half)[0]["record"]
     assert record["score_sum"] == pytest.approx(alone["record"]["score_sum"], rel=1e-2)

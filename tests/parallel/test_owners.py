@@ -1,4 +1,4 @@
-"""Experts owned by any rank, in any slot, in unequal numbers: every dispatcher and loss against one process.
+"""Compares experts on any rank, in any slot, in unequal numbers, with one process, for every dispatcher and loss.
 
 T tokens, D hidden, E experts.
 """
@@ -39,7 +39,7 @@ OWNERS = {
 
 
 def owners(name: str) -> Owners:
-    """Slots count down in each rank, so that no slot is its expert's place in the order of experts."""
+    """Number the slots of each rank downwards, so that slots differ from the order of the experts."""
     rank_of_E = OWNERS[name]
     slot_of_E = [rank_of_E[e + 1 :].count(rank) for e, rank in enumerate(rank_of_E)]
     if name == "in order":
@@ -89,7 +89,7 @@ def test_equals_one_process(name: str, variant: str) -> None:
     changes = VARIANTS[variant]
     results = run_ranks(on_ranks, WORLD, name, changes)
     alone, held = make(**changes), owners(name)
-    # the balance and the limit look at ranks, the experts stay where they are
+    # the balancer and the capacity limit get the owners, but experts do not move
     spread_experts(alone, WORLD)
     alone.balancer.place(replace(alone.balancer.placement, owners=held))
     alone.capacity = type(alone.capacity)(*of_capacity(changes, held)) if changes.get("capacity") else alone.capacity

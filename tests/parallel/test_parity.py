@@ -1,4 +1,4 @@
-"""Every composition of parallelisms equals one process that holds the whole batch."""
+"""Checks that every composition of parallelisms equals one process that holds the whole batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.helpers.compositions import COMPOSITIONS
 from tests.helpers.parity import compare
 from tests.helpers.slow import slow_but
 
-#: between them every axis, dispatcher and precision, capacity, recomputation and a rank without tokens
+#: together these cover every axis, dispatcher and precision, capacity, recomputation, and a rank without tokens
 FAST = (
     "dp 4, ep 2, recompute",
     "dp 2, ep 2, sequence scope",
@@ -31,7 +31,7 @@ FAST = (
 
 @pytest.mark.parametrize("name", slow_but(FAST, COMPOSITIONS))
 def test_equals_one_process(name: str) -> None:
-    """Loss and norm of three steps, every gradient of the first, every parameter after the last."""
+    """Compare loss and norm of three steps, the first's gradients, and the final parameters."""
     of = COMPOSITIONS[name]
     found = compare(of)
     assert max(found.values()) < of.limit, found

@@ -1,4 +1,4 @@
-"""A pipeline of stages equals the same decoder in one process, whatever the schedule."""
+"""Checks that a pipeline of stages equals the same decoder in one process, under every schedule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GLOBAL = BalanceConfig(coefficient=0.5, estimator="exact")
 #: schedule -> stages per rank
 PER_RANK = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2}
 SPLIT = ("interleaved_zero_bubble", "zbv")
-#: those that this torch runs rightly
+#: schedules that run correctly with the installed torch
 USABLE = [name for name in SCHEDULES if SPLITS_BACKWARD or name not in SPLIT]
 
 
@@ -62,11 +62,11 @@ def experts_of(model: torch.nn.Module) -> list[MoE]:
 
 
 def data(micro_batches: int, step: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Inputs, labels (-100: none) and masks, with another number of valid tokens in every sequence."""
+    """Return inputs, labels (-100: ignored) and masks; each sequence has a different number of valid tokens."""
     generator = torch.Generator().manual_seed(step)
     shape = (micro_batches * SEQUENCES, SEQ)
     inputs = torch.randint(VOCAB, shape, generator=generator)
-    # text of one domain after the other, so that the micro-batches' loads differ
+    # each sequence is of another domain, so that the counts of micro-batches differ
     inputs = torch.where(
         torch.rand(shape, generator=generator) < 0.5, inputs, (torch.arange(len(inputs)) // 2)[:, None]
     )
@@ -77,7 +77,7 @@ def data(micro_batches: int, step: int = 0) -> tuple[list[Tensor], list[Tensor],
 
 
 def shares_of(labels: list[Tensor]) -> Any:
-    """The loss function of a step: every token's part of the mean over the step's valid tokens."""
+    """Return the step's loss function: each token's part of the mean over the step's valid tokens."""
     total = int(sum((part >= 0).sum() for part in labels))
 
     def shares(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def shares_of(labels: list[Tensor]) -> Any:
 
 @lru_cache
 def alone(micro_batches: int, passes: int, layers: int, precision: Any = nullcontext, **options: Any) -> list[dict]:
-    """Loss and gradients of two steps in one process, the step's data in so many passes."""
+    """Return loss and gradients of two steps in one process, with the step's data split into ``passes``."""
     model = make(layers, **options)
     if precision is not nullcontext:
         model = model.float()
@@ -115,7 +115,7 @@ def alone(micro_batches: int, passes: int, layers: int, precision: Any = nullcon
 
 
 def layers_of(schedule: str, world: int) -> int:
-    """One more than stages, so that they are not all of one length."""
+    """Use one layer more than stages, so that stages differ in length."""
     return world * PER_RANK[schedule] + 1
 
 
@@ -132,7 +132,7 @@ def pipeline_of(axis: Axis, schedule: str, micro_batches: int, **options: Any) -
 
 
 def train(pipeline: Pipeline, between: Any = None) -> list[dict[str, Any]]:
-    """What this rank finds in two steps."""
+    """Return this rank's losses and gradients of two steps."""
     named = [item for stage in pipeline.stages for item in stage.named_parameters()]
     optimizer = torch.optim.SGD([p for _, p in named], lr=0.1)
     found = []
@@ -152,13 +152,13 @@ def train(pipeline: Pipeline, between: Any = None) -> list[dict[str, Any]]:
 
 
 def begin(pipeline: Pipeline, masks: list[Tensor]) -> None:
-    """As an engine does at the start of a step."""
+    """Start a step as an engine does."""
     for balance in pipeline.balance:
         balance.begin(pipeline.micro_batches, torch.stack(masks).sum())
 
 
 def compare(results: list[list[dict[str, Any]]], want: list[dict[str, Any]], tolerance: float = 1e-9) -> None:
-    """Every step's shares are the last stage's alone, and every gradient is that of exactly one stage."""
+    """Only the last stage has losses, and each gradient must be on exactly one stage."""
     for step, wanted in enumerate(want):
         shares = [result[step]["shares"] for result in results if result[step]["shares"]]
         assert len(shares) == 1
@@ -172,7 +172,7 @@ def compare(results: list[list[dict[str, Any]]], want: list[dict[str, Any]], tol
 @pytest.mark.parametrize("world", slow_but([2], [2, 4]))
 @pytest.mark.parametrize("schedule", USABLE)
 def test_equals_the_whole_batch_in_one_go(schedule: str, world: int) -> None:
-    """With experts in every second block, some stages have none."""
+    """Experts are in every second block, so some stages have none."""
     cases = [(micro_batches, every) for micro_batches in (4, 8) for every in (1, 2)]
 
     def script(rank: int, world: int) -> list[Any]:
@@ -192,7 +192,7 @@ def test_local_scopes_equal_the_same_micro_batches_in_one_process(schedule: str,
     def script(rank: int, world: int) -> Any:
         return train(pipeline_of(world_axis(), schedule, 4, balance=balance))
 
-    # the reference must know from its first step how many there are; a pipeline always does
+    # the reference must know the number of micro-batches in its first step; a pipeline always does
     want = alone(4, 4, layers_of(schedule, 2), balance=replace(balance, micro_batches=4))
     compare(run_ranks(script, 2), want)
 
@@ -218,7 +218,7 @@ def test_recomputation_under_a_split_backward_is_refused(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", USABLE)
 def test_between_steps(schedule: str) -> None:
-    """What must leave no trace: an evaluation, a count without its step, a step broken off, or without its update."""
+    """Evaluations, counts without a step, interrupted steps and steps without an update must not affect later steps."""
 
     def between(pipeline: Pipeline) -> None:
         inputs, labels, masks = data(4, step=9)
@@ -258,7 +258,7 @@ def alone_losses(model: Decoder, inputs: list[Tensor], labels: list[Tensor], mas
 
 
 def test_rolling_sees_what_the_schedule_has_run() -> None:
-    """1F1B on stage s of P has run min(m, k + P - s) forwards when it runs backward k; GPipe all of them."""
+    """When 1F1B runs backward k on stage s of P, min(m, k + P - s) forwards have run; under GPipe all of them."""
     rolling = replace(GLOBAL, estimator="rolling")
 
     def script(rank: int, world: int, schedule: str) -> list[int]:
@@ -300,7 +300,7 @@ def test_gpipe_runs_no_counting_pass() -> None:
 
 @pytest.mark.parametrize("schedule", [name for name in USABLE if name in ("1f1b", "zbv")])
 def test_autocast_covers_the_forward_alone(schedule: str) -> None:
-    """bf16 products from fp32 weights, bit for bit as in one process that runs the same micro-batches."""
+    """Products are bf16 from fp32 weights, bitwise equal to one process that runs the same micro-batches."""
     precision = partial(torch.autocast, "cpu", torch.bfloat16)
 
     def script(rank: int, world: int) -> Any:
@@ -313,14 +313,14 @@ def test_autocast_covers_the_forward_alone(schedule: str) -> None:
 
 
 def half(parts: tuple[list[Tensor], ...], rank: int) -> tuple[list[Tensor], ...]:
-    """One of two data-parallel ranks' share of every micro-batch."""
+    """Return one of two data-parallel ranks' share of every micro-batch."""
     return tuple([part.chunk(2)[rank].contiguous() for part in which] for which in parts)
 
 
 @pytest.mark.parametrize("data_parallel", slow_but(["fsdp"], ["ddp", "fsdp"]))
 @pytest.mark.parametrize("schedule", slow_but([USABLE[1], USABLE[-1]], USABLE))
 def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
-    """2 x 2 ranks; the two of a stage hold different sequences, and either half of the experts or half of all weights.
+    """Run 2 x 2 ranks; the two of a stage hold different sequences, and half of the experts or of all weights each.
 
     Counts and gradients are sums over them.
     """
@@ -341,7 +341,7 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
             shares = pipeline.step(inputs, labels, masks, shares_of(data(4, step)[1]))
             pipeline.evaluate(inputs, labels, masks, shares_of(labels))  # leaves gradients alone
             split = [isinstance(p, DTensor) for stage in stages for p in stage.parameters()]
-            assert all(split) or data_parallel == "ddp"  # and no weights gathered
+            assert all(split) or data_parallel == "ddp"  # and leaves no weights gathered
             gradients = {}
             for name, p in named:
                 if not isinstance(p, DTensor):
@@ -419,7 +419,7 @@ def test_degrees_that_do_not_fit(degrees: Any, text: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 12])
 @pytest.mark.parametrize("schedule", USABLE)
 def test_remedies_are_possible(schedule: str, size: int) -> None:
-    """What the line says to set is accepted, and sizes stay whole."""
+    """The value that the error suggests must be accepted, and sizes must stay whole numbers."""
     refused = 0
     for pp in (2, 3, 4):
         for number in range(1, 20):
@@ -453,7 +453,7 @@ def test_too_few_blocks_for_the_stages() -> None:
 @pytest.mark.parametrize("schedule", USABLE)
 @pytest.mark.parametrize("pp", slow_but([2], [2, 3]))
 def test_what_is_not_refused_runs(schedule: str, pp: int) -> None:
-    """torch accepts every number of micro-batches that the check lets through, and every micro-batch is scored."""
+    """Every number of micro-batches that the check accepts must run in torch, with a loss for every micro-batch."""
 
     def fits(number: int) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""A pipeline stage holds what it received only as long as it is needed."""
+"""Checks that a pipeline stage holds what it receives only as long as it needs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MICRO_BATCHES = 8
 
 
 def test_receive_buffers_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 1F1B stage s of P has P - s micro-batches in flight: their inputs and two gradients, not those of all."""
+    """In 1F1B, stage s of P has P - s micro-batches in flight; it may hold only their inputs, and two gradients."""
     received: list[weakref.ref] = []
     most = 0
     before = TorchStage._buffer
@@ -48,7 +48,7 @@ def test_receive_buffers_alive_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("schedule", test_pipeline.USABLE)
 def test_nothing_is_left_of_a_micro_batch(schedule: str) -> None:
-    """After an evaluation, a counting pass and a step: no inputs, outputs, gradients or postponed backwards."""
+    """An evaluation, a counting pass and a step must leave no inputs, outputs, gradients or deferred backwards."""
 
     def left(stages: list[TorchStage]) -> list[Any]:
         return [value for stage in stages for held in stage._in_flight.values() for value in vars(held).values()]
@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_micro_batch(schedule: str) -> None:
 
 
 def test_groups_of_nodes_have_the_timeout() -> None:
-    """Also the groups that the hierarchical dispatcher makes for itself."""
+    """The groups that the hierarchical dispatcher creates must have the timeout too."""
     from equimoe.moe.collectives import split_axis
 
     def script(rank: int, world: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""A user's own mixed precision must not round the router's weight without a word."""
+"""Checks that a user's own mixed precision does not silently round the router's weight."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 
 def said(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
-    """What two training forwards warn of."""
+    """Return the warnings of two training forwards."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         for _ in range(2):

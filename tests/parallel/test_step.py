@@ -1,4 +1,4 @@
-"""A step that the training loop drives, on several ranks: one sum for each forward pass, matched by layer."""
+"""Checks steps that the training loop drives, on several ranks: one sum per forward pass, matched by layer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ L, WORLD, M = 3, 2, 2
 
 
 class Stack(nn.Module):
-    """Layers that all see the same input, of which ``run`` says which ones."""
+    """Layers that all get the same input; ``run`` says which ones run."""
 
     def __init__(self, **balance: Any) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Stack(nn.Module):
 
 
 def joined(model: Stack) -> None:
-    """The mean over ranks, as an engine takes it; a layer that did not run has no gradient."""
+    """Return the mean over ranks, as an engine computes it; a layer that did not run has no gradient."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         dist.all_reduce(p.grad)
@@ -44,7 +44,7 @@ def number(step: int, m: int, rank: int) -> int:
 
 
 def test_one_sum_for_each_pass() -> None:
-    """Also for ranks that run different layers, in another order: rows of layers that did not run are zero."""
+    """Ranks may run different layers in different orders; rows of layers that did not run are zero."""
     runs = {0: (0, 1, 2), 1: (2, 0)}
 
     def script(rank: int, world: int) -> tuple[list[int], list[float]]:
@@ -100,7 +100,7 @@ def test_counted_ahead_and_after_an_exception() -> None:
 
 
 def test_what_is_assumed_is_said_once() -> None:
-    """In a script that tells nothing, and not where the group is given."""
+    """A script that declares nothing is warned once about the assumption; a given group means no warning."""
 
     def script(rank: int, world: int, tell: bool) -> list[str]:
         layers = [MoE(CONFIG, group=dist.group.WORLD if tell else None) for _ in range(2)]

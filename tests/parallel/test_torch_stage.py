@@ -1,6 +1,6 @@
-"""What moe/parallel/torch_stage.py takes for granted about torch, read out of the torch that is installed.
+"""Checks what moe/parallel/torch_stage.py assumes about torch against the source of the installed torch.
 
-A torch that no longer fits fails here with its version and with what has changed, before any number is wrong.
+A torch that does not fit fails here with its version and the difference, before any number is wrong.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from torch.distributed.pipelining import PipelineStage, schedules, stage
 from equimoe.moe.parallel.torch_stage import TorchStage
 from tests.helpers.fork import run_ranks
 
-#: what schedules read of a stage, or set
+#: attributes of a stage that schedules read or set
 ATTRIBUTES = {
     *("is_first", "is_last", "has_backward", "num_stages", "stage_index", "submod", "device", "output_chunks"),
     *("group", "group_rank", "group_size", "stage_index_to_group_rank", "args_recv_info", "act_send_info"),
 }
-#: torch's own preparation, which our stages take part in: shapes were given, so it runs no pass of the module
+#: attributes of torch's own preparation of stages; it runs no forward of ours, because shapes are given
 PREPARATION = {
     *("_user_meta", "_inference_mode", "_is_same_rank", "_warmup_forward_vote", "_warmup_backward_result"),
     *("_pre_metadata_inference_backup", "p2p_per_edge", "_parent_group", "_p2p_edge_groups"),
 }
-#: torch's methods that use the module alone, and nothing that a stage keeps of its micro-batches
+#: torch methods that use only the module, and no state of micro-batches
 OF_THE_MODULE = {"perform_reduce_grad", "start_gradient_reduction", "wait_for_gradient_reduction", "scale_grads"}
-#: called by a way to run schedules that none of ours takes
+#: called only by ways to run schedules that we do not use
 UNREACHED = {"_clear_unlaunched_fwd_recv", "_clear_unlaunched_bwd_recv"}
-#: calls that our stage makes of torch's, with the names of the arguments and the keys of the second one
+#: our calls of torch's backward: names of the arguments, and keys of the second one
 BACKWARD = ["self", "backward_type", "bwd_kwargs", "last_backward"]
 BACKWARD_KEYS = {"stage_output", "output_grads", "input_values", "param_groups"}
-#: what torch's methods of the module may use of the stage
+#: attributes of the stage that torch's methods of the module may use
 OF_THE_STAGE = {"submod", "has_backward", "scale_grads", "_gradient_reduction_handle", *OF_THE_MODULE}
 
 
 def is_stage(node: ast.expr) -> bool:
-    """Whether an expression of torch's schedules is a stage."""
+    """Return whether an expression in torch's schedules is a stage."""
     if isinstance(node, ast.Subscript):
         whole = node.value
         name = whole.id if isinstance(whole, ast.Name) else getattr(whole, "attr", "")
@@ -51,7 +51,7 @@ def is_stage(node: ast.expr) -> bool:
 
 
 def misfits(source: str) -> list[str]:
-    """What schedules do with a stage that :class:`TorchStage` was not made for."""
+    """Return everything that schedules do with a stage and :class:`TorchStage` does not support."""
     own, tree, found = vars(TorchStage), ast.parse(source), []
     known = ATTRIBUTES | PREPARATION | OF_THE_MODULE | UNREACHED | own.keys()
     for node in ast.walk(tree):
@@ -78,7 +78,7 @@ def test_schedules_ask_a_stage_for_what_it_has() -> None:
 
 
 def test_what_is_new_is_found() -> None:
-    """The search itself, on lines as a later torch might have them."""
+    """Check the search itself, on lines that a later torch might have."""
     assert misfits("stage.fuse(1)") == ["line 1: stage.fuse is new"]
     assert misfits("self._stage.get_fwd_recv_ops(i)\nstages[0].is_first\nother.fuse(1)") == []
     (found,) = misfits("if True:\n    self._stages[0].get_fwd_recv_ops(i, early=True)")
@@ -107,7 +107,7 @@ def test_torchs_own_methods_are_what_the_stage_builds_on() -> None:
 
 
 def test_names_of_our_own_are_not_torchs() -> None:
-    """An attribute that torch uses as well would be overwritten without a word."""
+    """Attributes of ours that torch also uses would silently be overwritten."""
 
     def script(rank: int, world: int) -> tuple[set[str], set[str]]:
         x = torch.empty(1, 2, 3, device="meta")
@@ -125,7 +125,7 @@ def test_names_of_our_own_are_not_torchs() -> None:
 
 
 def test_this_torch_is_one_of_those_declared() -> None:
-    """What is tested is what is declared."""
+    """The torch versions that we test must be those that we declare."""
     setup = (Path(__file__).parents[2] / "setup.py").read_text()
     (declared,) = re.findall(r'"torch([<>=][^"]+)"', setup)
     fits = SpecifierSet(declared).contains(torch.__version__, prereleases=True)

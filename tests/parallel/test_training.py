@@ -1,4 +1,4 @@
-"""The same training run on any mapping: loss curves, evaluation, and the data each step sees."""
+"""Checks that a training run is the same on any mapping: loss curves, evaluation, and the data of each step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.slow import slow_but
 
 
 def curve(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
-    """Records of every step, and the evaluation at the end."""
+    """Return the records of every step, and the final evaluation."""
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     mesh = build_mesh(config.parallel) if world > 1 else None
     trainer = Trainer(config, corpus, mesh, torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_expert_parallel_2_and_expert_data_parallel(texts: Path) -> None:
     ids=str,
 )
 def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
-    """A run's curve, loads, domain losses and evaluation do not depend on how the model is split.
+    """Loss curve, counts, domain losses and evaluation of a run must not depend on how the model is split.
 
     The vocabulary is that of bytes, 257 entries, which no degree of tensor parallelism divides.
     """

@@ -1,4 +1,4 @@
-"""Formats of rows on the wire, and the bytes that every dispatcher sends, against the closed formulas."""
+"""Checks wire formats, and the bytes that every dispatcher sends against the closed formulas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_error_of_a_round_trip(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("codec", [BFloat16(), Float8()])
 def test_rows_that_need_care(codec: BFloat16 | Float8) -> None:
-    """No rows; zero rows stay zero; tiny and huge rows survive; a row that is not finite arrives so, and alone."""
+    """Empty, zero, tiny and huge rows must survive; a row that is not finite must arrive so, and affect no other."""
     assert codec.decode(codec.encode(torch.zeros(0, 5)), torch.float32).shape == (0, 5)
     rows = torch.ones(7, 5)
     rows[0], rows[1], rows[2] = 0.0, 1e-40, 3e38
@@ -53,7 +53,7 @@ def test_rows_that_need_care(codec: BFloat16 | Float8) -> None:
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("name", ["all_to_all", "hierarchical", "overlapped", "all_gather"])
 def test_a_layer_with_rounded_rows_is_near_the_exact_one(name: str, wire: str) -> None:
-    """Forward and gradients differ by the format's rounding, and do differ; weights of the router travel exactly."""
+    """Outputs and gradients must differ by the format's rounding, and must differ; gate weights are sent exactly."""
     bound = {"compute": 1e-6, "bf16": 1.2e-2, "fp8": 6e-2}[wire]
 
     def script(rank: int, world: int, wire: str) -> list[Tensor]:
@@ -74,7 +74,7 @@ def test_a_layer_with_rounded_rows_is_near_the_exact_one(name: str, wire: str) -
 
 
 def test_gradients_take_their_own_format() -> None:
-    """To the experts: fp8, and bf16 for the gradient that comes back."""
+    """Rows are sent to the experts as fp8, and their gradients returned as bf16."""
 
     def script(rank: int, world: int) -> tuple[Tensor, Tensor]:
         rows = torch.linspace(0.1, 1, 2 * 5).view(2, 5).requires_grad_()
@@ -106,7 +106,7 @@ def test_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
 
 
 def test_formula_of_the_paper() -> None:
-    """K T h [2 (e - 1)/e + 2 (g - 1)] values forward, without the router's weights and ids."""
+    """Forward sends K T h [2 (e - 1)/e + 2 (g - 1)] values, not counting gate weights and ids."""
     for ep, etp in ((1, 1), (4, 1), (2, 4), (8, 2)):
         load = Load(tokens=64, hidden=1 << 20, top_k=3, value=2, weight=0)
         rows = 3 * 64 * (1 << 20) * (2 * (ep - 1) / ep + 2 * (etp - 1))
@@ -114,7 +114,7 @@ def test_formula_of_the_paper() -> None:
 
 
 def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
-    """Random routing: on the axis between nodes, as many rows as there are pairs of a token and another node."""
+    """With random routing, rows sent between nodes must equal the pairs of a token and another node that it uses."""
 
     def script(rank: int, world: int) -> tuple[int, int]:
         config = replace(CONFIG, top_k=5, dispatch=DispatchConfig("hierarchical", node_size=2))
@@ -133,7 +133,7 @@ def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
 
 
 def test_dropped_duplicates_exchange_a_share() -> None:
-    """1/tp of the rows in the all-to-all, and the gathered outputs."""
+    """The all-to-all sends 1/tp of the rows; gathering the outputs comes on top."""
 
     def script(rank: int, world: int, drop: bool) -> tuple[int, int]:
         axis = world_axis()

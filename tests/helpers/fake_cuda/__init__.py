@@ -1,7 +1,7 @@
-"""Runs code on CUDA tensors that have no memory, without a GPU, and notes what a GPU would have stumbled over.
+"""Runs code on CUDA tensors without memory, on machines without a GPU, and records what would go wrong on a GPU.
 
-Tensors are torch's fake ones: shapes, dtypes and devices are exact, values do not exist. A small library (device.cpp)
-makes torch believe in the device, which a CPU build needs for backward passes, as does a CUDA build without a GPU.
+Tensors are torch's fake tensors: shapes, dtypes and devices are exact, values do not exist. A small library
+(device.cpp) makes torch believe in a device. Backwards need it, both in CPU builds and in CUDA builds without a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SOURCE = Path(__file__).with_name("device.cpp")
 
 
 def _obstacle() -> str:
-    """Why there can be no fake device here; empty where there can."""
+    """Say why a fake device is impossible here; empty if it is possible."""
     if torch.cuda.is_available():
         return "this machine has a GPU, whose place a fake one cannot take"
     if _compiler() is None:
@@ -48,19 +48,19 @@ def _compiler() -> str | None:
 needs_fake_cuda = [pytest.mark.fake_cuda, pytest.mark.skipif(bool(_obstacle()), reason=_obstacle())]
 
 
-#: a context within which a body makes ordinary tensors of the host, with values
+#: context in which a body creates ordinary host tensors, with values
 real_tensors = unset_fake_temporarily
 
 
 def on_fake_cuda(body: Callable[[], Any], timeout: float = 60.0) -> Any:
-    """Call ``body`` under FakeTensorMode in a forked process that believes in one CUDA device; returns its result.
+    """Call ``body`` under FakeTensorMode in a forked process that believes in one CUDA device; return its result.
 
     The result must be picklable, so not a fake tensor. An exception fails the test with its traceback.
     """
-    library, mode = _build(), _Mode()  # the first mode of a process takes a second to make: so here, once
+    library, mode = _build(), _Mode()  # a process's first mode takes a second to create: create it once, before forking
 
     def run(_rank: int, _world: int) -> Any:
-        dist.destroy_process_group()  # the body makes its own, of ranks that do not exist
+        dist.destroy_process_group()  # the body creates a fake process group, of ranks that do not exist
         ctypes.CDLL(str(library)).pretend()
         _believe()
         with mode:
@@ -81,13 +81,13 @@ def _check_autograd() -> None:
 
 
 class _Mode(FakeTensorMode):
-    """Constants of the device are made on the host and then copied, as where torch knows of no device."""
+    """Creates constants of the device on the host and copies them, as if torch had no device to initialize."""
 
     avoid_device_init = True
 
 
 def _build() -> Path:
-    """The library for this torch, built once and kept in torch's own folder for such builds."""
+    """Build the library for this torch once, and keep it in torch's folder for extensions."""
     key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / "equimoe_fake_cuda" / f"{key}.so"
@@ -97,7 +97,7 @@ def _build() -> Path:
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     where = cpp_extension.TORCH_LIB_PATH
     links = [f"-L{where}", f"-Wl,-rpath,{where}", "-ltorch_cpu", "-lc10"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # other test runs may be building it, too
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:  # other test runs may build it too
         made = Path(folder, library.name)
         command = [str(_compiler()), "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(_SOURCE), "-o", str(made)]
         done = subprocess.run([*command, *links], capture_output=True, text=True, check=False)
@@ -107,7 +107,7 @@ def _build() -> Path:
 
 
 def _believe() -> None:
-    """Let the Python half of torch.cuda believe in the device, too, and modules of fake tensors move there."""
+    """Make the Python half of torch.cuda believe in the device too, and let modules of fake tensors move to it."""
     stand_ins: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
@@ -119,13 +119,13 @@ def _believe() -> None:
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
-    for kernel in ("flash", "mem_efficient", "cudnn"):  # attention's, whose choice looks at the device's properties
+    for kernel in ("flash", "mem_efficient", "cudnn"):  # torch's choice of them reads properties of the device
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
-    """torch's own exchanges a fake parameter's inside, which it then refuses to do; here it is replaced."""
+    """Move parameters by replacing them; torch's own method swaps their content, which fake tensors refuse."""
     for child in self.children() if recurse else ():
         child._apply(fn)
     for name, parameter in self._parameters.items():

@@ -1,4 +1,4 @@
-"""Notes, op by op, where tensors of a device and the host meet."""
+"""Records, op by op, where the host waits for the device and where tensors of both meet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 _ROOT = Path(__file__).resolve().parents[3]
 _FOLDERS = tuple(f"{_ROOT / name}{'/'}" for name in ("moe", "kernels", "launch"))
 
-#: the size of the result, or the result itself, is known to the device alone
+#: ops whose result, or its size, only the device knows
 _WAIT = {
     "aten._local_scalar_dense",
     "aten.allclose",
@@ -29,22 +29,21 @@ _WAIT = {
     "aten.unique_dim",
     "aten._unique2",
 }
-#: the same, where they are given a mask
+#: ops that belong to these if they are given a mask
 _BY_MASK = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 _COPY = {"aten._to_copy", "aten.copy_", "aten.copy", "aten._copy_from"}
 
 
 class Watch(TorchDispatchMode):
-    """While it is active, notes every op on tensors of a device:
+    """Records every op on device tensors while it is active. Enter it inside FakeTensorMode.
 
-    - ``waits``: places where the host waits for the device to know a value or a size, one entry per wait;
-    - ``copies``: places where a tensor of the host is copied to the device (from memory that is not pinned, for which
-      the host waits as well);
-    - ``mixed``: ops that would fail, or read addresses of the other side, because their tensors are on different
-      devices. torch's kernels take scalars of the host; fused, foreach and our own ones do not.
+    - ``waits``: places where the host waits for the device to learn a value or a size, one entry per wait;
+    - ``copies``: places where a host tensor is copied to the device (from unpinned memory the host waits for this too);
+    - ``mixed``: ops that would fail, or read addresses of the wrong side, because their tensors are on different
+      devices. torch's kernels accept host scalars; fused, foreach and our own kernels do not.
 
-    A place is "file:function" of the package; "?" outside of it. Enter it inside FakeTensorMode. There are no values,
-    so integers that the host reads are all ``reads``.
+    A place is "file:function" in the package, or "?" outside it. Fake tensors have no values, so every integer that the
+    host reads is ``reads``.
     """
 
     def __init__(self, reads: int = 1) -> None:
@@ -85,12 +84,12 @@ class Watch(TorchDispatchMode):
             return kwargs.get("output_size") is None and len(args) < 2
         if name in _BY_MASK:
             by_mask = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in tree_leaves(args[1]))
-            filled = len(args) > 2 and args[2].is_cpu and args[2].dim() == 0  # what torch does without counting
+            filled = len(args) > 2 and args[2].is_cpu and args[2].dim() == 0  # filled without counting the mask
             return by_mask and not filled
         return name in _WAIT
 
     def _wait(self) -> None:
-        if not self._waiting:  # the numbers of one tensor are read in a row, by one wait
+        if not self._waiting:  # reading several numbers of one tensor is one wait
             self.waits.append(_place())
         self._waiting = True
 
