@@ -6,6 +6,7 @@ import gc
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..collectives import Axis, agreed_prefix, private_axis
+from ..collectives import Axis, held_by_all, private_axis
 from .step import Layer, Step, random_state_kept
-from .sums import Sums
+from .sums import Number, Sums
 from .visit import Visit, reaches
 
 if TYPE_CHECKING:
@@ -42,25 +43,34 @@ _counting: ContextVar[CountingPass | None] = ContextVar("equimoe_counting_pass",
 
 
 class _Registry:
-    """All layers of the process, so that those that nobody drives find each other."""
+    """All layers of the process, so that those that nobody drives find each other on all ranks."""
 
     def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self.layers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
+        self._new = itertools.count()
+        self._copies: Counter[int] = Counter()
+        self.layers: weakref.WeakValueDictionary[Number, Balancer] = weakref.WeakValueDictionary()
 
-    def add(self, balancer: Balancer) -> int:
-        """Number a layer: unique in the process, in the order of construction, so identical on all ranks."""
-        number = next(self._numbers)
+    def add(self, balancer: Balancer, copy_of: Number | None) -> Number:
+        """Number a new layer, or a copy of another one."""
+        place = next(self._new) if copy_of is None else copy_of[0]
+        self._copies[place] += copy_of is not None
+        number = place, self._copies[place] if copy_of is not None else 0
         self.layers[number] = balancer
         return number
+
+    def rows(self, axis: Axis) -> dict[Number, tuple[Any, ...]]:
+        """What the free layers sum over an axis. Where ranks have made different numbers of copies of a layer, nobody
+        knows which of these belong together, so their rows differ."""
+        free = {number: b.widths(axis) for number, b in sorted(self.layers.items()) if b.free(axis)}
+        return {n: (n, self._copies[n[0]] if n[1] else 0, *widths.items()) for n, widths in free.items()}
 
 
 _registry = _Registry()
 
 
-def number_of_layer(balancer: Balancer) -> int:
-    """The number of a new layer of this process."""
-    return _registry.add(balancer)
+def number_of_layer(balancer: Balancer, copy_of: Number | None) -> Number:
+    """The number of a layer of this process that is new, or a copy of the layer with another number."""
+    return _registry.add(balancer, copy_of)
 
 
 @contextmanager
@@ -84,19 +94,15 @@ def counting_pass() -> Iterator[None]:
         _counting.reset(token)
 
 
-class Cohort:
-    """The layers that nobody drives, on one set of ranks: their counts share a sum, matched by layer."""
-
-    def __init__(self, axis: Axis) -> None:
-        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
-        free = sorted((n, b) for n, b in list(_registry.layers.items()) if b.free(axis))
-        rows = [(n, tuple(b.widths(axis).items())) for n, b in free]
-        # in a group of their own, where no other library's collective can come between
-        own = private_axis(axis)
-        agreed = rows[: agreed_prefix(rows, own)]
-        self.sums = Sums(own, {(n, kind): width for n, widths in agreed for kind, width in widths}, early=True)
-        for (_, balancer), _ in zip(free, agreed, strict=False):
-            balancer.cohorts[axis] = self
+def share_sums(axis: Axis) -> None:
+    """Let all layers that nobody drives share their sums over an axis, matched by number. All its ranks call this."""
+    gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
+    # in a group of their own, where no other library's collective can come between
+    own, rows = private_axis(axis), _registry.rows(axis)
+    agreed = held_by_all(list(rows.values()), own)
+    sums = Sums(own, {(n, kind): width for n, _, *widths in agreed for kind, width in widths}, early=True)
+    for number, *_ in agreed:
+        _registry.layers[number].shared[axis] = sums
 
 
 class AutoStep(Step):
@@ -162,17 +168,19 @@ class AutoStep(Step):
         found = layer.visits[number, 0] = Visit(number, counting)
         return found
 
-    def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
+    def sums(self, index: int, axis: Axis) -> tuple[Sums, Number]:
         balancer = self.layers[0].balancer
-        if axis not in balancer.cohorts:
+        if axis not in balancer.shared:
             balancer.say_what_is_assumed()
-            Cohort(axis)
-        if axis not in balancer.cohorts:
+            share_sums(axis)
+        if axis not in balancer.shared:
+            place, copy = balancer.number
             raise ValueError(
-                f"MoE layer {balancer.number} of this process: other ranks have not built it; build the same layers in "
-                "the same order on all ranks, or give the ranks that hold it: MoE(config, group=...)"
+                f"MoE layer {place} of this process{f', copy {copy}' if copy else ''}: other ranks have not built it, "
+                "or have made another number of copies; build the same layers in the same order on all ranks, give the "
+                "ranks that hold it, MoE(config, group=...), or drive the step: Step.of(model)"
             )
-        return balancer.cohorts[axis].sums, balancer.number
+        return balancer.shared[axis], balancer.number
 
     # ---- where the step ends
 
@@ -182,7 +190,7 @@ class AutoStep(Step):
         self._axis = axis
         if before is not None and before != axis:  # the process group was made again
             self.discard()
-            layer.balancer.cohorts = {}
+            layer.balancer.shared = {}
         if counting is not None and counting is not self._pass:  # counting ahead begins a step
             self._pass = counting
             counting.steps.add(self)

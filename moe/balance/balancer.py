@@ -19,13 +19,14 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, Cohort, number_of_layer
+from .auto import AutoStep, number_of_layer
 from .bias import bias_rule, sign
 from .draw import draw, of_all_ranks, sent, valid_choices
 from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
 from .step import Step, StepTotals
+from .sums import Number, Sums
 from .visit import Visit, reaches
 
 
@@ -41,7 +42,7 @@ class Pass(NamedTuple):
 
 
 #: what a copy of a balancer does not share with the original
-_OWN = ("number", "driven", "_index", "cohorts")
+_OWN = ("driven", "_index", "shared")
 
 #: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
 OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
@@ -83,20 +84,19 @@ class Balancer:
         self.owners = Owners.consecutive(num_experts, 1)
         self._start()
 
-    def _start(self) -> None:
-        #: unique in the process, in the order in which layers are made, so identical on all ranks
-        self.number = number_of_layer(self)
+    def _start(self, copy_of: Number | None = None) -> None:
+        self.number = number_of_layer(self, copy_of)
         self.driven: Step | None = None
         self._index = 0
         #: the sums that it shares with other layers that nobody drives
-        self.cohorts: dict[Axis, Cohort] = {}
+        self.shared: dict[Axis, Sums] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._start()  # a copy is a layer of its own
+        self._start(copy_of=self.number)  # a copy is a layer of its own
 
     # ---- where the layer is, and whose step it counts for
 
@@ -129,7 +129,7 @@ class Balancer:
     def free(self, axis: Axis) -> bool:
         """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
         driven = self.driven is not None and not isinstance(self.driven, AutoStep)
-        return not driven and axis not in self.cohorts and bool(self.widths(axis))
+        return not driven and axis not in self.shared and bool(self.widths(axis))
 
     @property
     def last(self) -> StepTotals | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..collectives import Axis, private_axis
 from .losses import Loss, Term
-from .sums import Entry, Sums
+from .sums import Entry, Number, Sums
 from .visit import Visit
 
 if TYPE_CHECKING:
@@ -311,9 +311,9 @@ class Step:
         sums, number = self.sums(index, axis)
         return sums.add((number, kind), value_BX)
 
-    def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
+    def sums(self, index: int, axis: Axis) -> tuple[Sums, Number]:
         """The sums over an axis, and the layer's number in them."""
-        return self._sums[axis], index
+        return self._sums[axis], (index, 0)
 
     def _meet(self) -> None:
         """Make the sums that the layers need, where they are not there yet: all ranks do it at the same point."""
@@ -324,7 +324,7 @@ class Step:
         self._sums = {}
         for axis, balancer in axes.items():
             balancer.say_what_is_assumed()
-            widths = {(n, kind): width for n, b in balancers for kind, width in b.widths(axis).items()}
+            widths = {((n, 0), kind): width for n, b in balancers for kind, width in b.widths(axis).items()}
             # where nobody placed the layers, others use the group too, in an order of their own
             own = private_axis(axis) if balancer.placed is None else axis
             self._sums[axis] = Sums(own, widths, early=False)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ..collectives import Axis, Pending, device_of, sum_over
 
+#: a layer's place in the order in which layers are built, the same on all ranks, and which copy of that layer it is (0:
+#: the layer itself), so that a copy on one rank alone moves no other layer's number
+Number = tuple[int, int]
 #: a layer's number, and which of its rows
-Key = tuple[int, str]
+Key = tuple[Number, str]
 
 
 class Entry:

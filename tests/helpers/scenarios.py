@@ -787,6 +787,35 @@ def a_copy_on_one_rank(rank: int) -> float:
     return worst if average is None else max(worst, 0.0)
 
 
+def a_copy_on_one_rank_before_another_model(rank: int) -> float:
+    """The copy, of the same widths, must not take the place of a layer that all ranks build after it."""
+    models, average = [make()], []
+    if rank == 0:
+        average.append(copy.deepcopy(models[0]).eval())
+    models.append(make())
+    worst = 0.0
+    for step in range(2):
+        for number, layer in enumerate(models):
+            inputs = [tokens(10 * step + 2 * number + r) for r in range(2)]
+            balance_only(layer, inputs[rank]).backward()
+            dist.all_reduce(layer.router.weight.grad)
+            layer.router.weight.grad /= 2
+            worst = max(worst, error(layer, whole(layer, inputs)))
+            frozen(layer).step()
+            layer.zero_grad()
+    return worst + 0.0 * len(average)
+
+
+def copies_of_a_layer_as_a_model(rank: int) -> float:
+    """As torch's own encoder makes its layers; the first copy is rank 0's alone, so their numbers differ."""
+    one = make()
+    average = [copy.deepcopy(one)] if rank == 0 else []
+    layers = [copy.deepcopy(one) for _ in range(2)]
+    for layer in layers:
+        balance_only(layer, tokens(rank)).backward()
+    return 1.0 + len(average)
+
+
 def another_layer_on_one_rank(rank: int) -> float:
     spare = [make() for _ in range(rank)]
     layer = make()
@@ -945,8 +974,12 @@ SCENARIOS: dict[str, Scenario] = {
     "2 ranks: driven, no layer on one rank": Scenario(on_two_ranks(no_layer_on_one_rank)),
     "2 ranks: FSDP2, accumulation": Scenario(on_two_ranks(fully_sharded)),
     "2 ranks: a copy of the model on rank 0": Scenario(on_two_ranks(a_copy_on_one_rank)),
+    "2 ranks: a copy on rank 0, then another model": Scenario(on_two_ranks(a_copy_on_one_rank_before_another_model)),
     "2 ranks: a layer more on rank 1": Scenario(
         on_two_ranks(another_layer_on_one_rank), "build the same layers in the same order on all ranks"
+    ),
+    "2 ranks: copies that are a model": Scenario(
+        on_two_ranks(copies_of_a_layer_as_a_model), "have made another number of copies"
     ),
     "2 ranks: process group made again": Scenario(on_two_ranks(a_restart_in_the_process)),
     "2 ranks: gradients summed": Scenario(on_two_ranks(gradient_scale(lambda grad: grad, 1.0))),
