@@ -194,7 +194,7 @@ class Balancer:
         routing = routing.outside_inference()
         visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
         if visit.counted:  # ahead, and summed then
-            visit.ahead = None
+            visit.ahead = False
             return
         placement = self.placement
         visit.size = len(routing.ids_TK) if mask_T is None else None

@@ -65,8 +65,8 @@ class Layer:
         #: the visit whose losses a backward has read last, and visits known at the first backward of the step
         self.last_read: Visit | None = None
         self.first_known: int | None = None
-        #: the router, while it exists; its bias moves when the step ends
-        self.router: Any = lambda: None
+        #: the MoE layer itself, while it exists
+        self.module: Any = lambda: None
         self._prefix: tuple[list[Visit], Tensor | None] = ([], None)
 
     @property
@@ -74,6 +74,11 @@ class Layer:
         balancer = self._balancer()
         assert balancer is not None
         return balancer
+
+    def weights(self) -> list[nn.Parameter]:
+        """The router's first."""
+        module = self.module()
+        return [] if module is None else list(dict.fromkeys((module.router.weight, *module.parameters())))
 
     @property
     def known(self) -> list[Visit]:
@@ -114,10 +119,10 @@ class Layer:
             v.step_choices = [] if v.done else choices  # its backward may still come
         self.last = _totals(ended, total)
         balancer.before_X = F.pad(total, (0, 1), value=len(ended))
-        router, bias = self.router(), balancer.bias
-        if applied and bias is not None and router is not None and router.bias_E is not None:
+        module, bias = self.module(), balancer.bias
+        if applied and bias is not None and module is not None and module.router.bias_E is not None:
             votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
-            bias.move(router.bias_E, self.last.counts_E, votes_E, sum(v.ranks for v in ended), overflow)
+            bias.move(module.router.bias_E, self.last.counts_E, votes_E, sum(v.ranks for v in ended), overflow)
         return self.last
 
 
@@ -167,7 +172,7 @@ class Step:
         #: micro-batches of this step whose forward pass has been summed
         self._passed: set[int] = set()
         self._now: int | None = None
-        self._ahead: object | None = None
+        self._ahead = False
         self._occurrence: dict[int, int] = {}
 
     @classmethod
@@ -212,9 +217,9 @@ class Step:
         """
         before = self._now, self._ahead, self._occurrence
         if number is None:
-            taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or v.ahead is None)
+            taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or not v.ahead)
             number = max(taken, default=-1) + 1
-        self._now, self._ahead, self._occurrence = number, self if ahead else None, {}
+        self._now, self._ahead, self._occurrence = number, ahead, {}
         try:
             self._meet()
             started = {sums: sums.started for sums in self._sums.values()}
@@ -271,7 +276,7 @@ class Step:
                 "trained on"
             )
         layer, occurrence = self.layers[index], self._occurrence.get(index, 0)
-        layer.router, self._occurrence[index] = weakref.ref(of.router), occurrence + 1
+        layer.module, self._occurrence[index] = weakref.ref(of), occurrence + 1
         key = self._now, occurrence
         found = layer.visits.get(key)
         if found is not None and found.done:
@@ -279,7 +284,7 @@ class Step:
                 f"step.micro_batch({self._now}): this micro-batch has been trained; give the next number, or none, and "
                 "call Step.end() after each update"
             )
-        if found is None or found.ahead is None or self.counting:
+        if found is None or not found.ahead or self.counting:
             found = layer.visits[key] = Visit(self._now, self._ahead)
         return found
 
@@ -294,7 +299,7 @@ class Step:
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return None, False
         last, here = layer.last_read, [v for v in layer.known if self._now in (None, v.number)]
-        flying = [v for v in here if not (v.done or v.read_now or v.ahead is not None or v.opened_in == backward)]
+        flying = [v for v in here if not (v.done or v.read_now or v.ahead or v.opened_in == backward)]
         if last is not None and last.backward_id == backward:
             return last, not flying
         return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
@@ -302,7 +307,7 @@ class Step:
     @property
     def counting(self) -> bool:
         """A pass counts ahead of the training forwards."""
-        return self._ahead is not None
+        return self._ahead
 
     def entry(self, index: int, kind: str, value_BX: Tensor, axis: Axis, over_ranks: bool = True) -> Entry:
         """Start to sum a layer's row over an axis, together with the other layers of the pass."""
@@ -357,10 +362,10 @@ class Step:
         """How often a layer runs in a forward pass."""
         return 1 + max((occurrence for _, occurrence in self.layers[index].visits), default=0)
 
-    def read(self, index: int, visit: Visit) -> None:
-        """Note that a backward reads a visit's losses now."""
+    def read(self, index: int, visit: Visit, trains: bool = True) -> None:
+        """Note that a backward reads a visit's losses now; ``trains``: and adds to the gradients of the weights."""
         layer = self.layers[index]
-        if not visit.read_now:
+        if trains and not visit.read_now:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._read, visit))
         visit.backward_id = torch._C._current_graph_task_id()
         layer.last_read = visit

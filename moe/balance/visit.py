@@ -18,12 +18,11 @@ class Visit:
     A layer that runs several times in a forward pass has a visit each time, and each counts as a micro-batch.
     """
 
-    def __init__(self, number: int, ahead: object | None = None) -> None:
+    def __init__(self, number: int, ahead: bool = False) -> None:
         #: unique within the layer and identical on all ranks
         self.number = number
-        #: the counting pass that counted it, until its training forward comes
-        self.ahead = ahead
-        self.was_ahead = ahead is not None
+        #: it was counted before its training forward, and still waits for that
+        self.was_ahead = self.ahead = ahead
         self.counted = False
         self.decision: Decision
         #: int64 [B, E] and [B], of this rank alone
@@ -50,8 +49,6 @@ class Visit:
         self.backward_id: int | None = None
         #: a backward that read its losses has come to its end
         self.done = False
-        #: whether that backward adds to the gradients of the layer's weights, as :func:`reaches` says
-        self.reaches: bool | None = True
         #: its losses have reached the gradients of the weights
         self.paid = False
         #: the main loss, and every loss, as that backward read them
@@ -69,7 +66,7 @@ class Visit:
     @property
     def lives(self) -> bool:
         """It waits for its training forward, or its backward has run, runs, or can still run."""
-        return self.ahead is not None or self.done or self.read_now or self.graph() is not None
+        return self.ahead or self.done or self.read_now or self.graph() is not None
 
     def count(self, routing: Routing, own: Entry, batch: Entry, choices_NK: Tensor | None) -> None:
         """Take in what was routed."""
