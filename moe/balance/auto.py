@@ -120,9 +120,8 @@ class AutoStep(Step):
     Every rank must run some layer in every forward pass; a step that the training loop drives does not need that.
     """
 
-    def __init__(self, balancer: Balancer) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.join(balancer)
         self._number = itertools.count()
         self._axis: Axis | None = None
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
@@ -136,15 +135,18 @@ class AutoStep(Step):
         ):
             weakref.finalize(self, register(_weak(method)).remove)
 
+    def join(self, balancer: Balancer) -> Layer:
+        self.layers = [Layer(balancer, balancer.number)]
+        return self.layers[0]
+
     # ---- the forward
 
     @property
     def counting(self) -> bool:
         return _counting.get() is not None
 
-    def visit(self, index: int, of: nn.Module) -> Visit:
-        layer = self.layers[0]
-        layer.module = weakref.ref(of)
+    def visit(self, layer: Layer, module: nn.Module) -> Visit:
+        layer.module = weakref.ref(module)
         self._find_boundary(layer)
         layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
         if not layer.visits:
@@ -157,19 +159,19 @@ class AutoStep(Step):
         found = layer.visits[number, 0] = Visit(number, self.counting)
         return found
 
-    def sums(self, index: int, axis: Axis) -> tuple[Sums, Number]:
-        balancer = self.layers[0].balancer
+    def sums(self, layer: Layer, axis: Axis) -> Sums:
+        balancer = layer.balancer
         if axis not in balancer.shared:
             balancer.say_what_is_assumed()
             share_sums(axis)
         if axis not in balancer.shared:
-            place, copy = balancer.number
+            place, copy = layer.number
             raise ValueError(
                 f"MoE layer {place} of this process{f', copy {copy}' if copy else ''}: other ranks have not built it, "
                 "or have made another number of copies; build the same layers in the same order on all ranks, give the "
                 "ranks that hold it, MoE(config, group=...), or drive the step: Step.of(model)"
             )
-        return balancer.shared[axis], balancer.number
+        return balancer.shared[axis]
 
     # ---- where the step ends
 
@@ -184,7 +186,7 @@ class AutoStep(Step):
             self.forget_ahead()
             self.end(applied=self._changed())
             return
-        visits, told, gone, changed = layer.visits.values(), self.told(0), self._gradient_is_gone(), self._changed()
+        visits, told, gone, changed = layer.visits.values(), self.told(layer), self._gradient_is_gone(), self._changed()
         done = sum(v.done for v in visits)
         if told:
             broken_off = gone and not all(v.lives for v in visits)
@@ -196,8 +198,8 @@ class AutoStep(Step):
         elif done >= MOST:
             raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
 
-    def _incomplete(self, index: int, seen: int) -> bool:
-        return seen < self.told(index)
+    def _incomplete(self, layer: Layer) -> bool:
+        return len(layer.known) < self.told(layer)
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         if self.layers[0].known:
@@ -219,14 +221,14 @@ class AutoStep(Step):
         (seen, version), weight = self._seen, self._witness()
         return weight is not None and weight is seen() and weight._version != version
 
-    def read(self, index: int, visit: Visit, trains: bool = True) -> None:
+    def read(self, layer: Layer, visit: Visit, trains: bool = True) -> None:
         reached = reaches(self._witness())
-        if reached is None and not self.told(0):
+        if reached is None and not self.told(layer):
             raise ValueError(
                 "balance.micro_batches=None: torch.autograd.grad leaves no trace from which the end of a step could be "
                 f"seen; {_REMEDY}"
             )
-        super().read(index, visit, reached is not False)
+        super().read(layer, visit, reached is not False)
 
     def _read(self, visit: Visit) -> None:
         super()._read(visit)
@@ -247,7 +249,8 @@ class AutoStep(Step):
 
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""
-        visits, told, weight = self.layers[0].visits.values(), self.told(0), self._witness()
+        layer, weight = self.layers[0], self._witness()
+        visits, told = layer.visits.values(), self.told(layer)
         done = sum(v.done for v in visits)
         if not done:
             return
@@ -275,7 +278,7 @@ class AutoStep(Step):
                 "MoE: a training forward has been counted whose backward has not run; run what is not trained on under "
                 "torch.no_grad() or in model.eval(), or delete its output before the update"
             )
-        before = self.layers[0].last
+        before = layer.last
         if not told and before is not None and done != before.micro_batches:
             warnings.warn(
                 "MoE: steps have different numbers of micro-batches, and each weighs its losses by the number of the "

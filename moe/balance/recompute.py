@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Kept, keeping
-from .step import Step
+from .step import Layer, Step
 from .visit import Visit
 
 
@@ -65,7 +65,7 @@ def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = F
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-def visit_being_recomputed(step: Step, index: int) -> tuple[Visit | None, bool]:
+def visit_being_recomputed(step: Step, layer: Layer) -> tuple[Visit | None, bool]:
     """The visit whose forward now runs again, and whether we are certain that it is this one.
 
     (None, False) when the forward is a first one.
@@ -76,7 +76,7 @@ def visit_being_recomputed(step: Step, index: int) -> tuple[Visit | None, bool]:
             region.next += 1
             return region.visits[region.next - 1], True
         region = region.parent
-    return step.recomputed(index)
+    return step.recomputed(layer)
 
 
 def remember(visit: Visit) -> None:

@@ -223,7 +223,7 @@ def gradients_taken_in_the_backward(micro_batches: int | None) -> float:
         with torch.no_grad():
             for p, master in zip(layer.parameters(), masters, strict=True):
                 p.copy_(master)
-        layer.balancer.step.visit(0, layer)
+        layer(tokens(99))  # the next forward finds that the step has ended
         assert not torch.equal(layer.router.bias_E, before), "the bias moves when the weights do"
     return worst
 
@@ -673,6 +673,16 @@ def driven_by(numbers: list[int], told: int) -> float:
     return 1.0
 
 
+def a_backward_after_the_end() -> float:
+    layer = make()
+    step = Step.of(layer)
+    with step.micro_batch():
+        loss = balance_only(layer, tokens(0))
+    step.end(applied=False)
+    loss.backward()
+    return 1.0
+
+
 def driven_steps_of_any_length() -> float:
     layer, worst = make(), 0.0
     step = Step.of(layer)
@@ -1011,6 +1021,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "driven, broken off, discarded, begun again": Scenario(lambda: broken_off_and_begun_again(discard=True)),
     "driven, another number than told": Scenario(lambda: driven_by([0, 1, 2], told=2), "3 have been trained"),
+    "driven, a backward after the end": Scenario(a_backward_after_the_end, "before Step.end() or Step.discard()"),
     "driven, the same number each time": Scenario(lambda: driven_by([0, 0], told=2), "give the next number"),
     "driven, steps of 4, 2, 3 and 1 micro-batches": Scenario(driven_steps_of_any_length),
     "driven, a micro-batch that is run again": Scenario(a_micro_batch_run_again),
