@@ -36,7 +36,7 @@ _REMEDY = (
 _counting: ContextVar[weakref.WeakSet[AutoStep] | None] = ContextVar("equimoe_counting_pass", default=None)
 
 
-class _Registry:
+class Registry:
     """All layers of the process, so that those that nobody drives find each other on all ranks."""
 
     def __init__(self) -> None:
@@ -46,29 +46,39 @@ class _Registry:
 
     def add(self, balancer: Balancer, copy_of: Number | None) -> Number:
         """Number a new layer, or a copy of another one."""
-        place = next(self._new) if copy_of is None else copy_of[0]
-        self._copies[place] += copy_of is not None
-        number = place, self._copies[place] if copy_of is not None else 0
+        if copy_of is None:
+            number = next(self._new), 0
+        else:
+            self._copies[copy_of[0]] += 1
+            number = copy_of[0], self._copies[copy_of[0]]
         self.layers[number] = balancer
         return number
 
-    def rows(self, axis: Axis) -> dict[Number, tuple[Any, ...]]:
-        """What the free layers sum over an axis. Where ranks have made different numbers of copies of a layer, nobody
-        knows which of these belong together, so their rows differ."""
-        free = {number: b.widths(axis) for number, b in sorted(self.layers.items()) if b.free(axis)}
-        return {n: (n, self._copies[n[0]] if n[1] else 0, *widths.items()) for n, widths in free.items()}
+    def steps(self) -> list[AutoStep]:
+        """Those of the layers that nobody drives, by number."""
+        return [b.step for _, b in sorted(self.layers.items()) if isinstance(b.step, AutoStep)]
 
-    def auto_steps(self) -> list[AutoStep]:
-        """The steps of the layers that nobody drives."""
-        return [b.driven for b in list(self.layers.values()) if isinstance(b.driven, AutoStep)]
+    def share_sums(self, axis: Axis) -> None:
+        """Let the layers that nobody drives share their sums over an axis, matched by number. All its ranks call this.
+
+        Where ranks have made different numbers of copies of a layer, nobody knows which of these belong together.
+        """
+        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
+        rows = []
+        for balancer in (step.layers[0].balancer for step in self.steps()):
+            (place, copy), widths = balancer.number, balancer.widths(axis)
+            if widths and axis not in balancer.shared:
+                rows.append(((place, copy), self._copies[place] if copy else 0, widths))
+        # in a group of their own, where no other library's collective can come between
+        own = private_axis(axis)
+        agreed = held_by_all(rows, own)
+        places = {(number, kind): width for number, _, widths in agreed for kind, width in widths.items()}
+        sums = Sums(own, places, early=True)
+        for number, *_ in agreed:
+            self.layers[number].shared[axis] = sums
 
 
-_registry = _Registry()
-
-
-def number_of_layer(balancer: Balancer, copy_of: Number | None) -> Number:
-    """The number of a layer of this process that is new, or a copy of the layer with another number."""
-    return _registry.add(balancer, copy_of)
+registry = Registry()
 
 
 @contextmanager
@@ -92,17 +102,6 @@ def counting_pass() -> Iterator[None]:
         _counting.reset(token)
 
 
-def share_sums(axis: Axis) -> None:
-    """Let all layers that nobody drives share their sums over an axis, matched by number. All its ranks call this."""
-    gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
-    # in a group of their own, where no other library's collective can come between
-    own, rows = private_axis(axis), _registry.rows(axis)
-    agreed = held_by_all(list(rows.values()), own)
-    sums = Sums(own, {(n, kind): width for n, _, *widths in agreed for kind, width in widths}, early=True)
-    for number, *_ in agreed:
-        _registry.layers[number].shared[axis] = sums
-
-
 class AutoStep(Step):
     """The step of one layer in somebody's training loop.
 
@@ -120,8 +119,9 @@ class AutoStep(Step):
     Every rank must run some layer in every forward pass; a step that the training loop drives does not need that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, balancer: Balancer) -> None:
         super().__init__()
+        self.layers = [Layer(balancer, balancer.number)]
         self._number = itertools.count()
         self._axis: Axis | None = None
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
@@ -134,10 +134,6 @@ class AutoStep(Step):
             (register_optimizer_step_post_hook, self.optimizer_stepped),
         ):
             weakref.finalize(self, register(_weak(method)).remove)
-
-    def join(self, balancer: Balancer) -> Layer:
-        self.layers = [Layer(balancer, balancer.number)]
-        return self.layers[0]
 
     # ---- the forward
 
@@ -163,7 +159,7 @@ class AutoStep(Step):
         balancer = layer.balancer
         if axis not in balancer.shared:
             balancer.say_what_is_assumed()
-            share_sums(axis)
+            registry.share_sums(axis)
         if axis not in balancer.shared:
             place, copy = layer.number
             raise ValueError(
@@ -288,7 +284,7 @@ class AutoStep(Step):
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every optimizer step in the process."""
-        if self._trained_by(optimizer):
+        if self.layers[0].visits and self._trained_by(optimizer):
             self._optimized = True
             self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
 
@@ -300,7 +296,7 @@ class AutoStep(Step):
     def _may_hold_copies(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
         theirs = [p for group in optimizer.param_groups for p in group["params"]]
-        witnesses = (step._witness() for step in _registry.auto_steps())
+        witnesses = (step._witness() for step in registry.steps())
         if any(weight is not None and _holds(optimizer, weight) for weight in witnesses):  # it trains another model
             return False
         trained = [p for p in self.layers[0].weights() if p.requires_grad]

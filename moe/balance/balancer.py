@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, number_of_layer
+from .auto import AutoStep, registry
 from .bias import bias_rule, sign
 from .draw import draw, of_all_ranks, sent, valid_choices
 from .estimators import ESTIMATORS
@@ -30,7 +31,7 @@ from .sums import Number, Sums
 from .visit import Visit, reaches
 
 #: what a copy of a balancer does not share with the original
-_OWN = ("driven", "layer", "shared")
+_OWN = ("step", "layer", "shared")
 
 #: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
 OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
@@ -73,9 +74,10 @@ class Balancer:
         self._start()
 
     def _start(self, copy_of: Number | None = None) -> None:
-        self.number = number_of_layer(self, copy_of)
-        self.driven: Step | None = None
-        self.layer = Layer(self, self.number)
+        self.number = registry.add(self, copy_of)
+        #: the step that this layer counts for, and its share of it
+        self.step: Step = AutoStep(self)
+        self.layer: Layer = self.step.layers[0]
         #: the sums that it shares with other layers that nobody drives
         self.shared: dict[Axis, Sums] = {}
 
@@ -94,15 +96,7 @@ class Balancer:
 
     def join(self, step: Step) -> None:
         """Count for a step that the training loop drives."""
-        self.driven, self.layer = step, step.join(self)
-
-    @property
-    def step(self) -> Step:
-        """The step that this layer counts for; one that watches the training loop where nobody drives it."""
-        if self.driven is None:
-            self.join(step := AutoStep())
-            return step
-        return self.driven
+        self.step, self.layer = step, step.join(self)
 
     def say_what_is_assumed(self) -> None:
         """Warn where several ranks were not told which of them hold different tokens."""
@@ -114,11 +108,6 @@ class Balancer:
                 "same tokens, or gradients are joined otherwise, say so by MoE(config, group=...) or MoE.place(...)",
                 stacklevel=2,
             )
-
-    def free(self, axis: Axis) -> bool:
-        """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
-        driven = self.driven is not None and not isinstance(self.driven, AutoStep)
-        return not driven and axis not in self.shared and bool(self.widths(axis))
 
     @property
     def last(self) -> StepTotals | None:
@@ -209,7 +198,7 @@ class Balancer:
         """``carrier`` with the losses of a forward that takes part in the step; ``weight`` is the router's."""
         if visit is None or not carrier.requires_grad:
             return carrier
-        losses = _Losses(self, visit, weight)
+        losses = partial(self._pay, visit, weight)  # dies with the graph, which alone holds it
         if visit.graph() is None:  # a recomputation has a graph of its own, which ends before the backward does
             visit.graph = weakref.ref(losses)
         return attach(carrier, routing.prob_sums_BE, routing.z_sum, losses)
@@ -268,6 +257,15 @@ class Balancer:
             visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
         return torch.as_tensor(gradient), losses[0].token_weight * (self.z_coefficient * scale)
 
+    def _pay(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`read`, once: zeros in a second backward through the same forward."""
+        gradient, of_z = self.read(visit)
+        if visit.paid:
+            return torch.zeros_like(gradient), torch.zeros_like(of_z)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            visit.paid = reaches(weight) is True
+        return gradient, of_z
+
     def _convention(self, scope: str, view: StepView) -> float:
         """What a coefficient of this scope is multiplied by.
 
@@ -324,18 +322,3 @@ class Balancer:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a filled :meth:`state`."""
         self.before_X = state.get("step_before")
-
-
-class _Losses:
-    """What :func:`attach` calls in the backward. It dies with the graph that holds it."""
-
-    def __init__(self, balancer: Balancer, visit: Visit, weight: Tensor) -> None:
-        self.balancer, self.visit, self.weight = balancer, visit, weight
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        gradient, of_z = self.balancer.read(self.visit)
-        if self.visit.paid:  # a second backward through the same forward
-            return torch.zeros_like(gradient), torch.zeros_like(of_z)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            self.visit.paid = reaches(self.weight) is True
-        return gradient, of_z

@@ -236,7 +236,7 @@ class Step:
             )
         for layer in self.layers:
             layer.close(applied, overflow)
-        self._forget()
+        self.discard()
         self.ended += 1
 
     def discard(self) -> None:
@@ -245,9 +245,6 @@ class Step:
             sums.drop()
         for layer in self.layers:
             layer.visits = {}
-        self._forget()
-
-    def _forget(self) -> None:
         self.length, self.tokens, self._passed = None, None, set()
 
     # ---- for the layers' balancers

@@ -66,7 +66,7 @@ class Visit:
         """It waits for its training forward, or its backward has run, runs, or can still run."""
         return self.ahead or self.done or self.read_now or self.graph() is not None
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """int64 [E + 1]: counts and tokens on all ranks that count together."""
         return self._batch_X[: self.counts_BE.shape[1] + 1]
