@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import Balancer, Pass, initial_bias
+from .balance import Balancer, Visit, initial_bias
 from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
@@ -83,18 +83,18 @@ class MoE(nn.Module):
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
-        this = self.balancer.begin(self, x_TD)
-        routing = self.router(x_TD, mask_T, sequences, this.decision)
+        visit, decision = self.balancer.begin(self, x_TD)
+        routing = self.router(x_TD, mask_T, sequences, decision)
         if self.capacity is not None:
             routing = self.capacity(routing)
-        self.balancer.count(this, routing, mask_T)
+        if visit is not None and self.balancer.count(visit, routing, mask_T):
+            self._keep_stats(routing, visit)
         flight = self.dispatcher.send(x_TD, routing)
         shared_TD = None if self.shared is None else self.shared(x_TD)  # computed while rows travel
         y_TD = self.dispatcher.finish(flight, self.experts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        self._keep_stats(routing, this)
-        y = self.balancer.attach(this, y_TD, routing, self.router.weight).view(x.shape).to(x.dtype)
+        y = self.balancer.attach(visit, y_TD, routing, self.router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
 
     @property
@@ -120,15 +120,13 @@ class MoE(nn.Module):
         return x_TD, None if mask is None else mask.reshape(-1), sequences
 
     @torch.no_grad()
-    def _keep_stats(self, routing: Routing, this: Pass) -> None:
-        if this.visit is None or not this.first:
-            return
+    def _keep_stats(self, routing: Routing, visit: Visit) -> None:
         counts_E = routing.counts_BE.sum(0)
         self._stats = RoutingStats(
             counts=counts_E,
             tokens=routing.tokens_B.sum(),
             dropped_choices=counts_E.sum() - (routing.ids_TK >= 0).sum(),
-            loss_values=partial(self.balancer.loss_values, routing.detach(), this.visit),
+            loss_values=partial(self.balancer.loss_values, routing.detach(), visit),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,19 +1,20 @@
 """Load balancing: counts of the optimizer step, losses of every scope, and how they reach the router."""
 
 from .auto import AutoStep, counting_pass
-from .balancer import Balancer, Pass, loss_terms
+from .balancer import Balancer, loss_terms
 from .bias import initial_bias
 from .losses import SCOPES, loss_value
 from .recompute import recompute
 from .step import Step, StepTotals, random_state_kept
+from .visit import Visit
 
 __all__ = [
     "SCOPES",
     "AutoStep",
     "Balancer",
-    "Pass",
     "Step",
     "StepTotals",
+    "Visit",
     "counting_pass",
     "initial_bias",
     "loss_terms",

@@ -6,6 +6,7 @@ import gc
 import itertools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..collectives import Axis, agreed_prefix, private_axis
+from ..collectives import Axis, held_by_all, private_axis
 from .step import Layer, Step, random_state_kept
-from .sums import Sums
+from .sums import Number, Sums
 from .visit import Visit, reaches
 
 if TYPE_CHECKING:
@@ -31,36 +32,53 @@ _REMEDY = (
 )
 
 
-class CountingPass:
-    """A pass over the micro-batches of a step that counts them ahead, and the steps it counts for."""
+#: the steps that the counting pass under way counts for; None where there is none
+_counting: ContextVar[weakref.WeakSet[AutoStep] | None] = ContextVar("equimoe_counting_pass", default=None)
+
+
+class Registry:
+    """All layers of the process, so that those that nobody drives find each other on all ranks."""
 
     def __init__(self) -> None:
-        self.steps: weakref.WeakSet[AutoStep] = weakref.WeakSet()
+        self._new = itertools.count()
+        self._copies: Counter[int] = Counter()
+        self.layers: weakref.WeakValueDictionary[Number, Balancer] = weakref.WeakValueDictionary()
 
-
-_counting: ContextVar[CountingPass | None] = ContextVar("equimoe_counting_pass", default=None)
-
-
-class _Registry:
-    """All layers of the process, so that those that nobody drives find each other."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self.layers: weakref.WeakValueDictionary[int, Balancer] = weakref.WeakValueDictionary()
-
-    def add(self, balancer: Balancer) -> int:
-        """Number a layer: unique in the process, in the order of construction, so identical on all ranks."""
-        number = next(self._numbers)
+    def add(self, balancer: Balancer, copy_of: Number | None) -> Number:
+        """Number a new layer, or a copy of another one."""
+        if copy_of is None:
+            number = next(self._new), 0
+        else:
+            self._copies[copy_of[0]] += 1
+            number = copy_of[0], self._copies[copy_of[0]]
         self.layers[number] = balancer
         return number
 
+    def steps(self) -> list[AutoStep]:
+        """Those of the layers that nobody drives, by number."""
+        return [b.step for _, b in sorted(self.layers.items()) if isinstance(b.step, AutoStep)]
 
-_registry = _Registry()
+    def share_sums(self, axis: Axis) -> None:
+        """Let the layers that nobody drives share their sums over an axis, matched by number. All its ranks call this.
+
+        Where ranks have made different numbers of copies of a layer, nobody knows which of these belong together.
+        """
+        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
+        rows = []
+        for balancer in (step.layers[0].balancer for step in self.steps()):
+            (place, copy), widths = balancer.number, balancer.widths(axis)
+            if widths and axis not in balancer.shared:
+                rows.append(((place, copy), self._copies[place] if copy else 0, widths))
+        # in a group of their own, where no other library's collective can come between
+        own = private_axis(axis)
+        agreed = held_by_all(rows, own)
+        places = {(number, kind): width for number, _, widths in agreed for kind, width in widths.items()}
+        sums = Sums(own, places, early=True)
+        for number, *_ in agreed:
+            self.layers[number].shared[axis] = sums
 
 
-def number_of_layer(balancer: Balancer) -> int:
-    """The number of a new layer of this process."""
-    return _registry.add(balancer)
+registry = Registry()
 
 
 @contextmanager
@@ -71,75 +89,51 @@ def counting_pass() -> Iterator[None]:
     the random state back at its end, so that dropout repeats itself in training. Counts are discarded if the block
     raises, or if a new counting pass starts before every counted micro-batch has been trained.
     """
-    counting = CountingPass()
-    token = _counting.set(counting)
+    steps: weakref.WeakSet[AutoStep] = weakref.WeakSet()
+    token = _counting.set(steps)
     try:
         with random_state_kept(), torch.no_grad():
             yield
     except BaseException:
-        for step in counting.steps:
+        for step in steps:
             step.forget_ahead()
         raise
     finally:
         _counting.reset(token)
 
 
-class Cohort:
-    """The layers that nobody drives, on one set of ranks: their counts share a sum, matched by layer."""
-
-    def __init__(self, axis: Axis) -> None:
-        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
-        free = sorted((n, b) for n, b in list(_registry.layers.items()) if b.free(axis))
-        rows = [(n, tuple(b.widths(axis).items())) for n, b in free]
-        # in a group of their own, where no other library's collective can come between
-        own = private_axis(axis)
-        agreed = rows[: agreed_prefix(rows, own)]
-        self.sums = Sums(own, {(n, kind): width for n, widths in agreed for kind, width in widths}, early=True)
-        for (_, balancer), _ in zip(free, agreed, strict=False):
-            balancer.cohorts[axis] = self
-
-
 class AutoStep(Step):
     """The step of one layer in somebody's training loop.
 
-    A step ends
+    Its witness is the router's weight, or another weight of the layer where that is frozen. A step ends
 
-    - when an optimizer that holds the router's weight has stepped. While no such optimizer was seen, one that holds
-      another weight of the layer ends it, or the only optimizer there is, since wrappers with master weights hold
-      copies;
+    - when an optimizer that holds the witness has stepped, or any where the whole layer is frozen;
     - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
-    - where neither number is known, when a backward has left a gradient that is gone before the next forward: the
-      update was skipped, or made by hand, which shows where it has changed the router's weight in place.
+    - where neither number is known, when a backward has left a gradient on the witness that is gone before the next
+      forward: the update was skipped, or made by hand, which shows where it has changed the witness in place.
 
     A micro-batch counts while its graph lives and once its backward has run, so a forward that is not trained on does
-    not count. What turns out to have been something else, such as gradients that were taken away after each micro-batch
-    and are put back for the update, is refused before the update, naming the call that would have told it.
+    not count. Loops that do not fit are refused before their update, naming the call that tells what is missing: an
+    optimizer of copies of the weights, gradients that are taken away and put back, forwards that nobody trains on.
 
     Every rank must run some layer in every forward pass; a step that the training loop drives does not need that.
     """
 
     def __init__(self, balancer: Balancer) -> None:
         super().__init__()
-        self.join(balancer)
+        self.layers = [Layer(balancer, balancer.number)]
         self._number = itertools.count()
-        self._of: Any = lambda: None
         self._axis: Axis | None = None
-        self._pass: CountingPass | None = None
         #: the gradient that a backward has left on the witness, and the witness with its version when the step began
         self._left: tuple[Any, Any, int] | None = None
         self._seen: tuple[Any, int] = (lambda: None, 0)
-        #: since the last update, steps that ended because the gradient was gone, and because they were full
-        self._gone = self._full = 0
-        #: how much of the layer the best known optimizer holds, and one that may hold copies
-        self._held = 0
-        self._stranger: Any = lambda: None
-        #: what was found out of an optimizer, while it has as many parameters
-        self._known_optimizers: weakref.WeakKeyDictionary[Any, tuple[Any, int]] = weakref.WeakKeyDictionary()
-        for register, call in (
-            (register_optimizer_step_pre_hook, AutoStep.optimizer_steps),
-            (register_optimizer_step_post_hook, AutoStep.optimizer_stepped),
+        #: an optimizer that holds the witness has stepped, and the last step ended without an update
+        self._optimized = self._skipped = False
+        for register, method in (
+            (register_optimizer_step_pre_hook, self.optimizer_steps),
+            (register_optimizer_step_post_hook, self.optimizer_stepped),
         ):
-            weakref.finalize(self, register(_for(weakref.ref(self), call)).remove)
+            weakref.finalize(self, register(_weak(method)).remove)
 
     # ---- the forward
 
@@ -147,75 +141,65 @@ class AutoStep(Step):
     def counting(self) -> bool:
         return _counting.get() is not None
 
-    def visit(self, index: int, of: nn.Module) -> Visit:
-        counting, layer = _counting.get(), self.layers[0]
-        self._of, layer.router = weakref.ref(of), weakref.ref(of.router)
-        self._find_boundary(layer, counting)
+    def visit(self, layer: Layer, module: nn.Module) -> Visit:
+        layer.module = weakref.ref(module)
+        self._find_boundary(layer)
         layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
-        weight = self._witness()
-        if weight is not None and not layer.visits:
-            self._seen = weakref.ref(weight), weight._version
-        waiting = [v for v in layer.visits.values() if v.ahead is not None]
-        if waiting and counting is None:
+        if not layer.visits:
+            weight = self._witness()
+            self._seen = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
+        waiting = [v for v in layer.visits.values() if v.ahead]
+        if waiting and not self.counting:
             return waiting[0]
         number = next(self._number)
-        found = layer.visits[number, 0] = Visit(number, counting)
+        found = layer.visits[number, 0] = Visit(number, self.counting)
         return found
 
-    def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
-        balancer = self.layers[0].balancer
-        if axis not in balancer.cohorts:
+    def sums(self, layer: Layer, axis: Axis) -> Sums:
+        balancer = layer.balancer
+        if axis not in balancer.shared:
             balancer.say_what_is_assumed()
-            Cohort(axis)
-        if axis not in balancer.cohorts:
+            registry.share_sums(axis)
+        if axis not in balancer.shared:
+            place, copy = layer.number
             raise ValueError(
-                f"MoE layer {balancer.number} of this process: other ranks have not built it; build the same layers in "
-                "the same order on all ranks, or give the ranks that hold it: MoE(config, group=...)"
+                f"MoE layer {place} of this process{f', copy {copy}' if copy else ''}: other ranks have not built it, "
+                "or have made another number of copies; build the same layers in the same order on all ranks, give the "
+                "ranks that hold it, MoE(config, group=...), or drive the step: Step.of(model)"
             )
-        return balancer.cohorts[axis].sums, balancer.number
+        return balancer.shared[axis]
 
     # ---- where the step ends
 
-    def _find_boundary(self, layer: Layer, counting: CountingPass | None) -> None:
+    def _find_boundary(self, layer: Layer) -> None:
         """End the step that was under way if this forward does not belong to it."""
-        axis, before = layer.balancer.counting_axis, self._axis
-        self._axis = axis
-        if before is not None and before != axis:  # the process group was made again
+        axis, counting = layer.balancer.counting_axis, _counting.get()
+        if axis != self._axis:  # the process group was made again
             self.discard()
-            layer.balancer.cohorts = {}
-        if counting is not None and counting is not self._pass:  # counting ahead begins a step
-            self._pass = counting
-            counting.steps.add(self)
+            self._axis = axis
+        if counting is not None and self not in counting:  # counting ahead begins a step
+            counting.add(self)
             self.forget_ahead()
             self.end(applied=self._changed())
             return
-        visits, told = list(layer.visits.values()), self.told(0)
-        done, waiting = sum(v.done for v in visits), any(v.ahead is not None for v in visits)
-        if not done:
-            return
-        gone, changed = self._gradient_is_gone(), self._changed()
+        visits, told, gone, changed = layer.visits.values(), self.told(layer), self._gradient_is_gone(), self._changed()
+        done = sum(v.done for v in visits)
         if told:
             broken_off = gone and not all(v.lives for v in visits)
-            if broken_off or (done >= told and not waiting):
-                self._full += not changed
+            full = done >= told and not any(v.ahead for v in visits)
+            if done and (broken_off or full):
                 self.end(applied=changed)
-        elif any(v.reaches is None for v in visits):
-            raise ValueError(
-                "balance.micro_batches=None: torch.autograd.grad leaves no trace from which the end of a step could be "
-                f"seen; {_REMEDY}"
-            )
-        elif gone or (changed and self._left is None):
-            self._gone += not changed
+        elif done and (gone or (changed and self._left is None)):
             self.end(applied=changed)
         elif done >= MOST:
             raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
 
-    def _incomplete(self, index: int, seen: int) -> bool:
-        return seen < self.told(index)
+    def _incomplete(self, layer: Layer) -> bool:
+        return len(layer.known) < self.told(layer)
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
-        if applied and self.layers[0].known:
-            self._gone = self._full = 0
+        if self.layers[0].known:
+            self._skipped = not applied
         # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
         self._left = None
         super().end(applied, overflow)
@@ -223,30 +207,28 @@ class AutoStep(Step):
     def forget_ahead(self) -> None:
         """Drop what was counted ahead and not trained on."""
         layer = self.layers[0]
-        layer.visits = {key: v for key, v in layer.visits.items() if v.ahead is None}
+        layer.visits = {key: v for key, v in layer.visits.items() if not v.ahead}
 
     def _witness(self) -> nn.Parameter | None:
-        """The weight that tells of gradients and updates: the router's, or another of the layer where it is frozen."""
-        of = self._of()
-        return None if of is None else next((p for p in (of.router.weight, *of.parameters()) if p.requires_grad), None)
+        return next((p for p in self.layers[0].weights() if p.requires_grad), None)
 
     def _changed(self) -> bool:
-        (weight_seen, version), weight = self._seen, self._witness()
-        return weight is not None and weight is weight_seen() and weight._version != version
+        """The witness was changed in place since the step began."""
+        (seen, version), weight = self._seen, self._witness()
+        return weight is not None and weight is seen() and weight._version != version
 
-    def read(self, index: int, visit: Visit) -> None:
-        visit.reaches = reaches(self._witness())
-        super().read(index, visit)
+    def read(self, layer: Layer, visit: Visit, trains: bool = True) -> None:
+        reached = reaches(self._witness())
+        if reached is None and not self.told(layer):
+            raise ValueError(
+                "balance.micro_batches=None: torch.autograd.grad leaves no trace from which the end of a step could be "
+                f"seen; {_REMEDY}"
+            )
+        super().read(layer, visit, reached is not False)
 
     def _read(self, visit: Visit) -> None:
-        visit.done |= visit.reaches is not False
-        self._after_backward()
-
-    def _after_backward(self) -> None:
-        weight, stranger = self._witness(), self._stranger()
-        if stranger is not None and not self._held:  # it may train copies
-            copies = (p for group in stranger.param_groups for p in group["params"])
-            weight = next((p for p in copies if p.grad is not None), None)
+        super()._read(visit)
+        weight = self._witness()
         grad = None if weight is None else weight.grad
         self._left = None if grad is None else (weakref.ref(weight), weakref.ref(grad), grad._version)
 
@@ -259,55 +241,30 @@ class AutoStep(Step):
         touched = type(grad) is Tensor and grad is self._left[1]() and grad._version != self._left[2]
         return grad is None or (touched and not bool(grad.any()))  # waits for the device, but only when touched
 
-    def _holds(self, optimizer: torch.optim.Optimizer) -> int:
-        """2: the witness; 1: another weight of the layer; 0: perhaps copies; -1: nothing, as far as is known."""
-        of, weight, groups = self._of(), self._witness(), [group["params"] for group in optimizer.param_groups]
-        key = id(weight), sum(map(len, groups))
-        known, holds = self._known_optimizers.get(optimizer, (None, 0))
-        if known != key:
-            theirs = {id(p) for group in groups for p in group}
-            own = of is not None and any(id(p) in theirs for p in of.parameters())
-            holds = 2 if id(weight) in theirs else int(own)
-            self._known_optimizers[optimizer] = key, holds
-        if holds < self._held:
-            return -1
-        return holds if holds or self._may_be_copies([p for group in groups for p in group]) else -1
-
-    def _may_be_copies(self, theirs: list[Tensor]) -> bool:
-        """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
-        visits, of = self.layers[0].visits.values(), self._of()
-        trained = [] if of is None else [p for p in of.parameters() if p.requires_grad]
-        if not any(v.done for v in visits) or sum(v.done for v in visits) < self.told(0):
-            return False
-        steps = (b.driven for b in list(_registry.layers.values()))
-        of_layers = {id(step._witness()) for step in steps if isinstance(step, AutoStep)} - {id(None)}
-        if any(id(p) in of_layers for p in theirs):  # it trains another model
-            return False
-        flat = max((p.numel() for p in theirs if p.dim() == 1), default=0)
-        shapes = {p.shape for p in theirs}
-        return flat >= sum(p.numel() for p in trained) or all(p.shape in shapes for p in trained)
+    # ---- what optimizers do
 
     def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""
-        holds, weight, told = self._holds(optimizer), self._witness(), self.told(0)
-        visits = list(self.layers[0].visits.values())
+        layer, weight = self.layers[0], self._witness()
+        visits, told = layer.visits.values(), self.told(layer)
         done = sum(v.done for v in visits)
-        if holds < 0 or not done:
+        if not done:
             return
-        stranger = self._stranger()
-        if not holds and weight is not None and stranger is not None and stranger is not optimizer:
-            raise ValueError(
-                f"{type(optimizer).__name__}: neither it nor {type(stranger).__name__}, which has stepped before, "
-                f"holds a weight of this MoE layer, so the end of its step is unknown; {_REMEDY}"
-            )
+        if not self._trained_by(optimizer):
+            if not (told or self._optimized) and self._may_hold_copies(optimizer):
+                raise ValueError(
+                    f"{type(optimizer).__name__}: it holds no weight of this MoE layer, but perhaps copies of them, so "
+                    f"the end of a step is unknown; {_REMEDY}"
+                )
+            return
         put_back = self._left is not None and weight is self._left[0]() and weight.grad is not self._left[1]()
-        if self._gone and weight is not None and (put_back or not holds):
+        if self._skipped and not told and put_back:
             raise ValueError(
                 "balance.micro_batches=None: the gradient that a backward pass had left was gone before the next one, "
                 "and comes back in another tensor for the update; if the step has several backward passes, each was "
                 f"balanced by itself; {_REMEDY}"
             )
-        if self._full and done != told:
+        if self._skipped and told not in (0, done):
             raise ValueError(
                 f"balance.micro_batches={told}: an update after {done} backward passes, and {told} before it without "
                 f"an update; if a step was broken off, drive the steps: {_REMEDY}"
@@ -317,7 +274,7 @@ class AutoStep(Step):
                 "MoE: a training forward has been counted whose backward has not run; run what is not trained on under "
                 "torch.no_grad() or in model.eval(), or delete its output before the update"
             )
-        before = self.layers[0].last
+        before = layer.last
         if not told and before is not None and done != before.micro_batches:
             warnings.warn(
                 "MoE: steps have different numbers of micro-batches, and each weighs its losses by the number of the "
@@ -327,19 +284,37 @@ class AutoStep(Step):
 
     def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every optimizer step in the process."""
-        holds = self._holds(optimizer)
-        if holds < 0:
-            return
-        self._held = holds
-        if not holds:
-            self._stranger = weakref.ref(optimizer)
-        self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
+        if self.layers[0].visits and self._trained_by(optimizer):
+            self._optimized = True
+            self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
+
+    def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """It holds the witness. Where the whole layer is frozen, any optimizer may train what comes before it."""
+        weight = self._witness()
+        return weight is None or _holds(optimizer, weight)
+
+    def _may_hold_copies(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
+        theirs = [p for group in optimizer.param_groups for p in group["params"]]
+        witnesses = (step._witness() for step in registry.steps())
+        if any(weight is not None and _holds(optimizer, weight) for weight in witnesses):  # it trains another model
+            return False
+        trained = [p for p in self.layers[0].weights() if p.requires_grad]
+        flat = max((p.numel() for p in theirs if p.dim() == 1), default=0)
+        return flat >= sum(p.numel() for p in trained) or {p.shape for p in trained} <= {p.shape for p in theirs}
 
 
-def _for(step: weakref.ref[AutoStep], call: Callable[[AutoStep, torch.optim.Optimizer], None]) -> Callable[..., None]:
+def _holds(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
+    return any(p is weight for group in optimizer.param_groups for p in group["params"])
+
+
+def _weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
+    """An optimizer hook that calls a method while its object is alive."""
+    method_of_the_living = weakref.WeakMethod(method)
+
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        alive = step()
+        alive = method_of_the_living()
         if alive is not None:
-            call(alive, optimizer)
+            alive(optimizer)
 
     return hook

@@ -9,39 +9,29 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Axis, world_axis
+from ..collectives import LOCAL, Axis, world_axis
 from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, Cohort, number_of_layer
+from .auto import AutoStep, registry
 from .bias import bias_rule, sign
 from .draw import draw, of_all_ranks, sent, valid_choices
 from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
-from .step import Step, StepTotals
+from .step import Layer, Step, StepTotals
+from .sums import Number, Sums
 from .visit import Visit, reaches
 
-
-class Pass(NamedTuple):
-    """How one forward takes part in the step."""
-
-    #: None for evaluation and other forwards that leave no trace
-    visit: Visit | None = None
-    #: the decision to repeat, where this forward recomputes another
-    decision: Decision | None = None
-    #: not a recomputation
-    first: bool = False
-
-
 #: what a copy of a balancer does not share with the original
-_OWN = ("number", "driven", "_index", "cohorts")
+_OWN = ("step", "layer", "shared")
 
 #: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
 OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
@@ -83,20 +73,20 @@ class Balancer:
         self.owners = Owners.consecutive(num_experts, 1)
         self._start()
 
-    def _start(self) -> None:
-        #: unique in the process, in the order in which layers are made, so identical on all ranks
-        self.number = number_of_layer(self)
-        self.driven: Step | None = None
-        self._index = 0
+    def _start(self, copy_of: Number | None = None) -> None:
+        self.number = registry.add(self, copy_of)
+        #: the step that this layer counts for, and its share of it
+        self.step: Step = AutoStep(self)
+        self.layer: Layer = self.step.layers[0]
         #: the sums that it shares with other layers that nobody drives
-        self.cohorts: dict[Axis, Cohort] = {}
+        self.shared: dict[Axis, Sums] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._start()  # a copy is a layer of its own
+        self._start(copy_of=self.number)  # a copy is a layer of its own
 
     # ---- where the layer is, and whose step it counts for
 
@@ -106,14 +96,7 @@ class Balancer:
 
     def join(self, step: Step) -> None:
         """Count for a step that the training loop drives."""
-        self.driven, self._index = step, step.join(self)
-
-    @property
-    def step(self) -> Step:
-        """The step that this layer counts for; one that watches the training loop where nobody drives it."""
-        if self.driven is None:
-            self.driven, self._index = AutoStep(self), 0
-        return self.driven
+        self.step, self.layer = step, step.join(self)
 
     def say_what_is_assumed(self) -> None:
         """Warn where several ranks were not told which of them hold different tokens."""
@@ -126,20 +109,15 @@ class Balancer:
                 stacklevel=2,
             )
 
-    def free(self, axis: Axis) -> bool:
-        """It sums over the axis, nobody drives its step, and it shares its sums with no other layer yet."""
-        driven = self.driven is not None and not isinstance(self.driven, AutoStep)
-        return not driven and axis not in self.cohorts and bool(self.widths(axis))
-
     @property
     def last(self) -> StepTotals | None:
         """Totals of the step that ended last; None before the first."""
-        return None if self.driven is None else self.driven.layers[self._index].last
+        return self.layer.last
 
     @property
     def micro_batches(self) -> list[Visit]:
         """What has been counted in the step under way."""
-        return [] if self.driven is None else self.driven.layers[self._index].known
+        return self.layer.known
 
     @property
     def placement(self) -> Placement:
@@ -172,71 +150,70 @@ class Balancer:
 
     # ---- the forward
 
-    def begin(self, layer: nn.Module, x_TD: Tensor) -> Pass:
-        """Which visit the forward of ``layer`` on ``x_TD`` is."""
-        if not layer.training or not (torch.is_grad_enabled() or self.step.counting):
-            return Pass()
-        if not (x_TD.requires_grad or any(p.requires_grad for p in layer.parameters())):
-            return Pass()  # a frozen teacher: nothing here is trained
-        visit, certain = visit_being_recomputed(self.step, self._index)
-        if visit is not None:
-            remember(visit)
-            return Pass(visit, visit.decision if certain else None)
-        visit = self.step.visit(self._index, layer)
-        remember(visit)
-        return Pass(visit, first=True)
+    def begin(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit | None, Decision | None]:
+        """Which visit the forward of an MoE layer is, and the decision to repeat where it recomputes another.
 
-    def count(self, this: Pass, routing: Routing, mask_T: Tensor | None = None) -> None:
-        """Keep the decision and the counts of a first pass, over the tokens where the mask is True."""
-        visit = this.visit
-        if visit is None or not this.first:
-            return
+        None for evaluation and other forwards that leave no trace.
+        """
+        if not module.training or not (torch.is_grad_enabled() or self.step.counting):
+            return None, None
+        if not (x_TD.requires_grad or any(p.requires_grad for p in module.parameters())):
+            return None, None  # a frozen teacher: nothing here is trained
+        visit, certain = visit_being_recomputed(self.step, self.layer)
+        if visit is None:
+            visit = self.step.visit(self.layer, module)
+        remember(visit)
+        return visit, visit.decision if certain else None
+
+    def count(self, visit: Visit, routing: Routing, mask_T: Tensor | None = None) -> bool:
+        """Keep the decision and the counts, over the tokens where the mask is True; False where this forward
+        recomputes another, of which they have been kept."""
+        if visit.counted and not visit.ahead:
+            return False
         routing = routing.outside_inference()
         visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
         if visit.counted:  # ahead, and summed then
-            visit.ahead = None
-            return
-        placement = self.placement
+            visit.ahead = False
+            return True
+        visit.counted, visit.counts_BE, visit.tokens_B = True, routing.counts_BE, routing.tokens_B
         visit.size = len(routing.ids_TK) if mask_T is None else None
-        visit.ranks, visit.sequence_ranks = self.counting_axis.size, placement.sequence.size
+        placement = self.placement
         local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
         total_1X = local_BX.sum(0, keepdim=True)
         own_BX = local_BX if "sequence" in self._scopes else total_1X
-        own = self.step.entry(self._index, "own", own_BX, placement.sequence, bool(self._scopes & OF_OWN_SEQUENCES))
-        batch, choices_NK = own, None
+        own_axis = placement.sequence if self._scopes & OF_OWN_SEQUENCES else LOCAL
+        visit.own = visit.batch = self.step.entry(self.layer, "own", own_BX, own_axis)
         if self._beyond_sequences:
             parts = [total_1X]
             if "communication" in self._scopes:
                 parts.append(sent(valid_choices(routing, mask_T), self.owners)[None])
             if self.bias is not None and self.bias.votes:
                 parts.append(sign(total_1X[0, :-1])[None])
-            batch = self.step.entry(self._index, "all", torch.cat(parts, dim=1), placement.tokens)
+            visit.batch = self.step.entry(self.layer, "all", torch.cat(parts, dim=1), placement.tokens)
         if "shuffled" in self._scopes:
-            choices_NK = of_all_ranks(valid_choices(routing, mask_T), placement.tokens)
-        visit.count(routing, own, batch, choices_NK)
+            visit.choices_NK = of_all_ranks(valid_choices(routing, mask_T), placement.tokens)
+        return True
 
-    def attach(self, this: Pass, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
+    def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
         """``carrier`` with the losses of a forward that takes part in the step; ``weight`` is the router's."""
-        if this.visit is None or not carrier.requires_grad:
+        if visit is None or not carrier.requires_grad:
             return carrier
-        losses = _Losses(self, this.visit, weight)
-        if this.first:
-            this.visit.graph = weakref.ref(losses)
+        losses = partial(self._pay, visit, weight)  # dies with the graph, which alone holds it
+        if visit.graph() is None:  # a recomputation has a graph of its own, which ends before the backward does
+            visit.graph = weakref.ref(losses)
         return attach(carrier, routing.prob_sums_BE, routing.z_sum, losses)
 
     # ---- the backward
 
     def view(self, visit: Visit) -> StepView:
         """The step as it is known now, around one visit."""
-        step, placement = self.step, self.placement
-        layer = step.layers[self._index]
-        totals, own_BX, batch_X = layer.totals(visit), visit.own.get(), visit.total
-        seen, micro_batches = max(len(layer.known), 1), step.micro_batches(self._index)
-        estimate = self._estimate(totals, seen, micro_batches, self.before_X)
+        step, layer, placement, owners = self.step, self.layer, self.placement, self.owners
+        own_BX, batch_X = visit.own.get(), visit.total
+        seen, micro_batches = len(layer.known), step.micro_batches(layer)
+        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.before_X)
         if step.tokens is not None:
-            estimate = estimate._replace(step_tokens=step.tokens.double() * step.runs(self._index))
+            estimate = estimate._replace(step_tokens=step.tokens.double() * layer.runs)
         ranks = placement.tokens.size // placement.sequence.size
-        owners = self.owners
         known = StepView(
             counts_BE=own_BX[:, :-1],
             tokens_B=own_BX[:, -1],
@@ -253,7 +230,7 @@ class Balancer:
         if "communication" in self._scopes:
             known = replace(known, sent_P=visit.extras[: owners.ranks])
         if "shuffled" in self._scopes:
-            choices_NK = torch.cat(layer.choices(visit))
+            choices_NK = torch.cat([v.choices_NK for v in layer.known if v.choices_NK is not None])
             seed = step.ended * (1 << 20) + visit.number
             counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, seed)
             known = replace(known, drawn_counts_E=counts_E, drawn_tokens=tokens)
@@ -261,11 +238,16 @@ class Balancer:
 
     def read(self, visit: Visit) -> tuple[Tensor, Tensor]:
         """The gradients of a visit's losses with respect to its probability sums [E] or [B, E] and its z sum."""
-        self.step.read(self._index, visit)
-        view = self.view(visit)
-        self._check_counts(view)
+        if visit not in self.layer.visits.values():
+            raise ValueError(
+                "MoE: a backward of a forward whose step has ended, or was discarded; run it before the update, and "
+                "before Step.end() or Step.discard()"
+            )
+        self.step.read(self.layer, visit)
+        self._check_counts()
+        view, scale = self.view(visit), self.placement.scale
         losses = [SCOPES[scope](view) for scope, _ in self._terms]
-        visit.loss, scale = losses[0], self.placement.scale
+        visit.loss = losses[0]
         visit.terms = [
             Term(scope, coefficient * self._convention(scope, view), loss.gradient, visit.prob_sums_BE)
             for loss, (scope, coefficient) in zip(losses, self._terms, strict=True)
@@ -275,6 +257,15 @@ class Balancer:
             visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
         return torch.as_tensor(gradient), losses[0].token_weight * (self.z_coefficient * scale)
 
+    def _pay(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`read`, once: zeros in a second backward through the same forward."""
+        gradient, of_z = self.read(visit)
+        if visit.paid:
+            return torch.zeros_like(gradient), torch.zeros_like(of_z)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            visit.paid = reaches(weight) is True
+        return gradient, of_z
+
     def _convention(self, scope: str, view: StepView) -> float:
         """What a coefficient of this scope is multiplied by.
 
@@ -283,19 +274,19 @@ class Balancer:
         """
         return 1.0 / view.ranks if scope == "global" and self.config.scale_convention == "megatron" else 1.0
 
-    def _check_counts(self, view: StepView) -> None:
+    def _check_counts(self) -> None:
         """Refuse losses that need counts, or a number of tokens, that only later micro-batches have."""
-        step, layer = self.step, self.step.layers[self._index]
-        early = step.early(self._index, view.seen)
-        if early and self.config.estimator == "exact" and any(coefficient for _, coefficient in self._terms):
+        if not self.step.early(self.layer):
+            return
+        if self.config.estimator == "exact" and any(coefficient for _, coefficient in self._terms):
             raise ValueError(
                 "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
                 "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"
             )
-        if not self.z_coefficient or self.config.scope != "global" or step.tokens is not None:
-            return  # beside a loss of another scope, the z-loss is a mean over micro-batches
-        sizes = {v.size for v in layer.known}
-        if early and (None in sizes or len(sizes) > 1):
+        # beside a loss of another scope, the z-loss is a mean over micro-batches
+        over_step = self.z_coefficient and self.config.scope == "global" and self.step.tokens is None
+        sizes = {v.size for v in self.layer.known}
+        if over_step and (None in sizes or len(sizes) > 1):
             raise ValueError(
                 f"router.z_loss={self.z_coefficient}: a mean over the step's valid tokens, of which micro-batches may "
                 "have different numbers (masks, lengths); tell the number: step = Step.of(model), "
@@ -306,7 +297,7 @@ class Balancer:
 
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
         """Unscaled losses of a micro-batch, as :attr:`equimoe.moe.types.RoutingStats.losses` describes them."""
-        totals, k = self.step.layers[self._index].totals(visit), self.top_k
+        totals, k = self.layer.totals(visit), self.top_k
         counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, k)
@@ -331,18 +322,3 @@ class Balancer:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a filled :meth:`state`."""
         self.before_X = state.get("step_before")
-
-
-class _Losses:
-    """What :func:`attach` calls in the backward. It dies with the graph that holds it."""
-
-    def __init__(self, balancer: Balancer, visit: Visit, weight: Tensor) -> None:
-        self.balancer, self.visit, self.weight = balancer, visit, weight
-
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        gradient, of_z = self.balancer.read(self.visit)
-        if self.visit.paid:  # a second backward through the same forward
-            return torch.zeros_like(gradient), torch.zeros_like(of_z)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            self.visit.paid = reaches(self.weight) is True
-        return gradient, of_z

@@ -15,36 +15,33 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Kept, keeping
-from .step import Step
+from .step import Layer, Step
 from .visit import Visit
 
 
 class _Region:
-    """The visits of a region's forward, in order, and how far its recomputation has come."""
+    """The visits of a region, in order. It is entered for its forward and then for each recomputation, of which there
+    are several where a graph is walked backward again."""
 
     def __init__(self, keep_exchanges: bool) -> None:
         #: the region around it
         self.parent = _region.get()
         self.visits: list[Visit] = []
+        #: how far its recomputation has come; None in its forward
         self.next: int | None = None
         self.kept = Kept() if keep_exchanges else None
-
-
-class _Within:
-    """Makes a region the current one, each time it is entered (a graph may be walked backward twice)."""
-
-    def __init__(self, region: _Region, replay: bool) -> None:
-        self.region, self.replay = region, replay
+        self._recorded = False
 
     def __enter__(self) -> None:
-        self.region.next = 0 if self.replay else None
-        if self.region.kept is not None:
-            self.region.kept.next = self.region.next
-        self.tokens = _region.set(self.region), keeping.set(self.region.kept)
+        self.next = 0 if self._recorded else None
+        if self.kept is not None:
+            self.kept.next = self.next
+        self._tokens = _region.set(self), keeping.set(self.kept)
 
     def __exit__(self, *error: object) -> None:
-        _region.reset(self.tokens[0])
-        keeping.reset(self.tokens[1])
+        self._recorded = True
+        _region.reset(self._tokens[0])
+        keeping.reset(self._tokens[1])
 
 
 _region: ContextVar[_Region | None] = ContextVar("equimoe_recompute_region", default=None)
@@ -60,12 +57,12 @@ def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = F
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         region = _Region(keep_exchanges)
-        return _Within(region, replay=False), _Within(region, replay=True)
+        return region, region
 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-def visit_being_recomputed(step: Step, index: int) -> tuple[Visit | None, bool]:
+def visit_being_recomputed(step: Step, layer: Layer) -> tuple[Visit | None, bool]:
     """The visit whose forward now runs again, and whether we are certain that it is this one.
 
     (None, False) when the forward is a first one.
@@ -76,7 +73,7 @@ def visit_being_recomputed(step: Step, index: int) -> tuple[Visit | None, bool]:
             region.next += 1
             return region.visits[region.next - 1], True
         region = region.parent
-    return step.recomputed(index)
+    return step.recomputed(layer)
 
 
 def remember(visit: Visit) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..collectives import Axis, private_axis
 from .losses import Loss, Term
-from .sums import Entry, Sums
+from .sums import Entry, Number, Sums
 from .visit import Visit
 
 if TYPE_CHECKING:
@@ -55,19 +55,20 @@ class StepTotals:
 
 
 class Layer:
-    """A layer's share of the step: its visits by micro-batch and occurrence, and the totals of the step before."""
+    """A layer's share of a step: its visits by micro-batch and occurrence, and the totals of the step before."""
 
-    def __init__(self, balancer: Balancer) -> None:
+    def __init__(self, balancer: Balancer, number: Number) -> None:
         self._balancer = weakref.ref(balancer)
+        #: in the sums that it shares with other layers
+        self.number = number
         self.visits: dict[tuple[int, int], Visit] = {}
         #: totals of the step that ended last
         self.last: StepTotals | None = None
         #: the visit whose losses a backward has read last, and visits known at the first backward of the step
         self.last_read: Visit | None = None
         self.first_known: int | None = None
-        #: the router, while it exists; its bias moves when the step ends
-        self.router: Any = lambda: None
-        self._prefix: tuple[list[Visit], Tensor | None] = ([], None)
+        #: the MoE layer itself, while it exists
+        self.module: Any = lambda: None
 
     @property
     def balancer(self) -> Balancer:
@@ -75,64 +76,53 @@ class Layer:
         assert balancer is not None
         return balancer
 
+    def weights(self) -> list[nn.Parameter]:
+        """The router's first."""
+        module = self.module()
+        return [] if module is None else list(dict.fromkeys((module.router.weight, *module.parameters())))
+
     @property
     def known(self) -> list[Visit]:
         """The visits that count: those that were backpropagated, or still can be."""
-        return self._known()
+        return [v for v in self.visits.values() if v.counted and v.lives]
 
-    def _known(self, of: Visit | None = None) -> list[Visit]:
-        return [v for v in self.visits.values() if v.counted and (v is of or v.lives)]
+    @property
+    def runs(self) -> int:
+        """How often the layer runs in a forward pass."""
+        return 1 + max((occurrence for _, occurrence in self.visits), default=0)
 
     def totals(self, of: Visit) -> Tensor:
         """int64 [E + 1]: counts and tokens of all visits known, ``of`` among them."""
         if of.step_total is not None:
             return of.step_total
-        known, (summed, total) = self._known(of), self._prefix
-        if known[: len(summed)] != summed:
-            summed, total = [], None
-        new = [v.total for v in known[len(summed) :]]
-        if new:
-            total = torch.stack([*([] if total is None else [total]), *new]).sum(0)
-            self._prefix = known, total
-        assert total is not None
-        return total
+        return torch.stack([v.total for v in dict.fromkeys((*self.known, of))]).sum(0)
 
-    def choices(self, of: Visit) -> list[Tensor]:
-        """int64 [N, K] each: the choices of all visits known, ``of`` among them."""
-        return of.step_choices or [v.choices_NK for v in self._known(of) if v.choices_NK is not None]
-
-    def close(self, applied: bool, overflow: Tensor | None) -> StepTotals | None:
-        """End the step; None where nothing was counted."""
+    def close(self, applied: bool, overflow: Tensor | None) -> None:
+        """End the step: keep its totals, and move the bias."""
         ended, balancer = self.known, self._balancer()
-        self.visits, self.first_known, self._prefix = {}, None, ([], None)
+        self.visits, self.first_known = {}, None
         if not ended or balancer is None:
-            return None
+            return
         total = torch.stack([v.total for v in ended]).sum(0)
-        choices = [v.choices_NK for v in ended if v.choices_NK is not None]
         for v in ended:
             v.step_total = total
-            v.step_choices = [] if v.done else choices  # its backward may still come
-        self.last = _totals(ended, total)
+        self.last = StepTotals(
+            counts_E=total[:-1],
+            tokens=total[-1],
+            local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
+            local_tokens_M=torch.stack([v.tokens_B.sum() for v in ended]),
+            local_prob_sums_ME=torch.stack([v.prob_sums_BE.sum(0) for v in ended]),
+            local_sequences=torch.stack([(v.tokens_B > 0).sum() for v in ended]).sum(),
+            sequence_ranks=balancer.placement.sequence.size,
+            losses=[v.loss for v in ended if v.loss is not None],
+            terms=[term for v in ended for term in v.terms],
+        )
         balancer.before_X = F.pad(total, (0, 1), value=len(ended))
-        router, bias = self.router(), balancer.bias
-        if applied and bias is not None and router is not None and router.bias_E is not None:
+        module, bias = self.module(), balancer.bias
+        if applied and bias is not None and module is not None and module.router.bias_E is not None:
             votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
-            bias.move(router.bias_E, self.last.counts_E, votes_E, sum(v.ranks for v in ended), overflow)
-        return self.last
-
-
-def _totals(ended: list[Visit], total: Tensor) -> StepTotals:
-    return StepTotals(
-        counts_E=total[:-1],
-        tokens=total[-1],
-        local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
-        local_tokens_M=torch.stack([v.tokens_B.sum() for v in ended]),
-        local_prob_sums_ME=torch.stack([v.prob_sums_BE.sum(0) for v in ended]),
-        local_sequences=torch.stack([(v.tokens_B > 0).sum() for v in ended]).sum(),
-        sequence_ranks=ended[-1].sequence_ranks,
-        losses=[v.loss for v in ended if v.loss is not None],
-        terms=[term for v in ended for term in v.terms],
-    )
+            voters = balancer.counting_axis.size * len(ended)
+            bias.move(module.router.bias_E, self.last.counts_E, votes_E, voters, overflow)
 
 
 def random_state_kept() -> AbstractContextManager[None]:
@@ -167,8 +157,9 @@ class Step:
         #: micro-batches of this step whose forward pass has been summed
         self._passed: set[int] = set()
         self._now: int | None = None
-        self._ahead: object | None = None
-        self._occurrence: dict[int, int] = {}
+        self._ahead = False
+        #: how often each layer has run in the micro-batch under way
+        self._occurrence: dict[Layer, int] = {}
 
     @classmethod
     def of(cls, *parts: nn.Module) -> Step:
@@ -180,10 +171,10 @@ class Step:
                 balancer.join(step)
         return step
 
-    def join(self, balancer: Balancer) -> int:
-        """Take a layer in; returns its number."""
-        self.layers.append(Layer(balancer))
-        return len(self.layers) - 1
+    def join(self, balancer: Balancer) -> Layer:
+        """Take a layer in; returns its share of the step."""
+        self.layers.append(Layer(balancer, (len(self.layers), 0)))
+        return self.layers[-1]
 
     # ---- for the training loop
 
@@ -212,9 +203,9 @@ class Step:
         """
         before = self._now, self._ahead, self._occurrence
         if number is None:
-            taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or v.ahead is None)
+            taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or not v.ahead)
             number = max(taken, default=-1) + 1
-        self._now, self._ahead, self._occurrence = number, self if ahead else None, {}
+        self._now, self._ahead, self._occurrence = number, ahead, {}
         try:
             self._meet()
             started = {sums: sums.started for sums in self._sums.values()}
@@ -226,9 +217,8 @@ class Step:
         except BaseException:
             for sums in self._sums.values():
                 sums.drop()
-            for index in self._occurrence:
-                visits = self.layers[index].visits
-                self.layers[index].visits = {key: v for key, v in visits.items() if key[0] != self._now}
+            for layer in self._occurrence:
+                layer.visits = {key: v for key, v in layer.visits.items() if key[0] != number}
             raise
         finally:
             self._now, self._ahead, self._occurrence = before
@@ -246,7 +236,7 @@ class Step:
             )
         for layer in self.layers:
             layer.close(applied, overflow)
-        self._forget()
+        self.discard()
         self.ended += 1
 
     def discard(self) -> None:
@@ -255,69 +245,60 @@ class Step:
             sums.drop()
         for layer in self.layers:
             layer.visits = {}
-        self._forget()
-
-    def _forget(self) -> None:
         self.length, self.tokens, self._passed = None, None, set()
 
     # ---- for the layers' balancers
 
-    def visit(self, index: int, of: nn.Module) -> Visit:
-        """The visit that begins with this forward of the MoE layer ``of``."""
+    def visit(self, layer: Layer, module: nn.Module) -> Visit:
+        """The visit that begins with this forward of an MoE layer, ``module``."""
         if self._now is None:
             raise ValueError(
                 "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, and around the "
                 "backward where that recomputes; or use model.eval() or torch.no_grad() for a forward that is not "
                 "trained on"
             )
-        layer, occurrence = self.layers[index], self._occurrence.get(index, 0)
-        layer.router, self._occurrence[index] = weakref.ref(of.router), occurrence + 1
-        key = self._now, occurrence
+        key = self._now, self._occurrence.get(layer, 0)
+        layer.module, self._occurrence[layer] = weakref.ref(module), key[1] + 1
         found = layer.visits.get(key)
         if found is not None and found.done:
             raise ValueError(
                 f"step.micro_batch({self._now}): this micro-batch has been trained; give the next number, or none, and "
                 "call Step.end() after each update"
             )
-        if found is None or found.ahead is None or self.counting:
-            found = layer.visits[key] = Visit(self._now, self._ahead)
+        if found is None or not found.ahead or self.counting:
+            found = layer.visits[key] = Visit(self._now, self.counting)
         return found
 
-    def recomputed(self, index: int) -> tuple[Visit | None, bool]:
+    def recomputed(self, layer: Layer) -> tuple[Visit | None, bool]:
         """The visit that a forward inside a backward recomputes, and whether we are certain it is the same one."""
-        layer, backward = self.layers[index], torch._C._current_graph_task_id()
-        if backward == -1:
-            return None, False
+        backward = torch._C._current_graph_task_id()
         # Inside a backward, forwards run only in checkpointed regions. The reentrant kind ran without gradient at
         # first and was not counted, so this is its first pass. The non-reentrant kind, which hooks saved tensors,
         # recomputes a visit that is still open, or that this very backward has just read.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        if backward == -1 or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return None, False
-        last, here = layer.last_read, [v for v in layer.known if self._now in (None, v.number)]
-        flying = [v for v in here if not (v.done or v.read_now or v.ahead is not None or v.opened_in == backward)]
-        if last is not None and last.backward_id == backward:
-            return last, not flying
+        here = [v for v in layer.known if self._now in (None, v.number)]
+        flying = [v for v in here if not (v.done or v.read_now or v.ahead or v.opened_in == backward)]
+        if layer.last_read is not None and layer.last_read.backward_id == backward:
+            return layer.last_read, not flying
         return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
 
     @property
     def counting(self) -> bool:
         """A pass counts ahead of the training forwards."""
-        return self._ahead is not None
+        return self._ahead
 
-    def entry(self, index: int, kind: str, value_BX: Tensor, axis: Axis, over_ranks: bool = True) -> Entry:
+    def entry(self, layer: Layer, kind: str, value_BX: Tensor, axis: Axis) -> Entry:
         """Start to sum a layer's row over an axis, together with the other layers of the pass."""
-        if axis.size == 1 or not over_ranks:
-            return Entry(value_BX)
-        sums, number = self.sums(index, axis)
-        return sums.add((number, kind), value_BX)
+        return Entry(value_BX) if axis.size == 1 else self.sums(layer, axis).add((layer.number, kind), value_BX)
 
-    def sums(self, index: int, axis: Axis) -> tuple[Sums, int]:
-        """The sums over an axis, and the layer's number in them."""
-        return self._sums[axis], index
+    def sums(self, layer: Layer, axis: Axis) -> Sums:
+        """The sums over an axis that a layer shares with others."""
+        return self._sums[axis]
 
     def _meet(self) -> None:
         """Make the sums that the layers need, where they are not there yet: all ranks do it at the same point."""
-        balancers = [(n, layer.balancer) for n, layer in enumerate(self.layers)]
+        balancers = [(layer.number, layer.balancer) for layer in self.layers]
         axes = {axis: b for _, b in balancers for axis in b.placement.axes if axis.size > 1 and b.widths(axis)}
         if axes.keys() == self._sums.keys():
             return
@@ -329,43 +310,31 @@ class Step:
             own = private_axis(axis) if balancer.placed is None else axis
             self._sums[axis] = Sums(own, widths, early=False)
 
-    def micro_batches(self, index: int) -> int:
-        """How many micro-batches the step has, as far as that can be said.
-
-        In this order: as told; the number counted ahead; the number in the step before; the number so far. Of a layer
-        that runs several times in a forward pass, each time counts.
-        """
-        last = self.layers[index].last
-        return self.told(index) or (last.micro_batches if last is not None else 1)
-
-    def told(self, index: int) -> int:
-        """How many micro-batches the step has, where it was told or they were counted ahead; else 0."""
-        layer = self.layers[index]
-        told = (self.length or 0) * self.runs(index) or layer.balancer.config.micro_batches or 0
+    def told(self, layer: Layer) -> int:
+        """How many visits a layer has in the step, where that was told or they were counted ahead; else 0."""
+        told = (self.length or 0) * layer.runs or layer.balancer.config.micro_batches or 0
         return told or sum(v.was_ahead for v in layer.visits.values())
 
-    def early(self, index: int, seen: int) -> bool:
-        """Whether a backward that has ``seen`` so many visits of a layer comes before all of the step were counted."""
-        first = self.layers[index].first_known
-        return self._incomplete(index, seen) or seen > (seen if first is None else first)
+    def micro_batches(self, layer: Layer) -> int:
+        """How many visits a layer is taken to have: as told, or as many as in the step before, or as many as so far."""
+        return self.told(layer) or (1 if layer.last is None else layer.last.micro_batches)
 
-    def _incomplete(self, index: int, seen: int) -> bool:
+    def early(self, layer: Layer) -> bool:
+        """A backward has come before all forwards of the step were counted."""
+        known = len(layer.known)
+        return self._incomplete(layer) or known > (layer.first_known or known)
+
+    def _incomplete(self, layer: Layer) -> bool:
         """Passes are still to come. (A layer need not run in each of them.)"""
         return self.length is not None and len(self._passed | ({self._now} - {None})) < self.length
 
-    def runs(self, index: int) -> int:
-        """How often a layer runs in a forward pass."""
-        return 1 + max((occurrence for _, occurrence in self.layers[index].visits), default=0)
-
-    def read(self, index: int, visit: Visit) -> None:
-        """Note that a backward reads a visit's losses now."""
-        layer = self.layers[index]
-        if not visit.read_now:
+    def read(self, layer: Layer, visit: Visit, trains: bool = True) -> None:
+        """Note that a backward reads a visit's losses now; ``trains``: and adds to the gradients of the weights."""
+        if trains and not visit.read_now:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._read, visit))
         visit.backward_id = torch._C._current_graph_task_id()
         layer.last_read = visit
-        if layer.first_known is None:
-            layer.first_known = len(layer.known)
+        layer.first_known = layer.first_known or len(layer.known)
 
     def _read(self, visit: Visit) -> None:
         """A backward that has read a visit's losses has come to its end; one that raises never does."""

@@ -7,30 +7,30 @@ from torch import Tensor
 
 from ..collectives import Axis, Pending, device_of, sum_over
 
+#: a layer's place in the order in which layers are built, the same on all ranks, and which copy of that layer it is (0:
+#: the layer itself), so that a copy on one rank alone moves no other layer's number
+Number = tuple[int, int]
 #: a layer's number, and which of its rows
-Key = tuple[int, str]
+Key = tuple[Number, str]
 
 
 class Entry:
-    """One layer's row [B, X] in a sum over ranks."""
+    """One layer's row [B, X] in a sum over ranks; with no ``sums`` it is of this rank alone."""
 
     def __init__(self, value: Tensor, sums: Sums | None = None) -> None:
         self.value, self._sums = value, sums
-        self._joined: Pending | None = None
-        self._place = 0
-
-    def started(self, joined: Pending, place: int) -> None:
-        """The sum is under way; this row begins at ``place``."""
-        self._joined, self._place = joined, place
+        #: the sum under way, and where in it the row begins
+        self.joined: Pending | None = None
+        self.place = 0
 
     def get(self) -> Tensor:
         """The summed row. A sum that has not started is started now, so all ranks must ask at the same point."""
-        if self._sums is None:  # of this rank alone
+        if self._sums is None:
             return self.value
-        if self._joined is None:
+        if self.joined is None:
             self._sums.start()
-        assert self._joined is not None
-        return self._joined.get()[self._place : self._place + self.value.numel()].view(self.value.shape)
+        assert self.joined is not None
+        return self.joined.get()[self.place : self.place + self.value.numel()].view(self.value.shape)
 
 
 class Sums:
@@ -66,18 +66,18 @@ class Sums:
         device = self._device or device_of(self.axis)
         rows = {kind: len(entry.value) for (_, kind), entry in waiting.items()}
         parts, place = [], 0
-        places: dict[Key, int] = {}
         for key, width in self.widths.items():
-            entry = waiting.get(key)
-            zeros = (rows.get(key[1], 1), width)
-            part = torch.zeros(zeros, dtype=torch.int64, device=device) if entry is None else entry.value
-            places[key] = place
+            if key in waiting:
+                waiting[key].place = place
+                part = waiting[key].value
+            else:
+                part = torch.zeros((rows.get(key[1], 1), width), dtype=torch.int64, device=device)
             parts.append(part.flatten())
             place += part.numel()
         joined = sum_over(torch.cat(parts), self.axis)
         self.started += 1
-        for key, entry in waiting.items():
-            entry.started(joined, places[key])
+        for entry in waiting.values():
+            entry.joined = joined
 
     def drop(self) -> None:
         """Forget the rows that wait: their pass was broken off."""

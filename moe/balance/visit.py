@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Decision, Routing
+from ..types import Decision
 from .losses import Loss, Term
 from .sums import Entry
 
@@ -18,12 +19,11 @@ class Visit:
     A layer that runs several times in a forward pass has a visit each time, and each counts as a micro-batch.
     """
 
-    def __init__(self, number: int, ahead: object | None = None) -> None:
+    def __init__(self, number: int, ahead: bool = False) -> None:
         #: unique within the layer and identical on all ranks
         self.number = number
-        #: the counting pass that counted it, until its training forward comes
-        self.ahead = ahead
-        self.was_ahead = ahead is not None
+        #: it was counted before its training forward, and still waits for that
+        self.was_ahead = self.ahead = ahead
         self.counted = False
         self.decision: Decision
         #: int64 [B, E] and [B], of this rank alone
@@ -39,8 +39,6 @@ class Visit:
         self.batch: Entry
         #: int64 [N, K], the choices on all ranks, -1 for masked tokens; for a loss that draws from them
         self.choices_NK: Tensor | None = None
-        #: ranks whose tokens are counted together, and that hold parts of the same sequences
-        self.ranks = self.sequence_ranks = 1
         #: tokens on this rank; None where a mask hides how many are valid
         self.size: int | None = None
         #: a weak reference that dies with the graph of this forward
@@ -50,16 +48,13 @@ class Visit:
         self.backward_id: int | None = None
         #: a backward that read its losses has come to its end
         self.done = False
-        #: whether that backward adds to the gradients of the layer's weights, as :func:`reaches` says
-        self.reaches: bool | None = True
         #: its losses have reached the gradients of the weights
         self.paid = False
         #: the main loss, and every loss, as that backward read them
         self.loss: Loss | None = None
         self.terms: list[Term] = []
-        #: int64 [E + 1], counts and tokens of its whole step, and its choices, once that has ended
+        #: int64 [E + 1], counts and tokens of its whole step, once that has ended
         self.step_total: Tensor | None = None
-        self.step_choices: list[Tensor] = []
 
     @property
     def read_now(self) -> bool:
@@ -69,15 +64,9 @@ class Visit:
     @property
     def lives(self) -> bool:
         """It waits for its training forward, or its backward has run, runs, or can still run."""
-        return self.ahead is not None or self.done or self.read_now or self.graph() is not None
+        return self.ahead or self.done or self.read_now or self.graph() is not None
 
-    def count(self, routing: Routing, own: Entry, batch: Entry, choices_NK: Tensor | None) -> None:
-        """Take in what was routed."""
-        self.counted = True
-        self.counts_BE, self.tokens_B = routing.counts_BE, routing.tokens_B
-        self.own, self.batch, self.choices_NK = own, batch, choices_NK
-
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """int64 [E + 1]: counts and tokens on all ranks that count together."""
         return self._batch_X[: self.counts_BE.shape[1] + 1]
@@ -87,7 +76,7 @@ class Visit:
         """int64 [X]: sums over ranks that were taken together with the counts."""
         return self._batch_X[self.counts_BE.shape[1] + 1 :]
 
-    @property
+    @cached_property
     def _batch_X(self) -> Tensor:
         return self.batch.get().sum(0)
 

@@ -8,11 +8,11 @@ from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, s
 from .counts import (
     Belief,
     Pending,
-    agreed_prefix,
     believe_splits,
     equal_sizes,
     exchange_counts,
     exchange_sizes,
+    held_by_all,
     splits,
     sum_over,
 )
@@ -34,7 +34,6 @@ __all__ = [
     "Traffic",
     "Transit",
     "Wire",
-    "agreed_prefix",
     "axis_of",
     "believe_splits",
     "device_of",
@@ -47,6 +46,7 @@ __all__ = [
     "gather_rows",
     "gather_tokens",
     "global_ranks",
+    "held_by_all",
     "keeping",
     "once",
     "private_axis",

@@ -79,18 +79,18 @@ def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], l
     return sent, received
 
 
-def agreed_prefix(values: Sequence[object], axis: Axis) -> int:
-    """Return how many leading values have the same ``repr`` on all ranks of the axis. The host waits for the answer."""
+def held_by_all(values: Sequence[object], axis: Axis) -> list[Any]:
+    """Return the values that every rank of the axis has, compared by ``repr``. The host waits for the answer."""
     if axis.size == 1 or _belief is not None:
-        return len(values)
-    device = device_of(axis)
-    length = torch.tensor(-len(values), device=device)
-    dist.all_reduce(length, dist.ReduceOp.MAX, group=axis.group)
-    prefixes = [zlib.crc32(repr(values[: i + 1]).encode()) for i in range(-int(length))]
-    least, most = (torch.tensor([*prefixes, 0], device=device) for _ in range(2))
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=axis.group)
+        return list(values)
+    device, hashes = device_of(axis), [zlib.crc32(repr(value).encode()) for value in values]
+    most = torch.tensor(len(hashes), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
-    return int((least[:-1] == most[:-1]).long().cumprod(0).sum())
+    own = torch.tensor(hashes + [-1] * (int(most) - len(hashes)), dtype=torch.int64, device=device)
+    everyones = [torch.empty_like(own) for _ in range(axis.size)]
+    dist.all_gather(everyones, own, group=axis.group)
+    held = torch.stack([torch.isin(own, theirs) for theirs in everyones]).all(0)
+    return [value for value, by_all in zip(values, held, strict=False) if by_all]
 
 
 def equal_sizes(rows: Tensor, axis: Axis) -> list[int]:

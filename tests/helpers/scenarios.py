@@ -199,9 +199,9 @@ def clipped_by_micro_batch() -> float:
     return worst
 
 
-def gradients_taken_in_the_backward() -> float:
-    """param.grad is moved to main gradients and cleared before the backward ends."""
-    layer, total = make(), []
+def gradients_taken_in_the_backward(micro_batches: int | None) -> float:
+    """Main gradients: param.grad is gone before the backward ends, and master weights are copied back."""
+    layer, total = make(micro_batches=micro_batches, bias_update_rate=0.01), []
 
     def take(p: Tensor) -> None:
         total.append(p.grad)
@@ -214,12 +214,17 @@ def gradients_taken_in_the_backward() -> float:
         inputs = [tokens(10 * step + m) for m in range(2)]
         for x in inputs:
             balance_only(layer, x).backward()
-        want = rolling(layer, inputs, micro_batches=1 if step == 0 else 2)
-        worst = max(worst, oracle.relative_error(torch.stack(total).sum(0), want)) if step else 0.0
+        want = biased_gradient(layer, inputs)
+        worst, before = max(worst, oracle.relative_error(torch.stack(total).sum(0), want)), layer.router.bias_E.clone()
         total.clear()
         for master in masters:
             master.grad = torch.zeros_like(master)
         optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(layer.parameters(), masters, strict=True):
+                p.copy_(master)
+        layer(tokens(99))  # the next forward finds that the step has ended
+        assert not torch.equal(layer.router.bias_E, before), "the bias moves when the weights do"
     return worst
 
 
@@ -408,14 +413,18 @@ def another_models_optimizer() -> float:
 
 
 def biased_error(layer: MoE, inputs: list[Tensor]) -> float:
-    """Return the error of a layer whose bias takes part in the choice of experts."""
+    return error(layer, biased_gradient(layer, inputs))
+
+
+def biased_gradient(layer: MoE, inputs: list[Tensor]) -> Tensor:
+    """As :func:`rolling`, of a layer whose bias takes part in the choice."""
     total, counts_E, seen = torch.zeros(()), torch.zeros(E, dtype=torch.float64), 0
     for n, x in enumerate(inputs, start=1):
         routing = copy.deepcopy(layer).eval().router(x)
         probs_TE = oracle.route(layer, x)[1]
         counts_E, seen = counts_E + routing.counts_BE.sum(0), seen + len(x)
         total = total + E * (counts_E / (K * seen) * probs_TE.sum(0)).sum() / (seen * len(inputs) / n)
-    return error(layer, torch.autograd.grad(total, layer.router.weight)[0])
+    return torch.autograd.grad(total, layer.router.weight)[0]
 
 
 def a_frozen_teacher() -> float:
@@ -463,6 +472,43 @@ def a_discriminator_without_experts() -> float:
         own.step()
         own.zero_grad()
     return worst
+
+
+def two_optimizers_of_one_layer() -> float:
+    """As Muon for matrices and AdamW for the rest; the router's decides, which may come first or last."""
+    worst = 0.0
+    for router_first in (True, False):
+        layer = make(bias_update_rate=0.01)
+        optimizers = [frozen(layer.router), frozen(layer.experts)]
+        for step in range(3):
+            inputs, before = [tokens(10 * step + m) for m in range(2)], layer.router.bias_E.clone()
+            for x in inputs:
+                balance_only(layer, x).backward()
+            if step:
+                worst = max(worst, biased_error(layer, inputs))
+            for optimizer in optimizers if router_first else reversed(optimizers):
+                optimizer.step()
+                optimizer.zero_grad()
+            assert float((layer.router.bias_E - before).abs().max()) < 0.011, "the bias moves once"
+    return worst
+
+
+def closures() -> float:
+    """LBFGS runs forward and backward several times within its step; each evaluation is a step of its own."""
+    layer, x, worst = make(), tokens(0), []
+    optimizer = torch.optim.LBFGS(layer.router.parameters(), lr=1e-3, max_iter=4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = balance_only(layer, x)
+        loss.backward()
+        worst.append(error(layer, whole(layer, [x])))
+        return oracle.balance_loss(layer, x).detach()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(worst) > 6, "several evaluations for each step"
+    return max(worst)
 
 
 # ---- counting ahead
@@ -630,6 +676,16 @@ def driven_by(numbers: list[int], told: int) -> float:
     return 1.0
 
 
+def a_backward_after_the_end() -> float:
+    layer = make()
+    step = Step.of(layer)
+    with step.micro_batch():
+        loss = balance_only(layer, tokens(0))
+    step.end(applied=False)
+    loss.backward()
+    return 1.0
+
+
 def driven_steps_of_any_length() -> float:
     layer, worst = make(), 0.0
     step = Step.of(layer)
@@ -790,6 +846,35 @@ def a_copy_on_one_rank(rank: int) -> float:
     return worst if average is None else max(worst, 0.0)
 
 
+def a_copy_on_one_rank_before_another_model(rank: int) -> float:
+    """The copy, of the same widths, must not take the place of a layer that all ranks build after it."""
+    models, average = [make()], []
+    if rank == 0:
+        average.append(copy.deepcopy(models[0]).eval())
+    models.append(make())
+    worst = 0.0
+    for step in range(2):
+        for number, layer in enumerate(models):
+            inputs = [tokens(10 * step + 2 * number + r) for r in range(2)]
+            balance_only(layer, inputs[rank]).backward()
+            dist.all_reduce(layer.router.weight.grad)
+            layer.router.weight.grad /= 2
+            worst = max(worst, error(layer, whole(layer, inputs)))
+            frozen(layer).step()
+            layer.zero_grad()
+    return worst + 0.0 * len(average)
+
+
+def copies_of_a_layer_as_a_model(rank: int) -> float:
+    """As torch's own encoder makes its layers; the first copy is rank 0's alone, so their numbers differ."""
+    one = make()
+    average = [copy.deepcopy(one)] if rank == 0 else []
+    layers = [copy.deepcopy(one) for _ in range(2)]
+    for layer in layers:
+        balance_only(layer, tokens(rank)).backward()
+    return 1.0 + len(average)
+
+
 def another_layer_on_one_rank(rank: int) -> float:
     spare = [make() for _ in range(rank)]
     layer = make()
@@ -908,7 +993,10 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: gradients_elsewhere(4, lambda layer, total: as_a_new_tensor(layer, total.float().double()))
     ),
     "clipping by micro-batch, micro_batches=4": Scenario(clipped_by_micro_batch),
-    "main gradients and master weights": Scenario(gradients_taken_in_the_backward),
+    "main gradients and master weights": Scenario(
+        lambda: gradients_taken_in_the_backward(None), "perhaps copies of them, so the end of a step is unknown"
+    ),
+    "main gradients, micro_batches=2": Scenario(lambda: gradients_taken_in_the_backward(2)),
     "updates in place without an optimizer": Scenario(lambda: updates_without_an_optimizer(in_place)),
     "updates of .data without an optimizer": Scenario(lambda: updates_without_an_optimizer(by_data)),
     "updates of .data, micro_batches=1": Scenario(lambda: updates_without_an_optimizer(by_data, 1)),
@@ -916,6 +1004,8 @@ SCENARIOS: dict[str, Scenario] = {
     "a discriminator's optimizer": Scenario(a_discriminator_without_experts),
     "a frozen teacher in training mode": Scenario(a_frozen_teacher),
     "two optimizers of copies": Scenario(two_strange_optimizers, "drive the step yourself: step = Step.of(model)"),
+    "two optimizers of one layer": Scenario(two_optimizers_of_one_layer),
+    "closures of LBFGS": Scenario(closures),
     "exact, with dropout": Scenario(counted_ahead),
     "exact, weights changed in between": Scenario(lambda: counted_ahead(other_weights)),
     "exact, micro-batches in another order": Scenario(another_order),
@@ -934,6 +1024,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "driven, broken off, discarded, begun again": Scenario(lambda: broken_off_and_begun_again(discard=True)),
     "driven, another number than told": Scenario(lambda: driven_by([0, 1, 2], told=2), "3 have been trained"),
+    "driven, a backward after the end": Scenario(a_backward_after_the_end, "before Step.end() or Step.discard()"),
     "driven, the same number each time": Scenario(lambda: driven_by([0, 0], told=2), "give the next number"),
     "driven, steps of 4, 2, 3 and 1 micro-batches": Scenario(driven_steps_of_any_length),
     "driven, a micro-batch that is run again": Scenario(a_micro_batch_run_again),
@@ -948,8 +1039,12 @@ SCENARIOS: dict[str, Scenario] = {
     "2 ranks: driven, no layer on one rank": Scenario(on_two_ranks(no_layer_on_one_rank)),
     "2 ranks: FSDP2, accumulation": Scenario(on_two_ranks(fully_sharded)),
     "2 ranks: a copy of the model on rank 0": Scenario(on_two_ranks(a_copy_on_one_rank)),
+    "2 ranks: a copy on rank 0, then another model": Scenario(on_two_ranks(a_copy_on_one_rank_before_another_model)),
     "2 ranks: a layer more on rank 1": Scenario(
         on_two_ranks(another_layer_on_one_rank), "build the same layers in the same order on all ranks"
+    ),
+    "2 ranks: copies that are a model": Scenario(
+        on_two_ranks(copies_of_a_layer_as_a_model), "have made another number of copies"
     ),
     "2 ranks: process group made again": Scenario(on_two_ranks(a_restart_in_the_process)),
     "2 ranks: gradients summed": Scenario(on_two_ranks(gradient_scale(lambda grad: grad, 1.0))),

@@ -248,6 +248,16 @@ def test_several_micro_batches_in_one_backward(kind: str) -> None:
     assert_same_gradients(*results)
 
 
+def test_our_recomputation_repeats_each_of_several_decisions() -> None:
+    """Even where the router would choose otherwise now."""
+    layer, found = make(coefficient=0.0), []
+    layer.router.register_forward_hook(lambda router, args, routing: found.append(str(routing.ids_TK.tolist())))
+    outs = [recompute(layer, x.requires_grad_()).square().sum() for x in batches(3)]
+    layer.router.weight.data = -layer.router.weight.data
+    sum(outs).backward()
+    assert len(set(found[:3])) == 3 and sorted(found[:3]) == sorted(found[3:])
+
+
 @pytest.mark.parametrize("inner", ["non-reentrant", "recompute"])
 @pytest.mark.parametrize("outer", ["non-reentrant", "reentrant", "recompute"])
 def test_nested_recomputation(outer: str, inner: str) -> None:
