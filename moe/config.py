@@ -117,7 +117,7 @@ class BalanceConfig:
     #: further losses
     extra: ExtraLossConfig = field(default_factory=ExtraLossConfig)
     #: how far each optimizer step moves the bias that chooses experts (loss-free balancing, arXiv 2408.15664; 0.001 is
-    #: usual); 0: no bias
+    #: usual); 0: no bias. A wholly frozen layer keeps its bias
     bias_update_rate: float = 0.0
     #: by the sign of mean load - load, or in proportion to it as a share of the mean load
     bias_rule: Literal["sign", "proportional"] = "sign"

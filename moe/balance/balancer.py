@@ -157,7 +157,8 @@ class Balancer:
         """
         if not module.training or not (torch.is_grad_enabled() or self.step.counting):
             return None, None
-        if not (x_TD.requires_grad or any(p.requires_grad for p in module.parameters())):
+        trained = x_TD.requires_grad or any(p.requires_grad for p in module.parameters())
+        if not trained and not self.step.counting:  # without gradient, nothing tells what is trained before the layer
             return None, None  # a frozen teacher: nothing here is trained
         visit, certain = visit_being_recomputed(self.step, self.layer)
         if visit is None:

@@ -119,7 +119,8 @@ class Layer:
         )
         balancer.before_X = F.pad(total, (0, 1), value=len(ended))
         module, bias = self.module(), balancer.bias
-        if applied and bias is not None and module is not None and module.router.bias_E is not None:
+        trained = module is not None and any(p.requires_grad for p in module.parameters())
+        if applied and bias is not None and module is not None and trained and module.router.bias_E is not None:
             votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
             voters = balancer.counting_axis.size * len(ended)
             bias.move(module.router.bias_E, self.last.counts_E, votes_E, voters, overflow)

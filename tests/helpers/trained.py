@@ -21,10 +21,22 @@ from tests.helpers.recorded import Recorded, full
 SEQUENCES, LENGTH, VOCABULARY, MICRO_BATCHES = 8, 8, 16, 2
 
 
-def make(kind: type[Decoder] = Decoder, layers: int = 2, coefficient: float = 0.1, **how: Any) -> Any:
+def make(
+    kind: type[Decoder] = Decoder,
+    layers: int = 2,
+    coefficient: float = 0.1,
+    estimator: Any = "exact",
+    bias_update_rate: float = 0.0,
+    **how: Any,
+) -> Any:
     """Build a decoder with experts in every second block; all weights are the same on every rank."""
     torch.manual_seed(0)
-    balance = BalanceConfig(coefficient=coefficient, estimator="exact", micro_batches=MICRO_BATCHES)
+    balance = BalanceConfig(
+        coefficient=coefficient,
+        estimator=estimator,
+        micro_batches=MICRO_BATCHES,
+        bias_update_rate=bias_update_rate,
+    )
     moe = MoEConfig(8, 4, num_experts=4, top_k=2, balance=balance, init_std=0.4)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "num_layers": layers, "num_heads": 2}
     return kind(**sizes, intermediate_size=8, moe=moe, moe_every=2, **how).double()

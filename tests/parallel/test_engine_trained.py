@@ -141,6 +141,33 @@ def test_weights_unfrozen_and_frozen_later(name: str) -> None:
             assert worst(mine, theirs)[0] < 1e-8
 
 
+@pytest.mark.parametrize("frozen", ["blocks.1.", "blocks.3.mlp.", "mlp.", "all but head", "all but embedding"])
+@pytest.mark.parametrize("estimator", ["exact", "rolling"])
+def test_frozen_layers_under_a_pipeline(frozen: str, estimator: Any) -> None:
+    """A later stage cannot tell whether anything before it is trained; bias and losses fare as in one process."""
+
+    def stays(name: str) -> bool:
+        return not name.startswith(frozen[8:]) if frozen.startswith("all but ") else frozen in name
+
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        mesh = mesh_of(world, {"pp": 2})
+        # what has been counted by a backward, which "rolling" reads, depends on the schedule
+        loss = 0.1 if estimator == "exact" else 0.0
+        model = make(layers=4, coefficient=loss, estimator=estimator, bias_update_rate=0.1)
+        freeze(model, stays)
+        engine = engine_of(model, mesh)
+        for step in range(2):
+            assert engine.step(batches(mesh, step), lr=0.1).applied
+        biases = {name: value for name, value in engine.state().items() if name.endswith("bias_E")}
+        for name, bias_E in biases.items():
+            assert bool(bias_E.any()) != stays(name.removeprefix("model.")), name
+        return whole(engine) | biases
+
+    want = script(0, 1)
+    for got in run_ranks(script, 2):
+        assert worst(got, want)[0] < 1e-8
+
+
 @pytest.mark.parametrize("degrees", [{}, {"tp": 2}, {"data_parallel": "fsdp"}], ids=str)
 def test_weights_unfrozen_on_some_ranks_only(degrees: dict[str, Any]) -> None:
     """Refused on every rank before anything is added up; once all agree, training goes on."""
