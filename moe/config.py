@@ -87,8 +87,6 @@ class ExtraLossConfig:
     device: float = 0.0
     #: the tokens sent to each expert-parallel rank, over one micro-batch of all ranks (DeepSeek-V2 has 0.02)
     communication: float = 0.0
-    #: as many tokens as a micro-batch has, drawn from the step so far on all ranks: an experiment's control
-    shuffled: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -101,7 +99,7 @@ class BalanceConfig:
 
     #: the tokens over which the load is counted: the whole optimizer step on all ranks, one
     #: micro-batch of one rank, one sequence, or as ``balance.extra`` describes them
-    scope: Literal["global", "micro", "sequence", "data_parallel", "device", "communication", "shuffled"] = "global"
+    scope: Literal["global", "micro", "sequence", "data_parallel", "device", "communication"] = "global"
     #: weight of the loss; 0 switches it off (the counts are still kept)
     coefficient: float = 0.01
     #: which counts stand for the whole step while it is still running: ``rolling`` those so far;

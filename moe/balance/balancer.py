@@ -22,20 +22,16 @@ from ..types import Decision, Routing
 from .attach import attach
 from .auto import AutoStep, registry
 from .bias import bias_rule, sign
-from .draw import draw, of_all_ranks, sent, valid_choices
 from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
+from .sent import sent
 from .step import Layer, Step, StepTotals
 from .sums import Number, Sums
 from .visit import Visit, reaches
 
 #: what a copy of a balancer does not share with the original
 _OWN = ("step", "layer", "shared")
-
-#: scopes that look at the tokens of all ranks, and at those of a rank's own sequences
-OF_ALL_RANKS = frozenset({"global", "data_parallel", "device", "communication", "shuffled"})
-OF_OWN_SEQUENCES = frozenset({"micro", "sequence", "shuffled"})
 
 
 def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
@@ -67,7 +63,11 @@ class Balancer:
         self.before_X: Tensor | None = None
         self.reach = reach
         self._terms = loss_terms(config)
-        self._scopes = {scope for scope, _ in self._terms}
+        scopes = [SCOPES[name] for name, _ in self._terms]
+        self._of_all_ranks = any(scope.of_all_ranks for scope in scopes) or self.bias is not None
+        self._of_own_sequences = not all(scope.of_all_ranks for scope in scopes)
+        self._by_sequence = any(scope.by_sequence for scope in scopes)
+        self._sent = any(scope.sent for scope in scopes)
         self._estimate = ESTIMATORS[config.estimator]
         self.placed: Placement | None = None
         self.owners = Owners.consecutive(num_experts, 1)
@@ -131,19 +131,15 @@ class Balancer:
     def counting_axis(self) -> Axis:
         """The ranks whose tokens are counted together; scopes within one rank need no communication."""
         placement = self.placement
-        return placement.tokens if self._beyond_sequences else placement.sequence
-
-    @property
-    def _beyond_sequences(self) -> bool:
-        return bool(self._scopes & OF_ALL_RANKS) or self.bias is not None
+        return placement.tokens if self._of_all_ranks else placement.sequence
 
     def widths(self, axis: Axis) -> dict[str, int]:
         """How many values each row has that this layer sums over an axis."""
         found, placement = {}, self.placement
-        if self._scopes & OF_OWN_SEQUENCES and placement.sequence == axis:
+        if self._of_own_sequences and placement.sequence == axis:
             found["own"] = self.num_experts + 1
-        if self._beyond_sequences and placement.tokens == axis:
-            extras = placement.ep.size if "communication" in self._scopes else 0
+        if self._of_all_ranks and placement.tokens == axis:
+            extras = placement.ep.size if self._sent else 0
             votes = self.num_experts if self.bias is not None and self.bias.votes else 0
             found["all"] = self.num_experts + 1 + extras + votes
         return found
@@ -181,18 +177,16 @@ class Balancer:
         placement = self.placement
         local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
         total_1X = local_BX.sum(0, keepdim=True)
-        own_BX = local_BX if "sequence" in self._scopes else total_1X
-        own_axis = placement.sequence if self._scopes & OF_OWN_SEQUENCES else LOCAL
+        own_BX = local_BX if self._by_sequence else total_1X
+        own_axis = placement.sequence if self._of_own_sequences else LOCAL
         visit.own = visit.batch = self.step.entry(self.layer, "own", own_BX, own_axis)
-        if self._beyond_sequences:
+        if self._of_all_ranks:
             parts = [total_1X]
-            if "communication" in self._scopes:
-                parts.append(sent(valid_choices(routing, mask_T), self.owners)[None])
+            if self._sent:
+                parts.append(sent(routing, mask_T, self.owners)[None])
             if self.bias is not None and self.bias.votes:
                 parts.append(sign(total_1X[0, :-1])[None])
             visit.batch = self.step.entry(self.layer, "all", torch.cat(parts, dim=1), placement.tokens)
-        if "shuffled" in self._scopes:
-            visit.choices_NK = of_all_ranks(valid_choices(routing, mask_T), placement.tokens)
         return True
 
     def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
@@ -228,13 +222,8 @@ class Balancer:
             owners=owners,
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
         )
-        if "communication" in self._scopes:
+        if self._sent:
             known = replace(known, sent_P=visit.extras[: owners.ranks])
-        if "shuffled" in self._scopes:
-            choices_NK = torch.cat([v.choices_NK for v in layer.known if v.choices_NK is not None])
-            seed = step.ended * (1 << 20) + visit.number
-            counts_E, tokens = draw(choices_NK, batch_X[-1] // ranks, self.num_experts, seed)
-            known = replace(known, drawn_counts_E=counts_E, drawn_tokens=tokens)
         return known
 
     def read(self, visit: Visit) -> tuple[Tensor, Tensor]:
@@ -247,7 +236,7 @@ class Balancer:
         self.step.read(self.layer, visit)
         self._check_counts()
         view, scale = self.view(visit), self.placement.scale
-        losses = [SCOPES[scope](view) for scope, _ in self._terms]
+        losses = [SCOPES[scope].loss(view) for scope, _ in self._terms]
         visit.loss = losses[0]
         visit.terms = [
             Term(scope, coefficient * self._convention(scope, view), loss.gradient, visit.prob_sums_BE)

@@ -40,9 +40,6 @@ class StepView:
     reach: int = 1
     #: int64 [P], tokens of this micro-batch on all ranks that chose an expert of each; for "communication"
     sent_P: Tensor | None = None
-    #: int64 [E] and scalar, the choices of tokens drawn from the step; for "shuffled"
-    drawn_counts_E: Tensor | None = None
-    drawn_tokens: Tensor | None = None
 
 
 class Term(NamedTuple):
@@ -143,22 +140,23 @@ def communication(view: StepView) -> Loss:
     return of_batch._replace(loads=view.owners.to_experts(view.sent_P.double() / per_rank))
 
 
-def shuffled(view: StepView) -> Loss:
-    """The load of as many tokens as a micro-batch of one rank has, drawn without replacement from the step so far.
+class Scope(NamedTuple):
+    """A loss, and the counts that it needs."""
 
-    The control of arXiv 2501.11873, section 5: as few tokens as "micro", as various as "global".
-    """
-    assert view.drawn_counts_E is not None and view.drawn_tokens is not None
-    drawn_loads = loads(view.drawn_counts_E, view.drawn_tokens, view.top_k)
-    return micro_batch(view)._replace(loads=drawn_loads, tokens=view.drawn_tokens.double())
+    loss: Callable[[StepView], Loss]
+    #: those of all ranks; otherwise of the ranks that hold parts of the same sequences
+    of_all_ranks: bool
+    #: of each sequence by itself
+    by_sequence: bool = False
+    #: also how many tokens are sent to each expert-parallel rank
+    sent: bool = False
 
 
-SCOPES: dict[str, Callable[[StepView], Loss]] = {
-    "global": global_batch,
-    "data_parallel": data_parallel,
-    "micro": micro_batch,
-    "sequence": sequence,
-    "device": device,
-    "communication": communication,
-    "shuffled": shuffled,
+SCOPES: dict[str, Scope] = {
+    "global": Scope(global_batch, of_all_ranks=True),
+    "data_parallel": Scope(data_parallel, of_all_ranks=True),
+    "micro": Scope(micro_batch, of_all_ranks=False),
+    "sequence": Scope(sequence, of_all_ranks=False, by_sequence=True),
+    "device": Scope(device, of_all_ranks=True),
+    "communication": Scope(communication, of_all_ranks=True, sent=True),
 }

@@ -1,4 +1,4 @@
-"""What one layer counted in one micro-batch.  B sequences, E experts, N tokens of all ranks, K top-k, X extras."""
+"""What one layer counted in one micro-batch.  B sequences, E experts, X extras."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ class Visit:
         self.own: Entry
         #: int64 [1, E + 1 + X], counts, tokens and extras on all ranks; where nothing asks for those, ``own``
         self.batch: Entry
-        #: int64 [N, K], the choices on all ranks, -1 for masked tokens; for a loss that draws from them
-        self.choices_NK: Tensor | None = None
         #: tokens on this rank; None where a mask hides how many are valid
         self.size: int | None = None
         #: a weak reference that dies with the graph of this forward

@@ -14,7 +14,6 @@ from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda
 pytestmark = needs_fake_cuda
 
 BASE = MoEConfig(hidden_size=32, intermediate_size=48, num_experts=8, top_k=2)
-#: all scopes except "shuffled", which draws from a device generator that a fake device does not have
 EXTRA = ExtraLossConfig(micro=0.01, sequence=0.01, data_parallel=0.01, device=0.01, communication=0.01)
 CASES: dict[str, MoEConfig] = {
     "plain": BASE,

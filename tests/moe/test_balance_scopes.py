@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, Owners, RouterConfig, counting_pass
-from equimoe.moe.balance.draw import draw, sent
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe.balance.losses import SCOPES as SCOPES_OF_LOSSES
 from tests.helpers import oracle
 from tests.helpers.placed import spread_experts
 
@@ -98,8 +98,6 @@ def test_scope_is_its_definition(scope: str, beside: bool) -> None:
 
 def test_communication_counts_a_token_once_per_rank_and_knows_the_reach() -> None:
     layer = make(RouterConfig(groups=D, kept_groups=2), scope="communication", coefficient=1.0)
-    choices_TK = torch.tensor([[0, 1, 7], [2, 4, 6], [-1, -1, -1], [6, 7, 0]])
-    assert sent(choices_TK, Owners.consecutive(E, D)).tolist() == [2, 1, 1, 3]
     train(layer)
     arrivals = layer.balancer.last.losses[0].loads.view(D, -1)
     assert torch.equal(arrivals[:, 0], arrivals[:, 1])
@@ -116,7 +114,7 @@ def test_several_losses_add_up_each_with_its_coefficient() -> None:
     assert oracle.relative_error(train(layer), gradient(layer, loss)) < 1e-12
 
 
-@pytest.mark.parametrize("scope", [*SCOPES, "shuffled"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_z_loss_is_a_mean_over_the_step_under_every_scope(scope: str) -> None:
     """Over its tokens, or over its micro-batches where the balance loss is a mean over these."""
     layer = make(RouterConfig(z_loss=0.1), scope=scope)
@@ -138,34 +136,9 @@ def test_experts_on_one_rank_have_no_device_loss() -> None:
     assert float(train(layer).abs().max()) < 1e-15
 
 
-def test_draw_is_without_replacement_and_by_seed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    choices_NK = torch.rand(40, E, generator=generator).argsort(1)[:, :K]
-    choices_NK[::4] = -1
-    valid_NK = choices_NK[choices_NK[:, 0] >= 0]
-    for tokens in (0, 1, 11, 30, 99):
-        counts_E, drawn = draw(choices_NK, torch.tensor(tokens), E, seed=5)
-        assert int(drawn) == min(tokens, 30) and int(counts_E.sum()) == K * int(drawn)
-        assert bool((counts_E <= torch.bincount(valid_NK.flatten(), minlength=E)).all())
-        assert torch.equal(counts_E, draw(choices_NK, torch.tensor(tokens), E, seed=5)[0])
-    all_E = torch.bincount(valid_NK.flatten(), minlength=E)
-    assert torch.equal(draw(choices_NK, torch.tensor(30), E, seed=5)[0], all_E)
-    few = [draw(choices_NK, torch.tensor(6), E, seed=s)[0] for s in range(600)]
-    assert not torch.equal(few[0], few[1])
-    share_E = torch.stack(few).double().mean(0) / (6 * K)
-    assert torch.allclose(share_E, all_E.double() / (30 * K), atol=0.01)
-
-
-def test_shuffled_looks_at_as_many_tokens_as_a_micro_batch_from_the_whole_step() -> None:
-    layer = make(scope="shuffled", coefficient=1.0)
-    grad, used = train(layer), [loss.tokens for loss in layer.balancer.last.losses]
-    assert [int(tokens) for tokens in used] == [10, 18]
-    assert not torch.equal(train(layer), grad)  # another step draws other tokens
-    twin = make(scope="shuffled", coefficient=1.0)
-    assert torch.equal(train(twin), grad)
-    mean = torch.stack([train(layer) for _ in range(300)]).mean(0)
-    micro, whole = (gradient(layer, defined(layer, scope)) for scope in ("micro", "global"))
-    assert oracle.relative_error(mean, whole) < 0.5 * oracle.relative_error(micro, whole)
+def test_every_scope_can_be_chosen_as_the_main_loss_and_as_an_extra_one() -> None:
+    choices = get_args(get_type_hints(BalanceConfig)["scope"])
+    assert set(SCOPES) == set(SCOPES_OF_LOSSES) == set(choices) == {"global", *vars(ExtraLossConfig())}
 
 
 @pytest.mark.parametrize(

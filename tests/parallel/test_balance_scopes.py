@@ -139,40 +139,6 @@ def test_reach_follows_the_groups() -> None:
     assert run_ranks(script, 4, 2, 1) == [(4, 2)] * 4  # a group of four experts is on two ranks
 
 
-def test_shuffled_draws_the_same_tokens_on_all_ranks() -> None:
-    """Ranks have different numbers of tokens, and one has none; all must draw the same tokens."""
-
-    def script(rank: int, world: int) -> list[list[float]]:
-        layer = make(scope="shuffled", extra=ExtraLossConfig(data_parallel=1e-9))
-        in_ddp(layer, rank, world)
-        view = layer.balancer.view(layer.balancer.micro_batches[1])
-        return [loss.loads.tolist() for loss in (m.loss for m in layer.balancer.micro_batches)] + [
-            [float(view.drawn_tokens), float(view.batch_tokens), float(view.step.tokens)]
-        ]
-
-    results = run_ranks(script, 4)
-    assert all(result == results[0] for result in results)
-    # the four ranks have 26 valid tokens each time, so a micro-batch has six
-    assert results[0][2] == [6, 26, 52]
-    assert sum(results[0][0]) == pytest.approx(E) and results[0][0] != results[0][1]
-
-
-def test_shuffled_under_a_recomputation_that_keeps_exchanges() -> None:
-    """The scope exchanges tokens only in the first pass; the recomputation must not take them for kept exchanges."""
-
-    def script(rank: int, world: int, again: bool) -> Tensor:
-        layer = make(scope="shuffled")
-        apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=2)))
-        for m in range(2):
-            x, mask = tokens(rank, m)
-            y = recompute(layer, x, mask, keep_exchanges=True) if again else layer(x, mask)
-            y.square().sum().backward()
-        return layer.router.weight.grad
-
-    for got, want in zip(run_ranks(script, 2, True), run_ranks(script, 2, False), strict=True):
-        assert oracle.relative_error(got, want) < 1e-12
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["plain", "reentrant", "non-reentrant", "recompute"])
 def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
