@@ -192,7 +192,7 @@ def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Pat
 
 def test_gradient_that_is_not_finite(run: Callable[..., Ended], tmp_path: Path) -> None:
     ended = run("--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9")
-    refused(ended, env.NON_FINITE, "step ", "gradient norm is", "lower optim.lr")
+    refused(ended, env.NON_FINITE, "step ", "grad_norm=", "lower optim.lr")
 
 
 def test_dry_run_and_print_config_write_nothing(run: Callable[..., Ended], tmp_path: Path) -> None:

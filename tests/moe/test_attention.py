@@ -186,7 +186,7 @@ def test_first_layers_can_be_dense() -> None:
         (lambda: AttentionConfig(rotary_base=1.0), "attention.rotary_base=1.0: must be more than 1; 10000 is usual"),
         (lambda: TrainConfig(attention=AttentionConfig(num_kv_heads=3)), "attention.num_kv_heads=3: must divide "),
         (lambda: TrainConfig(model=ModelConfig(num_heads=3)), "model.num_heads=3: 2 * num_heads must divide "),
-        (lambda: ModelConfig(dense_layers=5), "model.dense_layers=5: must lie between 0 and model.num_layers=4"),
+        (lambda: ModelConfig(dense_layers=5), "model.dense_layers=5: must be between 0 and model.num_layers=4"),
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:
