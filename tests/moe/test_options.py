@@ -255,7 +255,7 @@ def test_numbers_and_none() -> None:
         (["--run-dir="], "--run-dir=: is empty; give a value, or leave the option out"),
         (["--processes", "0"], "--processes=0: must be at least 1"),
         (["--model.shared_gate"], "model.shared_gate=True: needs shared experts; set model.shared_intermediate_size"),
-        (["steps"], "steps: not an option; options are written --name value"),
+        (["steps"], "steps: is not an option; write options as --name value"),
         (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--optim.lr", "-1e-3"], "optim.lr=-0.001: must be positive"),
