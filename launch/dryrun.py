@@ -1,4 +1,4 @@
-"""Simulate one rank of a large job: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
+"""Simulates one rank of a large job: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
 
 It runs on a laptop and prints what the rank allocates, sends and computes in one optimizer step. See
 :mod:`equimoe.moe.plan.dry_run`.

@@ -200,7 +200,7 @@ def draw_domains(run: Run, style: Style) -> Drawn | str:
         axes.plot(evals, numbers(run.evals, "domains", domain, "loss"), "o", color=color, markersize=5)
         axes.plot(
             [], [], dash, marker="o", color=color, label=f" {domain[:28]}"
-        )  # a name that begins with _ would be hidden
+        )  # the leading space: matplotlib hides labels that begin with _
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(domains) // 16)
     finish(axes, label="loss (nats per token)")
     return figure, f"Loss over the steps by domain: {', '.join(domains)}."

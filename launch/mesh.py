@@ -1,4 +1,4 @@
-"""Show which ranks form which group: ``python -m equimoe.launch.mesh --world 64 --tp 2 --cp 2 --pp 2 --ep 8``."""
+"""Shows which ranks form which group: ``python -m equimoe.launch.mesh --world 64 --tp 2 --cp 2 --pp 2 --ep 8``."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
 
 
 def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str, file: str) -> None:
-    """Lay a nested mapping over ``values``, type by type."""
+    """Override ``values`` with a nested mapping of class ``cls``, checking each key and the type of each value."""
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in _hints(cls):
@@ -241,7 +241,7 @@ def _from_yaml(hint: Any, name: str, value: Any, file: str) -> Any:
     try:
         if value is None and type(None) in kinds:
             return None
-        if isinstance(value, str) and float in kinds:  # YAML 1.1 reads 1e-3, without a point, as text
+        if isinstance(value, str) and float in kinds:  # YAML 1.1 parses 1e-3 as a string
             return _adapter(hint).validate_strings(value)
         if _section(hint) is None:
             return _adapter(hint).validate_python(value)

@@ -1,4 +1,4 @@
-"""Render a run's metrics as one HTML page: ``python -m equimoe.launch.report RUN_DIR`` writes RUN_DIR/report.html.
+"""Renders a run's metrics as one HTML page: ``python -m equimoe.launch.report RUN_DIR`` writes RUN_DIR/report.html.
 
 The page is self-contained and needs no network. It contains each figure twice, for light and for dark screens.
 """

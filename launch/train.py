@@ -1,4 +1,4 @@
-"""Train a language model: ``python -m equimoe.launch.train --recipe quickstart --processes 2``.
+"""Trains a language model: ``python -m equimoe.launch.train --recipe quickstart --processes 2``.
 
 On several machines, start this command with torchrun.
 """

@@ -92,7 +92,7 @@ class MoE(nn.Module):
             routing = self.capacity(routing)
         self.balancer.count(this, routing, mask_T)
         flight = self.dispatcher.send(x_TD, routing)
-        shared_TD = None if self.shared is None else self.shared(x_TD)  # computed while rows travel
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # overlaps with the exchange of rows
         y_TD = self.dispatcher.finish(flight, self.experts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD

@@ -35,7 +35,7 @@ class Load:
     value: int = 2
     #: bytes of a gate weight
     weight: int = 4
-    #: ``DispatchConfig.wire``
+    #: dtype in which rows are sent, as in ``DispatchConfig.wire``
     wire: str = "compute"
 
     @property

@@ -143,7 +143,7 @@ def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig)
     where = f"{str(path)!r} line {number}"
     try:
         record: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
         reason = str(error)
         raise ValueError(f"data.path={where}: is not JSON ({reason}); write one JSON object per line") from None
     if not isinstance(record, dict):
