@@ -1,17 +1,17 @@
-# `make train` and `make test` do everything themselves, on a machine with Python 3.10-3.13, git and make.
+# `make train` and `make test` set up everything they need. Required: Python 3.10-3.13, git and make.
 
-# the first Python that works; name another one by PYTHON=...
+# the first suitable Python; choose another one with PYTHON=...
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$p && exit; done; echo python3)
-# which torch goes into a new .venv: a version, or the path of a wheel (a CPU or a CUDA build)
+# torch to install into a new .venv: a version, or the path of a wheel (a CPU or a CUDA build)
 TORCH ?= torch==2.13.0
-# further arguments for every pip install
+# additional arguments for every pip install
 PIP_ARGS ?=
-# processes of `make train`, no more than there are GPUs if there are any, and where its run lies
+# for `make train`: the number of processes, 1 on a machine with a single GPU; and the run folder
 NPROC ?= $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')" = 1 ] && echo 1 || echo 2)
 RUN_DIR ?= runs/quickstart
-# further arguments for the command of a target
+# additional arguments for the target's command
 ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VENV := .venv
 PY := $(VENV)/bin/python
 SPEC := setup.py pyproject.toml constraints.txt
-# without build isolation the build tools are the pinned ones, and nothing is fetched twice
+# no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
 .PHONY: help train test test-slow check types kernels bench measure balance clean
@@ -29,22 +29,22 @@ INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.tx
 
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
-	@echo "make test    run the tests, in at most 7 minutes      [ARGS=\"-k routing\"]"
-	@echo "make test-slow run the heavier tests, 10 minutes      [ARGS=\"-k routing\"]"
+	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
+	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
 	@echo "make check   lint, formatting, types"
-	@echo "make kernels compile every Triton kernel for every GPU generation, without a GPU"
-	@echo "make bench   compare one layer with its peers        [ARGS=...]"
-	@echo "make measure every op and layer beside its floor and peers, on the GPU if there is one [ARGS=\"--suite kernels\"]"
-	@echo "make balance train small models balanced over 4 to 512 sequences and compare them; hours [ARGS=--quick: 5 minutes]"
-	@echo "make clean   remove $(VENV) and caches; runs stay"
-	@echo "A new $(VENV) is made with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
+	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
+	@echo "make bench   compare one layer with other libraries  [ARGS=...]"
+	@echo "make measure time every op and the layer, on the GPU if there is one  [ARGS=\"--suite kernels\"]"
+	@echo "make balance train and compare small models balanced over 4 to 512 sequences; hours  [ARGS=--quick: 5 minutes]"
+	@echo "make clean   remove $(VENV) and caches, keep runs"
+	@echo "A new $(VENV) is created with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 train: $(VENV)/.stamp-train
 	@if [ -n "$$(ls -A $(RUN_DIR) 2>/dev/null)" ] && ! echo " $(ARGS)" | grep -q -e ' --resume'; then \
 		echo "$(RUN_DIR) already holds a run. Choose one of:"; \
-		echo "  make train ARGS=--resume             go on with it"; \
-		echo "  make train RUN_DIR=runs/another      start a second one"; \
-		echo "  rm -r $(RUN_DIR) && make train       start again"; \
+		echo "  make train ARGS=--resume             continue this run"; \
+		echo "  make train RUN_DIR=runs/another      start another run"; \
+		echo "  rm -r $(RUN_DIR) && make train       delete this run and start again"; \
 		exit 1; fi
 	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
 
@@ -58,7 +58,7 @@ check: types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# the links let mypy see the folders under the names that they are imported by
+# the links let mypy find the folders under their import names
 types: $(VENV)/.stamp-dev
 	@mkdir -p $(VENV)/typing/equimoe
 	@for d in moe kernels launch; do ln -sfn "$(CURDIR)/$$d" $(VENV)/typing/equimoe/$$d; done
@@ -85,14 +85,14 @@ $(VENV)/bin/python:
 		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); EquiMoE needs Python 3.10 to 3.13:" \
 		"make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { \
-		echo "$(PYTHON) cannot make virtual environments; install its venv module (Debian: python3-venv)"; exit 1; }
+		echo "$(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# torch comes first and by itself: whichever build TORCH names, everything after it must fit to that one
+# install torch first and alone, so that everything else is resolved against the build that TORCH names
 $(VENV)/.stamp-train: $(SPEC) | $(VENV)/bin/python
-	@echo "installing $(TORCH) and what training needs (once; some minutes on a slow line)"
+	@echo "installing $(TORCH) and what training needs (once; takes some minutes on a slow connection)"
 	@grep -v -e '^torch==' -e '^triton==' constraints.txt > $(VENV)/constraints.txt
-	@$(INSTALL) '$(TORCH)' setuptools wheel || { echo "once more, with the setuptools that $(TORCH) takes"; \
+	@$(INSTALL) '$(TORCH)' setuptools wheel || { echo "retrying with the setuptools that $(TORCH) requires"; \
 		sed -i.bak '/^setuptools==/d' $(VENV)/constraints.txt; $(INSTALL) '$(TORCH)' 'setuptools>=77' wheel; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
 	@$(PY) -c 'from importlib.metadata import version; print("triton==" + version("triton"))' \
@@ -106,6 +106,6 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-train
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev
-	@echo "installing the systems to compare with (once)"
+	@echo "installing the libraries to compare with (once)"
 	DS_BUILD_OPS=0 $(PY) -m pip install -q -c $(VENV)/constraints.txt $(PIP_ARGS) -e '.[deepspeed,hf]'
 	@touch $@

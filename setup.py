@@ -1,7 +1,7 @@
-"""The folders moe/, kernels/ and launch/ become the packages equimoe.moe, equimoe.kernels and equimoe.launch.
+"""Packages the folders moe/, kernels/ and launch/ as equimoe.moe, equimoe.kernels and equimoe.launch.
 
-`equimoe` itself is a namespace without a file, because a top-level package called `kernels` would overwrite
-another project's of that name. tests/ and benchmarks/ are not installed. Nothing is compiled.
+`equimoe` is a namespace package: a top-level package called `kernels` would overwrite another project's package of that
+name. tests/ and benchmarks/ are not installed. Nothing is compiled.
 """
 
 import re
@@ -54,7 +54,7 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=[
-        # the versions that the tests have passed on; moe/parallel/torch_stage.py rests on how each runs pipelines
+        # tested versions; moe/parallel/torch_stage.py depends on how each of them runs pipelines
         "torch>=2.11,<2.16",
         'triton>=3.6; sys_platform == "linux"',
         "numpy",

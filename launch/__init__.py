@@ -1,6 +1,6 @@
-"""Commands: each is ``python -m equimoe.launch.<name>``. ``train`` can be a rank of torchrun, too."""
+"""Commands, each run as ``python -m equimoe.launch.<name>``. ``train`` can also be started by torchrun."""
 
 import os
 
-# torch's C++ warnings would come between the lines of a run's progress
+# torch's C++ warnings would interrupt the progress output
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

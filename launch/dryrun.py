@@ -1,6 +1,7 @@
-"""One rank of a large job, on a laptop: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
+"""Simulates one rank of a large job: ``python -m equimoe.launch.dryrun --recipe deepseek_v3 --world 1024``.
 
-Tells what a rank allocates, sends and computes in one optimizer step: see :mod:`equimoe.moe.plan.dry_run`.
+It runs on a laptop and prints what the rank allocates, sends and computes in one optimizer step. See
+:mod:`equimoe.moe.plan.dry_run`.
 """
 
 from __future__ import annotations
@@ -18,35 +19,35 @@ from .options import parse
 
 USAGE = """usage: python -m equimoe.launch.dryrun --world N [--rank R] [--node N] [--json FILE] [--recipe NAME] ...
 
-  --world INT   ranks of the job
-  --rank INT    the rank to look at; default 0
-  --node INT    ranks of a node; default 8
-  --json FILE   write the findings there, too
+  --world INT   number of ranks in the job
+  --rank INT    rank to simulate; default 0
+  --node INT    ranks per node; default 8
+  --json FILE   also write the result to this file
 
-All options of python -m equimoe.launch.train that configure a run can be given: --recipe, --config, --SECTION.FIELD.
+All options of python -m equimoe.launch.train that configure a run also work: --recipe, --config, --SECTION.FIELD.
 """
 
 
 def describe(found: DryRun, config: TrainConfig) -> str:
-    """The findings as text."""
+    """Format the result of a dry run as text."""
     lines = [
         f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
-        f"with {_amount(found.parameters, 1000)} parameters, which this rank may share with others",
-        f"ran {found.run} of a step's {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
-        "the numbers are those of a step",
+        f"with {_amount(found.parameters, 1000)} parameters, which may be sharded over several ranks",
+        f"simulated {found.run} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
+        "all numbers are for one whole step",
         *found.notes,
         "",
-        f"{'memory':<24}{'at the peak':>14}{'most of the kind':>18}",
+        f"{'memory':<24}{'at the peak':>14}{'own maximum':>18}",
     ]
     for kind, size in sorted(found.most.items(), key=lambda row: -row[1]):
         lines.append(f"  {kind:<22}{_bytes(found.memory.get(kind, 0)):>14}{_bytes(size):>18}")
-    lines.append(f"  {'all':<22}{_bytes(sum(found.memory.values())):>14}")
-    lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'in one node':<12}{'calls':>9}{'sent':>13}  when"]
+    lines.append(f"  {'total':<22}{_bytes(sum(found.memory.values())):>14}")
+    lines += ["", f"{'collective':<16}{'axis':<14}{'ranks':>6} {'within node':<12}{'calls':>9}{'sent':>13}  when"]
     for what, calls, size in found.traffic:
         row = f"{what.verb:<16}{what.axis:<14}{what.ranks:>6} {'yes' if what.inside_node else 'no':<12}"
         lines.append(f"{row}{calls:>9}{_bytes(size):>13}  {what.when}")
-    lines += ["", "products, recomputed ones included"]
-    for part, count in [*sorted(found.flops.items(), key=lambda row: -row[1]), ("all", sum(found.flops.values()))]:
+    lines += ["", "floating-point operations, including recomputation"]
+    for part, count in [*sorted(found.flops.items(), key=lambda row: -row[1]), ("total", sum(found.flops.values()))]:
         lines.append(f"  {part:<22}{_amount(count, 1000):>14}FLOP")
     return "\n".join(lines)
 
@@ -56,7 +57,7 @@ def _bytes(size: int) -> str:
 
 
 def _amount(value: float, base: int) -> str:
-    """Three or four digits and a prefix: 12.3 Gi, 1.23 T."""
+    """Format a number with three or four digits and a unit prefix, as in 12.3 Gi or 1.23 T."""
     prefixes = ["", "Ki", "Mi", "Gi", "Ti", "Pi"] if base == 1024 else ["", "k", "M", "G", "T", "P", "E"]
     while value >= base and len(prefixes) > 1:
         value, prefixes = value / base, prefixes[1:]
@@ -64,7 +65,7 @@ def _amount(value: float, base: int) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0 1 2 5 as 0-2, 5."""
+    """Format sorted numbers as ranges: 0, 1, 2, 5 becomes "0-2, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -75,7 +76,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _own(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """This command's options, and the rest."""
+    """Split ``argv`` into this command's own options, and the remaining arguments."""
     own, rest, left = {"world": "", "rank": "0", "node": "8", "json": ""}, [], list(argv)
     while left:
         name, equals, text = left.pop(0).partition("=")
@@ -93,7 +94,7 @@ def _own(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -> int:
     text = own[name]
     if not text:
-        raise ValueError(f"--{name}: give the number of ranks, as in --{name} 1024")
+        raise ValueError(f"--{name}: is missing; give the number of ranks, as in --{name} 1024")
     bound = f"of at least {low}" if high is None else f"from {low} to {high}"
     if not text.lstrip("-").isdigit() or int(text) < low or (high is not None and int(text) > high):
         raise ValueError(f"--{name}={text}: must be a whole number {bound}")
@@ -101,7 +102,7 @@ def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with 64 for what does not fit, 73 where the file cannot be written."""
+    """Entry point. Exits with code 64 for a wrong option or configuration, 73 if the file cannot be written."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(USAGE, end="")
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         rank = _number(own, "rank", 0, world - 1)
         config = parse(rest).config
         if own["json"] and not Path(own["json"]).parent.is_dir():
-            env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: there is no such folder")
+            env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: the folder does not exist; create it")
         found = dry_run(config, world, rank, node)
     except ValueError as error:
         env.stop(env.Process(), env.CONFIG, " ".join(str(error).split()))

@@ -1,4 +1,4 @@
-"""The process: its place among the ranks, its device, and how it ends."""
+"""The process environment: ranks, devices, the process group, and exit codes."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
-#: exit codes, after sysexits.h
+#: exit codes, following sysexits.h
 OWN = CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
 
-#: after a shell's 128 + SIGINT
+#: exit code that shells use after SIGINT: 128 + 2
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those that torchrun started; alone when nothing did."""
+    """This process's place among the ranks that torchrun started. The defaults describe a process on its own."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    #: how often torchrun has started all of them anew after a failure
+    #: torchrun's restart count
     restarts: int = 0
 
     @property
     def device(self) -> torch.device:
-        """This rank's own GPU: the only one that it sees, or the one of its local rank. The CPU where there is no GPU.
+        """This rank's GPU: the only visible one, or the one at its local rank. Without GPUs, the CPU.
 
-        Raises ValueError where a machine has GPUs, but fewer than ranks: to train on the CPU then would be a surprise.
+        Raises ValueError if the machine has GPUs but fewer than ranks, instead of silently training on the CPU.
         """
         if not torch.cuda.is_available():
             return torch.device("cpu")
         visible = torch.cuda.device_count()
-        if visible == 1:  # schedulers may give every rank its own
+        if visible == 1:  # some schedulers show each rank only its own GPU
             return torch.device("cuda", 0)
         if visible < self.local_world or visible <= self.local_rank:
             raise ValueError(_too_many(self.local_world, f"sees {visible} GPUs"))
@@ -58,18 +58,18 @@ class Process:
 
 def _too_many(processes: int, why: str) -> str:
     return (
-        f"{processes} processes on a machine that {why}: start as many as it has GPUs (--nproc-per-node), "
+        f"{processes} processes on a machine that {why}: start one process per GPU (--nproc-per-node), "
         "or train on the CPU (CUDA_VISIBLE_DEVICES='')"
     )
 
 
 def started() -> bool:
-    """Whether torchrun, or something like it, has started this process as one of its ranks."""
+    """Return whether torchrun, or a compatible launcher, started this process as a rank."""
     return "RANK" in os.environ
 
 
 def this_process() -> Process:
-    """Read torchrun's environment."""
+    """Read this process's place from torchrun's environment variables."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
     alone = ("0", "1", "0", "1", "0")
     return Process(*(int(os.environ.get(name, value)) for name, value in zip(names, alone, strict=True)))
@@ -77,13 +77,13 @@ def this_process() -> Process:
 
 @contextmanager
 def joined(process: Process, timeout_s: float) -> Iterator[None]:
-    """Be part of the default process group, when there is more than one process."""
+    """Within the block, join the default process group if there is more than one process."""
     if process.world == 1:
         yield
         return
     timeout = timedelta(seconds=timeout_s)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    # a restarted attempt must not read the addresses that the one before left in the store
+    # a restarted attempt must not read the addresses that the previous attempt left in the store
     store = dist.PrefixStore(f"attempt{process.restarts}", store)
     try:
         device = process.device
@@ -91,7 +91,7 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
         if cuda:
             torch.cuda.set_device(device)
             claim(device, process, store)
-    except ValueError as problem:  # not all machines need have the same GPUs, so each says so itself
+    except ValueError as problem:  # machines may have different GPUs, so local rank 0 of each prints its own error
         stop(Process(rank=process.local_rank), CONFIG, str(problem))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -102,8 +102,10 @@ def joined(process: Process, timeout_s: float) -> Iterator[None]:
 
 
 def claim(device: torch.device, process: Process, store: dist.Store) -> None:
-    """Take a GPU for this rank. Raises ValueError when another rank of the machine has taken it: each may see one GPU,
-    and all the same."""
+    """Reserve a GPU for this rank. Raises ValueError if another rank of the machine has reserved the same one.
+
+    This happens if every rank sees a single GPU, and it is the same GPU for all.
+    """
     properties = torch.cuda.get_device_properties(device)
     name = f"gpu/{socket.gethostname()}/{getattr(properties, 'uuid', process.rank)}"
     if store.add(name, 1) > 1:
@@ -111,20 +113,19 @@ def claim(device: torch.device, process: Process, store: dist.Store) -> None:
 
 
 def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
-    """Run a module on this many ranks of this machine, as torchrun does, and end with the exit code of the rank that
-    failed first.
+    """Run a module on ``processes`` local ranks with torchrun, and exit with the code of the rank that failed first.
 
-    torchrun itself would always end with 1, and hide a rank's one line of error above some forty of its own.
+    torchrun itself always exits with 1, and buries a rank's one-line error under some forty lines of its own.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    logging.disable(logging.ERROR)  # what torchrun logs of a failure would come after the rank's line
+    logging.disable(logging.ERROR)  # torchrun's failure log would follow the rank's own error line
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
     except ChildFailedError as error:
-        # after the first failure torchrun ends the other ranks by a signal, which says nothing
+        # torchrun kills the other ranks with a signal, so only our own exit codes identify the cause
         for code in [failure.exitcode for failure in error.failures.values() if failure.exitcode in OWN]:
             sys.exit(code)
         rank, failure = error.get_first_failure()
@@ -140,21 +141,21 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
 
 
 def stop(process: Process, code: int, message: str) -> NoReturn:
-    """End with one line on stderr, from rank 0, and an exit code; for errors that every rank has found alike."""
+    """Print one line to stderr on rank 0 and exit with ``code``. For errors that every rank has detected."""
     if process.rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # torchrun puts this line at the end of its own report
+        # torchrun shows this message at the end of its report
         report = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
     sys.exit(code)
 
 
 def together(process: Process, code: int, work: Callable[[], T], fingerprint: Callable[[T], str] = lambda _: "") -> T:
-    """Do ``work`` on every rank, and go on only if all succeeded and came to the same fingerprint.
+    """Run ``work`` on every rank; return its result if it succeeded everywhere with the same fingerprint.
 
-    A ValueError or OSError on any rank ends all of them with ``code`` and that rank's message; different
-    fingerprints with :data:`DISAGREEMENT`.
+    A ValueError or OSError on any rank makes all ranks exit with ``code`` and that rank's message. Different
+    fingerprints make them exit with :data:`DISAGREEMENT`.
     """
     error, result = "", None
     try:
@@ -173,5 +174,5 @@ def together(process: Process, code: int, work: Callable[[], T], fingerprint: Ca
         stop(process, code, failed[0][1] if everywhere else f"rank {failed[0][0]}: {failed[0][1]}")
     others = [rank for rank, (_, seen) in enumerate(reports) if seen != reports[0][1]]
     if others:
-        stop(process, DISAGREEMENT, f"ranks {others} read other data or configuration than rank 0; give all the same")
+        stop(process, DISAGREEMENT, f"ranks {others}: data or configuration differ from rank 0; give all the same")
     return result  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The records of a run, and the figures of its report.
+"""Reads the records of a run and draws the main figures of its report.
 
 Shapes: N records, L MoE layers, E experts, D domains.
 """
@@ -23,23 +23,23 @@ from ..moe.observe.metrics import METRICS_FILE, Record, read_records
 
 Array = NDArray[np.float64]
 
-MAX_COLUMNS = 300  # of a heat map; more records are summed in groups
-MAX_PANELS = 8  # layers that are drawn; more are thinned out evenly
+MAX_COLUMNS = 300  # columns of a heat map; more records are summed in groups
+MAX_PANELS = 8  # layers that are drawn, evenly spaced if there are more
 COLORS = ("#3b7dd8", "#e08a2e", "#2fa36b", "#c0529f", "#8468d6", "#cf4a41", "#1fa0b0", "#98912f")
 
 
 @dataclass(frozen=True)
 class Style:
-    """One of the two sets of colours that the page chooses between."""
+    """A set of colours: the report has one for light and one for dark screens."""
 
     text: str
     faint: str
     grid: str
-    #: colours of 1/4, 1 and 4 times the mean
+    #: heat-map colours for 1/4, 1 and 4 times the mean
     cold: str
     mean: str
     hot: str
-    #: words on cold or hot
+    #: text on a cold or hot background
     on_color: str
 
     def rc(self) -> dict[Any, Any]:
@@ -56,7 +56,7 @@ class Style:
             "font.size": 10,
             "axes.titlesize": 10.5,
             "axes.titlelocation": "left",
-            "text.parse_math": False,  # names of domains may hold a dollar sign
+            "text.parse_math": False,  # domain names may contain a dollar sign
             "savefig.dpi": 150,
         }
         return quiet | words | labels | clear | rest
@@ -75,7 +75,7 @@ DARK = Style(
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run, by kind and step."""
+    """The records of one run, sorted by kind and step."""
 
     run: Record
     bigram: dict[str, float]
@@ -84,14 +84,14 @@ class Run:
 
     @staticmethod
     def read(run_dir: Path) -> Run:
-        """ValueError if the folder has no metrics, or none that can be read."""
+        """Read the records of a run folder. Raises ValueError if there are none, or they cannot be read."""
         path = run_dir / METRICS_FILE
         try:
             records = read_records(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error}); give the folder of a run") from None
         if not records:
-            raise ValueError(f"{path}: holds no records yet; wait for the run's first steps")
+            raise ValueError(f"{path}: has no records yet; wait for the run's first steps")
         kinds: dict[str, dict[int, Record]] = {}
         for number, record in enumerate(records):
             kinds.setdefault(str(record.get("kind")), {})[record.get("step", number)] = record  # the newest of a step
@@ -100,7 +100,7 @@ class Run:
         return Run(last["run"], last["baseline"].get("bigram") or {}, by_step.get("train", []), by_step.get("eval", []))
 
     def option(self, *path: str) -> Any:
-        """A field of the run's configuration, or None."""
+        """Return a field of the run's configuration, or None if it is missing."""
         value: Any = self.run.get("config")
         for part in path:
             value = value.get(part) if isinstance(value, dict) else None
@@ -111,19 +111,19 @@ class Run:
         return sorted(found | {d for record in self.evals for d in record.get("domains") or {}})
 
     def counts_NLE(self) -> tuple[Array, Array]:
-        """Steps [N] and tokens per expert [N, L, E]; empty without MoE layers."""
+        """Return steps [N] and tokens per expert [N, L, E]; both are empty without MoE layers."""
         rows = [(r["step"], [layer["counts"] for layer in r["layers"]]) for r in self.train if r.get("layers")]
         rows = [(s, c) for s, c in rows if [len(x) for x in c] == [len(x) for x in rows[-1][1]]]
         return np.array([s for s, _ in rows], float), np.array([c for _, c in rows], float)
 
     def routing_DLE(self, record: Record) -> tuple[list[str], Array]:
-        """Domains, and how often each expert is chosen, sum 1 over the experts."""
+        """Return the domains and the frequency [D, L, E] with which each chooses each expert, sum 1 over experts."""
         routing = {d: layers for d, layers in sorted((record.get("routing") or {}).items()) if layers}
         return list(routing), np.array(list(routing.values()), float)
 
 
 def numbers(records: Iterable[Record], *path: str) -> Array:
-    """One number of each record, NaN where it is missing, no number or not finite."""
+    """Return one number per record [N]; NaN where it is missing, not a number or not finite."""
 
     def value(record: Any) -> float:
         for part in path:
@@ -133,7 +133,7 @@ def numbers(records: Iterable[Record], *path: str) -> Array:
     return np.array([value(record) for record in records], float)
 
 
-# ---- figures: each returns the figure and its text for those who do not see it, or a sentence why there is none
+# ---- figures: each function returns a figure and its alt text, or a sentence that says why there is no figure
 
 Drawn = tuple[Figure, str]
 
@@ -155,14 +155,14 @@ def finish(axes: Axes, title: str = "", label: str = "") -> None:
 
 
 def _smooth(y: Array) -> Array:
-    """Mean over a window of a twentieth of the records; NaN is skipped."""
+    """Moving average over a window of 1/20 of the records, ignoring NaN."""
     half = max(1, len(y) // 40)
     return np.array([np.nanmean(w) if np.isfinite(w := y[max(0, i - half) : i + half + 1]).any() else math.nan
                      for i in range(len(y))])  # fmt: skip
 
 
 def draw_loss(run: Run, style: Style) -> Drawn | str:
-    """Training and held-out loss, and the bigram's."""
+    """Draw training loss, held-out loss and the bigram baseline."""
     if not run.train and not run.evals:
         return "There is no loss yet: no training step has been recorded."
     figure, (axes,) = new_panels(1, 1, 3.9)
@@ -185,7 +185,7 @@ def draw_loss(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_domains(run: Run, style: Style) -> Drawn | str:
-    """Loss of each domain: lines in training, dots on held-out text."""
+    """Draw the loss of each domain: lines for training, dots for held-out text."""
     domains = run.domains()
     if not domains:
         return "The losses were not recorded by domain."
@@ -200,14 +200,14 @@ def draw_domains(run: Run, style: Style) -> Drawn | str:
         axes.plot(evals, numbers(run.evals, "domains", domain, "loss"), "o", color=color, markersize=5)
         axes.plot(
             [], [], dash, marker="o", color=color, label=f" {domain[:28]}"
-        )  # a name that begins with _ would be hidden
+        )  # the leading space: matplotlib hides labels that begin with _
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(domains) // 16)
     finish(axes, label="loss (nats per token)")
     return figure, f"Loss over the steps by domain: {', '.join(domains)}."
 
 
 def draw_balance(run: Run, style: Style) -> Drawn | str:
-    """Balance loss and the busiest expert's load."""
+    """Draw the balance loss and the load of the busiest expert."""
     records = [record for record in run.train if record.get("layers")]
     if not records:
         return "The model has no MoE layer, so there is nothing to balance."
@@ -229,7 +229,7 @@ def draw_balance(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_optimizer(run: Run, style: Style) -> Drawn | str:
-    """Norm of the gradient and learning rate."""
+    """Draw the gradient norm and the learning rate."""
     if not run.train:
         return "No training step has been recorded."
     figure, panels = new_panels(1, 2, 3.0)
@@ -240,7 +240,7 @@ def draw_optimizer(run: Run, style: Style) -> Drawn | str:
         panels[0].legend(loc="upper right")
     if np.isfinite(norms).any() and np.nanmin(norms) > 0 and np.nanmax(norms) > 20 * np.nanmedian(norms):
         panels[0].set_yscale("log")
-    finish(panels[0], "norm of the gradient")
+    finish(panels[0], "gradient norm")
     draw_line(panels[1], steps, rates, color=COLORS[4], linewidth=1.5)
     panels[1].set_ylim(bottom=0)
     panels[1].yaxis.set_major_formatter("{x:.1e}")
@@ -249,7 +249,7 @@ def draw_optimizer(run: Run, style: Style) -> Drawn | str:
 
 
 def _layer_panels(layers: int, columns: int, height: float, style: Style) -> tuple[Figure, list[Axes], list[int]]:
-    """A figure with a panel for each layer, or for MAX_PANELS of them."""
+    """Make a figure with one panel for each of at most MAX_PANELS layers; also return the layers shown."""
     shown = sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, MAX_PANELS))})
     columns = min(columns, len(shown))
     figure, panels = new_panels(math.ceil(len(shown) / columns), columns, height, sharex=True, sharey=True)
@@ -263,7 +263,7 @@ def _layer_panels(layers: int, columns: int, height: float, style: Style) -> tup
 
 
 def _label_below(panels: Sequence[Axes], columns: int, label: str) -> None:
-    """Name the x axis of each column's last panel, which the grid does not do over an empty place."""
+    """Label the x axis of each column's last visible panel, because ``sharex`` labels only the bottom row."""
     for axes in panels[-columns:]:
         axes.set_xlabel(label)
         axes.tick_params(labelbottom=True)
@@ -281,7 +281,7 @@ def _log2_ratio(share: Array) -> Array:
 
 
 def draw_load(run: Run, style: Style) -> Drawn | str:
-    """Every expert's load over time, one heat map for each layer."""
+    """Draw the load of every expert over time, one heat map per layer."""
     steps_N, counts_NLE = run.counts_NLE()
     if not counts_NLE.size:
         return "The model has no MoE layer, so there is no expert load to draw."
@@ -300,11 +300,11 @@ def draw_load(run: Run, style: Style) -> Drawn | str:
         axes.locator_params(axis="x", nbins=6)
     _label_below(panels, 2, "step")
     _heat_scale(figure, panels, image)
-    return figure, f"Load of {experts} experts over the steps, for each of {layers} MoE layers."
+    return figure, f"Load of {experts} experts over the steps, in each of {layers} MoE layers."
 
 
 def draw_routing(run: Run, style: Style) -> Drawn | str:
-    """Which experts each domain uses, by layer, at the last evaluation that saw it."""
+    """Draw how often each domain uses each expert, by layer, in the last evaluation that recorded it."""
     found = [record for record in run.evals if any((record.get("routing") or {}).values())]
     if not found:
         return "There is no routing by domain yet: no evaluation of a model with MoE layers has been recorded."

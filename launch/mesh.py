@@ -1,4 +1,4 @@
-"""Show which ranks form which group: ``python -m equimoe.launch.mesh --world 64 --tp 2 --cp 2 --pp 2 --ep 8``."""
+"""Shows which ranks form which group: ``python -m equimoe.launch.mesh --world 64 --tp 2 --cp 2 --pp 2 --ep 8``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from ..moe.parallel import ParallelConfig
 from ..moe.parallel.config import DENSE, EXPERT
 from ..moe.parallel.mesh import groups_of
 
-#: axis -> what its ranks do together
+#: axis -> what the ranks of one group do together
 MEANING = {
-    "pp": "pass activations on",
+    "pp": "send activations to the next stage",
     "dp": "read different sequences",
     "cp": "hold parts of the same sequences",
     "tp": "split attention, embedding and head",
-    "dense": "add up gradients of dense weights",
-    "fsdp": "split dense weights (FSDP2)",
-    "edp": "add up gradients of experts",
-    "edp_shard": "split expert weights (FSDP2)",
+    "dense": "reduce gradients of dense weights",
+    "fsdp": "shard dense weights (FSDP2)",
+    "edp": "reduce gradients of experts",
+    "edp_shard": "shard expert weights (FSDP2)",
     "ep": "exchange rows for experts",
     "etp": "split each expert",
-    "stage": "count the load of experts",
+    "stage": "sum the load of experts",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with 64 for degrees that do not fit."""
+    """Entry point. Exits with code 64 if the degrees do not fit."""
     arguments = _parser().parse_args(argv)
     if arguments.world < 1 or arguments.node < 1:
         name = "world" if arguments.world < 1 else "node"
@@ -40,10 +40,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def describe(degrees: ParallelConfig, node: int, everything: bool = False) -> str:
-    """The groups of every axis, for resolved degrees and nodes of ``node`` ranks; long lists are cut short."""
+    """Format the groups of every axis as text, for resolved degrees and ``node`` ranks per node.
+
+    Long lists are truncated unless ``everything``.
+    """
     dense = " * ".join(f"{name} {getattr(degrees, name)}" for name in DENSE)
     expert = " * ".join(f"{name} {getattr(degrees, name)}" for name in EXPERT)
-    lines = [f"dense:   {dense}", f"experts: pp {degrees.pp} * {expert}", f"nodes of {node} ranks", ""]
+    lines = [f"dense:   {dense}", f"experts: pp {degrees.pp} * {expert}", f"{node} ranks per node", ""]
     lines.append(f"{'axis':<10} {'ranks':>5} {'groups':>6} {'within a node':>13}   what they do")
     for axis, meaning in MEANING.items():
         groups = groups_of(axis, degrees).tolist()
@@ -55,7 +58,7 @@ def describe(degrees: ParallelConfig, node: int, everything: bool = False) -> st
         shown = groups if everything else groups[:3]
         lines += [f"{'':<10} {_ranks(group, everything)}" for group in shown]
         if len(shown) < len(groups):
-            lines.append(f"{'':<10} ... and {len(groups) - len(shown)} more; --all shows every one")
+            lines.append(f"{'':<10} ... and {len(groups) - len(shown)} more; --all shows them")
     return "\n".join(lines)
 
 
@@ -76,8 +79,8 @@ def _refuse(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m equimoe.launch.mesh", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--world", type=int, required=True, help="number of processes")
-    parser.add_argument("--node", type=int, default=8, help="ranks of a node; default 8")
+    parser.add_argument("--world", type=int, required=True, help="number of ranks")
+    parser.add_argument("--node", type=int, default=8, help="ranks per node; default 8")
     parser.add_argument("--all", action="store_true", help="show every group")
     defaults = ParallelConfig()
     for name in (*DENSE, *EXPERT):

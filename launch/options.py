@@ -1,4 +1,4 @@
-"""The command line of ``python -m equimoe.launch.train``: a recipe, YAML files over it, options over both."""
+"""The command line of ``python -m equimoe.launch.train``: options override YAML files, which override a recipe."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ USAGE = "usage: python -m equimoe.launch.train [--recipe NAME] [--config FILE] [
 
 @dataclass(frozen=True)
 class Launch:
-    """What one command line asks for."""
+    """A parsed command line."""
 
     config: TrainConfig
-    #: name of the recipe that the configuration began with
+    #: name of the recipe that the configuration is based on
     recipe: str
-    #: where metrics, checkpoints and the report go
+    #: folder for metrics, checkpoints and the report
     run_dir: Path
-    #: ranks to start on this machine; None: those that torchrun has started, else one
+    #: ranks to start on this machine; None: one, or those that torchrun has started
     processes: int | None = None
-    #: go on from the newest checkpoint in ``run_dir``
+    #: resume from the newest checkpoint in ``run_dir``
     resume: bool = False
-    #: check everything, train nothing
+    #: check everything, but do not train
     dry_run: bool = False
-    #: print the configuration (:func:`to_yaml`), train nothing
+    #: print the configuration (:func:`to_yaml`), but do not train
     print_config: bool = False
 
 
-#: options that are not part of the configuration: type and help
+#: options that are not part of the configuration: (type, help text)
 RUN_OPTIONS: dict[str, tuple[Any, str]] = {
-    "recipe": (str, "the configuration to begin with"),
-    "config": (str, "a YAML file, merged over the recipe; may be given more than once"),
-    "run_dir": (str, "folder of metrics, checkpoints and report; default runs/RECIPE"),
+    "recipe": (str, "configuration to start from; default quickstart"),
+    "config": (str, "YAML file that overrides the recipe; may be given more than once"),
+    "run_dir": (str, "folder for metrics, checkpoints and report; default runs/RECIPE"),
     "processes": (int, "ranks to start on this machine; default 1"),
-    "resume": (bool, "go on from the newest checkpoint in the run folder"),
-    "dry_run": (bool, "check the configuration and the data, build the model, train nothing"),
-    "print_config": (bool, "print the whole configuration as YAML for --config, train nothing"),
+    "resume": (bool, "resume from the newest checkpoint in the run folder"),
+    "dry_run": (bool, "check configuration and data and build the model, but do not train"),
+    "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
     "help": (bool, "print this text"),
 }
 
 
 def parse(argv: list[str]) -> Launch:
-    """Read a command line (without the program's name).
+    """Parse a command line, given without the program's name.
 
-    Later options win over earlier ones, options over files, files over the recipe. ``--help`` prints every option and
-    raises SystemExit(0). ValueError, always in one line, for an unknown option or key (with the nearest that exists),
-    a value of the wrong type, a file that cannot be read, or a configuration that does not fit together.
+    Later options override earlier ones, options override files, and files override the recipe. ``--help`` prints every
+    option and raises SystemExit(0). Raises a one-line ValueError for an unknown option or key (suggesting the nearest
+    one), a value of the wrong type, a file that cannot be read, or an inconsistent configuration.
     """
     given = list(_given(argv))
     run: dict[str, Any] = {name: False if hint is bool else None for name, (hint, _) in RUN_OPTIONS.items()}
@@ -95,11 +95,11 @@ def parse(argv: list[str]) -> Launch:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration as YAML; given back by ``--config`` it makes an equal configuration."""
+    """Return the complete configuration as YAML. Passed to ``--config``, it gives an equal configuration."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
-# ---- the fields, as the dataclasses declare them
+# ---- fields of the configuration
 
 
 @cache
@@ -108,12 +108,12 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _section(hint: Any) -> Any:
-    """The dataclass that ``hint`` is, or is when it is not None; else None."""
+    """Return the dataclass of a ``Section`` or ``Section | None`` hint, or None if it is not a section."""
     return next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
 
 
 def fields_of(cls: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> type, for every field; an optional section also has an entry of its own."""
+    """Return the type of every field by dotted name. An optional section also has an entry itself."""
     found: dict[str, Any] = {}
     for name, hint in _hints(cls).items():
         section = _section(hint)
@@ -125,14 +125,14 @@ def fields_of(cls: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def _suggest(name: str, names: list[str], mark: str = "") -> str:
-    """``; did you mean ...?`` with the nearest name: the same field of another section first."""
+    """Return ``; did you mean ...?`` with the nearest name, preferring the same field of another section."""
     same = [other for other in names if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     near = same[:1] or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {mark}{near[0]}?" if near else ""
 
 
 def _wanted(hint: Any) -> str:
-    """What a value of this type is, in words."""
+    """Describe in words which values a type allows."""
     parts = [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Literal else [hint]
     kind = parts[0] if parts else hint
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
@@ -146,7 +146,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Name (with underscores) and text of each option; the text is None where none was given."""
+    """Yield each option's name (with underscores) and value; the value is None if none was given."""
     names = [*RUN_OPTIONS, *fields_of()]
     rest = list(argv)
     while rest:
@@ -154,7 +154,7 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
         if token == "-h":
             token = "--help"
         if not token.startswith("--") or token == "--":
-            raise ValueError(f"{token}: not an option; options are written --name value")
+            raise ValueError(f"{token}: is not an option; write options as --name value")
         typed, equals, text = token[2:].partition("=")
         name = typed.replace("-", "_")
         if name not in names:
@@ -169,7 +169,7 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _from_text(hint: Any, name: str, text: str | None) -> Any:
-    """The value that ``text`` means for a field of this type; a bare option of truth is true."""
+    """Convert ``text`` to a value of type ``hint``. A bool option without a value is true."""
     if text is None:
         if hint is not bool:
             raise ValueError(f"--{name}: give a value ({_wanted(hint)}), as in --{name} VALUE or --{name}=VALUE")
@@ -187,7 +187,7 @@ def _from_text(hint: Any, name: str, text: str | None) -> Any:
 
 
 def _override(values: dict[str, Any], name: str, text: str | None) -> None:
-    """Set one dotted field; an optional section that was off is switched on with its defaults."""
+    """Set the field with this dotted name. An optional section that was off is switched on with its defaults."""
     value = _from_text(fields_of()[name], name, text)
     *path, last = name.split(".")
     for part in path:
@@ -217,7 +217,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
 
 
 def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str, file: str) -> None:
-    """Lay a nested mapping over ``values``, type by type."""
+    """Override ``values`` with a nested mapping of class ``cls``, checking each key and the type of each value."""
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in _hints(cls):
@@ -241,7 +241,7 @@ def _from_yaml(hint: Any, name: str, value: Any, file: str) -> Any:
     try:
         if value is None and type(None) in kinds:
             return None
-        if isinstance(value, str) and float in kinds:  # YAML 1.1 reads 1e-3, without a point, as text
+        if isinstance(value, str) and float in kinds:  # YAML 1.1 parses 1e-3 as a string
             return _adapter(hint).validate_strings(value)
         if _section(hint) is None:
             return _adapter(hint).validate_python(value)
@@ -256,7 +256,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
-    """The dataclass of a nested mapping; the classes' own checks speak for themselves."""
+    """Build a dataclass from a nested mapping. The dataclasses validate themselves."""
     made = dict(values)
     for name, hint in _hints(cls).items():
         if _section(hint) is not None and made.get(name) is not None:
@@ -268,7 +268,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 
 def field_comments(cls: type) -> dict[str, str]:
-    """The ``#:`` lines above each field, from the class's source; empty where the source is not at hand."""
+    """Return the ``#:`` comment above each field, from the class's source; empty if there is no source file."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except OSError:
@@ -313,7 +313,7 @@ def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
     yield f"\n{name}: {title}"
     if type(None) in get_args(hint):
         state = "off" if current is None else "on"
-        yield _row(name, "none", f"switch it off; any option of {name} switches it on (default: {state})")
+        yield _row(name, "none", f"switch this section off; any option of {name} switches it on (default: {state})")
     comments = field_comments(cls)
     for field, kind in _hints(cls).items():
         value = getattr(cls() if current is None else current, field)
@@ -329,9 +329,9 @@ def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
 
 
 def help_text(start: TrainConfig) -> str:
-    """Every option with its type, its default in ``start``, and the comment above its field."""
+    """Return the help text: every option with its type, its default in ``start``, and its field's comment."""
     lines = [USAGE, "(on several machines: torchrun ... -m equimoe.launch.train ...)"]
-    lines += ["Dashes and underscores in names are the same.", ""]
+    lines += ["Dashes and underscores in option names are interchangeable.", ""]
     for name, (hint, text) in RUN_OPTIONS.items():
         lines.append(_row(name.replace("_", "-"), "" if hint is bool else _placeholder(hint), text))
     lines.append("\nrecipes:")

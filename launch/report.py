@@ -1,6 +1,6 @@
-"""A run's metrics as one HTML page: ``python -m equimoe.launch.report RUN_DIR`` writes RUN_DIR/report.html.
+"""Renders a run's metrics as one HTML page: ``python -m equimoe.launch.report RUN_DIR`` writes RUN_DIR/report.html.
 
-The page needs no network and nothing beside it; each figure is in it twice, for light and for dark screens.
+The page is self-contained and needs no network. It contains each figure twice, for light and for dark screens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ td.n, th.n { text-align: right; }
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of the report: its id, heading, what to look for, and how it is drawn."""
+    """One figure of the report: its id, its heading, a caption that says what to look for, and its drawing function."""
 
     id: str
     title: str
@@ -69,102 +69,102 @@ PLOTS = (
     Plot(
         "loss",
         "Loss",
-        "Both curves should fall together. Training far below held-out text means that the model learns its text by "
-        "heart. The dashed line is a table of pairs of tokens, counted on the training text: a model that has learnt "
-        "more than which token follows which lies below it. Over many steps the training curve is smoothed, the raw "
-        "values are behind it.",
+        "Both curves should fall together. A training loss far below the held-out loss means that the model memorises "
+        "its training text. The dashed line is a bigram table counted on the training text: a model below it has "
+        "learnt more than which token follows which. In long runs the training curve is smoothed, and the raw values "
+        "are drawn faintly behind it.",
         figures.draw_loss,
     ),
     Plot(
         "domain-loss",
         "Loss by domain",
-        "Lines are training, dots are held-out text. Domains differ in how predictable they are; look for one that "
-        "stops falling while the others go on.",
+        "Lines are training, dots are held-out text. Some domains are easier to predict than others. Look for one "
+        "whose loss stops falling while the others still improve.",
         figures.draw_domains,
     ),
     Plot(
         "balance",
         "Load balance",
-        "The balance loss is 1.0 when every expert gets the same share of the whole step, and the number of experts "
-        "divided by top-k at worst. On the right, how much more than the mean the busiest expert gets over the whole "
-        "step. Both should come down early and stay down.",
+        "Left: the balance loss over the whole step. It is 1.0 when every expert gets the same share, and at most the "
+        "number of experts divided by top-k. Right: the load of the busiest expert over the whole step, divided by the "
+        "mean load. Both should fall early and stay low.",
         figures.draw_balance,
     ),
     Plot(
         "evenness",
         "How even the load is",
-        "Of each layer's load over the whole step: how much the experts' loads differ, which should fall towards 0; "
-        "the entropy, which should rise to 1; and the experts that got no token, of which there should be none after "
-        "the first steps. A single layer that stays apart from the others is worth a look.",
+        "Three measures of each layer's load over the whole step. The coefficient of variation should fall towards 0, "
+        "the entropy should rise to 1, and no expert should be without a token after the first steps. Look for a layer "
+        "that differs from the others.",
         routing_figures.draw_evenness,
     ),
     Plot(
         "losses",
-        "Balance losses and what they add",
-        "On the left each loss by itself, with the load that it used: solid lines are trained on, dashed ones are "
-        "shown for comparison. Balancing the global batch leaves the micro-batch loss above the global one: that is "
-        "the room in which experts specialise, and it is gone where micro-batches are balanced. Beside it what is "
-        "added to the training loss, with coefficients: it should be small beside the loss itself.",
+        "Balance losses",
+        "Left: each loss without its coefficient, computed from the load that it used. Solid lines are trained on, "
+        "dashed ones are for comparison only. Under global balance the micro-batch loss stays above the global one; "
+        "this gap is the room that experts have to specialise, and balancing every micro-batch closes it. Next: what "
+        "each loss adds to the training loss, coefficient included. It should be small compared with the loss itself.",
         routing_figures.draw_losses,
     ),
     Plot(
         "estimator",
         "Balance batch size",
-        "Over how many sequences the main loss counted its load, in the mean over a step's backward passes. At the "
-        "dashed line it is the whole step; it may be more where the step before is used as well. In published "
-        "experiments models gain up to a hundred sequences or so. On the right how far the load that was used was from "
-        "that of the whole step: 0 for exact counts.",
+        "Left: the number of sequences over which the main loss counted its load, averaged over the backward passes of "
+        "a step. The dashed line is the whole step; the number is higher if the previous step is used as well. In "
+        "published experiments, models improve up to about a hundred sequences. Right: the difference between the load "
+        "that was used and the load of the whole step; it is 0 for exact counts.",
         routing_figures.draw_estimator,
     ),
     Plot(
         "straggler",
-        "Ranks that wait for the busiest one",
-        "In one micro-batch, the rows that the busiest expert-parallel rank gets over the mean of its group: 1 when "
-        "even. Dashed lines project the same routing to other numbers of ranks, as if one micro-batch were all that "
-        "they compute on together, which is rather too high. This is what balance over the global batch costs, and "
-        "what a small micro-batch loss beside it (balance.extra.micro, a hundredth of the main coefficient) brings "
-        "down. On the right an estimate of the time lost, from floating-point operations alone: it holds where experts "
-        "are bound by computing and nothing else is done while ranks wait.",
+        "Ranks waiting for the busiest one",
+        "Left: rows of the busiest expert-parallel rank in one micro-batch, divided by the mean of its group; 1 when "
+        "even. Dashed lines project the same routing to other numbers of ranks. They assume that all ranks share one "
+        "micro-batch, so they are rather too high. This imbalance is the price of global balance; a small micro-batch "
+        "loss (balance.extra.micro, 1 % of the main coefficient) reduces it. Right: the time lost, estimated from "
+        "floating-point operations alone. It is valid if experts are compute-bound and ranks do nothing else while "
+        "they wait.",
         routing_figures.draw_straggler,
     ),
     Plot(
         "load",
         "Load of every expert over time",
-        "One row for each expert: orange is more than the mean load, blue is less, and the colours should fade to the "
-        "neutral one of 1. A row that stays blue is an expert that is not trained; one orange row among many blue ones "
-        "is a collapse.",
+        "One row per expert: orange is more than the mean load, blue is less. The colours should fade to the neutral "
+        "colour of 1. A row that stays blue is an expert that gets too few tokens to learn; one orange row among many "
+        "blue ones is a collapse of the router.",
         figures.draw_load,
     ),
     Plot(
         "routing",
         "Which experts each domain uses",
-        "The last evaluation, on held-out text: how often a domain chooses an expert, as a multiple of the uniform "
-        "share, which is 1. Rows that differ from each other mean that experts have specialised; balance over the "
-        "global batch allows this, balance over every micro-batch holds all rows near 1.0.",
+        "How often each domain chooses each expert in the last evaluation on held-out text, as a multiple of the "
+        "uniform share. Rows that differ from each other mean that experts have specialised. Global balance allows "
+        "this; micro-batch balance keeps all rows near 1.0.",
         figures.draw_routing,
     ),
     Plot(
         "divergence",
         "How differently the domains are routed",
-        "The Jensen-Shannon divergence between two domains' use of the experts, mean of all pairs: 0 when all domains "
-        "use the same experts, 1 bit when they share none. A rising line is growing specialisation. In the middle the "
-        "share of a domain's choices that goes to the expert it uses most; the dashed line is that of even use. On the "
-        "right which domains part: related ones should stay close.",
+        "Left: the Jensen-Shannon divergence between two domains' use of the experts, averaged over all pairs: 0 if "
+        "all domains use the same experts, 1 bit if they share none. A rising line means growing specialisation. "
+        "Middle: the share of a domain's choices that goes to its most used expert; the dashed line is uniform use. "
+        "Right: the divergence of each pair of domains; related domains should stay close.",
         routing_figures.draw_divergence,
     ),
     Plot(
         "scores",
-        "How sure the router is",
-        "The probability that lies on a token's chosen experts, in the mean over tokens. At the dashed line, top-k "
-        "divided by the number of experts, the router is indifferent; a line that stays there means that a balance "
-        "loss too strong, or over too few tokens, leaves it nothing to decide. Close to 1 the router has made up its "
-        "mind.",
+        "Confidence of the router",
+        "The total probability of a token's chosen experts, averaged over tokens. At the dashed line, top-k divided by "
+        "the number of experts, the router gives all experts the same score. A line that stays there means that the "
+        "balance loss is too strong, or counted over too few tokens, to let the router learn. Near 1 the router is "
+        "confident.",
         routing_figures.draw_scores,
     ),
     Plot(
         "optimizer",
         "Gradient and learning rate",
-        "Single peaks of the norm are cut by clipping; a norm that keeps growing comes before a loss that diverges.",
+        "Clipping limits single peaks of the gradient norm. A norm that keeps growing often precedes a diverging loss.",
         figures.draw_optimizer,
     ),
 )
@@ -173,8 +173,8 @@ PLOTS = (
 def write_report(run_dir: Path) -> Path:
     """Write ``run_dir/report.html`` from ``run_dir/metrics.jsonl`` and return its path.
 
-    What the run has not recorded yet is named in a sentence. ValueError if there are no metrics; OSError if the page
-    cannot be written, in which case an earlier page stays.
+    A sentence takes the place of each figure for which the run has no records yet. Raises ValueError if there are no
+    metrics, and OSError if the page cannot be written; an earlier page is then kept.
     """
     run_dir = Path(run_dir)
     run = Run.read(run_dir)
@@ -237,7 +237,7 @@ def _subtitle(run: Run) -> str:
         parts.append(f"{world} process" + ("es" if world > 1 else ""))
     broken = sum(bool(record.get("nonfinite")) for record in run.train)
     if broken:
-        parts.append(f"{broken} records hold numbers that are not finite")
+        parts.append(f"{broken} records contain numbers that are not finite")
     return " | ".join(parts)
 
 
@@ -245,14 +245,14 @@ def _cards(run: Run) -> str:
     train, heldout = numbers(run.train, "loss"), _last(numbers(run.evals, "loss"))
     bigram, last = run.bigram.get("all"), run.train[-1] if run.train else {}
     layers = last.get("layers") or []
-    tail = train[-max(1, len(train) // 20) :]  # one step alone is noisy, many would be of another time
+    tail = train[-max(1, len(train) // 20) :]  # average the last 5 % of records, because a single one is noisy
     mean = float(np.nanmean(tail)) if np.isfinite(tail).any() else None
     cards = [(_text(mean, ".3f"), "training loss at the end")]
     cards.append((_text(heldout, ".3f"), "held-out loss (nats per token)"))
     if heldout is not None and run.option("data", "tokenizer") == "bytes":
         cards.append((f"{heldout / math.log(2):.2f}", "bits per byte, held-out text"))
     if heldout is not None and bigram is not None:
-        cards.append((f"{heldout - bigram:+.2f}", "nats from the bigram table (below 0 is better)"))
+        cards.append((f"{heldout - bigram:+.2f}", "nats relative to the bigram table (below 0 is better)"))
     rate = numbers(run.train, "tokens_per_s")[1:]
     if np.isfinite(rate).any():
         cards.append((f"{np.nanmedian(rate):,.0f}", "tokens per second (median)"))
@@ -266,9 +266,9 @@ def _cards(run: Run) -> str:
 
 
 def _balance_cards(run: Run) -> list[tuple[str, str]]:
-    """Where the run has recorded them."""
+    """Return the cards about balance for which the run has records."""
     parts = (
-        ("balance_sequences", 1, ".3g", "sequences that the load is counted over"),
+        ("balance_sequences", 1, ".3g", "sequences over which the load is counted"),
         ("straggler", 1, ".2f", "busiest rank / mean, in a micro-batch"),
         ("waiting", 100, ".1f", "% of a step's time spent waiting (estimate)"),
     )
@@ -305,13 +305,13 @@ def _domain_table(run: Run) -> str:
 
 
 def _settings(run: Run) -> str:
-    """The configuration, one row for each section."""
+    """Format the configuration as a table with one row per section."""
     config = run.run.get("config")
     if not isinstance(config, dict):
         return "<section id='settings'><h2>Settings</h2><p>The run has not recorded its configuration.</p></section>"
     top = {name: value for name, value in config.items() if not isinstance(value, dict)}
     sections = {"run": top, **{name: value for name, value in config.items() if isinstance(value, dict)}}
-    sizes = {"parameters": run.run.get("parameters"), "active for each token": run.run.get("active_parameters")}
+    sizes = {"parameters": run.run.get("parameters"), "active per token": run.run.get("active_parameters")}
     sections["size"] = {name: _short(count) for name, count in sizes.items() if count is not None}
     sections["versions"] = run.run.get("versions") or {}
     rows = []
@@ -341,9 +341,9 @@ def _figure(run: Run, plot: Plot) -> str:
 
 
 def _image(run: Run, plot: Plot, style: Style) -> tuple[str, str] | str:
-    """Data URI and text of a plot, or the sentence why there is none."""
+    """Return the data URI and alt text of a plot, or a sentence that says why there is no figure."""
     with matplotlib.rc_context(style.rc()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # names of domains may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # domain names may use any script
         drawn = plot.draw(run, style)
         if isinstance(drawn, str):
             return drawn
@@ -354,7 +354,7 @@ def _image(run: Run, plot: Plot, style: Style) -> tuple[str, str] | str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 64 usage, 66 no metrics, 73 the page cannot be written."""
+    """Entry point. Returns the exit code: 64 for wrong usage, 66 for no metrics, 73 if the page cannot be written."""
     argv = sys.argv[1:] if argv is None else argv
     if argv in (["-h"], ["--help"]):
         print("usage: python -m equimoe.launch.report RUN_DIR\nWrites RUN_DIR/report.html from RUN_DIR/metrics.jsonl.")

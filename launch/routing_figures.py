@@ -1,4 +1,4 @@
-"""The figures of balance, of ranks that wait for each other, and of domains that part.
+"""Draws the report's figures of balance, of waiting ranks, and of how domains differ in their routing.
 
 Shapes: N records, L MoE layers, E experts, D domains.
 """
@@ -18,7 +18,7 @@ from ..moe.observe import divergences, mean_divergence
 from ..moe.observe.metrics import Record
 from .figures import COLORS, MAX_PANELS, Array, Drawn, Run, Style, draw_line, finish, new_panels, numbers
 
-#: layers are told apart by colour up to so many
+#: most entries in one column of a legend
 MAX_NAMED = 16
 
 
@@ -32,7 +32,7 @@ def _of_layer(records: Sequence[Record], layer: int, *path: str) -> Array:
 
 
 def _names(records: Sequence[Record], field: str) -> list[str]:
-    """Keys of a field that holds one number per name, in the order in which they first come."""
+    """Return the keys of a field that maps names to numbers, in order of first occurrence."""
     return list(dict.fromkeys(name for record in records for name in _dict(record.get(field))))
 
 
@@ -50,7 +50,7 @@ def _last(values: Array, spec: str = ".2f") -> str:
 
 
 def _mean(values: Array) -> Array:
-    """[X, N] to [N], NaN where there is nothing."""
+    """Mean over the first axis, [X, N] to [N], ignoring values that are not finite; NaN where there are none."""
     there = np.isfinite(values)
     total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), math.nan)
@@ -61,7 +61,7 @@ def _shade(place: int, of: int) -> Any:
 
 
 def _each_layer(axes: Axes, records: Sequence[Record], *path: str, color: str) -> Array:
-    """A faint line for each layer; returns their values [L, N]."""
+    """Draw a faint line for each layer and return the values [L, N]."""
     steps = numbers(records, "step")
     values_LN = np.array([_of_layer(records, layer, *path) for layer in range(_layers(records))])
     for values_N in values_LN:
@@ -75,7 +75,7 @@ def _legend(axes: Axes, **options: Any) -> None:
 
 
 def _log_if_wide(axes: Axes, values: Sequence[Array]) -> None:
-    """A logarithmic axis for lines that would be flat on one."""
+    """Use a logarithmic axis if some lines would look flat on a linear one."""
     tops = [float(np.nanmax(v)) for v in values if _seen(v)]
     positive = [top for top in tops if top > 0]
     if len(positive) > 1 and len(positive) == len(tops) and max(positive) > 20 * min(positive):
@@ -89,7 +89,7 @@ def _log_if_wide(axes: Axes, values: Sequence[Array]) -> None:
 
 
 def draw_evenness(run: Run, style: Style) -> Drawn | str:
-    """Variation, entropy and idle experts of each layer's load."""
+    """Draw each layer's coefficient of variation, entropy and dead experts."""
     records = [record for record in run.train if record.get("layers")]
     if not records:
         return "The model has no MoE layer, so there is no expert load to measure."
@@ -97,8 +97,8 @@ def draw_evenness(run: Run, style: Style) -> Drawn | str:
     steps, alt = numbers(records, "step"), []
     parts = (
         ("cv", "coefficient of variation", "standard deviation / mean", 0.0),
-        ("entropy", "entropy", "share of the uniform load's", 1.0),
-        ("dead", "experts without a token", "experts of a layer", None),
+        ("entropy", "entropy", "entropy / entropy of a uniform load", 1.0),
+        ("dead", "experts without a token", "experts per layer", None),
     )
     for axes, (name, title, label, balanced) in zip(panels, parts, strict=True):
         values_LN = _each_layer(axes, records, name, color=style.faint)
@@ -114,10 +114,10 @@ def draw_evenness(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_losses(run: Run, style: Style) -> Drawn | str:
-    """Every balance loss by itself, and what it adds to the training loss."""
+    """Draw every balance loss without its coefficient, and what it adds to the training loss."""
     records = [record for record in run.train if _dict(record.get("losses"))]
     if not records:
-        return "The single balance losses, and what they add to the training loss, were not recorded."
+        return "The individual balance losses were not recorded."
     names, added = _names(records, "losses"), _names(records, "scaled_losses")
     shown = [name for name in names if name != "z"]
     figure, panels = new_panels(1, 3 if "z" in names else 2, 3.3)
@@ -148,11 +148,11 @@ def draw_losses(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_estimator(run: Run, style: Style) -> Drawn | str:
-    """Over how many sequences the load was counted, and how far it was from the step's."""
+    """Draw the number of sequences over which the load was counted, and the error of that load."""
     records = [record for record in run.train if record.get("layers")]
     sequences, error = numbers(records, "balance_sequences"), numbers(records, "estimator_error")
     if not _seen(sequences) and not _seen(error):
-        return "Over how many sequences the balance loss counted its load was not recorded."
+        return "The number of sequences over which the balance loss counted its load was not recorded."
     figure, panels = new_panels(1, 2, 3.0)
     steps = numbers(records, "step")
     for axes, name, values in zip(panels, ("balance_sequences", "estimator_error"), (sequences, error), strict=True):
@@ -164,7 +164,7 @@ def draw_estimator(run: Run, style: Style) -> Drawn | str:
         panels[0].axhline(whole, color=style.faint, linestyle="--", linewidth=1.2, label=f"the whole step ({whole:g})")
     _legend(panels[0], loc="lower right")
     finish(panels[0], "balance batch size", "sequences")
-    finish(panels[1], "error of the load that was used", "share of the step's load")
+    finish(panels[1], "error of the load that was used", "relative to the step's load")
     text = f"The load was counted over {_last(sequences, '.3g')} sequences at the end, with an error of {_last(error)}."
     return figure, text
 
@@ -173,12 +173,12 @@ def draw_estimator(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_straggler(run: Run, style: Style) -> Drawn | str:
-    """The busiest rank's rows over the mean, as it is and as it would be, and an estimate of the time that costs."""
+    """Draw the busiest rank's rows over the mean, measured and projected, and the estimated waiting time."""
     records = [record for record in run.train if record.get("layers")]
     factor, waiting = numbers(records, "straggler"), numbers(records, "waiting")
     degrees = _names(records, "projected_straggler")
     if not _seen(factor) and not degrees:
-        return "How unevenly the ranks of the experts were loaded was not recorded."
+        return "The load of the expert-parallel ranks was not recorded."
     figure, panels = new_panels(1, 2, 3.5)
     steps = numbers(records, "step")
     for i, degree in enumerate(degrees):
@@ -204,7 +204,7 @@ def draw_straggler(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_scores(run: Run, style: Style) -> Drawn | str:
-    """How much probability lies on the experts that are chosen, over training and by domain."""
+    """Draw the total probability of the chosen experts, over training and by domain."""
     records = [record for record in run.train if _seen(numbers([record], "score_sum"))]
     evals = [record for record in run.evals if any(_dict(record.get("score_sum")).values())]
     if not records and not evals:
@@ -213,13 +213,13 @@ def draw_scores(run: Run, style: Style) -> Drawn | str:
     k, experts = run.option("model", "top_k"), run.option("model", "num_experts")
     if isinstance(k, int) and isinstance(experts, int) and experts > 0:
         for axes in panels:
-            axes.axhline(k / experts, color=style.faint, ls="--", linewidth=1.2, label=f"indifferent ({k}/{experts})")
+            axes.axhline(k / experts, color=style.faint, ls="--", linewidth=1.2, label=f"uniform ({k}/{experts})")
     steps, mean = numbers(records, "step"), numbers(records, "score_sum")
     values_LN = _each_layer(panels[0], records, "score_sum", color=style.faint)
     if len(records):
         draw_line(panels[0], steps, mean, color=COLORS[0], linewidth=1.8, label="mean of the layers")
     _legend(panels[0], loc="best")
-    finish(panels[0], "training", "probability on the chosen experts")
+    finish(panels[0], "training", "probability of the chosen experts")
     last = _dict(evals[-1]["score_sum"]) if evals else {}
     for i, (domain, values) in enumerate(sorted(last.items())):
         points = numbers([{"of": value} for value in values], "of") if isinstance(values, list) else np.array([])
@@ -230,17 +230,17 @@ def draw_scores(run: Run, style: Style) -> Drawn | str:
     panels[1].set_xlabel("MoE layer")
     panels[1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     layers = max([len(values_LN), *(len(values) for values in last.values() if isinstance(values, list))])
-    return figure, f"Probability on the chosen experts of {layers} MoE layers: {_last(mean)} at the end of training."
+    return figure, f"Probability of the chosen experts in {layers} MoE layers: {_last(mean)} at the end of training."
 
 
 def draw_divergence(run: Run, style: Style) -> Drawn | str:
-    """Jensen-Shannon divergence between domains by layer and by pair, and their favourite experts' share."""
+    """Draw the Jensen-Shannon divergence between domains, and the share of each domain's favourite expert."""
     found = [
         (r["step"], dict(zip(*run.routing_DLE(r), strict=True))) for r in run.evals if len(_dict(r.get("routing"))) > 1
     ]
     found = [(step, routing) for step, routing in found if len(routing) > 1]
     if not found:
-        return "Domains cannot be compared: no evaluation has routing frequencies of two domains or more."
+        return "Domains cannot be compared: no evaluation has recorded the routing of two or more domains."
     layers, experts = next(iter(found[-1][1].values())).shape
     found = [(step, r) for step, r in found if next(iter(r.values())).shape == (layers, experts)]
     steps = np.array([step for step, _ in found], float)
@@ -260,13 +260,13 @@ def draw_divergence(run: Run, style: Style) -> Drawn | str:
     figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside lower left", ncols=6)
     _draw_pairs(panels[2], found[-1][1], style)
     text = (
-        f"Divergence between the domains' use of experts in {layers} MoE layers, {_last(_mean(bits_NL.T), '.3f')} bits"
+        f"Divergence between the domains' use of experts in {layers} MoE layers: {_last(_mean(bits_NL.T), '.3f')} bits"
     )
-    return figure, f"{text} in the mean at the last evaluation."
+    return figure, f"{text} on average at the last evaluation."
 
 
 def _draw_pairs(axes: Axes, routing: dict[str, Array], style: Style) -> None:
-    """The mean of the layers for every pair of domains, in numbers where there is room."""
+    """Draw the mean over layers for every pair of domains, with numbers if there is room for them."""
     names = list(routing)
     place = {name: i for i, name in enumerate(names)}
     bits_DD = np.zeros((len(names), len(names)))

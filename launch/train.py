@@ -1,6 +1,6 @@
-"""Train a language model: ``python -m equimoe.launch.train --recipe quickstart --processes 2``.
+"""Trains a language model: ``python -m equimoe.launch.train --recipe quickstart --processes 2``.
 
-On several machines each rank is this command, started by torchrun.
+On several machines, start this command with torchrun.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .report import write_report
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point; exits with the codes of :mod:`equimoe.launch.env`."""
+    """Entry point. Exits with the codes of :mod:`equimoe.launch.env`."""
     arguments = sys.argv[1:] if argv is None else argv
     process = env.this_process()
     try:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         started = env.started()
         if started and launch.processes not in (None, process.local_world):
-            has = f"torchrun has started {process.local_world} here already"
+            has = f"torchrun has already started {process.local_world} processes on this machine"
             raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
         world = process.world if started else launch.processes or 1
         degrees = config.degrees(world)
@@ -99,14 +99,17 @@ def _read_corpus(config: TrainConfig) -> Corpus:
     corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
     vocabulary = config.model.vocab_size
     if vocabulary is not None and vocabulary < corpus.vocab_size:
-        raise ValueError(f"model.vocab_size={vocabulary}: the tokenizer has {corpus.vocab_size} entries; leave it out")
+        raise ValueError(
+            f"model.vocab_size={vocabulary}: must be at least the tokenizer's {corpus.vocab_size}; leave it out"
+        )
     return corpus
 
 
 def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to resume from; None for a new run, whose folder must not hold another one.
+    """Return the path and manifest of the checkpoint to resume from, or None to start a new run.
 
-    An attempt that torchrun makes after a failure goes on from this run's checkpoint, or begins again before the first.
+    After torchrun restarts a failed run, that is the run's newest checkpoint, or None if there is none yet. Raises
+    ValueError if the folder of a new run already holds a run.
     """
     root = launch.run_dir / "checkpoints"
     again = process.restarts > 0
@@ -115,13 +118,13 @@ def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[s
     if not launch.resume and not again:
         if (launch.run_dir / METRICS_FILE).exists() or checkpoint.complete(root):
             raise ValueError(
-                f"run_dir={str(launch.run_dir)!r}: holds another run; go on with --resume, or choose another --run-dir"
+                f"run_dir={str(launch.run_dir)!r}: already holds a run; add --resume, or choose another --run-dir"
             )
         return None
     path = checkpoint.newest(root)
     manifest = checkpoint.read_manifest(path)
     if manifest["step"] >= launch.config.steps:
-        raise ValueError(f"steps={launch.config.steps}: {path} is at step {manifest['step']} already; raise --steps")
+        raise ValueError(f"steps={launch.config.steps}: {path} is already at step {manifest['step']}; raise --steps")
     return path, manifest
 
 
@@ -159,7 +162,7 @@ def _source(data: DataConfig) -> str:
     if data.path is not None:
         return data.path
     cap = data.builtin_bytes_per_domain
-    return "comes with Python" + ("" if cap is None else f", the first {_short(cap)} bytes of each domain")
+    return "built-in, from the Python installation" + ("" if cap is None else f", {_short(cap)} bytes of each domain")
 
 
 def _sizes(streams: dict[str, np.ndarray]) -> str:
@@ -183,7 +186,7 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     records = read_records(run_dir / METRICS_FILE)
     bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
     trained = [record for record in records if record["kind"] == "train"][-1]
-    print("\nheld-out loss (nats per token), beside a bigram model of the same training tokens:")
+    print("\nheld-out loss (nats per token), compared with a bigram model of the same training tokens:")
     rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
     for domain, loss in rows:
         print(f"  {domain:<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
@@ -192,11 +195,11 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
     print(f"report:     {write_report(run_dir)}")
-    print(f"to go on:   {_command(arguments, env.this_process(), 2 * config.steps)}", flush=True)
+    print(f"continue:   {_command(arguments, env.this_process(), 2 * config.steps)}", flush=True)
 
 
 def _command(arguments: list[str], process: env.Process, steps: int) -> str:
-    """What to type to train on, in the folder where this run was started."""
+    """Return the command that continues this run, for the folder in which it was started."""
     kept, skip = [], False
     for argument in arguments:
         name = argument.split("=")[0]
@@ -205,7 +208,7 @@ def _command(arguments: list[str], process: env.Process, steps: int) -> str:
         skip = not skip and argument in ("--steps", "--processes")
     more = [*kept, "--resume", "--steps", str(steps)]
     if process.local_world < process.world:
-        return f"as before, on every machine, with the options {shlex.join(more)}"
+        return f"run the same command on every machine with the options {shlex.join(more)}"
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
     processes = ["--processes", str(process.world)] if process.world > 1 else []
     return shlex.join([python, "-m", "equimoe.launch.train", *processes, *more])

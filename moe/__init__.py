@@ -1,4 +1,4 @@
-"""A drop-in Mixture-of-Experts layer with exact global-batch load balancing.
+"""A drop-in Mixture-of-Experts layer with exact load balancing over the global batch.
 
 >>> from equimoe.moe import MoE, MoEConfig
 >>> layer = MoE(MoEConfig(hidden_size=512, intermediate_size=1024, num_experts=16, top_k=2))

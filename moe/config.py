@@ -1,6 +1,6 @@
-"""What a user can choose, as frozen dataclasses that are validated once, when they are made.
+"""Configuration of the MoE layer: frozen dataclasses that validate themselves when they are created.
 
-Each section is the whole interface of one part of the system; the training-side sections are in
+Each section configures one part of the system. The sections of a training run are in
 :mod:`equimoe.moe.train.config`.
 """
 
@@ -18,9 +18,9 @@ def require(ok: bool, where: str, value: Any, remedy: str) -> None:
 
 
 def check_choices(section: object, where: str = "") -> None:
-    """Refuse a value that is not among those that the field's type names: those of a ``Literal``, or True and False.
+    """Raise ``ValueError`` if a ``Literal`` or bool field of ``section`` holds a value outside its type.
 
-    ``where`` goes before the field's name.
+    ``where`` is prefixed to the field's name in the message.
     """
     for name, hint in get_type_hints(type(section)).items():
         allowed = (True, False) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
@@ -30,31 +30,32 @@ def check_choices(section: object, where: str = "") -> None:
             require(ok, where + name, value, f"use one of {', '.join(map(str, allowed))}")
 
 
-#: see :mod:`equimoe.moe.routing.score`
+#: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """From hidden states to expert ids and weights."""
+    """How the router turns hidden states into expert ids and gate weights."""
 
-    #: how logits become scores
+    #: score function applied to the logits
     score: Score = "softmax"
-    #: divide a token's K weights by their sum
+    #: divide each token's K gate weights by their sum
     normalize_weights: bool = True
-    #: weights are the softmax over the K chosen logits (Mixtral) instead of the chosen scores
+    #: compute gate weights as a softmax over the K chosen logits (Mixtral) instead of taking the chosen scores
     softmax_after_topk: bool = False
-    #: factor on the weights, after normalisation (DeepSeek-V3's ``routed_scaling_factor``)
+    #: multiply the gate weights by this factor, after normalisation (DeepSeek-V3's ``routed_scaling_factor``)
     weight_scale: float = 1.0
-    #: coefficient of mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off
+    #: coefficient of the z-loss mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off
     z_loss: float = 0.0
-    #: groups of consecutive experts (those of a node), of which a token may choose from the best ``kept_groups`` only,
-    #: a group being worth the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437); 1: no such limit
+    #: number of groups of consecutive experts, usually one per node. A token chooses only from the ``kept_groups``
+    #: groups whose two best scores have the largest sum (DeepSeek-V3, arXiv 2412.19437); 1: no group limit
     groups: int = 1
+    #: number of groups that each token may choose from
     kept_groups: int = 1
 
     def reach(self, ranks: int) -> int:
-        """To how many of ``ranks`` expert-parallel ranks a token can be sent."""
+        """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""
         return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
     def __post_init__(self) -> None:
@@ -75,17 +76,20 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ExtraLossConfig:
-    """Coefficients of further balance losses beside the main one, each over its own tokens; 0 switches one off."""
+    """Coefficients of balance losses that are added to the main one; 0 switches a loss off.
 
-    #: one micro-batch of one rank; a hundredth of the global coefficient keeps ranks even (arXiv 2501.11873)
+    The losses differ in the tokens over which they count the load.
+    """
+
+    #: balance each micro-batch of each rank; 1 % of the global coefficient evens out the ranks (arXiv 2501.11873)
     micro: float = 0.0
-    #: each sequence (DeepSeek-V3 has 1e-4)
+    #: balance each sequence (DeepSeek-V3 uses 1e-4)
     sequence: float = 0.0
-    #: one micro-batch over all ranks
+    #: balance each micro-batch over all ranks
     data_parallel: float = 0.0
-    #: the load of whole expert-parallel ranks, over one micro-batch of all ranks (DeepSeek-V2 has 0.05)
+    #: balance the load of expert-parallel ranks, over one micro-batch of all ranks (DeepSeek-V2 uses 0.05)
     device: float = 0.0
-    #: the tokens sent to each expert-parallel rank, over one micro-batch of all ranks (DeepSeek-V2 has 0.02)
+    #: balance the tokens sent to each expert-parallel rank, over one micro-batch of all ranks (DeepSeek-V2 uses 0.02)
     communication: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,32 +99,35 @@ class ExtraLossConfig:
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Load balancing: losses (Qiu et al. 2025, arXiv 2501.11873, for ``scope="global"``), and a bias without a loss."""
+    """Load balancing: balance losses, and a loss-free expert bias.
 
-    #: the tokens over which the load is counted: the whole optimizer step on all ranks, one
-    #: micro-batch of one rank, one sequence, or as ``balance.extra`` describes them
+    The method of ``scope="global"`` is that of Qiu et al. 2025, arXiv 2501.11873.
+    """
+
+    #: tokens over which the main loss counts the load. global: the whole optimizer step on all ranks; micro: one
+    #: micro-batch of one rank; sequence: one sequence; the others are described at ``balance.extra``
     scope: Literal["global", "micro", "sequence", "data_parallel", "device", "communication"] = "global"
-    #: weight of the loss; 0 switches it off (the counts are still kept)
+    #: coefficient of the main loss; 0 switches it off (the load is still counted)
     coefficient: float = 0.01
-    #: which counts stand for the whole step while it is still running: ``rolling`` those so far;
-    #: ``carry`` those so far, and the step before's for the micro-batches to come;
-    #: ``exact`` all of them, for which the training loop must count first (:func:`counting_pass`)
+    #: how the load of the whole step is estimated before the step is complete. ``rolling``: the counts so far in this
+    #: step; ``carry``: the counts so far, plus the previous step's counts for the remaining micro-batches; ``exact``:
+    #: the counts of the whole step, for which the training loop must run a :func:`counting_pass` first
     estimator: Literal["rolling", "carry", "exact"] = "rolling"
-    #: micro-batches per optimizer step (a layer that runs twice in a forward has two each time); None: as many as were
-    #: counted ahead, else as the step before had; in the very first step, as many as there were so far
+    #: micro-batches per optimizer step; a layer that runs twice per forward has two for each. None means, in this
+    #: order: the number counted ahead; the number in the previous step; the number seen so far (first step only)
     micro_batches: int | None = None
-    #: what the coefficient of "global" means: ``exact``, the weight of the loss; ``megatron``, as Megatron-Core's
-    #: global_aux_loss has it, where the gradient is smaller by the number of data-parallel ranks
+    #: meaning of the coefficient for scope "global". ``exact``: it multiplies the loss; ``megatron``: as in
+    #: Megatron-Core's global_aux_loss, whose gradient is divided by the number of data-parallel ranks
     scale_convention: Literal["exact", "megatron"] = "exact"
-    #: further losses
+    #: coefficients of additional balance losses
     extra: ExtraLossConfig = field(default_factory=ExtraLossConfig)
-    #: how far each optimizer step moves the bias that chooses experts (loss-free balancing, arXiv 2408.15664; 0.001 is
-    #: usual); 0: no bias. A wholly frozen layer keeps its bias
+    #: step size of the expert bias, per optimizer step (loss-free balancing, arXiv 2408.15664; 0.001 is usual);
+    #: 0: no expert bias. A wholly frozen layer keeps its bias
     bias_update_rate: float = 0.0
-    #: by the sign of mean load - load, or in proportion to it as a share of the mean load
+    #: move the expert bias by the sign of (mean load - load), or in proportion to (mean load - load) / mean load
     bias_rule: Literal["sign", "proportional"] = "sign"
-    #: whose load: the whole step's on all ranks; or the mean of the moves that each micro-batch of each rank asks for,
-    #: an experiment's control
+    #: load that moves the expert bias. global: the whole step on all ranks; micro: the average of the moves computed
+    #: from each micro-batch of each rank, a control for experiments
     bias_scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
@@ -130,7 +137,7 @@ class BalanceConfig:
             self.micro_batches is None or self.micro_batches >= 1,
             "balance.micro_batches",
             self.micro_batches,
-            "give the number of backward passes per optimizer step, at least 1, or leave it out",
+            "must be at least 1; give the number of backward passes per optimizer step, or leave it out",
         )
         require(
             self.bias_update_rate >= 0,
@@ -142,25 +149,27 @@ class BalanceConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How a decoder's blocks attend."""
+    """The attention of the decoder's blocks."""
 
-    #: heads with queries, keys and values of their own or shared in groups, or made from latents (DeepSeek-V2 and V3)
+    #: grouped: multi-head or grouped-query attention; latent: multi-head latent attention (DeepSeek-V2 and V3)
     kind: Literal["grouped", "latent"] = "grouped"
-    #: of "grouped": key/value heads; none: as many as query heads
+    #: for "grouped": number of key/value heads; none: one per query head
     num_kv_heads: int | None = None
-    #: of "grouped": width of a head; none: hidden size / heads
+    #: for "grouped": width of a head; none: model.hidden_size / model.num_heads
     head_width: int | None = None
-    #: of "grouped": RMSNorm of each head's query and key (Qwen3)
+    #: for "grouped": apply RMSNorm to each head's query and key (Qwen3)
     qk_norm: bool = False
-    #: the rotation of pair i of a width R is position / rotary_base^(2i/R)
+    #: rotary base: pair i of R rotated channels turns by position / rotary_base^(2i/R)
     rotary_base: float = 10000.0
-    #: of "latent": width of the queries' latent; 0: queries come from the hidden state
+    #: for "latent": width of the query latent; 0: project queries directly from the hidden state
     q_lora_rank: int = 1536
-    #: of "latent": width of the latent that keys and values share
+    #: for "latent": width of the latent that keys and values share
     kv_lora_rank: int = 512
-    #: of "latent": widths of a head's query and key that are not and that are rotated, and of its value
+    #: for "latent": width of the part of each head's query and key without rotary positions
     qk_nope_width: int = 128
+    #: for "latent": width of the part of each head's query and key with rotary positions
     qk_rope_width: int = 64
+    #: for "latent": width of each head's value
     v_width: int = 128
 
     def __post_init__(self) -> None:
@@ -172,10 +181,10 @@ class AttentionConfig:
         require(self.rotary_base > 1, "attention.rotary_base", self.rotary_base, "must be more than 1; 10000 is usual")
         for name in ("head_width", "qk_rope_width"):
             value = getattr(self, name)
-            require(value is None or value % 2 == 0, f"attention.{name}", value, "must be even: pairs are rotated")
+            require(value is None or value % 2 == 0, f"attention.{name}", value, "must be even; channels turn in pairs")
 
     def check(self, hidden_size: int, num_heads: int) -> None:
-        """Refuse a model of these sizes, in one line, where the heads do not come out even."""
+        """Raise ``ValueError`` if these sizes do not divide evenly into heads."""
         if self.kind == "latent":
             return
         kv_heads = self.num_kv_heads or num_heads
@@ -186,21 +195,21 @@ class AttentionConfig:
             self.head_width is not None or hidden_size % (2 * num_heads) == 0,
             "model.num_heads",
             num_heads,
-            f"2 * num_heads must divide model.hidden_size={hidden_size} (rotary embedding halves each head), "
-            "or set attention.head_width",
+            f"2 * num_heads must divide model.hidden_size={hidden_size} (rotary embedding splits each head in half); "
+            "change one of them, or set attention.head_width",
         )
 
 
 @dataclass(frozen=True)
 class RecomputeConfig:
-    """Which activations are computed again in the backward pass, where any are. Routing decisions are always kept."""
+    """What the backward pass recomputes if ``model.recompute`` is on. Routing decisions are always kept."""
 
-    #: whole blocks, or one of their two parts with its norm
+    #: recompute whole blocks, or only their attention or feed-forward together with its norm
     part: Literal["block", "attention", "feed_forward"] = "block"
-    #: blocks for which it is done, the first ones; none: all
+    #: recompute only the first n blocks; none: all blocks
     layers: int | None = None
-    #: keep dispatched rows and results, so that the recomputation exchanges nothing: 4 instead of 6 exchanges per layer
-    #: for the memory of about 2 K rows per token (DeepSpeed-TED, arXiv 2303.06318)
+    #: keep dispatched and combined rows, so that recomputation needs no communication: 4 instead of 6 exchanges per
+    #: layer, at a cost of about 2 K rows of memory per token (DeepSpeed-TED, arXiv 2303.06318)
     keep_exchanges: bool = False
 
     def __post_init__(self) -> None:
@@ -210,21 +219,22 @@ class RecomputeConfig:
 
 @dataclass(frozen=True)
 class CapacityConfig:
-    """A limit of ceil(factor * K * T / E) rows per expert; without one the layer is dropless."""
+    """Limits each expert to ceil(factor * K * T / E) rows. Without this section the layer is dropless."""
 
+    #: capacity factor
     factor: float = 1.25
-    #: who stays when an expert is full: the highest weights, or the earliest tokens
+    #: which choices a full expert keeps: those with the highest gate weights, or those of the earliest tokens
     drop: Literal["probability", "position"] = "probability"
-    #: whose T tokens share a limit and compete for it: this rank's alone; those of its whole sequences, over the
-    #: ranks that hold parts of them; those of all ranks
+    #: which T tokens share one capacity and compete for it. local: those of this rank; sequence: those of whole
+    #: sequences, over all ranks that hold parts of them; global: those of all ranks
     scope: Literal["local", "sequence", "global"] = "local"
     #: what is limited: each expert, or all experts of an expert-parallel rank together (DeepSeek-V2, arXiv 2405.04434)
     level: Literal["expert", "device"] = "expert"
-    #: exchange ceil(factor * K * T / E) rows per expert whatever was routed, the rest of them empty: the host knows all
-    #: sizes without waiting for the device
+    #: always exchange ceil(factor * K * T / E) rows per expert, padded with empty rows, so that the host knows every
+    #: size without waiting for the device
     pad: bool = False
-    #: T of a padded exchange, the same on all ranks and at least what any forward has; None: as many tokens as the
-    #: forward has, which must then be equally many on all ranks
+    #: for pad: T in the formula, the same on all ranks and at least the tokens of any forward; None: the tokens of this
+    #: forward, which must then be equal on all ranks
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -234,32 +244,33 @@ class CapacityConfig:
             not self.pad or (self.scope, self.level) == ("local", "expert"),
             "capacity.pad",
             self.pad,
-            "needs scope='local' and level='expert'; other limits do not bound what one rank sends to one expert",
+            "needs scope='local' and level='expert', the only capacity that bounds the rows from one rank to one "
+            "expert; set both, or set pad to False",
         )
         require(
             self.max_tokens is None or (self.pad and self.max_tokens >= 1),
             "capacity.max_tokens",
             self.max_tokens,
-            "the most tokens of a rank, at least 1, for pad=True; else leave it out",
+            "must be at least 1 and needs capacity.pad=True; give the most tokens of any rank, or leave it out",
         )
 
 
 @dataclass(frozen=True)
 class DispatchConfig:
-    """How rows reach the ranks of their experts; in effect where experts are split over ranks."""
+    """How rows are dispatched to the ranks that own their experts. Has no effect without expert parallelism."""
 
-    #: all_to_all: one exchange, a row per choice. hierarchical: between nodes, then within; a row goes to each node and
-    #: rank once, whatever it chose there. overlapped: all_to_all in chunks, while other chunks are computed.
-    #: all_gather: every rank sees every token. deepep: DeepSeek's kernels, where package deep_ep is installed
+    #: all_to_all: one exchange, one row per choice. hierarchical: first between nodes, then within a node, and each row
+    #: goes to each node and rank at most once. overlapped: all_to_all in chunks, each sent while others are computed.
+    #: all_gather: every rank receives every token. deepep: DeepSeek's kernels, if package deep_ep is installed
     name: Literal["all_to_all", "hierarchical", "overlapped", "all_gather", "deepep"] = "all_to_all"
-    #: of "overlapped"
+    #: for "overlapped": number of chunks
     chunks: int = 1
-    #: of "hierarchical": ranks of the expert axis on a node; None: as the launcher's LOCAL_WORLD_SIZE says
+    #: for "hierarchical": expert-parallel ranks per node; None: derived from the launcher's LOCAL_WORLD_SIZE
     node_size: int | None = None
-    #: how rows travel: as they are computed; rounded to bf16; or to fp8 (e4m3) with a scale per row on the way to the
-    #: experts, and to bf16 on the way home and for gradients
+    #: dtype in which rows are sent. compute: the dtype they are computed in; bf16; fp8: e4m3 with one scale per row for
+    #: dispatch, bf16 for combine and for gradients
     wire: Literal["compute", "bf16", "fp8"] = "compute"
-    #: all ranks always have equally many tokens, so that "all_gather" need not ask for their number
+    #: promise that all ranks always have equally many tokens, so that "all_gather" need not exchange their number
     equal_tokens: bool = False
 
     def __post_init__(self) -> None:
@@ -269,27 +280,28 @@ class DispatchConfig:
             self.chunks == 1 or self.name == "overlapped",
             "dispatch.chunks",
             self.chunks,
-            f"dispatch.name={self.name!r} does not cut rows into chunks; use 'overlapped'",
+            f"dispatch.name={self.name!r} does not split rows into chunks; use 'overlapped'",
         )
         require(
             self.node_size is None or (self.node_size >= 1 and self.name == "hierarchical"),
             "dispatch.node_size",
             self.node_size,
-            "the ranks of a node, at least 1, for dispatch.name='hierarchical'; else leave it out",
+            "must be at least 1 and needs dispatch.name='hierarchical'; give the ranks per node, or leave it out",
         )
         require(
             self.wire == "compute" or self.name != "deepep",
             "dispatch.wire",
             self.wire,
-            "deepep sends rows as they are computed; use 'compute'",
+            "dispatch.name='deepep' sends rows in the dtype they are computed in; use 'compute'",
         )
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One Mixture-of-Experts layer."""
+    """The whole configuration of one MoE layer."""
 
     hidden_size: int
+    #: width of one expert
     intermediate_size: int
     num_experts: int
     top_k: int
@@ -297,18 +309,17 @@ class MoEConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
-    #: of the routed experts; "gelu" is by the error function, "relu2" the square of ReLU
+    #: activation of the routed experts; "gelu" uses the error function, "relu2" is the square of ReLU
     activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
-    #: the routed experts compute down(act(gate(x)) * up(x)); without a gate, down(act(up(x)))
+    #: the routed experts compute down(act(gate(x)) * up(x)); if False, down(act(up(x)))
     gated: bool = True
-    #: keep the experts' input alone for the backward pass, which computes the pre-activation again: less memory, one
-    #: more matrix product
+    #: recompute the experts' pre-activation in the backward pass: saves memory, costs one more matrix product
     recompute_experts: bool = False
-    #: width of the shared experts together (every token takes them); 0: none
+    #: total width of the shared experts, which process every token; 0: none
     shared_intermediate_size: int = 0
-    #: scale the shared experts' output by a sigmoid gate of the token (Qwen2-MoE)
+    #: multiply the shared experts' output by a sigmoid gate computed from the token (Qwen2-MoE)
     shared_gate: bool = False
-    #: which kernels: "reference" (slow, obvious), "torch", "triton", or "auto", the ones measured to be best
+    #: kernels to use: "reference" (slow and obvious), "torch", "triton", or "auto", those that measured fastest
     backend: Literal["auto", "torch", "triton", "reference"] = "auto"
     #: standard deviation of the initial weights
     init_std: float = 0.02
@@ -333,13 +344,13 @@ class MoEConfig:
             self.top_k <= held,
             "router.kept_groups",
             kept,
-            f"they hold {held} experts; keep enough for top_k={self.top_k}",
+            f"the kept groups hold only {held} experts, fewer than top_k={self.top_k}; keep more groups",
         )
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
             "capacity.pad",
             True,
-            f"dispatch.name={self.dispatch.name!r} has no padded form; use 'all_to_all' or 'overlapped'",
+            f"dispatch.name={self.dispatch.name!r} cannot pad; use 'all_to_all' or 'overlapped'",
         )
         require(
             self.shared_intermediate_size >= 0,
@@ -355,7 +366,10 @@ class MoEConfig:
         )
 
     def _check_single_choice(self) -> None:
-        """Refuse a router that the task's loss cannot reach: one weight divided by the sum of itself is always 1."""
+        """Raise ``ValueError`` if ``top_k=1`` is combined with normalisation, which makes every gate weight 1.
+
+        The router would then get no gradient from the task's loss.
+        """
         if self.top_k > 1 or self.num_experts == 1:
             return
         for name in ("softmax_after_topk", "normalize_weights"):
@@ -363,6 +377,6 @@ class MoEConfig:
                 not getattr(self.router, name),
                 f"router.{name}",
                 True,
-                "with top_k=1 every weight is then 1, and the task's loss cannot train the router; set it to False, so "
-                "that the weight is the score (Switch)",
+                "with top_k=1 this makes every gate weight 1, and the task's loss cannot train the router; set it to "
+                "False, so that the gate weight is the score (Switch)",
             )

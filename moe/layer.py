@@ -19,17 +19,17 @@ from .types import Routing, RoutingStats
 
 
 class MoE(nn.Module):
-    """A feed-forward made of experts, in place of a dense one: ``y = layer(x)``.
+    """A Mixture-of-Experts layer that replaces a dense feed-forward: ``y = layer(x)``.
 
-    ``x`` is [..., hidden_size] in a floating dtype; ``y`` has its shape and dtype. ``mask`` ([...], True where a token
-    is valid) keeps padding out of experts and statistics; masked tokens get the shared experts' output alone. For
-    ``scope="sequence"`` the dimension before the last is the sequence.
+    ``x`` is [..., hidden_size] in a floating dtype; ``y`` has the same shape and dtype. ``mask`` ([...], True where a
+    token is valid) excludes padding from routing and statistics; masked tokens get only the shared experts' output. For
+    ``scope="sequence"``, the second-to-last dimension is the sequence.
 
-    The balance loss is attached to ``y`` in the graph: train on your own loss and add nothing. ``stats`` tells what the
-    last training forward did; evaluation, no-grad and recomputed passes leave it and all counts alone.
+    The balance loss is attached to ``y`` in the autograd graph: train on your own loss and add nothing to it. ``stats``
+    describes the last training forward. Evaluation, no-grad and recomputed forwards change neither it nor any counts.
 
-    ``group`` is the process group of the ranks that hold different tokens and whose gradients are averaged (DDP's,
-    FSDP's); None: all ranks. :meth:`place` says more, where more is split.
+    ``group`` is the process group whose ranks hold different tokens and average their gradients, as under DDP or FSDP;
+    None means all ranks. Call :meth:`place` instead if sequences or experts are split over ranks.
 
     Weights: ``router.weight`` [E, D], ``experts.gate_up_proj`` [E, 2F, D], ``experts.down_proj`` [E, D, F].
     """
@@ -62,14 +62,17 @@ class MoE(nn.Module):
         self._stats: RoutingStats | None = None
 
     def reset_parameters(self) -> None:
-        """Start again from random weights, as after ``to_empty``; with the same seed, those of a new layer."""
+        """Initialise all weights randomly, for example after ``to_empty``.
+
+        The same seed gives the same weights as a new layer.
+        """
         for part in self.children():
             reset(part)
 
     def place(self, placement: Placement) -> None:
-        """Let the layer work on the ranks of ``placement``; its experts' weights are split by whoever calls this.
+        """Tell the layer which ranks it works on. The caller splits the experts' weights to match ``placement``.
 
-        Raises ValueError where the owners do not fit the layer.
+        Raises ValueError if the placement's owners do not match the layer.
         """
         self._put(placement)
         self.balancer.place(placement)
@@ -90,7 +93,7 @@ class MoE(nn.Module):
         if visit is not None and self.balancer.count(visit, routing, mask_T):
             self._keep_stats(routing, visit)
         flight = self.dispatcher.send(x_TD, routing)
-        shared_TD = None if self.shared is None else self.shared(x_TD)  # computed while rows travel
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # overlaps with the exchange of rows
         y_TD = self.dispatcher.finish(flight, self.experts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
@@ -99,9 +102,9 @@ class MoE(nn.Module):
 
     @property
     def stats(self) -> RoutingStats:
-        """What the last training forward did on this rank."""
+        """Statistics of the last training forward on this rank. Raises RuntimeError before the first one."""
         if self._stats is None:
-            raise RuntimeError("MoE.stats: no training forward yet; call the layer with gradients enabled first")
+            raise RuntimeError("MoE.stats: no training forward yet; call the layer with gradients enabled")
         return self._stats
 
     def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
@@ -112,7 +115,8 @@ class MoE(nn.Module):
             raise ValueError(f"x.shape={tuple(x.shape)}: the last dimension must be hidden_size={hidden}")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(
-                f"mask: {mask.dtype} {tuple(mask.shape)}; must be torch.bool {tuple(x.shape[:-1])}, True where valid"
+                f"mask={mask.dtype} {tuple(mask.shape)}: must be torch.bool {tuple(x.shape[:-1])}; set it to True "
+                "where a token is valid"
             )
         x_TD = x.reshape(-1, hidden)
         tokens_each = x.shape[-2] if x.dim() > 1 else 1
@@ -130,4 +134,4 @@ class MoE(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats": None}  # a copy has no last forward, and sums over ranks cannot be copied
+        return {**self.__dict__, "_stats": None}  # statistics may hold unfinished all-reduces, which cannot be copied

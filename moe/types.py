@@ -1,4 +1,4 @@
-"""The values that cross stages of the layer.
+"""Values that are passed between the stages of the MoE layer.
 
 T tokens, D hidden, E experts, K top-k, B sequences, S source rows on the expert's rank.
 """
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 
 class Decision(NamedTuple):
-    """Which experts each token takes; all that recomputation has to know to route alike."""
+    """The experts chosen for each token. Recomputation needs only this to repeat the routing exactly."""
 
-    #: int64 [T, K], the experts chosen, best first
+    #: int64 [T, K], ids of the chosen experts, best first
     chosen_TK: Tensor
-    #: the same, with -1 for choices that are not computed: masked tokens, dropped choices
+    #: int64 [T, K], the same with -1 for choices that are not computed (masked tokens and dropped choices)
     ids_TK: Tensor
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision for T tokens, and the sums over them that the losses need.
+    """The router's decision for T tokens, and the sums over these tokens that the losses need.
 
-    Sums leave masked tokens out. They are taken per sequence and before any drop, and carry everything a
-    balance loss of any scope has to know, so that no [T, E] matrix outlives the router.
+    Sums exclude masked tokens and include dropped choices. They are kept per sequence, which suffices for balance
+    losses of every scope, so no [T, E] matrix outlives the router.
     """
 
     decision: Decision
-    #: fp32 [T, K], differentiable
+    #: fp32 [T, K], gate weights, differentiable
     weights_TK: Tensor
-    #: int64 [B, E], choices per sequence and expert
+    #: int64 [B, E], choices of each expert per sequence
     counts_BE: Tensor
     #: int64 [B], valid tokens per sequence
     tokens_B: Tensor
-    #: fp32 [B, E], sum over tokens of the scores normalised to 1, differentiable
+    #: fp32 [B, E], sum over tokens of the scores, normalised to 1 per token; differentiable
     prob_sums_BE: Tensor
     #: fp32 scalar, sum over tokens of logsumexp(logits)^2, differentiable
     z_sum: Tensor
 
     @property
     def ids_TK(self) -> Tensor:
-        """int64 [T, K], the experts to compute; -1: none."""
+        """int64 [T, K], ids of the experts to compute; -1 means none."""
         return self.decision.ids_TK
 
     def detach(self) -> Routing:
-        """The same routing outside the graph."""
+        """Return the same routing, detached from the autograd graph."""
         return replace(
             self,
             weights_TK=self.weights_TK.detach(),
@@ -60,7 +60,10 @@ class Routing:
         )
 
     def outside_inference(self) -> Routing:
-        """The same outside the graph, as tensors that later code may use even if ``torch.inference_mode`` made them."""
+        """Return a detached routing that autograd may use later.
+
+        Tensors that were created under ``torch.inference_mode`` are cloned into normal tensors.
+        """
         if not self.counts_BE.is_inference():
             return self.detach()
         with torch.inference_mode(False):
@@ -69,72 +72,78 @@ class Routing:
             return replace(self, decision=decision, **{name: getattr(self, name).clone() for name in names})
 
     def keep(self, kept_TK: Tensor) -> Routing:
-        """The same routing without the choices where ``kept_TK`` is False."""
+        """Return the same routing with the choices dropped where ``kept_TK`` is False."""
         decision = self.decision._replace(ids_TK=self.ids_TK.masked_fill(~kept_TK, -1))
         return replace(self, decision=decision)
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """What experts must know of the S source rows that they are given."""
+    """Tells the experts of this rank which choices to compute for each of their S source rows."""
 
-    #: fp32 [S, k], the weight of each choice that is computed here, differentiable
+    #: fp32 [S, k], gate weight of each choice that this rank computes, differentiable
     weights_SK: Tensor
-    #: where the S*k choices stand, sorted by the experts of this rank
+    #: the S*k choices, sorted by local expert
     order: ExpertOrder
 
 
-#: source rows [S, D] and their plan to each row's weighted sum over its choices [S, D]
+#: maps source rows [S, D] and their plan to the weighted sum over each row's choices [S, D]
 Experts = Callable[[Tensor, DispatchPlan], Tensor]
 
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """What the last training forward of a layer did. Reading a number is what costs a synchronisation."""
+    """Routing statistics of a layer's last training forward.
 
-    #: int64 [E], choices per expert before any drop, on this rank
+    Reading a number from it synchronises with the device; creating it does not.
+    """
+
+    #: int64 [E], choices of each expert on this rank, before any drop
     counts: Tensor
     #: int64 scalar, valid tokens on this rank
     tokens: Tensor
-    #: int64 scalar, choices that were not computed for want of capacity
+    #: int64 scalar, choices dropped because their expert was full
     dropped_choices: Tensor
-    #: makes :attr:`losses`
+    #: computes :attr:`losses`
     loss_values: Callable[[], dict[str, float]]
 
     @property
     def losses(self) -> dict[str, float]:
-        """Unscaled losses of this rank's micro-batch: "micro", "sequence" and "global" (with the load of the step so
-        far on all ranks) are 1.0 when balanced; "z" is the mean of logsumexp(logits)^2."""
+        """Losses of this rank's micro-batch, without coefficients.
+
+        "micro", "sequence" and "global" are 1.0 when balanced; "global" uses the load of the step so far on all ranks.
+        "z" is the mean of logsumexp(logits)^2.
+        """
         return self.loss_values()
 
     @property
     def max_over_mean(self) -> float:
-        """Load of the busiest expert over the mean load; 1.0 when balanced."""
+        """Load of the busiest expert divided by the mean load; 1.0 when balanced."""
         return load_summary(self.counts)["max_over_mean"]
 
     @property
     def cv(self) -> float:
-        """Standard deviation of the load over its mean; 0.0 when balanced."""
+        """Coefficient of variation of the load: standard deviation divided by mean; 0.0 when balanced."""
         return load_summary(self.counts)["cv"]
 
     @property
     def entropy(self) -> float:
-        """Entropy of the load over that of a uniform one, in [0, 1]; 1.0 when balanced."""
+        """Entropy of the load divided by the entropy of a uniform load, in [0, 1]; 1.0 when balanced."""
         return load_summary(self.counts)["entropy"]
 
     @property
     def dead_experts(self) -> int:
-        """Experts that no token chose."""
+        """Number of experts that no token chose."""
         return int(load_summary(self.counts)["dead"])
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of the valid tokens' choices that were not computed for want of capacity."""
+        """Share of the valid tokens' choices that were dropped because their expert was full."""
         return float(self.dropped_choices) / max(int(self.counts.sum()), 1)
 
 
 def load_summary(counts_E: Tensor) -> dict[str, float]:
-    """Max/mean, coefficient of variation, normalised entropy and idle experts of a load int64 [E]."""
+    """Return max/mean, coefficient of variation, normalised entropy and number of dead experts of a load int64 [E]."""
     load = counts_E.double()
     total = float(load.sum())
     if total == 0:

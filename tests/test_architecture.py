@@ -14,7 +14,7 @@ FOLDERS = ("moe", "kernels", "launch")
 BASE = ("moe.collectives", "moe.placement", "moe.types", "moe.config", "moe.version", "kernels")
 STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
-MODEL = ("moe.model", "moe.interop", *LAYER)
+MODEL = ("moe.model", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
 TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", *PARALLEL)
 
@@ -26,7 +26,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.layer": LAYER,
     "moe": LAYER,  # moe/__init__.py
     "moe.model": LAYER,
-    "moe.interop": MODEL,
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,
     "moe.observe": PARALLEL,

@@ -1,4 +1,4 @@
-"""Recipes: named functions that return a whole :class:`~equimoe.moe.train.config.TrainConfig`."""
+"""Recipes: named functions that return a complete :class:`~equimoe.moe.train.config.TrainConfig`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .quickstart import quickstart
 from .qwen3_235b import qwen3_235b
 from .qwen3_global_batch import qwen3_global_batch
 
-#: what ``--recipe NAME`` may name
+#: recipes by the name that ``--recipe NAME`` takes
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
     "qwen3_global_batch": qwen3_global_batch,

@@ -15,19 +15,22 @@ from ...moe.train.config import (
 
 
 def deepseek_v3() -> TrainConfig:
-    """671 billion parameters, 37 of them active: latent attention and 256 narrow experts, for 1,024 ranks.
+    """DeepSeek-V3: 671 billion parameters (37 billion active), latent attention, 256 narrow experts, for 1,024 ranks.
 
-    The pieces, after DeepSeek-V3 (DeepSeek-AI 2024, arXiv 2412.19437, sections 2 and 4):
+    It follows DeepSeek-V3 (DeepSeek-AI 2024, arXiv 2412.19437, sections 2 and 4):
 
-    * multi-head latent attention: 128 heads of 128 + 64 (rotated) and values of 128, from latents of 1536 and 512;
-    * three dense layers, then 58 with one shared and 256 routed experts of width 2048, of which a token takes eight;
-    * scores: sigmoid; a token chooses within its four best of eight groups; weights sum to 2.5;
-    * balance: a bias for each expert, moved by 0.001 a step; and the sequence-wise loss with weight 0.0001;
-    * 15,360 sequences of 4,096 tokens a step, 14.8 trillion tokens; AdamW with 0.9, 0.95 and decay 0.1, gradients
-      clipped at 1; 2.2e-4 after 2,000 steps of warm-up, falling at the end.
+    * attention: multi-head latent attention with 128 heads; queries and keys of width 128 + 64 (rotated), values of
+      128, latents of 1536 and 512;
+    * layers: 3 dense ones, then 58 with one shared and 256 routed experts of width 2048, eight per token;
+    * routing: sigmoid scores; each token chooses from its four best of eight groups; gate weights sum to 2.5;
+    * balance: expert bias with step size 0.001, and the sequence loss with coefficient 0.0001;
+    * data: 15,360 sequences of 4,096 tokens per step, 14.8 trillion tokens in total;
+    * optimizer: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients clipped to norm 1; learning rate 2.2e-4
+      after 2,000 steps of warm-up, decaying at the end;
+    * parallelism: 16 pipeline stages, experts over 64 ranks.
 
-    Sixteen pipeline stages and experts over 64 ranks are theirs, too. Not here: multi-token prediction, FP8, a batch
-    that grows in the beginning, and DualPipe, in whose place blocks are recomputed and the schedule is 1F1B.
+    It differs from the paper in that it has no multi-token prediction, no FP8, no batch-size warm-up, and no DualPipe:
+    it uses the 1F1B schedule and recomputes blocks.
     """
     return TrainConfig(
         steps=235_000,

@@ -7,18 +7,19 @@ from ...moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig,
 
 
 def mixtral() -> TrainConfig:
-    """Eight wide experts, two for each token, softmax over the two chosen logits; balanced by micro-batch; for 8 ranks.
+    """Mixtral's routing in a small model: eight wide experts, two per token, micro-batch balance, for 8 ranks.
 
-    The pieces, after Mixtral (Jiang et al. 2024, arXiv 2401.04088):
+    It follows Mixtral (Jiang et al. 2024, arXiv 2401.04088):
 
-    * the two largest logits choose, and the weights are the softmax over just these two, which equals the full softmax
-      divided by the sum of the chosen (``router.softmax_after_topk``);
-    * eight experts as wide as a dense feed-forward, none shared, no capacity limit; every feed-forward is an MoE layer;
-    * balance: the loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961) over one rank's micro-batch, the
-      common practice that ``qwen3_global_batch`` changes. Mixtral's own training is not published; 0.01 is the
-      weight of Switch Transformer.
+    * routing: top-2 logits; gate weights are the softmax over these two, which equals the chosen scores of the full
+      softmax divided by their sum (``router.softmax_after_topk``);
+    * layers: an MoE layer in every block, eight experts as wide as a dense feed-forward, no shared experts, no
+      capacity;
+    * balance: the loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961) over one rank's micro-batch, with
+      Switch Transformer's coefficient 0.01, because Mixtral's training is not published. Compare with
+      ``qwen3_global_batch``, which balances over the global batch.
 
-    Only the method is theirs: the width and the batch are chosen to fit a small study.
+    Width and batch size are our choice, to fit a small study.
     """
     return TrainConfig(
         steps=5000,

@@ -1,4 +1,4 @@
-"""A first run: a few minutes on the CPU of a laptop."""
+"""A first training run: a few minutes on the CPU of a laptop."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...moe.train.config import (
 
 
 def quickstart() -> TrainConfig:
-    """A small byte-level model on the text that comes with Python, for one CPU process or two that share the experts.
+    """A small byte-level model for one or two CPU processes, trained on the text that comes with Python.
 
-    Each optimizer step takes 16 sequences of 256 bytes in micro-batches of 8: two on one process, one on each of two.
-    The load is balanced over all of them together.
+    Each optimizer step has 16 sequences of 256 bytes in two micro-batches: both on one process, or one on each of two,
+    which then also share the experts. The load is balanced over all 16 sequences.
     """
     return TrainConfig(
         steps=300,

@@ -15,18 +15,20 @@ from ...moe.train.config import (
 
 
 def qwen3_235b() -> TrainConfig:
-    """235 billion parameters, 22 of them active: grouped-query attention and 128 experts, for 1,024 ranks.
+    """Qwen3-235B-A22B: 235 billion parameters (22 billion active), GQA, 128 experts, for 1,024 ranks.
 
-    The pieces, after Qwen3 (Yang et al. 2025, arXiv 2505.09388) and the paper of its balance loss (Qiu et al. 2025,
-    arXiv 2501.11873):
+    It follows Qwen3 (Yang et al. 2025, arXiv 2505.09388) and the paper of its balance loss (Qiu et al. 2025, arXiv
+    2501.11873):
 
-    * 64 query heads of 128 on four key/value heads, queries and keys normalised before they are rotated;
-    * 94 layers, all with 128 experts of width 1536 and none shared, of which a token takes eight by normalised softmax;
-    * balance: the loss over the global batch; 0.008 and the z-loss 0.001 are those of the second paper;
-    * sequences of 4,096 tokens, 36 trillion tokens in all.
+    * attention: 64 query heads of width 128 share four key/value heads; queries and keys are normalised before
+      rotation;
+    * layers: 94, all with 128 experts of width 1536, eight per token, and no shared experts;
+    * routing: normalised softmax scores;
+    * balance: the loss over the global batch; the coefficient 0.008 and the z-loss 0.001 are from the second paper;
+    * data: sequences of 4,096 tokens, 36 trillion tokens in total.
 
-    Its learning rate, batch and mapping are not published: 4,096 sequences a step and the rate are chosen as is usual
-    at this size. Experts are split over 32 ranks of a stage's 64, which tensor parallelism shares two by two.
+    Learning rate, batch size and parallel degrees are not published. Ours, such as 4,096 sequences per step, are common
+    at this size. A pipeline stage has 64 ranks, with tensor parallelism over 2 and expert parallelism over 32.
     """
     return TrainConfig(
         steps=2_145_000,

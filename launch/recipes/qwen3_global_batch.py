@@ -7,21 +7,20 @@ from ...moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig,
 
 
 def qwen3_global_batch() -> TrainConfig:
-    """Fine-grained experts, normalised softmax top-k and the global-batch balance loss, for 8 ranks.
+    """Qwen3's routing in a small model: 64 narrow experts, global-batch balance loss, for 8 ranks.
 
-    The pieces, after Qwen3 (Yang et al. 2025, arXiv 2505.09388) and the paper of its balance loss (Qiu et al. 2025,
-    arXiv 2501.11873):
+    It follows Qwen3 (Yang et al. 2025, arXiv 2505.09388) and the paper of its balance loss (Qiu et al. 2025, arXiv
+    2501.11873):
 
-    * scores: softmax over all experts, in ``router.score``;
-    * weights: the chosen scores divided by their sum, in ``router.normalize_weights``;
-    * many narrow experts, none of them shared; every feed-forward is an MoE layer;
-    * balance: the load is counted over the whole optimizer step on all ranks (``balance.scope``), so that a domain may
-      keep its own experts as long as the step as a whole is balanced. The weight 0.008 and the z-loss 0.001 are those
-      of the second paper and of ST-MoE (Zoph et al. 2022, arXiv 2202.08906), which it follows.
+    * routing: softmax scores over all experts (``router.score``); gate weights are the chosen scores divided by their
+      sum (``router.normalize_weights``);
+    * layers: an MoE layer in every block, many narrow experts, no shared experts;
+    * balance: the load is counted over the whole optimizer step on all ranks (``balance.scope``), so experts can
+      specialise in domains as long as the whole step is balanced. The coefficient 0.008 and the z-loss 0.001 are from
+      the second paper, which takes the latter from ST-MoE (Zoph et al. 2022, arXiv 2202.08906).
 
-    Only the method is theirs: 64 experts of width 192 and a batch of 128 sequences are chosen to fit a small study.
-    Bytes are the tokens unless ``data.tokenizer`` names a tokenizer; give your own text, with its domains, in
-    ``data.path``.
+    64 experts of width 192 and 128 sequences per step are our choice, to fit a small study. Tokens are bytes unless
+    ``data.tokenizer`` names a tokenizer; ``data.path`` names your own text.
     """
     return TrainConfig(
         steps=5000,

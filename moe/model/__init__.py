@@ -1,4 +1,4 @@
-"""A decoder for recipes, tests and imported weights, and its attention."""
+"""The decoder that recipes, tests and imported weights use, and its attention."""
 
 from .attention import ATTENTION, Attention, GroupedAttention, HeadNorm, LatentAttention
 from .decoder import Block, Decoder, numbered_moe_layers

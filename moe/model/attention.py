@@ -1,7 +1,7 @@
-"""Causal self-attention with rotary positions (arXiv 2104.09864), with heads of their own or from a latent.
+"""Causal self-attention with rotary positions (arXiv 2104.09864): grouped-query and latent attention.
 
-B sequences, S tokens of each, D hidden, N query heads, M key/value heads, G = N / M, H width of a query or key head,
-W width of a value head, R rotated width, C width of a latent.
+B sequences, S tokens per sequence, D hidden, N query heads, M key/value heads, G = N / M, H width of a query or key
+head, W width of a value head, R rotated width, C width of a latent.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ EPS = 1e-5
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each head, with one weight [H] for all: its gradient is a sum over heads, wherever they are."""
+    """RMSNorm of each head, with one weight [H] that all heads share.
+
+    Under tensor parallelism its gradient must be summed over the ranks that hold the heads.
+    """
 
 
 class Attention(nn.Module):
-    """What all kinds have in common: hidden states [B, S, D] to the same shape, by ``out_proj`` of what heads give.
+    """Base class of all kinds of attention: maps hidden states [B, S, D] to the same shape.
 
-    Parallelism works on it from outside: tensor parallelism gives a rank some of the ``split_heads`` heads, context
-    parallelism some positions (:meth:`hold`) and another ``attend``.
+    Parallelism is applied from outside: tensor parallelism gives each rank some of the ``split_heads`` heads; context
+    parallelism gives it some of the positions (:meth:`hold`) and replaces ``attend``.
     """
 
     cos_SR: Tensor
@@ -40,25 +43,25 @@ class Attention(nn.Module):
         cos_SR, sin_SR = self._angles()
         self.register_buffer("cos_SR", cos_SR, persistent=False)
         self.register_buffer("sin_SR", sin_SR, persistent=False)
-        #: heads among which the weights can be divided
+        #: number of heads into which the weights can be split
         self.split_heads = split_heads
-        #: (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W]) to [B, N, S, W]
+        #: maps (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W]) to [B, N, S, W]
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
 
     def hold(self, positions_S: Tensor) -> None:
-        """Let the rows of a sequence stand at these positions of it, instead of at 0, 1, 2, ..."""
+        """Set the positions of a sequence's rows, which are 0, 1, 2, ... by default."""
         self.cos_SR, self.sin_SR = self.cos_SR[positions_S], self.sin_SR[positions_S]
         self._positions_S = positions_S
 
     def reset_parameters(self) -> None:
-        """Start again from random weights, and compute the rotary tables."""
+        """Initialise all weights randomly and compute the rotary tables."""
         for part in self.children():
             reset(part)
         for table_SR, values_SR in zip((self.cos_SR, self.sin_SR), self._angles(), strict=True):
             table_SR.copy_(values_SR if self._positions_S is None else values_SR[self._positions_S])
 
     def _rotate(self, t: Tensor) -> Tensor:
-        """Turn each pair (i, i + R/2) of [..., S, R] by its position's angle."""
+        """Rotate each channel pair (i, i + R/2) of [..., S, R] by the angle of its position."""
         first, second = t.chunk(2, dim=-1)
         cos_SR = self.cos_SR[: t.shape[-2]].to(t.dtype)
         sin_SR = self.sin_SR[: t.shape[-2]].to(t.dtype)
@@ -66,10 +69,11 @@ class Attention(nn.Module):
 
 
 class GroupedAttention(Attention):
-    """N query heads on M key/value heads (GQA, arXiv 2305.13245); multi-head attention where M = N.
+    """Grouped-query attention (arXiv 2305.13245): N query heads share M key/value heads; multi-head if M = N.
 
-    The rows of ``qkv_proj`` are ordered by key/value head, then its G queries, key, value, so that a slice of them is
-    whole heads. With ``qk_norm``, queries and keys are normalised before they are rotated (Qwen3, arXiv 2505.09388).
+    The rows of ``qkv_proj`` are ordered by key/value head: its G queries, then its key, then its value, so that
+    parallelism can slice them by whole heads. ``qk_norm`` normalises queries and keys before rotation (Qwen3, arXiv
+    2505.09388).
     """
 
     def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
@@ -91,11 +95,12 @@ class GroupedAttention(Attention):
 
 
 class LatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437), as it is trained.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437), in its training form.
 
-    Queries come from one latent, keys and values from another, both normalised; a head's query and key have a part
-    that is rotated, and that part of the key is the same for all heads. The rows of the up-projections are whole
-    heads: query = (plain, rotated), key and value = (plain key, value). With ``q_lora_rank=0`` queries come from x.
+    Queries are projected from one latent, keys and values from another; both latents are normalised. Part of each
+    head's query and key is rotated, and all heads share the rotated part of the key. The rows of the up-projections are
+    ordered by head: query = (plain, rotated), key and value = (plain key, value). With ``q_lora_rank=0``, queries are
+    projected directly from x.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
@@ -113,7 +118,7 @@ class LatentAttention(Attention):
         self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=EPS)
         self.kv_up_proj = nn.Linear(config.kv_lora_rank, num_heads * sum(self.kv_widths), bias=False)
         self.out_proj = nn.Linear(num_heads * config.v_width, hidden_size, bias=False)
-        #: the heads' common key [B, S, R] on its way to them: a place where tensor parallelism brings it to all ranks
+        #: applied to the key part [B, S, R] that all heads share; tensor parallelism replaces it to reach all ranks
         self.common_key = nn.Identity()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ class LatentAttention(Attention):
         return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
 
 
-#: kind -> its module, made from (hidden_size, num_heads, seq_len, config)
+#: maps ``AttentionConfig.kind`` to a constructor that takes (hidden_size, num_heads, seq_len, config)
 ATTENTION: dict[str, Callable[[int, int, int, AttentionConfig], Attention]] = {
     "grouped": GroupedAttention,
     "latent": LatentAttention,
@@ -137,7 +142,10 @@ ATTENTION: dict[str, Callable[[int, int, int, AttentionConfig], Attention]] = {
 
 
 def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor) -> Tensor:
-    """Softmax attention of each position to itself and those before it; query head n has key head n // (N / M)."""
+    """Softmax attention in which each position attends to itself and to earlier ones.
+
+    Query head n uses key/value head n // (N / M).
+    """
     grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
     return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, is_causal=True, enable_gqa=grouped)
 

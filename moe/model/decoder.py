@@ -1,7 +1,7 @@
 """A small decoder language model for tests, recipes and examples.
 
-Pre-norm blocks of causal attention with rotary positions and a SwiGLU feed-forward, dense or MoE.
-B sequences, S tokens of each, D hidden, V vocabulary.
+Its pre-norm blocks have causal attention with rotary positions and a feed-forward: dense SwiGLU or MoE.
+B sequences, S tokens per sequence, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ..experts import SwiGLU
 from ..layer import MoE
 from .attention import ATTENTION, Attention
 
-#: runs a function on its arguments, now or now and once more
+#: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
 Run = Callable[..., Any]
 PARTS = ("block", "attention", "feed_forward")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+    """A pre-norm transformer block: x + attention(norm(x)), then x + feed-forward(norm(x)).
 
-    ``again`` names the part of it, if any, whose activations the backward pass computes again by ``recompute``.
+    ``again`` names the part, one of :data:`PARTS` or "" for none, that runs under ``recompute``.
     """
 
     def __init__(
@@ -45,8 +45,9 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def reset_parameters(self) -> None:
-        """Start again from random weights."""
-        for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):  # as they were made
+        """Initialise all weights randomly."""
+        # in the order of construction, so that the same seed gives the same weights
+        for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):
             reset(part)
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
@@ -65,11 +66,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids int64 [B, S] to logits [B, S, V]; ``mask`` [B, S], True where a token is valid, is for the MoE layers.
+    """A decoder language model that maps token ids int64 [B, S] to logits [B, S, V].
 
-    Block i (from 0) has an MoE feed-forward when ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with
-    ``moe_every=0`` none has.
-    A pipeline stage is a copy without the embedding, some blocks, or the head; it takes and gives hidden states.
+    ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. Block i (from 0) has an MoE feed-forward
+    if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with ``moe_every=0`` no block has one.
+
+    A pipeline stage is a copy with only some of the embedding, blocks and head. Without the embedding its input is
+    hidden states; without the head its output is hidden states.
     """
 
     def __init__(
@@ -101,16 +104,17 @@ class Decoder(nn.Module):
         self.hidden_size = hidden
         self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=1e-5)
         self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
-        #: some activations are computed again
+        #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
         self.init_std, self.num_layers = moe.init_std, num_layers
         self._initialise()
 
     def reset_parameters(self) -> None:
-        """Start again from random weights; with the same seed, those of a new model.
+        """Initialise all weights randomly. The same seed gives the same weights as a new model.
 
-        For a model that was made on the meta device: after ``to_empty``, call it once, on the whole model and with the
-        same seed on all ranks. (Each module's own in turn would leave torch's defaults in the linear layers within.)
+        For a model created on the meta device: after ``to_empty``, call this once on the whole model, with the same
+        seed on all ranks. Calling each submodule's own ``reset_parameters`` instead would leave torch's default
+        initialisation in the linear layers.
         """
         for part in (self.embedding, *self.blocks.values(), self.norm, self.head):
             if part is not None:
@@ -127,7 +131,7 @@ class Decoder(nn.Module):
         return x
 
     def moe_layers(self) -> list[MoE]:
-        """The MoE layers, in order."""
+        """Return the MoE layers in order."""
         return list(numbered_moe_layers([self]).values())
 
     @torch.no_grad()
@@ -135,14 +139,14 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 fill_normal(module.weight, self.init_std)
-        # GPT-2: what is written to the residual stream starts smaller the more writers there are
+        # as in GPT-2, scale down the 2 * num_layers projections that add to the residual stream
         for name, weight in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj", "down_proj.weight")):
                 weight.mul_(1.0 / math.sqrt(2 * self.num_layers))
 
 
 def numbered_moe_layers(parts: Iterable[Decoder]) -> dict[int, MoE]:
-    """The MoE layers of a decoder, or of some stages of it, by the number of their block."""
+    """Return the MoE layers of a decoder, or of some of its pipeline stages, keyed by block number."""
     blocks = ((int(number), block) for part in parts for number, block in part.blocks.items())
     return {number: block.mlp for number, block in blocks if isinstance(block.mlp, MoE)}
 

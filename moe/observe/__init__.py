@@ -1,4 +1,4 @@
-"""What is measured of a training run, and how it is recorded."""
+"""Measurements of a training run, and how they are recorded."""
 
 from .domains import divergences, domain_record, jensen_shannon, mean_divergence
 from .routers import chosen_probability, training_score, watch_routers

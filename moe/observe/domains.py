@@ -1,4 +1,4 @@
-"""How differently domains are routed.  L MoE layers, E experts, N domains, X anything."""
+"""Measures how differently domains are routed.  L MoE layers, E experts, N domains, X any leading dimensions."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-#: the divergence of each pair is recorded for at most this many domains
+#: most domains for which the divergence of each pair is recorded
 MAX_DOMAINS = 16
 
 
 def jensen_shannon(p_XE: Array, q_XE: Array) -> Array:
-    """Divergence [X] of distributions over experts, in bits: 0 for equal ones, 1 for those with no expert in common.
+    """Return the Jensen-Shannon divergence [X] of two distributions over experts, in bits.
 
-    NaN where either has no mass.
+    It is 0 for equal distributions, 1 if they have no expert in common, and NaN if either one sums to 0.
     """
 
     def bits(a_XE: Array) -> Array:
@@ -29,13 +29,13 @@ def jensen_shannon(p_XE: Array, q_XE: Array) -> Array:
 
 
 def divergences(routing: Mapping[str, Any]) -> dict[tuple[str, str], Array]:
-    """The divergence [L] between any two domains, from {domain: [L][E] frequency}."""
+    """Return the divergence [L] of every pair of domains, given {domain: [L][E] frequency}."""
     share_NLE = {domain: np.array(layers, float) for domain, layers in routing.items()}
     return {(a, b): jensen_shannon(share_NLE[a], share_NLE[b]) for a, b in combinations(share_NLE, 2)}
 
 
 def mean_divergence(pairs: Mapping[tuple[str, str], Array]) -> Array:
-    """[L] the mean over the pairs that can be compared; NaN where none can."""
+    """Return the mean [L] over the pairs whose divergence is finite; NaN if there are none."""
     values_XL = np.array(list(pairs.values()), float)
     there_XL = np.isfinite(values_XL)
     total_L, known_L = np.where(there_XL, values_XL, 0.0).sum(0), there_XL.sum(0)
@@ -43,7 +43,10 @@ def mean_divergence(pairs: Mapping[tuple[str, str], Array]) -> Array:
 
 
 def domain_record(routing: Mapping[str, list[list[float]]]) -> dict[str, Any]:
-    """How domains differ in {domain: [L][E] frequency}; without MoE layers nothing, of one domain only its own part."""
+    """Return the fields of an ``eval`` record that compare domains, given {domain: [L][E] frequency}.
+
+    Without MoE layers there are none; with a single domain there is no divergence.
+    """
     routing = {domain: layers for domain, layers in routing.items() if layers}
     if not routing:
         return {}

@@ -1,47 +1,50 @@
-"""What a run leaves behind for its readers: metrics.jsonl, TensorBoard, and lines on the terminal.
+"""The outputs of a run: metrics.jsonl, TensorBoard files, and progress lines on the terminal.
 
-metrics.jsonl holds one JSON object per line. Its kinds:
+metrics.jsonl has one JSON object per line, the record. Kinds of records and their fields:
 
-* ``run``: config, versions, world_size, parameters, active_parameters (one more after each resume; the last counts);
-* ``baseline``: bigram, {"all": nats per token, domain: nats per token};
+* ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
+* ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per token), grad_norm, lr, tokens (since step 0, over all ranks), tokens_per_s (over all
-  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer;
+  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer.
 * ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
-  max_frequency {domain: [layer]}, the largest of these, score_sum {domain: [layer]} as below, divergence [layer], the
-  mean over pairs of domains of the Jensen-Shannon divergence between their frequencies, in bits, and, of 16 domains or
-  fewer, divergence_pairs {domain: {later domain: [layer]}}.
+  max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
+  divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),
+  and, for at most 16 domains, divergence_pairs {domain: {later domain: [layer]}}.
 
-Fields of a layer in a ``train`` record, of the step that ended last, over all ranks; in parentheses what the record
-itself has of all layers, under the same name:
+Fields of a layer in a ``train`` record. They describe the last step over all ranks. Where parentheses give a summary,
+the record itself has a field of the same name that summarises all layers in this way.
 
-* counts [E], choices of each expert before any drop; max_over_mean of that load (worst layer), cv, entropy (over that
-  of a uniform load), dead (experts without a token); dropped, the share of the last micro-batch's choices that found
-  no room;
-* balance (mean): the balance loss of the whole step, without a coefficient, whatever is trained on; 1.0 is balanced;
-* losses {name: value} (mean): each loss that is trained on as the backwards used it, with the estimated load, without
-  its coefficient; beside these always "global" (if it is not trained on, that is balance) and "micro", the mean over
-  micro-batches. "z" is the mean of logsumexp(logits)^2;
-* scaled_losses {name: value} (sum): those trained on times their coefficient: what is added to the training loss;
-* balance_tokens, balance_sequences (mean): over how many the main loss counted its load, in the mean over backwards;
-  estimator_error (mean): how far that load was from the whole step's, as a share of it (of a loss within one rank,
-  from this rank's step); gradient_error (mean): the same as a share of that load's distance from an even one, about
-  the relative error of the loss's gradient;
-* score_sum (mean): the probability on a token's chosen experts, in the mean over tokens; K/E with indifferent scores;
-* straggler (mean), straggler_max (worst): in a micro-batch, the rows that the router sends to the busiest
-  expert-parallel rank over the mean of the ranks that exchange rows with it, in the mean over micro-batches (and
-  groups of ranks) and at worst. Before any drop, so with a capacity limit it is what routing asks for; 1.0 without
-  expert parallelism;
-* projected_straggler {degree: factor} (mean): the same for that many expert-parallel ranks, if all of them had the
-  mix of text of one data-parallel rank's micro-batch. Ranks with different text even each other out, so this is rather
-  too high.
+* counts [E]: choices of each expert, before any drop.
+* max_over_mean (worst layer), cv, entropy (divided by that of a uniform load), dead (number of experts without a
+  token): statistics of these counts.
+* dropped: share of the last micro-batch's choices that were dropped.
+* balance (mean): the global balance loss of the whole step without a coefficient, whether or not it is trained on; 1.0
+  is balanced.
+* losses {name: value} (mean): every loss that is trained on, without its coefficient, computed from the estimated load
+  that the backward passes used. It always contains "global" (equal to balance if not trained on) and "micro" (mean over
+  micro-batches). "z" is the mean of logsumexp(logits)^2.
+* scaled_losses {name: value} (sum): every loss that is trained on times its coefficient: its part of the training loss.
+* balance_tokens, balance_sequences (mean): tokens and sequences over which the main loss counted its load, averaged
+  over backward passes.
+* estimator_error (mean): distance of that load from the load of the whole step, relative to the latter. For a loss
+  within one rank, the step's load is that of the rank.
+* gradient_error (mean): the same distance, relative to the distance of the step's load from an even load;
+  approximately the relative error of the loss's gradient.
+* score_sum (mean): total probability of a token's chosen experts, averaged over tokens; K/E for uniform scores.
+* straggler (mean), straggler_max (worst): rows that the router sends to the busiest expert-parallel rank in a
+  micro-batch, divided by the mean of the ranks that exchange rows with it; average and maximum over micro-batches and
+  groups of ranks. Rows are counted before any drop. 1.0 without expert parallelism.
+* projected_straggler {degree: factor} (mean): the same factor for this number of expert-parallel ranks, assuming that
+  all of them get text like that of one data-parallel rank's micro-batch. It is rather too high, because different text
+  on different ranks evens out the load.
 
-waiting and projected_waiting {degree: share}, of the record alone: an estimate of the time that ranks wait for the
-busiest one, as a share of the time of a step without waiting: the sum over layers of (straggler - 1) times the routed
-experts' part of the model's floating-point operations. It holds where operations take time in proportion to their
-number, and nothing else is done meanwhile (no overlapped exchange, no padding to a capacity).
+waiting and projected_waiting {degree: share} exist only in the record itself. They estimate the time that ranks wait
+for the busiest one, as a share of the time of a step without waiting: the sum over layers of (straggler - 1) times the
+routed experts' share of the model's floating-point operations. This assumes that time is proportional to operations,
+and that ranks do nothing else meanwhile (no overlapped exchange, no padding to a capacity).
 
-A number that is not finite is written as null, and its record carries ``"nonfinite": true``. Older files have fewer
-fields.
+A number that is not finite is written as null, and its record gets ``"nonfinite": true``. Files of older versions have
+fewer fields.
 """
 
 from __future__ import annotations
@@ -60,14 +63,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 METRICS_FILE = "metrics.jsonl"
-CELL = 12  # pixels of a side of one number in a picture
-NOTE_EVERY = 10  # lines after which what has not changed is said again
+CELL = 12  # width and height in pixels of one value in a picture
+NOTE_EVERY = 10  # lines after which an unchanged note is repeated
 
 Record = dict[str, Any]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``; a crash leaves the old file or the new one. OSError as the file system gives it."""
+    """Replace the content of ``path`` by ``data``. A crash leaves either the old or the new file, complete.
+
+    Raises OSError if the file cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -80,10 +86,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics file, oldest first.
+    """Return the records of a metrics file, oldest first.
 
-    The last line of a killed run may be half written and is left out; other unreadable lines are left out with a
-    warning. OSError if the file cannot be read.
+    A killed run may leave an incomplete last line, which is skipped. Other unreadable lines are skipped with a warning.
+    Raises OSError if the file cannot be read.
     """
     lines = path.read_bytes().split(b"\n")
     records, bad = [], 0
@@ -94,7 +100,7 @@ def read_records(path: Path) -> list[Record]:
         elif line.strip() and number < len(lines) - 1:
             bad += 1
     if bad:
-        warnings.warn(f"{path}: {bad} unreadable lines left out", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{path}: skipped {bad} unreadable lines", RuntimeWarning, stacklevel=2)
     return records
 
 
@@ -107,7 +113,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _json_ready(value: Any) -> tuple[Any, bool]:
-    """``value`` in JSON's types, and whether all its numbers are finite; arrays and tensors become lists."""
+    """Convert ``value`` to JSON types, and return whether all its numbers are finite. Tensors become lists."""
     if isinstance(value, dict):
         items = {str(key): _json_ready(item) for key, item in value.items()}
         return {key: item for key, (item, _) in items.items()}, all(ok for _, ok in items.values())
@@ -122,7 +128,7 @@ def _json_ready(value: Any) -> tuple[Any, bool]:
 
 
 def to_line(record: Record) -> bytes:
-    """``record`` as one line of valid JSON."""
+    """Encode ``record`` as one line of valid JSON."""
     ready, finite = _json_ready(record)
     if not finite:
         ready["nonfinite"] = True
@@ -130,7 +136,7 @@ def to_line(record: Record) -> bytes:
 
 
 def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
-    """TensorBoard's tags and values of a record."""
+    """Yield the TensorBoard tags and values of a record."""
     if record["kind"] == "train":
         values = {name: value for name, value in record.items() if name not in _NOT_DRAWN}
         yield from _flat("train", values)
@@ -148,8 +154,11 @@ def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
 
 
 def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """TensorBoard's tags and grey pictures of a record, values from 0 to 1: the experts that domains choose in a layer,
-    a row of cells for each domain in their order, dark where never, bright from four times the uniform share on."""
+    """Yield the TensorBoard tags and greyscale pictures (values from 0 to 1) of a record.
+
+    There is one picture per layer. It has a row per domain and a cell per expert, which is black if the domain never
+    chooses the expert and white from four times the uniform share.
+    """
     routing = record.get("routing") if record["kind"] == "eval" else None
     for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):
         share_NE = np.array(rows, float)
@@ -169,12 +178,13 @@ def _flat(tag: str, values: dict[str, Any]) -> Iterator[tuple[str, float | None]
 
 
 class MetricsWriter:
-    """Appends records to ``run_dir/metrics.jsonl`` and mirrors their numbers to ``run_dir/tensorboard``.
+    """Appends records to ``run_dir/metrics.jsonl`` and copies their numbers to ``run_dir/tensorboard``.
 
-    With ``resume_step`` the records of later steps, which the interrupted run had written, are cut off first. Without
-    it the file starts anew, and one that is there is kept as ``metrics.previous.jsonl``. ValueError if ``run_dir``
-    cannot be written. Later failures give one warning each for the file and for TensorBoard, never an exception:
-    a full disk must not end a training run.
+    With ``resume_step``, records of later steps, left by the interrupted run, are removed first. Without it, the file
+    starts empty, and an existing one is kept as ``metrics.previous.jsonl``.
+
+    Raises ValueError if ``run_dir`` cannot be written. Later failures cause one warning each for the file and for
+    TensorBoard, but no exception, because a full disk must not end a training run.
     """
 
     def __init__(self, run_dir: Path, tensorboard: bool = True, resume_step: int | None = None) -> None:
@@ -206,21 +216,21 @@ class MetricsWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what an interrupted run wrote for this step and later ones
+            # purge_step hides what an interrupted run wrote for this and later steps
             return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step)
         except (ImportError, OSError) as error:
             warnings.warn(
-                f"no TensorBoard files are written ({error}); pip install tensorboard, or set log.tensorboard false",
+                f"TensorBoard files cannot be written ({error}); pip install tensorboard, or set log.tensorboard=false",
                 RuntimeWarning,
                 stacklevel=3,
             )
             return None
 
     def write(self, record: Record) -> None:
-        """Append one record (see the top of the file); it must have a ``kind``, and a ``step`` if it has numbers."""
+        """Append one record, see the module's docstring. Records of kind "train" and "eval" need a ``step``."""
         line = to_line(record)
         try:
-            # Opened anew each time: what a failed write left behind is cut off before the next one.
+            # truncate to the last complete record first, because a failed write may have left a partial line
             with open(self.path, "r+b" if self.path.exists() else "wb") as file:
                 file.seek(min(self._size, file.seek(0, os.SEEK_END)))
                 file.truncate()
@@ -231,7 +241,7 @@ class MetricsWriter:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{self.path} cannot be written ({error.strerror or error}); training goes on, metrics are missing",
+                    f"{self.path} cannot be written ({error.strerror or error}); training continues without metrics",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -249,13 +259,13 @@ class MetricsWriter:
         except OSError as error:
             self._board = None
             warnings.warn(
-                f"TensorBoard files cannot be written ({error.strerror or error}); training goes on without them",
+                f"TensorBoard files cannot be written ({error.strerror or error}); training continues without them",
                 RuntimeWarning,
                 stacklevel=3,
             )
 
     def close(self) -> None:
-        """Finish the TensorBoard file; the metrics file is complete after every record."""
+        """Close the TensorBoard file. The metrics file needs no closing: it is complete after every record."""
         board, self._board = self._board, None
         if board is not None:
             try:
@@ -280,7 +290,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units: ``45s``, ``2m 31s``, ``1h 02m``, ``3d 04h``."""
+    """Format a duration in at most two units: ``45s``, ``2m 31s``, ``1h 02m``, ``3d 04h``."""
     whole = max(0, round(seconds))
     for size, unit, part, sub in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
@@ -289,7 +299,7 @@ def duration(seconds: float) -> str:
 
 
 def progress_line(record: Record, steps: int) -> str:
-    """A train record in one line; ``left`` is the time that the remaining tokens take at the present rate."""
+    """Format a ``train`` record as one line. ``left`` is the time for the remaining tokens at the current rate."""
     step, rate = record["step"], record.get("tokens_per_s")
     parts = [f"step: {step:>{max(4, len(str(steps)))}}/{steps}", f"loss: {_number(record.get('loss'), '.4f')}"]
     for name, label, spec in (
@@ -307,7 +317,7 @@ def progress_line(record: Record, steps: int) -> str:
 
 
 def balance_note(record: Record) -> str:
-    """Over how many sequences the balance loss counted its load; empty where that is not known."""
+    """Format the number of sequences over which the balance loss counted its load; empty if it is unknown."""
     sequences = record.get("balance_sequences")
     if sequences is None or not math.isfinite(sequences):
         return ""
@@ -320,19 +330,22 @@ def _error_note(record: Record) -> str:
 
 
 def eval_line(record: Record) -> str:
-    """An eval record in one line: the loss on held-out text, over all and by domain."""
+    """Format an ``eval`` record as one line: the held-out loss, overall and by domain."""
     domains = "  ".join(f"{name}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items())
     return f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  {domains}".rstrip()
 
 
 class Progress:
-    """Lines on the terminal, above a bar where ``stream`` (default: stdout) is one. Only rank 0 makes one."""
+    """Prints progress lines to ``stream`` (default: stdout), with a progress bar if it is a terminal.
+
+    Only rank 0 creates one.
+    """
 
     def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
         self.steps = steps
         self.stream = sys.stdout if stream is None else stream
         self._bar: Any = None
-        #: what was last said of the balance, and how many lines ago
+        #: the last balance note, and the number of lines since it was printed
         self._said, self._since = "", 0
         if self.stream.isatty():
             from tqdm import tqdm
@@ -340,19 +353,19 @@ class Progress:
             self._bar = tqdm(total=steps, initial=start, file=self.stream, unit="step", dynamic_ncols=True, leave=False)
 
     def advance(self, step: int) -> None:
-        """Move the bar: ``step`` steps are done."""
+        """Move the progress bar to ``step`` completed steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Print a line above the progress bar."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:
             print(text, file=self.stream, flush=True)
 
     def show(self, record: Record) -> None:
-        """Print a train or eval record as a line; other kinds are not shown."""
+        """Print a ``train`` or ``eval`` record as one line. Other kinds are ignored."""
         if record["kind"] == "train":
             note = balance_note(record)
             due = note != self._said or self._since >= NOTE_EVERY
@@ -362,7 +375,7 @@ class Progress:
             self.say(eval_line(record))
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,4 @@
-"""What a router does, seen from outside.  T tokens, D hidden, E experts, K top-k, B sequences."""
+"""Observes routers through forward hooks.  T tokens, D hidden, E experts, K top-k, B sequences."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ V = TypeVar("V")
 
 @contextmanager
 def watch_routers(layers: Iterable[MoE], see: Callable[[Router, Tensor, Routing], V]) -> Iterator[list[list[V]]]:
-    """Within it, the list of a layer grows by what ``see`` makes of router, hidden states [T, D] and routing of every
-    forward, of whatever kind that is."""
+    """Within the block, call ``see`` after every forward of the layers' routers, and collect its results.
+
+    ``see`` gets the router, its hidden states [T, D] and the routing. Yields one list of results per layer. Every kind
+    of forward is observed: training, evaluation, counting and recomputation.
+    """
     handles, seen = [], []
     for layer in layers:
         found: list[V] = []
@@ -27,7 +30,7 @@ def watch_routers(layers: Iterable[MoE], see: Callable[[Router, Tensor, Routing]
         def hook(router: Router, given: Any, routing: Routing, found: list[V] = found) -> None:
             found.append(see(router, given[0], routing))
 
-        # before the hook by which FSDP takes the whole weight away
+        # run before FSDP's hook, which reshards the weight
         handles.append(layer.router.register_forward_hook(hook, prepend=True))
         seen.append(found)
     try:
@@ -39,10 +42,10 @@ def watch_routers(layers: Iterable[MoE], see: Callable[[Router, Tensor, Routing]
 
 @torch.no_grad()
 def chosen_probability(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
-    """fp64 [B]: the sum over a sequence's valid tokens of the probabilities of their K experts.
+    """Return fp64 [B]: the probability of the K chosen experts, summed over each sequence's valid tokens.
 
-    The probabilities are those of the balance loss: scores of all experts, normalised to 1. Per token it is K/E where
-    scores are indifferent, 1 where all of them lie on the chosen ("topK score sum" of arXiv 2501.11873).
+    Probabilities are those of the balance loss: scores of all experts, normalised to 1. Per token the result is K/E for
+    uniform scores, and 1 if only chosen experts have a score above 0 ("topK score sum" of arXiv 2501.11873).
     """
     probabilities_TE = router.probabilities(x_TD)
     chosen_TK = probabilities_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
@@ -52,7 +55,7 @@ def chosen_probability(router: Router, x_TD: Tensor, routing: Routing) -> Tensor
 
 
 def training_score(router: Router, x_TD: Tensor, routing: Routing) -> Tensor | None:
-    """fp64 [2], sum of :func:`chosen_probability` and valid tokens; None where a pass recomputes or only counts."""
+    """Return fp64 [2]: the sum of :func:`chosen_probability`, and valid tokens. None in recomputation or counting."""
     if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
         return None
     return torch.stack((chosen_probability(router, x_TD, routing).sum(), routing.tokens_B.sum().double()))

@@ -1,6 +1,7 @@
-"""What MoE layers did in a training step: a row of numbers for each layer that ranks add up, and records made of it.
+"""Statistics of the MoE layers in a training step.
 
-L MoE layers, M micro-batches of the step on this rank, E experts, X anything.
+Each rank fills one row of numbers per layer, the rows are summed over ranks, and records are made from the sums.
+L MoE layers, M micro-batches of the step on this rank, E experts, X any number of columns.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_
 
 
 def estimate_quality(totals: StepTotals) -> dict[str, float]:
-    """How good the estimate of the load was that the main loss read in a step; empty where no backward read it.
+    """Return how well the main loss estimated the load of the whole step; empty if no backward pass used it.
 
     It synchronises with the device.
 
     - ``balance_tokens``, ``balance_sequences``: the tokens and sequences over which the loss counted its load (the
-      paper's balance batch size), averaged over the step's backwards; under ``carry`` with those of the step before.
-      Sequences by this rank's mean sequence length.
-    - ``estimator_error``: |load read - load of the step| / |load of the step|, 2-norms over the experts, root mean
-      square over micro-batches (and sequences, where the loss is of sequences).
-    - ``gradient_error``: the same distance as a share of the load's distance from an even one, which alone has a
-      gradient: about the relative error of the loss's gradient. Absent where the load is even.
+      paper's balance batch size), averaged over the step's backward passes. Under ``carry`` this includes those of the
+      previous step. Tokens are converted to sequences using this rank's mean sequence length.
+    - ``estimator_error``: |estimated load - load of the step| / |load of the step|, with 2-norms over experts and the
+      root mean square over micro-batches (and over sequences, for the sequence loss).
+    - ``gradient_error``: |estimated load - load of the step| / |load of the step - even load|. Only the uneven part of
+      a load has a gradient, so this is approximately the relative error of the loss's gradient. Absent if the load is
+      even.
 
-    For a scope within one rank, these are of this rank's own step, unless a loss or the bias counts over all ranks.
+    For a scope within one rank, the step's load is that of this rank, unless some loss or the expert bias counts over
+    all ranks.
     """
     if not totals.losses:
         return {}
@@ -53,33 +56,34 @@ def estimate_quality(totals: StepTotals) -> dict[str, float]:
 
 
 class Columns(NamedTuple):
-    """What a layer's row holds: the same columns on every rank, so that the sum of the rows says what all ranks did."""
+    """The columns of a layer's row, equal on every rank, so that rows can be summed over ranks."""
 
     experts: int
     top_k: int
-    #: of the losses that are trained on
+    #: names of the losses that are trained on
     losses: tuple[str, ...]
+    #: expert-parallel degrees for which the straggler factor is projected
     degrees: tuple[int, ...]
     ranks: int
 
     @staticmethod
     def of(config: MoEConfig, ranks: int) -> Columns:
-        """The rows of a run whose MoE layers are all configured like this, on ``ranks`` ranks."""
+        """Return the columns for a run on ``ranks`` ranks in which every MoE layer has this configuration."""
         names = [name for name, _ in loss_terms(config.balance)] + (["z"] if config.router.z_loss else [])
         experts = config.num_experts
         return Columns(experts, config.top_k, tuple(dict.fromkeys(names)), possible_degrees(experts), ranks)
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many numbers there are of each kind, in order."""
+        """The number of columns of each kind, in order."""
         return {
             "counts": self.experts,
             "prob_sums": self.experts,
             **dict.fromkeys(("tokens", "dropped", "wanted"), 1),
-            # over micro-batches and ranks: how many, their micro-batch loss, their straggler factor
+            # sums over micro-batches and ranks: their number, micro-batch loss and straggler factor
             **dict.fromkeys(("passes", "micro", "straggler"), 1),
             "projected": len(self.degrees),
-            "busiest": self.ranks,  # the largest factor of each rank, in its place: a sum is all that ranks can make
+            "busiest": self.ranks,  # each rank's largest factor in its own column, so that the sum keeps them apart
             **dict.fromkeys(("used", "losses", "scaled_losses"), len(self.losses)),
             **dict.fromkeys((*ESTIMATE, *(f"has_{name}" for name in ESTIMATE)), 1),
             "score": 2,
@@ -90,7 +94,7 @@ class Columns(NamedTuple):
         return sum(self.widths.values())
 
     def split(self, row: Tensor) -> dict[str, Tensor]:
-        """A row by kinds."""
+        """Split a row into its kinds of columns."""
         return dict(zip(self.widths, row.split(list(self.widths.values())), strict=True))
 
 
@@ -103,10 +107,10 @@ def observe(
     rank: int,
     scores: Iterable[Tensor | None],
 ) -> None:
-    """Write what this rank's layers did in the last step into their rows of ``table``: fp64 zeros, [layers, columns].
+    """Add the statistics of this rank's layers in the last step to ``table``, fp64 zeros [layers, columns].
 
-    ``scores`` are what :func:`training_score` saw of each layer. All ranks of a stage call it: where ranks share
-    sequences or experts, they add up what is shared.
+    ``places`` are the layers' row numbers, ``scores`` their results of :func:`training_score`. All ranks of a pipeline
+    stage must call this: ranks that share sequences or experts sum their counts.
     """
     layers = list(layers)
     if not layers:
@@ -141,8 +145,11 @@ def observe(
 
 
 def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
-    """Of each micro-batch: counts, probability sums and tokens [L, M, 2E + 1] over the ranks that hold parts of its
-    sequences; and counts [L, M, E] over the ranks that exchange rows with each other in it. Exact in fp64."""
+    """Sum the statistics of each micro-batch over the ranks that share its sequences or exchange its rows.
+
+    Returns counts, probability sums and tokens [L, M, 2E + 1] over the ranks that hold parts of its sequences, and
+    counts [L, M, E] over the ranks that exchange rows with each other. Counts are exact in fp64.
+    """
     steps = [layer.balancer.last for layer in layers]
     own_LMX = torch.stack(
         [
@@ -161,7 +168,7 @@ def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
 
 
 def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
-    """The summed row of a layer, as the metrics want it."""
+    """Convert a layer's row, summed over ranks, to its entry in a ``train`` record."""
     of = columns.split(row)
     counts_E, tokens, passes = of["counts"].long(), of["tokens"][0], of["passes"].clamp_min(1)
     balance = float(loss_value(counts_E, tokens, of["prob_sums"], tokens, columns.top_k))
@@ -187,7 +194,7 @@ def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
 
 
 def step_record(rows: list[dict[str, Any]], share: float) -> dict[str, Any]:
-    """What the layers' records say together; ``share`` is what :func:`expert_share` gives."""
+    """Summarise the layers' entries for a ``train`` record. ``share`` is the result of :func:`expert_share`."""
 
     def mean(values: Iterable[Any]) -> float:
         return float(np.mean(list(values)))

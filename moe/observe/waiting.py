@@ -1,4 +1,4 @@
-"""How long expert-parallel ranks wait for the busiest of them.  E experts, P ranks, X anything."""
+"""Estimates how long expert-parallel ranks wait for the busiest one.  E experts, P ranks, X any leading dimensions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..placement import Owners
 
 
 def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
-    """fp64 [X]: rows of the busiest of the ranks that own the experts, over the mean of these ranks.
+    """Return fp64 [X]: rows of the busiest rank that owns experts, divided by the mean over these ranks.
 
-    1.0 when balanced, the number of ranks at worst; 1.0 without rows.
+    It is 1.0 when balanced or without rows, and at most the number of ranks.
     """
     load_XP = owners.by_rank(counts_XE).double()
     mean_X = load_XP.mean(-1)
@@ -20,15 +20,16 @@ def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
 
 
 def possible_degrees(experts: int) -> tuple[int, ...]:
-    """Expert-parallel degrees that a factor is projected for: 2, 4, 8, ... where they divide E, and E."""
+    """Return the expert-parallel degrees for which a factor is projected: powers of two that divide E, and E itself."""
     powers = (2**i for i in range(1, experts.bit_length()))
     return tuple(sorted({d for d in powers if experts % d == 0} | ({experts} if experts > 1 else set())))
 
 
 def expert_share(model: Decoder) -> float:
-    """The routed experts' part, in one MoE layer, of the floating-point operations that the whole model does per token.
+    """Return the share of the model's floating-point operations per token in the routed experts of one MoE layer.
 
-    Matrix products with weights, and attention over half a sequence in the mean; forward and backward alike.
+    It counts products with weight matrices, and attention over half a sequence on average. The share is the same in
+    forward and backward.
     """
     layers, total = model.moe_layers(), 0.0
     routed = {id(w): layer.config for layer in layers for w in layer.experts.parameters()}
@@ -41,7 +42,8 @@ def expert_share(model: Decoder) -> float:
         total += flops
         of_layer += flops / len(layers) if config is not None else 0.0
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        inner = attention.get_parameter("out_proj.weight").shape[1]  # of all heads' values, and of as wide queries
+        # total width of all heads' values; except in latent attention, queries are as wide
+        inner = attention.get_parameter("out_proj.weight").shape[1]
         queries = attention.q_up_proj.out_features if isinstance(attention, LatentAttention) else inner
         total += attention.cos_SR.shape[0] * (queries + inner)
     return of_layer / total

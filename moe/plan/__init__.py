@@ -1,4 +1,4 @@
-"""What a run will need before it is started: memory, traffic and operations of a rank."""
+"""Predicts what a run needs before it is started: memory, traffic and floating-point operations of a rank."""
 
 from .dry_run import DryRun, dry_run, pretended
 from .memory import Memory, memory

@@ -1,4 +1,4 @@
-"""What operations cost that a dry run sees: bytes on the wire, floating-point operations, what kernels keep."""
+"""Costs of the operations in a dry run: bytes sent, floating-point operations, tensors saved for backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def verb_of(op: str) -> str | None:
-    """What a c10d or functional operation does; none for those that only wait."""
+    """Return the name of the collective that a c10d or functional operation runs; None if it only waits."""
     words = {
         "all_gather": ("allgather", "all_gather"),
         "reduce_scatter": ("reduce_scatter",),
@@ -36,14 +36,17 @@ def group_of(args: tuple[Any, ...]) -> Any:
             try:
                 return dist.ProcessGroup.unbox(arg)
             except RuntimeError:
-                continue  # a ReduceOp
+                continue  # it is a ReduceOp
     name = next(arg for arg in reversed(args) if isinstance(arg, str) and arg not in ("sum", "avg"))
     resolve: Any = dist.distributed_c10d._resolve_process_group
     return resolve(name)
 
 
 def bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: int) -> int:
-    """Bytes that a rank sends to others, by the ring algorithms (all-reduce sends twice what reduce-scatter does)."""
+    """Return the bytes that a rank sends to others in one collective, assuming ring algorithms.
+
+    An all-reduce thus sends twice as much as a reduce-scatter.
+    """
     schema = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
     inputs = next(
         schema[name]
@@ -69,14 +72,14 @@ def bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: int
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool = False) -> Tensor:
-    """F.scaled_dot_product_attention by the kernel that a GPU takes: flash, or where it does not fit, "efficient"."""
+    """Replace F.scaled_dot_product_attention by the kernel that a GPU would use: flash, or "efficient" as fallback."""
     if q.shape[-1] == v.shape[-1]:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     return aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), 0.0, is_causal)[0]
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Shapes of F.rms_norm as a GPU has it, which keeps x and one number per row; the CPU's keeps fp32 copies."""
+    """Saves the same tensors as F.rms_norm on a GPU: x and one number per row. On a CPU it would save fp32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ def fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:
-    """A causal product touches the S * (S + 1) / 2 pairs that are visible."""
+    """Count causal attention: each product covers the S * (S + 1) / 2 visible pairs of positions."""
     batch, heads, length, width = q.shape
     pairs = batch * heads * length * (length + 1) // 2
     return 2 * pairs * (products_of_q * width + products_of_v * v.shape[-1])
@@ -116,12 +119,12 @@ def _torchs(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *args, out=None, **kwargs: formula(*args, **kwargs, out_val=out)
 
 
-#: operation -> floating-point operations of a call, a multiplication and an addition being two
+#: operation -> function that counts the floating-point operations of a call; a multiply-add counts as two
 FLOPS: dict[str, Callable[..., int]] = {
     **{f"aten::{op}": _torchs(flop_registry[getattr(aten, op)]) for op in ("mm", "addmm", "bmm", "baddbmm")},
     "aten::_scaled_dot_product_flash_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
     "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
-    # scores again, dq, dk; dp, dv
+    # 3 products of query width (recomputed scores, dq, dk) and 2 of value width (dp, dv)
     "aten::_scaled_dot_product_flash_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
     "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
     "equimoe::expert_mlp": _experts,

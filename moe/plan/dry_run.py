@@ -1,8 +1,7 @@
-"""One optimizer step of one rank of a large job, on tensors without memory.
+"""Simulates one optimizer step of one rank of a large job, on fake tensors that use no memory.
 
-The code of a training run takes the step in a process group that reaches nobody, and a
-:class:`~equimoe.moe.plan.record.Recorder` counts what it would have allocated, sent and computed. Routing is taken to
-be balanced, because nothing is routed.
+The real training code runs the step in a fake process group, and a :class:`~equimoe.moe.plan.record.Recorder` counts
+what it would allocate, send and compute. Routing is assumed to be balanced, because fake tensors have no values.
 """
 
 from __future__ import annotations
@@ -34,57 +33,62 @@ from .record import Collective, Recorder
 CPU = torch.device("cpu")
 
 NOTES = [
-    "routing is taken to be balanced: every expert is chosen equally often, by every rank",
-    "memory is what tensors take; the CUDA context, NCCL's buffers and fragmentation come on top",
+    "routing is assumed to be balanced: every rank chooses every expert equally often",
+    "memory counts tensors only; the CUDA context, NCCL buffers and fragmentation need more",
 ]
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank does in one optimizer step."""
+    """The result of a dry run: what one rank does in one optimizer step."""
 
     world: int
     rank: int
-    #: blocks of the model that are on this rank
+    #: numbers of the blocks on this rank
     blocks: list[int]
-    #: micro-batches of a step, and how many of them were run
+    #: micro-batches per step
     micro_batches: int
+    #: micro-batches that were simulated
     run: int
-    #: parameters of its blocks, over all ranks that share them
+    #: parameters of this rank's blocks, including parts that are sharded to other ranks
     parameters: int
-    #: bytes by kind at the moment when most is allocated, and the most of each kind at any moment
+    #: bytes of each kind of memory at the peak of the total
     memory: dict[str, int]
+    #: bytes of each kind of memory at its own peak
     most: dict[str, int]
-    #: kind, calls and bytes sent of all micro-batches of a step
+    #: (collective, calls, bytes sent) for all micro-batches of a step
     traffic: list[tuple[Collective, int, int]]
-    #: floating-point operations of a step, recomputation included, by part of the model
+    #: floating-point operations of a step by part of the model, including recomputation
     flops: dict[str, int]
     notes: list[str]
     seconds: float
 
 
 class _WithTriton(TrainConfig):
-    """The kernels whose operations know the shapes of their results without computing them."""
+    """A configuration that uses the Triton kernels, whose custom ops can run on fake tensors."""
 
     def moe(self, micro_batches: int) -> MoEConfig:
         return replace(super().moe(micro_batches), backend="triton")
 
 
 def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun:
-    """Take a step as ``rank`` of ``world``. Raises ValueError for a configuration that does not fit."""
+    """Simulate one optimizer step as ``rank`` of ``world``, with ``node`` ranks per node.
+
+    Raises ValueError if the configuration does not fit ``world``.
+    """
     start = time.perf_counter()
     config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
     degrees = config.degrees(world)
     config = replace(config, parallel=degrees)
     passes = config.micro_batches(degrees.dp)
-    if degrees.pp > 1:  # of the whole step: fewer micro-batches are run here
+    if degrees.pp > 1:  # check the whole step, because only some of its micro-batches are simulated
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
         check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
     run = min(passes, _enough(config, degrees.pp, passes))
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     with pretended(rank, world, node):
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
-        mode = FakeTensorMode(allow_non_fake_inputs=True)  # positions and ranks are known
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # rotary positions and ranks are real tensors
         with mode:
             model = build_model(config, vocabulary, run)
         engine = _engine(config, model, mesh, run)
@@ -116,7 +120,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
 
 
 def _enough(config: TrainConfig, pp: int, passes: int) -> int:
-    """Micro-batches after which a rank holds as many at a time as it ever will."""
+    """Return the number of micro-batches after which a rank has reached its peak memory."""
     if pp == 1:
         return 2
     return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
@@ -160,14 +164,14 @@ def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: Fa
 
 @contextmanager
 def pretended(rank: int, world: int, node: int) -> Iterator[None]:
-    """Be ``rank`` of ``world``, ``node`` to a machine, in a process group that reaches nobody.
+    """Within the block, act as ``rank`` of ``world``, with ``node`` ranks per machine, in a fake process group.
 
-    Collectives return at once, and move nothing.
+    Its collectives return immediately and transfer nothing.
     """
     if world == 1:
         yield
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # only here: it belongs to torch's own tests
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # imported late: a part of torch's tests
 
     before = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(node)

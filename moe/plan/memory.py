@@ -1,11 +1,11 @@
-"""What a rank needs of memory, in closed form: from the configuration and the degrees alone, nothing is built.
+"""Computes the memory of a rank in closed form, from the configuration and the parallel degrees alone.
 
-Weights, gradients and the optimizer's state are exact. Activations are what the fused kernels of a GPU keep between a
-forward and its backward, with balanced routing. Not here: weights that FSDP gathers, and what comes and goes within a
-forward or backward; :mod:`equimoe.moe.plan.dry_run` sees those, too.
+Weights, gradients and optimizer state are exact. Activations are what a GPU's fused kernels save for the backward pass,
+with balanced routing. Weights gathered by FSDP and temporary tensors are not included;
+:mod:`equimoe.moe.plan.dry_run` measures those as well.
 
-D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch on this
-rank's attention, t those that it holds between split layers.
+D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch in this
+rank's attention, t tokens that it holds between split layers.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from ..train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes of memory on one rank, by kind."""
 
-    #: fp32 master weights; this rank's part of them under FSDP
+    #: fp32 master weights; under FSDP, this rank's shards
     parameters: int
-    #: this rank's part, as the optimizer sees it
+    #: gradients of these parameters
     gradients: int
-    #: of whole weights, while FSDP waits for the last micro-batch of a step
+    #: unsharded gradients, which FSDP accumulates until the last micro-batch of a step
     whole_gradients: int
-    #: AdamW's two moments and a counter for each weight
+    #: AdamW's two moments, and one step counter per weight tensor
     optimizer_state: int
-    #: of all micro-batches that are in flight at a time
+    #: activations of all micro-batches that are in flight at the same time
     activations: int
 
     @property
     def total(self) -> int:
-        """All of these together."""
+        """The sum of all kinds."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as tensor and expert parallelism leave it: rows that FSDP divides."""
+    """This rank's part of a weight under tensor and expert parallelism. FSDP shards its rows."""
 
     rows: int
     width: int
@@ -54,7 +54,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank among the others, and its part of the model."""
+    """A rank's position in the mesh, and its part of the model."""
 
     degrees: ParallelConfig
     rank: int
@@ -71,7 +71,7 @@ class Place:
         return self.num_stages - 1 in self.stages
 
     def shard(self, expert: bool) -> tuple[int, int]:
-        """Ranks over which FSDP divides weights, and this one's number among them."""
+        """Return the number of ranks over which FSDP shards a weight, and this rank's index among them."""
         d = self.degrees
         if d.data_parallel != "fsdp":
             return 1, 0
@@ -84,35 +84,35 @@ class Place:
 
 
 def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = None) -> Memory:
-    """Memory of ``rank`` of ``world``. Raises ValueError where the degrees do not fit, or there is no formula."""
+    """Return the memory of ``rank`` of ``world``. Raises ValueError if the degrees do not fit or lack a formula."""
     place = _place(config, world, rank)
     vocabulary = config.model.vocab_size or vocab_size
-    require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's number of entries")
+    require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's vocabulary size")
     assert vocabulary is not None
     require(
         config.dtype == "float32" or place.degrees.data_parallel == "fsdp",
         "parallel.data_parallel",
         place.degrees.data_parallel,
-        "autocast keeps a copy of the weights for each micro-batch, for which there is no formula; do a dry run",
+        "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
     )
     micro_batches = config.micro_batches(place.degrees.dp)
     weights = list(_weights(config, place, vocabulary))
     padded = own = 0
     for weight in weights:
         over, number = place.shard(weight.expert)
-        if weight.expert and weight.rows % over:  # within each expert, evenly
+        if weight.expert and weight.rows % over:  # sharded within each expert, evenly
             padded, own = padded + weight.rows * weight.width // over, own + weight.rows * weight.width // over
             continue
         rows = ceil(weight.rows / over)
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
-    # a split embedding's gradient is of all entries on each rank until FSDP, or else the optimizer, takes its part
+    # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP or the optimizer shards it
     tp = place.degrees.tp
     unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.model.hidden_size if place.first else 0
     sharded = place.degrees.data_parallel == "fsdp"
     accumulates = sharded and micro_batches > 1
     activations = _Activations(config, place, vocabulary)
-    # the gradient that arrives from the next stage, and the one before, which a schedule lets go of late
+    # gradients received from the next stage: the current one, and the previous one, which schedules free late
     arriving = 0 if place.last else 2 * activations.hidden
     return Memory(
         parameters=4 * padded,
@@ -124,7 +124,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
 
 
 def _place(config: TrainConfig, world: int, rank: int) -> Place:
-    require(0 <= rank < world, "rank", rank, f"must be at least 0 and less than {world}")
+    require(0 <= rank < world, "rank", rank, f"must be from 0 to {world - 1}")
     degrees = config.degrees(world)
     if degrees.pp == 1:
         return Place(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
@@ -143,13 +143,16 @@ def _is_moe(config: TrainConfig, block: int) -> bool:
 
 
 def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
-    """Micro-batches whose backward is still to come, at most."""
+    """Return the largest number of micro-batches that are in flight, waiting for their backward pass."""
     if place.num_stages == 1:
         return 1
     schedule = place.degrees.schedule
     known = {"gpipe": micro_batches, "1f1b": min(micro_batches, place.num_stages - place.stages[0])}
     require(
-        schedule in known, "parallel.schedule", schedule, f"there is a formula for {', '.join(known)}; do a dry run"
+        schedule in known,
+        "parallel.schedule",
+        schedule,
+        f"has no formula; use {' or '.join(known)}, or equimoe.launch.dryrun",
     )
     return known[schedule]
 
@@ -204,30 +207,30 @@ def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weigh
 
 
 class _Activations:
-    """Bytes that the forward of one micro-batch leaves for its backward."""
+    """Computes the bytes that the forward pass of one micro-batch saves for its backward pass."""
 
     def __init__(self, config: TrainConfig, place: Place, vocabulary: int) -> None:
         d = place.degrees
         self.config, self.place, self.vocabulary = config, place, vocabulary
         self.heads, self.tp = config.model.num_heads // d.tp, d.tp
-        #: bytes of a computed number
+        #: bytes per value in the computation's dtype
         self.c = 2 if config.dtype == "bfloat16" else 4
         self.T = config.data.micro_batch * config.data.seq_len // d.cp
         self.splits = d.tp > 1 and d.sequence_parallel
         self.t = self.T // d.tp if self.splits else self.T
-        #: hidden states between blocks
+        #: bytes of the hidden states between two blocks
         self.hidden = self.c * config.model.hidden_size * self.t
 
     def of_stage(self) -> int:
-        """Blocks and ends of this rank."""
+        """Bytes of all blocks of this rank, their inputs, and the head."""
         inputs, place = len(self.place.blocks), self.place
         total = sum(self.of_block(block) for block in place.blocks)
-        if place.num_stages > 1:  # outputs are kept until they are differentiated
+        if place.num_stages > 1:  # a stage keeps its output until the backward pass
             inputs += len(place.stages) - place.last
         return total + inputs * self.hidden + place.last * self._head()
 
     def of_block(self, block: int) -> int:
-        """A block without its input: the hidden state between its halves, two norms' rows, and the halves."""
+        """Bytes of a block without its input: both halves, the hidden states between them, and the norms."""
         again, is_moe = self._again(block), _is_moe(self.config, block)
         if again == "block":
             return self._kept() * is_moe
@@ -241,28 +244,28 @@ class _Activations:
         return self.hidden + halves[again]
 
     def _again(self, block: int) -> str:
-        """The part of a block that is computed again."""
+        """The part of a block that is recomputed, or "" for none."""
         how = self.config.recompute
         here = self.config.model.recompute and (how.layers is None or block < how.layers)
         return how.part if here else ""
 
     def _kept(self) -> int:
-        """Of a layer that is computed again: its decisions and, where asked for, rows and weights that arrived."""
+        """Bytes that a recomputed MoE layer keeps: its routing decisions, and exchanged rows under keep_exchanges."""
         rows = self.config.model.top_k * self._moe_tokens()
         exchanged = 2 * self.c * self.config.model.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
         return (8 + exchanged * (self.place.degrees.ep > 1)) * rows
 
     def _to_split(self, width: int, layers: int = 1) -> int:
-        """The input of split layers: gathered for each of them under sequence parallelism."""
+        """Bytes of the input of layers split by tensor parallelism; one per layer under sequence parallelism."""
         return self.c * width * self.T * (layers if self.splits else 1)
 
     def _grouped(self) -> int:
         a, model = self.config.attention, self.config.model
         width, n = a.head_width or model.hidden_size // model.num_heads, self.heads
         m = (a.num_kv_heads or model.num_heads) // self.tp
-        # qkv, of which v is a part; q and k rotated; the output and its copy with heads side by side
+        # the qkv projection; rotated q and k; the output, and its copy with concatenated heads
         heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
-        rows = 4 * n + 4 * (n + m) * a.qk_norm  # log of the softmax's sum; norms
+        rows = 4 * n + 4 * (n + m) * a.qk_norm  # attention's logsumexp; norms
         return self._to_split(model.hidden_size) + (heads + rows + self._tables(width)) * self.T
 
     def _latent(self) -> int:
@@ -277,7 +280,7 @@ class _Activations:
         return self.hidden + latents * self.t + to_split + (heads + self._tables(a.qk_rope_width)) * self.T
 
     def _tables(self, width: int) -> int:
-        """Sines and cosines in the computed dtype, for queries and for keys."""
+        """Bytes of sines and cosines per token, cast to bf16 for queries and for keys."""
         return 2 * self.c * width if self.c == 2 else 0
 
     def _dense(self) -> int:
@@ -285,27 +288,27 @@ class _Activations:
         return self._to_split(self.config.model.hidden_size, layers=2) + inside
 
     def _moe_tokens(self) -> int:
-        return ceil(self.T / self.tp)  # tokens that all tensor-parallel ranks hold are shared out among them
+        return ceil(self.T / self.tp)  # tensor-parallel ranks hold the same tokens and divide them
 
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe(1), self.place.degrees, self._moe_tokens(), self.c
         hidden, rows = moe.hidden_size, moe.top_k * t
         router = 4 * (hidden + moe.num_experts) * t
-        x = c * hidden * t if c < 4 else 0  # beside the router's fp32 copy of it
+        x = c * hidden * t if c < 4 else 0  # in addition to the router's fp32 copy
         shared = 0
         if moe.shared_intermediate_size:
             gate = c * (hidden + 1) * t if moe.shared_gate else 0
             shared = 4 * c * moe.shared_intermediate_size * t + gate
-        # rows that arrive; where all experts are here, the tokens themselves, which only etp ranks must bring together
+        # rows received under ep; without ep, only etp ranks gather tokens
         arriving = rows if degrees.ep > 1 else t if degrees.etp > 1 else 0
         sources = c * hidden * arriving * degrees.etp
         up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
         experts = sources + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
-        places = 72 * rows  # ids, weights, and where rows stand
+        places = 72 * rows  # ids, gate weights and row positions
         return router + experts + places + shared + (x if shared or degrees.ep * degrees.etp == 1 else 0)
 
     def _head(self) -> int:
-        """The last norm, the logits, and their logarithm in fp32."""
+        """Bytes of the final norm, the logits, and their log-softmax in fp32."""
         kept = 4 if self.place.num_stages > 1 and FREES_LOGITS else self.c + 4
         logits = kept * ceil(self.vocabulary / self.tp) * self.T
         return 4 * self.t + self._to_split(self.config.model.hidden_size) + logits

@@ -1,7 +1,7 @@
-"""What one rank of a job would do, watched while the real code runs on tensors that have shapes but no memory.
+"""Records what one rank would do, while the real code runs on fake tensors, which have shapes but no memory.
 
-A :class:`Recorder` is entered above torch's FakeTensorMode, in a job whose process group is torch's "fake" one. It sees
-every operation: memory that is allocated and freed, collectives with their groups, and matrix products.
+Enter a :class:`Recorder` inside torch's FakeTensorMode, in torch's "fake" process group. It sees every operation:
+memory allocated and freed, collectives with their groups, and matrix products.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .costs import FLOPS, bytes_sent, fused_attention, fused_norm, group_of, ver
 
 aten = torch.ops.aten
 
-#: where DTensor runs operations on whole tensors, to learn shapes
+#: DTensor's method that runs operations on unsharded tensors to infer shapes
 PROPAGATE = "_propagate_tensor_meta_non_cached"
 
-#: module -> the part of the model whose products it counts under; an inner one wins
+#: module class -> part of the model to which its products are counted; the innermost module decides
 PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
 
-#: who uses a group when several axes have the same ranks: by what is done
+#: collective -> mesh axes that use it, most likely first; needed if several axes have the same ranks
 USERS = {
     "all_gather": ("tp", "fsdp", "edp_shard", "cp"),
     "reduce_scatter": ("tp", "fsdp", "edp_shard", "cp"),
@@ -57,23 +57,24 @@ USERS = {
 
 @dataclass
 class Block:
-    """One piece of memory, from its allocation to its end."""
+    """One block of memory and its lifetime."""
 
     bytes: int
-    #: "parameters", "gradients", ... where somebody said so; else found out by its life
+    #: "parameters", "gradients", ... if it was named; otherwise the kind is inferred from the lifetime
     kind: str = ""
-    #: backward passes that had begun when it was allocated, and whether one was under way
+    #: number of backward passes started before it was allocated
     born: int = 0
+    #: whether it was allocated during a backward pass
     in_backward: bool = False
-    #: backward passes that had begun when it was freed; none: it outlived the step
+    #: number of backward passes started before it was freed; None: it outlived the step
     died: int | None = None
-    #: freed and allocated again (FSDP's whole weights)
+    #: whether it was freed and allocated again, as FSDP does with gathered weights
     resized: bool = False
-    #: sent or received
+    #: whether it was sent or received
     travels: bool = False
 
     def found(self) -> str:
-        """Its kind, told by its life where nobody named it."""
+        """Return its kind, inferred from the lifetime unless it was named."""
         if self.kind:
             return self.kind
         if self.resized:
@@ -87,27 +88,28 @@ class Block:
 
 @dataclass(frozen=True)
 class Collective:
-    """A kind of collective that this rank takes part in."""
+    """One kind of collective in which this rank takes part."""
 
     verb: str
-    #: the axis of the mesh, or "world"
+    #: mesh axis, or "world"
     axis: str
     ranks: int
-    #: all of them on one node
+    #: whether all these ranks are on one node
     inside_node: bool
-    #: "forward and backward", once per micro-batch unless FSDP waits for the last; or "once a step"
+    #: "forward and backward": for each micro-batch, except that FSDP may wait for the last one; or "once a step"
     when: str
 
 
 @dataclass
 class Recorder(TorchDispatchMode):
-    """Everything that happens on this rank while it is entered."""
+    """Records memory, collectives and floating-point operations of this rank while it is entered."""
 
     mesh: Mesh | None
-    #: ranks of a node
+    #: ranks per node
     node: int
-    #: rows of x that a MoE layer dispatches on this rank, and its configuration
+    #: tokens that each MoE layer dispatches on this rank
     tokens: int
+    #: configuration of the MoE layers
     moe: MoEConfig
     flops: Counter[str] = field(default_factory=Counter)
     calls: Counter[Collective] = field(default_factory=Counter)
@@ -119,8 +121,9 @@ class Recorder(TorchDispatchMode):
         self._alive: dict[int, weakref.ref] = {}
         self._events: list[tuple[Block, int]] = []
         self._backward, self._task, self._blind = 0, -1, False
-        #: parts whose forward is under way; where each part's autograd nodes begin, by their sequence numbers
+        #: stack of the parts whose forward is running
         self._parts: list[str] = []
+        #: autograd sequence numbers at which a part begins, and the name of each such part
         self._starts: list[int] = [0]
         self._labels: list[str] = ["head"]
         self._names: dict[str, list[str]] = {}
@@ -159,7 +162,7 @@ class Recorder(TorchDispatchMode):
         return call
 
     def watch(self, model: nn.Module) -> None:
-        """Count the products of the model's parts under their names."""
+        """Attribute the products of ``model`` to its parts, see :data:`PARTS`."""
         for module in model.modules():
             part = next((name for kind, name in PARTS.items() if isinstance(module, kind)), None)
             if part is not None:
@@ -167,14 +170,14 @@ class Recorder(TorchDispatchMode):
                 module.register_forward_hook(self._leave, always_call=True)
 
     def name(self, kind: str, tensors: Iterator[Tensor]) -> None:
-        """Say what the memory of these tensors is for. Memory that is not known yet is known from here on."""
+        """Set the kind of these tensors' memory. Memory not seen before is recorded from now on."""
         for t in tensors:
             local = t.to_local() if isinstance(t, DTensor) else t
             self._seen(local).kind = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, (DTensor, AsyncCollectiveTensor)) for kind in types):
-            return NotImplemented  # they are made of the tensors that are seen here
+            return NotImplemented  # unwrap them first: the plain tensors inside are recorded
         if self._blind:
             return func(*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
@@ -196,9 +199,9 @@ class Recorder(TorchDispatchMode):
     # ---- memory
 
     def peak(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Bytes by kind at the moment when most is allocated; and the most that there ever is of each kind.
+        """Return the bytes of each kind at the peak of the total, and at the peak of each kind.
 
-        The optimizer's state, which the first step makes at its end, is taken to have been there all the time.
+        Optimizer state is counted as present from the start, although the first step only creates it at its end.
         """
         now: Counter[str] = Counter()
         most: Counter[str] = Counter()
@@ -221,7 +224,7 @@ class Recorder(TorchDispatchMode):
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self._blocks:
-            size = 0 if t.device.type == "meta" else storage.nbytes()  # a place whose memory is still to come
+            size = 0 if t.device.type == "meta" else storage.nbytes()  # meta tensors are not allocated yet
             block = Block(size, born=self._backward, in_backward=self._task != -1)
             self._blocks[key] = block
             self._alive[key] = weakref.ref(storage, partial(self._freed, key))
@@ -253,17 +256,17 @@ class Recorder(TorchDispatchMode):
             return
         group = group_of(args)
         size, names = group.size(), self._names.get(group.group_name, ["world"])
-        noted = self._traffic[-1].axis if self._traffic else None  # by our own verbs, just before they call
+        noted = self._traffic[-1].axis if self._traffic else None  # recorded by moe/collectives just before the call
         self._traffic.clear()
         users = [name for name in USERS.get(verb, ()) if name in names]
         axis = noted or (users or names)[0]
         sent = bytes_sent(verb, func, args, size, group.rank())
         if size == 1 or (verb in ("send", "recv") and all(t.nbytes <= 8 for t in tensors)):
-            return  # nobody else, or a schedule's greeting of its neighbours before the first step
+            return  # nothing is sent, or it is a pipeline schedule's handshake before the first step
         ranks = dist.get_process_group_ranks(group)
         if verb in ("send", "recv"):
             ranks = [dist.get_rank(), ranks[args[2]]]
-        # gradients, and the sums that a step begins and ends with
+        # reductions of gradients, and the sums at the start and end of a step
         once = axis in _WEIGHTS if verb == "reduce_scatter" else verb == "all_reduce" and not noted
         once = once and func.namespace == "c10d"
         inside = len({rank // self.node for rank in ranks}) == 1
@@ -272,7 +275,7 @@ class Recorder(TorchDispatchMode):
         self.sent[kind] += sent
 
     def _balanced(self, parts: int, axis: Axis) -> list[int]:
-        """Rows to each of ``parts`` destinations when all experts are chosen equally often."""
+        """Return the rows sent to each of ``parts`` destinations if all experts are chosen equally often."""
         moe, (hop, ranks) = self.moe, (axis.name.rsplit(".", 1)[-1], axis.size)
         if hop not in ("across", "within"):
             return shares(self.tokens * moe.top_k, Axis("", size=parts))
@@ -299,7 +302,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "equimoe":
             return "experts"
         node = torch._C._current_autograd_node() if self._task != -1 and not self._parts else None
-        if node is not None:  # a backward belongs to the part whose forward made it
+        if node is not None:  # attribute backward operations to the part whose forward created the node
             return self._labels[bisect_right(self._starts, node._sequence_nr()) - 1]
         return self._parts[-1] if self._parts else "head"
 
@@ -308,7 +311,7 @@ _WEIGHTS = ("fsdp", "dp_replicate", "dense", "edp", "edp_shard", "edp_replicate"
 
 
 def _believed(dtype: torch.dtype) -> bool | int | float:
-    """What a tensor without values holds when somebody must know: gradients are finite and are clipped."""
+    """Return a value for a fake tensor that the code reads: gradients count as finite, and are clipped."""
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
@@ -317,9 +320,9 @@ def _ep_size(mesh: Mesh | None) -> int:
 
 
 def chosen_share(moe: MoEConfig, experts: int) -> float:
-    """The share of the tokens that choose at least one of ``experts`` experts of one place, choosing at random."""
+    """Return the share of tokens that choose at least one of ``experts`` experts on one rank or node, at random."""
     groups, kept = moe.router.groups, moe.router.kept_groups
     if experts > moe.num_experts // groups:
-        groups = kept = 1  # the place is wider than a group
+        groups = kept = 1  # these experts span several groups
     open_to = moe.num_experts * kept // groups
     return kept / groups * (1 - comb(open_to - experts, moe.top_k) / comb(open_to, moe.top_k))

@@ -1,8 +1,9 @@
-"""Bytes that a rank sends to other ranks in one layer's step, in closed form, for a balanced routing.
+"""Computes the bytes that a rank sends for one MoE layer in closed form, assuming balanced routing.
 
 T tokens of a rank, D hidden, K top-k, e expert-parallel ranks, g expert-tensor-parallel ranks, S source rows of a rank.
-With rows alone, as they are computed, the forward of :func:`all_to_all` is K T D [2 (e - 1)/e + 2 (g - 1)] values (MoE
-Parallel Folding, arXiv 2504.14960). Counts that are exchanged are left out: 8 bytes per expert.
+Counting only rows, in the dtype of the computation, the forward of :func:`all_to_all` sends
+K T D [2 (e - 1)/e + 2 (g - 1)] values (MoE Parallel Folding, arXiv 2504.14960). The exchange of counts, 8 bytes per
+expert, is not included.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _ID = 4
 
 
 class Bytes(NamedTuple):
-    """Of a forward and of a backward pass."""
+    """Bytes sent in a forward and in a backward pass."""
 
     forward: float
     backward: float
@@ -25,30 +26,31 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank routes."""
+    """The tokens that one rank routes, and the size of their rows."""
 
     tokens: int
     hidden: int
     top_k: int
-    #: bytes of a value as it is computed, and of a router weight
+    #: bytes per value in the dtype of the computation
     value: int = 2
+    #: bytes of a gate weight
     weight: int = 4
-    #: ``DispatchConfig.wire``
+    #: dtype in which rows are sent, as in ``DispatchConfig.wire``
     wire: str = "compute"
 
     @property
     def out(self) -> int:
-        """Bytes of a row on its way to the experts."""
+        """Bytes of a dispatched row."""
         return {"compute": self.hidden * self.value, "bf16": self.hidden * 2, "fp8": self.hidden + 4}[self.wire]
 
     @property
     def home(self) -> int:
-        """Bytes of a result, or of a gradient."""
+        """Bytes of a combined row, or of a row's gradient."""
         return self.hidden * (self.value if self.wire == "compute" else 2)
 
 
 def _exchange(load: Load, rows: float, choices: int, ids: bool) -> Bytes:
-    """Rows with the weights, and perhaps the ids, of their choices there, and results home; gradients the other way."""
+    """Dispatch of rows with their gate weights (and perhaps ids) and combine of results; the reverse in backward."""
     weights = choices * load.weight
     return Bytes(
         rows * (load.out + weights + ids * choices * _ID + load.home), rows * (load.home + load.home + weights)
@@ -56,40 +58,43 @@ def _exchange(load: Load, rows: float, choices: int, ids: bool) -> Bytes:
 
 
 def expert_tensor_parallel(load: Load, etp: int, rows: float, choices: int) -> Bytes:
-    """All-gather of a rank's source rows, and reduce-scatter of results, over the etp axis."""
+    """All-gather of source rows and reduce-scatter of results over the etp axis."""
     return _exchange(replace(load, wire="compute"), (etp - 1) * rows, choices, ids=True)
 
 
 def local(load: Load, etp: int = 1) -> Bytes:
-    """Experts that are not split over ranks, or only their width."""
+    """Experts that are not split over ranks, except for their width over etp ranks."""
     return expert_tensor_parallel(load, etp, load.tokens, load.top_k)
 
 
 def all_to_all(load: Load, ep: int, etp: int = 1) -> Bytes:
-    """One row per choice, in however many chunks."""
+    """One row per choice; the number of chunks makes no difference."""
     rows = load.top_k * load.tokens
     return _exchange(load, rows * (ep - 1) / ep, 1, ids=False) + expert_tensor_parallel(load, etp, rows, 1)
 
 
 def padded(load: Load, ep: int, rows_per_expert: int, num_experts: int) -> Bytes:
-    """Fixed sizes, whatever was routed."""
+    """Exchange of fixed sizes, independent of the routing."""
     return _exchange(load, rows_per_expert * num_experts * (ep - 1) / ep, 1, ids=False)
 
 
 def all_gather(load: Load, ep: int, etp: int = 1) -> Bytes:
-    """Every token to every rank, whatever was routed."""
+    """Every token goes to every rank, independent of the routing."""
     gathered = _exchange(load, (ep - 1) * load.tokens, load.top_k, ids=True)
     return gathered + expert_tensor_parallel(load, etp, ep * load.tokens, load.top_k)
 
 
 def hierarchical(load: Load, nodes: int, ranks: int, nodes_each: float, ranks_each: float, etp: int = 1) -> Bytes:
-    """``nodes`` of ``ranks``; a token chooses on ``nodes_each`` different nodes and ``ranks_each`` different ranks."""
+    """Exchange between ``nodes``, then within a node of ``ranks``.
+
+    A token has choices on ``nodes_each`` different nodes and ``ranks_each`` different ranks.
+    """
     between = _exchange(load, load.tokens * nodes_each * (nodes - 1) / nodes, load.top_k, ids=True)
     within = _exchange(load, load.tokens * ranks_each * (ranks - 1) / ranks, load.top_k, ids=True)
     return between + within + expert_tensor_parallel(load, etp, load.tokens * ranks_each, load.top_k)
 
 
 def drop_duplicates(load: Load, tp: int) -> Bytes:
-    """Outputs gathered over ``tp`` ranks that hold the same tokens; what is dispatched is 1/tp of them."""
+    """All-gather of outputs over ``tp`` ranks that hold the same tokens, of which each dispatches 1/tp."""
     share = load.tokens * (tp - 1) / tp * load.hidden * load.value
     return Bytes(share, share)

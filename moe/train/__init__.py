@@ -1,1 +1,1 @@
-"""State that outlives a step: data, optimizer, metrics, and the loop around them."""
+"""The training run: data, optimizer, evaluation, and the loop around them."""

@@ -1,4 +1,4 @@
-"""What a training run can choose. A recipe is a function that returns a whole :class:`TrainConfig`."""
+"""Configuration of a training run. A recipe is a function that returns a complete :class:`TrainConfig`."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from ..config import (
     check_choices,
     require,
 )
-from ..parallel.config import ParallelConfig as ParallelConfig  # one section of a run's configuration
+from ..parallel.config import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder language model around the MoE layers."""
+    """The decoder language model that contains the MoE layers."""
 
     hidden_size: int = 256
+    #: number of decoder blocks
     num_layers: int = 4
     num_heads: int = 4
     #: width of the dense feed-forwards
     intermediate_size: int = 512
     num_experts: int = 8
+    #: experts per token
     top_k: int = 2
     #: width of one expert
     moe_intermediate_size: int = 256
-    #: every n-th feed-forward, counted from the last of each n, is an MoE layer; 1: all, 0: none
+    #: use an MoE layer in every n-th block, starting with the n-th; 1: in all blocks, 0: in none
     moe_every: int = 1
-    #: the first n feed-forwards are dense whatever ``moe_every`` says
+    #: use dense feed-forwards in the first n blocks, regardless of ``moe_every``
     dense_layers: int = 0
-    #: width of the shared experts together (every token takes them); 0: none
+    #: total width of the shared experts, which process every token; 0: none
     shared_intermediate_size: int = 0
-    #: scale the shared experts' output by a sigmoid gate of the token (Qwen2-MoE)
+    #: multiply the shared experts' output by a sigmoid gate computed from the token (Qwen2-MoE)
     shared_gate: bool = False
-    #: entries of the embedding; None: as many as the tokenizer has
+    #: vocabulary size of embedding and head; None: that of the tokenizer
     vocab_size: int | None = None
-    #: standard deviation of the first weights; narrow models learn sooner from larger ones, about hidden_size**-0.5
+    #: standard deviation of the initial weights; narrow models learn faster with about hidden_size**-0.5
     init_std: float = 0.02
-    #: compute activations again in the backward pass (section ``recompute``: which)
+    #: recompute activations in the backward pass; section ``recompute`` says which
     recompute: bool = False
-    #: of the routed experts; "gelu" is by the error function, "relu2" the square of ReLU
+    #: activation of the routed experts; "gelu" uses the error function, "relu2" is the square of ReLU
     activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
-    #: experts with a gate, down(act(gate(x)) * up(x)), or without, down(act(up(x)))
+    #: the routed experts compute down(act(gate(x)) * up(x)); if False, down(act(up(x)))
     gated: bool = True
-    #: experts keep their input alone, and compute the pre-activation again in the backward pass
+    #: recompute the experts' pre-activation in the backward pass: saves memory, costs one more matrix product
     recompute_experts: bool = False
-    #: which kernels: "reference" (slow, obvious), "torch", "triton", or "auto", the ones measured to be best
+    #: kernels to use: "reference" (slow and obvious), "torch", "triton", or "auto", those that measured fastest
     backend: Literal["auto", "torch", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
@@ -61,12 +63,12 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("num_experts", "top_k", "moe_intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-        require(self.moe_every >= 0, "model.moe_every", self.moe_every, "use 1 for every layer, 2 for every second")
+        require(self.moe_every >= 0, "model.moe_every", self.moe_every, "must not be negative; 1: all blocks, 0: none")
         require(
             0 <= self.dense_layers <= self.num_layers,
             "model.dense_layers",
             self.dense_layers,
-            f"must lie between 0 and model.num_layers={self.num_layers}",
+            f"must be between 0 and model.num_layers={self.num_layers}",
         )
         require(self.init_std > 0, "model.init_std", self.init_std, "must be positive; 0.02 is usual")
         require(
@@ -79,7 +81,7 @@ class ModelConfig:
             self.shared_intermediate_size >= 0,
             "model.shared_intermediate_size",
             self.shared_intermediate_size,
-            "must not be negative; 0: no shared experts",
+            "must not be negative; 0 means no shared experts",
         )
         require(
             not self.shared_gate or self.shared_intermediate_size > 0,
@@ -91,28 +93,30 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it is cut into sequences."""
+    """Where the text comes from and how it is split into sequences."""
 
-    #: a file or folder of text, .jsonl or flat token files; None: the text that comes with Python
+    #: a text, .jsonl or flat token file, or a folder of such files; None: the text that comes with Python
     path: str | None = None
-    #: "bytes", or a Hugging Face tokenizer.json
+    #: "bytes", or the path of a Hugging Face tokenizer.json
     tokenizer: str = "bytes"
+    #: tokens per sequence
     seq_len: int = 256
     #: sequences per optimizer step, over all ranks
     global_batch: int = 16
     #: sequences per forward pass on one rank
     micro_batch: int = 8
-    #: share of the documents that is never trained on
+    #: share of each domain's tokens that is held out for evaluation and never trained on
     heldout_fraction: float = 0.02
-    #: how a document gets its domain: its top folder, its kind of file, or a field of the jsonl
-    #: record; "auto": the field where there is one, else the folder, else the kind
+    #: what determines a document's domain: its top-level folder, its file type, or a field of its .jsonl record;
+    #: "auto": the field if it exists, else the folder, else the file type
     domain_by: Literal["auto", "folder", "kind", "field"] = "auto"
+    #: field of a .jsonl record that holds the text
     text_field: str = "text"
+    #: field of a .jsonl record that holds the domain
     domain_field: str = "domain"
-    #: of the built-in text, which is larger than a quick run needs: bytes that are read of each domain; None: all.
-    #: Text from ``path`` is always read whole
+    #: bytes to read of each domain of the built-in text; None: all. Text from ``path`` is always read completely
     builtin_bytes_per_domain: int | None = None
-    #: type of a flat token file's entries
+    #: integer type of the ids in a flat token file
     token_dtype: Literal["uint16", "uint32"] = "uint16"
 
     def __post_init__(self) -> None:
@@ -141,27 +145,29 @@ class DataConfig:
             0 < self.heldout_fraction < 1,
             "data.heldout_fraction",
             self.heldout_fraction,
-            "must lie between 0 and 1; 0.02 is usual",
+            "must be greater than 0 and less than 1; 0.02 is usual",
         )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW and the learning-rate schedule."""
 
+    #: peak learning rate
     lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    #: cosine decay, or warmup-stable-decay
+    #: learning rate after warm-up: cosine decay, or warmup-stable-decay ("wsd")
     schedule: Literal["cosine", "wsd"] = "cosine"
+    #: steps of linear warm-up
     warmup_steps: int = 20
-    #: share of the steps over which wsd decays, at the end
+    #: for "wsd": share of the steps, at the end of the run, in which the learning rate decays
     decay_fraction: float = 0.2
-    #: the last learning rate as a share of the first
+    #: final learning rate as a fraction of ``lr``
     min_lr_ratio: float = 0.1
-    #: largest norm of the gradient; 0 switches clipping off
+    #: clip gradients to this norm; 0 switches clipping off
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
@@ -177,11 +183,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When a checkpoint is written, and how many stay."""
+    """When checkpoints are saved, and how many are kept."""
 
-    #: steps between checkpoints; 0: only the last step
+    #: save a checkpoint every n steps, and at the end; 0: only at the end
     every: int = 100
-    #: how many of the newest complete checkpoints stay
+    #: keep the newest n complete checkpoints and delete older ones
     keep_last: int = 2
 
     def __post_init__(self) -> None:
@@ -191,14 +197,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is measured, and how often."""
+    """How often the run is measured, and what it records."""
 
-    #: steps between progress lines
+    #: record metrics and print progress every n steps
     every: int = 10
-    #: steps between evaluations on held-out text; 0: only at the end
+    #: evaluate on held-out text every n steps, and at the end; 0: only at the end
     eval_every: int = 100
-    #: sequences per domain in an evaluation; all that there are when fewer
+    #: evaluate at most this many sequences per domain
     eval_sequences: int = 16
+    #: also write TensorBoard files
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
@@ -210,11 +217,13 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole training run."""
+    """The complete configuration of a training run."""
 
+    #: optimizer steps
     steps: int = 300
+    #: seed of the initial weights and of the data order
     seed: int = 0
-    #: "bfloat16" computes in bf16 from fp32 master weights
+    #: dtype of the computation; "bfloat16" keeps fp32 master weights
     dtype: Literal["float32", "bfloat16"] = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -242,38 +251,41 @@ class TrainConfig:
         )
 
     def degrees(self, world: int) -> ParallelConfig:
-        """How ``world`` ranks share the work, with every -1 replaced. Raises ValueError if that does not fit."""
+        """Return the parallel degrees for ``world`` ranks, with every -1 resolved.
+
+        Raises ValueError if they do not multiply to ``world`` or do not divide the experts.
+        """
         found = self.parallel.resolve(world, self.model.num_experts)
         require(
             self.model.num_experts % found.ep == 0,
             "parallel.ep",
             found.ep,
-            f"which {world} processes make it, must divide model.num_experts={self.model.num_experts}; "
-            "set parallel.ep or start another number of processes",
+            f"the value resolved for {world} processes must divide model.num_experts={self.model.num_experts}; "
+            "set parallel.ep or change the number of processes",
         )
         return found
 
     def micro_batches(self, data_parallel: int) -> int:
-        """Forward passes per optimizer step and rank, for ``data_parallel`` ranks."""
+        """Return the micro-batches per optimizer step on each of ``data_parallel`` data-parallel ranks."""
         per_pass = self.data.micro_batch * data_parallel
         require(
             self.data.global_batch % per_pass == 0,
             "data.global_batch",
             self.data.global_batch,
-            f"must be a multiple of data.micro_batch * ranks = {self.data.micro_batch} * {data_parallel}; "
-            "set one of the two",
+            "must be a multiple of data.micro_batch * data-parallel ranks = "
+            f"{self.data.micro_batch} * {data_parallel}; change one of them",
         )
         passes = self.data.global_batch // per_pass
         require(
             self.balance.micro_batches in (None, passes),
             "balance.micro_batches",
             self.balance.micro_batches,
-            f"data.global_batch, data.micro_batch and {data_parallel} ranks make it {passes}; leave it out",
+            f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {passes}; leave it out",
         )
         return passes
 
     def moe(self, micro_batches: int) -> MoEConfig:
-        """The configuration of each MoE layer."""
+        """Return the configuration of each MoE layer, for ``micro_batches`` micro-batches per step."""
         return MoEConfig(
             hidden_size=self.model.hidden_size,
             intermediate_size=self.model.moe_intermediate_size,

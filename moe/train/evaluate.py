@@ -1,4 +1,4 @@
-"""Held-out loss and routing by domain.  N domains, L MoE layers, E experts."""
+"""Evaluation: held-out loss and routing by domain.  N domains, L MoE layers, E experts, B sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .data import Corpus, heldout_batches
 
 
 def _seen(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
-    """fp64 [B, E + 2]: choices, tokens, and the chosen experts' probabilities of each sequence."""
+    """Return fp64 [B, E + 2] per sequence: choices of each expert, tokens, probability of the chosen experts."""
     chosen_B = chosen_probability(router, x_TD, routing)
     return torch.cat((routing.counts_BE.double(), routing.tokens_B[:, None], chosen_B[:, None]), dim=1)
 
@@ -37,12 +37,14 @@ def evaluate(
     mesh: Mesh | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Held-out loss in nats per token, over all and by domain, and how each domain's tokens are routed.
+    """Measure the held-out loss in nats per token, and how tokens are routed, overall and by domain.
 
-    ``layers`` are this rank's MoE layers by their number in the decoder, ``numbers`` those of the whole model.
-    Every rank calls it and gets the same answer, an ``eval`` record's fields: see :mod:`equimoe.moe.observe.metrics`.
-    Padding is masked. With a capacity limit each sequence is evaluated alone and has its own limit, so the answer does
-    not depend on how sequences are grouped (a padded exchange, capacity.pad, still has a limit for each rank's part).
+    ``layers`` maps block numbers to this rank's MoE layers; ``numbers`` are the block numbers of all MoE layers of the
+    model. Every rank must call this function, and all get the same result: the fields of an ``eval`` record, see
+    :mod:`equimoe.moe.observe.metrics`. Padding is masked.
+
+    With a capacity, each sequence is evaluated alone with a capacity of its own, so the result does not depend on how
+    sequences are batched. Under ``capacity.pad`` each rank's part of a sequence still has its own capacity.
     """
     cp, tp = (LOCAL, LOCAL) if mesh is None else (mesh["cp"], mesh["tp"])
     readers = LOCAL if mesh is None else mesh["dp"]
@@ -55,8 +57,8 @@ def evaluate(
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
             found = engine.evaluate([Batch(*batch) for _, *batch in several])
-        for (domain, _, _, mask_BS), nats_BS in zip(several, found, strict=False):  # none before the last stage
-            if tp.rank == 0:  # the others of a tensor-parallel group have the same losses
+        for (domain, _, _, mask_BS), nats_BS in zip(several, found, strict=False):  # empty before the last stage
+            if tp.rank == 0:  # all ranks of a tensor-parallel group have the same losses
                 sums_N2[place[domain], 0] += nats_BS.double().sum()
                 sums_N2[place[domain], 1] += mask_BS.sum() * (cp.rank == 0)
         for number, of_layer in zip(layers, routings, strict=True):
@@ -67,7 +69,7 @@ def evaluate(
 
 @contextmanager
 def _capacity_of_each_sequence(layers: Iterable[MoE], mesh: Mesh | None) -> Iterator[None]:
-    """Limits are those of whole sequences, over the ranks that hold parts of them; not of a rank, or of all ranks."""
+    """Within the block, give every sequence its own capacity, over all ranks that hold parts of it."""
     axis = LOCAL if mesh is None else mesh["sequence"]
     with ExitStack() as stack:
         for layer in layers:

@@ -1,4 +1,4 @@
-"""A training run from its first step to its report.  N domains, L MoE layers."""
+"""The training loop: steps, evaluations, records and checkpoints.  N domains, L MoE layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .step import Losses, NonFiniteError, mixed_precision
 
 
 def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
-    """The whole model of a configuration, the same on every rank: the seed alone decides its weights."""
+    """Build the complete model of ``config``. Its weights depend only on the seed, so all ranks build the same."""
     torch.manual_seed(config.seed)
     return Decoder(
         vocab_size=vocab_size,
@@ -62,12 +62,12 @@ def _built(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
 
 
 class Trainer:
-    """Model, optimizer and data of a run on this rank."""
+    """This rank's model, optimizer and data, and what the training loop does with them."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
         self.config, self.corpus, self.device, self.mesh = config, corpus, device, mesh
         self.axis = world_axis()
-        #: the ranks that read different sequences
+        #: mesh axis whose ranks read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
         model = _built(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
@@ -78,7 +78,7 @@ class Trainer:
             for w in layer.experts.parameters()
         )
         self.expert_share = expert_share(model)
-        #: the decoder's layers that are MoE
+        #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
         self.engine = build_engine(
             model.to(device),
@@ -91,19 +91,19 @@ class Trainer:
             dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             precision=partial(mixed_precision, config, device),
         )
-        #: those of them that are on this rank
+        #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
         self.columns = Columns.of(config.moe(self.micro_batches), self.axis.size)
-        #: by layer, fp64 [2]: the chosen experts' probabilities and the tokens, if the last step was observed
+        #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0
         torch.manual_seed(config.seed + 1 + self.axis.rank)
 
     @property
     def model(self) -> Decoder:
-        """The decoder; under pipeline parallelism this rank's first stage."""
+        """The decoder, or this rank's first stage of it under pipeline parallelism."""
         return cast(Decoder, self.engine.parts[0])
 
     @property
@@ -112,10 +112,10 @@ class Trainer:
         return learning_rate(self.config.optim, self.step - 1, self.config.steps)
 
     def train_step(self, observed: bool = True) -> Tensor:
-        """Do the next optimizer step; returns the gradient's norm.
+        """Run the next optimizer step and return the gradient norm.
 
-        ``observed`` looks at scores, which :meth:`record` tells: one more product with the router's weight. Raises
-        NonFiniteError, on every rank and with the weights of the step before, when the norm is not finite.
+        ``observed`` also collects the router's scores for :meth:`record`, at the cost of one more product with the
+        router's weight. Raises NonFiniteError on every rank if the norm is not finite; the weights are then unchanged.
         """
         config = self.config
         sampled = self.batches.sample(
@@ -125,12 +125,12 @@ class Trainer:
         self.scores = [None] * len(self.layers)
         with self._observed_scores() if observed else nullcontext():
             result = self.engine.step(batches, learning_rate(config.optim, self.step, config.steps))
-        if self.mesh is None or self.mesh["tp"].rank == 0:  # the others of a tensor-parallel group have the same losses
-            for nats_BS, (_, _, domain_B) in zip(result.nats, sampled, strict=False):  # none before the last stage
+        if self.mesh is None or self.mesh["tp"].rank == 0:  # all ranks of a tensor-parallel group have the same losses
+            for nats_BS, (_, _, domain_B) in zip(result.nats, sampled, strict=False):  # empty before the last stage
                 self.losses.add(nats_BS, domain_B.to(self.device))
         if not result.applied:
             raise NonFiniteError(
-                f"gradient norm is {float(result.norm)}: lower optim.lr, or resume from an earlier checkpoint"
+                f"grad_norm={float(result.norm)}: is not finite; lower optim.lr, or resume from an earlier checkpoint"
             )
         self.step += 1
         return result.norm
@@ -143,13 +143,16 @@ class Trainer:
         self.scores = [torch.stack(of_layer).sum(0) if of_layer else None for of_layer in found]
 
     def evaluate(self) -> dict[str, Any]:
-        """An ``eval`` record: see :mod:`equimoe.moe.observe.metrics`."""
+        """Evaluate and return an ``eval`` record, see :mod:`equimoe.moe.observe.metrics`. Every rank must call it."""
         found = evaluate(self.engine, self.layers, self.moe_numbers, self.corpus, self.config, self.mesh, self.device)
         return {"kind": "eval", "step": self.step} | found
 
     def record(self, norm: Tensor) -> dict[str, Any]:
-        """A ``train`` record of the steps since the last one. Every rank calls it; one small all-reduce, and smaller
-        ones among ranks that share sequences or experts."""
+        """Return a ``train`` record of the steps since the last record.
+
+        Every rank must call it. It costs one small all-reduce, and smaller ones among ranks that share sequences or
+        experts.
+        """
         table = torch.zeros(len(self.moe_numbers), self.columns.width, dtype=torch.float64, device=self.device)
         places = [self.moe_numbers.index(number) for number in self.layers]
         observe(table, places, self.layers.values(), self.columns, self.mesh, self.axis.rank, self.scores)
@@ -171,7 +174,7 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that a resume needs, those of load balancing among them."""
+        """Return all tensors that a resume needs, including the state of load balancing and of random generators."""
         state = self.engine.state()
         for number, layer in self.layers.items():
             balance = layer.balancer.state(self.device)
@@ -182,17 +185,20 @@ class Trainer:
         return state
 
     def save(self, root: Path) -> Path:
-        """Write a checkpoint of the present step. Every rank calls it."""
+        """Save a checkpoint of the current step and return its path. Every rank must call it."""
         degrees = {} if self.mesh is None else asdict(self.mesh.degrees)
         position = {"world": self.axis.size, "parallel": degrees, "data": self.corpus.fingerprint}
         return checkpoint.save(root, self.step, self.state(), position, self.config.checkpoint.keep_last)
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Go on exactly where the checkpoint was written. Every rank calls it."""
+        """Restore the state of a checkpoint, so that training continues exactly. Every rank must call it.
+
+        Raises CheckpointError if the checkpoint was trained on other data.
+        """
         position = manifest["position"]
         if position.get("data") != self.corpus.fingerprint:
             raise checkpoint.CheckpointError(
-                f"{path}: was trained on other data; give the same data.path, tokenizer and sizes, or a new run folder"
+                f"{path}: was trained on other data; use the same data.path, tokenizer and sizes, or a new --run-dir"
             )
         self.engine.expect(checkpoint.contents(path, manifest))
         state = self.state()
@@ -210,7 +216,7 @@ class Trainer:
         self.step = int(manifest["step"])
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A ``run`` record."""
+        """Return a ``run`` record that contains ``config``."""
         return {
             "kind": "run",
             "config": config,
@@ -223,9 +229,9 @@ class Trainer:
 
 
 def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress: Progress | None) -> dict[str, Any]:
-    """Train to the configured last step, with evaluations and checkpoints on the way; returns the last evaluation.
+    """Train to the last configured step, evaluating and saving checkpoints, and return the last ``eval`` record.
 
-    ``metrics`` and ``progress`` are rank 0's; the others pass None.
+    Rank 0 passes ``metrics`` and ``progress``; other ranks pass None.
     """
     config, start = trainer.config, time.perf_counter()
     since, tokens_per_step = (trainer.step, start), config.data.global_batch * config.data.seq_len
@@ -255,5 +261,5 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
             publish(last_eval)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             trainer.save(run_dir / "checkpoints")
-        since = (since[0], since[1] + time.perf_counter() - busy)  # training's own speed
+        since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
     return last_eval

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate's schedule."""
+"""AdamW and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .config import OptimConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW of the trainable parameters, with weight decay on matrices alone; norms, being vectors, get none.
+    """Build AdamW for the trainable parameters. Weight decay applies to matrices only, not to vectors such as norms.
 
-    The parameters are the fp32 master weights: bf16 training computes in bf16 from them.
+    The parameters are fp32 master weights, also in bf16 training.
     """
     groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
     for parameter in (p for p in parameters if p.requires_grad):
-        # a group is updated by one fused call, which cannot mix plain tensors and DTensors, or DTensors of two meshes
+        # a fused update of one group cannot mix plain tensors and DTensors, or DTensors of different meshes
         groups.setdefault((parameter.dim() > 1, getattr(parameter, "device_mesh", None)), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -34,7 +34,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of ``step`` (from 0) in a run of ``steps``: linear warm-up, then the schedule."""
+    """Return the learning rate of ``step`` (from 0) in a run of ``steps``: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     start = config.warmup_steps

@@ -59,12 +59,12 @@ def refused(ended: Ended, code: int, *words: str) -> None:
         (["--model.hidden_size", "99999999999996"], ["model.hidden_size=99999999999996", "not fit into", "dryrun"]),
         (["--parallel.tp", "2", "--model.vocab_size", ""], ["--model.vocab_size=: must be a whole number or none"]),
         (["--parallel.cp", "2", "--data.seq_len", "30"], ["seq_len=30", "parallel.cp"]),
-        (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * ranks = 2 * 2"]),
+        (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * data-parallel ranks = 2 * 2"]),
         (["--recipe", "nope"], ["nope", "quickstart"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
         (["--data.path", ""], ["--data.path=: is empty"]),
         (["--run-dir", ""], ["--run-dir=: is empty"]),
-        (["--processes", "3"], ["--processes=3: torchrun has started 2 here already"]),
+        (["--processes", "3"], ["--processes=3: torchrun has already started 2 processes on this machine"]),
     ],
 )
 def test_configuration(run: Callable[..., Ended], tmp_path: Path, options: list[str], words: list[str]) -> None:
@@ -125,7 +125,7 @@ def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train, "_read_corpus", per_rank)
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(tmp_path / "texts0", steps=2)))
     ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")], 2)
-    refused(ended, env.DISAGREEMENT, "ranks [1] read other data or configuration than rank 0")
+    refused(ended, env.DISAGREEMENT, "ranks [1]: data or configuration differ from rank 0")
 
 
 def test_one_rank_that_fails_ends_all(
@@ -149,7 +149,7 @@ def test_one_rank_that_fails_ends_all(
 def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_path: Path) -> None:
     assert run().codes == [0, 0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    refused(run(), env.CHECKPOINT, "run_dir=", "holds another run", "--resume")
+    refused(run(), env.CHECKPOINT, "run_dir=", "already holds a run", "--resume")
     refused(run("--resume"), env.CHECKPOINT, "steps=2", "raise --steps")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert run("--resume", "--steps", "4").codes == [0, 0]
@@ -212,7 +212,7 @@ def test_links_in_a_run_folder_are_not_written_through(run: Callable[..., Ended]
 
 def test_gradient_that_is_not_finite(run: Callable[..., Ended], tmp_path: Path) -> None:
     ended = run("--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9")
-    refused(ended, env.NON_FINITE, "step ", "gradient norm is", "lower optim.lr")
+    refused(ended, env.NON_FINITE, "step ", "grad_norm=", "lower optim.lr")
 
 
 def test_dry_run_and_print_config_write_nothing(run: Callable[..., Ended], tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_killed_at_step_60_and_resumed_ends_in_the_same_bits(tmp_path: Path) -> 
     assert checkpoint.newest(tmp_path / "killed" / "checkpoints").name != "step-00000100"
     finish(straight)
     out = finish(start(tmp_path / "small.yaml", tmp_path / "killed", "--resume"))
-    assert "held-out loss" in out and "to go on:" in out and "report.html" in out
+    assert "held-out loss" in out and "continue:" in out and "report.html" in out
 
     ends = [weights(tmp_path / run / "checkpoints" / "step-00000100") for run in ("straight", "killed")]
     assert ends[0].keys() == ends[1].keys()

@@ -122,7 +122,7 @@ def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path) -> None:
     [
         (env.Process(), "-m equimoe.launch.train --seed 3 --resume --steps 40"),
         (env.Process(0, 2, 0, 2), "-m equimoe.launch.train --processes 2 --seed 3 --resume --steps 40"),
-        (env.Process(0, 4, 0, 2), "as before, on every machine, with the options --seed 3 --resume --steps 40"),
+        (env.Process(0, 4, 0, 2), "with the options --seed 3 --resume --steps 40"),
     ],
 )
 def test_how_to_go_on(process: env.Process, expected: str) -> None:

@@ -180,13 +180,13 @@ def test_first_layers_can_be_dense() -> None:
     [
         (lambda: AttentionConfig("linear"), "attention.kind='linear': use one of grouped, latent"),
         (lambda: AttentionConfig(num_kv_heads=0), "attention.num_kv_heads=0: must be at least 1"),
-        (lambda: AttentionConfig(head_width=5), "attention.head_width=5: must be even: pairs are rotated"),
-        (lambda: AttentionConfig(qk_rope_width=3), "attention.qk_rope_width=3: must be even: pairs are rotated"),
+        (lambda: AttentionConfig(head_width=5), "attention.head_width=5: must be even; channels turn in pairs"),
+        (lambda: AttentionConfig(qk_rope_width=3), "attention.qk_rope_width=3: must be even; channels turn in pairs"),
         (lambda: AttentionConfig(q_lora_rank=-1), "attention.q_lora_rank=-1: must not be negative; 0: no latent"),
         (lambda: AttentionConfig(rotary_base=1.0), "attention.rotary_base=1.0: must be more than 1; 10000 is usual"),
         (lambda: TrainConfig(attention=AttentionConfig(num_kv_heads=3)), "attention.num_kv_heads=3: must divide "),
         (lambda: TrainConfig(model=ModelConfig(num_heads=3)), "model.num_heads=3: 2 * num_heads must divide "),
-        (lambda: ModelConfig(dense_layers=5), "model.dense_layers=5: must lie between 0 and model.num_layers=4"),
+        (lambda: ModelConfig(dense_layers=5), "model.dense_layers=5: must be between 0 and model.num_layers=4"),
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:

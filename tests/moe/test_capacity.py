@@ -141,7 +141,7 @@ def test_rows_of_a_padded_exchange() -> None:
         ({"level": "rank"}, "capacity.level='rank': use one of expert, device"),
         ({"pad": True, "scope": "global"}, "capacity.pad=True: needs scope='local' and level='expert'"),
         ({"pad": True, "level": "device"}, "capacity.pad=True: needs scope='local' and level='expert'"),
-        ({"max_tokens": 5}, "capacity.max_tokens=5: the most tokens of a rank"),
+        ({"max_tokens": 5}, "capacity.max_tokens=5: must be at least 1 and needs capacity.pad=True"),
         ({"pad": True, "max_tokens": 0}, "capacity.max_tokens=0"),
     ],
 )
@@ -151,5 +151,5 @@ def test_config_errors(fields: dict[str, Any], message: str) -> None:
 
 
 def test_a_dispatcher_that_cannot_pad_is_refused() -> None:
-    with pytest.raises(ValueError, match="capacity.pad=True: dispatch.name='all_gather' has no padded form"):
+    with pytest.raises(ValueError, match="capacity.pad=True: dispatch.name='all_gather' cannot pad"):
         replace(CONFIG, capacity=CapacityConfig(pad=True), dispatch=DispatchConfig("all_gather"))

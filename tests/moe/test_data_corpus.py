@@ -176,7 +176,7 @@ def test_copies_never_stand_on_both_sides(tmp_path):
     train = set().union(*map(documents, corpus.train.values()))
     heldout = set().union(*map(documents, corpus.heldout.values()))
     assert heldout and not train & heldout
-    assert "30 documents are copies of others and were left out" in corpus.notes
+    assert "30 documents are copies of others and were skipped" in corpus.notes
 
 
 def test_fingerprint_tells_data_apart(tmp_path):
@@ -222,12 +222,12 @@ def test_empty_documents_are_passed_over(tmp_path):
         (
             {"a.bin": b"\1\0\2"},
             {},
-            r"data\.path='.*a\.bin': 3 bytes are no whole number of uint16 .*set data\.token_dtype",
+            r"data\.path='.*a\.bin': 3 bytes is not a multiple of the size of uint16.*set data\.token_dtype",
         ),
         (
             {"a.bin": np.array([5, 6, 300, 400], "<u2").tobytes()},
             {},
-            r"data\.path='.*a\.bin': id 300 at position 2 is beyond the 257 ids of data\.tokenizer='bytes'; name the",
+            r"data\.path='.*a\.bin': id 300 at position 2 is outside the 257 ids of data\.tokenizer='bytes'; give the",
         ),
         (
             {"x.jsonl": '{"text": "good"}\n{"text": \n'},
@@ -239,15 +239,19 @@ def test_empty_documents_are_passed_over(tmp_path):
         (
             {"x.jsonl": '\n{"body": "b", "id": 3}\n'},
             {},
-            r"data\.text_field='text': is missing in '.*x\.jsonl' line 2; .*there are: 'body', 'id'",
+            r"data\.text_field='text': is missing in '.*x\.jsonl' line 2; .*one of: 'body', 'id'",
         ),
         ({"x.jsonl": '{"text": [1]}\n'}, {}, r"data\.text_field='text': is a list, not a string in .* line 1; name"),
         (
             {"x.jsonl": '{"text": "t", "source": "s"}\n'},
             {"domain_by": "field"},
-            r"data\.domain_field='domain': no such label in '.*' line 1; .*there are: 'text', 'source'",
+            r"data\.domain_field='domain': has no text or number in '.*' line 1; .*one of: 'text', 'source'",
         ),
-        ({"a.txt": "text"}, {"domain_by": "field"}, r"data\.domain_by='field': '.*a\.txt' is not jsonl .*use 'auto'"),
+        (
+            {"a.txt": "text"},
+            {"domain_by": "field"},
+            r"data\.domain_by='field': '.*a\.txt' is not a \.jsonl file .*use 'auto'",
+        ),
         ({"a.txt": "text"}, {"domain_by": "size"}, r"data\.domain_by='size': use one of auto, folder, kind, field"),
         ({"a.txt": "text"}, {"token_dtype": "int8"}, r"data\.token_dtype='int8': use one of uint16, uint32"),
         (
@@ -286,8 +290,8 @@ def test_errors_name_field_value_and_remedy(tmp_path, files, changes, message):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.array([1, 2, -3, 4]), r"id -3 at position 2 is negative; write ids from 0 on"),
-        (np.array([1, 2, 3, 1 << 40]), r"id 1099511627776 at position 3 is beyond the 257 ids"),
+        (np.array([1, 2, -3, 4]), r"id -3 at position 2 is negative; write ids of 0 or more"),
+        (np.array([1, 2, 3, 1 << 40]), r"id 1099511627776 at position 3 is outside the 257 ids"),
         (np.ones(4), r"holds float64 of shape \(4,\); save a one-dimensional integer array"),
         (np.ones((2, 2), int), r"holds int64 of shape \(2, 2\); save a one-dimensional integer array"),
         (np.array([{}]), r"is not a plain \.npy array \(.*[Oo]bject.*\); save it with np\.save"),
@@ -309,7 +313,7 @@ def test_bad_ids_are_found_behind_the_first_piece(tmp_path, monkeypatch):
 
 
 def test_unreadable_paths(tmp_path):
-    with pytest.raises(ValueError, match=r"^data\.path='.*nowhere': does not exist or cannot be reached; give a file"):
+    with pytest.raises(ValueError, match=r"^data\.path='.*nowhere': does not exist or is not accessible; give a file"):
         load(tmp_path / "nowhere")
     write(tmp_path, {"a.txt": "text " * 9})
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")

@@ -99,7 +99,7 @@ def test_a_step_needs_no_history_and_epochs_and_seeds_differ():
 def test_sample_errors():
     batches = Batches(streams(100), 4, 8, 0)
     with pytest.raises(
-        ValueError, match=r"^data\.global_batch=8: 2 ranks \* 2 micro-batches \* 4 sequences are 16; make"
+        ValueError, match=r"^data\.global_batch=8: 2 ranks \* 2 micro-batches \* 4 sequences = 16; make"
     ):
         batches.sample(0, 0, 2, 2, 4)
     with pytest.raises(ValueError, match=r"^rank=2: must lie in \[0, 2\)"):
@@ -107,7 +107,7 @@ def test_sample_errors():
     with pytest.raises(ValueError, match=r"^step=-1: "):
         batches.sample(-1, 0, 2, 1, 4)
     message = (
-        r"^data\.global_batch=8: 22 training tokens are only 4 sequences of data\.seq_len=4; give more text or lower"
+        r"^data\.global_batch=8: 22 training tokens give only 4 sequences of data\.seq_len=4; give more text or lower"
     )
     with pytest.raises(ValueError, match=message):
         Batches(streams(20, 2), 4, 8, 0)

@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""Tokenizers turn text into ids and back."""
 
 from __future__ import annotations
 

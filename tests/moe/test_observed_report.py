@@ -28,9 +28,9 @@ def test_an_older_run_is_told_what_it_has_not_recorded(tmp_path: Path, monkeypat
     plots = tuple(plot for plot in PLOTS if plot.id in NEWER)
     monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", plots)
     words = " ".join(report(tmp_path, made_up_run(steps=20, every=10, eval_every=20)).words.split())
-    assert "what they add to the training loss, were not recorded." in words
-    assert "how many sequences the balance loss counted its load was not recorded." in words
-    assert "How unevenly the ranks of the experts were loaded was not recorded." in words
+    assert "The individual balance losses were not recorded." in words
+    assert "sequences over which the balance loss counted its load was not recorded." in words
+    assert "The load of the expert-parallel ranks was not recorded." in words
     assert "The probability of the chosen experts was not recorded." in words
     assert "bits of divergence" not in words and "time spent waiting" not in words
 
@@ -68,7 +68,7 @@ def test_scores_have_their_reference_line(tmp_path: Path) -> None:
     records = observed(made_up_run(steps=40, every=5, eval_every=20))
     drawn = draw_scores(Run.read(write_run(tmp_path, records)), LIGHT)
     for panel in (0, 1):
-        assert set(lines(drawn, panel)["indifferent (2/8)"]) == {0.25}
+        assert set(lines(drawn, panel)["uniform (2/8)"]) == {0.25}
     assert lines(drawn, 1)[" code"] == pytest.approx([0.4, 0.45, 0.5, 0.55])
     assert lines(drawn, 0)["mean of the layers"][-1] == pytest.approx(0.34)
 
@@ -120,7 +120,7 @@ def test_bad_values_do_not_break_the_figures(tmp_path: Path, monkeypatch: pytest
 
 def test_cards_of_balance(tmp_path: Path, no_plots: None) -> None:
     words = " ".join(report(tmp_path, observed(made_up_run(steps=40, every=5, eval_every=20))).words.split())
-    assert "10sequences that the load is counted over" in words
+    assert "10sequences over which the load is counted" in words
     assert "1.25busiest rank / mean, in a micro-batch" in words
     assert "10.0% of a step's time spent waiting (estimate)" in words
     evals = [record for record in observed(made_up_run(steps=40, every=5, eval_every=20)) if record["kind"] == "eval"]

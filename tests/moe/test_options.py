@@ -255,7 +255,7 @@ def test_numbers_and_none() -> None:
         (["--run-dir="], "--run-dir=: is empty; give a value, or leave the option out"),
         (["--processes", "0"], "--processes=0: must be at least 1"),
         (["--model.shared_gate"], "model.shared_gate=True: needs shared experts; set model.shared_intermediate_size"),
-        (["steps"], "steps: not an option; options are written --name value"),
+        (["steps"], "steps: is not an option; write options as --name value"),
         (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--optim.lr", "-1e-3"], "optim.lr=-0.001: must be positive"),
@@ -322,7 +322,7 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
     for recipe in RECIPES:
         assert f"  {recipe}: " in text
     assert "--dtype float32|bfloat16" in flat
-    assert "every n-th feed-forward, counted from the last of each n, is an MoE layer; 1: all, 0: none" in flat
+    assert "use an MoE layer in every n-th block, starting with the n-th; 1: in all blocks, 0: in none" in flat
     assert "--model.vocab_size INT|none" in flat
     assert ("router.softmax_after_topk true|false" in flat) and (":func:" not in text) and ("``" not in text)
     shown = RECIPES["mixtral" if "mixtral" in asked else "quickstart"]()
@@ -332,9 +332,9 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
 
 def test_help_is_read_from_the_source() -> None:
     comments = field_comments(OptimConfig)
-    assert comments["schedule"] == "cosine decay, or warmup-stable-decay"
-    assert comments["lr"] == ""
-    assert "chosen logits (Mixtral) instead of the chosen scores" in field_comments(RouterConfig)["softmax_after_topk"]
+    assert comments["schedule"] == 'learning rate after warm-up: cosine decay, or warmup-stable-decay ("wsd")'
+    assert comments["beta1"] == ""
+    assert "chosen logits (Mixtral) instead of taking" in field_comments(RouterConfig)["softmax_after_topk"]
     assert field_comments(type("Made", (), {})) == {}
     assert "default 2000000" in help_text(RECIPES["quickstart"]())
 

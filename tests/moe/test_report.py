@@ -157,7 +157,7 @@ def test_the_summary_says_the_numbers(tmp_path: Path, no_plots: None) -> None:
     train = [record for record in records if record["kind"] == "train"]
     assert f"{last['loss']:.3f}" in words
     assert f"{np.mean([record['loss'] for record in train[-3:]]):.3f}training loss at the end" in words
-    assert f"{last['loss'] - 2.45:+.2f}nats from the bigram table" in words
+    assert f"{last['loss'] - 2.45:+.2f}nats relative to the bigram table" in words
     assert f"{np.median([record['tokens_per_s'] for record in train[1:]]):,.0f}tokens per second" in words
     assert "1 of 32dead experts at the end" in words
     assert f"code{last['domains']['code']['loss']:.3f}2.300" in words
@@ -221,7 +221,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path, no_plots: None
     assert isinstance(drawn, Figure)
     losses = np.asarray(drawn.axes[0].lines[0].get_ydata(), float)
     assert list(np.flatnonzero(np.isnan(losses))) == list(range(20, 30))
-    assert "10 records hold numbers that are not finite" in report(tmp_path, records).words
+    assert "10 records contain numbers that are not finite" in report(tmp_path, records).words
 
 
 def test_names_of_domains_cannot_break_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "give the folder of a run\n"
     )
     assert main([str(write_run(tmp_path / "empty", []))]) == 66
-    assert "holds no records yet" in capsys.readouterr().err
+    assert "has no records yet" in capsys.readouterr().err
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(

@@ -305,7 +305,7 @@ def test_parameters_are_as_published() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rank", "1"], "--world: give the number of ranks, as in --world 1024"),
+        (["--rank", "1"], "--world: is missing; give the number of ranks, as in --world 1024"),
         (["--world", "0"], "--world=0: must be a whole number of at least 1"),
         (["--world", "two"], "--world=two: must be a whole number of at least 1"),
         (["--world=4", "--rank=4"], "--rank=4: must be a whole number from 0 to 3"),

@@ -1,7 +1,7 @@
-"""Text to batches: tokenise, split into train and held-out, pack, and measure a bigram model on the same tokens.
+"""The data pipeline: tokenise text, split it into training and held-out tokens, and pack it into batches.
 
-Nothing here communicates: every rank reads the same files and comes to the same corpus, and which
-sequences form a step depends on the step alone.
+It also fits a bigram model to the same tokens as a baseline. Nothing here communicates: every rank reads the same files
+and builds the same corpus, and the sequences of a step depend only on the step and the seed.
 """
 
 from .bigram import bigram_loss

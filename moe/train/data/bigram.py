@@ -1,4 +1,4 @@
-"""How well the previous token alone predicts the next one: the loss a language model has to beat."""
+"""A bigram model, which predicts each token from the previous one only: the baseline for a language model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from .corpus import Corpus
 from .packing import heldout_starts
 from .sources import CHUNK
 
-#: largest vocabulary whose pairs are counted in a dense table
+#: largest vocabulary for which pairs are counted in a dense table
 DENSE = 4096
-#: variants to choose among, the first where nothing can choose: what is taken off each pair's count for the
-#: pairs never seen, how many more such counts each token gets, and whether the back-off is Kneser-Ney's
+# the hyperparameters to choose from; the first of each is used if there are no tokens to choose with
+#: counts subtracted from each seen pair and given to the back-off (absolute discounting)
 DISCOUNTS = (0.5, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95)
+#: extra counts that each first token gives to the back-off
 STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10000.0)
+#: whether the back-off uses Kneser-Ney continuation counts instead of token counts
 CONTINUATION = (True, False)
-#: share of each domain's training tokens, at its end, that chooses among the variants
+#: share of each domain's training tokens, taken from its end, on which the hyperparameters are chosen
 TAIL = 0.05
 
 
 def bigram_loss(
     corpus: Corpus, vocab_size: int, seq_len: int = 1, sequences_per_domain: int | None = None
 ) -> dict[str, float]:
-    """Held-out loss of a bigram model, in nats per token, by domain and over all tokens as ``"all"``.
+    """Return the held-out loss of a bigram model in nats per token: by domain, and ``"all"`` for all tokens.
 
-    The model is fitted on the training tokens of all domains together: absolute discounting with a
-    strength (as in a Pitman-Yor process, Teh 2006), backed off to Kneser-Ney continuation counts or
-    to token counts, whichever does best on the end of the training text. The labels are those that
-    :func:`heldout_batches` gives for the same ``seq_len`` and ``sequences_per_domain``; without
-    these, all held-out tokens but each domain's first. Domains without any do not occur. Raises
-    ``ValueError`` when ``vocab_size`` is smaller than the corpus's.
+    The model is fitted to the training tokens of all domains together. It uses absolute discounting with a strength
+    (as in a Pitman-Yor process, Teh 2006) and backs off to Kneser-Ney continuation counts or to token counts; the
+    hyperparameters are those that do best on the end of the training text.
+
+    The labels are the same as those of :func:`heldout_batches` for the same ``seq_len`` and ``sequences_per_domain``.
+    The defaults give every held-out token except the first of each domain. Domains without labels are left out. Raises
+    ``ValueError`` if ``vocab_size`` is smaller than the corpus's.
     """
-    require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, f"the corpus has {corpus.vocab_size} ids")
+    remedy = f"must be at least {corpus.vocab_size}, the size of the corpus's vocabulary"
+    require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, remedy)
     head, tail = [], []
     for stream in corpus.train.values():
         cut = len(stream) - int(len(stream) * TAIL)
@@ -64,7 +68,7 @@ def bigram_loss(
 
 @dataclass
 class _Pairs:
-    """Occurring pairs as sorted ``first * vocab_size + second``, and how often each occurs."""
+    """The pairs that occur, as sorted keys ``first * vocab_size + second``, and the count of each."""
 
     keys: np.ndarray
     counts: np.ndarray
@@ -75,7 +79,7 @@ def _keys(first: np.ndarray, second: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def _chunks(streams: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
-    """Keys of all neighbours, a piece at a time: eight bytes each would be many times the stream."""
+    """Yield the keys of all adjacent pairs in pieces, because a key takes eight bytes, several times a token's."""
     for stream in streams:
         for start in range(0, len(stream) - 1, CHUNK):
             piece = stream[start : start + CHUNK + 1]
@@ -105,7 +109,7 @@ def _merge(pairs: list[_Pairs]) -> _Pairs:
 
 
 def _choose(head: _Pairs, tail: _Pairs, vocab_size: int) -> tuple[float, float, bool]:
-    """The variant of the model of ``head`` under which ``tail`` is likeliest."""
+    """Return the hyperparameters with which a model fitted to ``head`` has the lowest loss on ``tail``."""
     model = _Bigram(head, vocab_size)
     counts = model.find(tail.keys)
 
@@ -116,23 +120,26 @@ def _choose(head: _Pairs, tail: _Pairs, vocab_size: int) -> tuple[float, float, 
 
 
 class _Bigram:
-    """P(b|a) = (max(c(ab) - d, 0) + (s + d * followers(a)) * P(b)) / (c(a) + s); P(b) where a was never seen."""
+    """P(b|a) = (max(c(ab) - d, 0) + (s + d * followers(a)) * P(b)) / (c(a) + s), or P(b) if a was never seen.
+
+    c are counts, d the discount, s the strength, and followers(a) the number of different tokens seen after a.
+    """
 
     def __init__(self, pairs: _Pairs, vocab_size: int) -> None:
         self._pairs, self._vocab_size = pairs, vocab_size
         first, second = np.divmod(pairs.keys, vocab_size)
         self._total = np.bincount(first, weights=pairs.counts, minlength=vocab_size)
         self._followers = np.bincount(first, minlength=vocab_size)
-        # how often b occurs, or after how many different tokens
+        # False: the count of each token; True: the number of different tokens it follows (Kneser-Ney)
         occurrences = {
             False: np.bincount(second, weights=pairs.counts, minlength=vocab_size),
             True: np.bincount(second, minlength=vocab_size),
         }
-        # half a count for each id (Jeffreys), so that no id is impossible
+        # half a count for each id (Jeffreys prior), so that no id has probability 0
         self._single = {kind: (n + 0.5) / (n.sum() + 0.5 * vocab_size) for kind, n in occurrences.items()}
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """How often each of ``keys`` occurs in the training text."""
+        """Return the count of each of ``keys`` in the training text."""
         if not len(self._pairs.keys):
             return np.zeros(len(keys), np.int64)
         place = np.minimum(np.searchsorted(self._pairs.keys, keys), len(self._pairs.keys) - 1)
@@ -141,9 +148,9 @@ class _Bigram:
     def nats(
         self, keys: np.ndarray, counts: np.ndarray, discount: float, strength: float, continuation: bool
     ) -> np.ndarray:
-        """-log P(second|first) of each key, given how often each occurs."""
+        """Return -log P(second|first) of each key, given the count of each key."""
         first, second = np.divmod(keys, self._vocab_size)
-        # a token never seen has no counts: one made-up count, all of it for the back-off
+        # a first token that was never seen gets one pseudo-count, which goes to the back-off
         unseen = self._total == 0
         scale_V = 1 / (self._total + strength + unseen)
         backoff_V = (discount * self._followers + strength + unseen) * scale_V

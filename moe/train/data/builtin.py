@@ -1,8 +1,8 @@
-"""The text that comes with Python: no download, real, and of several kinds.
+"""Real text of several kinds that comes with Python and needs no download.
 
-Five domains with different statistics: source code of the standard library, its bytecode as an
-assembler would show it, English prose, C headers (where installed) and the Unicode character table.
-A paragraph that occurs twice is kept once, so no held-out text is trained on under another name.
+It has five domains with different statistics: source code of the standard library, its disassembled bytecode, English
+prose, C headers (if installed) and the Unicode character table. Repeated paragraphs are kept once, so no held-out text
+is trained on under another name.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from types import CodeType
 
 from .sources import Document, by_hash
 
-#: tests and data written as code; the code pages are eighty near copies of one table
+#: folders with tests, third-party code or data; "encodings" alone is eighty near copies of one table
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "_bundled"}
-#: names that Unicode makes by rule from the number
+#: prefixes of the character names that Unicode derives from the code point
 BY_RULE = ("CJK UNIFIED", "CJK COMPATIBILITY", "HANGUL SYLLABLE", "TANGUT IDEO", "TANGUT COMP", "NUSHU", "KHITAN")
-#: a domain needs about so many headers; without a compiler some systems have one or two
+#: fewest headers that make a domain; some systems without a compiler have only one or two
 HEADERS = 20
 #: code points per document of the character table
 BLOCK = 128
-#: characters from which on a paragraph counts as more than a common phrase
+#: shortest paragraph, in characters, that is removed if repeated; shorter ones are common phrases
 PARAGRAPH = 60
 
 Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -36,18 +36,18 @@ Documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass
 class Budget:
-    """How many bytes may still be read of each domain."""
+    """Tracks how many bytes of each domain may still be read."""
 
-    #: bytes per domain; None: no end
+    #: bytes per domain; None: unlimited
     cap: int | None
     spent: dict[str, int] = field(default_factory=dict)
 
     def left(self, domain: str) -> int:
-        """Bytes that may still be read of ``domain``."""
+        """Return the bytes of ``domain`` that may still be read."""
         return (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
 
     def take(self, document: Document) -> Iterator[Document]:
-        """The document, cut to what is left of its domain; nothing when that is nothing."""
+        """Yield the document, truncated to the rest of its domain's budget; nothing if the budget is used up."""
         raw = (document.text or "").encode("utf-8", errors="replace")[: self.left(document.domain)]
         if raw:
             self.spent[document.domain] = self.spent.get(document.domain, 0) + len(raw)
@@ -55,7 +55,7 @@ class Budget:
 
 
 class Once:
-    """Drops the paragraphs that have been there before, whatever their indentation."""
+    """Removes paragraphs that were seen before, ignoring differences in whitespace."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
@@ -71,7 +71,7 @@ class Once:
 
 
 def builtin_documents(budget: Budget) -> Iterator[Document]:
-    """The built-in text up to the budget, in an order that depends on names alone."""
+    """Yield the built-in text within the budget, in an order that depends only on names."""
     once = Once()
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for document in _all(stdlib, budget):
@@ -88,7 +88,7 @@ def _all(stdlib: Path, budget: Budget) -> Iterator[Document]:
 
 
 def _below(root: Path, suffix: str) -> list[tuple[str, Path]]:
-    """Files below ``root`` as ``(name below root, path)``, in hashed order, without :data:`SKIPPED` folders."""
+    """Return ``(name relative to root, path)`` of the files below ``root``, sorted by hash, without :data:`SKIPPED`."""
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED]
@@ -105,7 +105,7 @@ def _read(path: Path) -> str:
 
 
 def _manual(stdlib: Path) -> Iterator[Document]:
-    """Python's licence and the language reference, as prose. Its pages quote each other, see :class:`Once`."""
+    """Yield Python's licence and the pages of its language reference as prose."""
     for name in ("LICENSE.txt", "LICENSE"):
         yield Document("prose", name, _read(stdlib / name))
     try:
@@ -117,7 +117,7 @@ def _manual(stdlib: Path) -> Iterator[Document]:
 
 
 def _modules(stdlib: Path, budget: Budget) -> Iterator[Document]:
-    """Each module's docstrings as prose, and the rest as source or, of every third module, as bytecode."""
+    """Yield each module's docstrings as prose, and its code as source or (every third module) as bytecode."""
     for name, path in _below(stdlib, ".py"):
         if name.startswith("_sysconfigdata"):
             continue
@@ -140,11 +140,11 @@ def _modules(stdlib: Path, budget: Budget) -> Iterator[Document]:
 
 
 def _without_docstrings(source: str, tree: ast.Module) -> tuple[str, str]:
-    """The docstrings of a module, and its source without them."""
+    """Return the docstrings of a module, and its source without them."""
     lines = source.encode().split(b"\n")
     prose = []
     found = [node for node in ast.walk(tree) if isinstance(node, Documented) and ast.get_docstring(node, clean=False)]
-    # from the end on, so that earlier positions stay right
+    # from the end backwards, so that the line numbers of earlier docstrings stay valid
     for node in sorted(found, key=lambda node: -node.body[0].lineno):
         prose.append(ast.get_docstring(node) or "")
         string = node.body[0]
@@ -156,8 +156,8 @@ def _without_docstrings(source: str, tree: ast.Module) -> tuple[str, str]:
 
 
 def _disassemble(tree: ast.Module, name: str) -> str:
-    """One paragraph per code object: a line with its name, then one line per instruction."""
-    # optimize=2 leaves docstrings out
+    """Return one paragraph per code object: a line with its name, then one line per instruction."""
+    # optimize=2 removes docstrings
     pending: list[CodeType] = [compile(tree, name, "exec", dont_inherit=True, optimize=2)]
     blocks = []
     while pending:
@@ -171,7 +171,7 @@ def _disassemble(tree: ast.Module, name: str) -> str:
 
 
 def _operand(step: dis.Instruction) -> str:
-    """What the instruction works on; neither addresses nor the order of a set, as they differ between processes."""
+    """Return an instruction's operand as text that is the same in every process: no addresses, sets sorted."""
     value = step.argval
     if isinstance(value, CodeType):
         return f"<code {value.co_name}>"
@@ -190,7 +190,7 @@ def _headers(budget: Budget) -> Iterator[Document]:
 
 
 def _characters(budget: Budget) -> Iterator[Document]:
-    """The Unicode character table: number, character, category, name."""
+    """Yield the Unicode character table: code point, character, category and name."""
     for start in sorted(range(0, 0x30000, BLOCK), key=lambda start: by_hash(f"U+{start:04X}")):
         if not budget.left("unicode"):
             return

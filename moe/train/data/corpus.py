@@ -1,4 +1,4 @@
-"""The tokens of a run: by domain, and split into train and held-out."""
+"""The tokens of a run by domain, split into training and held-out tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .tokenizer import Tokenizer, id_dtype
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams by domain; in each, the end-of-document id stands between two documents."""
+    """One token stream per domain, with the end-of-document id between documents."""
 
-    #: sorted; a domain's number is its place here
+    #: sorted names; a domain's number is its index here
     domains: tuple[str, ...]
-    #: ids to train on per domain, shape ``(T,)``, uint16 or uint32; keys in the order of ``domains``
+    #: training ids of each domain, shape ``(T,)``, uint16 or uint32; keys in the order of ``domains``
     train: dict[str, np.ndarray]
-    #: ids that are never trained on, likewise; may be empty for a domain of very few tokens
+    #: held-out ids of each domain, in the same form; may be empty for a domain with very few tokens
     heldout: dict[str, np.ndarray]
-    #: sha256 over all of the above: equal exactly when the run sees the same data
+    #: sha256 over all of the above; equal if and only if the data are the same
     fingerprint: str
     vocab_size: int
-    #: what a user should know about what was read, one line each
+    #: one-line remarks for the user about what was read
     notes: tuple[str, ...] = ()
 
 
@@ -39,21 +39,21 @@ class _Part:
 
     digest: bytes
     tokens: np.ndarray
-    #: a flat token file: no document borders are known in it
+    #: whether it comes from a flat token file, whose document boundaries are unknown
     flat: bool
 
 
 def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """Read and tokenise ``config.path``, or the text that comes with Python.
 
-    ``config.heldout_fraction`` of each domain's tokens is held out, or up to half as much more: whole
-    documents in the order of a hash of their contents, as far as they fit; if they do not suffice, the
-    rest is cut off the ends of the other documents, in proportion to their lengths. Names and order do
-    not matter. Each flat token file is cut by itself. A document that occurs twice is read once. A
-    domain that is one flat token file stays memory-mapped.
+    Of each domain's tokens, ``config.heldout_fraction`` is held out, or up to 1.5 times that. Whole documents are held
+    out first, in the order of a hash of their contents, as far as they fit. If they do not suffice, the rest is taken
+    from the ends of the other documents, in proportion to their lengths. The split does not depend on the names or the
+    order of documents. Each flat token file is split separately. Repeated documents are read once. A domain that
+    consists of one flat token file stays memory-mapped.
 
-    Raises ``ValueError`` for a path without text, a file that is not what its name says, ids
-    beyond the vocabulary, and text too short for one sequence.
+    Raises ``ValueError`` for a path without text, a file whose content does not match its name, ids outside the
+    vocabulary, and text too short for one sequence.
     """
     notes: list[str] = []
     parts = _read(config, tokenizer, notes)
@@ -81,7 +81,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
 
 
 def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[str, list[_Part]]:
-    """Every document once, tokenised, by domain."""
+    """Tokenise every document once and group the documents by domain."""
     parts: dict[str, list[_Part]] = {}
     seen: set[bytes] = set()
     twice = 0
@@ -104,7 +104,7 @@ def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[st
         if len(part.tokens):
             parts.setdefault(document.domain, []).append(part)
     if twice and config.path is not None:
-        notes.append(f"{twice} documents are copies of others and were left out")
+        notes.append(f"{twice} documents are copies of others and were skipped")
     return parts
 
 
@@ -115,7 +115,7 @@ def _documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
 
 
 def _split(parts: list[_Part], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Train and held-out token arrays of one domain; independent of the order of ``parts``."""
+    """Return the training and held-out arrays of one domain. The order of ``parts`` does not matter."""
     parts = sorted(parts, key=lambda part: part.digest)
     texts, flat = [p.tokens for p in parts if not p.flat], [[p.tokens] for p in parts if p.flat]
     kept, held = [], []
@@ -127,11 +127,11 @@ def _split(parts: list[_Part], fraction: float) -> tuple[list[np.ndarray], list[
 
 
 def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The part of each array to train on, and the part to hold out."""
+    """Yield the training part and the held-out part of each array."""
     total = sum(map(len, arrays))
-    # two tokens are the least that can be evaluated
+    # evaluation needs at least two tokens
     target = max(fraction * total, min(2, total // 2))
-    # the longest is always trained on, so that one long document cannot empty the training side
+    # never hold out the longest document as a whole: it may be most of the domain
     longest = max(range(len(arrays)), key=lambda i: len(arrays[i]), default=0)
     whole, taken = set(), 0
     for i, array in enumerate(arrays):
@@ -143,14 +143,14 @@ def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndar
         if i in whole:
             yield array[:0], array
             continue
-        # rounding the running sum, not each share, makes the sum of all shares exact
+        # round the running sum instead of each share, so that the shares add up exactly
         share = missing * (seen + len(array)) // others - missing * seen // others
         seen += len(array)
         yield array[: len(array) - share], array[len(array) - share :]
 
 
 def _join(arrays: list[np.ndarray], separator: int, dtype: np.dtype) -> np.ndarray:
-    """One stream with ``separator`` between the arrays; a single unsigned array is not copied."""
+    """Join arrays into one stream with ``separator`` between them. A single unsigned array is not copied."""
     if len(arrays) == 1 and arrays[0].dtype in (np.uint16, np.uint32):
         return arrays[0]
     between = np.array([separator], dtype)

@@ -1,6 +1,6 @@
-"""Sequences from token streams: training batches that depend on the step alone, and held-out batches.
+"""Batches from token streams: training batches, which depend only on step and seed, and held-out batches.
 
-B sequences, S tokens of a sequence.
+B sequences, S tokens per sequence.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from .corpus import Corpus
 
 
 class Batches:
-    """Which sequences form a step, for any number of ranks and micro-batches.
+    """Selects the sequences of each step, for any number of ranks and micro-batches.
 
-    Each domain's stream is cut into sequences of ``seq_len`` labels; the inputs are the tokens one
-    earlier, so that every token is a label once per epoch (but for a stream's first token and the
-    rest at its end that fills no sequence). Sequence ``g = step * global_batch + i`` is entry
-    ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: a resume
-    needs the step, nothing else.
+    Each domain's stream is split into sequences of ``seq_len`` labels; their inputs are the tokens one position
+    earlier. Every token is thus a label once per epoch, except a stream's first token and a rest at its end that does
+    not fill a sequence. Sequence i of a step has the index ``g = step * global_batch + i``; it is entry
+    ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: to resume, only the step is
+    needed.
 
-    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does. Raises
-    ``ValueError`` when there are fewer sequences than ``global_batch``.
+    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does. Raises ``ValueError`` if
+    there are fewer sequences than ``global_batch``.
     """
 
     def __init__(self, train: Mapping[str, np.ndarray], seq_len: int, global_batch: int, seed: int) -> None:
@@ -35,13 +35,13 @@ class Batches:
         self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
         self._streams = list(train.values())
         counts = [max(len(stream) - 1, 0) // seq_len for stream in self._streams]
-        #: index of the first sequence of each domain, and the end
+        #: index of each domain's first sequence, followed by the number of all sequences
         self._bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         #: sequences per epoch
         self.sequences = int(self._bounds[-1])
         tokens = sum(map(len, self._streams))
         remedy = (
-            f"{tokens} training tokens are only {self.sequences} sequences of data.seq_len={seq_len}; "
+            f"{tokens} training tokens give only {self.sequences} sequences of data.seq_len={seq_len}; "
             "give more text or lower data.global_batch"
         )
         require(self.sequences >= global_batch, "data.global_batch", global_batch, remedy)
@@ -50,14 +50,14 @@ class Batches:
     def sample(
         self, step: int, rank: int, data_parallel: int, micro_batches: int, micro_batch: int
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What ``rank`` of ``data_parallel`` reads in ``step``, one entry per micro-batch.
+        """Return the micro-batches that ``rank`` of ``data_parallel`` reads in ``step``.
 
-        Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``. The step's
-        sequences lie in the order [rank][micro-batch][sequence]. Raises ``ValueError`` when the
-        three factors do not give the global batch.
+        Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``. The sequences of a step are ordered as
+        [rank][micro-batch][sequence]. Raises ``ValueError`` if ``data_parallel * micro_batches * micro_batch`` is not
+        the global batch.
         """
         asked = data_parallel * micro_batches * micro_batch
-        remedy = f"{data_parallel} ranks * {micro_batches} micro-batches * {micro_batch} sequences are {asked}"
+        remedy = f"{data_parallel} ranks * {micro_batches} micro-batches * {micro_batch} sequences = {asked}"
         require(asked == self.global_batch, "data.global_batch", self.global_batch, remedy + "; make them equal")
         require(0 <= rank < data_parallel, "rank", rank, f"must lie in [0, {data_parallel})")
         require(step >= 0, "step", step, "must not be negative")
@@ -75,7 +75,7 @@ class Batches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            # a step touches two epochs at most
+            # a step spans at most two epochs
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._orders[epoch] = generator.permutation(self.sequences)
@@ -83,9 +83,9 @@ class Batches:
 
 
 def heldout_starts(tokens: int, seq_len: int, sequences: int | None) -> np.ndarray:
-    """Where the evaluated sequences of a held-out stream of ``tokens`` tokens start: evenly spread.
+    """Return the start positions of the evaluated sequences, evenly spaced over a held-out stream of ``tokens`` tokens.
 
-    All that there are with ``sequences=None``, of which the last may be shorter than ``seq_len``.
+    ``sequences=None`` returns all sequences, of which the last may be shorter than ``seq_len``.
     """
     available = -(-max(tokens - 1, 0) // seq_len)
     count = available if sequences is None else min(sequences, available)
@@ -100,11 +100,11 @@ def heldout_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Domain by domain ``(domain, inputs_BS, labels_BS, mask_BS)``, B = ``micro_batch``, S = ``seq_len``.
+    """Yield ``(domain, inputs_BS, labels_BS, mask_BS)`` domain by domain, B = ``micro_batch``, S = ``seq_len``.
 
-    Inputs and labels are int64; where the bool mask is False they are padding (0). Every rank of
-    ``world`` gets as many batches, of the same shapes and domains, as every other: together they
-    hold each evaluated token once. A domain with fewer than two held-out tokens does not occur.
+    Inputs and labels are int64; where the bool mask is False they are padding (0). Every rank of ``world`` gets the
+    same number of batches with the same shapes and domains. Together the ranks see each evaluated token once. Domains
+    with fewer than two held-out tokens are left out.
     """
     require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
     require(micro_batch >= 1, "data.micro_batch", micro_batch, "must be at least 1")

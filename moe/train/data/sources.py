@@ -1,4 +1,4 @@
-"""Documents from files and folders: text, jsonl records and flat token files."""
+"""Reads documents from files and folders: text, .jsonl records and flat token files."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ KINDS = {
     ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hh": "cpp", ".hpp": "cpp", ".htm": "html", ".js": "javascript",
     ".mjs": "javascript", ".ts": "typescript", ".sh": "shell", ".bash": "shell", ".yml": "yaml", ".rs": "rust",
 }  # fmt: skip
-#: ids looked at in one go
+#: ids that are processed at a time
 CHUNK = 1 << 24
 
 
 @dataclass
 class Document:
-    """One text, or one file of ids, of one domain."""
+    """One text, or one flat file of ids, with its domain."""
 
     domain: str
-    #: path below data.path, for messages
+    #: path relative to data.path, for messages
     name: str
     text: str | None = None
     #: ids of a flat token file, shape ``(T,)``
@@ -39,19 +39,18 @@ class Document:
 
 
 def by_hash(name: str) -> bytes:
-    """Sort key that is the same everywhere, and unlike the alphabet favours no kind of name."""
+    """Return a sort key that gives the same pseudo-random order on every machine."""
     return hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()
 
 
 def file_documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
-    """All documents of ``config.path``, in an order that depends on names alone.
+    """Yield all documents of ``config.path``, in an order that depends only on names.
 
-    ``notes`` gets what the reader should be told. Raises ``ValueError`` for what cannot be read; see the single
-    readers.
+    Appends remarks for the user to ``notes``. Raises ``ValueError`` for a path or a file that cannot be read.
     """
     assert config.path is not None
     root = Path(config.path)
-    remedy = "does not exist or cannot be reached; give a file or folder, or None for the text that comes with Python"
+    remedy = "does not exist or is not accessible; give a file or folder, or None for the text that comes with Python"
     require(os.path.exists(root), "data.path", config.path, remedy)
     files = [(root, root.name)] if root.is_file() else _walk(root)
     require(bool(files), "data.path", config.path, "has no files (hidden ones are skipped); give a folder with text")
@@ -75,7 +74,7 @@ def file_documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
 
 
 def _walk(root: Path) -> list[tuple[Path, str]]:
-    """Every file below ``root`` that is not hidden, with its name below ``root``."""
+    """Return every non-hidden file below ``root``, with its name relative to ``root``."""
     files: list[tuple[Path, str]] = []
     entered: set[str] = set()
 
@@ -83,13 +82,13 @@ def _walk(root: Path) -> list[tuple[Path, str]]:
         raise _unreadable(str(error.filename), error)
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        # a link to a folder above would never end
+        # a symbolic link to a parent folder would recurse forever
         fresh = os.path.realpath(folder) not in entered
         entered.add(os.path.realpath(folder))
         subfolders[:] = sorted(s for s in subfolders if fresh and not s.startswith("."))
         for name in names if fresh else ():
             path = Path(folder, name)
-            # a broken link is reported when it is read; a pipe or a socket is passed over
+            # keep broken links, so that reading them raises an error; skip pipes and sockets
             if not name.startswith(".") and (path.is_file() or not path.exists()):
                 files.append((path, path.relative_to(root).as_posix()))
     return files
@@ -101,12 +100,12 @@ def _unreadable(path: Path | str, error: OSError) -> ValueError:
 
 
 def _domain(path: Path, name: str, config: DataConfig) -> str:
-    """The domain of a file, as ``config.domain_by`` wants it."""
+    """Return the domain of a file according to ``config.domain_by``."""
     require(
         config.domain_by != "field",
         "data.domain_by",
         "field",
-        f"{str(path)!r} is not jsonl and has no fields; use 'auto', 'folder' or 'kind'",
+        f"{str(path)!r} is not a .jsonl file and has no fields; use 'auto', 'folder' or 'kind'",
     )
     top, _, below = name.partition("/")
     if below and config.domain_by != "kind":
@@ -118,7 +117,7 @@ def _domain(path: Path, name: str, config: DataConfig) -> str:
 
 
 def _text(path: Path) -> str | None:
-    """The content of a text file, or None if it is binary."""
+    """Return the content of a text file, or None if it is binary."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -130,7 +129,7 @@ def _text(path: Path) -> str | None:
 
 
 def _jsonl(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
-    """One document per line."""
+    """Yield one document per line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -144,7 +143,7 @@ def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig)
     where = f"{str(path)!r} line {number}"
     try:
         record: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(f"data.path={where}: is not JSON ({reason}); write one JSON object per line") from None
     if not isinstance(record, dict):
@@ -153,19 +152,19 @@ def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig)
     text = record.get(config.text_field)
     if not isinstance(text, str):
         problem = f"is a {type(text).__name__}, not a string" if config.text_field in record else "is missing"
-        message = f"{problem} in {where}; name the field that holds the text, there are: {fields}"
+        message = f"{problem} in {where}; name the field that holds the text, one of: {fields}"
         raise ValueError(f"data.text_field={config.text_field!r}: {message}")
     label = record.get(config.domain_field)
     labelled = isinstance(label, (str, int)) and label != ""
     if config.domain_by == "field" and not labelled:
-        message = f"no such label in {where}; name the field that holds the domain, there are: {fields}"
+        message = f"has no text or number in {where}; name the field that holds the domain, one of: {fields}"
         raise ValueError(f"data.domain_field={config.domain_field!r}: {message}")
     domain = str(label) if labelled and config.domain_by in ("auto", "field") else _domain(path, name, config)
     return Document(domain, f"{name}:{number}", text)
 
 
 def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Document:
-    """The ids of a flat token file: little-endian without a header, or a one-dimensional integer ``.npy``."""
+    """Open a flat token file: little-endian ids without a header, or a one-dimensional integer ``.npy``."""
     try:
         ids = _npy(path) if path.suffix.lower() == ".npy" else _flat(path, config)
     except OSError as error:
@@ -176,7 +175,7 @@ def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Docum
 def _flat(path: Path, config: DataConfig) -> np.ndarray:
     dtype = np.dtype(config.token_dtype).newbyteorder("<")
     size = path.stat().st_size
-    remedy = f"{size} bytes are no whole number of {config.token_dtype} entries; set data.token_dtype to the file's"
+    remedy = f"{size} bytes is not a multiple of the size of {config.token_dtype}; set data.token_dtype to the file's"
     require(size % dtype.itemsize == 0, "data.path", str(path), remedy)
     return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
 
@@ -194,7 +193,7 @@ def _npy(path: Path) -> np.ndarray:
 
 
 def check_ids(ids: np.ndarray, path: str, vocab_size: int, tokenizer: str) -> None:
-    """Raise ``ValueError`` naming the first of ``ids`` that is not in ``[0, vocab_size)``."""
+    """Raise ``ValueError`` that names the first of ``ids`` outside ``[0, vocab_size)``."""
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
         if chunk.max() < vocab_size and chunk.min() >= 0:
@@ -202,6 +201,6 @@ def check_ids(ids: np.ndarray, path: str, vocab_size: int, tokenizer: str) -> No
         position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
         what = f"id {int(ids[position])} at position {position}"
         if ids[position] < 0:
-            raise ValueError(f"data.path={path!r}: {what} is negative; write ids from 0 on")
-        remedy = f"is beyond the {vocab_size} ids of data.tokenizer={tokenizer!r}; name the tokenizer of this file"
+            raise ValueError(f"data.path={path!r}: {what} is negative; write ids of 0 or more")
+        remedy = f"is outside the {vocab_size} ids of data.tokenizer={tokenizer!r}; give the tokenizer of this file"
         raise ValueError(f"data.path={path!r}: {what} {remedy}")

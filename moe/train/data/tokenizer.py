@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""Tokenizers: text to ids and back."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ import numpy as np
 
 from ...config import require
 
-#: what vocabularies call the end of a document, the likeliest first
+#: names that vocabularies use for the end-of-document token, most common first
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
 class Tokenizer(Protocol):
-    """What the trainer needs of a tokenizer."""
+    """The interface that the trainer needs from a tokenizer."""
 
-    #: number of ids; each id lies in ``[0, vocab_size)``
+    #: number of ids; every id is in ``[0, vocab_size)``
     vocab_size: int
-    #: the id that stands between two documents
+    #: id that separates two documents
     end_of_document: int
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of ``text``, shape ``(T,)``, without any special token added."""
+        """Return the ids of ``text``, shape ``(T,)``, without adding special tokens."""
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ``ids``; end-of-document ids give nothing."""
+        """Return the text of ``ids``, without end-of-document ids."""
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """Return uint16 if it can hold every id, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 class ByteTokenizer:
-    """One id per UTF-8 byte, and one more for the end of a document."""
+    """A tokenizer with one id per UTF-8 byte, and one for the end of a document."""
 
     vocab_size = 257
     end_of_document = 256
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Bytes are taken as they are; a lone surrogate, which UTF-8 cannot hold, becomes ``?``."""
+        """Return the ids of ``text``. A lone surrogate, which UTF-8 cannot encode, becomes ``?``."""
         raw = text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
     def decode(self, ids: np.ndarray) -> str:
-        """A model can write bytes that are not UTF-8; they come out as U+FFFD, so the result can be printed."""
+        """Return the text of ``ids``. Bytes that are not UTF-8 become U+FFFD, so the result can always be printed."""
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``, through the ``tokenizers`` library."""
+    """A Hugging Face ``tokenizer.json``, loaded with the ``tokenizers`` library."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -66,7 +66,7 @@ class HuggingFaceTokenizer:
             message = f"cannot be read as a Hugging Face tokenizer.json ({reason}); save it again, or use 'bytes'"
             raise ValueError(f"data.tokenizer={str(path)!r}: {message}") from None
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        # ids may have gaps, so the largest one counts, not how many there are
+        # ids may have gaps, so the size is the largest id + 1, not the number of entries
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         known = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
         self.end_of_document = known[0] if known else self.vocab_size
@@ -83,10 +83,9 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """``"bytes"``, or the path of a Hugging Face ``tokenizer.json`` or of the folder that holds it.
+    """Load a tokenizer: ``"bytes"``, or the path of a Hugging Face ``tokenizer.json`` or of its folder.
 
-    Raises ``ValueError`` when there is no such file, when it cannot be read, or when the package
-    ``tokenizers`` is not installed.
+    Raises ``ValueError`` if the file does not exist or cannot be read, or if package ``tokenizers`` is not installed.
     """
     if name == "bytes":
         return ByteTokenizer()
