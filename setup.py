@@ -17,7 +17,6 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     "hf": ["transformers>=5", "tokenizers>=0.22"],
-    "track": ["wandb"],
     "dev": [
         "build",
         "hypothesis",
