@@ -134,29 +134,12 @@ ARMS: dict[str, Arm] = {
 
 def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
     """The training run of an arm."""
-    return TrainConfig(
-        steps=size.steps,
-        seed=seed,
-        model=ModelConfig(
-            hidden_size=size.hidden,
-            num_layers=size.layers,
-            num_heads=4,
-            num_experts=size.experts,
-            top_k=size.top_k,
-            moe_intermediate_size=size.hidden,
-            init_std=size.init_std,
-        ),
-        router=RouterConfig(**arm.router),
-        balance=BalanceConfig(**arm.balance),
-        data=DataConfig(
+    return TrainConfig(steps=size.steps, seed=seed, model=ModelConfig(num_layers=size.layers, num_heads=4), moe=MoEConfig(hidden_size=size.hidden, intermediate_size=size.hidden, num_experts=size.experts, top_k=size.top_k, init_std=size.init_std, router=RouterConfig(**arm.router), balance=BalanceConfig(**arm.balance)), data=DataConfig(
             seq_len=size.seq_len,
             global_batch=BATCH,
             micro_batch=arm.micro_batch,
             builtin_bytes_per_domain=size.bytes_per_domain,
-        ),
-        optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)),
-        log=LogConfig(eval_sequences=size.heldout, tensorboard=False),
-    )
+        ), optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)), log=LogConfig(eval_sequences=size.heldout, tensorboard=False),)
 
 
 class Ranks:

@@ -146,7 +146,7 @@ def counted(name: str, trainer: Trainer) -> tuple[Sent, int]:
     with record_traffic() as record:
         trainer.train_step(observed=False)
     of_tokens, of_sequence = (1, 1) if trainer.mesh is None else (trainer.mesh[a].size for a in ("stage", "sequence"))
-    experts, layers = trainer.config.model.num_experts, len(trainer.layers)
+    experts, layers = trainer.config.moe.num_experts, len(trainer.layers)
     return Sent.of(record), formula(name, experts, layers, of_tokens, of_sequence)
 
 

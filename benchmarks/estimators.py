@@ -54,20 +54,7 @@ from equimoe.moe.types import load_summary
 DRAWN = 400
 
 #: one process has the whole step in one micro-batch: what it trains on is exact, whatever the estimator
-CONFIG = TrainConfig(
-    steps=150,
-    model=ModelConfig(
-        hidden_size=96,
-        num_layers=4,
-        num_heads=4,
-        intermediate_size=192,
-        num_experts=8,
-        top_k=2,
-        moe_intermediate_size=96,
-    ),
-    balance=BalanceConfig(scope="global", coefficient=0.01),
-    data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),
-)
+CONFIG = TrainConfig(steps=150, model=ModelConfig(num_layers=4, num_heads=4, intermediate_size=192), moe=MoEConfig(hidden_size=96, intermediate_size=96, num_experts=8, top_k=2, balance=BalanceConfig(scope="global", coefficient=0.01)), data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),)
 QUICK = replace(
     CONFIG,
     steps=12,
@@ -342,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     result["settings"] = {
         **{key: sizes[key] for key in ("hidden_size", "num_layers", "num_experts", "top_k", "moe_intermediate_size")},
         **{key: getattr(plan.config.data, key) for key in ("global_batch", "seq_len", "builtin_bytes_per_domain")},
-        **{"steps": plan.config.steps, "coefficient": plan.config.balance.coefficient, "seed": plan.config.seed},
+        **{"steps": plan.config.steps, "coefficient": plan.config.moe.balance.coefficient, "seed": plan.config.seed},
     }
     result |= measure(plan, lambda line: print(line, file=sys.stderr, flush=True))
     result["prediction"] = prediction(result["points"])

@@ -255,13 +255,17 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:
     """Build a dataclass from a nested mapping. The dataclasses validate themselves."""
     made = dict(values)
     for name, hint in _hints(cls).items():
         if _section(hint) is not None and made.get(name) is not None:
-            made[name] = _build(_section(hint), made[name])
-    return cls(**made)
+            made[name] = _build(_section(hint), made[name], f"{path}{name}.")
+    try:
+        return cls(**made)
+    except ValueError as error:
+        # a layer's configuration knows nothing of the section that it is in
+        raise ValueError(f"moe.{error}" if path.startswith("moe.") else str(error)) from None
 
 
 # ---- help

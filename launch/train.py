@@ -146,7 +146,7 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
     corpus, config = trainer.corpus, trainer.config
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
     print(
-        f"{len(trainer.moe_numbers)} MoE layers of {config.model.num_experts} experts, top-{config.model.top_k}; "
+        f"{len(trainer.moe_numbers)} MoE layers of {config.moe.num_experts} experts, top-{config.moe.top_k}; "
         f"{trainer.axis.size} ranks{_degrees(trainer)}, {trainer.micro_batches} micro-batches per step"
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
@@ -191,7 +191,7 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     for domain, loss in rows:
         print(f"  {domain:<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
     dead = sum(int(layer["dead"]) for layer in trained["layers"])
-    print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.model.num_experts}")
+    print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
     print(f"report:     {write_report(run_dir)}")

@@ -21,23 +21,4 @@ def mixtral() -> TrainConfig:
 
     Width and batch size are our choice, to fit a small study.
     """
-    return TrainConfig(
-        steps=5000,
-        dtype="bfloat16",
-        model=ModelConfig(
-            hidden_size=512,
-            num_layers=8,
-            num_heads=8,
-            intermediate_size=1536,
-            num_experts=8,
-            top_k=2,
-            moe_intermediate_size=1536,
-            moe_every=1,
-        ),
-        router=RouterConfig(score="softmax", softmax_after_topk=True),
-        balance=BalanceConfig(scope="micro", coefficient=0.01),
-        data=DataConfig(seq_len=1024, global_batch=128, micro_batch=8),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=250),
-        parallel=ParallelConfig(ep=-1),
-        log=LogConfig(every=10, eval_every=500, eval_sequences=64),
-    )
+    return TrainConfig(steps=5000, dtype="bfloat16", model=ModelConfig(num_layers=8, num_heads=8, intermediate_size=1536, moe_every=1), moe=MoEConfig(hidden_size=512, intermediate_size=1536, num_experts=8, top_k=2, router=RouterConfig(score="softmax", softmax_after_topk=True), balance=BalanceConfig(scope="micro", coefficient=0.01)), data=DataConfig(seq_len=1024, global_batch=128, micro_batch=8), optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=250), parallel=ParallelConfig(ep=-1), log=LogConfig(every=10, eval_every=500, eval_sequences=64),)

@@ -22,23 +22,4 @@ def qwen3_global_batch() -> TrainConfig:
     64 experts of width 192 and 128 sequences per step are our choice, to fit a small study. Tokens are bytes unless
     ``data.tokenizer`` names a tokenizer; ``data.path`` names your own text.
     """
-    return TrainConfig(
-        steps=5000,
-        dtype="bfloat16",
-        model=ModelConfig(
-            hidden_size=512,
-            num_layers=8,
-            num_heads=8,
-            intermediate_size=1536,
-            num_experts=64,
-            top_k=8,
-            moe_intermediate_size=192,
-            moe_every=1,
-        ),
-        router=RouterConfig(score="softmax", normalize_weights=True, softmax_after_topk=False, z_loss=0.001),
-        balance=BalanceConfig(scope="global", coefficient=0.008, estimator="rolling"),
-        data=DataConfig(seq_len=1024, global_batch=128, micro_batch=8),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=250),
-        parallel=ParallelConfig(ep=-1),
-        log=LogConfig(every=10, eval_every=500, eval_sequences=64),
-    )
+    return TrainConfig(steps=5000, dtype="bfloat16", model=ModelConfig(num_layers=8, num_heads=8, intermediate_size=1536, moe_every=1), moe=MoEConfig(hidden_size=512, intermediate_size=192, num_experts=64, top_k=8, router=RouterConfig(score="softmax", normalize_weights=True, softmax_after_topk=False, z_loss=0.001), balance=BalanceConfig(scope="global", coefficient=0.008, estimator="rolling")), data=DataConfig(seq_len=1024, global_batch=128, micro_batch=8), optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=250), parallel=ParallelConfig(ep=-1), log=LogConfig(every=10, eval_every=500, eval_sequences=64),)

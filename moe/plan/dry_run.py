@@ -64,22 +64,15 @@ class DryRun:
     seconds: float
 
 
-class _WithTriton(TrainConfig):
-    """A configuration that uses the Triton kernels, whose custom ops can run on fake tensors."""
-
-    def moe(self, micro_batches: int) -> MoEConfig:
-        return replace(super().moe(micro_batches), backend="triton")
-
-
 def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun:
     """Simulate one optimizer step as ``rank`` of ``world``, with ``node`` ranks per node.
 
     Raises ValueError if the configuration does not fit ``world``.
     """
     start = time.perf_counter()
-    config = _WithTriton(**{f.name: getattr(config, f.name) for f in fields(config)})
     degrees = config.degrees(world)
-    config = replace(config, parallel=degrees)
+    # Triton's kernels are custom ops, which can run on fake tensors
+    config = replace(config, parallel=degrees, moe=replace(config.moe, backend="triton"))
     passes = config.micro_batches(degrees.dp)
     if degrees.pp > 1:  # check the whole step, because only some of its micro-batches are simulated
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
@@ -90,7 +83,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # rotary positions and ranks are real tensors
         with mode:
-            model = build_model(config, vocabulary, run)
+            model = build_model(config, vocabulary)
         engine = _engine(config, model, mesh, run)
         recorder = _recorder(config, mesh, node, run)
         _step(config, engine, recorder, mode, run)
@@ -143,7 +136,7 @@ def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> Tor
 def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
     pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
     tokens = config.data.micro_batch * config.data.seq_len // pieces
-    return Recorder(mesh, node, tokens, config.moe(run))
+    return Recorder(mesh, node, tokens, config.moe)
 
 
 def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, run: int) -> None:

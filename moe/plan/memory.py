@@ -108,7 +108,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
     # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP or the optimizer shards it
     tp = place.degrees.tp
-    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.model.hidden_size if place.first else 0
+    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if place.first else 0
     sharded = place.degrees.data_parallel == "fsdp"
     accumulates = sharded and micro_batches > 1
     activations = _Activations(config, place, vocabulary)
@@ -161,7 +161,7 @@ def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
 
 
 def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Weight]:
-    hidden, tp = config.model.hidden_size, place.degrees.tp
+    hidden, tp = config.moe.hidden_size, place.degrees.tp
     if place.first:
         yield Weight(ceil(vocabulary / tp), hidden)
     for block in place.blocks:
@@ -177,7 +177,7 @@ def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Wei
 
 
 def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
-    hidden, heads, a = config.model.hidden_size, config.model.num_heads, config.attention
+    hidden, heads, a = config.moe.hidden_size, config.model.num_heads, config.attention
     if a.kind == "grouped":
         width, kv_heads = a.head_width or hidden // heads, a.num_kv_heads or heads
         yield Weight((heads + 2 * kv_heads) * width // tp, hidden)
@@ -193,7 +193,7 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 
 
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
-    moe = config.moe(1)
+    moe = config.moe
     hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, moe.num_experts // degrees.ep
     yield Weight(moe.num_experts, hidden)
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
@@ -219,7 +219,7 @@ class _Activations:
         self.splits = d.tp > 1 and d.sequence_parallel
         self.t = self.T // d.tp if self.splits else self.T
         #: bytes of the hidden states between two blocks
-        self.hidden = self.c * config.model.hidden_size * self.t
+        self.hidden = self.c * config.moe.hidden_size * self.t
 
     def of_stage(self) -> int:
         """Bytes of all blocks of this rank, their inputs, and the head."""
@@ -251,8 +251,8 @@ class _Activations:
 
     def _kept(self) -> int:
         """Bytes that a recomputed MoE layer keeps: its routing decisions, and exchanged rows under keep_exchanges."""
-        rows = self.config.model.top_k * self._moe_tokens()
-        exchanged = 2 * self.c * self.config.model.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
+        rows = self.config.moe.top_k * self._moe_tokens()
+        exchanged = 2 * self.c * self.config.moe.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
         return (8 + exchanged * (self.place.degrees.ep > 1)) * rows
 
     def _to_split(self, width: int, layers: int = 1) -> int:
@@ -276,7 +276,7 @@ class _Activations:
         latents = c * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_width) + 8
         to_split = self._to_split(a.kv_lora_rank) + self._to_split(a.q_lora_rank)
         if not a.q_lora_rank and self.splits:
-            to_split += self._to_split(self.config.model.hidden_size)
+            to_split += self._to_split(self.config.moe.hidden_size)
         return self.hidden + latents * self.t + to_split + (heads + self._tables(a.qk_rope_width)) * self.T
 
     def _tables(self, width: int) -> int:
@@ -285,13 +285,13 @@ class _Activations:
 
     def _dense(self) -> int:
         inside = 4 * self.c * (self.config.model.intermediate_size // self.tp) * self.T
-        return self._to_split(self.config.model.hidden_size, layers=2) + inside
+        return self._to_split(self.config.moe.hidden_size, layers=2) + inside
 
     def _moe_tokens(self) -> int:
         return ceil(self.T / self.tp)  # tensor-parallel ranks hold the same tokens and divide them
 
     def _moe(self) -> int:
-        moe, degrees, t, c = self.config.moe(1), self.place.degrees, self._moe_tokens(), self.c
+        moe, degrees, t, c = self.config.moe, self.place.degrees, self._moe_tokens(), self.c
         hidden, rows = moe.hidden_size, moe.top_k * t
         router = 4 * (hidden + moe.num_experts) * t
         x = c * hidden * t if c < 4 else 0  # in addition to the router's fp32 copy
@@ -311,4 +311,4 @@ class _Activations:
         """Bytes of the final norm, the logits, and their log-softmax in fp32."""
         kept = 4 if self.place.num_stages > 1 and FREES_LOGITS else self.c + 4
         logits = kept * ceil(self.vocabulary / self.tp) * self.T
-        return 4 * self.t + self._to_split(self.config.model.hidden_size) + logits
+        return 4 * self.t + self._to_split(self.config.moe.hidden_size) + logits

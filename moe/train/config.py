@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ..config import (
@@ -21,47 +22,25 @@ from ..parallel.config import ParallelConfig as ParallelConfig  # re-exported: a
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder language model that contains the MoE layers."""
+    """The decoder language model around the MoE layers, which section ``moe`` describes."""
 
-    hidden_size: int = 256
     #: number of decoder blocks
     num_layers: int = 4
     num_heads: int = 4
     #: width of the dense feed-forwards
     intermediate_size: int = 512
-    num_experts: int = 8
-    #: experts per token
-    top_k: int = 2
-    #: width of one expert
-    moe_intermediate_size: int = 256
     #: use an MoE layer in every n-th block, starting with the n-th; 1: in all blocks, 0: in none
     moe_every: int = 1
     #: use dense feed-forwards in the first n blocks, regardless of ``moe_every``
     dense_layers: int = 0
-    #: total width of the shared experts, which process every token; 0: none
-    shared_intermediate_size: int = 0
-    #: multiply the shared experts' output by a sigmoid gate computed from the token (Qwen2-MoE)
-    shared_gate: bool = False
     #: vocabulary size of embedding and head; None: that of the tokenizer
     vocab_size: int | None = None
-    #: standard deviation of the initial weights; narrow models learn faster with about hidden_size**-0.5
-    init_std: float = 0.02
     #: recompute activations in the backward pass; section ``recompute`` says which
     recompute: bool = False
-    #: activation of the routed experts; "gelu" uses the error function, "relu2" is the square of ReLU
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
-    #: the routed experts compute down(act(gate(x)) * up(x)); if False, down(act(up(x)))
-    gated: bool = True
-    #: recompute the experts' pre-activation in the backward pass: saves memory, costs one more matrix product
-    recompute_experts: bool = False
-    #: kernels to use: "reference" (slow and obvious), "torch", "triton", or "auto", those that measured fastest
-    backend: Literal["auto", "torch", "triton", "reference"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self, "model.")
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
-        for name in ("num_experts", "top_k", "moe_intermediate_size"):
+        for name in ("num_layers", "num_heads", "intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.moe_every >= 0, "model.moe_every", self.moe_every, "must not be negative; 1: all blocks, 0: none")
         require(
@@ -69,25 +48,6 @@ class ModelConfig:
             "model.dense_layers",
             self.dense_layers,
             f"must be between 0 and model.num_layers={self.num_layers}",
-        )
-        require(self.init_std > 0, "model.init_std", self.init_std, "must be positive; 0.02 is usual")
-        require(
-            self.top_k <= self.num_experts,
-            "model.top_k",
-            self.top_k,
-            f"must be at most model.num_experts={self.num_experts}",
-        )
-        require(
-            self.shared_intermediate_size >= 0,
-            "model.shared_intermediate_size",
-            self.shared_intermediate_size,
-            "must not be negative; 0 means no shared experts",
-        )
-        require(
-            not self.shared_gate or self.shared_intermediate_size > 0,
-            "model.shared_gate",
-            self.shared_gate,
-            "needs shared experts; set model.shared_intermediate_size",
         )
 
 
@@ -226,11 +186,9 @@ class TrainConfig:
     #: dtype of the computation; "bfloat16" keeps fp32 master weights
     dtype: Literal["float32", "bfloat16"] = "float32"
     model: ModelConfig = field(default_factory=ModelConfig)
+    #: every MoE layer; its ``hidden_size`` and ``init_std`` are those of the whole model
+    moe: MoEConfig = field(default_factory=partial(MoEConfig, 256, 256, num_experts=8, top_k=2))
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    capacity: CapacityConfig | None = None
-    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -242,12 +200,12 @@ class TrainConfig:
         check_choices(self)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
-        self.attention.check(self.model.hidden_size, self.model.num_heads)
+        self.attention.check(self.moe.hidden_size, self.model.num_heads)
         require(
-            self.parallel.ep == -1 or self.model.num_experts % self.parallel.ep == 0,
+            self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,
             "parallel.ep",
             self.parallel.ep,
-            f"must divide model.num_experts={self.model.num_experts}",
+            f"must divide moe.num_experts={self.moe.num_experts}",
         )
 
     def degrees(self, world: int) -> ParallelConfig:
@@ -255,12 +213,12 @@ class TrainConfig:
 
         Raises ValueError if they do not multiply to ``world`` or do not divide the experts.
         """
-        found = self.parallel.resolve(world, self.model.num_experts)
+        found = self.parallel.resolve(world, self.moe.num_experts)
         require(
-            self.model.num_experts % found.ep == 0,
+            self.moe.num_experts % found.ep == 0,
             "parallel.ep",
             found.ep,
-            f"the value resolved for {world} processes must divide model.num_experts={self.model.num_experts}; "
+            f"the value resolved for {world} processes must divide moe.num_experts={self.moe.num_experts}; "
             "set parallel.ep or change the number of processes",
         )
         return found
@@ -277,29 +235,9 @@ class TrainConfig:
         )
         passes = self.data.global_batch // per_pass
         require(
-            self.balance.micro_batches in (None, passes),
-            "balance.micro_batches",
-            self.balance.micro_batches,
+            self.moe.balance.micro_batches in (None, passes),
+            "moe.balance.micro_batches",
+            self.moe.balance.micro_batches,
             f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {passes}; leave it out",
         )
         return passes
-
-    def moe(self, micro_batches: int) -> MoEConfig:
-        """Return the configuration of each MoE layer, for ``micro_batches`` micro-batches per step."""
-        return MoEConfig(
-            hidden_size=self.model.hidden_size,
-            intermediate_size=self.model.moe_intermediate_size,
-            num_experts=self.model.num_experts,
-            top_k=self.model.top_k,
-            router=self.router,
-            balance=replace(self.balance, micro_batches=micro_batches),
-            capacity=self.capacity,
-            dispatch=self.dispatch,
-            shared_intermediate_size=self.model.shared_intermediate_size,
-            shared_gate=self.model.shared_gate,
-            activation=self.model.activation,
-            gated=self.model.gated,
-            recompute_experts=self.model.recompute_experts,
-            init_std=self.model.init_std,
-            backend=self.model.backend,
-        )

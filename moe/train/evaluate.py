@@ -50,9 +50,9 @@ def evaluate(
     readers = LOCAL if mesh is None else mesh["dp"]
     place = {domain: i for i, domain in enumerate(corpus.domains)}
     sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device)
-    width = config.model.num_experts + 2
+    width = config.moe.num_experts + 2
     seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=device)
-    rows = config.data.micro_batch if config.capacity is None else 1
+    rows = config.data.micro_batch if config.moe.capacity is None else 1
     batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):

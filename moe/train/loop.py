@@ -29,7 +29,7 @@ from .optim import build_optimizer, learning_rate
 from .step import Losses, NonFiniteError, mixed_precision
 
 
-def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
+def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     """Build the complete model of ``config``. Its weights depend only on the seed, so all ranks build the same."""
     torch.manual_seed(config.seed)
     return Decoder(
@@ -38,7 +38,7 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
         num_layers=config.model.num_layers,
         num_heads=config.model.num_heads,
         intermediate_size=config.model.intermediate_size,
-        moe=config.moe(micro_batches),
+        moe=config.moe,
         moe_every=config.model.moe_every,
         dense_layers=config.model.dense_layers,
         attention=config.attention,
@@ -47,16 +47,16 @@ def build_model(config: TrainConfig, vocab_size: int, micro_batches: int) -> Dec
     )
 
 
-def _built(config: TrainConfig, vocab_size: int, micro_batches: int) -> Decoder:
+def _built(config: TrainConfig, vocab_size: int) -> Decoder:
     """The same, with one line where there is not enough memory for it."""
     try:
-        return build_model(config, vocab_size, micro_batches)
+        return build_model(config, vocab_size)
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0] or "out of memory"
         if not isinstance(error, MemoryError) and "alloc" not in reason and "overflow" not in reason.lower():
             raise
         raise ValueError(
-            f"model.num_layers={config.model.num_layers}, model.hidden_size={config.model.hidden_size}: the model does "
+            f"model.num_layers={config.model.num_layers}, moe.hidden_size={config.moe.hidden_size}: the model does "
             f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun tells what it needs"
         ) from None
 
@@ -70,10 +70,10 @@ class Trainer:
         #: mesh axis whose ranks read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
-        model = _built(config, config.model.vocab_size or corpus.vocab_size, self.micro_batches)
+        model = _built(config, config.model.vocab_size or corpus.vocab_size)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
-            w.numel() * (config.model.num_experts - config.model.top_k) // config.model.num_experts
+            w.numel() * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
@@ -95,7 +95,7 @@ class Trainer:
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
         self.losses = Losses(len(corpus.domains), device)
-        self.columns = Columns.of(config.moe(self.micro_batches), self.axis.size)
+        self.columns = Columns.of(config.moe, self.axis.size)
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0

@@ -15,23 +15,7 @@ from equimoe.moe.train.config import (
     TrainConfig,
 )
 
-CONFIG = TrainConfig(
-    steps=20,
-    model=ModelConfig(
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=24,
-        num_experts=4,
-        top_k=2,
-        moe_intermediate_size=12,
-    ),
-    data=DataConfig(seq_len=16, global_batch=8, micro_batch=2, heldout_fraction=0.1),
-    optim=OptimConfig(lr=1e-2, warmup_steps=4),
-    parallel=ParallelConfig(timeout_s=60),
-    checkpoint=CheckpointConfig(every=0),
-    log=LogConfig(every=1, eval_every=0, eval_sequences=2, tensorboard=False),
-)
+CONFIG = TrainConfig(steps=20, model=ModelConfig(num_layers=2, num_heads=2, intermediate_size=24), moe=MoEConfig(hidden_size=16, intermediate_size=12, num_experts=4, top_k=2), data=DataConfig(seq_len=16, global_batch=8, micro_batch=2, heldout_fraction=0.1), optim=OptimConfig(lr=1e-2, warmup_steps=4), parallel=ParallelConfig(timeout_s=60), checkpoint=CheckpointConfig(every=0), log=LogConfig(every=1, eval_every=0, eval_sequences=2, tensorboard=False),)
 
 
 def write_texts(folder: Path) -> Path:

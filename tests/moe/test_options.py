@@ -186,7 +186,7 @@ def test_later_wins_over_earlier_and_options_over_files(tmp_path: Path) -> None:
     ],
 )
 def test_the_optional_section(argv: list[str], expected: CapacityConfig | None) -> None:
-    assert parse(argv).config.capacity == expected
+    assert parse(argv).config.moe.capacity == expected
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_the_optional_section_in_files(before: str, text: str, expected: Capacit
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
     first.write_text(before)
     second.write_text(text)
-    assert parse(["--config", str(first), "--config", str(second)]).config.capacity == expected
+    assert parse(["--config", str(first), "--config", str(second)]).config.moe.capacity == expected
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
     assert "--model.vocab_size INT|none" in flat
     assert ("router.softmax_after_topk true|false" in flat) and (":func:" not in text) and ("``" not in text)
     shown = RECIPES["mixtral" if "mixtral" in asked else "quickstart"]()
-    assert f"--model.hidden_size INT default {shown.model.hidden_size} " in flat
+    assert f"--model.hidden_size INT default {shown.moe.hidden_size} " in flat
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -353,5 +353,5 @@ def test_recipes(recipe: str) -> None:
             config.degrees(1)
     else:
         assert config.micro_batches(config.degrees(1).dp) >= 1
-    assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.model.num_experts
+    assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.moe.num_experts
     assert (RECIPES[recipe].__doc__ or "").strip()

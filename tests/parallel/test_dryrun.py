@@ -84,7 +84,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     mesh, cpu = build_mesh(config.parallel), torch.device("cpu")
     passes, shape = config.micro_batches(mesh["dp"].size), (config.data.micro_batch, config.data.seq_len)
     engine = build_engine(
-        build_model(config, MODEL.vocab_size or 0, passes),
+        build_model(config, MODEL.vocab_size or 0),
         mesh,
         lambda trainable: build_optimizer(trainable.values(), config.optim),
         micro_batches=passes,
@@ -283,7 +283,7 @@ def test_ways_to_keep_less(how: list[str]) -> None:
     config = parse([*argv, "--parallel.tp", "1", "--data.global_batch", "64"]).config
     found = dry(config, 64, 1)
     nodes = {(kind.axis, kind.inside_node) for kind, _, _ in found.traffic if kind.axis.startswith("ep.")}
-    if config.dispatch.name == "hierarchical":
+    if config.moe.dispatch.name == "hierarchical":
         assert nodes == {("ep.across", False), ("ep.within", True)}
     else:
         within(found, config)
@@ -293,7 +293,7 @@ def test_parameters_are_as_published() -> None:
     """Published numbers of parameters: 671 and 235 billion, summed over one rank of each stage."""
     for name, published in (("deepseek_v3", 671.0e9), ("qwen3_235b", 235.1e9)):
         config, total = RECIPES[name](), 0
-        vocab, d = config.model.vocab_size or 0, config.model.hidden_size
+        vocab, d = config.model.vocab_size or 0, config.moe.hidden_size
         for stage in range(16):
             stages = replace(config.parallel, tp=1, ep=1, data_parallel="ddp")
             one = replace(config, dtype="float32", parallel=stages, data=replace(config.data, global_batch=65536))
