@@ -1,4 +1,4 @@
-"""When an op may look at the values that it was given, to check them."""
+"""What the public ops check of their tensors, and when they may look at values to do so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,52 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def has_values(t: Tensor) -> bool:
+    """False for meta and fake tensors, which have a shape and a dtype alone."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
 def readable(t: Tensor) -> bool:
     """Whether a tensor has values, and reading them makes nobody wait: on the CPU, but not in a trace or a dry run."""
-    return not torch.compiler.is_compiling() and t.device.type == "cpu" and not isinstance(t, FakeTensor)
+    return not torch.compiler.is_compiling() and t.device.type == "cpu" and has_values(t)
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors that are given are on ``device``."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}: move it to {device}, where the rows are")
+
+
+def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless ``offsets_E`` is int64 [E+1] and, where readable, ascends from 0 to ``num_rows`` at most."""
+    if offsets_E.dim() != 1 or offsets_E.dtype != torch.int64 or offsets_E.shape[0] == 0:
+        raise ValueError(f"offsets_E={offsets_E.dtype}{list(offsets_E.shape)}: must be int64 [E + 1]")
+    if readable(offsets_E):
+        offsets = offsets_E.tolist()
+        if offsets[0] != 0 or offsets != sorted(offsets):
+            raise ValueError(f"offsets_E={_short(offsets)}: must begin at 0 and never decrease")
+        if offsets[-1] > num_rows:
+            raise ValueError(f"offsets_E={_short(offsets)}: must end at {num_rows}, the number of rows, or before")
+
+
+def check_index(name: str, index_R: Tensor, sources: int) -> None:
+    """Raise ValueError unless ``index_R`` is int64 [R] and, where readable, has entries in [0, sources) alone."""
+    if index_R.dim() != 1 or index_R.dtype != torch.int64:
+        raise ValueError(f"{name}={index_R.dtype}{list(index_R.shape)}: must be int64 [R], one entry per row")
+    if index_R.shape[0] and sources == 0:
+        raise ValueError(f"{name}=int64{list(index_R.shape)}: there are no rows to gather")
+    check_range(name, index_R, 0, sources)
+
+
+def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
+    """Raise ValueError where entries are readable and one of them is outside [low, high)."""
+    if readable(ids) and ids.numel():
+        least, most = (int(bound) for bound in ids.aminmax())
+        if least < low or most >= high:
+            raise ValueError(f"{name} in [{least}, {most}]: entries must lie in {low}..{high - 1}")
+
+
+def _short(values: list[int]) -> str:
+    """At most eight of them."""
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ..., {values[-1]}]"

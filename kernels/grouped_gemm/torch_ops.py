@@ -7,7 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..values import has_values
 from . import grouped
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether the host has values to work with; a dry run on the CPU has none."""
+    return t.device.type == "cpu" and has_values(t)
 
 
 def _spans(offsets_E: Tensor) -> list[tuple[int, int, int]]:
@@ -16,7 +22,7 @@ def _spans(offsets_E: Tensor) -> list[tuple[int, int, int]]:
 
 
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
-    if rows.device.type != "cpu":
+    if not on_host(rows):
         return grouped.forward(rows, weight_ENK, offsets_E, index_R)
     num_rows = (rows if index_R is None else index_R).shape[0]
     out_RN = rows.new_zeros(num_rows, weight_ENK.shape[1])
@@ -33,9 +39,9 @@ def dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
 def wgrad(
     dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    if rows.device.type != "cpu":
+    if not on_host(rows):
         return grouped.wgrad(dy, rows, offsets_E, dy_index_R, index_R, out)
-    shape = (offsets_E.numel() - 1, dy.shape[1], rows.shape[1])
+    shape = (offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
     grad_ENK = dy.new_zeros(shape) if out is None else out
     for e, a, b in _spans(offsets_E):
         left = dy[a:b] if dy_index_R is None else dy.index_select(0, dy_index_R[a:b])

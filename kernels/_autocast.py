@@ -1,0 +1,22 @@
+"""The dtypes of an op under autocast, in both passes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None where it is off."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which torch's functions keep the dtypes of their inputs.
+
+    An op enters it in its forward and, of its own, in its backward pass: autocast may be on in one of them alone.
+    """
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
