@@ -2,6 +2,19 @@
 
 Every op has a ``reference`` backend (slow, obvious, the oracle of the tests) and a ``torch`` backend (fast,
 portable), and takes ``backend="auto" | "torch" | "reference"``. Nothing in here knows of layers or meshes.
+
+All backends of an op keep to the same rules:
+
+* Tensors are on one device and may have any strides.
+* Autocast changes no dtype that an op's docstring states, in the forward and in the backward pass. ``expert_mlp`` alone
+  takes part in it, as a layer does.
+* Products of fp32 tensors follow torch's setting: full fp32 unless the user permits less, as TF32 with
+  ``torch.backends.cuda.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision``. 16-bit products are added up
+  in fp32. The reference computes in fp64 where it multiplies matrices.
+* Shapes, dtypes and devices are checked everywhere; ids, indices and offsets, whose values are data, on the CPU only.
+  An accelerator would have to wait for the check. There a wrong value makes the result undefined, or torch stops with
+  an assertion of the device, but no op reads or writes memory outside its tensors.
+* Tensors without values (meta, ``FakeTensorMode``) give results of the right shape, dtype and device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the public ops check of their tensors, and when they may look at values to do so."""
+"""When an op may look at the values that it was given, and what it checks of its inputs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(t: Tensor) -> bool:
-    """False for meta and fake tensors, which have a shape and a dtype alone."""
-    return not t.is_meta and not isinstance(t, FakeTensor)
+    """False for a tensor that has only a shape (meta, FakeTensorMode)."""
+    return t.device.type != "meta" and not isinstance(t, FakeTensor)
 
 
 def readable(t: Tensor) -> bool:
@@ -17,15 +17,20 @@ def readable(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and t.device.type == "cpu" and has_values(t)
 
 
+def reads_no_values(backend: str, t: Tensor) -> str:
+    """``backend``, but "torch" instead of "reference" for a tensor that has only a shape (meta, FakeTensorMode)."""
+    return "torch" if backend == "reference" and not has_values(t) else backend
+
+
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all tensors that are given are on ``device``."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {device}, where the rows are")
+    """Raises ValueError for a tensor that is on another device; None is on any."""
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device}: move it to {device}, where the op's other inputs are")
 
 
 def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
-    """Raise ValueError unless ``offsets_E`` is int64 [E+1] and, where readable, ascends from 0 to ``num_rows`` at most."""
+    """Raises ValueError for offsets that are not int64 [E+1] or, where readable, do not ascend from 0 to the rows."""
     if offsets_E.dim() != 1 or offsets_E.dtype != torch.int64 or offsets_E.shape[0] == 0:
         raise ValueError(f"offsets_E={offsets_E.dtype}{list(offsets_E.shape)}: must be int64 [E + 1]")
     if readable(offsets_E):
@@ -37,7 +42,7 @@ def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
 
 
 def check_index(name: str, index_R: Tensor, sources: int) -> None:
-    """Raise ValueError unless ``index_R`` is int64 [R] and, where readable, has entries in [0, sources) alone."""
+    """Raises ValueError for an index that is not int64 [R] or, where readable, has entries outside [0, sources)."""
     if index_R.dim() != 1 or index_R.dtype != torch.int64:
         raise ValueError(f"{name}={index_R.dtype}{list(index_R.shape)}: must be int64 [R], one entry per row")
     if index_R.shape[0] and sources == 0:
@@ -46,7 +51,7 @@ def check_index(name: str, index_R: Tensor, sources: int) -> None:
 
 
 def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
-    """Raise ValueError where entries are readable and one of them is outside [low, high)."""
+    """Raises ValueError where entries are readable, and one of them is outside [low, high)."""
     if readable(ids) and ids.numel():
         least, most = (int(bound) for bound in ids.aminmax())
         if least < low or most >= high:

@@ -11,7 +11,7 @@ from .. import pick
 from .._autocast import autocast_dtype, without_autocast
 from .._triton import without_fp64
 from ..sort_by_expert import ExpertOrder
-from ..values import check_device, check_index, check_offsets, check_range, has_values
+from ..values import check_device, check_index, check_offsets, check_range, reads_no_values
 from . import reference, torch_ops
 from .kind import ACTIVATIONS, Kind
 
@@ -71,10 +71,8 @@ def expert_mlp(
     if dtype is not None and x_SD.dtype != torch.float64:
         x_SD, gate_up_EFD, down_EDF = x_SD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
     weights_SK = weights_SK.to(torch.float64 if x_SD.dtype == torch.float64 else torch.float32)
-    if backend == "reference" and not has_values(x_SD):
-        backend = "torch"  # it has the same shapes, and reads no values to know them
     with without_autocast(x_SD.device):
-        run = pick("expert_mlp", _BACKENDS, without_fp64(backend, x_SD.dtype))
+        run = pick("expert_mlp", _BACKENDS, without_fp64(reads_no_values(backend, x_SD), x_SD.dtype))
         return run(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
 
 

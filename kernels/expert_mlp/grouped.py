@@ -84,8 +84,8 @@ def backward(
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     if _is_empty(order, down_EDF):
-        inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
-        dx, dweights, dgate_up, ddown = (t.new_zeros(t.shape) if n else None for t, n in zip(inputs, needs, strict=True))
+        inputs = zip((x_SD, weights_SK, gate_up_EFD, down_EDF), needs, strict=True)
+        dx, dweights, dgate_up, ddown = (t.new_zeros(t.shape) if needed else None for t, needed in inputs)
         return dx, dweights, dgate_up, ddown
     rows = _Rows(weights_SK, order, down_EDF)
     product, weight_grad = rows.layout.product, rows.layout.weight_grad

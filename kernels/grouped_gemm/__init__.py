@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import pick
 from .._autocast import without_autocast
 from .._triton import without_fp64
-from ..values import check_device, check_index, check_offsets, has_values
+from ..values import check_device, check_index, check_offsets, reads_no_values
 from . import reference, torch_ops
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
@@ -37,9 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _run(name: str, backend: str, first: Tensor, *rest: Tensor | None) -> Tensor:
     """The function ``name`` of a backend, in the dtypes of its inputs whatever autocast says."""
-    module = pick("grouped_gemm", _BACKENDS, without_fp64(backend, first.dtype))()
-    if module is reference and not has_values(first):
-        module = torch_ops  # it has the same shapes, and reads no values to know them
+    module = pick("grouped_gemm", _BACKENDS, without_fp64(reads_no_values(backend, first), first.dtype))()
     with without_autocast(first.device):
         return getattr(module, name)(first, *rest)
 

@@ -232,11 +232,11 @@ def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int) -> Config
 def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
     """int64 [3, T]: expert, first row and end of every row tile of ``block`` rows; T = ceil(R / block) + E."""
     experts = offsets_E.shape[0] - 1
-    num_tiles = -(-num_rows // block) + experts
+    num_tiles, block_e = -(-num_rows // block) + experts, next_power_of_2(experts + 1)
     tiles_3T = torch.empty(3, num_tiles, dtype=torch.int64, device=offsets_E.device)
     with launch_on(offsets_E):
         _tile_map_kernel[(-(-num_tiles // _MAP_BLOCK),)](
-            offsets_E.contiguous(), tiles_3T, num_rows, num_tiles, experts, block, next_power_of_2(experts + 1), _MAP_BLOCK
+            offsets_E.contiguous(), tiles_3T, num_rows, num_tiles, experts, block, block_e, _MAP_BLOCK
         )
     return tiles_3T
 
