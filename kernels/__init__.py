@@ -20,14 +20,23 @@ All backends of an op keep to the same rules:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from ._autocast import without_autocast
 
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
 def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
-    """The implementation of ``op`` called ``backend``; ``"auto"`` is ``"torch"``."""
+    """The implementation of ``op`` called ``backend``, out of autocast's reach; ``"auto"`` is ``"torch"``."""
     chosen = backends.get("torch" if backend == "auto" else backend)
     if chosen is None:
         raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, ('auto', *backends)))}; use one of these")
-    return chosen
+
+    def run(first: Tensor, *rest: Any) -> object:
+        with without_autocast(first.device):
+            return chosen(first, *rest)
+
+    return cast(_Op, run)

@@ -17,6 +17,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which torch's functions keep the dtypes of their inputs.
 
-    An op enters it in its forward and, of its own, in its backward pass: autocast may be on in one of them alone.
+    ``pick`` enters it for every op. A backward pass that multiplies matrices enters it as well, because autocast may be
+    on in either pass alone.
     """
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

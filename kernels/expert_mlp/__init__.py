@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from .._autocast import autocast_dtype, without_autocast
+from .._autocast import autocast_dtype
 from .._triton import without_fp64
 from ..sort_by_expert import ExpertOrder
 from ..values import check_device, check_index, check_offsets, check_range, reads_no_values
@@ -71,9 +71,8 @@ def expert_mlp(
     if dtype is not None and x_SD.dtype != torch.float64:
         x_SD, gate_up_EFD, down_EDF = x_SD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
     weights_SK = weights_SK.to(torch.float64 if x_SD.dtype == torch.float64 else torch.float32)
-    with without_autocast(x_SD.device):
-        run = pick("expert_mlp", _BACKENDS, without_fp64(reads_no_values(backend, x_SD), x_SD.dtype))
-        return run(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
+    backend = without_fp64(reads_no_values(backend, x_SD), x_SD.dtype)
+    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
 
 
 def _check(

@@ -95,8 +95,8 @@ class _Rows:
         """[S, D] the sum of each source row's rows."""
         inverse_SK, all_kept = self.order.inverse_SK, self.kept == self.order.order_R.numel()
         if self.padded > self.kept > 0:
-            shift_R = torch.tensor(self.shifts).repeat_interleave(self.order.offsets_E.diff())
-            place_R = shift_R.add_(torch.arange(self.kept))
+            shift_R = inverse_SK.new_tensor(self.shifts).repeat_interleave(self.order.offsets_E.diff())
+            place_R = shift_R.add_(torch.arange(self.kept, device=inverse_SK.device))
             inverse_SK = place_R[inverse_SK] if all_kept else torch.where(inverse_SK < 0, -1, place_R[inverse_SK])
         return sum_rows(rows_PD, inverse_SK, all_kept=all_kept)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import pick
-from .._autocast import without_autocast
 from .._triton import without_fp64
 from ..values import check_device, check_index, check_offsets, reads_no_values
 from . import reference, torch_ops
@@ -21,25 +20,28 @@ from . import reference, torch_ops
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
 
 
-def _triton() -> ModuleType:
+def _triton(first: Tensor, name: str, *rest: Tensor | None) -> Tensor:
     from . import triton_ops  # only here: triton is not needed for the other backends
 
-    return triton_ops
+    return getattr(triton_ops, name)(first, *rest)
 
 
-_BACKENDS: dict[str, Callable[[], ModuleType]] = {
-    "reference": lambda: reference,
-    "torch": lambda: torch_ops,
+def _in(module: ModuleType) -> Callable[..., Tensor]:
+    return lambda first, name, *rest: getattr(module, name)(first, *rest)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": _in(reference),
+    "torch": _in(torch_ops),
     "triton": _triton,
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _run(name: str, backend: str, first: Tensor, *rest: Tensor | None) -> Tensor:
-    """The function ``name`` of a backend, in the dtypes of its inputs whatever autocast says."""
-    module = pick("grouped_gemm", _BACKENDS, without_fp64(reads_no_values(backend, first), first.dtype))()
-    with without_autocast(first.device):
-        return getattr(module, name)(first, *rest)
+    """The function ``name`` of a backend's module."""
+    backend = without_fp64(reads_no_values(backend, first), first.dtype)
+    return pick("grouped_gemm", _BACKENDS, backend)(first, name, *rest)
 
 
 def grouped_gemm(
