@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from ._autocast import without_autocast
+from ._autocast import autocast_dtype, without_autocast
 
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
@@ -36,6 +36,8 @@ def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
         raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, ('auto', *backends)))}; use one of these")
 
     def run(first: Tensor, *rest: Any) -> object:
+        if autocast_dtype(first.device) is None:
+            return chosen(first, *rest)
         with without_autocast(first.device):
             return chosen(first, *rest)
 

@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 def has_values(t: Tensor) -> bool:
     """False for a tensor that has only a shape (meta, FakeTensorMode)."""
-    return t.device.type != "meta" and not isinstance(t, FakeTensor)
+    return not t.is_meta and not isinstance(t, FakeTensor)
 
 
 def readable(t: Tensor) -> bool:
     """Whether a tensor has values, and reading them makes nobody wait: on the CPU, but not in a trace or a dry run."""
-    return not torch.compiler.is_compiling() and t.device.type == "cpu" and has_values(t)
+    return t.is_cpu and has_values(t) and not torch.compiler.is_compiling()
 
 
 def reads_no_values(backend: str, t: Tensor) -> str:
@@ -47,15 +47,10 @@ def check_index(name: str, index_R: Tensor, sources: int) -> None:
         raise ValueError(f"{name}={index_R.dtype}{list(index_R.shape)}: must be int64 [R], one entry per row")
     if index_R.shape[0] and sources == 0:
         raise ValueError(f"{name}=int64{list(index_R.shape)}: there are no rows to gather")
-    check_range(name, index_R, 0, sources)
-
-
-def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
-    """Raises ValueError where entries are readable, and one of them is outside [low, high)."""
-    if readable(ids) and ids.numel():
-        least, most = (int(bound) for bound in ids.aminmax())
-        if least < low or most >= high:
-            raise ValueError(f"{name} in [{least}, {most}]: entries must lie in {low}..{high - 1}")
+    if readable(index_R) and index_R.shape[0]:
+        least, most = index_R.aminmax()
+        if least.item() < 0 or most.item() >= sources:
+            raise ValueError(f"{name} in [{int(least)}, {int(most)}]: entries must lie in 0..{sources - 1}")
 
 
 def _short(values: list[int]) -> str:

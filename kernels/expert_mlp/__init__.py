@@ -11,7 +11,7 @@ from .. import pick
 from .._autocast import autocast_dtype
 from .._triton import without_fp64
 from ..sort_by_expert import ExpertOrder
-from ..values import check_device, check_index, check_offsets, check_range, reads_no_values
+from ..values import check_device, check_offsets, reads_no_values
 from . import reference, torch_ops
 from .kind import ACTIVATIONS, Kind
 
@@ -62,9 +62,10 @@ def expert_mlp(
     the inputs' own dtypes. Differentiable once in x, weights, gate_up and down, each where it asks for it; the
     gradient of an expert without rows is zero.
 
-    Raises ValueError for shapes, dtypes, devices or an activation that do not fit and, on the CPU, for an order that
-    is none. Elsewhere no op waits for values to check them: the result is then undefined, or torch stops with an
-    assertion of the device, but no memory outside the tensors is read or written.
+    Raises ValueError for shapes, dtypes, devices or an activation that do not fit and, on the CPU, for offsets that
+    do not ascend from 0 to R at most. Other values of an order are not checked: with one that is not of
+    ``sort_by_expert`` the result is undefined, or torch's indexing stops, but no memory outside the tensors is read or
+    written.
     """
     dtype, kind = autocast_dtype(x_SD.device), Kind(activation, gated)
     _check(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, dtype)
@@ -110,10 +111,8 @@ def _check(
 
 def _check_order(order: ExpertOrder) -> None:
     order_R, inverse_SK, offsets_E = order
-    rows = order_R.numel()
-    check_index("order_R", order_R, rows)
-    if inverse_SK.dim() != 2 or inverse_SK.numel() != rows or inverse_SK.dtype != torch.int64:
-        found = f"{inverse_SK.dtype}{list(inverse_SK.shape)}"
-        raise ValueError(f"inverse_SK={found}: must be int64 [S, K] with the {rows} entries of order_R")
-    check_offsets(offsets_E, rows)
-    check_range("inverse_SK", inverse_SK, -1, rows)
+    shaped = order_R.dim() == 1 and inverse_SK.dim() == 2 and order_R.shape[0] == inverse_SK.numel()
+    if not shaped or order_R.dtype != torch.int64 or inverse_SK.dtype != torch.int64:
+        found = ", ".join(f"{t.dtype}{list(t.shape)}" for t in (order_R, inverse_SK))
+        raise ValueError(f"order_R, inverse_SK={found}: must be int64 [S*K] and [S, K], as sort_by_expert returns them")
+    check_offsets(offsets_E, order_R.shape[0])

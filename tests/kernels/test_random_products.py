@@ -1,4 +1,4 @@
-"""Random shapes, layouts in memory, dtypes and ids for the ops that multiply, both passes, against sums over rows in fp64.
+"""Random shapes, layouts in memory, dtypes and ids for the ops that multiply, both passes, against fp64.
 
 R sorted rows, S source rows, K choices per row or in width, N out width, D hidden, F expert width, E experts.
 """
@@ -76,7 +76,7 @@ class Draw:
 
     def width(self) -> int:
         """Half of them fit a grouped product in bf16."""
-        return self.random.choice((8, 16, 24, self.random.randint(1, 40)))
+        return self.random.choice((8, 16, 24, self.random.randint(1, 21)))
 
 
 def close(found: Tensor, want: Tensor, dtype: torch.dtype, tolerance: float, what: object) -> None:
@@ -99,7 +99,7 @@ def test_grouped_gemm(seed: int, backend: str) -> None:
     for dtype in dtypes(backend):
         draw = Draw(seed)
         experts, n, k, sources = draw.random.randint(1, 5), draw.width(), draw.width(), draw.random.randint(1, 12)
-        counts = [draw.random.choice((0, 1, draw.random.randint(2, 33))) for _ in range(experts)]
+        counts = [draw.random.choice((0, 1, draw.random.randint(2, 20))) for _ in range(experts)]
         offsets = torch.tensor([0, *counts]).cumsum(0)
         num_rows = sum(counts) + draw.random.choice((0, 3))
         gathered = draw.random.random() < 0.6
@@ -142,7 +142,7 @@ def chain(
 def test_expert_mlp(seed: int, backend: str) -> None:
     for dtype in dtypes(backend):
         draw = Draw(seed)
-        sources, choices, experts = draw.random.randint(0, 14), draw.random.randint(1, 3), draw.random.randint(1, 4)
+        sources, choices, experts = draw.random.randint(0, 10), draw.random.randint(1, 3), draw.random.randint(1, 4)
         hidden, width, gated = draw.width(), draw.width(), draw.random.random() < 0.5
         activation, recompute = draw.random.choice(ACTIVATIONS), draw.random.random() < 0.5
         lowest = draw.random.choice((0, -1, -2))  # none, some or many are dropped
