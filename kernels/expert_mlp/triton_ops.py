@@ -94,22 +94,13 @@ def _up_kernel(
 ):
     """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), h[R, F] = w * act(gate) * up, or w * act(pre).
 
-    Nobody's rows are zero in pre, which is an output, and not written in h.
+    Nobody's rows of pre are zero, because it is an output, of which all must be written; those of h are not read.
     """
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP)
-    if expert < 0:
+    if (expert < 0) | ((expert == E) & (not KEEP)):
         return
     halves: tl.constexpr = 2 if GATED else 1
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (m[:, None] < stop) & (n[None, :] < F)
-    pre_ptrs = pre_ptr + m[:, None] * (halves * F) + n[None, :]
-    if expert == E:
-        if KEEP:
-            nothing = tl.zeros((BLOCK_M, BLOCK_N), pre_ptr.dtype.element_ty)
-            tl.store(pre_ptrs, nothing, mask=mask)
-            if GATED:
-                tl.store(pre_ptrs + F, nothing, mask=mask)
-        return
     k = tl.arange(0, BLOCK_K)
     flat = clamp(tl.load(flat_ptr + source), routed)
     a_ptrs = x_ptr + (flat // choices)[:, None] * D + k[None, :]
@@ -117,7 +108,10 @@ def _up_kernel(
     up_ptrs = weight_tile(gate_up_ptr, (expert * halves + halves - 1) * F * D, n, k, F, D, False)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(D, BLOCK_K)):
+    steps = tl.cdiv(D, BLOCK_K)
+    if expert == E:
+        steps = 0
+    for step in range(0, steps):
         left = D - step * BLOCK_K
         a = load_rows(a_ptrs, k, left, EVEN)
         z = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), z, input_precision=PRECISION)
@@ -126,6 +120,8 @@ def _up_kernel(
             up_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
+    mask = (m[:, None] < stop) & (n[None, :] < F)
+    pre_ptrs = pre_ptr + m[:, None] * (halves * F) + n[None, :]
     if KEEP:
         tl.store(pre_ptrs, z.to(pre_ptr.dtype.element_ty), mask=mask)
         if GATED:
