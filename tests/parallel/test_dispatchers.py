@@ -335,7 +335,10 @@ def test_degrees_that_do_not_fit() -> None:
         ({"name": "overlapped", "chunks": 0}, "dispatch.chunks=0: must be at least 1"),
         ({"node_size": 2}, "dispatch.node_size=2: must be at least 1 and needs dispatch.name='hierarchical'"),
         ({"wire": "fp4"}, "dispatch.wire='fp4': use one of compute, bf16, fp8"),
-        ({"name": "deepep", "wire": "fp8"}, "dispatch.wire='fp8': dispatch.name='deepep' sends rows in the dtype they are computed in"),
+        (
+            {"name": "deepep", "wire": "fp8"},
+            "dispatch.wire='fp8': dispatch.name='deepep' sends rows in the dtype they are computed in",
+        ),
     ],
 )
 def test_config_errors(fields: dict[str, Any], message: str) -> None:
