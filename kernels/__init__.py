@@ -1,7 +1,7 @@
 """The compute-heavy ops of a Mixture-of-Experts layer, one folder each.
 
-Every op has a ``reference`` backend (slow, obvious, the oracle of the tests), a ``torch`` backend (fast, portable) and
-a ``triton`` backend, and takes ``backend="auto" | "torch" | "triton" | "reference"``. Nothing in here knows of layers or
+Every op has three backends: ``reference`` (slow, obvious, the oracle of the tests), ``torch`` (fast, portable) and
+``triton``. It takes ``backend="auto" | "torch" | "triton" | "reference"``. Nothing in here knows of layers or
 meshes.
 
 All backends of an op keep to the same rules:

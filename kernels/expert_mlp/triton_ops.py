@@ -330,9 +330,9 @@ def _backward(
     del pre_RU
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) for _ in range(4))
     if needs[1]:
-        dweights_SK = torch.zeros_like(weights_SK)
-        if num_rows:
-            dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0)
+        dweights_SK = weights_SK.new_zeros(weights_SK.shape)
+        if num_rows:  # contiguous, whatever the strides of the order are: the shape-only version says so
+            dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0).contiguous()
     if needs[3]:
         ddown_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R)
     del h_RF

@@ -73,4 +73,6 @@ def _check_order(rows: Tensor, order: ExpertOrder) -> tuple[int, torch.Size]:
         found = ", ".join(f"{t.dtype}{list(t.shape)}" for t in order)
         raise ValueError(f"order={found}: must be int64 [R], [S, K] and [E+1], as sort_by_expert returns it")
     check_device(rows.device, order_R=order_R, inverse_SK=inverse_SK, offsets_E=offsets_E)
+    if readable(offsets_E) and order_R.numel() < (kept := int(offsets_E[-1])):
+        raise ValueError(f"order_R=int64{list(order_R.shape)}: the order keeps {kept} rows; give all of them")
     return order_R.numel(), inverse_SK.shape
