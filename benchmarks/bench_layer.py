@@ -16,23 +16,21 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict
-from importlib.util import find_spec
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 import torch
+from options import CORES, Parser, file, positive, threads
 from torch import Tensor, nn
-from workloads import ROOT, LayerSize, environment, layer_inputs
+from workloads import LayerSize, environment, layer_inputs
 
-if find_spec("equimoe") is None:
-    sys.path.insert(0, str(ROOT))
 from equimoe.moe import MoE, MoEConfig
 
 OURS, DENSE = "equimoe", "dense"
@@ -235,15 +233,13 @@ def summary(ratios: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per dtype (default %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=positive, default=15, help="timed rounds per dtype (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="(default %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write hardware, versions, commit and every figure")
+    parser.add_argument("--threads", type=threads, default=min(2, CORES), help="(default %(default)s)")
+    parser.add_argument("--json", type=file, metavar="FILE", help="write hardware, versions, commit and every figure")
     LayerSize.add_arguments(parser)
     args = parser.parse_args()
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     size = LayerSize.from_arguments(args)
@@ -253,9 +249,9 @@ def main() -> None:
     ratios = {dtype: report(size, dtype, figures[dtype]) for dtype in DTYPES}
     line = summary(ratios)
     if args.json:
-        with open(args.json, "w") as file:
+        with args.json.open("w") as out:
             json.dump(
-                {**facts, "size": asdict(size), "figures": figures, "ratios": ratios, "summary": line}, file, indent=1
+                {**facts, "size": asdict(size), "figures": figures, "ratios": ratios, "summary": line}, out, indent=1
             )
     print(f"\n{line}")
 

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from checkout import ROOT
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)

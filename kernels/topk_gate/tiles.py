@@ -73,20 +73,3 @@ def backward_constants(experts: int, method: Method) -> dict[str, int | bool]:
         "AFTER": method.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens, "BE": columns,
         "BK": next_power_of_2(method.k),
     }  # fmt: skip
-
-
-#: at least one model for every tile: experts, dtype of the logits, has a bias, has a mask, method
-COMPILED: tuple[tuple[int, str, bool, bool, Method], ...] = (
-    (1, "*fp32", False, False, Method(1, "softmax", 1, 1, True, False, 1.0, 1)),
-    (8, "*bf16", False, True, Method(2, "softmax", 1, 1, False, True, 1.0, 1)),
-    (60, "*fp32", False, True, Method(4, "softmax", 1, 1, False, False, 1.0, 1)),
-    (64, "*fp16", True, False, Method(6, "sigmoid", 1, 1, True, False, 1.0, 1)),
-    (128, "*fp32", False, False, Method(8, "softmax", 1, 1, True, False, 1.0, 1)),
-    (160, "*fp32", False, True, Method(6, "softmax", 8, 3, False, False, 1.0, 1)),
-    (256, "*fp32", True, True, Method(8, "sigmoid", 8, 4, True, False, 1.0, 1)),
-    (512, "*fp32", True, False, Method(10, "sigmoid", 1, 1, True, False, 1.0, 1)),
-    (1024, "*bf16", False, False, Method(16, "softmax", 1, 1, False, True, 1.0, 1)),
-    (2048, "*fp32", True, True, Method(32, "sigmoid", 16, 4, True, False, 1.0, 1)),
-    (4096, "*fp32", False, False, Method(64, "softmax", 1, 1, True, False, 1.0, 1)),
-    (4092, "*fp32", True, True, Method(64, "sigmoid", 33, 9, True, False, 1.0, 1)),
-)

@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on
+from .._triton import launch_on
 from .gate import Gate, Method
 from .tiles import (
-    COMPILED,
     MAX_EXPERTS,
     MAX_K,
     REDUCE_CHUNKS,
@@ -371,26 +370,3 @@ def topk_gate(
     bias_E = None if bias_E is None else bias_E.detach()
     weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *method)
     return Gate(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel at every tile, for compiling without a device."""
-    cases = []
-    for experts, logits, has_bias, has_mask, method in COMPILED:
-        forward, backward = forward_constants(experts, method), backward_constants(experts, method)
-        bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
-        label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
-        types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = forward_warps(forward, given=False)
-        cases.append(compile_case(gate_forward, types, forward, f"gate_forward {label}", warps))
-        forward = forward_constants(experts, method._replace(groups=1, kept_groups=1))
-        types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        warps = forward_warps(forward, given=True)
-        cases.append(compile_case(gate_forward, types, forward, f"gate_forward given {label}", warps))
-        types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
-        warps = tile_for(backward["BE"]).warps
-        cases.append(compile_case(gate_backward, types, backward, f"gate_backward {label}", warps))
-        reduce = {"E": experts, "BC": REDUCE_CHUNKS, "BW": REDUCE_COLUMNS}
-        types = "*i32 *fp32 *i64 *i64 *fp32 *fp32 i32"
-        cases.append(compile_case(gate_reduce, types, reduce, f"gate_reduce E{experts}"))
-    return cases
