@@ -77,9 +77,9 @@ def errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return tally.errors()
 
 
-def judge(tallies: Mapping[str, Tally], dtype: torch.dtype) -> Errors:
-    """The errors by name. Raises Red where one is beyond the tolerance of ``dtype``."""
-    most = TOLERANCE[dtype]
+def judge(tallies: Mapping[str, Tally], dtype: torch.dtype, slack: float = 1.0) -> Errors:
+    """The errors by name. Raises Red where one is beyond ``slack`` times the tolerance of ``dtype``."""
+    most = [slack * limit for limit in TOLERANCE[dtype]]
     seen = {name: tally.errors() for name, tally in tallies.items()}
     wrong = {name: pair for name, pair in seen.items() if not (pair[0] <= most[0] and pair[1] <= most[1])}
     if wrong:
@@ -88,15 +88,17 @@ def judge(tallies: Mapping[str, Tally], dtype: torch.dtype) -> Errors:
     return seen
 
 
-def compare(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], dtype: torch.dtype) -> Errors:
-    """The errors by name. Raises Red where one is beyond the tolerance of ``dtype``, or has another shape."""
+def compare(
+    found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], dtype: torch.dtype, slack: float = 1.0
+) -> Errors:
+    """The errors by name. Raises Red as :func:`judge` does, and for another shape."""
     tallies = {name: Tally() for name in names}
     for name, f, e in zip(names, found, expected, strict=True):
         try:
             tallies[name].add(f, e)
         except Red as error:
             raise Red(f"{name} {error}") from None
-    return judge(tallies, dtype)
+    return judge(tallies, dtype, slack)
 
 
 @contextmanager

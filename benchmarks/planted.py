@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
-
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton loads: the gate compiles
 
 import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 import kernel_suite

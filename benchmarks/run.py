@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+
+# isort: split
+import against
 import foreign
 import kernel_suite
 import layer_suite
@@ -32,7 +35,7 @@ import shapes
 import torch
 from agreement import Red
 from checkout import ROOT
-from options import CORES, Parser, folder, threads
+from options import CORES, Parser, folder, positive, threads
 from shapes import Shape
 from timing import Timer, yardstick
 from workloads import environment
@@ -60,7 +63,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="no shape begins when it would end after so many (7.5; CPU 5)")
     parser.add_argument("--threads", type=threads, default=min(2, CORES), help="on a CPU (default %(default)s)")
     parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_argument(
+        "--against", metavar="PATH", type=Path, help="another checkout, measured by turns with this one"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, help="runs of each with --against (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.against and not (args.against / "benchmarks" / "run.py").is_file():
+        parser.error(f"--against={args.against}: has no benchmarks/run.py; give the folder of a checkout")
     args.backend = args.backend or ("triton" if args.device == "cuda" else "torch")
     args.compiled = COMPILED[args.device] if args.compiled is None else args.compiled
     args.minutes = MINUTES[args.device] if args.minutes is None else args.minutes
@@ -68,7 +77,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--device=cuda: torch sees no GPU; use --device cpu")
     if args.device == "cpu" and args.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         how = (
-            f"TRITON_INTERPRET=1 python benchmarks/run.py --device cpu --backend triton --shapes {shapes.TINY[0].name}"
+            "TRITON_INTERPRET=1 python benchmarks/run.py --device cpu --backend triton --suite kernels --shapes tiny-b"
         )
         parser.error(f"--backend=triton: there is no GPU; to see that it runs, and nothing of its speed: {how}")
     try:
@@ -79,6 +88,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def forwarded(argv: list[str]) -> list[str]:
+    """The arguments without those of the comparison, and without --out."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--against", "--rounds", "--out"):
+        parser.add_argument(name)
+    return parser.parse_known_args(argv)[1]
 
 
 def device_name(device: str) -> str:
@@ -175,7 +192,12 @@ def rates_of(context: layer_suite.Context) -> dict[str, float]:
 
 def new_context(args: argparse.Namespace) -> layer_suite.Context:
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    timer, dtype, (rounds, seconds) = Timer(device), DTYPES[args.dtype], ROUNDS[args.device]
+    interpreted = args.device == "cpu" and args.backend == "triton"
+    timer, dtype, (rounds, seconds) = (
+        Timer(device),
+        DTYPES[args.dtype],
+        (1, 1.0) if interpreted else ROUNDS[args.device],
+    )
     rates = yardstick(timer, dtype, quick=_quick(args))
     return layer_suite.Context(timer, dtype, args.backend, rates, {}, rounds, seconds)
 
@@ -186,10 +208,15 @@ def _quick(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.against:
+        print(against.compare(args.against.resolve(), args.rounds, forwarded(sys.argv[1:] if argv is None else argv)))
+        return 0
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     context = new_context(args)
-    plain = {key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out")}
+    plain = {
+        key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out", "against", "rounds")
+    }
     result: dict[str, Any] = {
         "facts": facts(args),
         "command": "python benchmarks/run.py " + " ".join(sys.argv[1:] if argv is None else argv),
