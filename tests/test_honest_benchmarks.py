@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import options
 import planted
 import run
 
 from tests.helpers.slow import slow_but
 
+ROOT = Path(__file__).resolve().parents[1]
 #: those that record the commit of their checkout
 SCRIPTS = ("run", "bench_layer", "compile_gate", "estimators", "global_balance")
 FAST = [
