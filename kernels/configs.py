@@ -47,6 +47,8 @@ _FEW = {
     "gated_grad": Config(64, 64, 32, 4, 3),
     "wgrad": Config(64, 128, 32, 4, 3),
 }
+#: fp32 where rows do not all begin at a multiple of 16 bytes: 32 x 64 spills a scalar register of AMD's chips
+_FP32_UNALIGNED = {**_FP32, "gemm": Config(64, 32, 16, 8, 2)}
 #: 16 bits where rows do not all begin at a multiple of 16 bytes: each element is loaded by itself, without stages in
 #: shared memory, and its addresses fill the registers. Larger tiles run from the stack (up to 3 KiB of it).
 _UNALIGNED = {
@@ -123,7 +125,7 @@ def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, al
     if arch == "interpreter":
         return _SMALL
     if dtype == torch.float32:
-        return _FP32[op]
+        return (_FP32 if aligned else _FP32_UNALIGNED)[op]
     if not aligned:
         return _UNALIGNED[op]
     return _HALF[arch, BUCKETS[rows_per_expert >= MANY_ROWS]][op]
