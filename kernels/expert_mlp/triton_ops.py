@@ -13,7 +13,6 @@ is one partial sum per column tile, added up in their order: no atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,10 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, launch_on
-from ..configs import Config
+from .._triton import launch_on
 from ..grouped_gemm.triton_ops import (
-    case,
     clamp,
     config_for,
     gemm,
@@ -33,7 +30,6 @@ from ..grouped_gemm.triton_ops import (
     load_weight,
     locate,
     precision,
-    shipped,
     tile_map,
     weight_grad,
     weight_tile,
@@ -209,7 +205,7 @@ def _up(
     """h [R, F], weighted, and the pre-activations [R, U] (no rows unless asked to ``keep`` them)."""
     experts, both, hidden = gate_up_EFD.shape
     num_rows, width = order_R.shape[0], both // (2 if kind.gated else 1)
-    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts)
+    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     pre_RU = x_SD.new_empty(num_rows if keep else 0, both)
     h_RF = x_SD.new_empty(num_rows, width)
@@ -250,7 +246,7 @@ def _up_grad(
     """h [R, F], weighted; the gradients of the pre-activations [R, U], and of the weights in parts [R, P]."""
     experts, hidden, width = down_EDF.shape
     num_rows = order_R.shape[0]
-    config = config_for("gated_grad", dy_SD, num_rows, experts)
+    config = config_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     num_tiles, columns = tiles_3T.shape[1], -(-width // config.n)
     h_RF, dpre_RU = pre_RU.new_empty(num_rows, width), torch.empty_like(pre_RU)
@@ -378,30 +374,3 @@ def expert_mlp(
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return _forward(*inputs, *order, *kind, keep)[0]
-
-
-#: activation, gated, and whether the sum has no tail; the first in every dtype, the others in bf16
-_VARIANTS = (("silu", True, True), ("gelu", True, False), ("gelu_tanh", False, False))
-
-
-def _variants(op: str, plain_op: str) -> Iterator[tuple[str, str, Config, dict[str, object]]]:
-    """(element type, label, tile, constants) of what is compiled; experts without a gate take ``plain_op``'s tile."""
-    for activation, gated, even in _VARIANTS:
-        constants = {"ACTIVATION": activation, "GATED": gated, "EVEN": even}
-        words = f"{op}{'' if activation == 'silu' else f' {activation}'}{'' if gated else ' plain'}"
-        for dtype, label, config in shipped(op if gated else plain_op):
-            if activation == "silu" or dtype == "bf16":
-                chip, _, rest = label.split(" ", 2)
-                yield dtype, f"{chip} {words} {rest}{'' if even else ' tail'}", config, constants
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every shipped tile, for an ahead-of-time compiler. A label that begins with a chip is for it."""
-    cases = []
-    for dtype, label, config, constants in _variants("gated", "plain"):
-        types = f"*{dtype} *i64 *fp32 *{dtype} *{dtype} *{dtype} *i64 i32 i32 i32 i32 i32 i32"
-        cases.append(case(_up_kernel, types, config, label, **constants, KEEP=True))
-    for dtype, label, config, constants in _variants("gated_grad", "gated_grad"):
-        types = f"*{dtype} *i64 *fp32 *{dtype} *{dtype} *{dtype} *{dtype} *fp32 *i64 i32 i32 i32 i32 i32 i32"
-        cases.append(case(_up_grad_kernel, types, config, label, **constants))
-    return cases

@@ -12,7 +12,6 @@ indices are clamped to what is there, so that wrong ones give wrong results and 
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on, next_power_of_2
-from ..configs import ARCHS, BUCKETS, MANY_ROWS, Config, arch_of, pick_config
+from .._triton import launch_on, next_power_of_2
+from ..configs import Config, arch_of, pick_config
 
 _MAP_BLOCK = 16
 
@@ -222,11 +221,16 @@ def launch_options(config: Config, precision: str = "ieee") -> dict[str, Any]:
     }
 
 
-def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int) -> Config:
-    """The shipped tile of ``op``; raises ValueError for rows of a dtype that the kernels have no tile for."""
+def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> Config:
+    """The shipped tile of ``op`` for ``rows`` and the other ``operands``: tensors, and widths.
+
+    Raises ValueError for rows of a dtype that the kernels have no tile for.
+    """
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={rows.dtype}: backend='triton' has fp32, bf16 and fp16; use backend='torch'")
-    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1))
+    # what Triton looks at, too, when it chooses between wide loads and those of single elements
+    aligned = all((one if isinstance(one, int) else one.data_ptr()) % 16 == 0 for one in (rows, *operands))
+    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
 
 
 def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
@@ -249,7 +253,7 @@ def gemm(
     if transposed:
         width_n, width_k = width_k, width_n
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("gemm", rows, num_rows, experts)
+    config = config_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     out_RN = torch.empty(num_rows, width_n, dtype=rows.dtype, device=rows.device)
     num_tiles = tiles_3T.shape[1]
@@ -283,7 +287,7 @@ def weight_grad(
     """[E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` when it is given."""
     experts, width_n, width_k = offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1]
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("wgrad", rows, num_rows, experts)
+    config = config_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
     grad_ENK = out
     if grad_ENK is None:
         grad_ENK = torch.empty(experts, width_n, width_k, dtype=dy.dtype, device=dy.device)
@@ -350,38 +354,3 @@ def _(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
 @_wgrad.register_fake
 def _(dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None) -> Tensor:
     return dy.new_empty(offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
-
-
-def shipped(op: str) -> list[tuple[str, str, Config]]:
-    """(element type, label, tile) of every entry of the table for ``op``; the label begins with its chip."""
-    kinds = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
-    found = []
-    for arch, bucket, (name, dtype) in product(ARCHS, BUCKETS, kinds):
-        config = pick_config(op, arch, dtype, MANY_ROWS * BUCKETS.index(bucket))
-        if name != "fp32" or bucket == "many":
-            found.append((name, f"{arch} {op} {name} {bucket}", config))
-    return found
-
-
-def case(kernel, types: str, config: Config, label: str, **constants: object) -> CompileCase:
-    """A compile case of a matrix kernel in one tile."""
-    options = launch_options(config)
-    tuning = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    *start, _, final = compile_case(kernel, types, {**constants, **options}, label, config.num_warps)
-    return *start, tuning, final
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every shipped tile, for an ahead-of-time compiler. A label that begins with a chip is for it."""
-    blocks = {"BLOCK_M": 128, "BLOCK_E": 128, "BLOCK_T": _MAP_BLOCK}
-    cases = [compile_case(_tile_map_kernel, "*i64 *i64 i32 i32 i32", blocks, "tile map")]
-    for dtype, label, config in shipped("gemm"):
-        for transposed, even in ((False, True), (True, True), (False, False)):
-            types = f"*{dtype} *i64 *{dtype} *{dtype} *i64 i32 i32 i32 i32 i32"
-            name = f"{label}{' transposed' * transposed}{' tail' * (not even)}"
-            cases.append(case(_gemm_kernel, types, config, name, TRANSPOSED=transposed, EVEN_K=even))
-    for dtype, label, config in shipped("wgrad"):
-        for left, right, out, name in (("*i64", "None", dtype, "left"), ("None", "*i64", "fp32", "right, add")):
-            types = f"*{dtype} {left} *{dtype} {right} *{out} *i64 i32 i32 i32 i32 i32"
-            cases.append(case(_wgrad_kernel, types, config, f"{label} {name}", ACCUMULATE=name != "left"))
-    return cases
