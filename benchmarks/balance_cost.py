@@ -33,9 +33,10 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from checkout import ROOT  # noqa: E402
+from options import Parser, folder  # noqa: E402
 from records import facts, load_averages, spent, table, told, write  # noqa: E402
 from timing import Step, Timer, interleave, summary  # noqa: E402
-from workloads import ROOT  # noqa: E402
 
 from equimoe.launch.recipes.quickstart import quickstart  # noqa: E402
 from equimoe.moe import BalanceConfig, ExtraLossConfig  # noqa: E402
@@ -276,11 +277,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2,4", help="(default %(default)s)")
     parser.add_argument("--rounds", type=int, help="of all scopes (default 20; quick 2)")
     parser.add_argument("--quick", action="store_true", help="a narrow model: bytes are right, times say nothing")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="(default %(default)s)")
+    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
     args = parser.parse_args(argv)
     args.ranks = [int(text) for text in args.ranks.split(",")]
     args.rounds = args.rounds or (2 if args.quick else 20)

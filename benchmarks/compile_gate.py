@@ -15,21 +15,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 if os.environ.pop("TRITON_INTERPRET", None):  # read when triton loads
     print("TRITON_INTERPRET is set; the gate compiles, and ignores it")
 
+import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+import torch
 import triton
+from gate_cases import works
+from launches import Launch, compiled, on_chip, recorded
+from options import Parser
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from workloads import ROOT
-
-if find_spec("equimoe") is None:
-    sys.path.insert(0, str(ROOT))
 
 
 class Chip(NamedTuple):
@@ -91,68 +92,68 @@ def amd_usage(assembly: str) -> tuple[int, int, int]:
     return number("vgpr_count"), spills, number("private_segment_fixed_size")
 
 
-def compile_one(chip: Chip, kernel: Any, signature: dict, constants: dict, options: dict) -> Report:
-    names = kernel.arg_names
-    # as at run time: torch's pointers, and sizes that are multiples of 16, are known to be aligned
-    fixed = set(getattr(kernel, "do_not_specialize", ()) or ())
-    divisible = [(i,) for i, n in enumerate(names) if signature[n] != "constexpr" and n not in fixed and i not in fixed]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={index: [["tt.divisibility", 16]] for index in divisible},
-    )
-    binary = triton.compile(source, target=chip.target, options=options)
+def inspect(chip: Chip, binary: Any) -> Report:
     is_cuda = chip.target.backend == "cuda"
     usage = nvidia_usage(binary.asm["cubin"]) if is_cuda else amd_usage(binary.asm["amdgcn"])
     found = re.search(chip.matrix, binary.asm[chip.stage])
     return Report(*usage, binary.metadata.shared, found[0] if found else "")
 
 
-def compile_cases(only: str = "") -> list[tuple]:
-    """What the kernels' triton_ops.py export; ``only`` keeps the labels that it occurs in."""
-    cases = []
-    for path in sorted((ROOT / "kernels").glob("*/triton_ops.py")):
-        module = import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")
-        cases += module.compile_cases()
-    return [case for case in cases if only in case[4]]
-
-
-def is_matrix_kernel(kernel: Any, signature: dict) -> bool:
+def is_matrix_kernel(launch: Launch) -> bool:
     """Matrix products in 16 bits; exact fp32 has no matrix instruction."""
-    return "tl.dot(" in kernel.src and not {"*bf16", "*fp16"}.isdisjoint(signature.values())
+    halves = (torch.bfloat16, torch.float16)
+    return "tl.dot(" in launch.kernel.src and any(getattr(one, "dtype", None) in halves for one in launch.args)
 
 
-def gate(chips: dict[str, Chip], cases: list[tuple]) -> int:
-    """Prints a line for each kernel and chip; the number of those at fault."""
-    print(COLUMNS.format("chip", "kernel", "regs", "spills", "stack", "shared", "limit", "matrix", "fault"))
-    faulty = done = 0
-    for name, chip in chips.items():
-        for kernel, signature, constants, options, label in cases:
-            owner = label.split()[0]
-            if owner in CHIPS and owner != name:
-                continue
-            done += 1
-            report, faults = None, []
-            try:
-                report = compile_one(chip, kernel, signature, constants, options)
-                faults = report.faults(chip, is_matrix_kernel(kernel, signature))
-            except Exception as error:  # whatever a compiler raises is this case's fault, and the others go on
-                faults = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
-            faulty += bool(faults)
-            numbers = report[:4] if report else ("-",) * 4
-            shown = (name, label.removeprefix(name).strip(), *numbers, chip.shared)
-            print(COLUMNS.format(*shown, report.instruction if report else "", "; ".join(faults)), flush=True)
+def line(name: str, label: str, launch: Launch, seen: set[int]) -> tuple[str, bool] | None:
+    """The line of one launch and whether it is at fault; None when the same code was compiled before."""
+    chip, report = CHIPS[name], None
+    try:
+        binary = compiled(launch)
+        if id(binary) in seen:
+            return None
+        seen.add(id(binary))
+        report = inspect(chip, binary)
+        faults = report.faults(chip, is_matrix_kernel(launch))
+    except Exception as error:  # whatever a compiler raises is this case's fault, and the others go on
+        faults = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
+    numbers = report[:4] if report else ("-",) * 4
+    shown = (name, label, *numbers, chip.shared, report.instruction if report else "", "; ".join(faults))
+    return COLUMNS.format(*shown), bool(faults)
+
+
+def gate(name: str, only: str = "") -> list[tuple[str, bool]]:
+    """A line for each kernel and case of one chip, and whether it is at fault."""
+    lines, seen = [], set[int]()
+    torch.set_num_threads(1)
+    with on_chip(name, CHIPS[name].target):
+        for case, work in works():
+            for launch in recorded(work):
+                label = f"{launch.kernel.__name__.strip('_')} {case}"
+                if only in label and (found := line(name, label, launch, seen)):
+                    lines.append(found)
+    return lines
+
+
+def gate_all(chips: Sequence[str], only: str, jobs: int) -> bool:
+    """Print the lines of all chips, several compiled at a time; whether all is well and there was something to do."""
+    print(COLUMNS.format("chip", "kernel", "regs", "spills", "stack", "shared", "limit", "matrix", "fault"), flush=True)
+    done = faulty = 0
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for lines in pool.map(gate, chips, [only] * len(chips)):
+            print("\n".join(text for text, _ in lines), flush=True)
+            done, faulty = done + len(lines), faulty + sum(fault for _, fault in lines)
     print(f"{done} compiled, {faulty} at fault")
-    return faulty if done else 1
+    return done > 0 and not faulty
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="all unless given")
     parser.add_argument("--only", default="", help="kernels whose label has this text in it")
     args = parser.parse_args()
-    return int(gate({name: CHIPS[name] for name in args.chips}, compile_cases(args.only)) > 0)
+    jobs = min(len(args.chips), os.cpu_count() or 1)
+    return int(not gate_all(args.chips, args.only, jobs))
 
 
 if __name__ == "__main__":

@@ -25,20 +25,18 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import permutations
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 import torch
+from checkout import ROOT
 from estimator_tables import ESTIMATORS, ORDERS, cosine, markdown, prediction
+from options import Parser, folder
 from records import facts, load_averages, spent, write
 from torch import Tensor
-from workloads import ROOT
 
-if find_spec("equimoe") is None:
-    sys.path.insert(0, str(ROOT))
 from equimoe.moe import BalanceConfig, counting_pass
 from equimoe.moe.balance import Balancer, loss_value
 from equimoe.moe.balance.estimators import so_far
@@ -318,9 +316,9 @@ def mean_over_orders(found: Found, model: Decoder) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps, M up to 8; half a minute")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="(default %(default)s)")
+    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     plan, begin, before = SHORT if args.quick else FULL, time.perf_counter(), load_averages()

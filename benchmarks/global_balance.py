@@ -21,17 +21,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from workloads import ROOT
+import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 
-if find_spec("equimoe") is None:
-    sys.path.insert(0, str(ROOT))
+# isort: split
 import balance_figures
+import torch
 from balance_arms import ARMS, Size, build, configure, measure, observe
+from checkout import ROOT
+from options import Parser, folder
 from records import facts
 
 from equimoe.moe import checkpoint
@@ -47,7 +47,7 @@ EVALUATIONS = 10
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="some arms, one seed, short: five minutes on two cores")
     parser.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(ARMS)} (default: all)")
     parser.add_argument("--seeds", type=int, help="(default 3; quick 1)")
@@ -58,7 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, help="where runs keep what they need to go on (default runs/global_balance)"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="(default %(default)s)")
+    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
     parser.add_argument("--only-report", action="store_true", help="train nothing; write what the runs have so far")
     parser.add_argument("--one", metavar="ARM:SEED", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -8,10 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from agreement import Red, check_gate, compare, reduced
+from agreement import (
+    NAMES,
+    Errors,
+    Tally,
+    about,
+    check_choice,
+    check_order,
+    compare,
+    judge,
+    reduced,
+    reference,
+    right_order,
+)
 from cost import floor, ops
 from layer_suite import Context
-from shapes import Shape, expert_weights, make_batch, unit_random
+from shapes import Shape, expert_weights, make_batch, spread_logits, unit_random
 from timing import Step, graphed, interleave, summary
 from torch import Tensor
 from traffic import moved
@@ -21,7 +33,7 @@ from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import sort_by_expert
-from equimoe.kernels.topk_gate import topk_gate
+from equimoe.kernels.topk_gate import Gate, topk_gate
 
 #: short ops, whose launches would be timed instead of themselves
 GRAPHED = ("topk_gate", "sort_by_expert", "permute", "combine")
@@ -35,8 +47,8 @@ class Bench:
         self.shape = shape
         self.batch = make_batch(shape, routing, dtype, device)
         self.gate_up, self.down = expert_weights(shape, dtype, device)
-        self.logits_TE = unit_random((shape.T, shape.E), torch.float32, device).requires_grad_()
-        self.order = sort_by_expert(self.batch.ids_TK, shape.E, backend=self.backend)
+        self.logits_TE = spread_logits(shape, device)
+        self.order = right_order(self.batch.ids_TK, shape.E)  # so that a wrong sort is no other op's fault
         self.source_R = self.order.order_R // shape.K
         widths = {"rows_RD": shape.D, "dpre_RF": 2 * shape.F, "h_RF": shape.F}
         for name, width in widths.items():
@@ -46,11 +58,11 @@ class Bench:
     dpre_RF: Tensor
     h_RF: Tensor
 
-    def gate_forward(self) -> Tensor:
-        return topk_gate(self.logits_TE, self.shape.K, backend=self.backend).weights_TK
+    def gate_forward(self) -> Gate:
+        return topk_gate(self.logits_TE, self.shape.K, backend=self.backend)
 
-    def gate_backward(self, weights_TK: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(weights_TK, self.logits_TE, self.batch.weights_TK.detach())
+    def gate_backward(self, found: Gate) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(found.weights_TK, self.logits_TE, self.batch.weights_TK.detach())
 
     def mlp_forward(self) -> Tensor:
         b = self.batch
@@ -60,7 +72,7 @@ class Bench:
         inputs = (self.batch.x_TD, self.batch.weights_TK, self.gate_up, self.down)
         return torch.autograd.grad(y_TD, inputs, self.batch.dy_TD)
 
-    def pairs(self) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Any]]]:
+    def pairs(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
         """Forward and backward of the ops that have both."""
         return {
             "topk_gate": (self.gate_forward, self.gate_backward),
@@ -92,81 +104,138 @@ class Bench:
         }
 
 
-def _expected_products(bench: Bench) -> dict[str, Tensor]:
-    """The grouped products in fp64, expert by expert, from the expert ids alone."""
-    s, batch = bench.shape, bench.batch
-    x, dy, gate_up, down, rows, dpre, h = (
-        t.detach().double()
-        for t in (batch.x_TD, batch.dy_TD, bench.gate_up, bench.down, bench.rows_RD, bench.dpre_RF, bench.h_RF)
-    )
-    flat_R = batch.ids_TK.reshape(-1).argsort(stable=True)
-    counts = batch.ids_TK.reshape(-1).bincount(minlength=s.E).tolist()
-    names = list(bench.products())
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    start = 0
-    for expert, count in enumerate(counts):
-        here = slice(start, start + count)
-        source = flat_R[here] // s.K
-        results = (
-            x[source] @ gate_up[expert].T,
-            h[here] @ down[expert].T,
-            dpre[here] @ gate_up[expert],
-            rows[here] @ down[expert],
-            (dpre[here].T @ x[source])[None],
-            (dy[source].T @ h[here])[None],
-        )
-        for name, result in zip(names, results, strict=True):
-            parts[name].append(result)
-        start += count
-    return {name: torch.cat(each) for name, each in parts.items()}
+class Check:
+    """The right results of everything that a bench runs, in fp64."""
+
+    def __init__(self, bench: Bench, context: Context) -> None:
+        self.bench, self.dtype = bench, context.dtype
+        self.source_R = bench.source_R
+        bounds = bench.order.offsets_E.tolist()
+        self.groups = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    def __call__(self, name: str, made: Any) -> Errors:
+        """The errors of what the step ``name`` returned. Raises Red."""
+        bench, op = self.bench, name.removesuffix(" total").removesuffix(" forward")
+        with about(op, bench.backend, bench.shape, self.dtype):
+            if op == "sort_by_expert":
+                check_order(made, bench.order)
+                return {}
+            if op in bench.pairs():
+                forward, grads = (made, None) if name.endswith(" forward") else made
+                seen = self.choice(forward, grads) if op == "topk_gate" else self.mlp(forward, grads)
+            elif op in bench.products():
+                seen = judge({"output": self.product(op, made)}, self.dtype)
+            else:
+                seen = compare([made], [self.moved(op, self._input(op))], ["output"], self.dtype)
+        return {f"{op} {part}": pair for part, pair in seen.items()}
+
+    def choice(self, found: Gate, grads: tuple[Tensor, ...] | None) -> Errors:
+        dlogits = None if grads is None else grads[0]
+        return check_choice(found, dlogits, self.bench.logits_TE, self.bench.batch.weights_TK.detach())
+
+    def mlp(self, y_TD: Tensor, grads: tuple[Tensor, ...] | None) -> Errors:
+        made = (y_TD, *(grads or ()))
+        expected = reference(self.bench.batch, self.bench.gate_up, self.bench.down)[: len(made)]
+        names = ("output", *(f"gradient of {name}" for name in NAMES[1:]))[: len(made)]
+        return compare(made, expected, names, self.dtype)
+
+    def product(self, name: str, made: Tensor) -> Tally:
+        """One grouped product, expert by expert."""
+        b, tally = self.bench, Tally()
+        for expert, here in enumerate(self.groups):
+            source = self.source_R[here]
+            x, dy, gate_up, down, rows, dpre, h = (
+                t.detach().double()
+                for t in (b.batch.x_TD[source], b.batch.dy_TD[source], b.gate_up[expert], b.down[expert],
+                          b.rows_RD[here], b.dpre_RF[here], b.h_RF[here])
+            )  # fmt: skip
+            factors = {
+                "up": (x, gate_up.T),
+                "down": (h, down.T),
+                "up dgrad": (dpre, gate_up),
+                "down dgrad": (rows, down),
+                "up wgrad": (dpre.T, x),
+                "down wgrad": (dy.T, h),
+            }
+            left, right = factors[name.removeprefix("grouped_gemm ")]
+            tally.add(made[expert] if name.endswith("wgrad") else made[here], left @ right)
+        return tally
+
+    def moved(self, op: str, given: Tensor) -> Tensor:
+        """permute or combine of ``given``; each is the other's gradient."""
+        if op == "permute":
+            return given[self.source_R]
+        s = self.bench.shape
+        return given.double()[self.bench.order.inverse_SK.reshape(-1)].view(s.T, s.K, -1).sum(1)
+
+    def _input(self, op: str) -> Tensor:
+        return self.bench.batch.x_TD.detach() if op == "permute" else self.bench.rows_RD
+
+    def gradients(self) -> Errors:
+        """Of the ops whose backward is not timed by itself. Raises Red."""
+        b, how = self.bench, {"backend": self.bench.backend}
+        found: Errors = {}
+        for op, run, back, dy in (
+            ("permute", permute, "combine", b.rows_RD),
+            ("combine", combine, "permute", b.batch.dy_TD),
+        ):
+            with about(op, b.backend, b.shape, self.dtype):
+                leaf = self._input(op).clone().requires_grad_()
+                made = torch.autograd.grad(run(leaf, b.order, **how), leaf, dy)
+                seen = compare(made, [self.moved(back, dy)], ["gradient"], self.dtype)
+            found[f"{op} gradient"] = seen["gradient"]
+        with about("grouped_gemm", b.backend, b.shape, self.dtype):
+            rows, weight = (t.detach().clone().requires_grad_() for t in (b.h_RF, b.down))
+            y_RD = grouped_gemm(rows, weight, b.order.offsets_E, **how)
+            drows, dweight = torch.autograd.grad(y_RD, (rows, weight), b.rows_RD)
+            tallies = {
+                "gradient of rows": self.product("grouped_gemm down dgrad", drows),
+                "gradient of weight": Tally(),
+            }
+            for expert, here in enumerate(self.groups):
+                expected = b.rows_RD[here].double().T @ b.h_RF[here].double()
+                tallies["gradient of weight"].add(dweight[expert], expected)
+            seen = judge(tallies, self.dtype)
+        return found | {f"grouped_gemm {part}": pair for part, pair in seen.items()}
+
+
+def check_all(bench: Bench, steps: dict[str, Step], context: Context) -> dict[str, list[float]]:
+    """The errors of every step on its own inputs, and of every other gradient. Raises Red."""
+    check, found = Check(bench, context), {}
+    for name, step in steps.items():
+        found |= check(name, step(lambda: None))
+    return {name: list(pair) for name, pair in (found | check.gradients()).items()}
 
 
 def gate(shape: Shape, context: Context) -> dict[str, Any]:
-    """The errors of every op at a reduced size. Raises Red."""
+    """The errors of every op at a reduced size and with skewed routing, so that little time is lost. Raises Red."""
     bench = Bench(reduced(shape, context.device), context, routing="zipf")
-    s, batch, how = bench.shape, bench.batch, {"backend": context.backend}
-    found: dict[str, Any] = {}
-    # evenly spaced in a random order, because fp32 scores of almost equal logits may be equal
-    rank_TE = torch.rand(s.T, s.E, device=context.device).argsort(1)
-    logits_TE = (rank_TE.float() * (6 / s.E) - 3).requires_grad_()
-    answer = topk_gate(logits_TE, s.K, **how)
-    dweights = torch.rand_like(answer.weights_TK)
-    (dlogits,) = torch.autograd.grad(answer.weights_TK, logits_TE, dweights)
-    found |= check_gate((answer.ids_TK, answer.weights_TK, dlogits), logits_TE, s.K, dweights)
-
-    flat_R = batch.ids_TK.reshape(-1).argsort(stable=True)
-    inverse_R = torch.empty_like(flat_R).scatter_(0, flat_R, torch.arange(s.rows, device=flat_R.device))
-    counts = batch.ids_TK.reshape(-1).bincount(minlength=s.E)
-    right = (flat_R, inverse_R.view(s.T, s.K), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
-    for part, made, expected in zip(bench.order._fields, bench.order, right, strict=True):
-        if not torch.equal(made, expected):
-            raise Red(f"sort_by_expert: {part} differs in {int((made != expected).sum())} places")
-
-    x_TD = batch.x_TD.detach()
-    summed = bench.rows_RD.double()[inverse_R].view(s.T, s.K, s.D).sum(1)
-    expected = {"permute": x_TD[flat_R // s.K].double(), "combine": summed, **_expected_products(bench)}
-    calls = bench.calls()
-    made = [calls[name]() for name in expected]
-    found |= compare(made, list(expected.values()), list(expected), context.dtype)
-    return {name: list(pair) for name, pair in found.items()}
+    return check_all(bench, steps_of(bench, context)[0], context)
 
 
-def _step(call: Callable[[], object]) -> Step:
-    def timed(mark: Callable[[], None]) -> None:
+def _step(call: Callable[[], Any]) -> Step:
+    def timed(mark: Callable[[], None]) -> Any:
         mark()
-        call()
+        made = call()
         mark()
+        return made
 
     return timed
 
 
-def _pair_step(forward: Callable[[], Tensor], backward: Callable[[Tensor], object]) -> Step:
-    def timed(mark: Callable[[], None]) -> None:
+def _both(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> tuple[Any, Any]:
+    y = forward()
+    return y, backward(y)
+
+
+def _pair_step(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> Step:
+    def timed(mark: Callable[[], None]) -> tuple[Any, Any]:
         mark()
         y = forward()
         mark()
-        backward(y)
+        grads = backward(y)
         mark()
+        return y, grads
 
     return timed
 
@@ -186,7 +255,7 @@ def steps_of(bench: Bench, context: Context) -> tuple[dict[str, Step], set[str]]
         return True
 
     for op, (forward, backward) in bench.pairs().items():
-        both = capture(f"{op} total", lambda f=forward, b=backward: b(f()))
+        both = capture(f"{op} total", lambda f=forward, b=backward: _both(f, b))
         if not (both and capture(f"{op} forward", forward)):
             steps.pop(f"{op} total", None)
             steps[op] = _pair_step(forward, backward)
@@ -212,10 +281,11 @@ def times(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
 
 
 def measure(shape: Shape, context: Context) -> dict[str, Any]:
-    """One row per op: time, floor, and the bytes that must and do move."""
+    """One row per op: time, floor, and the bytes that must and do move. Raises Red when a timed step is wrong."""
     bench = Bench(shape, context)
     steps, graphs = steps_of(bench, context)
     seconds, failed = interleave(context.timer, steps, context.rounds, context.seconds_each / 4, must=tuple(steps))
+    checked = check_all(bench, {name: step for name, step in steps.items() if name in seconds}, context)
     arch = arch_of(context.device) if context.timer.cuda else "sm_90"
     least, triton, medians = ops(shape), moved(shape, arch, context.dtype), times(seconds)
     rows: dict[str, Any] = {}
@@ -234,4 +304,4 @@ def measure(shape: Shape, context: Context) -> dict[str, Any]:
             "triton_bytes": triton[name][0],
             "triton_issued_bytes": triton[name][1],
         }
-    return {"ops": rows, "failed": failed, "triton_arch": arch}
+    return {"ops": rows, "failed": failed, "triton_arch": arch, "checked": checked}

@@ -4,16 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
 
 import torch
-from agreement import NAMES, Red, compare, reduced, reference, step
+from agreement import NAMES, Red, about, compare, reduced, reference, step
 from cost import Rates, floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
 from peers import OURS, Contestant, build_all
-from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch
+from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch, unit_random
 from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary, told
 from torch import Tensor, nn
 
@@ -61,7 +61,8 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
             if not one.routed or name in refused:
                 continue
             try:
-                seen = compare(step(one, batch), expected, NAMES, dtype)
+                with about(name, context.backend, small, dtype):
+                    seen = compare(step(one, batch), expected, NAMES, dtype)
             except Exception as error:  # a peer may fail in any way that it likes
                 if name == OURS:
                     raise
@@ -69,7 +70,8 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
                 continue
             if name == OURS:
                 found[routing] = {key: list(pair) for key, pair in seen.items()}
-    found["layer"] = gate_layer(small, context)
+    with about(LAYER, context.backend, small, torch.float32):
+        found["layer"] = gate_layer(small, context)
     return found, refused
 
 
@@ -85,7 +87,10 @@ def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
     oracle = MoE(MoEConfig(small.D, small.F, small.E, small.K, balance=ONE, backend="reference"))
     oracle = oracle.to(context.device).double()
     oracle.load_state_dict(layer.state_dict())
-    chosen_TD, dy_TD = decided(layer.router.weight, small), torch.randn(small.T, small.D, device=context.device)
+    chosen_TD, dy_TD = (
+        decided(layer.router.weight, small, torch.float32),
+        torch.randn(small.T, small.D, device=context.device),
+    )
     results = []
     for module, dtype in ((layer, torch.float32), (oracle, torch.float64)):
         x_TD = chosen_TD.to(dtype).requires_grad_()
@@ -97,9 +102,9 @@ def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
     return {name: list(pair) for name, pair in seen.items()}
 
 
-def decided(router_ED: Tensor, shape: Shape) -> Tensor:
+def decided(router_ED: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
     """[T, D] tokens that no rounding sends elsewhere: of twice as many, those whose k-th expert leads most clearly."""
-    x_TD = torch.randn(2 * shape.T, shape.D, device=router_ED.device)
+    x_TD = unit_random((2 * shape.T, shape.D), dtype, router_ED.device)
     best_TE = (x_TD.double() @ router_ED.detach().double().T).sort(dim=1, descending=True).values
     lead_T = best_TE[:, shape.K - 1] - best_TE[:, min(shape.K, shape.E - 1)]
     return x_TD[lead_T.topk(shape.T).indices]
@@ -111,24 +116,83 @@ def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend
     with torch.no_grad():
         layer.router.weight.normal_(std=shape.D**-0.5)
     layer.experts.gate_up_proj, layer.experts.down_proj = gate_up, down
+    router = layer.router.weight
+    assert {id(one) for one in layer.parameters()} == {id(one) for one in (router, gate_up, down)}
 
     def run(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         return layer(x_TD)
 
-    return Contestant(run, tuple(layer.parameters()), routed=False)
+    return Contestant(run, (router, gate_up, down), routed=False)
+
+
+def expected_layer(batch: Batch, leaves: Sequence[Tensor], k: int, coefficient: float) -> tuple[Tensor, ...]:
+    """Output and gradients of x, router, gate_up and down in fp64, with those of the balance loss."""
+    router_ED, gate_up, down = leaves
+    x_TD, wide_ED = (t.detach().double().requires_grad_() for t in (batch.x_TD, router_ED))
+    scores_TE = torch.softmax(x_TD @ wide_ED.T, 1)
+    (tokens, experts), (weights_TK, ids_TK) = scores_TE.shape, scores_TE.topk(k, 1)
+    weights_TK = weights_TK / weights_TK.sum(1, keepdim=True)
+    routed = replace(batch, weights_TK=weights_TK.detach(), ids_TK=ids_TK)
+    y_TD, dx_TD, dweights_TK, *dweights = reference(routed, gate_up, down)
+    load_E = ids_TK.reshape(-1).bincount(minlength=experts) * experts / (tokens * k)
+    balance = coefficient * (load_E * scores_TE.mean(0)).sum()
+    through_TD, drouter_ED = torch.autograd.grad((weights_TK * dweights_TK).sum() + balance, (x_TD, wide_ED))
+    return y_TD, dx_TD + through_TD, drouter_ED, *dweights
+
+
+def expected_dense(batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Output and gradients of x and both weights in fp64: one expert that all tokens go to."""
+    ones_TK = torch.ones(batch.x_TD.shape[0], 1, device=batch.x_TD.device)
+    one = replace(batch, weights_TK=ones_TK, ids_TK=torch.zeros_like(ones_TK, dtype=torch.int64))
+    y_TD, dx_TD, _, dup, ddown = reference(one, *(leaf.detach()[None] for leaf in leaves))
+    return y_TD, dx_TD, dup[0], ddown[0]
+
+
+def check_unrouted(name: str, one: Contestant, batch: Batch, shape: Shape, dtype: torch.dtype) -> None:
+    """Our whole layer, or a dense feed-forward. Raises Red."""
+    y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
+    made = (y_TD.detach(), *torch.autograd.grad(y_TD, (batch.x_TD, *one.leaves), batch.dy_TD))
+    if name == LAYER:
+        expected = expected_layer(batch, one.leaves, shape.K, ONE.coefficient)
+        compare(made, expected, ("output", "x", "router", "gate_up", "down"), dtype)
+    else:
+        compare(made, expected_dense(batch, one.leaves), ("output", "x", "gate_up", "down"), dtype)
+
+
+def check_all(chosen: dict[str, tuple[Contestant, list[Batch]]], shape: Shape, context: Context) -> dict[str, str]:
+    """Every contestant on each of its inputs; the reasons of those that may not be shown. Raises Red for ours."""
+    refused: dict[str, str] = {}
+    references: dict[int, tuple[Tensor, ...]] = {}
+    for name, (one, batches) in chosen.items():
+        for index, batch in enumerate(batches):
+            if one.routed and index not in references:
+                references[index] = reference(batch, *chosen[OURS][0].leaves)
+            try:
+                with about(name, context.backend, shape, context.dtype):
+                    if one.routed:
+                        compare(step(one, batch), references[index], NAMES, context.dtype)
+                    else:
+                        check_unrouted(name, one, batch, shape, context.dtype)
+            except Exception as error:  # a peer may fail in any way that it likes
+                if name in (OURS, LAYER):
+                    raise
+                refused[name] = f"disagrees: {error}" if isinstance(error, Red) else f"fails: {told(error)}"
+                break
+    return refused
 
 
 def make_step(one: Contestant, batches: list[Batch]) -> Step:
     turns = cycle(batches)
 
-    def timed(mark: Callable[[], None]) -> None:
+    def timed(mark: Callable[[], None]) -> Any:
         batch = next(turns)
         inputs = (batch.x_TD, batch.weights_TK) if one.routed else (batch.x_TD,)
         mark()
         y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
         mark()
-        torch.autograd.grad(y_TD, (*inputs, *one.leaves), batch.dy_TD)
+        grads = torch.autograd.grad(y_TD, (*inputs, *one.leaves), batch.dy_TD)
         mark()
+        return y_TD, grads
 
     return timed
 
@@ -157,18 +221,35 @@ def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str
     result: dict[str, Any] = {"floor": floors(shape, context.rates), "kept_formula_bytes": kept_bytes(shape)}
     for routing in ROUTINGS:
         batches = [make_batch(shape, routing, context.dtype, context.device) for _ in range(_BATCHES)]
-        chosen = {name: one for name, one in contestants.items() if one.routed or routing == "uniform"}
-        steps = {name: make_step(one, batches) for name, one in chosen.items()}
+        chosen = {
+            name: (one, inputs(name, one, batches, shape, context.dtype))
+            for name, one in contestants.items()
+            if name not in absent and (one.routed or routing == "uniform")
+        }
+        steps = {name: make_step(*each) for name, each in chosen.items()}
         seconds, failed = interleave(context.timer, steps, context.rounds, context.seconds_each, must=(OURS, LAYER))
+        failed |= check_all({name: chosen[name] for name in seconds}, shape, context)
         absent.update(failed)
         result[routing] = {}
         for name, parts in seconds.items():
+            if name in failed:
+                continue
             result[routing][name] = figures(shape, parts)
             if routing == "uniform":
-                result[routing][name].update(memory(chosen[name], batches[0], context.device))
-        del batches, steps
+                one, own = chosen[name]
+                result[routing][name].update(memory(one, own[0], context.device))
+        del batches, steps, chosen
+    for routing in ROUTINGS:  # one that is wrong for either routing has no figure at all
+        result[routing] = {name: row for name, row in result[routing].items() if name not in absent}
     result["absent"] = absent
     return result
+
+
+def inputs(name: str, one: Contestant, batches: list[Batch], shape: Shape, dtype: torch.dtype) -> list[Batch]:
+    """The batches of a contestant; our layer, which routes by itself, gets tokens of which no rounding decides."""
+    if name != LAYER:
+        return batches
+    return [replace(batch, x_TD=decided(one.leaves[0], shape, dtype).requires_grad_()) for batch in batches]
 
 
 def figures(shape: Shape, parts: list[list[float]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 warnings.filterwarnings("ignore", category=FutureWarning)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import checkout  # noqa: E402, F401  (first: it says which equimoe is imported)
 import torch  # noqa: E402
 
 from tests.helpers.compositions import COMPOSITIONS  # noqa: E402

@@ -3,9 +3,10 @@
     python benchmarks/run.py [--suite kernels|layer|all] [--device cuda|cpu] [--shapes 30B-b,7B-a] [--out DIR]
                              [--backend triton|torch] [--peer NAME=PATH] [--minutes 8]
 
-First everything is compared with fp64; when anything of ours is wrong, no figure is printed and the command exits with
-1. Then random inputs of unit scale, uniform and Zipf-skewed routing, contestants by turns in one process, beside the
-product and copy rates that the machine reaches in that process. On a CPU the shapes get fewer tokens and experts.
+Everything is compared with fp64, forward and backward: first at a reduced size, then what was timed on the inputs that
+were timed. When anything of ours is wrong, no figure is printed and the command exits with 1. Random inputs of unit
+scale, uniform and Zipf-skewed routing, contestants by turns in one process, beside the product and copy rates that the
+machine reaches in that process. On a CPU the shapes get fewer tokens and experts.
 Writes JSON, the tables (.md) and a picture (.png) of the fractions of the floor.
 """
 
@@ -18,24 +19,26 @@ import re
 import sys
 import time
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from workloads import ROOT, environment
+import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 
-if find_spec("equimoe") is None:
-    sys.path.insert(0, str(ROOT))
+# isort: split
+import against
 import foreign
 import kernel_suite
 import layer_suite
 import peers
 import report
 import shapes
+import torch
 from agreement import Red
+from checkout import ROOT
+from options import CORES, Parser, folder, positive, threads
 from shapes import Shape
 from timing import Timer, yardstick
+from workloads import environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SUITES = ("kernels", "layer")
@@ -48,7 +51,7 @@ ROUNDS = {"cuda": (10, 0.8), "cpu": (3, 1.0)}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="(default %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("torch", "triton"), help="(default: triton on a GPU, torch on a CPU)")
@@ -58,16 +61,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAME,...", help="these contestants beside ours (default: all)")
     parser.add_argument("--compiled", type=int, metavar="N", help="compile grouped_mm for N shapes (2; CPU 0)")
     parser.add_argument("--minutes", type=float, help="no shape begins when it would end after so many (7.5; CPU 5)")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="(default %(default)s)")
+    parser.add_argument("--threads", type=threads, default=min(2, CORES), help="on a CPU (default %(default)s)")
+    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_argument(
+        "--against", metavar="PATH", type=Path, help="another checkout, measured by turns with this one"
+    )
+    parser.add_argument("--rounds", type=positive, default=3, help="runs of each with --against (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.against and not (args.against / "benchmarks" / "run.py").is_file():
+        parser.error(f"--against={args.against}: has no benchmarks/run.py; give the folder of a checkout")
     args.backend = args.backend or ("triton" if args.device == "cuda" else "torch")
     args.compiled = COMPILED[args.device] if args.compiled is None else args.compiled
     args.minutes = MINUTES[args.device] if args.minutes is None else args.minutes
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch sees no GPU; use --device cpu")
     if args.device == "cpu" and args.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--backend=triton: there is no GPU; TRITON_INTERPRET=1 runs it anyway, and says nothing of speed")
+        how = (
+            "TRITON_INTERPRET=1 python benchmarks/run.py --device cpu --backend triton --suite kernels --shapes tiny-b"
+        )
+        parser.error(f"--backend=triton: there is no GPU; to see that it runs, and nothing of its speed: {how}")
     try:
         args.chosen, args.foreign = shapes.parse(args.shapes), foreign.find(args.peer)
         known = {*peers.own("", True), *args.foreign}
@@ -76,6 +88,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def forwarded(argv: list[str]) -> list[str]:
+    """The arguments without those of the comparison, and without --out."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--against", "--rounds", "--out"):
+        parser.add_argument(name)
+    return parser.parse_known_args(argv)[1]
 
 
 def device_name(device: str) -> str:
@@ -110,7 +130,8 @@ def needed_bytes(shape: Shape, size: int, device: torch.device) -> int:
     """Weights, their gradients, and rows. A GPU says when it is full, and a contestant is left out; a CPU does not."""
     copies, times = (2, 1) if device.type == "cuda" else (3, 2)
     rows = shape.rows * (3 * shape.D + 6 * shape.F) + 6 * shape.T * shape.D
-    return size * (copies * shape.weights + times * rows)
+    right = 4 * shape.weights + 40 * shape.T * shape.D  # the reference's gradients, its inputs and outputs
+    return size * (copies * shape.weights + times * rows) + right
 
 
 def run_shape(shape: Shape, args: argparse.Namespace, context: layer_suite.Context) -> dict[str, Any]:
@@ -171,7 +192,12 @@ def rates_of(context: layer_suite.Context) -> dict[str, float]:
 
 def new_context(args: argparse.Namespace) -> layer_suite.Context:
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    timer, dtype, (rounds, seconds) = Timer(device), DTYPES[args.dtype], ROUNDS[args.device]
+    interpreted = args.device == "cpu" and args.backend == "triton"
+    timer, dtype, (rounds, seconds) = (
+        Timer(device),
+        DTYPES[args.dtype],
+        (1, 1.0) if interpreted else ROUNDS[args.device],
+    )
     rates = yardstick(timer, dtype, quick=_quick(args))
     return layer_suite.Context(timer, dtype, args.backend, rates, {}, rounds, seconds)
 
@@ -182,10 +208,15 @@ def _quick(args: argparse.Namespace) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.against:
+        print(against.compare(args.against.resolve(), args.rounds, forwarded(sys.argv[1:] if argv is None else argv)))
+        return 0
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     context = new_context(args)
-    plain = {key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out")}
+    plain = {
+        key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out", "against", "rounds")
+    }
     result: dict[str, Any] = {
         "facts": facts(args),
         "command": "python benchmarks/run.py " + " ".join(sys.argv[1:] if argv is None else argv),
@@ -208,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         result["notes"].append("stopped by hand before the end")
     except Red as error:
         partial.unlink(missing_ok=True)
-        print(f"\nWRONG: {error}\nno figures", file=sys.stderr)
+        print()
+        print(f"WRONG: {error}; no figures", file=sys.stderr)
         return 1
     context.rates = yardstick(context.timer, context.dtype, quick=_quick(args))
     result["yardstick"]["end"] = rates_of(context)

@@ -114,6 +114,12 @@ def expert_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> tu
     return nn.Parameter(gate_up), nn.Parameter(down)
 
 
+def spread_logits(shape: Shape, device: torch.device) -> Tensor:
+    """fp32 [T, E], a token's evenly spaced in a random order: of almost equal ones, fp32 scores may be equal."""
+    rank_TE = torch.rand(shape.T, shape.E, device=device).argsort(1)
+    return (rank_TE.float() * (6 / shape.E) - 3).requires_grad_()
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step is given. ``dy_TD`` is the gradient that arrives at the output."""

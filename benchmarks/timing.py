@@ -17,8 +17,8 @@ import torch
 from cost import Rates
 from torch import Tensor
 
-#: a step that is timed: calls ``mark`` at its start, between its parts and at its end
-Step = Callable[[Callable[[], None]], None]
+#: a step that is timed: calls ``mark`` at its start, between its parts and at its end, and returns its results
+Step = Callable[[Callable[[], None]], Any]
 _FLUSH_BYTES = 256 << 20
 
 
@@ -44,7 +44,7 @@ class Timer:
             if self._flush is not None:
                 self._flush.zero_()
             marks: list[Any] = []
-            step(lambda marks=marks: marks.append(self._mark()))
+            step(lambda marks=marks: marks.append(self._mark()))  # its results are let go at once
             runs.append(marks)
         self.wait()
         return [[self._between(a, b) for a, b in zip(marks, marks[1:], strict=False)] for marks in runs]
@@ -118,8 +118,11 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     return {"median_us": median(seconds) * 1e6, "iqr_us": spread * 1e6, "runs": len(seconds)}
 
 
-def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
-    """``call`` as a CUDA graph, without the gaps between its launches; None where it cannot be captured."""
+def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
+    """``call`` as a CUDA graph, without the gaps between its launches; None where it cannot be captured.
+
+    Every replay writes its results into the same tensors.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
@@ -129,11 +132,16 @@ def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], ob
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call()
+            results = call()
     except RuntimeError:
         torch.cuda.synchronize(device)
         return None
-    return graph.replay
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def kept_for_backward(call: Callable[[], object], not_counting: Sequence[Tensor]) -> int:

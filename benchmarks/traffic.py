@@ -56,7 +56,8 @@ class _Plan:
         self.R, self.offsets = shape.rows, _INDEX * (shape.E + 1)
 
     def config(self, op: str) -> Config:
-        return pick_config(op, self.arch, self.dtype, self.R // self.s.E)
+        aligned = self.s.D % 16 == self.s.F % 16 == 0
+        return pick_config(op, self.arch, self.dtype, self.R // self.s.E, aligned)
 
     def num_tiles(self, config: Config) -> int:
         return _ceil(self.R, config.m) + self.s.E

@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,6 @@ class LayerSize:
         return LayerSize(args.T, args.H, args.F, args.E, args.K)
 
 
-def layer_inputs(size: LayerSize, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Hidden states [1, T, H] of unit variance, and the gradient that arrives at the output."""
-    generator = torch.Generator().manual_seed(seed)
-    x, dy = (torch.randn(1, size.T, size.H, generator=generator) for _ in range(2))
-    return x.to(dtype).requires_grad_(), dy.to(dtype)
-
-
 def environment(packages: tuple[str, ...]) -> dict[str, object]:
     """Hardware, versions and commit."""
     return {
@@ -57,7 +48,7 @@ def environment(packages: tuple[str, ...]) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", *packages)},
-        "commit": _commit(),
+        "commit": commit_of(ROOT),
     }
 
 
@@ -77,12 +68,12 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
+def commit_of(root: Path) -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside a repository."""
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -12,8 +12,9 @@ BUILDER = interpreter.InterpreterBuilder
 
 
 def correct_interpreter() -> None:
-    """Make it multiply bfloat16 tiles, and run loops with numpy 2.4. Idempotent."""
+    """Make it multiply bfloat16 tiles, round to bfloat16, and run loops with numpy 2.4. Idempotent."""
     _widen_dot()
+    _round_casts()
     _index_arrays()
 
 
@@ -38,6 +39,29 @@ def _widen(handle: Any) -> Any:
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _round_casts() -> None:
+    """The interpreter cuts fp32 off to bfloat16, which doubles the error; GPUs round to the nearest, ties to even."""
+    plain = BUILDER.cast_impl
+    if getattr(plain, "rounds_bfloat16", False):
+        return
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return plain(self, src, dst_type)
+        return interpreter.TensorHandle(round_to_bfloat16(src.data), tl.bfloat16)
+
+    cast_impl.rounds_bfloat16 = True  # type: ignore[attr-defined]
+    BUILDER.cast_impl = cast_impl
+
+
+def round_to_bfloat16(data: Any) -> Any:
+    """The bits, in uint16, of fp32 numbers rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    data = np.asarray(data, dtype=np.float32)
+    bits = np.ascontiguousarray(data).view(np.uint32).reshape(data.shape).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _index_arrays() -> None:

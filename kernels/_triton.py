@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +31,3 @@ def without_fp64(backend: str, dtype: torch.dtype) -> str:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n`` >= 1."""
     return 1 << (n - 1).bit_length()
-
-
-#: a kernel, its signature by argument name, its constants, compile options and a label
-CompileCase = tuple[Any, dict[str, str], dict[str, Any], dict[str, int], str]
-
-
-def compile_case(kernel: Any, types: str, constants: Mapping[str, Any], label: str, num_warps: int = 4) -> CompileCase:
-    """What an ahead-of-time compiler needs: ``types`` are those of the arguments before the constants, in order.
-
-    A type of "None" is an argument that is None.
-    """
-    names = list(kernel.arg_names)
-    signature = dict(zip(names, types.split(), strict=False)) | dict.fromkeys(constants, "constexpr")
-    absent = {name: None for name, kind in signature.items() if kind == "None"}
-    signature |= dict.fromkeys(absent, "constexpr")
-    return kernel, signature, {**constants, **absent}, {"num_warps": num_warps}, label

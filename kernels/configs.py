@@ -47,6 +47,17 @@ _FEW = {
     "gated_grad": Config(64, 64, 32, 4, 3),
     "wgrad": Config(64, 128, 32, 4, 3),
 }
+#: fp32 where rows do not all begin at a multiple of 16 bytes: 32 x 64 spills a scalar register of AMD's chips
+_FP32_UNALIGNED = {**_FP32, "gemm": Config(64, 32, 16, 8, 2)}
+#: 16 bits where rows do not all begin at a multiple of 16 bytes: each element is loaded by itself, without stages in
+#: shared memory, and its addresses fill the registers. Larger tiles run from the stack (up to 3 KiB of it).
+_UNALIGNED = {
+    "gemm": Config(128, 64, 32, 8, 2),
+    "plain": Config(64, 64, 32, 8, 2),
+    "gated": Config(64, 32, 32, 4, 2),
+    "gated_grad": Config(64, 32, 32, 4, 2),
+    "wgrad": Config(64, 64, 32, 8, 2),
+}
 _HALF: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_80", "few"): _FEW,
     ("sm_80", "many"): {
@@ -106,12 +117,17 @@ _HALF: dict[tuple[str, str], dict[str, Config]] = {
 }
 
 
-def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int) -> Config:
-    """The tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter"); depends on nothing else."""
+def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, aligned: bool = True) -> Config:
+    """The tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter"); depends on nothing else.
+
+    ``aligned`` says whether every width is a multiple of 16 elements, and every address of 16 bytes.
+    """
     if arch == "interpreter":
         return _SMALL
     if dtype == torch.float32:
-        return _FP32[op]
+        return (_FP32 if aligned else _FP32_UNALIGNED)[op]
+    if not aligned:
+        return _UNALIGNED[op]
     return _HALF[arch, BUCKETS[rows_per_expert >= MANY_ROWS]][op]
 
 

@@ -1,23 +1,25 @@
-"""When an op may look at the values that it was given, and what it checks without looking."""
+"""When an op may look at the values that it was given, and what it checks of its inputs."""
 
 from __future__ import annotations
-
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
+def has_values(t: Tensor) -> bool:
+    """False for a tensor that has only a shape (meta, FakeTensorMode)."""
+    return not t.is_meta and not isinstance(t, FakeTensor)
+
+
 def readable(t: Tensor) -> bool:
     """Whether a tensor has values, and reading them makes nobody wait: on the CPU, but not in a trace or a dry run."""
-    return not torch.compiler.is_compiling() and t.device.type == "cpu" and not isinstance(t, FakeTensor)
+    return t.is_cpu and has_values(t) and not torch.compiler.is_compiling()
 
 
 def reads_no_values(backend: str, t: Tensor) -> str:
     """``backend``, but "torch" instead of "reference" for a tensor that has only a shape (meta, FakeTensorMode)."""
-    shape_only = t.device.type == "meta" or isinstance(t, FakeTensor)
-    return "torch" if backend == "reference" and shape_only else backend
+    return "torch" if backend == "reference" and not has_values(t) else backend
 
 
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -27,7 +29,30 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device}: move it to {device}, where the op's other inputs are")
 
 
-def without_autocast(t: Tensor) -> AbstractContextManager[object]:
-    """No autocast on ``t``'s device; a device that has none (meta) needs nothing."""
-    kind = t.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
+    """Raises ValueError for offsets that are not int64 [E+1] or, where readable, do not ascend from 0 to the rows."""
+    if offsets_E.dim() != 1 or offsets_E.dtype != torch.int64 or offsets_E.shape[0] == 0:
+        raise ValueError(f"offsets_E={offsets_E.dtype}{list(offsets_E.shape)}: must be int64 [E + 1]")
+    if readable(offsets_E):
+        offsets = offsets_E.tolist()
+        if offsets[0] != 0 or offsets != sorted(offsets):
+            raise ValueError(f"offsets_E={_short(offsets)}: must begin at 0 and never decrease")
+        if offsets[-1] > num_rows:
+            raise ValueError(f"offsets_E={_short(offsets)}: must end at {num_rows}, the number of rows, or before")
+
+
+def check_index(name: str, index_R: Tensor, sources: int) -> None:
+    """Raises ValueError for an index that is not int64 [R] or, where readable, has entries outside [0, sources)."""
+    if index_R.dim() != 1 or index_R.dtype != torch.int64:
+        raise ValueError(f"{name}={index_R.dtype}{list(index_R.shape)}: must be int64 [R], one entry per row")
+    if index_R.shape[0] and sources == 0:
+        raise ValueError(f"{name}=int64{list(index_R.shape)}: there are no rows to gather")
+    if readable(index_R) and index_R.shape[0]:
+        least, most = index_R.aminmax()
+        if least.item() < 0 or most.item() >= sources:
+            raise ValueError(f"{name} in [{int(least)}, {int(most)}]: entries must lie in 0..{sources - 1}")
+
+
+def _short(values: list[int]) -> str:
+    """At most eight of them."""
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ..., {values[-1]}]"

@@ -26,6 +26,11 @@ class _Rows:
         self.inverse_SK = self.layout.places(order.inverse_SK)
 
 
+def _is_empty(order: ExpertOrder, down_EDF: Tensor) -> bool:
+    """Whether there is nothing to multiply."""
+    return order.order_R.shape[0] == 0 or down_EDF.numel() == 0
+
+
 def _activate(pre_PU: Tensor, kind: Kind, width: int) -> tuple[Tensor, Tensor]:
     """act(z) [P, F], and what the down projection multiplies."""
     s_PF = FUNCTIONS[kind.activation].value(pre_PU[:, :width], out=pre_PU.new_empty(pre_PU.shape[0], width))
@@ -53,12 +58,12 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The output [S, D] and, when asked to ``keep`` them, the pre-activations [P, U]."""
-    if order.order_R.numel() == 0:
-        return torch.zeros_like(x_SD), x_SD.new_zeros(0, gate_up_EFD.shape[1]) if keep else None
+    if _is_empty(order, down_EDF):
+        return x_SD.new_zeros(x_SD.shape), x_SD.new_zeros(0, gate_up_EFD.shape[1]) if keep else None
     rows = _Rows(weights_SK, order, down_EDF)
-    pre_PU = rows.layout.product(x_SD[rows.source_P], gate_up_EFD.contiguous().mT)
+    pre_PU = rows.layout.product(x_SD[rows.source_P], gate_up_EFD.mT)
     h_PF = _activate(pre_PU, kind, down_EDF.shape[2])[1]
-    out_PD = rows.layout.product(h_PF, down_EDF.contiguous().mT).mul_(rows.weights_P1)
+    out_PD = rows.layout.product(h_PF, down_EDF.mT).mul_(rows.weights_P1)
     return sum_rows(out_PD, rows.inverse_SK), pre_PU if keep else None
 
 
@@ -78,28 +83,27 @@ def backward(
     A pre-activation that was not kept is computed again.
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs
-    if order.order_R.numel() == 0:
-        inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
-        dx, dweights, dgate_up, ddown = (torch.zeros_like(t) if n else None for t, n in zip(inputs, needs, strict=True))
+    if _is_empty(order, down_EDF):
+        inputs = zip((x_SD, weights_SK, gate_up_EFD, down_EDF), needs, strict=True)
+        dx, dweights, dgate_up, ddown = (t.new_zeros(t.shape) if needed else None for t, needed in inputs)
         return dx, dweights, dgate_up, ddown
     rows = _Rows(weights_SK, order, down_EDF)
     product, weight_grad = rows.layout.product, rows.layout.weight_grad
-    empty_E = (order.offsets_E.diff() == 0)[:, None, None]
     if pre_PU is None:
-        pre_PU = product(x_SD[rows.source_P], gate_up_EFD.contiguous().mT)
+        pre_PU = product(x_SD[rows.source_P], gate_up_EFD.mT)
     s_PF, h_PF = _activate(pre_PU, kind, down_EDF.shape[2])
     dy_PD = dy_SD[rows.source_P]
-    dh_PF = product(dy_PD, down_EDF.contiguous())
+    dh_PF = product(dy_PD, down_EDF)
     dx_SD = dweights_SK = dgate_up_EFD = ddown_EDF = None
     if needs_weights:
         dweights_P = (dh_PF * h_PF).sum(1, dtype=weights_SK.dtype)
         dweights_SK = dweights_P[rows.inverse_SK.clamp(min=0)].masked_fill_(rows.inverse_SK < 0, 0)
     if needs_down:
-        ddown_EDF = weight_grad(dy_PD.mul_(rows.weights_P1), h_PF).masked_fill_(empty_E, 0)
+        ddown_EDF = weight_grad(dy_PD.mul_(rows.weights_P1), h_PF)
     if needs_x or needs_gate_up:
         dpre_PU = _differentiate(dh_PF.mul_(rows.weights_P1), s_PF, pre_PU, kind)
         if needs_gate_up:
-            dgate_up_EFD = weight_grad(dpre_PU, x_SD[rows.source_P]).masked_fill_(empty_E, 0)
+            dgate_up_EFD = weight_grad(dpre_PU, x_SD[rows.source_P])
         if needs_x:
-            dx_SD = sum_rows(product(dpre_PU, gate_up_EFD.contiguous()), rows.inverse_SK)
+            dx_SD = sum_rows(product(dpre_PU, gate_up_EFD), rows.inverse_SK)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF

@@ -62,8 +62,13 @@ class _Rows:
             place = end
         self.padded = place
         flat_R = order.order_R[: self.kept]
-        self.source_R = flat_R // max(weights_SK.shape[1], 1)
-        self.weights_R1 = weights_SK.reshape(-1)[flat_R, None]
+        self.source = self._split(flat_R // max(weights_SK.shape[1], 1))
+        self.weights = self._split(weights_SK.reshape(-1)[flat_R, None])
+
+    def _split(self, t: Tensor) -> dict[int, Tensor]:
+        """The part of each expert that has rows, all made in one call."""
+        parts = t.split_with_sizes([span.stop - span.start for span in self.spans])
+        return {span.expert: part for span, part in zip(self.spans, parts, strict=True)}
 
     def buffer(self, width: int) -> Tensor:
         return empty(self.padded, width, like=self.like)
@@ -84,9 +89,7 @@ class _Rows:
 
     def gather(self, from_SD: Tensor, span: _Span, scratch: Tensor) -> Tensor:
         """The source rows of an expert, padded."""
-        return pad(
-            torch.index_select(from_SD, 0, self.source_R[span.start : span.stop], out=self.cut(scratch, span)), span
-        )
+        return pad(torch.index_select(from_SD, 0, self.source[span.expert], out=self.cut(scratch, span)), span)
 
     def cut(self, scratch: Tensor, span: _Span) -> Tensor:
         return scratch[: span.stop - span.start]
@@ -95,8 +98,8 @@ class _Rows:
         """[S, D] the sum of each source row's rows."""
         inverse_SK, all_kept = self.order.inverse_SK, self.kept == self.order.order_R.numel()
         if self.padded > self.kept > 0:
-            shift_R = torch.tensor(self.shifts).repeat_interleave(self.order.offsets_E.diff())
-            place_R = shift_R.add_(torch.arange(self.kept))
+            shift_R = inverse_SK.new_tensor(self.shifts).repeat_interleave(self.order.offsets_E.diff())
+            place_R = shift_R.add_(torch.arange(self.kept, device=inverse_SK.device))
             inverse_SK = place_R[inverse_SK] if all_kept else torch.where(inverse_SK < 0, -1, place_R[inverse_SK])
         return sum_rows(rows_PD, inverse_SK, all_kept=all_kept)
 
@@ -130,6 +133,7 @@ def forward(
     hidden, width, both = x_SD.shape[1], down_EDF.shape[2], gate_up_EFD.shape[1]
     pre_PU = rows.buffer(both) if keep else None
     out_PD = rows.buffer(hidden)
+    up_EDU, down_EFD = gate_up_EFD.mT, down_EDF.mT
 
     def work(spans: Sequence[_Span]) -> None:
         activation = Activation(kind, max(span.end - span.place for span in spans), width, x_SD)
@@ -137,9 +141,9 @@ def forward(
         for span in spans:
             x_ND = rows.gather(x_SD, span, x_scratch)
             pre_NU = pre_scratch[: x_ND.shape[0]] if pre_PU is None else pre_PU[span.place : span.end]
-            torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_NU)
-            h_NF = activation.forward(rows.cut(pre_NU, span), rows.weights_R1[span.start : span.stop])
-            torch.mm(pad(h_NF, span), down_EDF[span.expert].t(), out=out_PD[span.place : span.end])
+            torch.mm(x_ND, up_EDU[span.expert], out=pre_NU)
+            h_NF = activation.forward(rows.cut(pre_NU, span), rows.weights[span.expert])
+            torch.mm(pad(h_NF, span), down_EFD[span.expert], out=out_PD[span.place : span.end])
 
     rows.each(work, both + width)
     return rows.sum(out_PD), pre_PU
@@ -172,7 +176,6 @@ def backward(
         activation = Activation(kind, max(span.end - span.place for span in spans), width, x_SD)
         row_scratch, dh_scratch, pre_scratch = _scratch(spans, x_SD, hidden, width, both if pre_PU is None else 0)
         for span in spans:
-            sorted_rows = slice(span.start, span.stop)
             if pre_PU is None:
                 x_ND = rows.gather(x_SD, span, row_scratch)
                 pre_NU = torch.mm(x_ND, gate_up_EFD[span.expert].t(), out=pre_scratch[: x_ND.shape[0]])
@@ -180,9 +183,9 @@ def backward(
                 pre_NU = pre_PU[span.place : span.end]
             dy_ND = rows.gather(dy_SD, span, row_scratch)
             dh_NF = torch.mm(dy_ND, down_EDF[span.expert], out=dh_scratch[: dy_ND.shape[0]])
-            dw_N = None if dweights_R is None else dweights_R[sorted_rows]
+            dw_N = None if dweights_R is None else dweights_R[span.start : span.stop]
             h_NF, dpre_NU = activation.backward(
-                rows.cut(pre_NU, span), rows.weights_R1[sorted_rows], rows.cut(dh_NF, span), dw_N
+                rows.cut(pre_NU, span), rows.weights[span.expert], rows.cut(dh_NF, span), dw_N
             )
             if ddown_EDF is not None:
                 torch.mm(dy_ND.t(), pad(h_NF, span), out=ddown_EDF[span.expert])

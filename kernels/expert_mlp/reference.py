@@ -1,6 +1,6 @@
 """The oracle: each kept row on its own expert, differentiated by autograd. Dropped rows are never read."""
 
-# S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
+# S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows, N kept rows.
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..grouped_gemm import grouped_gemm
 from ..sort_by_expert import ExpertOrder
 from .kind import Kind
 
@@ -33,15 +34,10 @@ def expert_mlp(
     """Autograd keeps what it needs, so ``recompute`` changes nothing."""
     wide = torch.float64 if x_SD.dtype == torch.float64 else torch.float32
     x, weights, gate_up, down = (t.to(wide) for t in (x_SD, weights_SK, gate_up_EFD, down_EDF))
-    activation, width = _FUNCTIONS[kind.activation], down_EDF.shape[2]
-    choices = weights_SK.shape[1]
-    y_SD = x.new_zeros(x.shape)
-    bounds = order.offsets_E.tolist()
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        flat = order.order_R[start:stop]
-        source = flat // max(choices, 1)
-        pre = x[source] @ gate_up[expert].T
-        h = activation(pre[:, :width]) * (pre[:, width:] if kind.gated else 1)
-        rows = h @ down[expert].T
-        y_SD = y_SD.index_add(0, source, rows * weights.reshape(-1)[flat, None])
-    return y_SD.to(x_SD.dtype)
+    width, offsets_E = down_EDF.shape[2], order.offsets_E
+    flat_N = order.order_R[: int(offsets_E[-1])]
+    source_N = flat_N // max(weights_SK.shape[1], 1)
+    pre = grouped_gemm(x[source_N], gate_up, offsets_E, backend="reference")
+    h = _FUNCTIONS[kind.activation](pre[:, :width]) * (pre[:, width:] if kind.gated else 1)
+    rows = grouped_gemm(h, down, offsets_E, backend="reference") * weights.reshape(-1)[flat_N, None]
+    return torch.zeros_like(x).index_add(0, source_N, rows).to(x_SD.dtype)

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autocast import without_autocast
+from ..grouped_gemm.torch_ops import on_host
 from ..sort_by_expert import ExpertOrder
 from . import grouped, loop
 from .kind import Kind
 
 
 def _path(x_SD: Tensor) -> ModuleType:
-    return loop if x_SD.device.type == "cpu" else grouped
+    return loop if on_host(x_SD) else grouped
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -46,7 +48,8 @@ class _ExpertMLP(torch.autograd.Function):
         pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         inputs = (x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF)
-        return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.kind, needs), None, None, None, None, None
+        with without_autocast(dy_SD.device):
+            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.kind, needs), None, None, None, None, None
 
 
 def expert_mlp(

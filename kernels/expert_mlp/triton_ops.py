@@ -13,7 +13,6 @@ is one partial sum per column tile, added up in their order: no atomics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,17 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, launch_on
-from ..configs import Config
+from .._triton import launch_on
 from ..grouped_gemm.triton_ops import (
-    case,
+    clamp,
     config_for,
     gemm,
     launch_options,
     load_rows,
     load_weight,
     locate,
-    shipped,
+    precision,
     tile_map,
     weight_grad,
     weight_tile,
@@ -65,7 +63,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "routed"])
 def _up_kernel(
     x_ptr,
     flat_ptr,
@@ -75,6 +73,7 @@ def _up_kernel(
     h_ptr,
     tiles_ptr,
     num_tiles,
+    routed,
     choices,
     E,
     F,
@@ -83,30 +82,37 @@ def _up_kernel(
     GATED: tl.constexpr,
     KEEP: tl.constexpr,
     EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), h[R, F] = w * act(gate) * up, or w * act(pre)."""
+    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), h[R, F] = w * act(gate) * up, or w * act(pre).
+
+    Nobody's rows of pre are zero, because it is an output, of which all must be written; those of h are not read.
+    """
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP)
-    if (expert < 0) | (expert == E):
+    if (expert < 0) | ((expert == E) & (not KEEP)):
         return
     halves: tl.constexpr = 2 if GATED else 1
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    flat = tl.load(flat_ptr + source)
+    flat = clamp(tl.load(flat_ptr + source), routed)
     a_ptrs = x_ptr + (flat // choices)[:, None] * D + k[None, :]
     b_ptrs = weight_tile(gate_up_ptr, expert * halves * F * D, n, k, F, D, False)
     up_ptrs = weight_tile(gate_up_ptr, (expert * halves + halves - 1) * F * D, n, k, F, D, False)
     z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(D, BLOCK_K)):
+    steps = tl.cdiv(D, BLOCK_K)
+    if expert == E:
+        steps = 0
+    for step in range(0, steps):
         left = D - step * BLOCK_K
         a = load_rows(a_ptrs, k, left, EVEN)
-        z = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), z, input_precision="ieee")
+        z = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), z, input_precision=PRECISION)
         if GATED:
-            up = tl.dot(a, load_weight(up_ptrs, n, F, k, left, EVEN), up, input_precision="ieee")
+            up = tl.dot(a, load_weight(up_ptrs, n, F, k, left, EVEN), up, input_precision=PRECISION)
             up_ptrs += BLOCK_K
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
@@ -123,7 +129,7 @@ def _up_kernel(
     tl.store(h_ptr + m[:, None] * F + n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "routed"])
 def _up_grad_kernel(
     dy_ptr,
     flat_ptr,
@@ -135,6 +141,7 @@ def _up_grad_kernel(
     dweights_ptr,
     tiles_ptr,
     num_tiles,
+    routed,
     choices,
     E,
     F,
@@ -142,6 +149,7 @@ def _up_grad_kernel(
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -155,7 +163,7 @@ def _up_grad_kernel(
     halves: tl.constexpr = 2 if GATED else 1
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    flat = tl.load(flat_ptr + source)
+    flat = clamp(tl.load(flat_ptr + source), routed)
     a_ptrs = dy_ptr + (flat // choices)[:, None] * D + k[None, :]
     b_ptrs = weight_tile(down_ptr, expert * D * F, n, k, F, D, True)
     b_step = tl.cast(BLOCK_K, tl.int64) * F
@@ -163,7 +171,7 @@ def _up_grad_kernel(
     for step in range(0, tl.cdiv(D, BLOCK_K)):
         left = D - step * BLOCK_K
         a = load_rows(a_ptrs, k, left, EVEN)
-        dh = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), dh, input_precision="ieee")
+        dh = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), dh, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += b_step
     mask = (m[:, None] < stop) & (n[None, :] < F)
@@ -197,7 +205,7 @@ def _up(
     """h [R, F], weighted, and the pre-activations [R, U] (no rows unless asked to ``keep`` them)."""
     experts, both, hidden = gate_up_EFD.shape
     num_rows, width = order_R.shape[0], both // (2 if kind.gated else 1)
-    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts)
+    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     pre_RU = x_SD.new_empty(num_rows if keep else 0, both)
     h_RF = x_SD.new_empty(num_rows, width)
@@ -205,13 +213,14 @@ def _up(
     with launch_on(x_SD):
         _up_kernel[(num_tiles * -(-width // config.n),)](
             x_SD.contiguous(),
-            order_R,
+            order_R.contiguous(),
             weights_SK.contiguous(),
             gate_up_EFD.contiguous(),
             pre_RU,
             h_RF,
             tiles_3T,
             num_tiles,
+            weights_SK.numel(),
             weights_SK.shape[1],
             experts,
             width,
@@ -220,7 +229,7 @@ def _up(
             GATED=kind.gated,
             KEEP=keep,
             EVEN=hidden % config.k == 0,
-            **launch_options(config),
+            **launch_options(config, precision(x_SD.dtype)),
         )
     return h_RF, pre_RU
 
@@ -237,7 +246,7 @@ def _up_grad(
     """h [R, F], weighted; the gradients of the pre-activations [R, U], and of the weights in parts [R, P]."""
     experts, hidden, width = down_EDF.shape
     num_rows = order_R.shape[0]
-    config = config_for("gated_grad", dy_SD, num_rows, experts)
+    config = config_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     num_tiles, columns = tiles_3T.shape[1], -(-width // config.n)
     h_RF, dpre_RU = pre_RU.new_empty(num_rows, width), torch.empty_like(pre_RU)
@@ -245,7 +254,7 @@ def _up_grad(
     with launch_on(dy_SD):
         _up_grad_kernel[(num_tiles * columns,)](
             dy_SD,
-            order_R,
+            order_R.contiguous(),
             weights_SK.contiguous(),
             down_EDF.contiguous(),
             pre_RU,
@@ -254,6 +263,7 @@ def _up_grad(
             dweights_RP,
             tiles_3T,
             num_tiles,
+            weights_SK.numel(),
             weights_SK.shape[1],
             experts,
             width,
@@ -261,7 +271,7 @@ def _up_grad(
             ACTIVATION=kind.activation,
             GATED=kind.gated,
             EVEN=hidden % config.k == 0,
-            **launch_options(config),
+            **launch_options(config, precision(down_EDF.dtype)),
         )
     return h_RF, dpre_RU, dweights_RP
 
@@ -316,9 +326,9 @@ def _backward(
     del pre_RU
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) for _ in range(4))
     if needs[1]:
-        dweights_SK = torch.zeros_like(weights_SK)
-        if num_rows:
-            dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0)
+        dweights_SK = weights_SK.new_zeros(weights_SK.shape)
+        if num_rows:  # contiguous, whatever the strides of the order are: the shape-only version says so
+            dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0).contiguous()
     if needs[3]:
         ddown_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R)
     del h_RF
@@ -364,30 +374,3 @@ def expert_mlp(
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return _forward(*inputs, *order, *kind, keep)[0]
-
-
-#: activation, gated, and whether the sum has no tail; the first in every dtype, the others in bf16
-_VARIANTS = (("silu", True, True), ("gelu", True, False), ("gelu_tanh", False, False))
-
-
-def _variants(op: str, plain_op: str) -> Iterator[tuple[str, str, Config, dict[str, object]]]:
-    """(element type, label, tile, constants) of what is compiled; experts without a gate take ``plain_op``'s tile."""
-    for activation, gated, even in _VARIANTS:
-        constants = {"ACTIVATION": activation, "GATED": gated, "EVEN": even}
-        words = f"{op}{'' if activation == 'silu' else f' {activation}'}{'' if gated else ' plain'}"
-        for dtype, label, config in shipped(op if gated else plain_op):
-            if activation == "silu" or dtype == "bf16":
-                chip, _, rest = label.split(" ", 2)
-                yield dtype, f"{chip} {words} {rest}{'' if even else ' tail'}", config, constants
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every shipped tile, for an ahead-of-time compiler. A label that begins with a chip is for it."""
-    cases = []
-    for dtype, label, config, constants in _variants("gated", "plain"):
-        types = f"*{dtype} *i64 *fp32 *{dtype} *{dtype} *{dtype} *i64 i32 i32 i32 i32 i32"
-        cases.append(case(_up_kernel, types, config, label, **constants, KEEP=True))
-    for dtype, label, config, constants in _variants("gated_grad", "gated_grad"):
-        types = f"*{dtype} *i64 *fp32 *{dtype} *{dtype} *{dtype} *{dtype} *fp32 *i64 i32 i32 i32 i32 i32"
-        cases.append(case(_up_grad_kernel, types, config, label, **constants))
-    return cases

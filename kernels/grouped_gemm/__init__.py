@@ -14,26 +14,34 @@ from torch.autograd.function import once_differentiable
 
 from .. import pick
 from .._triton import without_fp64
+from ..values import check_device, check_index, check_offsets, reads_no_values
 from . import reference, torch_ops
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
 
 
-def _triton() -> ModuleType:
+def _triton(first: Tensor, name: str, *rest: Tensor | None) -> Tensor:
     from . import triton_ops  # only here: triton is not needed for the other backends
 
-    return triton_ops
+    return getattr(triton_ops, name)(first, *rest)
 
 
-_BACKENDS: dict[str, Callable[[], ModuleType]] = {
-    "reference": lambda: reference,
-    "torch": lambda: torch_ops,
+def _in(module: ModuleType) -> Callable[..., Tensor]:
+    return lambda first, name, *rest: getattr(module, name)(first, *rest)
+
+
+_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": _in(reference),
+    "torch": _in(torch_ops),
     "triton": _triton,
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _module(backend: str, dtype: torch.dtype) -> ModuleType:
-    return pick("grouped_gemm", _BACKENDS, without_fp64(backend, dtype))()
+def _run(name: str, backend: str, first: Tensor, *rest: Tensor | None) -> Tensor:
+    """The function ``name`` of a backend's module."""
+    backend = without_fp64(reads_no_values(backend, first), first.dtype)
+    return pick("grouped_gemm", _BACKENDS, backend)(first, name, *rest)
 
 
 def grouped_gemm(
@@ -41,18 +49,23 @@ def grouped_gemm(
 ) -> Tensor:
     """[R, N] out[r] = rows[r] @ weight[e].T for offsets[e] <= r < offsets[e+1]; zero for r >= offsets[E].
 
-    ``rows`` is [R, K], or [S, K] with row r at ``index_R[r]`` (int64). ``offsets_E`` is int64 [E+1], starting at 0.
-    Sums are in fp32, without TF32. Differentiable once in rows and weight. Raises ValueError for shapes or dtypes
-    that do not fit.
+    ``rows`` is [R, K], or [S, K] with row r at ``index_R[r]`` (int64 [R], in 0..S-1). ``offsets_E`` is int64 [E+1]:
+    it begins at 0, never decreases, and ends at R or before. Rows and weight have one dtype of fp32, bf16, fp16 and
+    fp64, which the result and the gradients have too, also under autocast; sums are in fp32 (fp64 for fp64).
+    Differentiable once in rows and weight.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit and, on the CPU, for offsets and an index that
+    break these rules. Elsewhere no op waits for values to check them: the result is then undefined, or torch stops
+    with an assertion of the device, but no memory outside the tensors is read or written.
     """
-    _check(rows, offsets_E, index_R, weight_ENK, rows.shape[1], 2)
+    _check(rows, weight_ENK, offsets_E, index_R, 2)
     return _GroupedGEMM.apply(rows, weight_ENK, offsets_E, index_R, backend)
 
 
 def grouped_gemm_dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor, backend: str = "auto") -> Tensor:
     """[R, K] dy[r] @ weight[e], the gradient of :func:`grouped_gemm`'s (gathered) rows. Not differentiable."""
-    _check(dy_RN, offsets_E, None, weight_ENK, dy_RN.shape[1], 1)
-    return _module(backend, dy_RN.dtype).dgrad(dy_RN.detach(), weight_ENK.detach(), offsets_E)
+    _check(dy_RN, weight_ENK, offsets_E, None, 1)
+    return _run("dgrad", backend, dy_RN.detach(), weight_ENK.detach(), offsets_E)
 
 
 def grouped_gemm_wgrad(
@@ -67,27 +80,41 @@ def grouped_gemm_wgrad(
     """[E, N, K] dy[rows of e].T @ rows[rows of e], zero for experts without rows, in dy's dtype. Not differentiable.
 
     Either side is gathered when its index is given. With ``out``, fp32 [E, N, K], the result is added to it, in
-    fp32, and ``out`` is returned. Raises ValueError for shapes or dtypes that do not fit.
+    fp32, and ``out`` is returned. What :func:`grouped_gemm` says of dtypes, offsets and indices holds here too.
     """
-    left, right = (t if i is None else i for t, i in ((dy, dy_index_R), (rows, index_R)))
-    if left.shape[0] != right.shape[0] or dy.dtype != rows.dtype:
-        found = f"{left.shape[0]} {dy.dtype}, {right.shape[0]} {rows.dtype}"
+    left = _num_rows("dy", dy, "dy_index_R", dy_index_R)
+    right = _num_rows("rows", rows, "index_R", index_R)
+    if left != right or dy.dtype != rows.dtype:
+        found = f"{left} {dy.dtype}, {right} {rows.dtype}"
         raise ValueError(f"dy, rows={found}: give equally many rows of one dtype, after gathering")
-    shape = (offsets_E.numel() - 1, dy.shape[1], rows.shape[1])
+    check_device(dy.device, rows=rows, offsets_E=offsets_E, dy_index_R=dy_index_R, index_R=index_R, out=out)
+    check_offsets(offsets_E, left)
+    shape = (offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
     if out is not None and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
         raise ValueError(f"out={out.dtype}{list(out.shape)}: must be contiguous fp32 {list(shape)}")
     with torch.no_grad():
-        return _module(backend, dy.dtype).wgrad(dy, rows, offsets_E, dy_index_R, index_R, out)
+        return _run("wgrad", backend, dy, rows, offsets_E, dy_index_R, index_R, out)
 
 
-def _check(rows: Tensor, offsets_E: Tensor, index_R: Tensor | None, weight_ENK: Tensor, width: int, dim: int) -> None:
-    experts = offsets_E.numel() - 1
+def _num_rows(name: str, rows: Tensor, index_name: str, index_R: Tensor | None) -> int:
+    """How many rows there are after gathering; raises ValueError for rows or an index that are none."""
+    if rows.dim() != 2 or rows.dtype not in _DTYPES:
+        raise ValueError(f"{name}={rows.dtype}{list(rows.shape)}: give fp32, bf16, fp16 or fp64 rows, [R, width]")
+    if index_R is None:
+        return rows.shape[0]
+    check_index(index_name, index_R, rows.shape[0])
+    return index_R.shape[0]
+
+
+def _check(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None, dim: int) -> None:
+    """``dim`` is the weight's dimension that is as wide as the rows."""
+    check_device(rows.device, weight=weight_ENK, offsets_E=offsets_E, index_R=index_R)
+    check_offsets(offsets_E, _num_rows("rows" if dim == 2 else "dy", rows, "index_R", index_R))
+    experts, width = offsets_E.shape[0] - 1, rows.shape[1]
     if weight_ENK.dim() != 3 or weight_ENK.shape[0] != experts or weight_ENK.shape[dim] != width:
         raise ValueError(f"weight={list(weight_ENK.shape)}: needs {experts} experts, and {width} in dimension {dim}")
     if rows.dtype != weight_ENK.dtype:
         raise ValueError(f"rows, weight={rows.dtype}, {weight_ENK.dtype}: give both one dtype")
-    if offsets_E.dtype != torch.int64 or (index_R is not None and index_R.dtype != torch.int64):
-        raise ValueError(f"offsets={offsets_E.dtype}: offsets and index must be int64")
 
 
 class _GroupedGEMM(torch.autograd.Function):
@@ -97,20 +124,20 @@ class _GroupedGEMM(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight_ENK, offsets_E, index_R)
         ctx.backend = backend
-        return _module(backend, rows.dtype).forward(rows, weight_ENK, offsets_E, index_R)
+        return _run("forward", backend, rows, weight_ENK, offsets_E, index_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight_ENK, offsets_E, index_R = ctx.saved_tensors
-        module, drows, dweight_ENK = _module(ctx.backend, rows.dtype), None, None
+        drows = dweight_ENK = None
         if ctx.needs_input_grad[0]:
-            drows = module.dgrad(dy_RN, weight_ENK, offsets_E)
+            drows = _run("dgrad", ctx.backend, dy_RN, weight_ENK, offsets_E)
             if index_R is not None:
                 # index_put sorts what it adds up, so that the order of the sum is always the same
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
                 zeros = torch.zeros(rows.shape, dtype=wide, device=rows.device)
                 drows = zeros.index_put_((index_R,), drows.to(wide), accumulate=True).to(rows.dtype)
         if ctx.needs_input_grad[1]:
-            dweight_ENK = module.wgrad(dy_RN, rows, offsets_E, None, index_R, None)
+            dweight_ENK = _run("wgrad", ctx.backend, dy_RN, rows, offsets_E, None, index_R, None)
         return drows, dweight_ENK, None, None, None

@@ -18,28 +18,25 @@ def _rows_at(rows: Tensor, index_R: Tensor | None, spread_P: Tensor) -> Tensor:
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
     """[R, N] rows @ weight[e].T; zero for the rows of no expert."""
     num_rows, (experts, width_n, width_k) = (rows if index_R is None else index_R).shape[0], weight_ENK.shape
-    if num_rows == 0 or experts == 0:
+    if 0 in (num_rows, experts, width_n, width_k):
         return rows.new_zeros(num_rows, width_n)
     places = layout(offsets_E, num_rows, rows.dtype, width_n, width_k)
     row_R = torch.arange(num_rows, device=rows.device)
-    # an odd layout of the weight in memory is one that a grouped product refuses
-    weight_EKN = weight_ENK.mT if weight_ENK.is_contiguous() else weight_ENK.mT.contiguous()
-    out_PN = places.product(_rows_at(rows, index_R, places.spread(row_R)), weight_EKN)
-    return out_PN[places.places(row_R)].masked_fill_((row_R >= offsets_E[-1])[:, None], 0)
+    out_PN = places.product(_rows_at(rows, index_R, places.spread(row_R)), weight_ENK.mT)
+    return out_PN[places.places(row_R)].masked_fill_((row_R >= places.offsets_E[-1])[:, None], 0)
 
 
 def wgrad(
     dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """[E, N, K] dy.T @ rows by expert; added to ``out`` in its dtype when it is given."""
-    experts, num_rows = offsets_E.numel() - 1, (rows if index_R is None else index_R).shape[0]
+    experts, num_rows = offsets_E.shape[0] - 1, (rows if index_R is None else index_R).shape[0]
     shape = (experts, dy.shape[1], rows.shape[1])
-    if num_rows == 0 or experts == 0:
+    if 0 in (num_rows, *shape):
         return dy.new_zeros(shape) if out is None else out
     dtype = dy.dtype if out is None else out.dtype
     places = layout(offsets_E, num_rows, dtype, *shape[1:])
     spread_P = places.spread(torch.arange(num_rows, device=rows.device))
     left_PN, right_PK = (_rows_at(t, i, spread_P).to(dtype) for t, i in ((dy, dy_index_R), (rows, index_R)))
-    empty_E = (offsets_E.diff() == 0)[:, None, None]
-    grad_ENK = places.weight_grad(left_PN, right_PK).masked_fill_(empty_E, 0)
+    grad_ENK = places.weight_grad(left_PN, right_PK)
     return grad_ENK if out is None else out.add_(grad_ENK)

@@ -14,11 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def within(offsets_E: Tensor, num_rows: int) -> Tensor:
+    """Offsets that never decrease, from 0 to the number of rows; correct ones unchanged.
+
+    Wrong ones would lead a product out of its memory, and to refuse them the host would have to wait.
+    """
+    return offsets_E.clamp(0, num_rows).cummax(0).values
+
+
 class Grouped:
     """Places are sorted rows; what lies past the kept ones is undefined and must not be read."""
 
     def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
-        self.ends_E = offsets_E[1:].to(torch.int32)
+        self.offsets_E = within(offsets_E, num_rows)
+        self.ends_E = self.offsets_E[1:].to(torch.int32)
 
     def spread(self, index_R: Tensor) -> Tensor:
         """[P] an entry per sorted row, at the places."""
@@ -29,18 +38,29 @@ class Grouped:
         return row
 
     def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
-        return F.grouped_mm(rows_PI, weight_EIO, offs=self.ends_E)
+        return F.grouped_mm(rows_PI, _dense(weight_EIO), offs=self.ends_E)
 
     def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
-        """[E, O, I] left.T @ right by expert; undefined for experts without rows."""
-        return F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
+        """[E, O, I] left.T @ right by expert."""
+        grad_EOI = F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
+        empty_E = (self.offsets_E.diff() == 0)[:, None, None]  # theirs was never written
+        return grad_EOI.masked_fill_(empty_E, 0)
+
+
+def _dense(weight_EIO: Tensor) -> Tensor:
+    """A weight as a grouped product takes it: rows or columns without gaps, the first on a boundary of 16 bytes."""
+    gapless = weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()
+    if gapless and weight_EIO.storage_offset() * weight_EIO.element_size() % 16 == 0:
+        return weight_EIO
+    return weight_EIO.clone(memory_format=torch.contiguous_format)
 
 
 class Blocks:
     """Rows in blocks of one expert each; empty places repeat some row and are cut off the weight gradients."""
 
     def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
-        device, self.experts = offsets_E.device, offsets_E.numel() - 1
+        device, self.experts = offsets_E.device, offsets_E.shape[0] - 1
+        self.offsets_E = offsets_E = within(offsets_E, num_rows)
         self.size = -(-num_rows // (16 * self.experts)) * 16
         num_blocks = -(-num_rows // self.size) + self.experts
         counts_E = offsets_E.diff()
@@ -54,7 +74,7 @@ class Blocks:
         self.filled_P = rank_P < counts_E[expert_P]
         self.row_P = (rank_P + offsets_E[expert_P]).clamp_(max=num_rows - 1)
         row_R = torch.arange(num_rows, device=device)
-        expert_R = (torch.searchsorted(offsets_E, row_R, right=True) - 1).clamp_(max=self.experts - 1)
+        expert_R = (torch.searchsorted(offsets_E, row_R, right=True) - 1).clamp_(0, self.experts - 1)
         self.place_R = row_R - offsets_E[expert_R] + first_E[expert_R]
 
     def spread(self, index_R: Tensor) -> Tensor:

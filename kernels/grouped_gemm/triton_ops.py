@@ -3,23 +3,37 @@
 A small kernel maps row tiles to experts; as many tiles are launched as there can be, and those past the end leave at
 once. A tile holds rows of one expert. Rows past the last expert's belong to nobody: they form one more group, whose
 result is zero. Nothing is accumulated by atomics, so results repeat bit for bit.
+
+Kernels address rows and weights as contiguous tensors, which the functions that launch them see to. Offsets and
+indices are clamped to what is there, so that wrong ones give wrong results and never an address outside.
 """
 
 # R rows sorted by expert, E experts, K in width, N out width, T row tiles.
 
 from __future__ import annotations
 
-from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on, next_power_of_2
-from ..configs import ARCHS, BUCKETS, MANY_ROWS, Config, arch_of, pick_config
+from .._triton import launch_on, next_power_of_2
+from ..configs import Config, arch_of, pick_config
 
 _MAP_BLOCK = 16
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def clamp(value, stop):
+    """``value`` in [0, stop)."""
+    return tl.minimum(tl.maximum(value, 0), stop - 1)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
@@ -27,19 +41,23 @@ def _tile_map_kernel(
     offsets_ptr, tiles_ptr, num_rows, num_tiles, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     e = tl.arange(0, BLOCK_E)
-    start_E = tl.load(offsets_ptr + e, mask=e <= E, other=num_rows)
+    # whatever the offsets are, the groups' rows ascend from 0 to num_rows: each row is in one tile, and none is outside
+    start_E = tl.load(offsets_ptr + e, mask=(e > 0) & (e <= E), other=0)
     stop_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=num_rows)
+    start_E = tl.associative_scan(clamp(start_E, num_rows + 1), 0, _maximum)
+    stop_E = tl.associative_scan(clamp(stop_E, num_rows + 1), 0, _maximum)
+    start_E = tl.where(e <= E, start_E, num_rows)
     count_E = ((stop_E - start_E + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
     end_E = tl.cumsum(count_E, 0)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     before_TE = end_E[None, :] <= t[:, None]
     expert_T = tl.sum(before_TE.to(tl.int32), 1)
     first_T = tl.sum(tl.where(before_TE, count_E[None, :], 0), 1)
-    used = expert_T <= E
-    row_T = tl.load(offsets_ptr + expert_T, mask=used, other=0) + (t - first_T).to(tl.int64) * BLOCK_M
-    stop_T = tl.load(offsets_ptr + expert_T + 1, mask=expert_T < E, other=num_rows)
+    mine_TE = e[None, :] == expert_T[:, None]
+    row_T = tl.sum(tl.where(mine_TE, start_E[None, :], 0), 1) + (t - first_T).to(tl.int64) * BLOCK_M
+    stop_T = tl.sum(tl.where(mine_TE, stop_E[None, :], 0), 1)
     there = t < num_tiles
-    tl.store(tiles_ptr + t, tl.where(used, expert_T, -1).to(tl.int64), mask=there)
+    tl.store(tiles_ptr + t, tl.where(expert_T <= E, expert_T, -1).to(tl.int64), mask=there)
     tl.store(tiles_ptr + num_tiles + t, row_T, mask=there)
     tl.store(tiles_ptr + 2 * num_tiles + t, stop_T, mask=there)
 
@@ -87,7 +105,7 @@ def load_weight(ptrs, n, N, k, left, EVEN: tl.constexpr):
     return tl.load(ptrs, mask=inside if EVEN else inside & (k[:, None] < left), other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "sources"])
 def _gemm_kernel(
     rows_ptr,
     index_ptr,
@@ -95,11 +113,13 @@ def _gemm_kernel(
     out_ptr,
     tiles_ptr,
     num_tiles,
+    sources,
     E,
     N,
     K,
     TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -112,7 +132,7 @@ def _gemm_kernel(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     if index_ptr is not None:
-        source = tl.load(index_ptr + source)
+        source = clamp(tl.load(index_ptr + source), sources)
     a_ptrs = rows_ptr + source[:, None] * K + k[None, :]
     b_ptrs = weight_tile(weight_ptr, expert * N * K, n, k, N, K, TRANSPOSED)
     b_step = tl.cast(BLOCK_K, tl.int64)
@@ -125,14 +145,14 @@ def _gemm_kernel(
     for step in range(0, steps):
         left = K - step * BLOCK_K
         a = load_rows(a_ptrs, k, left, EVEN_K)
-        acc = tl.dot(a, load_weight(b_ptrs, n, N, k, left, EVEN_K), acc, input_precision="ieee")
+        acc = tl.dot(a, load_weight(b_ptrs, n, N, k, left, EVEN_K), acc, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += b_step
     out_ptrs = out_ptr + m[:, None] * N + n[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < stop) & (n[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_dy", "sources"])
 def _wgrad_kernel(
     dy_ptr,
     dy_index_ptr,
@@ -140,9 +160,13 @@ def _wgrad_kernel(
     index_ptr,
     out_ptr,
     offsets_ptr,
+    num_rows,
+    num_dy,
+    sources,
     N,
     K,
     ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -153,7 +177,8 @@ def _wgrad_kernel(
     pid = tl.program_id(0)
     expert = pid // (tiles_n * tiles_k)
     tile_n, tile_k = swizzle(pid % (tiles_n * tiles_k), tiles_n, tiles_k, GROUP)
-    start, stop = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+    start = clamp(tl.load(offsets_ptr + expert), num_rows + 1)
+    stop = clamp(tl.load(offsets_ptr + expert + 1), num_rows + 1)
     n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -162,13 +187,13 @@ def _wgrad_kernel(
         there = r < stop
         a_row, b_row = r, r
         if dy_index_ptr is not None:
-            a_row = tl.load(dy_index_ptr + r, mask=there, other=0)
+            a_row = clamp(tl.load(dy_index_ptr + r, mask=there, other=0), num_dy)
         if index_ptr is not None:
-            b_row = tl.load(index_ptr + r, mask=there, other=0)
+            b_row = clamp(tl.load(index_ptr + r, mask=there, other=0), sources)
         # both sides are masked: what another expert's row holds may be NaN, and 0 * NaN is NaN
         a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=there[:, None] & (n[None, :] < N), other=0.0)
         b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=there[:, None] & (k[None, :] < K), other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     out_ptrs = out_ptr + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
     mask = (n[:, None] < N) & (k[None, :] < K)
     if ACCUMULATE:
@@ -176,9 +201,17 @@ def _wgrad_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_options(config: Config) -> dict[str, int]:
+def precision(dtype: torch.dtype) -> str:
+    """How a product of fp32 tiles is computed: as torch's own setting says. Others are exact in either way."""
+    # there is no TF32 on AMD's chips, apart from one
+    allowed = dtype == torch.float32 and torch.version.hip is None
+    return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def launch_options(config: Config, precision: str = "ieee") -> dict[str, Any]:
     """The keyword arguments by which a kernel gets its tile."""
     return {
+        "PRECISION": precision,
         "BLOCK_M": config.m,
         "BLOCK_N": config.n,
         "BLOCK_K": config.k,
@@ -188,21 +221,26 @@ def launch_options(config: Config) -> dict[str, int]:
     }
 
 
-def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int) -> Config:
-    """The shipped tile of ``op``; raises ValueError for rows of a dtype that the kernels have no tile for."""
+def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> Config:
+    """The shipped tile of ``op`` for ``rows`` and the other ``operands``: tensors, and widths.
+
+    Raises ValueError for rows of a dtype that the kernels have no tile for.
+    """
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={rows.dtype}: backend='triton' has fp32, bf16 and fp16; use backend='torch'")
-    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1))
+    # what Triton looks at, too, when it chooses between wide loads and those of single elements
+    aligned = all((one if isinstance(one, int) else one.data_ptr()) % 16 == 0 for one in (rows, *operands))
+    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
 
 
 def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
     """int64 [3, T]: expert, first row and end of every row tile of ``block`` rows; T = ceil(R / block) + E."""
-    experts = offsets_E.numel() - 1
-    num_tiles = -(-num_rows // block) + experts
+    experts = offsets_E.shape[0] - 1
+    num_tiles, block_e = -(-num_rows // block) + experts, next_power_of_2(experts + 1)
     tiles_3T = torch.empty(3, num_tiles, dtype=torch.int64, device=offsets_E.device)
     with launch_on(offsets_E):
         _tile_map_kernel[(-(-num_tiles // _MAP_BLOCK),)](
-            offsets_E, tiles_3T, num_rows, num_tiles, experts, block, next_power_of_2(experts + 1), _MAP_BLOCK
+            offsets_E.contiguous(), tiles_3T, num_rows, num_tiles, experts, block, block_e, _MAP_BLOCK
         )
     return tiles_3T
 
@@ -215,24 +253,25 @@ def gemm(
     if transposed:
         width_n, width_k = width_k, width_n
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("gemm", rows, num_rows, experts)
+    config = config_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
     tiles_3T = tile_map(offsets_E, num_rows, config.m)
     out_RN = torch.empty(num_rows, width_n, dtype=rows.dtype, device=rows.device)
     num_tiles = tiles_3T.shape[1]
     with launch_on(rows):
         _gemm_kernel[(num_tiles * -(-width_n // config.n),)](
             rows.contiguous(),
-            index_R,
+            None if index_R is None else index_R.contiguous(),
             weight_EAB.contiguous(),
             out_RN,
             tiles_3T,
             num_tiles,
+            rows.shape[0],
             experts,
             width_n,
             width_k,
             TRANSPOSED=transposed,
             EVEN_K=width_k % config.k == 0,
-            **launch_options(config),
+            **launch_options(config, precision(rows.dtype)),
         )
     return out_RN
 
@@ -246,24 +285,27 @@ def weight_grad(
     out: Tensor | None = None,
 ) -> Tensor:
     """[E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` when it is given."""
-    experts, width_n, width_k = offsets_E.numel() - 1, dy.shape[1], rows.shape[1]
+    experts, width_n, width_k = offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1]
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("wgrad", rows, num_rows, experts)
+    config = config_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
     grad_ENK = out
     if grad_ENK is None:
         grad_ENK = torch.empty(experts, width_n, width_k, dtype=dy.dtype, device=dy.device)
     with launch_on(dy):
         _wgrad_kernel[(experts * -(-width_n // config.m) * -(-width_k // config.n),)](
             dy.contiguous(),
-            dy_index_R,
+            None if dy_index_R is None else dy_index_R.contiguous(),
             rows.contiguous(),
-            index_R,
+            None if index_R is None else index_R.contiguous(),
             grad_ENK,
-            offsets_E,
+            offsets_E.contiguous(),
+            num_rows,
+            dy.shape[0],
+            rows.shape[0],
             width_n,
             width_k,
             ACCUMULATE=out is not None,
-            **launch_options(config),
+            **launch_options(config, precision(rows.dtype)),
         )
     return grad_ENK
 
@@ -312,38 +354,3 @@ def _(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
 @_wgrad.register_fake
 def _(dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None) -> Tensor:
     return dy.new_empty(offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
-
-
-def shipped(op: str) -> list[tuple[str, str, Config]]:
-    """(element type, label, tile) of every entry of the table for ``op``; the label begins with its chip."""
-    kinds = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
-    found = []
-    for arch, bucket, (name, dtype) in product(ARCHS, BUCKETS, kinds):
-        config = pick_config(op, arch, dtype, MANY_ROWS * BUCKETS.index(bucket))
-        if name != "fp32" or bucket == "many":
-            found.append((name, f"{arch} {op} {name} {bucket}", config))
-    return found
-
-
-def case(kernel, types: str, config: Config, label: str, **constants: object) -> CompileCase:
-    """A compile case of a matrix kernel in one tile."""
-    options = launch_options(config)
-    tuning = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    *start, _, final = compile_case(kernel, types, {**constants, **options}, label, config.num_warps)
-    return *start, tuning, final
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel in every shipped tile, for an ahead-of-time compiler. A label that begins with a chip is for it."""
-    blocks = {"BLOCK_M": 128, "BLOCK_E": 128, "BLOCK_T": _MAP_BLOCK}
-    cases = [compile_case(_tile_map_kernel, "*i64 *i64 i32 i32 i32", blocks, "tile map")]
-    for dtype, label, config in shipped("gemm"):
-        for transposed, even in ((False, True), (True, True), (False, False)):
-            types = f"*{dtype} *i64 *{dtype} *{dtype} *i64 i32 i32 i32 i32"
-            name = f"{label}{' transposed' * transposed}{' tail' * (not even)}"
-            cases.append(case(_gemm_kernel, types, config, name, TRANSPOSED=transposed, EVEN_K=even))
-    for dtype, label, config in shipped("wgrad"):
-        for left, right, out, name in (("*i64", "None", dtype, "left"), ("None", "*i64", "fp32", "right, add")):
-            types = f"*{dtype} {left} *{dtype} {right} *{out} *i64 i32 i32"
-            cases.append(case(_wgrad_kernel, types, config, f"{label} {name}", ACCUMULATE=name != "left"))
-    return cases

@@ -68,9 +68,11 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
 def _check_order(rows: Tensor, order: ExpertOrder) -> tuple[int, torch.Size]:
     """The number of sorted rows, and of sources and choices."""
     order_R, inverse_SK, offsets_E = order
-    fits = (order_R.dim(), inverse_SK.dim(), offsets_E.dim()) == (1, 2, 1) and order_R.numel() == inverse_SK.numel()
+    fits = (order_R.dim(), inverse_SK.dim(), offsets_E.dim()) == (1, 2, 1)
     if not fits or offsets_E.numel() < 1 or not order_R.dtype == inverse_SK.dtype == offsets_E.dtype == torch.int64:
         found = ", ".join(f"{t.dtype}{list(t.shape)}" for t in order)
-        raise ValueError(f"order={found}: must be int64 [S*K], [S, K] and [E+1], as sort_by_expert returns it")
+        raise ValueError(f"order={found}: must be int64 [R], [S, K] and [E+1], as sort_by_expert returns it")
     check_device(rows.device, order_R=order_R, inverse_SK=inverse_SK, offsets_E=offsets_E)
+    if readable(offsets_E) and order_R.numel() < (kept := int(offsets_E[-1])):
+        raise ValueError(f"order_R=int64{list(order_R.shape)}: the order keeps {kept} rows; give all of them")
     return order_R.numel(), inverse_SK.shape

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on, next_power_of_2
+from .._triton import launch_on, next_power_of_2
 from ..sort_by_expert import ExpertOrder
 
 
@@ -153,18 +153,3 @@ def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
 def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
     _check(rows_RD)
     return _combine(rows_RD, *order)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel at every tile, for compiling without a device."""
-    cases = []
-    for dtype, size in {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}.items():
-        for hidden in (16, 100, 2048):
-            tile, label = tile_for(size, hidden), f"D{hidden} {dtype}"
-            constants = {"D": hidden, "K": 6, "BR": tile.rows, "BD": tile.columns}
-            types = f"*{dtype} *i64 *i64 *{dtype} i32 i32"
-            cases.append(compile_case(permute_rows, types, constants, f"permute_rows {label}", tile.warps))
-            constants = {"D": hidden, "K": 6, "SUM": _sum_dtype(size), "BS": tile.rows, "BD": tile.columns}
-            types = f"*{dtype} *i64 *{dtype} i32 i32"
-            cases.append(compile_case(combine_rows, types, constants, f"combine_rows {label}", tile.warps))
-    return cases

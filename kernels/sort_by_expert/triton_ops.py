@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on
+from .._triton import launch_on
 from .order import ExpertOrder
 
 
@@ -140,20 +140,3 @@ def _fake_sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
     return ExpertOrder(*_sort(ids_SK, num_experts))
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel at every tile, for compiling without a device."""
-    cases = [
-        compile_case(
-            sort_prefix_blocks, "*i64 *i64 i32 i32", {"BX": _PREFIX_BLOCKS, "BW": _PREFIX_BINS}, "sort_prefix_blocks"
-        ),
-        compile_case(sort_prefix_experts, "*i64 *i64 i32", {"BW": _PREFIX_ALL}, "sort_prefix_experts"),
-    ]
-    for tile in TILES.values():
-        constants = {"BLOCK": tile.block, "BJ": tile.others}
-        label = f"rows {tile.block}"
-        cases.append(compile_case(sort_rank, "*i64 *i32 *i64 i32 i32", constants, f"sort_rank {label}", tile.warps))
-        types = "*i64 *i32 *i64 *i64 *i64 *i64 i32 i32"
-        cases.append(compile_case(sort_place, types, {"BLOCK": tile.block}, f"sort_place {label}", tile.warps))
-    return cases

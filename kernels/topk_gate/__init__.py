@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import check_device, readable, reads_no_values, without_autocast
+from ..values import check_device, readable, reads_no_values
 from . import reference, torch_ops
 from .gate import FUSED_SCORES, Gate, Method, Score, lowest_bias
 from .tiles import MAX_EXPERTS, MAX_K
@@ -72,10 +72,8 @@ def topk_gate(
     check_device(logits_TE.device, bias_E=bias_E, mask_T=mask_T, ids_TK=ids_TK)
     if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
         backend = "torch"
-    with without_autocast(logits_TE):
-        return pick("topk_gate", _BACKENDS, reads_no_values(backend, logits_TE))(
-            logits_TE, bias_E, mask_T, ids_TK, method
-        )
+    backend = reads_no_values(backend, logits_TE)
+    return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, method)
 
 
 def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:

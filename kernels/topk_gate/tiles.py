@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from .._triton import next_power_of_2
@@ -74,38 +73,3 @@ def backward_constants(experts: int, method: Method) -> dict[str, int | bool]:
         "AFTER": method.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens, "BE": columns,
         "BK": next_power_of_2(method.k),
     }  # fmt: skip
-
-
-#: at least one model for every tile: experts, dtype of the logits, has a bias, has a mask, method
-COMPILED: tuple[tuple[int, str, bool, bool, Method], ...] = (
-    (1, "*fp32", False, False, Method(1, "softmax", 1, 1, True, False, 1.0, 1)),
-    (8, "*bf16", False, True, Method(2, "softmax", 1, 1, False, True, 1.0, 1)),
-    (60, "*fp32", False, True, Method(4, "softmax", 1, 1, False, False, 1.0, 1)),
-    (64, "*fp16", True, False, Method(6, "sigmoid", 1, 1, True, False, 1.0, 1)),
-    (128, "*fp32", False, False, Method(8, "softmax", 1, 1, True, False, 1.0, 1)),
-    (160, "*fp32", False, True, Method(6, "softmax", 8, 3, False, False, 1.0, 1)),
-    (256, "*fp32", True, True, Method(8, "sigmoid", 8, 4, True, False, 1.0, 1)),
-    (512, "*fp32", True, False, Method(10, "sigmoid", 1, 1, True, False, 1.0, 1)),
-    (1024, "*bf16", False, False, Method(16, "softmax", 1, 1, False, True, 1.0, 1)),
-    (2048, "*fp32", True, True, Method(32, "sigmoid", 16, 4, True, False, 1.0, 1)),
-    (4096, "*fp32", False, False, Method(64, "softmax", 1, 1, True, False, 1.0, 1)),
-    (4092, "*fp32", True, True, Method(64, "sigmoid", 33, 9, True, False, 1.0, 1)),
-)
-
-
-def compiled() -> Iterator[tuple[str, str, dict[str, int | bool], str, int]]:
-    """What is compiled: the name of a kernel, the types of its arguments, its constants, a label and its warps."""
-    for experts, logits, has_bias, has_mask, method in COMPILED:
-        bias, mask = "*fp32" if has_bias else "None", "*u8" if has_mask else "None"
-        label = f"E{experts} K{method.k} {method.score} {logits[1:]}"
-        constants = forward_constants(experts, method)
-        types = f"{logits} {bias} {mask} None *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        yield "gate_forward", types, constants, label, forward_warps(constants, given=False)
-        constants = forward_constants(experts, method._replace(groups=1, kept_groups=1))
-        types = f"{logits} None {mask} *i64 *i64 *fp32 *i32 *fp32 i32 i32 fp32"
-        yield "gate_forward", types, constants, f"given {label}", forward_warps(constants, given=True)
-        constants = backward_constants(experts, method)
-        types = f"{logits} {mask} *i64 *fp32 *fp32 *fp32 {logits} i32 i32 fp32"
-        yield "gate_backward", types, constants, label, tile_for(constants["BE"]).warps
-        constants = {"E": experts, "BC": REDUCE_CHUNKS, "BW": REDUCE_COLUMNS}
-        yield "gate_reduce", "*i32 *fp32 *i64 *i64 *fp32 *fp32 i32", constants, f"E{experts}", 4

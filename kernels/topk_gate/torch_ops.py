@@ -19,10 +19,9 @@ def topk_gate(
 ) -> Gate:
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     scores_TE, scale_T1 = _score(logits_TE, method)
-    best = ids_TK is None and bias_E is None
     if ids_TK is None:
         ids_TK = choose(scores_TE, scale_T1, bias_E, method)
-    weights_TK = _weigh(logits_TE, scores_TE, scale_T1, ids_TK, best, method)
+    weights_TK = _weigh(logits_TE, scores_TE, scale_T1, ids_TK, method)
     probs_TE, z_T = scores_TE / scores_TE.sum(dim=-1, keepdim=True), logits_TE.logsumexp(dim=-1).square()
     if mask_T is not None:
         probs_TE, z_T = torch.where(mask_T[:, None], probs_TE, 0.0), torch.where(mask_T, z_T, 0.0)
@@ -82,10 +81,11 @@ def _best(values_TE: Tensor, k: int) -> Tensor:
     return torch.cat(best, dim=1)
 
 
-def _weigh(
-    logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, best: bool, method: Method
-) -> Tensor:
-    """The chosen experts' weights. ``best`` says that these have the token's highest scores, which do not underflow."""
+def _weigh(logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, method: Method) -> Tensor:
+    """The chosen experts' weights.
+
+    Saves the same tensors for a choice that it is given as for its own, which activation checkpointing relies on.
+    """
     if method.softmax_after_topk:
         return logits_TE.gather(1, ids_TK).softmax(dim=-1) * method.scale
     chosen_TK = scores_TE.gather(1, ids_TK)
@@ -93,7 +93,7 @@ def _weigh(
         return (chosen_TK if scale_T1 is None else chosen_TK * scale_T1) * method.scale
     sum_T1 = chosen_TK.sum(dim=-1, keepdim=True)
     low_T1 = sum_T1.detach() < FLOOR
-    if best or (readable(low_T1) and not low_T1.any()):
+    if readable(low_T1) and not low_T1.any():
         return chosen_TK / sum_T1 * method.scale
     # each side gets harmless numbers where the other one is taken, because a gradient of 0 times NaN is NaN
     logits_TK = torch.where(low_T1, logits_TE.gather(1, ids_TK), 0.0)

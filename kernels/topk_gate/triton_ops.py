@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import CompileCase, compile_case, launch_on
+from .._triton import launch_on
 from .gate import FLOOR, LOW, Gate, Method, lowest_bias
 from .tiles import (
     MAX_EXPERTS,
@@ -24,7 +24,6 @@ from .tiles import (
     REDUCE_CHUNKS,
     REDUCE_COLUMNS,
     backward_constants,
-    compiled,
     forward_constants,
     forward_warps,
     tile_for,
@@ -398,12 +397,3 @@ def topk_gate(
     bias_E = None if bias_E is None else bias_E.detach()
     weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *method)
     return Gate(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel at every tile, for compiling without a device."""
-    kernels = {kernel.__name__: kernel for kernel in (gate_forward, gate_backward, gate_reduce)}
-    return [
-        compile_case(kernels[name], types, constants, f"{name} {label}", warps)
-        for name, types, constants, label, warps in compiled()
-    ]

@@ -296,8 +296,8 @@ class AutoStep(Step):
     def _may_hold_copies(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
         theirs = [p for group in optimizer.param_groups for p in group["params"]]
-        witnesses = (step._witness() for step in registry.steps())
-        if any(weight is not None and _holds(optimizer, weight) for weight in witnesses):  # it trains another model
+        of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
+        if any(id(p) in of_layers for p in theirs):  # it trains another model
             return False
         trained = [p for p in self.layers[0].weights() if p.requires_grad]
         flat = max((p.numel() for p in theirs if p.dim() == 1), default=0)

@@ -168,7 +168,7 @@ class TorchEngine:
         trained = digest([name for name, p in self.parameters.items() if p.requires_grad])
         sums = torch.stack([counted * whole, routed, torch.full_like(routed, trained)])
         dist.all_reduce(sums, group=mesh["stage"].group)
-        if int(sums[2]) != trained * mesh["stage"].size:
+        if not bool(sums[2] == trained * mesh["stage"].size):
             check_trained_alike(self.parameters, mesh["stage"])
         return sums[0], sums[1]
 

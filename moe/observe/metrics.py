@@ -1,6 +1,6 @@
 """The outputs of a run: metrics.jsonl, TensorBoard files, and progress lines on the terminal.
 
-metrics.jsonl has one JSON object per line, the record. Kinds of records and their fields:
+metrics.jsonl has one JSON object per line, the record. Its field "kind" says which further fields it has:
 
 * ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.

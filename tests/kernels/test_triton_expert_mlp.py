@@ -120,7 +120,7 @@ def test_compiles_in_one_graph_and_repeats_bit_for_bit(gated: bool, recompute: b
 @pytest.mark.parametrize("gated", slow_but([True], [True, False]))
 def test_custom_ops(gated: bool) -> None:
     """Schemas, fakes and autograd registrations agree with what the ops do, with fixed and with symbolic sizes."""
-    ids_SK, inputs, dy_SD = make(6, 2, 8, 7)  # none dropped: what is kept of those is undefined
+    ids_SK, inputs, dy_SD = make(6, 2, 8, 7, ids="some dropped")
     inputs[2] = inputs[2] if gated else inputs[2][:, :7].contiguous()
     order = sort_by_expert(ids_SK, 3)
     expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton", gated=gated)  # registers the ops
@@ -194,3 +194,13 @@ def test_fp64_is_refused() -> None:
     ids_SK, inputs, dy_SD = make(4)
     with pytest.raises(ValueError, match="use backend='torch'"):
         run(inputs, sort_by_expert(ids_SK, 3), dy_SD, torch.float64, "triton")
+
+
+def test_what_is_kept_of_dropped_rows_is_zero() -> None:
+    """It is an output of a custom op, whose memory must all be written."""
+    ids_SK, inputs, _ = make(ids="some dropped")
+    order = sort_by_expert(ids_SK, 3)
+    expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton")  # registers the op
+    _, pre_RU = torch.ops.equimoe.expert_mlp(*inputs, *order, "silu", True, True)
+    kept = int(order.offsets_E[-1])
+    assert 0 < kept < len(pre_RU) and pre_RU[:kept].isfinite().all() and (pre_RU[kept:] == 0).all()

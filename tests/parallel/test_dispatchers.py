@@ -331,11 +331,14 @@ def test_degrees_that_do_not_fit() -> None:
     ("fields", "message"),
     [
         ({"name": "fast"}, "dispatch.name='fast': use one of all_to_all, hierarchical"),
-        ({"chunks": 2}, "dispatch.chunks=2: dispatch.name='all_to_all' does not cut rows"),
+        ({"chunks": 2}, "dispatch.chunks=2: dispatch.name='all_to_all' does not split rows"),
         ({"name": "overlapped", "chunks": 0}, "dispatch.chunks=0: must be at least 1"),
-        ({"node_size": 2}, "dispatch.node_size=2: the ranks of a node"),
+        ({"node_size": 2}, "dispatch.node_size=2: must be at least 1 and needs dispatch.name='hierarchical'"),
         ({"wire": "fp4"}, "dispatch.wire='fp4': use one of compute, bf16, fp8"),
-        ({"name": "deepep", "wire": "fp8"}, "dispatch.wire='fp8': deepep sends rows as they are computed"),
+        (
+            {"name": "deepep", "wire": "fp8"},
+            "dispatch.wire='fp8': dispatch.name='deepep' sends rows in the dtype they are computed in",
+        ),
     ],
 )
 def test_config_errors(fields: dict[str, Any], message: str) -> None:

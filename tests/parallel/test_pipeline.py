@@ -500,7 +500,7 @@ def test_mistakes_in_use() -> None:
     for texts in run_ranks(script, 2):
         wanted = (
             "belongs to stage",
-            "parallelize every stage before the pipeline is made",
+            "parallelize every stage before you build the pipeline",
             "balance.micro_batches=2",
             "inputs.shape",
             "masks.shape",
