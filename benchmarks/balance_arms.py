@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equimoe.moe import Owners
+from equimoe.moe import MoEConfig, Owners
 from equimoe.moe.config import BalanceConfig, ExtraLossConfig, RouterConfig
 from equimoe.moe.layer import MoE
 from equimoe.moe.observe import (
@@ -134,12 +134,28 @@ ARMS: dict[str, Arm] = {
 
 def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
     """The training run of an arm."""
-    return TrainConfig(steps=size.steps, seed=seed, model=ModelConfig(num_layers=size.layers, num_heads=4), moe=MoEConfig(hidden_size=size.hidden, intermediate_size=size.hidden, num_experts=size.experts, top_k=size.top_k, init_std=size.init_std, router=RouterConfig(**arm.router), balance=BalanceConfig(**arm.balance)), data=DataConfig(
+    return TrainConfig(
+        steps=size.steps,
+        seed=seed,
+        model=ModelConfig(num_layers=size.layers, num_heads=4),
+        moe=MoEConfig(
+            hidden_size=size.hidden,
+            intermediate_size=size.hidden,
+            num_experts=size.experts,
+            top_k=size.top_k,
+            init_std=size.init_std,
+            router=RouterConfig(**arm.router),
+            balance=BalanceConfig(**arm.balance),
+        ),
+        data=DataConfig(
             seq_len=size.seq_len,
             global_batch=BATCH,
             micro_batch=arm.micro_batch,
             builtin_bytes_per_domain=size.bytes_per_domain,
-        ), optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)), log=LogConfig(eval_sequences=size.heldout, tensorboard=False),)
+        ),
+        optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)),
+        log=LogConfig(eval_sequences=size.heldout, tensorboard=False),
+    )
 
 
 class Ranks:

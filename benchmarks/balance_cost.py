@@ -82,12 +82,17 @@ def training(
     """The quickstart with its weights standing still, and equally much work on each data-parallel rank."""
     config = quickstart()
     model = replace(config.model, vocab_size=264)  # even, for tensor parallelism
-    small = {"hidden_size": 24, "num_heads": 2, "intermediate_size": 32, "moe_intermediate_size": 16}
+    moe = replace(config.moe, balance=balance)
+    if narrow:
+        model, moe = (
+            replace(model, num_heads=2, intermediate_size=32),
+            replace(moe, hidden_size=24, intermediate_size=16),
+        )
     data = {"seq_len": seq_len, "micro_batch": SEQUENCES, "global_batch": SEQUENCES * MICRO_BATCHES * data_ranks}
     return replace(
         config,
-        model=replace(model, **small) if narrow else model,  # type: ignore[arg-type]
-        balance=balance,
+        model=model,
+        moe=moe,
         data=replace(config.data, **data, builtin_bytes_per_domain=200_000),  # type: ignore[arg-type]
         optim=OptimConfig(lr=1e-12, warmup_steps=0),
         parallel=ParallelConfig(timeout_s=TIMEOUT_S, **parallel),
@@ -296,7 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     config = training(SCOPES[MICRO], 1, args.quick, args.seq_len, {})
     corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
     command = "python benchmarks/balance_cost.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    settings = {key: value for key, value in asdict(config.model).items() if isinstance(value, int) and value}
+    moe = asdict(config.moe)
+    sizes = moe | asdict(config.model) | {"moe_intermediate_size": moe["intermediate_size"]}
+    settings = {key: value for key, value in sizes.items() if isinstance(value, int) and value}
     settings |= {"micro_batches": MICRO_BATCHES, "micro_batch": SEQUENCES, "seq_len": args.seq_len}
     result: dict[str, Any] = {
         "facts": facts(),

@@ -37,7 +37,7 @@ from options import Parser, folder
 from records import facts, load_averages, spent, write
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, counting_pass
+from equimoe.moe import BalanceConfig, MoEConfig, counting_pass
 from equimoe.moe.balance import Balancer, loss_value
 from equimoe.moe.balance.estimators import so_far
 from equimoe.moe.balance.losses import loads
@@ -52,11 +52,23 @@ from equimoe.moe.types import load_summary
 DRAWN = 400
 
 #: one process has the whole step in one micro-batch: what it trains on is exact, whatever the estimator
-CONFIG = TrainConfig(steps=150, model=ModelConfig(num_layers=4, num_heads=4, intermediate_size=192), moe=MoEConfig(hidden_size=96, intermediate_size=96, num_experts=8, top_k=2, balance=BalanceConfig(scope="global", coefficient=0.01)), data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),)
+CONFIG = TrainConfig(
+    steps=150,
+    model=ModelConfig(num_layers=4, num_heads=4, intermediate_size=192),
+    moe=MoEConfig(
+        hidden_size=96,
+        intermediate_size=96,
+        num_experts=8,
+        top_k=2,
+        balance=BalanceConfig(scope="global", coefficient=0.01),
+    ),
+    data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),
+)
 QUICK = replace(
     CONFIG,
     steps=12,
-    model=replace(CONFIG.model, hidden_size=32, num_layers=2, num_heads=2, moe_intermediate_size=32),
+    model=replace(CONFIG.model, num_layers=2, num_heads=2),
+    moe=replace(CONFIG.moe, hidden_size=32, intermediate_size=32),
     data=replace(CONFIG.data, seq_len=32, global_batch=32, micro_batch=32, builtin_bytes_per_domain=50_000),
 )
 
@@ -323,7 +335,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     plan, begin, before = SHORT if args.quick else FULL, time.perf_counter(), load_averages()
     result = {"facts": facts(), "command": "python benchmarks/estimators.py" + " --quick" * args.quick}
-    sizes = {key: value for key, value in vars(plan.config.model).items() if isinstance(value, int)}
+    moe = vars(plan.config.moe)
+    both = moe | vars(plan.config.model) | {"moe_intermediate_size": moe["intermediate_size"]}
+    sizes = {key: value for key, value in both.items() if isinstance(value, int)}
     result["settings"] = {
         **{key: sizes[key] for key in ("hidden_size", "num_layers", "num_experts", "top_k", "moe_intermediate_size")},
         **{key: getattr(plan.config.data, key) for key in ("global_batch", "seq_len", "builtin_bytes_per_domain")},

@@ -311,25 +311,23 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _section_help(name: str, hint: Any, start: TrainConfig) -> Iterator[str]:
-    cls, current = _section(hint), getattr(start, name)
+def _section_help(name: str, hint: Any, current: Any) -> Iterator[str]:
+    cls = _section(hint)
     title = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
     yield f"\n{name}: {title}"
     if type(None) in get_args(hint):
         state = "off" if current is None else "on"
         yield _row(name, "none", f"switch this section off; any option of {name} switches it on (default: {state})")
-    comments = field_comments(cls)
+    comments, inside = field_comments(cls), []
     for field, kind in _hints(cls).items():
         value = getattr(cls() if current is None else current, field)
-        if inner := _section(kind):
-            comments_inside = field_comments(inner)
-            for name_inside, kind_inside in _hints(inner).items():
-                text = f"{comments_inside.get(name_inside, '')}; default {_shown(getattr(value, name_inside))}"
-                yield _row(f"{name}.{field}.{name_inside}", _placeholder(kind_inside), text)
-            continue
-        default = _shown(value)
-        text = "; ".join(filter(None, (comments.get(field, ""), f"default {default}")))
-        yield _row(f"{name}.{field}", _placeholder(kind), text)
+        if _section(kind):
+            inside.append((f"{name}.{field}", kind, value))
+        else:
+            text = "; ".join(filter(None, (comments.get(field, ""), f"default {_shown(value)}")))
+            yield _row(f"{name}.{field}", _placeholder(kind), text)
+    for section in inside:
+        yield from _section_help(*section)
 
 
 def help_text(start: TrainConfig) -> str:
@@ -350,5 +348,5 @@ def help_text(start: TrainConfig) -> str:
             lines.append(_row(name, _placeholder(hint), text))
     for name, hint in _hints(TrainConfig).items():
         if _section(hint) is not None:
-            lines.extend(_section_help(name, hint, start))
+            lines.extend(_section_help(name, hint, getattr(start, name)))
     return "\n".join(lines)

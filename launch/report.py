@@ -11,7 +11,7 @@ import io
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,8 +309,7 @@ def _settings(run: Run) -> str:
     config = run.run.get("config")
     if not isinstance(config, dict):
         return "<section id='settings'><h2>Settings</h2><p>The run has not recorded its configuration.</p></section>"
-    top = {name: value for name, value in config.items() if not isinstance(value, dict)}
-    sections = {"run": top, **{name: value for name, value in config.items() if isinstance(value, dict)}}
+    sections = dict(_sections("", config))
     sizes = {"parameters": run.run.get("parameters"), "active per token": run.run.get("active_parameters")}
     sections["size"] = {name: _short(count) for name, count in sizes.items() if count is not None}
     sections["versions"] = run.run.get("versions") or {}
@@ -320,6 +319,14 @@ def _settings(run: Run) -> str:
         if items:
             rows.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(items)}</td></tr>")
     return f"<section id='settings'><h2>Settings</h2><table>{''.join(rows)}</table></section>"
+
+
+def _sections(name: str, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each section's own fields, and then the sections inside it."""
+    yield name or "run", {key: value for key, value in config.items() if not isinstance(value, dict)}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _sections(f"{name}.{key}" if name else key, value)
 
 
 # ---- pictures

@@ -210,7 +210,8 @@ def draw_scores(run: Run, style: Style) -> Drawn | str:
     if not records and not evals:
         return "The probability of the chosen experts was not recorded."
     figure, panels = new_panels(1, 2, 3.3)
-    k, experts = run.option("model", "top_k"), run.option("model", "num_experts")
+    # the section was called "model" in runs of older versions
+    k, experts = (run.option("moe", name) or run.option("model", name) for name in ("top_k", "num_experts"))
     if isinstance(k, int) and isinstance(experts, int) and experts > 0:
         for axes in panels:
             axes.axhline(k / experts, color=style.faint, ls="--", linewidth=1.2, label=f"uniform ({k}/{experts})")

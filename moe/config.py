@@ -155,7 +155,7 @@ class AttentionConfig:
     kind: Literal["grouped", "latent"] = "grouped"
     #: for "grouped": number of key/value heads; none: one per query head
     num_kv_heads: int | None = None
-    #: for "grouped": width of a head; none: model.hidden_size / model.num_heads
+    #: for "grouped": width of a head; none: moe.hidden_size / model.num_heads
     head_width: int | None = None
     #: for "grouped": apply RMSNorm to each head's query and key (Qwen3)
     qk_norm: bool = False
@@ -195,7 +195,7 @@ class AttentionConfig:
             self.head_width is not None or hidden_size % (2 * num_heads) == 0,
             "model.num_heads",
             num_heads,
-            f"2 * num_heads must divide model.hidden_size={hidden_size} (rotary embedding splits each head in half); "
+            f"2 * num_heads must divide moe.hidden_size={hidden_size} (rotary embedding splits each head in half); "
             "change one of them, or set attention.head_width",
         )
 

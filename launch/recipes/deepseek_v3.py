@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...moe.config import AttentionConfig, BalanceConfig, RouterConfig
+from ...moe.config import AttentionConfig, BalanceConfig, MoEConfig, RouterConfig
 from ...moe.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -32,6 +32,27 @@ def deepseek_v3() -> TrainConfig:
     It differs from the paper in that it has no multi-token prediction, no FP8, no batch-size warm-up, and no DualPipe:
     it uses the 1F1B schedule and recomputes blocks.
     """
-    return TrainConfig(steps=235_000, dtype="bfloat16", model=ModelConfig(num_layers=61, num_heads=128, intermediate_size=18432, dense_layers=3, vocab_size=129280, recompute=True), moe=MoEConfig(hidden_size=7168, intermediate_size=2048, num_experts=256, top_k=8, shared_intermediate_size=2048, router=RouterConfig(score="sigmoid", normalize_weights=True, weight_scale=2.5, groups=8, kept_groups=4), balance=BalanceConfig(scope="sequence", coefficient=1e-4, bias_update_rate=0.001)), attention=AttentionConfig(
+    return TrainConfig(
+        steps=235_000,
+        dtype="bfloat16",
+        model=ModelConfig(
+            num_layers=61, num_heads=128, intermediate_size=18432, dense_layers=3, vocab_size=129280, recompute=True
+        ),
+        moe=MoEConfig(
+            hidden_size=7168,
+            intermediate_size=2048,
+            num_experts=256,
+            top_k=8,
+            shared_intermediate_size=2048,
+            router=RouterConfig(score="sigmoid", normalize_weights=True, weight_scale=2.5, groups=8, kept_groups=4),
+            balance=BalanceConfig(scope="sequence", coefficient=1e-4, bias_update_rate=0.001),
+        ),
+        attention=AttentionConfig(
             kind="latent", q_lora_rank=1536, kv_lora_rank=512, qk_nope_width=128, qk_rope_width=64, v_width=128
-        ), data=DataConfig(seq_len=4096, global_batch=15360, micro_batch=1), optim=OptimConfig(lr=2.2e-4, schedule="wsd", warmup_steps=2000, decay_fraction=0.3, min_lr_ratio=0.1), parallel=ParallelConfig(pp=16, ep=64, data_parallel="fsdp", timeout_s=1800.0), checkpoint=CheckpointConfig(every=500), log=LogConfig(every=10, eval_every=1000, eval_sequences=64),)
+        ),
+        data=DataConfig(seq_len=4096, global_batch=15360, micro_batch=1),
+        optim=OptimConfig(lr=2.2e-4, schedule="wsd", warmup_steps=2000, decay_fraction=0.3, min_lr_ratio=0.1),
+        parallel=ParallelConfig(pp=16, ep=64, data_parallel="fsdp", timeout_s=1800.0),
+        checkpoint=CheckpointConfig(every=500),
+        log=LogConfig(every=10, eval_every=1000, eval_sequences=64),
+    )

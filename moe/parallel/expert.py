@@ -21,11 +21,11 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
     if config.num_experts % ep.size:
         number = config.num_experts
-        raise ValueError(f"model.num_experts={number}: must be divisible by parallel.ep={ep.size}; change one of them")
+        raise ValueError(f"moe.num_experts={number}: must be divisible by parallel.ep={ep.size}; change one of them")
     if config.intermediate_size % etp.size:
         width = config.intermediate_size
         what = f"must be divisible by parallel.etp={etp.size}; change one of them"
-        raise ValueError(f"model.moe_intermediate_size={width}: {what}")
+        raise ValueError(f"moe.intermediate_size={width}: {what}")
     owners = Owners.consecutive(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
     layer.place(
         Placement(

@@ -261,12 +261,12 @@ class _Activations:
 
     def _grouped(self) -> int:
         a, model = self.config.attention, self.config.model
-        width, n = a.head_width or model.hidden_size // model.num_heads, self.heads
+        width, n = a.head_width or self.config.moe.hidden_size // model.num_heads, self.heads
         m = (a.num_kv_heads or model.num_heads) // self.tp
         # the qkv projection; rotated q and k; the output, and its copy with concatenated heads
         heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
         rows = 4 * n + 4 * (n + m) * a.qk_norm  # attention's logsumexp; norms
-        return self._to_split(model.hidden_size) + (heads + rows + self._tables(width)) * self.T
+        return self._to_split(self.config.moe.hidden_size) + (heads + rows + self._tables(width)) * self.T
 
     def _latent(self) -> int:
         a, n, c = self.config.attention, self.heads, self.c

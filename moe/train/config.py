@@ -8,12 +8,8 @@ from typing import Literal
 
 from ..config import (
     AttentionConfig,
-    BalanceConfig,
-    CapacityConfig,
-    DispatchConfig,
     MoEConfig,
     RecomputeConfig,
-    RouterConfig,
     check_choices,
     require,
 )

@@ -41,14 +41,14 @@ def refused(ended: Ended, code: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model.num_expert", "8"], ["--model.num_expert", "did you mean --model.num_experts?"]),
+        (["--moe.num_expert", "8"], ["--moe.num_expert", "did you mean --moe.num_experts?"]),
         (["--steps", "abc"], ["--steps", "abc"]),
         (["--steps", "1.5"], ["--steps", "1.5"]),
         (["--optim.lr", "-1"], ["optim.lr=-1", "must be positive"]),
-        (["--model.top_k", "5"], ["model.top_k=5", "at most model.num_experts=4"]),
-        (["--model.top_k", "1"], ["router.normalize_weights=True", "set it to False"]),
-        (["--parallel.ep", "3", "--model.num_experts", "6"], ["parallel.ep=3", "number of processes, which is 2"]),
-        (["--parallel.ep", "2", "--model.num_experts", "5"], ["parallel.ep=2", "must divide model.num_experts=5"]),
+        (["--moe.top_k", "5"], ["moe.top_k=5", "at most num_experts=4"]),
+        (["--moe.top_k", "1"], ["moe.router.normalize_weights=True", "set it to False"]),
+        (["--parallel.ep", "3", "--moe.num_experts", "6"], ["parallel.ep=3", "number of processes, which is 2"]),
+        (["--parallel.ep", "2", "--moe.num_experts", "5"], ["parallel.ep=2", "must divide moe.num_experts=5"]),
         (["--parallel.tp", "2", "--parallel.cp", "2"], ["parallel.cp=2 * parallel.tp=2", "processes, which is 2"]),
         (["--parallel.pp", "2", "--parallel.schedule", "zbv"], ["model.num_layers=2", "4 stages"]),
         (
@@ -56,7 +56,7 @@ def refused(ended: Ended, code: int, *words: str) -> None:
             ["parallel.tp=2: must divide model.num_heads=1; use one of"],
         ),
         (["--seed", "99999999999999999999"], ["seed=99999999999999999999", "must lie in 0..2**63 - 1"]),
-        (["--model.hidden_size", "99999999999996"], ["model.hidden_size=99999999999996", "not fit into", "dryrun"]),
+        (["--moe.hidden_size", "99999999999996"], ["moe.hidden_size=99999999999996", "not fit into", "dryrun"]),
         (["--parallel.tp", "2", "--model.vocab_size", ""], ["--model.vocab_size=: must be a whole number or none"]),
         (["--parallel.cp", "2", "--data.seq_len", "30"], ["seq_len=30", "parallel.cp"]),
         (["--data.global_batch", "6"], ["data.global_batch=6", "data.micro_batch * data-parallel ranks = 2 * 2"]),
@@ -185,7 +185,7 @@ def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Pat
 
 def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
     assert run().codes == [0, 0]
-    other = run("--resume", "--steps", "4", "--model.moe_intermediate_size", "8")
+    other = run("--resume", "--steps", "4", "--moe.intermediate_size", "8")
     refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "resume with the config")
 
 

@@ -109,7 +109,7 @@ def test_configuration_is_checked_for_the_ranks_that_are_asked_for(
 def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path) -> None:
     """The quickstart runs with a smaller model to save time; ``parallel`` is the recipe's own."""
     texts = ["--data.path", str(small.write_texts(tmp_path / "texts")), "--data.seq_len", "16", "--steps", "1"]
-    sizes = ["--model.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
+    sizes = ["--moe.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
     alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
     assert alone.codes == [0], alone
     assert "1 ranks, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]

@@ -12,7 +12,6 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
-from equimoe.moe import checkpoint
+from equimoe.moe import MoEConfig, checkpoint
 from equimoe.moe.checkpoint import CheckpointError
 from equimoe.moe.checkpoint.tensors import DTYPES
 from equimoe.moe.parallel import build_mesh
@@ -57,11 +56,9 @@ def test_every_tensor_bit_for_bit(written: tuple[str, Path, dict[str, str]]) -> 
 def test_resume(written: tuple[str, Path, dict[str, str]]) -> None:
     """With expert parallelism on the same mesh; what FSDP wrote on 2 ranks, on 1 process."""
     name, path, expected = written
-    model = ModelConfig(
-        **{"vocab_size": 258, "hidden_size": 4, "num_layers": 1, "num_heads": 1, "intermediate_size": 4},
-        **{"num_experts": 4, "top_k": 2, "moe_intermediate_size": 4},
-    )
-    config = replace(small.on(small.write_texts(path.parent / "texts"), ep=2 if name == "ep2" else 1), model=model)
+    model = ModelConfig(vocab_size=258, num_layers=1, num_heads=1, intermediate_size=4)
+    layer = MoEConfig(4, 4, num_experts=4, top_k=2)
+    config = small.on(small.write_texts(path.parent / "texts"), ep=2 if name == "ep2" else 1, model=model, moe=layer)
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     manifest = checkpoint.read_manifest(path)
     manifest["position"]["data"] = corpus.fingerprint  # the data play no part here

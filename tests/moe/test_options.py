@@ -11,8 +11,9 @@ import yaml
 
 from equimoe.launch.options import Launch, field_comments, fields_of, help_text, parse, to_yaml
 from equimoe.launch.recipes import RECIPES
-from equimoe.moe.config import CapacityConfig, MoEConfig, RouterConfig
+from equimoe.moe.config import CapacityConfig, RouterConfig
 from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
+from tests.helpers.small import changed
 
 #: valid values where the next larger number or the last choice would not be
 OTHER_VALUES = {
@@ -23,11 +24,11 @@ OTHER_VALUES = {
 
 #: what must be set first
 ALSO = {
-    "router.kept_groups": ["--router.groups=2"],
-    "model.shared_gate": ["--model.shared_intermediate_size=8"],
-    "capacity.max_tokens": ["--capacity.pad"],
-    "dispatch.chunks": ["--dispatch.name=overlapped"],
-    "dispatch.node_size": ["--dispatch.name=hierarchical"],
+    "moe.router.kept_groups": ["--moe.router.groups=2"],
+    "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
+    "moe.capacity.max_tokens": ["--moe.capacity.pad"],
+    "moe.dispatch.chunks": ["--moe.dispatch.name=overlapped"],
+    "moe.dispatch.node_size": ["--moe.dispatch.name=hierarchical"],
 }
 
 
@@ -60,7 +61,7 @@ def is_text(hint: Any) -> bool:
     return hint is str or str in get_args(hint)
 
 
-FIELDS = [name for name, hint in fields_of().items() if name != "capacity"]
+FIELDS = [name for name, hint in fields_of().items() if name != "moe.capacity"]
 
 
 def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
@@ -70,7 +71,7 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
             found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
         return found
 
-    assert set(FIELDS) == leaves(asdict(replace(TrainConfig(), capacity=CapacityConfig())))
+    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), capacity=CapacityConfig())))
     assert len(FIELDS) > 40
 
 
@@ -78,7 +79,7 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
 @pytest.mark.parametrize("joined", [True, False])
 def test_every_field_can_be_set(name: str, joined: bool) -> None:
     start = RECIPES["quickstart"]()
-    current = None if name.startswith("capacity.") else value_of(start, name)
+    current = None if name.startswith("moe.capacity.") else value_of(start, name)
     text = another_value(name, fields_of()[name], current)
     option = "--" + name.replace("_", "-")
     also = ALSO.get(name, [])
@@ -86,35 +87,9 @@ def test_every_field_can_be_set(name: str, joined: bool) -> None:
     found = value_of(config, name)
     assert found != current
     assert str(found).lower() == text
-    changed = {n for n in FIELDS if not n.startswith("capacity.") and value_of(config, n) != value_of(start, n)}
+    set_fields = {n for n in FIELDS if not n.startswith("moe.capacity.") and value_of(config, n) != value_of(start, n)}
     others = {option[2:].split("=")[0] for option in also}
-    assert changed - others == (set() if name.startswith("capacity.") else {name})
-
-
-def leaves_of(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= leaves_of(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
-def test_every_field_of_a_layer_can_be_set() -> None:
-    """Each field of MoEConfig and its sections follows some option of the command line, whatever its name is there."""
-    capacity = ["--capacity.factor=1.1"]
-    reached = set()
-    for name in FIELDS:
-        also = [*capacity, *ALSO.get(name, [])]
-        if name.startswith("dispatch"):
-            also = ALSO.get(name, [])
-        start = parse(also).config
-        text = another_value(name, fields_of()[name], value_of(start, name))
-        before, after = (leaves_of(asdict(parse(argv).config.moe(2))) for argv in (also, [*also, f"--{name}={text}"]))
-        reached |= {leaf for leaf in after if after[leaf] != before.get(leaf)}
-    # which is given by data.global_batch, data.micro_batch and the number of processes
-    reached.add("balance.micro_batches")
-    whole = MoEConfig(8, 8, num_experts=4, top_k=2, capacity=CapacityConfig())
-    assert set(leaves_of(asdict(whole))) - reached == set()
+    assert set_fields - others == (set() if name.startswith("moe.capacity.") else {name})
 
 
 @pytest.mark.parametrize("name", ["recipe", "config", "run-dir"] + [n for n, h in fields_of().items() if is_text(h)])
@@ -133,7 +108,7 @@ def test_empty_text_is_refused(name: str, text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path) -> None:
-    argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--capacity.factor", "1.1", "--data.text_field", "1e-3"]
+    argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--moe.capacity.factor", "1.1", "--data.text_field", "1e-3"]
     config = parse(argv).config
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
@@ -179,10 +154,13 @@ def test_later_wins_over_earlier_and_options_over_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--capacity.factor", "1.5"], CapacityConfig(factor=1.5)),
-        (["--capacity.drop", "position"], CapacityConfig(drop="position")),
-        (["--capacity.factor", "1.5", "--capacity", "none"], None),
-        (["--capacity", "none", "--capacity.factor", "2", "--capacity.drop=position"], CapacityConfig(2.0, "position")),
+        (["--moe.capacity.factor", "1.5"], CapacityConfig(factor=1.5)),
+        (["--moe.capacity.drop", "position"], CapacityConfig(drop="position")),
+        (["--moe.capacity.factor", "1.5", "--moe.capacity", "none"], None),
+        (
+            ["--moe.capacity", "none", "--moe.capacity.factor", "2", "--moe.capacity.drop=position"],
+            CapacityConfig(2.0, "position"),
+        ),
     ],
 )
 def test_the_optional_section(argv: list[str], expected: CapacityConfig | None) -> None:
@@ -192,19 +170,19 @@ def test_the_optional_section(argv: list[str], expected: CapacityConfig | None) 
 @pytest.mark.parametrize(
     ("before", "text", "expected"),
     [
-        ("", "capacity: {}", CapacityConfig()),
-        ("", "capacity: {factor: 2}", CapacityConfig(factor=2.0)),
-        ("capacity: {factor: 3.0}", "capacity: {drop: position}", CapacityConfig(factor=3.0, drop="position")),
-        ("capacity: {factor: 3.0}", "capacity: {}", CapacityConfig(factor=3.0)),
-        ("capacity: {factor: 3.0}", "", CapacityConfig(factor=3.0)),
-        ("capacity: {factor: 3.0}", "capacity: null", None),
-        ("capacity: {factor: 3.0}", "capacity: none", None),
+        ("", "{}", CapacityConfig()),
+        ("", "{factor: 2}", CapacityConfig(factor=2.0)),
+        ("{factor: 3.0}", "{drop: position}", CapacityConfig(factor=3.0, drop="position")),
+        ("{factor: 3.0}", "{}", CapacityConfig(factor=3.0)),
+        ("{factor: 3.0}", "", CapacityConfig(factor=3.0)),
+        ("{factor: 3.0}", "null", None),
+        ("{factor: 3.0}", "none", None),
     ],
 )
 def test_the_optional_section_in_files(before: str, text: str, expected: CapacityConfig | None, tmp_path: Path) -> None:
     first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
-    first.write_text(before)
-    second.write_text(text)
+    for file, given in ((first, before), (second, text)):
+        file.write_text(f"moe: {{capacity: {given}}}" if given else "")
     assert parse(["--config", str(first), "--config", str(second)]).config.moe.capacity == expected
 
 
@@ -233,12 +211,14 @@ def test_numbers_and_none() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model.num_expert", "3"], "--model.num_expert: no such option; did you mean --model.num_experts?"),
+        (["--moe.num_expert", "3"], "--moe.num_expert: no such option; did you mean --moe.num_experts?"),
         (["--lr", "1"], "--lr: no such option; did you mean --optim.lr?"),
         (["--recip", "x"], "--recip: no such option; did you mean --recipe?"),
         (["--qqqqqq", "1"], "--qqqqqq: no such option"),
-        (["--model", "3"], "--model: is a section; set one of its fields, such as --model.hidden_size"),
-        (["--capacity", "3"], "--capacity=3: use none, or set a field, such as --capacity.factor"),
+        (["--moe", "3"], "--moe: is a section; set one of its fields, such as --moe.hidden_size"),
+        (["--model.top_k", "3"], "--model.top_k: no such option; did you mean --moe.top_k?"),
+        (["--balance.scope", "micro"], "--balance.scope: no such option; did you mean --moe.balance.scope?"),
+        (["--moe.capacity", "3"], "--moe.capacity=3: use none, or set a field, such as --moe.capacity.factor"),
         (["--steps", "1.5"], "--steps=1.5: must be a whole number"),
         (["--steps", "abc"], "--steps=abc: must be a whole number"),
         (["--steps", "true"], "--steps=true: must be a whole number"),
@@ -254,14 +234,14 @@ def test_numbers_and_none() -> None:
         (["--resume", "runs/x"], "--resume=runs/x: must be true or false"),
         (["--run-dir="], "--run-dir=: is empty; give a value, or leave the option out"),
         (["--processes", "0"], "--processes=0: must be at least 1"),
-        (["--model.shared_gate"], "model.shared_gate=True: needs shared experts; set model.shared_intermediate_size"),
+        (["--moe.shared_gate"], "moe.shared_gate=True: needs shared experts; set shared_intermediate_size"),
         (["steps"], "steps: is not an option; write options as --name value"),
         (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--optim.lr", "-1e-3"], "optim.lr=-0.001: must be positive"),
-        (["--model.top-k", "99"], "model.top_k=99: must be at most model.num_experts=8"),
-        (["--capacity.factor=-1"], "capacity.factor=-1.0: must be positive; 1.25 is usual"),
-        (["--parallel.ep", "3"], "parallel.ep=3: must divide model.num_experts=8"),
+        (["--moe.top-k", "99"], "moe.top_k=99: must be at most num_experts=8"),
+        (["--moe.capacity.factor=-1"], "moe.capacity.factor=-1.0: must be positive; 1.25 is usual"),
+        (["--parallel.ep", "3"], "parallel.ep=3: must divide moe.num_experts=8"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
@@ -274,11 +254,14 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("modle: {}", "modle: no such key; did you mean model?"),
-        ("model: {num_expert: 3}", "model.num_expert: no such key; did you mean model.num_experts?"),
-        ("model.num_experts: 3", "model.num_experts: nest the key under its section"),
-        ("model: 3", "model=3: must be a mapping of hidden_size, num_layers"),
-        ("model:", "model=None: must be a mapping of hidden_size, num_layers"),
-        ("capacity: 3", "capacity=3: must be a mapping of factor, drop, scope, level, pad, max_tokens or none"),
+        ("moe: {num_expert: 3}", "moe.num_expert: no such key; did you mean moe.num_experts?"),
+        ("moe.num_experts: 3", "moe.num_experts: nest the key under its section"),
+        ("model: 3", "model=3: must be a mapping of num_layers, num_heads"),
+        ("model:", "model=None: must be a mapping of num_layers, num_heads"),
+        (
+            "moe: {capacity: 3}",
+            "moe.capacity=3: must be a mapping of factor, drop, scope, level, pad, max_tokens or none",
+        ),
         ("steps: 1.5", "steps=1.5: must be a whole number"),
         ("steps: true", "steps=True: must be a whole number"),
         ("steps: '5'", "steps='5': must be a whole number"),
@@ -326,7 +309,7 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
     assert "--model.vocab_size INT|none" in flat
     assert ("router.softmax_after_topk true|false" in flat) and (":func:" not in text) and ("``" not in text)
     shown = RECIPES["mixtral" if "mixtral" in asked else "quickstart"]()
-    assert f"--model.hidden_size INT default {shown.moe.hidden_size} " in flat
+    assert f"--moe.hidden_size INT default {shown.moe.hidden_size} " in flat
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -347,11 +330,11 @@ def test_recipes(recipe: str) -> None:
     passes = config.micro_batches(degrees.dp)
     assert passes >= max(degrees.pp, 1)
     scope = {"mixtral": "micro", "deepseek_v3": "sequence"}.get(recipe, "global")
-    assert config.moe(passes).balance.scope == scope
+    assert config.moe.balance.scope == scope
     if recipe in ("deepseek_v3", "qwen3_235b"):
         with pytest.raises(ValueError, match="processes, which is 1; start a multiple of [0-9]+ processes"):
             config.degrees(1)
     else:
         assert config.micro_batches(config.degrees(1).dp) >= 1
-    assert yaml.safe_load(to_yaml(config))["model"]["num_experts"] == config.moe.num_experts
+    assert yaml.safe_load(to_yaml(config))["moe"]["num_experts"] == config.moe.num_experts
     assert (RECIPES[recipe].__doc__ or "").strip()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from equimoe.moe import checkpoint
+from equimoe.moe import BalanceConfig, checkpoint
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
@@ -131,9 +131,9 @@ def test_parameters_that_a_token_uses(config: TrainConfig) -> None:
 
 
 def test_micro_batches_of_the_balance_follow_from_the_data(config: TrainConfig) -> None:
-    assert trainer_of(config).model.moe_layers()[0].config.moe.balance.micro_batches == 4
-    with pytest.raises(ValueError, match="balance.micro_batches=2: data.global_batch.* give 4; leave it out"):
-        trainer_of(replace(config, balance=replace(config.moe.balance, micro_batches=2)))
+    assert trainer_of(config).micro_batches == 4
+    with pytest.raises(ValueError, match="moe.balance.micro_batches=2: data.global_batch.* give 4; leave it out"):
+        trainer_of(small.changed(config, balance=BalanceConfig(micro_batches=2)))
 
 
 def test_a_generators_state_that_torch_refuses(config: TrainConfig, tmp_path: Path) -> None:

@@ -33,22 +33,14 @@ from equimoe.moe.train.optim import build_optimizer
 from equimoe.moe.train.step import mixed_precision
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
+from tests.helpers.small import changed
 
 RING = ("all_gather", "reduce_scatter")
-MODEL = ModelConfig(
-    hidden_size=16,
-    num_layers=4,
-    num_heads=4,
-    intermediate_size=24,
-    num_experts=8,
-    top_k=2,
-    moe_intermediate_size=12,
-    dense_layers=1,
-    shared_intermediate_size=8,
-    vocab_size=50,
-)
+MODEL = ModelConfig(num_layers=4, num_heads=4, intermediate_size=24, dense_layers=1, vocab_size=50)
+LAYER = MoEConfig(16, 12, num_experts=8, top_k=2, shared_intermediate_size=8)
 SMALL = TrainConfig(
     model=MODEL,
+    moe=LAYER,
     attention=AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True),
     data=DataConfig(seq_len=16, global_batch=16, micro_batch=1),
 )
@@ -124,7 +116,7 @@ def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
 def test_a_rank_with_one_expert(dispatcher: Any) -> None:
     """The rank's only valid choice is expert 0, and it computes as many rows as its own tokens choose."""
     model, parallel = replace(MODEL, num_layers=1, dense_layers=0), ParallelConfig(ep=8)
-    config = replace(SMALL, model=model, parallel=parallel, dispatch=DispatchConfig(name=dispatcher))
+    config = changed(SMALL, model=model, parallel=parallel, dispatch=DispatchConfig(name=dispatcher))
     found = dry(config, 8, 5)
     assert found.most["parameters"] == memory(config, 8, 5).parameters
     products = 3 * 2 * found.micro_batches * 16 * 2 * 16 * 3 * 12
@@ -145,17 +137,19 @@ def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
     argv = ["--recipe", name, "--model.num_layers", "1", "--model.dense_layers", "0", "--model.vocab_size", "512"]
     argv += ["--model.moe_every", "1", "--parallel.ep", str(ep), "--parallel.pp", "1", "--parallel.tp", "1"]
     config = parse([*argv, "--data.global_batch", str(ep), "--data.micro_batch", "1"]).config
-    found, model = dry(config, ep, ep - 1), config.model
-    products = (4 if model.recompute else 3) * 2 * config.data.seq_len * model.top_k
-    assert found.flops["experts"] == products * model.hidden_size * 3 * model.moe_intermediate_size
+    found, moe = dry(config, ep, ep - 1), config.moe
+    products = (4 if config.model.recompute else 3) * 2 * config.data.seq_len * moe.top_k
+    assert found.flops["experts"] == products * moe.hidden_size * 3 * moe.intermediate_size
 
 
 def test_bytes_and_products_by_hand() -> None:
     """A middle pipeline stage: all-to-alls of two layers, hidden states to both neighbours, matrix products."""
-    model = replace(MODEL, num_layers=8, dense_layers=0, num_heads=2, shared_intermediate_size=0)
+    model = replace(MODEL, num_layers=8, dense_layers=0, num_heads=2)
     parallel = ParallelConfig(pp=4, ep=2)
     data = replace(SMALL.data, micro_batch=2, global_batch=32)
-    config = replace(SMALL, model=model, attention=AttentionConfig(), parallel=parallel, data=data)
+    config = changed(
+        SMALL, model=model, shared_intermediate_size=0, attention=AttentionConfig(), parallel=parallel, data=data
+    )
     found = dry(config, 8, 5)
     assert found.blocks == [4, 5] and found.micro_batches == 8 and found.run == 4
     tokens, rows, d, f = 8 * 2 * 16, 8 * 2 * 16 * 2, 16, 12
@@ -275,7 +269,7 @@ def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> N
         ["--recompute.part", "attention"],
         ["--recompute.part", "feed_forward", "--recompute.keep_exchanges"],
         ["--recompute.layers", "2", "--recompute.keep_exchanges"],
-        ["--model.recompute", "false", "--model.recompute_experts", "--dispatch.name", "hierarchical"],
+        ["--model.recompute", "false", "--moe.recompute_experts", "--moe.dispatch.name", "hierarchical"],
     ],
 )
 def test_ways_to_keep_less(how: list[str]) -> None:

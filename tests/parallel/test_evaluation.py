@@ -50,7 +50,7 @@ def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: P
         return found
 
     want = run_ranks(script, 1, {}, 2)[0]
-    limitless = replace(config, capacity=None)
+    limitless = small.changed(config, capacity=None)
     assert run_ranks(lambda *_: trainer_of(limitless, 1).evaluate(), 1)[0]["loss"] != want["loss"]
     for world, degrees, micro_batch in (
         (1, {}, 1),

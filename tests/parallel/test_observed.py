@@ -138,7 +138,7 @@ def test_stragglers_are_the_rows_that_ranks_received(config: TrainConfig, world:
 
 def test_stragglers_are_before_any_drop(config: TrainConfig) -> None:
     """A capacity limit changes what is computed, not what the router chooses."""
-    limited = replace(config, capacity=CapacityConfig(factor=0.5), steps=1)
+    limited = small.changed(config, capacity=CapacityConfig(factor=0.5), steps=1)
     free, short = (run_ranks(observed, 2, on(c, {"ep": 2}))[0]["record"] for c in (replace(config, steps=1), limited))
     assert short["layers"][0]["dropped"] > 0.2
     assert short["layers"][0]["straggler"] == free["layers"][0]["straggler"] > 1.0
@@ -146,7 +146,7 @@ def test_stragglers_are_before_any_drop(config: TrainConfig) -> None:
 
 def test_megatrons_convention_is_part_of_what_is_added(config: TrainConfig) -> None:
     balance = replace(BALANCE, scale_convention="megatron")
-    record = run_ranks(observed, 2, replace(config, balance=balance, steps=1))[0]["record"]
+    record = run_ranks(observed, 2, small.changed(config, balance=balance, steps=1))[0]["record"]
     for row in record["layers"]:
         assert row["scaled_losses"]["global"] == pytest.approx(0.05 / 2 * row["losses"]["global"])
         assert row["scaled_losses"]["micro"] == pytest.approx(0.01 * row["losses"]["micro"])
@@ -154,7 +154,7 @@ def test_megatrons_convention_is_part_of_what_is_added(config: TrainConfig) -> N
 
 def test_a_loss_within_one_rank_counts_its_own_sequences(config: TrainConfig) -> None:
     for scope, sequences in (("micro", 2.0), ("sequence", 1.0), ("data_parallel", 4.0)):
-        micro = replace(config, balance=BalanceConfig(scope=scope), steps=2)
+        micro = small.changed(config, balance=BalanceConfig(scope=scope), steps=2)
         for result in run_ranks(observed, 2, micro):
             assert result["record"]["balance_sequences"] == pytest.approx(sequences)
 
