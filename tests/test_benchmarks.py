@@ -111,6 +111,7 @@ def test_a_wrong_kernel_gets_no_figures(op: str, table: str, wrong: str, tmp_pat
     assert "TFLOP/s" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_is_not_timed(tmp_path: Path) -> None:
     peer = tmp_path / "peer.py"
     peer.write_text(

@@ -174,7 +174,7 @@ def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_options_of_the_balance_page_exist() -> None:
-    (options,) = re.findall(r"`(--balance[^`]+)`", (ROOT / "docs/balance.md").read_text())
+    (options,) = re.findall(r"`(--moe.balance[^`]+)`", (ROOT / "docs/balance.md").read_text())
     balance = parse(["--recipe", "quickstart", *options.split()]).config.moe.balance
     assert balance.estimator == "exact" and balance.extra.micro == 1e-4
 

@@ -79,12 +79,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_a_subset_of_what_is_shipped_passes() -> None:
     done = python("benchmarks/compile_gate.py", "--chips", "sm_90", "gfx942", "--only", "up_kernel bf16 few even silu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wgmma.mma_async" in done.stdout and "v_mfma_" in done.stdout and "4 compiled, 0 at fault" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_to_compile_is_a_failure() -> None:
     assert python("benchmarks/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel").returncode == 1
 

@@ -117,7 +117,8 @@ def test_compiles_in_one_graph_and_repeats_bit_for_bit(gated: bool, recompute: b
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
-@pytest.mark.parametrize("gated", slow_but([True], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [True, False])
 def test_custom_ops(gated: bool) -> None:
     """Schemas, fakes and autograd registrations agree with what the ops do, with fixed and with symbolic sizes."""
     ids_SK, inputs, dy_SD = make(6, 2, 8, 7, ids="some dropped")

@@ -68,6 +68,7 @@ print(max(float((a - b).norm() / a.norm()) for a, b in zip(*found)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 def test_bf16_is_right_in_a_users_process_too() -> None:
     """Triton's interpreter multiplies the bits of bf16 as integers unless it is corrected, here or anywhere else."""

@@ -93,6 +93,7 @@ def test_divergence_of_old_and_new_runs(tmp_path: Path, newer: bool) -> None:
 _TOUCHED = {*NEWER, "divergence"}
 
 
+@pytest.mark.slow
 def test_bad_values_do_not_break_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever one record holds in place of its numbers, the others are drawn."""
     records = observed(made_up_run(steps=60, every=5, eval_every=20))

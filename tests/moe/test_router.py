@@ -136,6 +136,7 @@ def test_ties_go_to_the_lower_index(backend: str, groups: int) -> None:
     assert router(torch.zeros(2, D, device=DEVICE)).ids_TK.tolist() == [[7, 8, 0]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_compiles_as_one_graph(backend: str) -> None:
     router = make(backend, RouterConfig(score="sigmoid", groups=4, kept_groups=2))
