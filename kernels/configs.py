@@ -58,6 +58,8 @@ _UNALIGNED = {
     "gated_grad": Config(64, 32, 32, 4, 2),
     "wgrad": Config(64, 64, 32, 8, 2),
 }
+#: with four warps the addresses of this one spill two registers on gfx950, and with eight some on sm_100
+_UNALIGNED_AMD = {**_UNALIGNED, "gated_grad": Config(64, 32, 32, 8, 2)}
 _HALF: dict[tuple[str, str], dict[str, Config]] = {
     ("sm_80", "few"): _FEW,
     ("sm_80", "many"): {
@@ -127,7 +129,7 @@ def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, al
     if dtype == torch.float32:
         return (_FP32 if aligned else _FP32_UNALIGNED)[op]
     if not aligned:
-        return _UNALIGNED[op]
+        return (_UNALIGNED_AMD if arch.startswith("gfx") else _UNALIGNED)[op]
     return _HALF[arch, BUCKETS[rows_per_expert >= MANY_ROWS]][op]
 
 
