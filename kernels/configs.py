@@ -1,4 +1,4 @@
-"""Tile sizes of the matrix kernels: a shipped table, so that nothing is tuned or compiled anew when the batch changes.
+"""Tile sizes of the matrix kernels: a shipped table, so that a new batch size is neither tuned nor compiled.
 
 Every entry is held to its chip's registers, shared memory and matrix instructions by benchmarks/compile_gate.py.
 """

@@ -1,8 +1,8 @@
 """Large CPU buffers that keep their pages.
 
-The C library gives large blocks back to the kernel and gets them anew, page by page, on the next touch; for the
-buffers of a training step, which come back in the same sizes step after step, that costs more than writing them, and
-much more in a virtual machine. Buffers from here ask for huge pages, and return to a pool when their tensor dies.
+The C library returns large blocks to the kernel, which then maps them again page by page on the next touch. Training
+steps allocate the same sizes again and again, so for them this costs more than writing the buffers, and much more in a
+virtual machine. Buffers from here ask for huge pages, and return to a pool when their tensor dies.
 """
 
 from __future__ import annotations

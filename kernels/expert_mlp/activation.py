@@ -79,7 +79,7 @@ class Activation:
             self.pre, self.h_narrow = new(both), new(width, like.dtype)
 
     def _halves(self, pre_NU: Tensor) -> tuple[Tensor, Tensor]:
-        """What the activation takes and, when gated, what its value is multiplied by; else nothing."""
+        """The input of the activation, and the factor that a gated expert multiplies its value by (else empty)."""
         if self.narrow:
             pre_NU = self.pre[: pre_NU.shape[0]].copy_(pre_NU)
         return pre_NU[:, : self.width], pre_NU[:, self.width :]

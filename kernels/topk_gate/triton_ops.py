@@ -33,7 +33,7 @@ _NONE = tl.constexpr(-(2**63))  # below the key of every number, like the next
 _TAKEN = tl.constexpr(-(2**63) + 1)
 _LOW, _FLOOR = tl.constexpr(LOW), tl.constexpr(FLOOR)
 _LOWEST_BIAS = tl.constexpr(lowest_bias(torch.float32))
-_RUNTIME = ["length", "chunks", "scale"]  # numbers of tokens must not compile anew
+_RUNTIME = ["length", "chunks", "scale"]  # another number of tokens must not compile again
 
 
 @triton.jit

@@ -273,7 +273,7 @@ class Balancer:
                 "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
                 "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"
             )
-        # beside a loss of another scope, the z-loss is a mean over micro-batches
+        # with a main loss of another scope, the z-loss is a mean over micro-batches
         over_step = self.z_coefficient and self.config.scope == "global" and self.step.tokens is None
         sizes = {v.size for v in self.layer.known}
         if over_step and (None in sizes or len(sizes) > 1):

@@ -66,7 +66,7 @@ class Loss(NamedTuple):
     weight: Tensor
     #: scalar, the weight of one token in a mean over the step
     token_weight: Tensor
-    #: scalar, tokens over which the loads were counted, in the mean over sequences if there are several
+    #: scalar, tokens over which the loads were counted; the mean over sequences if there are several
     tokens: Tensor
 
     @property

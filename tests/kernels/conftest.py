@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels.paths import PATHS, on
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +20,12 @@ def poison_everywhere(poison: Callable[[torch.Tensor], torch.Tensor], monkeypatc
         return poison(real(*args, **kwargs))
 
     monkeypatch.setattr(torch, "frombuffer", frombuffer)
+
+
+@pytest.fixture(params=PATHS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend to ask for, on each path in turn; tests with backends of their own parametrise it."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with on(request.param) as name:
+        yield name

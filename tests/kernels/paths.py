@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from equimoe.kernels.expert_mlp import torch_ops as mlp_ops
+from equimoe.kernels.grouped_gemm import torch_ops as gemm_ops
 from equimoe.kernels.permute import torch_ops as permute_ops
 from equimoe.kernels.sort_by_expert import torch_ops as sort_ops
 from equimoe.kernels.topk_gate import torch_ops as gate_ops
@@ -23,6 +25,8 @@ def on(path: str) -> Iterator[str]:
             for module in (permute_ops, sort_ops, gate_ops):
                 patch.setattr(module, "readable", lambda t: False)
             patch.setattr(gate_ops, "_ONE_BY_ONE", 0)
+            for module in (gemm_ops, mlp_ops):
+                patch.setattr(module, "on_host", lambda t: False)
         yield "torch" if path == "accelerator" else path
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equimoe.kernels.expert_mlp import expert_mlp
-from equimoe.kernels.expert_mlp import torch_ops as mlp_torch
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
-from equimoe.kernels.grouped_gemm import torch_ops as gemm_torch
 from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from equimoe.kernels.topk_gate import topk_gate
@@ -61,21 +59,8 @@ OPS: dict[str, Op] = {
     "grouped_gemm_dgrad": _dgrad,
     "grouped_gemm_wgrad": _wgrad,
 }
-PATHS = ("reference", "torch", "accelerator", "triton")
 #: where autocast is on
 PLACES = {"forward": (True, False), "backward": (False, True), "both": (True, True)}
-
-
-@pytest.fixture(name="backend", params=PATHS)
-def backend_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend; "accelerator" is the torch one's path for devices that nobody waits for."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "accelerator":
-        for module in (gemm_torch, mlp_torch):
-            monkeypatch.setattr(module, "on_host", lambda _: False)
-        return "torch"
-    return request.param
 
 
 def order_of(device: str = "cpu") -> ExpertOrder:

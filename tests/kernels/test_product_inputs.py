@@ -14,9 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equimoe.kernels.expert_mlp import expert_mlp
-from equimoe.kernels.expert_mlp import torch_ops as mlp_torch
 from equimoe.kernels.grouped_gemm import grouped, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, layouts
-from equimoe.kernels.grouped_gemm import torch_ops as gemm_torch
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from tests.helpers.fake_cuda import needs_fake_cuda, on_fake_cuda
 
@@ -25,17 +23,6 @@ E, R, N, K, F = 3, 11, 6, 8, 5
 OFFSETS = torch.tensor([0, 4, 4, 9])
 #: offsets that end past the rows, decrease, do not begin at 0, or all of it
 WRONG = ([0, 4, 9, 99], [0, 9, 3, 8], [3, 5, 5, 7], [-4, 99, -4, 2**40], [0, -5, 20, 2])
-
-
-@pytest.fixture(name="backend", params=[*BACKENDS, "accelerator"])
-def backend_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "accelerator":
-        for module in (gemm_torch, mlp_torch):
-            monkeypatch.setattr(module, "on_host", lambda _: False)
-        return "torch"
-    return request.param
 
 
 def mlp_inputs(sources: int = 4, choices: int = 2, hidden: int = K, width: int = F, **kwargs: Any) -> dict[str, Any]:

@@ -14,27 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equimoe.kernels.expert_mlp import ACTIVATIONS, expert_mlp
-from equimoe.kernels.expert_mlp import torch_ops as mlp_torch
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
-from equimoe.kernels.grouped_gemm import torch_ops as gemm_torch
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 #: relative error by norm of one product, and of the experts' chain of them
 TOLERANCE = {torch.float64: (1e-14, 1e-12), torch.float32: (2e-6, 2e-5)}
 TOLERANCE |= {torch.bfloat16: (1e-2, 4e-2), torch.float16: (1.5e-3, 5e-3)}  # the interpreter cuts bf16 off
-PATHS = ("reference", "torch", "accelerator", "triton")
-
-
-@pytest.fixture(name="backend", params=PATHS)
-def backend_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend; "accelerator" is the torch one's path for devices that nobody waits for."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    if request.param == "accelerator":
-        for module in (gemm_torch, mlp_torch):
-            monkeypatch.setattr(module, "on_host", lambda _: False)
-        return "torch"
-    return request.param
 
 
 def dtypes(backend: str) -> list[torch.dtype]:
