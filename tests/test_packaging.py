@@ -20,6 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from equimoe.launch.options import parse
+from tests import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
@@ -338,8 +339,36 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
 
 
 def test_make_runs_fast_and_slow_tests_apart(make) -> None:
-    assert "-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
-    assert "-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+    assert "\n-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
+    assert "\n-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+    assert "\ntests/side_by_side.py -m not slow\n" in make("test")[1]
+    assert "\ntests/side_by_side.py -m slow\n" in make("test-slow")[1]
+
+
+def test_two_processes_run_every_test_once(tmp_path: Path) -> None:
+    (tmp_path / "tests" / "parallel").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "side_by_side.py", tmp_path / "tests")
+    (tmp_path / "tests" / "parallel" / "test_one.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
+    (tmp_path / "tests" / "test_other.py").write_text("def test_c(): pass\n")
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "tests/side_by_side.py", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert [line.split(" in ")[0] for line in lines if " in " in line] == ["2 passed", "1 passed"]
+    assert done.returncode == 0 and lines[-2:] == ["tests/parallel: passed", "all other tests: passed"]
+
+
+@pytest.mark.parametrize(("failing", "place"), [("pytest tests/parallel", 0), ("pytest tests --ignore", 1)])
+def test_either_process_can_fail_the_suite(
+    failing: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"{failing}"*) exit 3 ;; esac\n')
+    python.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert side_by_side.main(["-q"]) == 3
+    verdicts = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert verdicts[place] == "FAILED with exit code 3" and verdicts[1 - place] == "passed"
 
 
 @pytest.mark.parametrize("failing", ["nothing", "-m not slow", "-m slow", "ruff", "mypy"])
