@@ -1,7 +1,7 @@
 """Runs the whole suite as two pytest processes at once, which keeps both cores of a small machine busy.
 
-From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; both get the arguments. One runs
-tests/parallel, whose ranks wait for each other much of the time, and the other runs everything else.
+From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; both get the arguments. One runs the
+tests of several ranks, which wait for each other much of the time; the other mostly needs one core.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 
-FOLDER = "tests/parallel"
-#: name -> which tests; what the first names, the second leaves out, so every test runs once
-HALVES = {FOLDER: [FOLDER], "all other tests": ["tests", f"--ignore={FOLDER}"]}
+FOLDERS = ["tests/parallel", "tests/faults", "tests/devices"]
+#: name -> which tests; the second leaves out what the first names, so every test runs once
+HALVES = {
+    "tests of several ranks": FOLDERS,
+    "all other tests": ["tests", *(f"--ignore={folder}" for folder in FOLDERS)],
+}
 
 
 def main(arguments: list[str]) -> int:
