@@ -70,6 +70,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def imported(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What IMPORT prints where only the wheel is installed, then the version that it has and that it is listed with."""
+    version = "import importlib.metadata as m\nprint(equimoe.moe.__version__, m.version('equimoe'), sep='\\n')"
+    return python(IMPORT + version, tmp_path_factory.mktemp("anywhere"), installed)
+
+
 def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -82,10 +89,8 @@ def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None
     assert ours == expected | data | typed
 
 
-def test_the_version_is_said_once(installed: Path, tmp_path: Path) -> None:
-    code = "import equimoe.moe, importlib.metadata as m; print(equimoe.moe.__version__, m.version('equimoe'))"
-    (line,) = python(code, tmp_path, installed)
-    ours, installed_as = line.split()
+def test_the_version_is_said_once(imported: list[str]) -> None:
+    ours, installed_as = imported[-2:]
     assert ours == installed_as
     assert f"## {ours} " in (ROOT / "CHANGELOG.md").read_text()
 
@@ -110,8 +115,8 @@ def test_the_source_distribution_holds_all_that_is_tracked(tmp_path: Path) -> No
     assert expected - inside == set()
 
 
-def test_the_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    *files, namespace = python(IMPORT, tmp_path, installed)
+def test_the_wheel_imports_from_anywhere(installed: Path, imported: list[str]) -> None:
+    *files, namespace = imported[:-2]
     assert files == [str(installed / "equimoe" / folder / "__init__.py") for folder in FOLDERS]
     assert namespace == "None", "equimoe must stay a namespace package"
 
