@@ -103,6 +103,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
         assert f"--out: {path}" in refused("--out", str(path))
+    assert "--out: ''" in refused("--out", "")
 
 
 def test_a_checkout_to_compare_with_must_be_one(tmp_path: Path) -> None:
