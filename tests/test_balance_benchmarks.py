@@ -6,7 +6,6 @@ L layers, M micro-batches, E experts, T tokens, D hidden.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.balance import balance_cost, estimator_tables, estimators
 from equimoe.moe import BalanceConfig
 from equimoe.moe.balance import Balancer
 from equimoe.moe.model import Decoder
@@ -22,11 +22,6 @@ from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 from tests.helpers.oracle import relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import balance_cost
-import estimator_tables
-import estimators
 
 M, B = 4, 8
 

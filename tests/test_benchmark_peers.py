@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import agreement
-import foreign
-import peers
-import shapes
+from benchmarks.layer import foreign, peers
+from benchmarks.shared import agreement, shapes
 
 SHAPE = shapes.Shape("s", 48, 16, 8, 4, 2)
 
@@ -45,7 +41,7 @@ def by_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: T
 def check(build: Any) -> None:
     gate_up, down = shapes.expert_weights(SHAPE, torch.float32, torch.device("cpu"))
     batch = shapes.make_batch(SHAPE, "zipf", torch.float32, torch.device("cpu"))
-    found = agreement.step(build(SHAPE, gate_up, down), batch)
+    found = build(SHAPE, gate_up, down).step(batch)
     agreement.compare(found, agreement.reference(batch, gate_up, down), agreement.NAMES, torch.float32)
 
 

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import options
-import planted
-import run
-
+from benchmarks import planted, run
+from benchmarks.shared import options
 from tests.helpers.slow import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
-#: those that record the commit of their checkout
-SCRIPTS = ("run", "bench_layer", "compile_gate", "estimators", "global_balance")
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(
+    path.relative_to(BENCHMARKS).as_posix()
+    for path in BENCHMARKS.rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
 FAST = [
     ("kernels", "expert_mlp", "output NaN"),
     ("kernels", "expert_mlp", "gradient zero"),
@@ -53,25 +54,30 @@ def test_without_a_fault_there_are_figures(tmp_path: Path, capsys: pytest.Captur
 
 
 def script(name: str, *arguments: str, first: Path) -> subprocess.CompletedProcess[str]:
-    """A script run from another folder, with ``first`` on the import path in front of everything."""
+    """Run a script in the folder ``first``, which also comes first on the import path."""
     environment = {**os.environ, "PYTHONPATH": str(first), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
     return subprocess.run(command, cwd=first, env=environment, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Another equimoe, whose import fails the script."""
-    package = tmp_path / "equimoe"
-    for name in ("moe", "kernels", "launch"):
-        (package / name).mkdir(parents=True)
-        (package / name / "__init__.py").write_text("raise SystemExit('the installed equimoe is measured')")
+    """Install packages of the same names, whose import makes a script fail."""
+    for name in ("equimoe/moe", "equimoe/kernels", "equimoe/launch", "benchmarks", "tests"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('an installed package is imported')")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", slow_but(["bench_layer"], list(SCRIPTS)))
+def test_all_scripts_are_found() -> None:
+    assert {"run.py", "planted.py", "kernels/compile_gate.py", "balance/scenarios.py", "parallel/parity.py"} < {
+        *SCRIPTS
+    }
+
+
+@pytest.mark.parametrize("name", slow_but(["layer/bench_layer.py", "parallel/parity.py"], SCRIPTS))
 def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
-    if name == "compile_gate":
+    if name in ("planted.py", "kernels/compile_gate.py"):
         pytest.importorskip("triton")
     done = script(name, "--help", first=installed)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr
@@ -79,7 +85,7 @@ def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
 
 def test_another_equimoe_that_is_imported_already_is_refused(installed: Path) -> None:
     code = f"import sys, types; m = types.ModuleType('equimoe'); m.__path__ = [{str(installed)!r}]; "
-    code += f"sys.modules['equimoe'] = m; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import checkout"
+    code += f"sys.modules['equimoe'] = m; sys.path.insert(0, {str(BENCHMARKS)!r}); import checkout"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1 and str(installed) in line and str(ROOT) in line

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernels import cost
+from benchmarks.shared import shapes, timing
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import cost
-import shapes
-import timing
 
 #: what an H200 was measured to do: 788 TFLOP/s of dense bf16, 4.3 TB/s copied
 H200 = cost.Rates(788e12, 4.3e12)
@@ -131,11 +126,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     ids="ab",
 )
 def test_counted_traffic_is_that_of_the_launches(shape: shapes.Shape, recorded: list[tuple[int, str]]) -> None:
-    import kernel_suite
-    import layer_suite
-    import traffic
+    from benchmarks.kernels import kernel_suite, traffic
 
-    context = layer_suite.Context(
+    context = timing.Context(
         timing.Timer(torch.device("cpu")), torch.float32, "triton", H200, {}, rounds=1, seconds_each=0
     )
     bench = kernel_suite.Bench(shape, context)
@@ -153,7 +146,7 @@ def test_counted_traffic_is_that_of_the_launches(shape: shapes.Shape, recorded: 
 
 
 def test_tiles_ask_for_more_than_memory_gives_and_the_floor_is_less() -> None:
-    import traffic
+    from benchmarks.kernels import traffic
 
     shape = shapes.BY_NAME["Qwen3-30B-8k"]
     moved = traffic.moved(shape, "sm_90", torch.bfloat16)

@@ -1,7 +1,7 @@
-"""What the Triton kernels move, counted launch by launch from their loads and stores.
+"""Bytes that the Triton kernels read and write, counted launch by launch from their loads and stores.
 
-Beside the floor of ``cost.py`` this says where an implementation moves more than it must: indices of 64 bits, tensors
-written by one launch and read by the next, weights read again for every tile of rows.
+Compared with the lower bound of ``cost.py``, this shows where the kernels move more than necessary: 64-bit indices,
+tensors that one launch writes and the next one reads, weights that every tile of rows reads again.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows, W = E + 1 offsets.
@@ -11,27 +11,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from shapes import Shape
 
+from benchmarks.shared.shapes import Shape
 from equimoe.kernels.configs import Config, pick_config
 from equimoe.kernels.topk_gate.gate import Method
 from equimoe.kernels.topk_gate.tiles import forward_constants
 
-#: rows of a block in the counting sort, by the largest number of experts
+#: largest number of experts -> rows of a block in the counting sort
 _SORT_BLOCKS = {512: 512, 1 << 62: 1024}
 _INDEX = 8
 _FLOAT = 4
-#: the torch operations around the launches
+#: stands for torch operations between launches
 TORCH = "torch"
 
 
 class Launch(NamedTuple):
-    """Bytes of one launch: of its operands, each once; of those it both reads and writes; what its tiles ask for."""
+    """Bytes of one launch."""
 
     kernel: str
+    #: every operand once
     operands: int
+    #: operands that are both read and written, a second time
     again: int = 0
-    #: loads and stores as the tiles issue them, most of them answered by the L2 cache; 0: as the operands
+    #: all loads and stores that tiles issue, most of which the L2 cache answers; 0: the same as ``operands``
     tiles: int = 0
 
     @property
@@ -66,7 +68,7 @@ class _Plan:
         return Launch("_tile_map_kernel", self.offsets + 3 * _INDEX * self.num_tiles(config))
 
     def tiled(self, kernel: str, config: Config, operands: int, columns: int, depth: int, width: int) -> list[Launch]:
-        """A product in row tiles: each reads ``config.m`` rows and ``width`` columns of weights, ``depth`` deep."""
+        """Return the launches of a product in tiles of ``config.m`` rows by ``width`` weight columns by ``depth``."""
         row_tiles = self.s.E * _ceil(_ceil(self.R, self.s.E), config.m)
         loads = row_tiles * columns * depth * (config.m + width) * self.size
         tiles = 3 * _INDEX * self.num_tiles(config)
@@ -127,7 +129,7 @@ class _Plan:
         return [
             *self.tiled("_up_grad_kernel", config, operands, columns, s.D, config.n),
             Launch(TORCH, 2 * _INDEX * self.R),  # the source of each row
-            # the partial sums of the weights' gradient, added up, brought into the tokens' order, masked
+            # the weights' gradient: partial sums are added, permuted to token order, and masked
             Launch(TORCH, _FLOAT * self.R * (columns + 1) + (_FLOAT + 3 * _INDEX + 4 * _FLOAT) * self.R),
             *self.wgrad(s.T, s.D, self.R, s.F, indices=1),
             *self.wgrad(self.R, 2 * s.F, s.T, s.D, indices=1),
@@ -137,7 +139,7 @@ class _Plan:
 
 
 def launches(shape: Shape, arch: str, dtype: torch.dtype) -> dict[str, list[Launch]]:
-    """The launches of each op of the kernel suite, for routing that drops nothing."""
+    """Return the launches of each op of the kernel suite, for routing without drops."""
     s, plan = shape, _Plan(shape, arch, dtype)
     gate_forward, gate_backward = plan.gate()
     rows = plan.size * (plan.R + s.T) * s.D + _INDEX * plan.R
@@ -159,6 +161,6 @@ def launches(shape: Shape, arch: str, dtype: torch.dtype) -> dict[str, list[Laun
 
 
 def moved(shape: Shape, arch: str, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """(bytes that have to come from memory, bytes that tiles ask the cache for) of each op."""
+    """Return for each op the bytes of its operands, and the bytes that its tiles request from the cache."""
     found = launches(shape, arch, dtype)
     return {op: (sum(one.bytes for one in each), sum(one.issued for one in each)) for op, each in found.items()}

@@ -2,7 +2,7 @@
 
     python benchmarks/global_balance.py [--quick] [--arms sync-4,sync-512] [--seeds 3] [--jobs 2] [--out DIR]
 
-Trains a small model once for each arm (benchmarks/balance_arms.py) and seed, on the text that comes with Python, each
+Trains a small model once for each arm (benchmarks/arms.py) and seed, on the text that comes with Python, each
 sequence from one of its domains. Runs of a seed begin with the same weights and see the same sequences in the same
 order. Stopped at any time, the same command goes on where it stopped; more seeds, or other arms, are added to what is
 there. Then writes the table (.md), the figures (.png) and all numbers (.json) into DIR.
@@ -24,16 +24,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
 
-# isort: split
-import balance_figures
 import torch
-from balance_arms import ARMS, Size, build, configure, measure, observe
-from checkout import ROOT
-from options import Parser, folder
-from records import facts
 
+from benchmarks.balance import findings
+from benchmarks.balance.arms import ARMS, Size, build, configure, measure, observe
+from benchmarks.checkout import ROOT
+from benchmarks.shared.options import Parser
+from benchmarks.shared.records import facts
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -47,7 +48,7 @@ EVALUATIONS = 10
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="some arms, one seed, short: five minutes on two cores")
     parser.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(ARMS)} (default: all)")
     parser.add_argument("--seeds", type=int, help="(default 3; quick 1)")
@@ -58,7 +59,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, help="where runs keep what they need to go on (default runs/global_balance)"
     )
-    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_out()
     parser.add_argument("--only-report", action="store_true", help="train nothing; write what the runs have so far")
     parser.add_argument("--one", metavar="ARM:SEED", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     stem = args.out / ("global_balance_quick" if args.quick else "global_balance")
     args.out.mkdir(parents=True, exist_ok=True)
-    print(balance_figures.write(found, facts(), stem))
+    print(findings.write(found, facts(), stem))
     return min(failed, 1)
 
 

@@ -1,4 +1,4 @@
-"""The layers that the suites run, in order of importance, and the inputs they get."""
+"""The shapes of the layers that the suites measure, in order of importance, and their random inputs."""
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 ROUTINGS = ("uniform", "zipf")
-#: elements of the random block that fills large CPU tensors: odd, so that rows do not repeat within a matrix tile
+#: number of elements of the random block that fills large CPU tensors; odd, so that no matrix tile holds equal rows
 _BLOCK = (1 << 22) + 1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer and the tokens it is given; ``source`` says who publishes figures for it."""
+    """Sizes of one layer and its number of tokens; ``source`` says who published them."""
 
     name: str
     T: int
@@ -32,7 +32,7 @@ class Shape:
 
     @property
     def forward_flops(self) -> int:
-        """Of the three products of the experts, 2 per multiply-add."""
+        """Floating-point operations of the experts' three products, 2 per multiply-add."""
         return 6 * self.rows * self.F * self.D
 
     @property
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """Parameters of the experts."""
+        """Number of parameters of the experts."""
         return 3 * self.E * self.F * self.D
 
     def with_tokens(self, tokens: int) -> Shape:
@@ -50,7 +50,7 @@ class Shape:
 
 _SONIC = "SonicMoE, arXiv 2512.14080"
 _MODEL = "model configuration"
-#: the order in which a time budget is spent
+#: measured in this order until the time is used up
 ALL = (
     Shape("30B-b", 32768, 4096, 512, 128, 8, _SONIC),
     Shape("7B-a", 24576, 1536, 256, 128, 8, _SONIC),
@@ -72,22 +72,22 @@ ALL = (
     Shape("120B-c", 32768, 4096, 2048, 64, 4, _SONIC),
     Shape("DeepSeek-V3-32k", 32768, 7168, 2048, 256, 8, _MODEL),
 )
-#: for trying the command out; never among the defaults
+#: for trying out the command; not part of the defaults
 TINY = (Shape("tiny-a", 48, 32, 16, 4, 2), Shape("tiny-b", 40, 16, 24, 8, 3))
 BY_NAME = {shape.name: shape for shape in (*ALL, *TINY)}
-#: what a step may cost on a CPU and how many weights it may have, so that a shape takes seconds
+#: limits for a CPU, so that a shape takes seconds: operations of a step, number of weights; and the fewest tokens
 CPU_FLOPS, CPU_WEIGHTS, CPU_TOKENS = 3e10, 6e7, 64
 
 
 def for_cpu(shape: Shape) -> Shape:
-    """The same widths with fewer experts, at least 2K, and fewer tokens, a multiple of 64."""
+    """Return a shape with the same widths, fewer experts (at least 2K) and fewer tokens (a multiple of 64)."""
     experts = min(shape.E, max(2 * shape.K, int(CPU_WEIGHTS / (3 * shape.F * shape.D))))
     wanted = CPU_FLOPS / (18 * shape.K * shape.F * shape.D)
     return replace(shape, E=experts, T=min(shape.T, max(CPU_TOKENS, int(wanted) // 64 * 64)))
 
 
 def parse(names: str | None) -> list[Shape]:
-    """The shapes of a comma-separated list, in its order; all of them for None. Raises ValueError for unknown ones."""
+    """Return the shapes of a comma-separated list, in its order; all shapes for None."""
     if names is None:
         return list(ALL)
     unknown = [name for name in names.split(",") if name not in BY_NAME]
@@ -97,7 +97,7 @@ def parse(names: str | None) -> list[Shape]:
 
 
 def unit_random(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    """Normal numbers of standard deviation ``scale``; on a CPU large tensors repeat one block of them."""
+    """Return normal random numbers of standard deviation ``scale``. Large CPU tensors repeat one random block."""
     count = torch.Size(size).numel()
     if device.type != "cpu" or count <= _BLOCK:
         return torch.randn(size, dtype=dtype, device=device).mul_(scale)
@@ -108,21 +108,21 @@ def unit_random(size: tuple[int, ...], dtype: torch.dtype, device: torch.device,
 
 
 def expert_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[nn.Parameter, nn.Parameter]:
-    """gate_up [E, 2F, D] and down [E, D, F], scaled by the square root of their input width."""
+    """Return random gate_up [E, 2F, D] and down [E, D, F], of standard deviation 1 / sqrt(input width)."""
     gate_up = unit_random((shape.E, 2 * shape.F, shape.D), dtype, device, shape.D**-0.5)
     down = unit_random((shape.E, shape.D, shape.F), dtype, device, shape.F**-0.5)
     return nn.Parameter(gate_up), nn.Parameter(down)
 
 
 def spread_logits(shape: Shape, device: torch.device) -> Tensor:
-    """fp32 [T, E], a token's evenly spaced in a random order: of almost equal ones, fp32 scores may be equal."""
+    """Return fp32 logits [T, E], evenly spaced for each token: nearly equal logits could have equal fp32 scores."""
     rank_TE = torch.rand(shape.T, shape.E, device=device).argsort(1)
     return (rank_TE.float() * (6 / shape.E) - 3).requires_grad_()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step is given. ``dy_TD`` is the gradient that arrives at the output."""
+    """Inputs of one step. ``dy_TD`` is the gradient of the output."""
 
     x_TD: Tensor
     weights_TK: Tensor
@@ -130,16 +130,19 @@ class Batch:
     dy_TD: Tensor
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """By name, for messages."""
+        """Return the tensors by the names that error messages use."""
         given = {"x": self.x_TD, "weights": self.weights_TK, "ids": self.ids_TK, "gradient": self.dy_TD}
         return {prefix + name: value for name, value in given.items()}
 
 
 def route(shape: Shape, routing: str, device: torch.device) -> Tensor:
-    """int64 [T, K], a token's experts all different: all experts alike, or expert r of a random order by 1 / r."""
+    """Return random expert ids, int64 [T, K], all different for each token.
+
+    ``uniform``: every expert is equally likely. ``zipf``: the r-th expert of a random order has probability ~ 1 / r.
+    """
     if routing not in ROUTINGS:
         raise ValueError(f"routing={routing!r}: use one of {', '.join(ROUTINGS)}")
-    # the K largest of log p + Gumbel noise are a draw without replacement
+    # the K largest values of log p + Gumbel noise are a sample without replacement
     keys_TE = -torch.log(torch.empty(shape.T, shape.E, device=device).exponential_().clamp_min_(1e-30))
     if routing == "zipf":
         rank_E = torch.randperm(shape.E, device=device) + 1
@@ -148,7 +151,7 @@ def route(shape: Shape, routing: str, device: torch.device) -> Tensor:
 
 
 def make_batch(shape: Shape, routing: str, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Random inputs of unit scale; weights that sum to 1 over a token's choices, in fp32."""
+    """Return random inputs of unit scale, with fp32 weights that sum to 1 for each token."""
     x_TD = unit_random((shape.T, shape.D), dtype, device).requires_grad_()
     weights_TK = torch.rand(shape.T, shape.K, device=device).add_(0.1)
     weights_TK = (weights_TK / weights_TK.sum(1, keepdim=True)).requires_grad_()

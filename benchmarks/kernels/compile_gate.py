@@ -1,15 +1,14 @@
-"""Compiles every Triton kernel in every shipped tile for every supported chip, without a GPU, and checks the result.
+"""Compiles every Triton kernel with every shipped tile for every supported GPU, without a GPU, and checks the result.
 
-    python benchmarks/compile_gate.py [--chips sm_90 gfx942] [--only TEXT]
+    python benchmarks/kernels/compile_gate.py [--chips sm_90 gfx942] [--only TEXT]
 
-A compiler accepts tiles that no chip can launch, or that run from memory instead of registers. This exits with 1 for
-spilled registers, stack, more shared memory than the chip has, and a matrix kernel of 16-bit numbers that does not
-use the chip's best matrix instruction. It says nothing about speed.
+The compiler accepts tiles that no GPU can launch, and tiles that spill registers to memory. This command exits with 1
+if a kernel spills registers, uses a stack, needs more shared memory than the chip has, or multiplies 16-bit matrices
+without the chip's best matrix instruction. It does not measure speed.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -22,22 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if os.environ.pop("TRITON_INTERPRET", None):  # read when triton loads
-    print("TRITON_INTERPRET is set; the gate compiles, and ignores it")
+    print("TRITON_INTERPRET is ignored: this command compiles")
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
+
 import torch
 import triton
-from gate_cases import works
-from launches import Launch, compiled, on_chip, recorded
-from options import Parser
 from triton.backends.compiler import GPUTarget
+
+from benchmarks.kernels.gate_cases import works
+from benchmarks.kernels.launches import Launch, compiled, on_chip, recorded
+from benchmarks.shared.options import Parser
 
 
 class Chip(NamedTuple):
     target: GPUTarget
-    #: bytes of shared memory that one block may have, as the vendors document it
+    #: bytes of shared memory per block, as documented by the vendor
     shared: int
-    #: what the best matrix instruction is called in the compiler's output, and where that is
+    #: the compiler stage whose output contains matrix instructions, and the pattern of the best one
     stage: str
     matrix: str
 
@@ -69,12 +72,12 @@ class Report(NamedTuple):
         if self.shared > chip.shared:
             found.append(f"{self.shared} bytes of shared memory")
         if is_matrix and not self.instruction:
-            found.append("not the chip's matrix instruction")
+            found.append("does not use the chip's matrix instruction")
         return found
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, int, int]:
-    """(registers, spills, stack); what is spilled lies on the stack or in local memory."""
+    """Return registers, spills and stack. Spilled registers are on the stack or in local memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -100,13 +103,13 @@ def inspect(chip: Chip, binary: Any) -> Report:
 
 
 def is_matrix_kernel(launch: Launch) -> bool:
-    """Matrix products in 16 bits; exact fp32 has no matrix instruction."""
+    """Return whether the kernel multiplies 16-bit matrices. (There is no matrix instruction for exact fp32.)"""
     halves = (torch.bfloat16, torch.float16)
     return "tl.dot(" in launch.kernel.src and any(getattr(one, "dtype", None) in halves for one in launch.args)
 
 
 def line(name: str, label: str, launch: Launch, seen: set[int]) -> tuple[str, bool] | None:
-    """The line of one launch and whether it is at fault; None when the same code was compiled before."""
+    """Return the report line of one launch and whether it has a fault, or None if its binary is in ``seen``."""
     chip, report = CHIPS[name], None
     try:
         binary = compiled(launch)
@@ -115,7 +118,7 @@ def line(name: str, label: str, launch: Launch, seen: set[int]) -> tuple[str, bo
         seen.add(id(binary))
         report = inspect(chip, binary)
         faults = report.faults(chip, is_matrix_kernel(launch))
-    except Exception as error:  # whatever a compiler raises is this case's fault, and the others go on
+    except Exception as error:  # a compiler error is a fault of this case; the others continue
         faults = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
     numbers = report[:4] if report else ("-",) * 4
     shown = (name, label, *numbers, chip.shared, report.instruction if report else "", "; ".join(faults))
@@ -123,7 +126,7 @@ def line(name: str, label: str, launch: Launch, seen: set[int]) -> tuple[str, bo
 
 
 def gate(name: str, only: str = "") -> list[tuple[str, bool]]:
-    """A line for each kernel and case of one chip, and whether it is at fault."""
+    """Return a report line for each kernel and case on one chip, and whether it has a fault."""
     lines, seen = [], set[int]()
     torch.set_num_threads(1)
     with on_chip(name, CHIPS[name].target):
@@ -136,7 +139,7 @@ def gate(name: str, only: str = "") -> list[tuple[str, bool]]:
 
 
 def gate_all(chips: Sequence[str], only: str, jobs: int) -> bool:
-    """Print the lines of all chips, several compiled at a time; whether all is well and there was something to do."""
+    """Compile for all chips in parallel and print the report; return whether something was compiled without faults."""
     print(COLUMNS.format("chip", "kernel", "regs", "spills", "stack", "shared", "limit", "matrix", "fault"), flush=True)
     done = faulty = 0
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -148,9 +151,9 @@ def gate_all(chips: Sequence[str], only: str, jobs: int) -> bool:
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="all unless given")
-    parser.add_argument("--only", default="", help="kernels whose label has this text in it")
+    parser = Parser(__doc__)
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="(default: all)")
+    parser.add_argument("--only", default="", help="compile only kernels whose label contains this text")
     args = parser.parse_args()
     jobs = min(len(args.chips), os.cpu_count() or 1)
     return int(not gate_all(args.chips, args.only, jobs))

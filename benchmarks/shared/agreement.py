@@ -1,8 +1,9 @@
-"""What stands in front of every figure: forward and all gradients against fp64, by norm and by the worst row.
+"""Checks that precede every measurement: outputs and all gradients are compared with fp64.
 
-Inputs have unit scale, so that a wrong output cannot hide below a tolerance, and every row is measured by itself, or
-against the root mean square of all rows where that is more, so that one wrong row among thousands is found. NaN never
-passes. An op may not change what it was given either, and what is timed repeats what was checked, bit by bit.
+Inputs have unit scale, so that a wrong output cannot hide below a tolerance. Two errors are limited: that of the whole
+tensor by norm, and that of the worst row relative to its own norm (or to the root mean square of all rows, if larger),
+which finds one wrong row among thousands. NaN never passes. An op must not write to its inputs, and every timed run
+must return the checked result bit by bit.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
@@ -16,51 +17,50 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import Contestant
-from shapes import Batch, Shape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.shared.shapes import Batch, Shape
 from equimoe.kernels.sort_by_expert import ExpertOrder
 from equimoe.kernels.topk_gate import Gate
 
-#: by dtype: the error by norm, and that of the worst row
+#: dtype -> largest error by norm, and of the worst row
 TOLERANCE = {
     torch.bfloat16: (1e-2, 4e-2),
     torch.float16: (2e-3, 2e-2),
     torch.float32: (1e-5, 1e-4),
 }
 NAMES = ("output", "x", "weights", "gate_up", "down")
-#: bytes that fp64 weights and their gradients may take, and operations the reference may cost: CPU, GPU
+#: limits for the fp64 reference on each device: bytes of weights and their gradients, and operations
 _BYTES = {"cpu": 1 << 30, "cuda": 24 << 30}
 _FLOPS = {"cpu": 3e9, "cuda": 4e12}
 _MOST_TOKENS = 512
-#: rows that are compared at a time
+#: number of rows that are compared at a time
 _ROWS = 1 << 14
 
-#: (by norm, of the worst row) by name
+#: name -> (error by norm, error of the worst row)
 Errors = dict[str, tuple[float, float]]
 
 
-class Red(Exception):
-    """A result that is wrong; the message says which and by how much."""
+class WrongResult(Exception):
+    """A result is wrong; the message says which one, and by how much."""
 
 
-def told(error: Exception) -> str:
-    """The kind of an error and its first line."""
+def brief(error: Exception) -> str:
+    """Return the type of an error and its first line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 class Tally:
-    """The errors of one tensor, to which parts of it are added; rows are those of the last dimension."""
+    """Accumulates the errors of one tensor from its parts. Rows run along the last dimension."""
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
 
     def add(self, found: Tensor, expected: Tensor) -> None:
-        """Raises Red for another shape."""
+        """Add a part. Raise WrongResult if the shapes differ."""
         if found.shape != expected.shape:
-            raise Red(f"shape {list(found.shape)}, expected {list(expected.shape)}")
+            raise WrongResult(f"shape {list(found.shape)}, expected {list(expected.shape)}")
         width = expected.shape[-1] if expected.dim() else 1
         found, expected = found.detach().reshape(-1, width), expected.detach().reshape(-1, width)
         for f, e in zip(found.split(_ROWS), expected.split(_ROWS), strict=True):
@@ -68,7 +68,7 @@ class Tally:
             self._parts.append(torch.stack([(f.double() - e).norm(dim=1), e.norm(dim=1)]))
 
     def errors(self) -> tuple[float, float]:
-        """(by norm, of the worst row)."""
+        """Return the error by norm and that of the worst row."""
         apart_N, expected_N = torch.cat(self._parts, 1)
         total = float(expected_N.norm())
         if total == 0:
@@ -78,71 +78,68 @@ class Tally:
 
 
 def errors(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """(by norm, of the worst row) of a whole tensor."""
+    """Return the error of a whole tensor by norm, and that of its worst row."""
     tally = Tally()
     tally.add(found, expected)
     return tally.errors()
 
 
 def judge(tallies: Mapping[str, Tally], dtype: torch.dtype, slack: float = 1.0) -> Errors:
-    """The errors by name. Raises Red where one is beyond ``slack`` times the tolerance of ``dtype``."""
+    """Return the errors by name. Raise WrongResult if one exceeds ``slack`` times the tolerance of ``dtype``."""
     most = [slack * limit for limit in TOLERANCE[dtype]]
     seen = {name: tally.errors() for name, tally in tallies.items()}
     wrong = {name: pair for name, pair in seen.items() if not (pair[0] <= most[0] and pair[1] <= most[1])}
     if wrong:
-        told = ", ".join(f"{name} error {norm:.1e} (worst row {row:.1e})" for name, (norm, row) in wrong.items())
-        raise Red(f"{told}; limit {most[0]:.0e} ({most[1]:.0e})")
+        errors = ", ".join(f"{name} error {norm:.1e} (worst row {row:.1e})" for name, (norm, row) in wrong.items())
+        raise WrongResult(f"{errors}; limit {most[0]:.0e} ({most[1]:.0e})")
     return seen
 
 
 def compare(
     found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str], dtype: torch.dtype, slack: float = 1.0
 ) -> Errors:
-    """The errors by name. Raises Red as :func:`judge` does, and for another shape."""
+    """Return the errors by name. Raise WrongResult as :func:`judge` does, or if shapes differ."""
     tallies = {name: Tally() for name in names}
     for name, f, e in zip(names, found, expected, strict=True):
         try:
             tallies[name].add(f, e)
-        except Red as error:
-            raise Red(f"{name} {error}") from None
+        except WrongResult as error:
+            raise WrongResult(f"{name} {error}") from None
     return judge(tallies, dtype, slack)
 
 
 @contextmanager
-def about(op: str, backend: str, shape: Shape, dtype: torch.dtype) -> Iterator[None]:
-    """What is checked within. The message of Red names it; any other exception becomes Red."""
+def checking(op: str, backend: str, shape: Shape, dtype: torch.dtype) -> Iterator[None]:
+    """Turn any exception raised inside into a WrongResult whose message names the op and the shape."""
     try:
         yield
     except Exception as error:
         size = f"T{shape.T} D{shape.D} F{shape.F} E{shape.E} K{shape.K}"
         kind = str(dtype).removeprefix("torch.")
-        what = str(error) if isinstance(error, Red) else f"fails: {told(error)}"
-        raise Red(f"{op}, backend={backend}, shape={shape.name} ({size}, {kind}): {what}") from error
+        what = str(error) if isinstance(error, WrongResult) else f"fails: {brief(error)}"
+        raise WrongResult(f"{op}, backend={backend}, shape={shape.name} ({size}, {kind}): {what}") from error
 
 
 def check_dtype(found: Tensor, expected: torch.dtype, name: str = "output") -> None:
-    """Raises Red where they differ: values are compared in fp64, which hides it."""
+    """Raise WrongResult if the dtypes differ. Comparisons of values convert to fp64, so they would not notice."""
     if found.dtype != expected:
-        raise Red(f"{name} dtype {found.dtype}, expected {expected}")
+        raise WrongResult(f"{name} dtype {found.dtype}, expected {expected}")
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:
-    """[N] int64, one number per tensor, made of its bits and the order of its rows. Waits for no device.
-
-    Tensors of equal bits have equal digests. Others almost never have.
-    """
+    """Return a checksum of each tensor's bits and row order, int64 [N], without waiting for the device."""
     return torch.stack([_digest(t.detach()) for t in tensors])
 
 
 def _digest(t: Tensor) -> Tensor:
     rows = t.contiguous().reshape(t.shape[0] if t.dim() else 1, -1).view(torch.uint8)
-    # eight bytes at a time, which needs no wider copy
+    # eight bytes at a time, to avoid a wider copy
     rows = rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows.to(torch.int64)
     return (rows.sum(1) * torch.arange(1, len(rows) + 1, device=t.device)).sum()
 
 
 class Watch:
-    """Sees every run of several steps that share ``inputs``: what it returned, and whether it wrote to them."""
+    """Records the results of every run of several steps, and whether a run wrote to the shared ``inputs``."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
         self._inputs = inputs
@@ -151,35 +148,38 @@ class Watch:
         self._changes: dict[str, list[Tensor]] = {}
 
     def see(self, name: str, made: Any) -> None:
-        """One run of the step ``name``, and its results in tuples of any depth."""
+        """Record one run of the step ``name``; ``made`` is any nesting of tuples of tensors."""
         now = digest(self._inputs.values())
         self._changes.setdefault(name, []).append(now != self._last)
         self._results.setdefault(name, []).append(digest(tree_leaves(made)))
         self._last = now
 
     def check_inputs(self, name: str) -> None:
-        """Raises Red where a run of ``name`` wrote to an input.
+        """Raise WrongResult if a run of ``name`` wrote to an input.
 
-        To be asked of every step before results are judged: a changed input makes those of other steps wrong too.
+        Call this for all steps before you check results: a changed input also makes other steps' results wrong.
         """
         if name not in self._changes:
             return
         changed = torch.stack(self._changes[name]).any(0).tolist()
         if any(changed):
             names = (given for given, differs in zip(self._inputs, changed, strict=True) if differs)
-            raise Red(f"it wrote to its inputs: {', '.join(names)}; limit 0")
+            raise WrongResult(f"it wrote to its inputs: {', '.join(names)}; limit 0")
 
     def check_results(self, name: str, last: int = 1) -> None:
-        """Raises Red where a run of ``name`` returned what none of its ``last`` runs has, which are held to fp64."""
+        """Raise WrongResult if a run of ``name`` returned something other than each of its ``last`` runs.
+
+        The caller compares these last runs with fp64.
+        """
         if name not in self._results:
             return
         results = [tuple(row) for row in torch.stack(self._results[name]).tolist()]
         if apart := sum(row not in results[-last:] for row in results):
-            raise Red(f"{apart} of {len(results)} runs returned other results than the one that is checked; limit 0")
+            raise WrongResult(f"{apart} of {len(results)} runs returned other results than the checked run; limit 0")
 
 
 def reduced(shape: Shape, device: torch.device) -> Shape:
-    """The shape with as many tokens, and if need be experts and width, as a reference in fp64 can be afforded for."""
+    """Return the shape with fewer tokens (and if necessary experts and width), so that an fp64 reference fits."""
     per_expert = 2 * 8 * 3 * shape.F * shape.D
     experts = min(shape.E, max(_BYTES[device.type] // per_expert, shape.K, 2))
     small = replace(shape, E=experts)
@@ -190,9 +190,9 @@ def reduced(shape: Shape, device: torch.device) -> Shape:
 
 
 def reference(batch: Batch, gate_up_EFD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output and gradients (see NAMES) in fp64, expert by expert, by formula.
+    """Compute output and gradients in fp64, expert by expert, by formula, in the order of NAMES.
 
-    The gradients of 16-bit weights are kept in fp32, because for all experts fp64 could be too large for a GPU.
+    Gradients of 16-bit weights are returned in fp32, because fp64 for all experts may not fit on a GPU.
     """
     keep = torch.float64 if gate_up_EFD.dtype in (torch.float32, torch.float64) else torch.float32
     x, weights, dy = batch.x_TD.detach().double(), batch.weights_TK.detach().double(), batch.dy_TD.double()
@@ -218,17 +218,8 @@ def reference(batch: Batch, gate_up_EFD: Tensor, down_EDF: Tensor) -> tuple[Tens
     return y, dx, dweights, dgate_up, ddown
 
 
-def step(one: Contestant, batch: Batch) -> tuple[Tensor, ...]:
-    """Output and gradients of a contestant: in the order of NAMES, or of x and its leaves if it routes by itself."""
-    y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
-    inputs = (batch.x_TD, batch.weights_TK) if one.routed else (batch.x_TD,)
-    grads = torch.autograd.grad(y_TD, (*inputs, *one.leaves), batch.dy_TD)
-    first, rest = grads[: len(inputs)], grads[len(inputs) :]
-    return y_TD.detach(), *first, *(one.restore(rest) if one.routed else rest)
-
-
 def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
-    """All results of softmax, top-k and normalisation, and the logits' gradient unless it is None. Raises Red."""
+    """Check all results of softmax, top-k and normalisation, and the logits' gradient unless it is None."""
     (tokens, experts), k = logits_TE.shape, dweights_TK.shape[1]
     wide = logits_TE.detach().double().requires_grad_()
     scores_TE = F.softmax(wide, 1)
@@ -249,7 +240,7 @@ def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dwei
 
 
 def right_order(ids_TK: Tensor, experts: int) -> ExpertOrder:
-    """The order of a stable sort by torch; none of the ids may be dropped."""
+    """Return the order of torch's stable sort. No id may be dropped."""
     flat_R = ids_TK.reshape(-1).argsort(stable=True)
     inverse_R = torch.empty_like(flat_R).scatter_(0, flat_R, torch.arange(flat_R.numel(), device=flat_R.device))
     counts = ids_TK.reshape(-1).bincount(minlength=experts)
@@ -257,14 +248,14 @@ def right_order(ids_TK: Tensor, experts: int) -> ExpertOrder:
 
 
 def check_order(found: ExpertOrder, expected: ExpertOrder) -> None:
-    """Raises Red where they differ."""
+    """Raise WrongResult if the orders differ."""
     for name, one, other in zip(expected._fields, found, expected, strict=True):
         _equal(name, one, other)
 
 
 def _equal(name: str, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
-        raise Red(f"{name} shape {list(found.shape)}, expected {list(expected.shape)}")
+        raise WrongResult(f"{name} shape {list(found.shape)}, expected {list(expected.shape)}")
     check_dtype(found, expected.dtype, name)
     if wrong := int((found != expected).sum()):
-        raise Red(f"{name} error: {wrong} of {expected.numel()} differ; limit 0")
+        raise WrongResult(f"{name} error: {wrong} of {expected.numel()} differ; limit 0")

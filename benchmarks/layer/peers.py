@@ -1,7 +1,8 @@
-"""The contestants on the expert path: from hidden states, expert ids and router weights to the experts' weighted sum.
+"""Contestants that compute the experts for given routing: ours, a loop, torch's grouped product, a dense feed-forward.
 
-All take the same tensors and give a gradient to each. A contestant is built for one shape and may keep the weights in
-its own layout; ``restore`` brings its weights' gradients into ours, so that all pass the same gate.
+All take the same tensors (hidden states, router weights, expert ids) and return gradients for all of them. A contestant
+is built for one shape. It may store the weights in its own layout; ``restore`` converts their gradients to our layout,
+so that all contestants pass the same checks.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows.
@@ -14,19 +15,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape, unit_random
 from torch import Tensor, nn
 
+from benchmarks.shared.records import OURS
+from benchmarks.shared.shapes import Batch, Shape, unit_random
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
 
-OURS, LOOP, GROUPED, COMPILED, DENSE = "equimoe", "loop", "grouped_mm", "grouped_mm compiled", "dense"
+LOOP, GROUPED, COMPILED, DENSE = "loop", "grouped_mm", "grouped_mm compiled", "dense"
 
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Absent(Exception):
-    """Why a contestant cannot take part."""
+    """A contestant cannot take part; the message says why."""
 
 
 def as_they_are(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -36,13 +38,21 @@ def as_they_are(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Contestant:
-    """``run(x_TD, weights_TK, ids_TK)`` is y [T, D]; ``leaves`` are its weights."""
+    """One implementation: ``run(x_TD, weights_TK, ids_TK)`` returns y [T, D]; ``leaves`` are its weights."""
 
     run: Path
     leaves: tuple[Tensor, ...]
     restore: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]] = as_they_are
-    #: whether it computes what the others do; a dense feed-forward has nobody to agree with
+    #: whether it uses the given routing, and so computes the same as the others
     routed: bool = True
+
+    def step(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return output and gradients in the order of NAMES, or of x and ``leaves`` if it is not ``routed``."""
+        y_TD = self.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
+        inputs = (batch.x_TD, batch.weights_TK) if self.routed else (batch.x_TD,)
+        grads = torch.autograd.grad(y_TD, (*inputs, *self.leaves), batch.dy_TD)
+        first, rest = grads[: len(inputs)], grads[len(inputs) :]
+        return y_TD.detach(), *first, *(self.restore(rest) if self.routed else rest)
 
 
 def build_ours(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
@@ -54,7 +64,7 @@ def build_ours(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend:
 
 
 def build_loop(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """One product per expert on sorted rows; the weights are taken apart once, so that no gradient is padded."""
+    """Multiply sorted rows expert by expert. The weights are unbound once, so that no gradient is padded with zeros."""
 
     def run(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         flat_R = ids_TK.reshape(-1).argsort(stable=True)
@@ -79,12 +89,12 @@ def _product() -> Callable[..., Tensor]:
 
 
 def build_grouped(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, compiled: bool = False) -> Contestant:
-    """torch's grouped product between a gather and a sum over k, nothing else fused."""
+    """Use torch's grouped product between a gather and a sum over k, with nothing fused."""
     product = _product()
     if gate_up.device.type == "cuda" and gate_up.dtype != torch.bfloat16:
-        raise Absent(f"on a GPU it multiplies bfloat16 only, and this is {gate_up.dtype}")
+        raise Absent(f"on a GPU it supports bfloat16 only, not {gate_up.dtype}")
     if shape.D % 8 or shape.F % 8:
-        raise Absent(f"rows of {shape.D} and {shape.F} are not all multiples of 16 bytes")
+        raise Absent(f"it needs rows of multiples of 16 bytes; here they have {shape.D} and {shape.F} elements")
 
     def run(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         ids_R, flat_R = ids_TK.reshape(-1).sort(stable=True)
@@ -100,7 +110,7 @@ def build_grouped(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, compi
 
 
 def build_dense(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """A feed-forward of the width that a token meets: as many operations, and none of the routing."""
+    """Build a dense feed-forward of width K * F: as many operations per token, without routing."""
     width, like = shape.K * shape.F, gate_up
     wide = nn.Parameter(unit_random((2 * width, shape.D), like.dtype, like.device, shape.D**-0.5))
     back = nn.Parameter(unit_random((shape.D, width), like.dtype, like.device, width**-0.5))
@@ -113,7 +123,7 @@ def build_dense(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Cont
 
 
 def own(backend: str, compiled: bool) -> dict[str, Callable[..., Contestant]]:
-    """What needs nothing but torch: builders by name, each taking a shape and the two weights."""
+    """Return builders of the contestants that need only torch; each takes a shape and the two weights."""
     builders: dict[str, Callable[..., Contestant]] = {
         OURS: lambda *given: build_ours(*given, backend=backend),
         LOOP: build_loop,
@@ -128,7 +138,7 @@ def own(backend: str, compiled: bool) -> dict[str, Callable[..., Contestant]]:
 def build_all(
     builders: dict[str, Callable[..., Contestant]], *given: Any
 ) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The contestants that can be built, and why the others cannot."""
+    """Build all contestants; return them, and the reasons for those that cannot be built."""
     built, absent = {}, {}
     for name, build in builders.items():
         try:

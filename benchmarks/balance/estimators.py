@@ -18,7 +18,6 @@ Writes JSON and the tables (.md), and prints these.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -26,17 +25,20 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
+
 import torch
-from checkout import ROOT
-from estimator_tables import ESTIMATORS, ORDERS, cosine, markdown, prediction
-from options import Parser, folder
-from records import facts, load_averages, spent, write
 from torch import Tensor
 
+from benchmarks.balance.estimator_tables import ESTIMATORS, ORDERS, cosine, markdown, prediction
+from benchmarks.shared.options import Parser
+from benchmarks.shared.records import facts, load_averages, spent, write
 from equimoe.moe import BalanceConfig, MoEConfig, counting_pass
 from equimoe.moe.balance import Balancer, loss_value
 from equimoe.moe.balance.estimators import so_far
@@ -328,9 +330,9 @@ def mean_over_orders(found: Found, model: Decoder) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps, M up to 8; half a minute")
-    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_out()
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     plan, begin, before = SHORT if args.quick else FULL, time.perf_counter(), load_averages()

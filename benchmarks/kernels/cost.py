@@ -1,9 +1,9 @@
-"""What a Mixture-of-Experts layer must at least compute and move, stage by stage, and the time that takes.
+"""Lower bounds: the operations, bytes and time that a Mixture-of-Experts layer needs at least, stage by stage.
 
-Bytes are those of 16-bit activations and weights, fp32 router logits and 32-bit indices, each tensor read or written
-once and gathered rows read once per source row. A stage cannot be faster than the slower of its arithmetic and its
-traffic at the machine's measured rates; a layer of such stages, one after the other, cannot be faster than their sum.
-The forward is 6*T*K*F*D operations and the backward 12*T*K*F*D; those of the router count in its own stages only.
+Bytes assume 16-bit activations and weights, fp32 router logits and 32-bit indices; each tensor is read or written once,
+and gathered rows are read once per source row. A stage takes at least the longer of its arithmetic and its traffic at
+the machine's measured rates, and a layer takes at least the sum of its stages. The experts' forward has 6*T*K*F*D
+operations and their backward 12*T*K*F*D; the router has stages of its own.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows.
@@ -13,18 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from shapes import Shape
-
-
-class Rates(NamedTuple):
-    """What the machine does, measured: operations per second of a matrix product, bytes per second of a copy."""
-
-    flops: float
-    bytes: float
+from benchmarks.shared.shapes import Shape
+from benchmarks.shared.timing import Rates
 
 
 class Stage(NamedTuple):
-    """One step of the algorithm: floating-point operations, 2 per multiply-add, and bytes."""
+    """One step of the algorithm: its floating-point operations (2 per multiply-add) and its bytes."""
 
     name: str
     flops: int
@@ -38,7 +32,7 @@ class Stage(NamedTuple):
 
 
 def router(s: Shape) -> list[Stage]:
-    """Logits, and the choice of experts."""
+    """Return the stages that compute logits and choose experts."""
     return [
         Stage("router", 2 * s.T * s.D * s.E, 2 * s.T * s.D + 2 * s.D * s.E + 4 * s.T * s.E),
         Stage("topk_gate", 0, 4 * s.T * s.E + 8 * s.rows),
@@ -46,7 +40,7 @@ def router(s: Shape) -> list[Stage]:
 
 
 def path_forward(s: Shape) -> list[Stage]:
-    """From expert ids to the layer's output. Kept for the backward: x and the pre-activation."""
+    """Return the stages from expert ids to the layer's output. They save x and the pre-activation for the backward."""
     gemm = s.rows * s.D * s.F
     return [
         Stage("sort_by_expert", 0, 16 * s.rows + 4 * s.E),
@@ -57,7 +51,10 @@ def path_forward(s: Shape) -> list[Stage]:
 
 
 def path_backward(s: Shape) -> list[Stage]:
-    """No product is computed again: dh, the activation's gradient and the router weights' share one pass."""
+    """Return the backward stages without recomputation.
+
+    The first stage computes dh, the activation's gradient and the router weights' gradient in one pass.
+    """
     gemm, weight = s.rows * s.D * s.F, s.E * s.D * s.F
     return [
         Stage("dh", 2 * gemm, 2 * s.T * s.D + 2 * weight + 10 * s.rows * s.F + 4 * s.rows),
@@ -82,22 +79,22 @@ def layer_backward(s: Shape) -> list[Stage]:
 
 
 def floor(stages: Iterable[Stage], rates: Rates) -> float:
-    """Seconds that the stages take at least, one after the other."""
+    """Return the fewest seconds in which the stages can run, one after the other."""
     return sum(stage.seconds(rates) for stage in stages)
 
 
 def kept_bytes(s: Shape) -> int:
-    """What the expert path has to keep for its backward pass when no product is repeated: x and the pre-activation."""
+    """Return the bytes that the experts must save for a backward pass without recomputation: x and pre-activation."""
     return 2 * s.T * s.D + 4 * s.rows * s.F
 
 
 def _gate_backward(s: Shape) -> Stage:
-    """Logits, the chosen ids and the weights' gradient are read, the logits' gradient is written."""
+    """Read logits, ids and the weights' gradient; write the logits' gradient."""
     return Stage("topk_gate backward", 0, 8 * s.T * s.E + 8 * s.rows)
 
 
 def ops(s: Shape) -> dict[str, list[Stage]]:
-    """The floor of each op of the kernel suite by itself: inputs read once, outputs written once."""
+    """Return the stages of each op of the kernel suite alone: inputs are read once, outputs written once."""
     forward = {stage.name: stage for stage in path_forward(s)}
     backward = {stage.name: stage for stage in path_backward(s)}
     gemm, weight, rows = s.rows * s.D * s.F, s.E * s.D * s.F, s.rows

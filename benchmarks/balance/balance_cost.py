@@ -22,30 +22,30 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-warnings.filterwarnings("ignore", category=FutureWarning)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-from checkout import ROOT  # noqa: E402
-from options import Parser, folder  # noqa: E402
-from records import facts, load_averages, spent, table, told, write  # noqa: E402
-from timing import Step, Timer, interleave, summary  # noqa: E402
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
 
-from equimoe.launch.recipes.quickstart import quickstart  # noqa: E402
-from equimoe.moe import BalanceConfig, ExtraLossConfig  # noqa: E402
-from equimoe.moe.collectives import LOCAL, Traffic, record_traffic, sum_over, world_axis  # noqa: E402
-from equimoe.moe.parallel import Mesh, build_mesh  # noqa: E402
-from equimoe.moe.train.config import OptimConfig, ParallelConfig, TrainConfig  # noqa: E402
-from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer  # noqa: E402
-from equimoe.moe.train.loop import Trainer  # noqa: E402
-from tests.helpers.fork import run_ranks  # noqa: E402
+import torch
+
+from benchmarks.shared.options import Parser
+from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
+from benchmarks.shared.timing import Step, Timer, interleave, summary
+from equimoe.launch.recipes.quickstart import quickstart
+from equimoe.moe import BalanceConfig, ExtraLossConfig
+from equimoe.moe.collectives import LOCAL, Traffic, record_traffic, sum_over, world_axis
+from equimoe.moe.parallel import Mesh, build_mesh
+from equimoe.moe.train.config import OptimConfig, ParallelConfig, TrainConfig
+from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
+from tests.helpers.fork import run_ranks
 
 MICRO, AGAIN = "micro", "micro again"
 SCOPES = {
@@ -258,7 +258,7 @@ def byte_table(rows: list[dict[str, Any]]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The whole result as text."""
-    lines = [f"# Cost of global-batch balance, {result['facts']['cpu']}", "", *told(result), "", "## Step time", ""]
+    lines = [f"# Cost of global-batch balance, {result['facts']['cpu']}", "", *as_lines(result), "", "## Step time", ""]
     lines += ["Steps in turns, on each rank's own thread; ratio to micro, round by round: median and quartiles.", ""]
     rows = []
     for world, times in result["times"].items():
@@ -282,11 +282,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--ranks", default="1,2,4", help="(default %(default)s)")
     parser.add_argument("--rounds", type=int, help="of all scopes (default 20; quick 2)")
     parser.add_argument("--quick", action="store_true", help="a narrow model: bytes are right, times say nothing")
-    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_out()
     args = parser.parse_args(argv)
     args.ranks = [int(text) for text in args.ranks.split(",")]
     args.rounds = args.rounds or (2 if args.quick else 20)

@@ -1,8 +1,8 @@
-"""Clocks, samples and yardsticks: how anything here is measured.
+"""Measures time, memory, and the machine's matrix-product and copy rates.
 
-On a GPU, CUDA events stand around the work and a write larger than the L2 cache before it; steps are queued without
-waiting, so that the time of launching does not count where the device is busy anyway. On a CPU the clock is the
-host's. Contestants take turns, each round beginning with another one.
+On a GPU, CUDA events enclose the work, after a write that is larger than the L2 cache. Steps are queued without
+waiting, so that launch overhead does not count while the device is busy. On a CPU, the host's clock is read.
+Contestants take turns, and each round starts with another one.
 """
 
 from __future__ import annotations
@@ -10,22 +10,30 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from agreement import Red, told
-from cost import Rates
 from torch import Tensor
 
-#: a step that is timed: calls ``mark`` at its start, between its parts and at its end, and returns its results
+from benchmarks.shared.agreement import WrongResult, brief
+
+#: a timed step: it calls ``mark`` at its start, between its parts and at its end, and returns its results
 Step = Callable[[Callable[[], None]], Any]
 _FLUSH_BYTES = 256 << 20
 
 
+class Rates(NamedTuple):
+    """Measured rates of the machine: operations per second of a matrix product, bytes per second of a copy."""
+
+    flops: float
+    bytes: float
+
+
 class Timer:
-    """Seconds between the marks of a step, on one device."""
+    """Measures the seconds between the marks of a step on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +48,7 @@ class Timer:
         return event
 
     def sample(self, step: Step, times: int, see: Callable[[Any], None] | None = None) -> list[list[float]]:
-        """``times`` runs of ``step``: the seconds of each part. ``see`` gets each run's results, off the clock."""
+        """Run ``step`` several times; return the seconds of its parts. ``see`` gets each run's results, untimed."""
         runs = []
         for _ in range(times):
             if self._flush is not None:
@@ -49,7 +57,7 @@ class Timer:
             results = step(lambda marks=marks: marks.append(self._mark()))
             if see is not None:
                 see(results)
-            del results  # at once, so that the next run finds as much memory
+            del results  # now, so that the next run starts with the same free memory
             runs.append(marks)
         self.wait()
         return [[self._between(a, b) for a, b in zip(marks, marks[1:], strict=False)] for marks in runs]
@@ -58,7 +66,7 @@ class Timer:
         return a.elapsed_time(b) / 1e3 if self.cuda else b - a
 
     def release(self) -> None:
-        """Give memory that nobody holds back to the device, so that what is free can be seen."""
+        """Return unused memory to the device, so that its free memory can be read."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -66,6 +74,26 @@ class Timer:
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+
+@dataclass
+class Context:
+    """Settings and tools that all measurements of one run share."""
+
+    timer: Timer
+    dtype: torch.dtype
+    backend: str
+    rates: Rates
+    #: name -> function that builds a contestant for a shape
+    builders: dict[str, Callable[..., Any]]
+    rounds: int
+    seconds_each: float
+    #: name -> reason, for contestants that are left out of all shapes or of the current one
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.timer.device
 
 
 def interleave(
@@ -76,10 +104,10 @@ def interleave(
     must: Sequence[str],
     see: Callable[[str, Any], None] | None = None,
 ) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
-    """The parts' seconds of every run of every step, steps taking turns; and why a step could not be run.
+    """Time several steps in turns; return the seconds of the parts of every run, and why steps could not run.
 
-    ``seconds_each`` is about what a step may take in all, after its first runs. ``see`` gets the name and results of
-    every run of those in ``must``. An error of theirs is raised as Red, unless memory is what they lack.
+    ``seconds_each`` is roughly the total time for one step, after its first runs. ``see`` gets the name and the results
+    of every run of the steps in ``must``. If one of these fails, and not for lack of memory, raise WrongResult.
     """
     found: dict[str, list[list[float]]] = {}
     failed: dict[str, str] = {}
@@ -94,14 +122,14 @@ def interleave(
         except torch.OutOfMemoryError:
             failed[name] = "out of memory"
             torch.cuda.empty_cache()
-        except Exception as error:  # a peer may fail in any way that it likes
+        except Exception as error:  # a peer may raise anything
             if name in must:
-                raise Red(f"{name} fails: {told(error)}") from error
-            failed[name] = f"fails: {told(error)}"
+                raise WrongResult(f"{name} fails: {brief(error)}") from error
+            failed[name] = f"fails: {brief(error)}"
         return []
 
     for name in steps:
-        run(name, 2)  # compiles, and lets allocators and autotuners settle
+        run(name, 2)  # compiles, and warms up allocators and autotuners
         inner[name] = 1
         if timer.cuda:
             cost = sum(map(sum, run(name, 1)))
@@ -116,7 +144,7 @@ def interleave(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, and the distance between the quartiles, in microseconds."""
+    """Return the median and the interquartile range in microseconds."""
     spread = 0.0
     if len(seconds) > 1:
         low, _, high = quantiles(seconds, n=4, method="inclusive")
@@ -125,7 +153,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
-    """``call`` as a CUDA graph, without the gaps between its launches; None where it cannot be captured.
+    """Capture ``call`` as a CUDA graph, to remove the gaps between its launches. Return None if that is impossible.
 
     Every replay writes its results into the same tensors.
     """
@@ -151,14 +179,14 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] 
 
 
 def kept_for_backward(call: Callable[[], object], not_counting: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps while ``call`` runs, each memory once; without the tensors of ``not_counting``."""
+    """Return the bytes that autograd saves during ``call``, each storage once, without those of ``not_counting``."""
     ours = {t.untyped_storage().data_ptr() for t in not_counting}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ours:
-            # a pooled buffer is longer than its tensor
+            # a pooled buffer may be larger than its tensor
             size = min(storage.nbytes(), tensor.numel() * tensor.element_size())
             kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), size)
         return tensor
@@ -169,7 +197,7 @@ def kept_for_backward(call: Callable[[], object], not_counting: Sequence[Tensor]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that ``call`` has at once beyond what was there before; None on a CPU, where nobody counts."""
+    """Return the peak memory of ``call`` beyond what was allocated before. None on a CPU, where nothing counts it."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -181,14 +209,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def yardstick(timer: Timer, dtype: torch.dtype, runs: int = 10, quick: bool = False) -> Rates:
-    """What this machine does now: a square matrix product of random numbers, and a copy, read and written."""
+    """Measure the machine's current rates: a square matrix product of random numbers, and a copy (read + write)."""
     device = timer.device
     side, length = (8192, 1 << 31) if timer.cuda else (256, 1 << 22) if quick else (2048, 1 << 28)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     source = torch.randint(-128, 128, (length,), dtype=torch.int8, device=device)
     target, out = torch.empty_like(source), torch.empty_like(a)
 
-    def middle(work: Callable[[], object]) -> float:
+    def median_seconds(work: Callable[[], object]) -> float:
         def step(mark: Callable[[], None]) -> None:
             mark()
             work()
@@ -197,6 +225,6 @@ def yardstick(timer: Timer, dtype: torch.dtype, runs: int = 10, quick: bool = Fa
         timer.sample(step, 3)
         return median(parts[0] for parts in timer.sample(step, runs))
 
-    product = middle(lambda: torch.mm(a, b, out=out))
-    copy = middle(lambda: target.copy_(source))
+    product = median_seconds(lambda: torch.mm(a, b, out=out))
+    copy = median_seconds(lambda: target.copy_(source))
     return Rates(2 * side**3 / product, 2 * length / copy)

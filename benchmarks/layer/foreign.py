@@ -1,7 +1,7 @@
-"""Other projects' kernels as contestants, against their published interfaces.
+"""Contestants that call other projects' kernels through their published interfaces.
 
-Looked for where Python finds them, and in the checkouts that ``--peer NAME=PATH`` names. A NAME that is not known here
-takes a Python file whose ``build(shape, gate_up, down)`` returns ``run(x_TD, weights_TK, ids_TK)``.
+They are imported if installed, or from the checkouts that ``--peer NAME=PATH`` names. For a NAME that is not listed
+here, PATH is a Python file whose ``build(shape, gate_up, down)`` returns ``run(x_TD, weights_TK, ids_TK)``.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows.
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import Absent, Contestant, as_they_are
-from shapes import Shape
 from torch import Tensor, nn
 
-#: above this number of experts an eager loop pads each expert's gradient to all of them, and takes minutes
+from benchmarks.layer.peers import Absent, Contestant, as_they_are
+from benchmarks.shared.shapes import Shape
+
+#: with more experts, an eager loop takes minutes, because it pads each expert's gradient to all experts
 _MOST_EAGER = 8
 
 
@@ -31,7 +32,7 @@ def _needs_cuda(gate_up: Tensor, what: str) -> None:
 
 
 def build_liger(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """Liger-Kernel's LigerFusedMoEFunction: int32 ids, weights in the activations' dtype."""
+    """Call Liger-Kernel's LigerFusedMoEFunction: int32 ids, weights in the activations' dtype."""
     _needs_cuda(gate_up, "Liger-Kernel")
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
@@ -42,7 +43,7 @@ def build_liger(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Cont
 
 
 def build_scattermoe(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """ScatterMoE's parallel_linear, as its GLUMLP uses it; that takes the activation of the second half."""
+    """Call ScatterMoE's parallel_linear twice, as its GLUMLP does. (GLUMLP itself activates the second half.)"""
     _needs_cuda(gate_up, "ScatterMoE")
     from scattermoe import flatten_sort_count, parallel_linear
 
@@ -58,7 +59,7 @@ def build_scattermoe(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) ->
 
 
 def build_sonicmoe(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """SonicMoE's moe_general_routing_inputs; versions without ``concat_layout`` want gate and up rows by turns."""
+    """Call SonicMoE's moe_general_routing_inputs. Versions without ``concat_layout`` alternate gate and up rows."""
     _needs_cuda(gate_up, "SonicMoE")
     from sonicmoe.enums import ActivationType
     from sonicmoe.functional import moe_general_routing_inputs
@@ -90,12 +91,12 @@ def build_sonicmoe(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> C
 
 
 def build_transformers(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, implementation: str) -> Contestant:
-    """The experts of Hugging Face's Qwen3-MoE with one of its ``experts_implementation``."""
+    """Call the experts of Hugging Face's Qwen3-MoE with one value of ``experts_implementation``."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
     if implementation == "eager" and shape.E > _MOST_EAGER:
-        raise Absent(f"its backward pads every expert's gradient to all experts; run for {_MOST_EAGER} of them at most")
+        raise Absent(f"its backward pads every expert's gradient to all experts, so it runs up to {_MOST_EAGER} only")
     if implementation == "sonicmoe":
         from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
@@ -115,13 +116,13 @@ def build_transformers(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, 
 
 
 def build_transformer_engine(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-    """Transformer Engine's index-map permutation around two GroupedLinear, which want the row counts on the host."""
+    """Call two of Transformer Engine's GroupedLinear between its permutations. They need row counts on the host."""
     _needs_cuda(gate_up, "Transformer Engine")
     import transformer_engine.pytorch as te
 
     def linear(weight_EON: Tensor) -> nn.Module:
         experts, out, into = weight_EON.shape
-        # one row of its own memory per weight until ours take their place
+        # on meta, because our weights replace its own
         module = te.GroupedLinear(experts, into, out, bias=False, params_dtype=weight_EON.dtype, device="meta")
         for index, weight in enumerate(weight_EON.detach()):
             setattr(module, f"weight{index}", nn.Parameter(weight))
@@ -152,8 +153,8 @@ KNOWN: dict[str, Callable[..., Contestant]] = {
     "transformers sonicmoe": partial(build_transformers, implementation="sonicmoe"),
     "transformer-engine": build_transformer_engine,
 }
-#: what nobody should run without having asked for it
-ONLY_IF_NAMED = {"transformers sonicmoe": "it downloads its kernel, and runs it"}
+#: name -> reason, for contestants that must not run unless --only names them
+ONLY_IF_NAMED = {"transformers sonicmoe": "it downloads and runs its kernel"}
 
 
 def _from_file(name: str, path: Path) -> Callable[..., Contestant]:
@@ -170,7 +171,7 @@ def _from_file(name: str, path: Path) -> Callable[..., Contestant]:
 
 
 def find(given: Sequence[str]) -> dict[str, Callable[..., Contestant]]:
-    """The builders of all known contestants and of those given as NAME=PATH. Raises ValueError for a bad one."""
+    """Return the builders of all known contestants and of those given as NAME=PATH."""
     builders = dict(KNOWN)
     for one in given:
         name, _, text = one.partition("=")
@@ -182,7 +183,5 @@ def find(given: Sequence[str]) -> dict[str, Callable[..., Contestant]]:
         elif any(known.split()[0] == name for known in KNOWN):
             sys.path.insert(0, str(path / "src" if (path / "src").is_dir() else path))
         else:
-            raise ValueError(
-                f"--peer {one}: a folder must be a checkout of {', '.join(KNOWN)}; else give a Python file"
-            )
+            raise ValueError(f"--peer {one}: give a Python file, or a checkout of one of {', '.join(KNOWN)}")
     return builders

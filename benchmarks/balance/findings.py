@@ -1,6 +1,6 @@
 """The table, the orderings and the figures of ``global_balance.py``, from the records of its runs."""
 
-# A record: {"arm", "seed", "size", "parameters", "evaluations": [what balance_arms.measure returns, with "step"]}.
+# A record: {"arm", "seed", "size", "parameters", "evaluations": [what arms.measure returns, with "step"]}.
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from balance_arms import ARMS, BATCH, RANK
+from benchmarks.balance.arms import ARMS, BATCH, RANK
 
 Record = dict[str, Any]
 #: the loss-free bias aside, arms by the number of sequences over which ranks add up their counts
@@ -249,7 +249,7 @@ def _noise(runs: Runs) -> list[str]:
 
 def write(found: Sequence[Record], facts: dict[str, Any], stem: Path) -> str:
     """Write ``stem``.json, .md and .png; returns the text."""
-    from balance_plots import draw
+    from benchmarks.balance.plots import draw
 
     runs = Runs(found)
     as_text = text(runs, facts)

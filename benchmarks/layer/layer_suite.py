@@ -1,55 +1,42 @@
-"""The expert path and the whole layer beside their peers: forward, backward, memory; uniform and skewed routing."""
+"""Measures the experts and the whole layer against other implementations: time and memory, even and skewed routing.
+
+"Expert path" is the part of a layer after its router: from expert ids to the weighted sum of the experts' outputs.
+"""
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
 import torch
-from agreement import NAMES, Red, Watch, about, check_dtype, compare, reduced, reference, step
-from cost import Rates, floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
-from peers import OURS, Contestant, build_all
-from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch, unit_random
-from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary
 from torch import Tensor, nn
 
+from benchmarks.kernels.cost import floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
+from benchmarks.layer.peers import Contestant, build_all
+from benchmarks.shared.agreement import NAMES, Watch, WrongResult, check_dtype, checking, compare, reduced, reference
+from benchmarks.shared.records import LAYER, OURS
+from benchmarks.shared.shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch, unit_random
+from benchmarks.shared.timing import Context, Rates, Step, interleave, kept_for_backward, peak_bytes, summary
 from equimoe.moe import BalanceConfig, MoE, MoEConfig
 
-LAYER = "equimoe with router"
-#: hidden batches that a contestant goes through by turns, so that routing changes from step to step
+#: number of batches that a contestant alternates between, so that routing changes from step to step
 _BATCHES = 2
-#: of the whole layer's gate on a CPU, whose oracle is slow; the expert path passes its own at full width
+#: number of weights in the check of the whole layer on a CPU; the expert path is checked at full width
 _CPU_WEIGHTS = 1e7
 
-#: nothing is updated here: every backward is a step of its own
+#: no optimizer runs here, so every backward is a step of its own
 ONE = BalanceConfig(micro_batches=1)
 
 
-@dataclass
-class Context:
-    """What all measurements of one run share."""
-
-    timer: Timer
-    dtype: torch.dtype
-    backend: str
-    rates: Rates
-    builders: dict[str, Callable[..., Contestant]]
-    rounds: int
-    seconds_each: float
-    #: contestants that take part in no shape, or not in the shape under way, with the reason
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        return self.timer.device
-
-
 def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]]:
-    """Our errors at a reduced size, and the peers that may not run and why. Raises Red when we are wrong."""
+    """Check all contestants at a reduced size; return our errors, and peers with wrong results and the reasons.
+
+    Raise WrongResult if ours is wrong.
+    """
     small, dtype, device = reduced(shape, context.device), context.dtype, context.device
     gate_up, down = expert_weights(small, dtype, device)
     contestants, refused = build_all(context.builders, small, gate_up, down)
@@ -61,27 +48,27 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
             if not one.routed or name in refused:
                 continue
             try:
-                with about(name, context.backend, small, dtype):
+                with checking(name, context.backend, small, dtype):
                     watch = Watch({**batch.tensors(), "gate_up": gate_up, "down": down})
-                    made = step(one, batch)
+                    made = one.step(batch)
                     watch.see(name, made)
                     watch.check_inputs(name)
                     check_dtype(made[0], dtype)
                     seen = compare(made, expected, NAMES, dtype)
-            except Red as error:  # a peer may fail in any way that it likes
+            except WrongResult as error:
                 if name == OURS:
                     raise
                 refused[name] = f"disagrees: {error}"
                 continue
             if name == OURS:
                 found[routing] = {key: list(pair) for key, pair in seen.items()}
-    with about(LAYER, context.backend, small, torch.float32):
+    with checking(LAYER, context.backend, small, torch.float32):
         found["layer"] = gate_layer(small, context)
     return found, refused
 
 
 def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
-    """The whole layer in fp32 against itself in fp64 with the reference backend; in 16 bits routing would flip."""
+    """Compare the whole layer in fp32 with the reference backend in fp64. (In 16 bits, routing could differ.)"""
     while not context.timer.cuda and small.weights > _CPU_WEIGHTS and small.F > 64:
         small = replace(small, F=small.F // 2)
     layer = MoE(MoEConfig(small.D, small.F, small.E, small.K, balance=ONE, backend=context.backend)).to(context.device)
@@ -108,7 +95,10 @@ def gate_layer(small: Shape, context: Context) -> dict[str, list[float]]:
 
 
 def decided(router_ED: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """[T, D] tokens that no rounding sends elsewhere: of twice as many, those whose k-th expert leads most clearly."""
+    """Return tokens [T, D] whose routing does not depend on rounding.
+
+    Of twice as many random tokens, these have the widest margin between their k-th and the next expert.
+    """
     x_TD = unit_random((2 * shape.T, shape.D), dtype, router_ED.device)
     best_TE = (x_TD.double() @ router_ED.detach().double().T).sort(dim=1, descending=True).values
     lead_T = best_TE[:, shape.K - 1] - best_TE[:, min(shape.K, shape.E - 1)]
@@ -116,7 +106,7 @@ def decided(router_ED: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
-    """Our MoE module with router, gate, balance loss and statistics, on the same experts."""
+    """Build our MoE module, with router, balance loss and statistics, around the given experts."""
     layer = MoE(MoEConfig(shape.D, 8, shape.E, shape.K, balance=ONE, backend=backend)).to(gate_up.device, gate_up.dtype)
     with torch.no_grad():
         layer.router.weight.normal_(std=shape.D**-0.5)
@@ -131,7 +121,7 @@ def build_layer(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend
 
 
 def expected_layer(batch: Batch, leaves: Sequence[Tensor], k: int, coefficient: float) -> tuple[Tensor, ...]:
-    """Output and gradients of x, router, gate_up and down in fp64, with those of the balance loss."""
+    """Compute output and gradients of x, router, gate_up and down in fp64, including the balance loss."""
     router_ED, gate_up, down = leaves
     x_TD, wide_ED = (t.detach().double().requires_grad_() for t in (batch.x_TD, router_ED))
     scores_TE = torch.softmax(x_TD @ wide_ED.T, 1)
@@ -146,7 +136,7 @@ def expected_layer(batch: Batch, leaves: Sequence[Tensor], k: int, coefficient: 
 
 
 def expected_dense(batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Output and gradients of x and both weights in fp64: one expert that all tokens go to."""
+    """Compute output and gradients of x and both weights in fp64, as one expert that gets all tokens."""
     ones_TK = torch.ones(batch.x_TD.shape[0], 1, device=batch.x_TD.device)
     one = replace(batch, weights_TK=ones_TK, ids_TK=torch.zeros_like(ones_TK, dtype=torch.int64))
     y_TD, dx_TD, _, dup, ddown = reference(one, *(leaf.detach()[None] for leaf in leaves))
@@ -154,7 +144,7 @@ def expected_dense(batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 
 def right_results(name: str, one: Contestant, batch: Batch, shape: Shape) -> tuple[Sequence[str], Sequence[Tensor]]:
-    """What :func:`agreement.step` should return, in fp64, and the names of its parts."""
+    """Return the names of the parts of ``one.step(batch)``, and their right values in fp64."""
     if name == LAYER:
         expected = expected_layer(batch, one.leaves, shape.K, ONE.coefficient)
         return ("output", "x", "router", "gate_up", "down"), expected
@@ -166,18 +156,18 @@ def right_results(name: str, one: Contestant, batch: Batch, shape: Shape) -> tup
 def check_all(
     chosen: dict[str, tuple[Contestant, list[Batch]]], shape: Shape, context: Context, watch: Watch
 ) -> dict[str, str]:
-    """Every contestant on each of its inputs; the reasons of those that may not be shown. Raises Red for ours.
+    """Check every contestant on the inputs that were timed; return peers with wrong results, and the reasons.
 
-    ``watch`` saw the timed runs of ours, which must have returned the same.
+    ``watch`` recorded our timed runs, which must have returned the checked results. Raise WrongResult if ours is wrong.
     """
     refused: dict[str, str] = {}
-    shared: dict[int, tuple[Sequence[str], Sequence[Tensor]]] = {}  # of those that compute the same
+    shared: dict[int, tuple[Sequence[str], Sequence[Tensor]]] = {}  # right results per batch, for given routing
     for name, (one, batches) in chosen.items():
         ours = name in (OURS, LAYER)
         try:
-            with about(name, context.backend, shape, context.dtype):
+            with checking(name, context.backend, shape, context.dtype):
                 for index, batch in enumerate(batches):
-                    made = step(one, batch)
+                    made = one.step(batch)
                     if ours:
                         watch.see(name, made)
                         check_dtype(made[0], context.dtype)
@@ -187,7 +177,7 @@ def check_all(
                     compare(made, expected, names, context.dtype)
                 watch.check_inputs(name)
                 watch.check_results(name, last=len(batches))
-        except Red as error:  # a peer may fail in any way that it likes
+        except WrongResult as error:
             if ours:
                 raise
             refused[name] = f"disagrees: {error}"
@@ -211,7 +201,7 @@ def make_step(one: Contestant, batches: list[Batch]) -> Step:
 
 
 def memory(one: Contestant, batch: Batch, device: torch.device) -> dict[str, int | None]:
-    """What stays for the backward pass, and the most that a forward and a whole step have at once."""
+    """Return the memory saved for the backward pass, and the peaks of a forward and of a whole step."""
 
     def forward() -> Tensor:
         return one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
@@ -225,7 +215,7 @@ def memory(one: Contestant, batch: Batch, device: torch.device) -> dict[str, int
 
 
 def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str, Any]:
-    """All figures of one shape."""
+    """Measure all contestants on one shape."""
     gate_up, down = expert_weights(shape, context.dtype, context.device)
     builders = {name: build for name, build in context.builders.items() if name not in refused}
     contestants, absent = build_all(builders, shape, gate_up, down)
@@ -255,21 +245,21 @@ def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str
                 one, own = chosen[name]
                 result[routing][name].update(memory(one, own[0], context.device))
         del batches, steps, chosen
-    for routing in ROUTINGS:  # one that is wrong for either routing has no figure at all
+    for routing in ROUTINGS:  # a contestant that is wrong for one routing is not shown for the other
         result[routing] = {name: row for name, row in result[routing].items() if name not in absent}
     result["absent"] = absent
     return result
 
 
 def inputs(name: str, one: Contestant, batches: list[Batch], shape: Shape, dtype: torch.dtype) -> list[Batch]:
-    """The batches of a contestant; our layer, which routes by itself, gets tokens of which no rounding decides."""
+    """Return a contestant's batches. Our layer routes by itself, so its tokens' routing must not depend on rounding."""
     if name != LAYER:
         return batches
     return [replace(batch, x_TD=decided(one.leaves[0], shape, dtype).requires_grad_()) for batch in batches]
 
 
 def all_inputs(chosen: dict[str, tuple[Contestant, list[Batch]]]) -> dict[str, Tensor]:
-    """What our contestants are given: the tensors of every batch and their weights."""
+    """Return all tensors that our contestants read: batches and weights."""
     found: dict[str, Tensor] = {}
     for name, (one, batches) in chosen.items():
         if name in (OURS, LAYER):
@@ -280,7 +270,7 @@ def all_inputs(chosen: dict[str, tuple[Contestant, list[Batch]]]) -> dict[str, T
 
 
 def figures(shape: Shape, parts: list[list[float]]) -> dict[str, Any]:
-    """Forward, backward (of each run: total - forward) and total, with 6*T*K*F*D and 12*T*K*F*D operations."""
+    """Summarise forward, backward and total time; forward has 6*T*K*F*D operations, backward 12*T*K*F*D."""
     forward, backward = ([run[i] for run in parts] for i in (0, 1))
     found: dict[str, Any] = {
         "forward": summary(forward),
@@ -295,7 +285,7 @@ def figures(shape: Shape, parts: list[list[float]]) -> dict[str, Any]:
 
 
 def floors(shape: Shape, rates: Rates) -> dict[str, float]:
-    """The least that the path, and the layer with its router, can take at the measured rates, in microseconds."""
+    """Return lower bounds in microseconds for the expert path and the whole layer, at the measured rates."""
     stages = {
         "path_forward_us": path_forward(shape),
         "path_backward_us": path_backward(shape),

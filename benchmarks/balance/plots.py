@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from balance_arms import ARMS, BATCH, RANK
-from balance_figures import PAPER, PAPER_LONGER, SYNCHRONISED, Runs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.balance.arms import ARMS, BATCH, RANK
+from benchmarks.balance.findings import PAPER, PAPER_LONGER, SYNCHRONISED, Runs
 from equimoe.launch.figures import COLORS
 
 MICRO, GLOBAL = "sync-4", "sync-512"

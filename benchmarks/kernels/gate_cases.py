@@ -1,7 +1,7 @@
-"""The calls of the ops whose launches the compile gate compiles: every shipped tile, at every kind of size.
+"""The op calls whose launches the compile gate compiles: every shipped tile, at every kind of size.
 
-Triton compiles a kernel again for an integer argument that is 1 or a multiple of 16, so a size stands for all of its
-kind. Values do not matter, because nothing runs.
+Triton specialises a kernel for integer arguments that are 1 or a multiple of 16, so one size represents all sizes of
+its kind. Values do not matter, because nothing runs.
 """
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
@@ -26,7 +26,7 @@ Work = Callable[[], object]
 
 
 class Size(NamedTuple):
-    """One kind of size; ``shift`` elements lie before the tensors, which are then not aligned to 16 bytes."""
+    """One kind of size. Tensors start ``shift`` elements after an aligned address."""
 
     D: int
     F: int
@@ -35,8 +35,8 @@ class Size(NamedTuple):
     shift: int = 0
 
 
-#: even: multiples of every tile, and of 16; tail: multiples of 16 that no tile's depth divides; odd: of nothing;
-#: single: one expert and one choice; shifted: even sizes at an address like that of a view into a flat buffer
+#: even: multiples of 16 and of every tile; tail: multiples of 16, but not of a tile's depth; odd: multiples of neither;
+#: single: one expert and one choice; shifted: even sizes at an unaligned address, like a view into a flat buffer
 SIZES = {
     "even": Size(256, 384, 16, 8),
     "tail": Size(208, 144, 16, 4),
@@ -45,7 +45,7 @@ SIZES = {
     "shifted": Size(256, 384, 2, 2, shift=1),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-#: rows of all experts together that are few for each
+#: total number of rows in the bucket "few"
 _FEW = 16
 
 
@@ -55,14 +55,14 @@ def _random(size: Size, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _order(size: Size, bucket: str) -> tuple[int, Tensor]:
-    """The number of source rows, and their expert ids."""
+    """Return the number of source rows, and their expert ids."""
     rows = MANY_ROWS * size.E if bucket == "many" else _FEW
     sources = -(-rows // size.K)
     return sources, torch.arange(sources * size.K).remainder(size.E).view(sources, size.K)
 
 
 def mlp(dtype: torch.dtype, size: Size, bucket: str, activation: str, gated: bool, recompute: bool = False) -> None:
-    """Forward and backward: the up and down products, both gradients, and the sums over k."""
+    """Run the experts forward and backward: both products, their gradients, and the sums over k."""
     sources, ids_SK = _order(size, bucket)
     order = sort_by_expert(ids_SK, size.E, backend="reference")
     x_SD, weights_SK = _random(size, dtype, sources, size.D), _random(size, torch.float32, sources, size.K)
@@ -75,7 +75,7 @@ def mlp(dtype: torch.dtype, size: Size, bucket: str, activation: str, gated: boo
 
 
 def products(dtype: torch.dtype, size: Size, bucket: str) -> None:
-    """The grouped products by themselves, with and without an index, and added to a gradient in fp32."""
+    """Run the grouped products with and without a row index, and one that adds to an fp32 gradient."""
     sources, ids_SK = _order(size, bucket)
     order = sort_by_expert(ids_SK, size.E, backend="reference")
     index_R = order.order_R // size.K
@@ -111,7 +111,7 @@ def sort(experts: int) -> None:
     sort_by_expert(torch.zeros(3, 2, dtype=torch.int64), experts, backend="triton")
 
 
-#: at least one model for every tile of the gate: experts, k, dtype of the logits, bias, mask, method
+#: at least one case for every tile of topk_gate: experts, k, dtype of the logits, bias, mask, method
 GATES: tuple[tuple[int, int, str, bool, bool, dict[str, object]], ...] = (
     (1, 1, "fp32", False, False, {}),
     (8, 2, "bf16", False, True, {"softmax_after_topk": True}),
@@ -129,7 +129,7 @@ GATES: tuple[tuple[int, int, str, bool, bool, dict[str, object]], ...] = (
 
 
 def _mlps() -> Iterator[tuple[str, Work]]:
-    """The default experts in every dtype, bucket and kind of size; the others in bf16."""
+    """Yield the default experts in every dtype, bucket and kind of size, and other variants in bf16."""
 
     def one(dtype: str, bucket: str, size: str, activation: str, gated: bool, again: bool) -> tuple[str, Work]:
         words = [dtype, bucket, size, activation, *["plain"] * (not gated), *["recompute"] * again]
@@ -150,7 +150,7 @@ def _mlps() -> Iterator[tuple[str, Work]]:
 
 
 def works() -> Iterator[tuple[str, Work]]:
-    """Every call by its name."""
+    """Yield every call with its name."""
     yield from _mlps()
     for dtype, bucket in (("bf16", "few"), ("bf16", "many"), ("fp16", "many"), ("fp32", "many")):
         for size in ("even", "tail", "odd") if dtype == "bf16" else ("even", "odd"):

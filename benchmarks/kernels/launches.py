@@ -1,8 +1,8 @@
-"""Records what the ops launch, on the CPU and without running it, and compiles each launch as the JIT would on a chip.
+"""Records the kernel launches of an op on a CPU without running them, and compiles each one for a given GPU.
 
-Nothing is declared by hand: the op's own code makes the arguments, and Triton's own JIT turns them into a signature,
-constants and attributes (an integer that is 1 is a constant, a multiple of 16 is known to be one, a pointer is known to
-be aligned or not). So what is compiled here is what a launch of those sizes gets.
+The op's own code creates the arguments, and Triton's own JIT derives the signature, the constants and the attributes
+from them. (An integer argument of 1 becomes a constant, a multiple of 16 is marked as such, and pointers are marked as
+aligned or not.) So each launch is compiled exactly as on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel with its arguments, of which pointers are tensors of the host."""
+    """One kernel launch. Its pointer arguments are CPU tensors."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """Stands for the driver of a GPU that is not there. Triton keeps what it compiled by device, so each has a name."""
+    """Replaces the driver of an absent GPU. Triton caches compiled kernels by device, so each chip has a name."""
 
     def __init__(self, name: str, target: GPUTarget) -> None:
         self.name, self.target = name, target
@@ -44,7 +44,7 @@ class _Driver:
 
 @contextmanager
 def on_chip(name: str, target: GPUTarget) -> Iterator[None]:
-    """Triton compiles for ``target``; the kernels take host tensors, and the tiles of ``name``."""
+    """Make Triton compile for ``target``, and the ops accept CPU tensors and use the tiles of the chip ``name``."""
     triton.runtime.driver.set_active(_Driver(name, target))  # type: ignore[arg-type]
     stand_ins = {"launch_on": lambda tensor: nullcontext(), "arch_of": lambda device: name}
     with ExitStack() as stack:
@@ -56,7 +56,7 @@ def on_chip(name: str, target: GPUTarget) -> Iterator[None]:
 
 
 def recorded(work: Callable[[], object]) -> list[Launch]:
-    """The launches of ``work``, in order; none of them runs, so what kernels write is undefined."""
+    """Return the launches of ``work`` in order. None of them runs, so outputs are undefined."""
     found: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -68,5 +68,5 @@ def recorded(work: Callable[[], object]) -> list[Launch]:
 
 
 def compiled(launch: Launch) -> Any:
-    """What the JIT compiles for ``launch`` under :func:`on_chip`; the same object for launches that share it."""
+    """Compile ``launch`` under :func:`on_chip`. Launches that share a binary get the same object."""
     return launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)

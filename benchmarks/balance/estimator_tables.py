@@ -10,8 +10,9 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from records import table, told
 from torch import Tensor
+
+from benchmarks.shared.records import as_lines, table
 
 ESTIMATORS = ("rolling", "carry", "exact")
 ORDERS = ("shuffled", "by domain", "drifting")
@@ -104,7 +105,7 @@ def prediction(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The whole result as text."""
-    points, facts = result["points"], told(result)
+    points, facts = result["points"], as_lines(result)
     lines = [f"# Estimators of the step's load, {result['facts']['cpu']}", "", *facts]
     for stage, at in result["training"].items():
         lines.append(f"{stage}: " + ", ".join(f"{key} {value:.4g}" for key, value in at.items()) + "  ")

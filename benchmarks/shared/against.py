@@ -1,7 +1,7 @@
-"""Two checkouts measured by turns: ``run.py --against PATH`` runs the run.py of each, every round in new processes.
+"""Compares the speed of two checkouts: ``run.py --against PATH`` runs the run.py of each in turns, in new processes.
 
-Rounds begin with one and the other by turns, so that what else the machine does meets both. A ratio is this checkout's
-time over the other's in the same round; the table has the median over rounds, the least and the most.
+The checkouts alternate in going first, so that other load on the machine affects both. Each ratio is this checkout's
+time divided by the other's in the same round; the table shows the median, least and greatest ratio over all rounds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkout import ROOT
-from layer_suite import LAYER
-from peers import OURS
-from records import table
-from workloads import commit_of
+from benchmarks.checkout import ROOT
+from benchmarks.shared.records import LAYER, OURS, commit_of, table
 
 
 def times(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The median microseconds of everything of ours in a result of run.py, by name."""
+    """Yield the names and median microseconds of all our contestants and ops in a result of run.py."""
     for shape, figures in result["shapes"].items():
         for op, row in figures.get("kernels", {}).get("ops", {}).items():
             yield f"{shape} {op}", row["median_us"]
@@ -36,10 +33,10 @@ def times(result: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def one_run(root: Path, arguments: Sequence[str]) -> dict[str, float]:
-    """The times of one checkout. Exits with its last line when it fails."""
+    """Run one checkout's run.py and return its times. Exit with its last line of output if it fails."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, str(root / "benchmarks" / "run.py"), *arguments, "--out", out]
-        # an older script measures what is installed, unless its checkout comes first
+        # an older script measures the installed package unless its checkout comes first
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
@@ -49,7 +46,7 @@ def one_run(root: Path, arguments: Sequence[str]) -> dict[str, float]:
 
 
 def compare(other: Path, rounds: int, arguments: Sequence[str]) -> str:
-    """The table of all ratios, from ``rounds`` runs of each."""
+    """Run each checkout ``rounds`` times and return the table of ratios."""
     here, there = [], []
     for index in range(rounds):
         for root, found in ((ROOT, here), (other, there))[:: -1 if index % 2 else 1]:

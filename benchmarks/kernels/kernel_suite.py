@@ -1,4 +1,4 @@
-"""Every op by itself, beside the least it can take and what its Triton kernels move."""
+"""Measures every op alone, and compares it with its lower bound and with the bytes that its Triton kernels move."""
 
 # T tokens, D hidden, F expert width, E experts, K top-k, R = T*K routed rows.
 
@@ -8,28 +8,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from agreement import (
+from torch import Tensor
+
+from benchmarks.kernels.cost import floor, ops
+from benchmarks.kernels.traffic import moved
+from benchmarks.shared.agreement import (
     NAMES,
     Errors,
     Tally,
     Watch,
-    about,
     check_choice,
     check_dtype,
     check_order,
+    checking,
     compare,
     judge,
     reduced,
     reference,
     right_order,
 )
-from cost import floor, ops
-from layer_suite import Context
-from shapes import Shape, expert_weights, make_batch, spread_logits, unit_random
-from timing import Step, graphed, interleave, summary
-from torch import Tensor
-from traffic import moved
-
+from benchmarks.shared.shapes import Shape, expert_weights, make_batch, spread_logits, unit_random
+from benchmarks.shared.timing import Context, Step, graphed, interleave, summary
 from equimoe.kernels.configs import arch_of
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
@@ -37,12 +36,12 @@ from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.kernels.topk_gate import Gate, topk_gate
 
-#: short ops, whose launches would be timed instead of themselves
+#: short ops, timed as CUDA graphs, because launch overhead would dominate
 GRAPHED = ("topk_gate", "sort_by_expert", "permute", "combine")
 
 
 class Bench:
-    """The inputs of all ops for one shape, and the calls."""
+    """The inputs of all ops for one shape, and the calls to measure."""
 
     def __init__(self, shape: Shape, context: Context, routing: str = "uniform") -> None:
         dtype, device, self.backend = context.dtype, context.device, context.backend
@@ -50,7 +49,7 @@ class Bench:
         self.batch = make_batch(shape, routing, dtype, device)
         self.gate_up, self.down = expert_weights(shape, dtype, device)
         self.logits_TE = spread_logits(shape, device)
-        self.order = right_order(self.batch.ids_TK, shape.E)  # so that a wrong sort is no other op's fault
+        self.order = right_order(self.batch.ids_TK, shape.E)  # not our sort, whose errors would reach other ops
         self.source_R = self.order.order_R // shape.K
         widths = {"rows_RD": shape.D, "dpre_RF": 2 * shape.F, "h_RF": shape.F}
         for name, width in widths.items():
@@ -61,7 +60,7 @@ class Bench:
     h_RF: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
-        """All tensors that the calls read."""
+        """Return all tensors that the calls read, with names for error messages."""
         order = {f"order's {name}": value for name, value in self.order._asdict().items()}
         weights = {"gate_up": self.gate_up, "down": self.down, "logits": self.logits_TE}
         rows = {"rows": self.rows_RD, "gradient of the first product": self.dpre_RF, "hidden rows": self.h_RF}
@@ -82,14 +81,14 @@ class Bench:
         return torch.autograd.grad(y_TD, inputs, self.batch.dy_TD)
 
     def pairs(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
-        """Forward and backward of the ops that have both."""
+        """Return forward and backward of the ops whose directions are both timed."""
         return {
             "topk_gate": (self.gate_forward, self.gate_backward),
             "expert_mlp": (self.mlp_forward, self.mlp_backward),
         }
 
     def products(self) -> dict[str, Callable[[], Tensor]]:
-        """The six grouped products of a layer, as its forward and backward have them."""
+        """Return the six grouped products of a layer's forward and backward."""
         x_TD, dy_TD = self.batch.x_TD.detach(), self.batch.dy_TD
         gate_up, down, offsets = self.gate_up.detach(), self.down.detach(), self.order.offsets_E
         index, how = self.source_R, {"backend": self.backend}
@@ -103,7 +102,7 @@ class Bench:
         }
 
     def calls(self) -> dict[str, Callable[[], Any]]:
-        """The ops of one direction."""
+        """Return the ops that are timed in one direction."""
         x_TD, how = self.batch.x_TD.detach(), {"backend": self.backend}
         return {
             "sort_by_expert": lambda: sort_by_expert(self.batch.ids_TK, self.shape.E, **how),
@@ -114,12 +113,12 @@ class Bench:
 
 
 def _op(step: str) -> str:
-    """The op that a step runs."""
+    """Return the op that a step runs."""
     return step.removesuffix(" total").removesuffix(" forward")
 
 
 class Check:
-    """The right results of everything that a bench runs, in fp64."""
+    """Compares everything that a bench runs with fp64."""
 
     def __init__(self, bench: Bench, context: Context) -> None:
         self.bench, self.dtype = bench, context.dtype
@@ -128,9 +127,9 @@ class Check:
         self.groups = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
     def __call__(self, name: str, step: Step, watch: Watch) -> Errors:
-        """The errors of what the step ``name`` returns. Raises Red, also where a run that was seen differs from it."""
+        """Run the step ``name`` and return its errors. Raise WrongResult if it, or a recorded run, is wrong."""
         bench, op = self.bench, _op(name)
-        with about(op, bench.backend, bench.shape, self.dtype):
+        with checking(op, bench.backend, bench.shape, self.dtype):
             made = step(lambda: None)
             watch.see(name, made)
             watch.check_inputs(name)
@@ -161,7 +160,7 @@ class Check:
         return compare(made, expected, names, self.dtype)
 
     def product(self, name: str, made: Tensor) -> Tally:
-        """One grouped product, expert by expert."""
+        """Compare one grouped product expert by expert."""
         b, tally = self.bench, Tally()
         for expert, here in enumerate(self.groups):
             source = self.source_R[here]
@@ -183,7 +182,7 @@ class Check:
         return tally
 
     def moved(self, op: str, given: Tensor) -> Tensor:
-        """permute or combine of ``given``; each is the other's gradient."""
+        """Compute permute or combine of ``given``. Each is the other's gradient."""
         if op == "permute":
             return given[self.source_R]
         s = self.bench.shape
@@ -193,19 +192,19 @@ class Check:
         return self.bench.batch.x_TD.detach() if op == "permute" else self.bench.rows_RD
 
     def gradients(self) -> Errors:
-        """Of the ops whose backward is not timed by itself. Raises Red."""
+        """Check the gradients of the ops whose backward is not timed."""
         b, how = self.bench, {"backend": self.bench.backend}
         found: Errors = {}
         for op, run, back, dy in (
             ("permute", permute, "combine", b.rows_RD),
             ("combine", combine, "permute", b.batch.dy_TD),
         ):
-            with about(op, b.backend, b.shape, self.dtype):
+            with checking(op, b.backend, b.shape, self.dtype):
                 leaf = self._input(op).clone().requires_grad_()
                 made = torch.autograd.grad(run(leaf, b.order, **how), leaf, dy)
                 seen = compare(made, [self.moved(back, dy)], ["gradient"], self.dtype)
             found[f"{op} gradient"] = seen["gradient"]
-        with about("grouped_gemm", b.backend, b.shape, self.dtype):
+        with checking("grouped_gemm", b.backend, b.shape, self.dtype):
             rows, weight = (t.detach().clone().requires_grad_() for t in (b.h_RF, b.down))
             y_RD = grouped_gemm(rows, weight, b.order.offsets_E, **how)
             drows, dweight = torch.autograd.grad(y_RD, (rows, weight), b.rows_RD)
@@ -221,9 +220,9 @@ class Check:
 
 
 def check_all(bench: Bench, steps: dict[str, Step], context: Context, watch: Watch) -> dict[str, list[float]]:
-    """The errors of every step on its own inputs, and of every other gradient. Raises Red."""
+    """Check every step, and the gradients that no step computes; return the errors."""
     for name in steps:
-        with about(_op(name), bench.backend, bench.shape, context.dtype):
+        with checking(_op(name), bench.backend, bench.shape, context.dtype):
             watch.check_inputs(name)
     check, found = Check(bench, context), {}
     for name, step in steps.items():
@@ -232,7 +231,7 @@ def check_all(bench: Bench, steps: dict[str, Step], context: Context, watch: Wat
 
 
 def gate(shape: Shape, context: Context) -> dict[str, Any]:
-    """The errors of every op at a reduced size and with skewed routing, so that little time is lost. Raises Red."""
+    """Check every op at a reduced size with skewed routing, before time is spent on measurements."""
     bench = Bench(reduced(shape, context.device), context, routing="zipf")
     return check_all(bench, steps_of(bench, context)[0], context, Watch(bench.inputs()))
 
@@ -265,7 +264,7 @@ def _pair_step(forward: Callable[[], Any], backward: Callable[[Any], Any]) -> St
 
 
 def steps_of(bench: Bench, context: Context) -> tuple[dict[str, Step], set[str]]:
-    """What is timed, and the names of what runs as a graph. Under "op total" a graph does both directions."""
+    """Return the steps to time, and the names of those that are CUDA graphs. "<op> total" does both directions."""
     steps: dict[str, Step] = {}
     graphs: set[str] = set()
 
@@ -290,7 +289,7 @@ def steps_of(bench: Bench, context: Context) -> tuple[dict[str, Step], set[str]]
 
 
 def times(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Medians and spreads by op and direction. A backward alone is total - forward, of each run or of the medians."""
+    """Return medians and spreads by op and direction. Backward = total - forward, of each run or of the medians."""
     found: dict[str, dict[str, float]] = {}
     for name, runs in seconds.items():
         if len(runs[0]) == 2:
@@ -305,7 +304,7 @@ def times(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
 
 
 def measure(shape: Shape, context: Context) -> dict[str, Any]:
-    """One row per op: time, floor, and the bytes that must and do move. Raises Red when a timed step is wrong."""
+    """Measure all ops: time, lower bound, bytes needed and bytes moved. Raise WrongResult if a timed run is wrong."""
     bench = Bench(shape, context)
     steps, graphs = steps_of(bench, context)
     watch = Watch(bench.inputs())

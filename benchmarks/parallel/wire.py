@@ -1,7 +1,10 @@
-"""Bytes that a rank sends in one layer's step, counted, beside the closed formulas: ``python benchmarks/wire.py``.
+"""Counts the bytes that a rank sends in one layer's step, and compares them with closed formulas.
 
-On 4 forked gloo ranks, two nodes of two, with a balanced routing in which each token chooses two experts: on both
-nodes, on both ranks of one node, or on one rank. Counts that are exchanged (8 bytes per expert) are left out.
+    python benchmarks/parallel/wire.py
+
+Runs on 4 forked gloo ranks, which form two nodes of two. The routing is balanced, and each token chooses two experts:
+on both nodes, on both ranks of one node, or on one rank. The exchange of counts (8 bytes per expert) is not included.
+The exit status is 1 if a row differs from its formula.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-warnings.filterwarnings("ignore", category=FutureWarning)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import checkout  # noqa: E402, F401  (first: it says which equimoe is imported)
-import torch  # noqa: E402
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
 
-from equimoe.moe import DispatchConfig  # noqa: E402
-from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.wire import SPREADS, D, K, T, cases, measure  # noqa: E402
+import torch
+
+from benchmarks.shared.options import Parser
+from equimoe.moe import DispatchConfig
+from tests.helpers.fork import run_ranks
+from tests.helpers.wire import SPREADS, D, K, T, cases, measure
 
 
 def label(dispatch: DispatchConfig, padded: bool, etp: int) -> str:
-    """A dispatcher as a row of the table."""
+    """Return the name of a dispatcher for the table."""
     name = "local" if etp == 4 else dispatch.name
     extra = [f"{dispatch.chunks} chunks"] * (dispatch.chunks > 1) + ["padded"] * padded
     degrees = [f"ep {4 // etp}"] * (etp < 4) + [f"etp {etp}"] * (etp > 1)
@@ -32,12 +37,14 @@ def label(dispatch: DispatchConfig, padded: bool, etp: int) -> str:
 
 
 def count(rank: int, world: int, made: list, spread: str) -> list[tuple[int, int]]:
-    """Bytes of each dispatcher on this rank."""
+    """Return the bytes that this rank sends with each dispatcher, forward and backward."""
     return [measure(rank, world, *case, spread) for case in made]
 
 
-def main() -> int:
-    """Print the table; returns how many rows differ from their formula."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return the number of rows that differ from their formula."""
+    Parser(__doc__).parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     print(f"{T} tokens of {D} fp32 values on each of 4 ranks, top-{K}; bytes sent by a rank, forward + backward\n")
     print(f"{'dispatcher':<28} {'on the wire':<12} {'a token chooses':<12}  {'counted':>15}  {'formula':>15}")
@@ -50,10 +57,8 @@ def main() -> int:
                 equal = all(result[i] == tuple(want) for result in results)
                 wrong += not equal
                 counted, formula = (f"{int(a):>6} + {int(b):>6}" for a, b in (results[0][i], want))
-                name = label(dispatch, capacity is not None, etp)
-                print(
-                    f"{name:<28} {wire:<12} {spread:<15}  {counted:>15}  {formula:>15}{'' if equal else '  NOT EQUAL'}"
-                )
+                row = f"{label(dispatch, capacity is not None, etp):<28} {wire:<12} {spread:<15}"
+                print(f"{row}  {counted:>15}  {formula:>15}{'' if equal else '  NOT EQUAL'}")
     print(f"\n{wrong} rows differ from their formula")
     return wrong
 

@@ -1,58 +1,60 @@
-"""Forward and backward of one Mixture-of-Experts layer against its peers, on the CPU.
+"""Compares forward and backward of one Mixture-of-Experts layer with other libraries, on the CPU.
 
-    python benchmarks/bench_layer.py [--rounds N] [--json FILE] [-T 4096 -H 512 -F 1024 -E 16 -K 2]
+    python benchmarks/layer/bench_layer.py [--rounds N] [--json FILE] [-T 4096 -D 512 -F 1024 -E 16 -K 2]
 
-All contestants have the same weights, inputs and number of threads, live in one process, and take turns in every
-round, each round starting with another one; a ratio is the median over rounds of peer time / our time, so that what
-the machine does meanwhile meets all alike. Every round has new tokens, as every step of a training run has, so the
-experts' loads change and nothing can be tuned to them. Output and gradients of all are compared with fp64, on the
-inputs of the first and the last timed round: if ours are wrong, there are no figures; a peer that disagrees is left
-out, and named.
+All contestants have the same weights, inputs and number of threads. They run in one process and take turns; each round
+starts with another one. A ratio is the median over rounds of the other's time divided by ours, so that other load on
+the machine affects both alike. Every round has new tokens, as in training, so the experts' loads change from round to
+round. Outputs and gradients of the first and the last timed round are compared with fp64. If ours are wrong, nothing is
+shown; a peer with wrong results is left out and named.
 """
 
-# T tokens, H hidden, F expert width, E experts, K top-k.
+# T tokens, D hidden, F expert width, E experts, K top-k.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
+
 import torch
-from agreement import Errors, Red, about, check_dtype, compare
-from layer_suite import decided, expected_dense, expected_layer
-from options import CORES, Parser, file, positive, threads
-from shapes import Batch, Shape
 from torch import Tensor, nn
-from workloads import LayerSize, environment
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig
+from benchmarks.layer.layer_suite import ONE, decided, expected_dense, expected_layer
+from benchmarks.shared.agreement import Errors, WrongResult, check_dtype, checking, compare
+from benchmarks.shared.options import CORES, Parser, file, positive, threads
+from benchmarks.shared.records import OURS, facts
+from benchmarks.shared.shapes import Batch, Shape
+from equimoe.moe import MoE, MoEConfig
 
-OURS, DENSE = "equimoe", "dense"
-#: peers may compute router logits in 16 bits, which changes weights by more than a product's rounding
+DENSE = "dense"
+#: factor on the tolerance of peers, because they may compute router logits in 16 bits
 PEERS_SLACK = 5.0
-#: how the names of the weights end, here and in peers
+#: kind of weight -> endings of its names in all contestants
 WEIGHTS = {
     "router": ("router.weight", "gate.wg.weight"),
     "gate_up": ("experts.gate_up_proj", "gate_up.weight"),
     "down": ("experts.down_proj", ".down.weight"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: nothing is updated here: every backward is a step of its own
-ONE = BalanceConfig(micro_batches=1)
+SIZES = {"T": (4096, "tokens"), "D": (512, "hidden size"), "F": (1024, "expert width"), "E": (16, "experts")}
+SIZES["K"] = (2, "experts per token")
 
 
 class SwiGLU(nn.Module):
-    """The usual feed-forward of three linear layers."""
+    """The usual dense feed-forward of three linear layers."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class SwiGLU(nn.Module):
 
 
 class FusedSwiGLU(nn.Module):
-    """The same with gate and up in one product."""
+    """The same with gate and up as one product."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -76,17 +78,17 @@ class FusedSwiGLU(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-def build_ours(size: LayerSize, backend: str = "auto") -> MoE:
+def build_ours(size: Shape, backend: str = "auto") -> MoE:
     torch.manual_seed(0)
-    return MoE(MoEConfig(size.H, size.F, size.E, size.K, balance=ONE, backend=backend))
+    return MoE(MoEConfig(size.D, size.F, size.E, size.K, balance=ONE, backend=backend))
 
 
-def build_transformers(size: LayerSize, ours: MoE, implementation: str) -> nn.Module:
+def build_transformers(size: Shape, ours: MoE, implementation: str) -> nn.Module:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
     config = Qwen3MoeConfig(
-        hidden_size=size.H,
+        hidden_size=size.D,
         moe_intermediate_size=size.F,
         num_experts=size.E,
         num_experts_per_tok=size.K,
@@ -101,7 +103,7 @@ def build_transformers(size: LayerSize, ours: MoE, implementation: str) -> nn.Mo
     return block
 
 
-def build_deepspeed(size: LayerSize, ours: MoE) -> nn.Module:
+def build_deepspeed(size: Shape, ours: MoE) -> nn.Module:
     import logging
 
     from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -112,10 +114,10 @@ def build_deepspeed(size: LayerSize, ours: MoE) -> nn.Module:
             return super().forward(x)[0]
 
     logger.setLevel(logging.ERROR)
-    # one expert-parallel rank needs no process group, so DeepSpeed's communication library is never built or loaded
+    # without a process group, DeepSpeed does not build or load its communication library
     layer = OutputOnly(
-        size.H,
-        FusedSwiGLU(size.H, size.F),
+        size.D,
+        FusedSwiGLU(size.D, size.F),
         num_experts=size.E,
         k=size.K,
         drop_tokens=False,
@@ -129,11 +131,11 @@ def build_deepspeed(size: LayerSize, ours: MoE) -> nn.Module:
     return layer
 
 
-def contestants(size: LayerSize) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers by name, ours first, and the reason for each that is missing."""
+def contestants(size: Shape) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Build the layers, ours first; return them by name, and the reason for each that is missing."""
     ours = build_ours(size)
-    layers: dict[str, nn.Module] = {OURS: ours, DENSE: SwiGLU(size.H, size.K * size.F)}
-    layers["dense, fused gate_up"] = FusedSwiGLU(size.H, size.K * size.F)
+    layers: dict[str, nn.Module] = {OURS: ours, DENSE: SwiGLU(size.D, size.K * size.F)}
+    layers["dense, fused gate_up"] = FusedSwiGLU(size.D, size.K * size.F)
     peers: dict[str, Callable[[], nn.Module]] = {
         "transformers Qwen3-MoE, eager": lambda: build_transformers(size, ours, "eager"),
         "transformers Qwen3-MoE, grouped_mm": lambda: build_transformers(size, ours, "grouped_mm"),
@@ -148,19 +150,15 @@ def contestants(size: LayerSize) -> tuple[dict[str, nn.Module], dict[str, str]]:
     return layers, missing
 
 
-def inputs(size: LayerSize, dtype: torch.dtype, router_EH: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Hidden states [1, T, H] that no rounding routes elsewhere, and the gradient that arrives at the output."""
+def inputs(size: Shape, dtype: torch.dtype, router_ED: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return hidden states [1, T, D] whose routing does not depend on rounding, and the gradient of the output."""
     torch.manual_seed(seed)
-    x_TH = decided(router_EH, shape_of(size), dtype)
-    return x_TH[None].requires_grad_(), torch.randn(1, size.T, size.H).to(dtype)
-
-
-def shape_of(size: LayerSize) -> Shape:
-    return Shape("layer", size.T, size.H, size.F, size.E, size.K)
+    x_TD = decided(router_ED, size, dtype)
+    return x_TD[None].requires_grad_(), torch.randn(1, size.T, size.D).to(dtype)
 
 
 def results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Output and gradients by what they are of; of the weights, those that can be recognised."""
+    """Run the layer; return output and gradients by kind, for the weights that :data:`WEIGHTS` recognises."""
     x.grad = None
     layer.zero_grad(set_to_none=True)
     y = layer(x)
@@ -170,14 +168,14 @@ def results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     for kind, endings in WEIGHTS.items():
         grads = [grad for name, grad in named if name.endswith(endings)]
         if grads:
-            found[kind] = grads[0] if len(grads) == 1 else torch.stack(grads)  # one for each expert
+            found[kind] = grads[0] if len(grads) == 1 else torch.stack(grads)  # DeepSpeed has a module per expert
     x.grad = None
     layer.zero_grad(set_to_none=True)
     return found
 
 
-def expected(name: str, ours: MoE, layer: nn.Module, x: Tensor, dy: Tensor, size: LayerSize) -> dict[str, Tensor]:
-    """What :func:`results` should return, in fp64; only our layer has a balance loss."""
+def expected(name: str, ours: MoE, layer: nn.Module, x: Tensor, dy: Tensor, size: Shape) -> dict[str, Tensor]:
+    """Compute in fp64 what :func:`results` should return. Only our layer includes a balance loss."""
     batch = Batch(x[0], x.new_empty(0), x.new_empty(0), dy[0])
     if name.startswith(DENSE):
         first = [layer.gate.weight, layer.up.weight] if isinstance(layer, SwiGLU) else [layer.gate_up.weight]
@@ -188,10 +186,11 @@ def expected(name: str, ours: MoE, layer: nn.Module, x: Tensor, dy: Tensor, size
     return dict(zip(("output", "x", *WEIGHTS), right, strict=True))
 
 
-def check(
-    layers: dict[str, nn.Module], size: LayerSize, dtype: str, seeds: Sequence[int]
-) -> tuple[Errors, dict[str, str]]:
-    """Our errors, and the peers that disagree and how. Raises SystemExit with one line where ours are too large."""
+def check(layers: dict[str, nn.Module], size: Shape, dtype: str, seeds: Sequence[int]) -> tuple[Errors, dict[str, str]]:
+    """Check all layers on the inputs of ``seeds``; return our errors, and peers with wrong results and the reasons.
+
+    Raise SystemExit with one line if ours is wrong.
+    """
     own = (OURS, *(name for name in layers if name.startswith(DENSE)))
     errors: Errors = {}
     wrong: dict[str, str] = {}
@@ -200,7 +199,7 @@ def check(
         for name, layer in layers.items():
             slack = 1.0 if name in own else PEERS_SLACK
             try:
-                with about(name, "auto", shape_of(size), DTYPES[dtype]):
+                with checking(name, "auto", size, DTYPES[dtype]):
                     right = expected(name, layers[OURS], layer, x, dy, size)
                     made = {kind: value for kind, value in results(layer, x, dy).items() if kind in right}
                     if name == OURS:
@@ -208,9 +207,9 @@ def check(
                     seen = compare(
                         list(made.values()), [right[kind] for kind in made], list(made), DTYPES[dtype], slack
                     )
-            except Red as error:  # a peer may fail in any way that it likes
+            except WrongResult as error:
                 if name == OURS:
-                    raise SystemExit(f"WRONG: {error}; no figures") from None
+                    raise SystemExit(f"WRONG: {error}; no measurements are shown") from None
                 wrong[name] = f"disagrees: {error}"
             else:
                 if name == OURS:
@@ -218,10 +217,8 @@ def check(
     return errors, wrong
 
 
-def measure(
-    layers: dict[str, nn.Module], size: LayerSize, dtype: str, rounds: int, warmup: int
-) -> dict[str, list[float]]:
-    """Seconds per round of forward and backward."""
+def measure(layers: dict[str, nn.Module], size: Shape, dtype: str, rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Return the seconds of forward and backward in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     names = list(layers)
     for index in range(-warmup, rounds):
@@ -238,8 +235,8 @@ def measure(
     return seconds
 
 
-def bench(size: LayerSize, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
-    """All figures of one dtype."""
+def bench(size: Shape, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
+    """Check and measure all layers in one dtype."""
     layers, missing = contestants(size)
     layers = {name: layer.to(DTYPES[dtype]).train() for name, layer in layers.items()}
     errors, wrong = check(layers, size, dtype, sorted({warmup + 1, warmup + rounds}))
@@ -249,21 +246,21 @@ def bench(size: LayerSize, dtype: str, rounds: int, warmup: int) -> dict[str, An
 
 
 def ratio(seconds: dict[str, list[float]], name: str) -> float:
-    """The median over rounds of the time of ``name`` over ours."""
+    """Return the median over rounds of the time of ``name`` divided by ours."""
     return statistics.median(theirs / ours for theirs, ours in zip(seconds[name], seconds[OURS], strict=True))
 
 
-def report(size: LayerSize, dtype: str, figures: dict[str, Any]) -> dict[str, float]:
-    """Print one dtype's table; the ratios by name."""
+def report(size: Shape, dtype: str, figures: dict[str, Any]) -> dict[str, float]:
+    """Print the table of one dtype; return the ratios by name."""
     seconds = figures["seconds"]
     ratios = {name: ratio(seconds, name) for name in seconds}
     worst = max(norm for norm, _ in figures["errors"].values())
-    print(f"\n{dtype}: T={size.T} H={size.H} F={size.F} E={size.E} K={size.K}, forward and backward")
-    print(f"our output and gradients against fp64: relative error at most {worst:.1e}")
+    print(f"\n{dtype}: T={size.T} D={size.D} F={size.F} E={size.E} K={size.K}, forward and backward")
+    print(f"largest relative error of our output and gradients: {worst:.1e}")
     print(f"{'layer':36}{'median ms':>10}{'min ms':>9}{'GFLOP/s':>9}{'time/ours':>11}")
     for name, times in seconds.items():
         middle, least = statistics.median(times), min(times)
-        speed = size.flops / middle / 1e9
+        speed = (size.forward_flops + size.backward_flops) / middle / 1e9
         print(f"{name:36}{middle * 1e3:10.1f}{least * 1e3:9.1f}{speed:9.0f}{ratios[name]:11.2f}")
     for name, reason in figures["missing"].items():
         print(f"{name:36}{reason}")
@@ -271,7 +268,7 @@ def report(size: LayerSize, dtype: str, figures: dict[str, Any]) -> dict[str, fl
 
 
 def summary(ratios: dict[str, dict[str, float]]) -> str:
-    """The last line: the smallest ratio to a peer, and to a dense feed-forward, of each dtype."""
+    """Return the last line: for each dtype, the smallest ratio to a peer and to a dense feed-forward."""
 
     def least(dtype: str, dense: bool) -> str:
         chosen = [r for name, r in ratios[dtype].items() if name != OURS and name.startswith(DENSE) == dense]
@@ -282,26 +279,25 @@ def summary(ratios: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=positive, default=15, help="timed rounds per dtype (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed rounds before them (default %(default)s)")
     parser.add_argument("--threads", type=threads, default=min(2, CORES), help="(default %(default)s)")
-    parser.add_argument("--json", type=file, metavar="FILE", help="write hardware, versions, commit and every figure")
-    LayerSize.add_arguments(parser)
+    parser.add_argument("--json", type=file, metavar="FILE", help="write all results to FILE")
+    for name, (default, meaning) in SIZES.items():
+        parser.add_argument(f"-{name}", type=positive, default=default, help=f"{meaning} (default %(default)s)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
-    size = LayerSize.from_arguments(args)
-    facts = environment(("transformers", "deepspeed"))
-    print(", ".join(f"{key}: {value}" for key, value in facts.items()))
+    sizes = {name: getattr(args, name) for name in SIZES}
+    size, machine = Shape("layer", **sizes), facts("transformers", "deepspeed")
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
     figures = {dtype: bench(size, dtype, args.rounds, args.warmup) for dtype in DTYPES}
     ratios = {dtype: report(size, dtype, figures[dtype]) for dtype in DTYPES}
     line = summary(ratios)
     if args.json:
-        with args.json.open("w") as out:
-            json.dump(
-                {**facts, "size": asdict(size), "figures": figures, "ratios": ratios, "summary": line}, out, indent=1
-            )
+        result = {**machine, "size": sizes, "figures": figures, "ratios": ratios, "summary": line}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{line}")
 
 

@@ -1,18 +1,14 @@
-"""What is made from a result file: the aims, the tables, the picture.
-
-python benchmarks/report.py RESULT.json       writes RESULT.md and RESULT.png beside it
-"""
+"""Turns a result of run.py into tables and a picture, and judges it by our aims."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OURS, LAYER = "equimoe", "equimoe with router"
-#: TFLOP/s forward and backward
+from benchmarks.shared.records import LAYER, OURS, table
+
+#: TFLOP/s forward and backward, of the experts and of the layer
 SPEED_AIMS = {
     "30B-b": (520, 470),
     "7B-a": (400, 400),
@@ -57,14 +53,14 @@ def _speed_aims(result: dict[str, Any]) -> Iterator[Aim]:
 def _worst(
     title: str, aim: str, found: list[tuple[float, str]], reached: Callable[[float], bool], low: bool = False
 ) -> Iterator[Aim]:
-    """One aim for the worst of (figure, where)."""
+    """Yield one aim for the worst of several (number, where it was measured)."""
     if found:
         figure, where = min(found) if low else max(found)
         yield Aim(title, aim, f"{figure:.3f} ({where})", reached(figure))
 
 
 def aims(result: dict[str, Any]) -> list[Aim]:
-    """What is aimed at on a GPU, for what was measured there; empty for another device."""
+    """Return the aims for what was measured on a GPU, and whether they are reached; empty for a CPU."""
     if result["arguments"]["device"] != "cuda":
         return []
     found = list(_speed_aims(result))
@@ -89,13 +85,9 @@ def aims(result: dict[str, Any]) -> list[Aim]:
     found += _worst("combine, of the copy rate", f">= {COMBINE_AIM}", combines, lambda x: x >= COMBINE_AIM, low=True)
     found += _worst("Zipf over uniform", f"<= {ZIPF_AIM}", zipfs, lambda x: x <= ZIPF_AIM)
     found += _worst("time over loop and grouped_mm", "<= 1", slower, lambda x: x <= 1)
-    found += _worst("kept activations off 2TH + 4TKF", f"<= {MEMORY_AIM}", memory, lambda x: x <= MEMORY_AIM)
+    title = "saved activations: relative deviation from 2TD + 4TKF"
+    found += _worst(title, f"<= {MEMORY_AIM}", memory, lambda x: x <= MEMORY_AIM)
     return found
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _size(name: str, shape: dict[str, Any]) -> str:
@@ -107,7 +99,7 @@ def _size(name: str, shape: dict[str, Any]) -> str:
 
 def layer_table(layer: dict[str, Any]) -> str:
     header = ["contestant", "routing", "forward ms", "IQR", "backward ms", "IQR", "TFLOP/s forward", "backward"]
-    header += ["of floor forward", "backward", "time/ours", "kept MiB", "peak forward MiB", "peak step MiB"]
+    header += ["of floor forward", "backward", "time/ours", "saved MiB", "peak forward MiB", "peak step MiB"]
     rows, floor = [], layer["floor"]
     for routing in ("uniform", "zipf"):
         ours = layer[routing].get(OURS, {}).get("total", {}).get("median_us")
@@ -124,9 +116,9 @@ def layer_table(layer: dict[str, Any]) -> str:
             for key in ("kept_bytes", "peak_forward_bytes", "peak_step_bytes"):
                 row.append("-" if figures.get(key) is None else f"{figures[key] / MIB:.1f}")
             rows.append(row)
-    formula = f"kept for the backward pass by formula, 2TH + 4TKF: {layer['kept_formula_bytes'] / MIB:.1f} MiB"
+    formula = f"saved for the backward pass by formula, 2TD + 4TKF: {layer['kept_formula_bytes'] / MIB:.1f} MiB"
     ratio = zipf_over_uniform(layer)
-    return _table(header, rows) + f"\n\n{formula}" + (f"; Zipf over uniform, ours: {ratio:.2f}" if ratio else "")
+    return table(header, rows) + f"\n\n{formula}" + (f"; Zipf over uniform, ours: {ratio:.2f}" if ratio else "")
 
 
 def zipf_over_uniform(layer: dict[str, Any]) -> float | None:
@@ -151,11 +143,11 @@ def kernel_table(kernels: dict[str, Any]) -> str:
             + [f"{row[key] / 1e6:.1f}" for key in ("floor_bytes", "triton_bytes", "triton_issued_bytes")]
             + [row["timing"]]
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole result as text."""
+    """Return the whole result as Markdown."""
     facts, stick = result["facts"], result["yardstick"]
     lines = [f"# {facts['device']}, {result['arguments']['backend']} backend, {result['arguments']['dtype']}", ""]
     versions = ", ".join(f"{name} {number or 'absent'}" for name, number in facts["versions"].items())
@@ -168,9 +160,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"{note}  " for note in result["notes"]]
     if found := aims(result):
         lines += ["", "## Aims", ""]
-        lines.append(
-            _table(["what", "aim", "measured", ""], [[*a[:3], "pass" if a.reached else "FAIL"] for a in found])
-        )
+        lines.append(table(["what", "aim", "measured", ""], [[*a[:3], "pass" if a.reached else "FAIL"] for a in found]))
     for name, shape in result["shapes"].items():
         lines += ["", f"## {_size(name, shape)}", ""]
         if "layer" in shape:
@@ -184,7 +174,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Fractions of the floor: of the layer by shape, of the ops over all shapes."""
+    """Draw floor / time: for the layer by shape, and for each op one point per shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,13 +214,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def write(result: dict[str, Any], path: Path) -> list[Path]:
-    """The tables and the picture beside a result file."""
+    """Write the tables and the picture next to the result file."""
     text, picture = path.with_suffix(".md"), path.with_suffix(".png")
     text.write_text(markdown(result))
     plot(result, picture)
     return [text, picture]
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(*write(json.loads(Path(argument).read_text()), Path(argument)))
