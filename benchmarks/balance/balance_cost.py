@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {key: value for key, value in sizes.items() if isinstance(value, int) and value}
     settings |= {"micro_batches": MICRO_BATCHES, "micro_batch": SEQUENCES, "seq_len": args.seq_len}
     result: dict[str, Any] = {
-        "facts": facts(),
+        "facts": facts("numpy"),
         "command": command.strip(),
         "settings": settings,
         "times": {},

@@ -1,32 +1,30 @@
-"""How near the estimators of the step's load come to its exact gradient, on real routers while they are trained.
+"""Measures how close each estimator of a step's load comes to the exact gradient, on real routers during training.
 
-    python benchmarks/estimators.py [--quick] [--out DIR]
+    python benchmarks/balance/estimators.py [--quick] [--out DIR]
 
-A small model is trained on the text that comes with Python, with the load of the whole step. At some of its steps the
-gradient of the balance loss alone is taken on the weights as they are, by the layers' own balancers, micro-batch after
-micro-batch, and compared with that of one process which has the whole step at once. All of it in fp64, so that what
-differs is the estimate and not the rounding. ``carry`` knows the step before as the weights of that step routed it.
+A small model is trained on the text that comes with Python, balanced over whole steps. At four stages of training, the
+layers' own balancers compute the gradient of the balance loss alone, micro-batch by micro-batch, and it is compared
+with a single pass over the whole step. Everything is in fp64, so that only the estimate differs. ``carry`` gets the
+counts of the previous step, routed with the previous step's weights.
 
-The same step is cut into M micro-batches whose sequences are
-    shuffled    in the order of the training data,
-    by domain   sorted, so that most micro-batches are of one domain, in the same order in every step,
-    drifting    shuffled, but half of the step is of one domain, and half of the step before of another.
-Writes JSON and the tables (.md), and prints these.
+The step is divided into M micro-batches in three orders:
+    shuffled    the order of the training data
+    by domain   sorted by domain, in every step alike, so that most micro-batches have one domain
+    drifting    shuffled, but half of each step is from one domain, which changes with every step
 """
 
 # L layers, M micro-batches, B sequences, S tokens of each, E experts, D hidden, N values.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import groupby
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 if not __package__:
@@ -36,13 +34,10 @@ if not __package__:
 import torch
 from torch import Tensor
 
-from benchmarks.balance.estimator_tables import ESTIMATORS, ORDERS, cosine, markdown, prediction
 from benchmarks.shared.options import Parser
-from benchmarks.shared.records import facts, load_averages, spent, write
+from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from equimoe.moe import BalanceConfig, MoEConfig, counting_pass
-from equimoe.moe.balance import Balancer, loss_value
-from equimoe.moe.balance.estimators import so_far
-from equimoe.moe.balance.losses import loads
+from equimoe.moe.balance import Balancer
 from equimoe.moe.model import Decoder
 from equimoe.moe.observe import estimate_quality
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
@@ -50,20 +45,14 @@ from equimoe.moe.train.data import Batches, Corpus, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from equimoe.moe.types import load_summary
 
-#: orders of micro-batches over which a mean is taken, where there are more
-DRAWN = 400
+ESTIMATORS = ("rolling", "carry", "exact")
+ORDERS = ("shuffled", "by domain", "drifting")
 
-#: one process has the whole step in one micro-batch: what it trains on is exact, whatever the estimator
+#: every step is one micro-batch, so all estimators would train the same model
 CONFIG = TrainConfig(
     steps=150,
     model=ModelConfig(num_layers=4, num_heads=4, intermediate_size=192),
-    moe=MoEConfig(
-        hidden_size=96,
-        intermediate_size=96,
-        num_experts=8,
-        top_k=2,
-        balance=BalanceConfig(scope="global", coefficient=0.01),
-    ),
+    moe=MoEConfig(96, 96, num_experts=8, top_k=2, balance=BalanceConfig(scope="global", coefficient=0.01)),
     data=DataConfig(seq_len=64, global_batch=96, micro_batch=96, builtin_bytes_per_domain=1_000_000),
 )
 QUICK = replace(
@@ -77,13 +66,13 @@ QUICK = replace(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and what is measured in it."""
+    """The model to train, and the measurements to take."""
 
     config: TrainConfig
-    #: name -> steps that have been made
+    #: name -> number of steps trained before it
     stages: dict[str, int]
     micro_batches: tuple[int, ...]
-    #: steps of data that are measured at each stage; ``exact`` on the first of them alone
+    #: number of steps of data measured at each stage; ``exact`` is measured on the first only
     trials: int
 
 
@@ -92,23 +81,20 @@ SHORT = Plan(QUICK, {"start": 1, "end": 12}, (2, 4, 8), 1)
 
 
 @dataclass(frozen=True)
-class Found:
-    """One pass over a step: what each layer's router got, and what its balancer says of it."""
+class Pass:
+    """Results of one pass over a step, per layer."""
 
-    #: [E, D] each
+    #: of the routers, [E, D]
     gradients: list[Tensor]
     #: ``estimator_error`` and ``gradient_error`` of :func:`estimate_quality`
-    reported: list[float]
-    of_imbalance: list[float]
-    #: int64 [M, E + 1] and fp64 [M, E] of each layer: counts and tokens, and sums of probabilities
-    counts: list[Tensor]
-    prob_sums: list[Tensor]
-    #: the loss of the step as the backward passes had it, of each layer
-    losses: list[float]
+    estimator_error: list[float]
+    gradient_error: list[float]
+    #: fp64 [E]: each expert's share of the step's tokens
+    load: list[Tensor]
 
 
-def still(model: Decoder, dtype: torch.dtype = torch.float64) -> Decoder:
-    """A copy of a model in training whose routers alone have gradients; without a head, whose loss is not wanted."""
+def frozen(model: Decoder, dtype: torch.dtype = torch.float64) -> Decoder:
+    """Return a copy of the model without its head, in which only the routers have gradients."""
     copy = deepcopy(model).to(dtype).train().requires_grad_(False)
     copy.head = None
     for layer in copy.moe_layers():
@@ -117,19 +103,18 @@ def still(model: Decoder, dtype: torch.dtype = torch.float64) -> Decoder:
 
 
 def balancers(model: Decoder, estimator: str, micro_batches: int, before: Sequence[Tensor] | None) -> list[Balancer]:
-    """New ones in the model's layers, with coefficient 1 and nothing beside it. ``before`` is int64 [E + 1] of each."""
+    """Give each layer a new balancer with coefficient 1. ``before`` holds the previous step's counts, int64 [E + 1]."""
     config = BalanceConfig(coefficient=1.0, estimator=estimator, micro_batches=micro_batches)  # type: ignore[arg-type]
     layers = model.moe_layers()
     for layer in layers:
         layer.balancer = Balancer(config, layer.config.num_experts, layer.config.top_k)
     for layer, before_X in zip(layers, before, strict=True) if before else ():
-        # the step before was cut as this one is
         layer.balancer.before_X = torch.cat((before_X, before_X.new_tensor([micro_batches])))
     return [layer.balancer for layer in layers]
 
 
 def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
-    """int64 [E + 1] of each layer: counts and tokens of a step that the model routes and is not trained on."""
+    """Route a step without training on it; return each layer's counts and number of tokens, int64 [E + 1]."""
     made = balancers(model, "rolling", 1, None)
     with counting_pass():
         model(inputs_BS)
@@ -140,35 +125,33 @@ def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
 
 def gradients(
     model: Decoder, inputs_BS: Tensor, micro_batches: int, estimator: str, before: Sequence[Tensor] | None = None
-) -> Found:
-    """The balance loss's gradient of each router, through all layers, of a step cut into micro-batches.
+) -> Pass:
+    """Compute the routers' gradients of the balance loss, through all layers, of a step in several micro-batches.
 
-    The model's own loss is multiplied by zero; what is left is what the layers hang on it.
+    The model's output is multiplied by zero, so that only the attached balance losses have a gradient.
     """
     made, weights = balancers(model, estimator, micro_batches, before), []
     for layer in model.moe_layers():
         layer.router.weight.grad = None
         weights.append(layer.router.weight)
-    shares = inputs_BS.chunk(micro_batches)
-    if len(shares) != micro_batches or len({len(share) for share in shares}) > 1:
+    parts = inputs_BS.chunk(micro_batches)
+    if len(parts) != micro_batches or len({len(part) for part in parts}) > 1:
         raise ValueError(f"micro_batches={micro_batches}: must divide the step's {len(inputs_BS)} sequences")
     if estimator == "exact":
         with counting_pass():
-            for share in shares:
-                model(share)
-    for share in shares:
-        (model(share) * 0).sum().backward()
+            for part in parts:
+                model(part)
+    for part in parts:
+        (model(part) * 0).sum().backward()
     for balancer in made:
         balancer.step.end(applied=False)
     steps = [balancer.last for balancer in made if balancer.last is not None]
-    reported = [estimate_quality(step) for step in steps]
-    return Found(
+    quality = [estimate_quality(step) for step in steps]
+    return Pass(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
-        reported=[quality["estimator_error"] for quality in reported],
-        of_imbalance=[quality["gradient_error"] for quality in reported],
-        counts=[torch.cat((step.local_counts_ME, step.local_tokens_M[:, None]), dim=1) for step in steps],
-        prob_sums=[step.local_prob_sums_ME.double() for step in steps],
-        losses=[float(sum(term.value for term in step.terms)) for step in steps],
+        estimator_error=[one["estimator_error"] for one in quality],
+        gradient_error=[one["gradient_error"] for one in quality],
+        load=[step.local_counts_ME.sum(0).double() / step.local_tokens_M.sum() for step in steps],
     )
 
 
@@ -176,8 +159,13 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-300))
 
 
+def cosine(got: Tensor, want: Tensor) -> float:
+    got, want = got.double().flatten(), want.double().flatten()
+    return float(got @ want / (got.norm() * want.norm()).clamp_min(1e-300))
+
+
 class Steps:
-    """Steps of data in each order: [B, S] inputs, of the step before and of the step."""
+    """Provides a step of data and its predecessor in each order, as inputs [B, S]."""
 
     def __init__(self, corpus: Corpus, config: TrainConfig) -> None:
         self.batch = config.data.global_batch
@@ -189,8 +177,7 @@ class Steps:
         inputs_BS, _, domain_B = batches.sample(step, 0, 1, 1, self.batch)[0]
         return inputs_BS, domain_B
 
-    def _leaning(self, step: int) -> Tensor:
-        """Half of the sequences are of one domain, the next one in every step."""
+    def _drifting(self, step: int) -> Tensor:
         inputs_BS, _ = self._read(self.all, step)
         own_BS, _ = self._read(self.alone[step % len(self.alone)], step)
         half = self.batch // 2
@@ -198,43 +185,34 @@ class Steps:
         return torch.cat((inputs_BS[:half], own_BS[half:]))[order_B]
 
     def pair(self, order: str, step: int) -> tuple[Tensor, Tensor]:
-        """The inputs of the step before ``step``, and its own."""
+        """Return the inputs of the step before ``step``, and those of ``step``."""
         if order == "drifting":
-            return self._leaning(step - 1), self._leaning(step)
+            return self._drifting(step - 1), self._drifting(step)
         before_BS, _ = self._read(self.all, step - 1)
         inputs_BS, domain_B = self._read(self.all, step)
         return before_BS, inputs_BS[domain_B.argsort(stable=True)] if order == "by domain" else inputs_BS
 
 
 def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Train, and take the figures of every stage on the way."""
+    """Train the model, and take all measurements on the way."""
     corpus = load_corpus(plan.config.data, load_tokenizer(plan.config.data.tokenizer))
     trainer = Trainer(plan.config, corpus, None, torch.device("cpu"))
     steps = Steps(corpus, plan.config)
-    result: dict[str, Any] = {
-        "domains": corpus.domains,
-        "points": [],
-        "moved": [],
-        "orders_mean": [],
-        "rounding": [],
-        "training": {},
-    }
+    result: dict[str, Any] = {"domains": corpus.domains, "points": [], "moved": [], "rounding": [], "training": {}}
     for stage, step in plan.stages.items():
         begin = time.perf_counter()
         previous = trainer.model
         while trainer.step < step:
-            previous = still(trainer.model) if trainer.step == step - 1 else previous
+            previous = frozen(trainer.model) if trainer.step == step - 1 else previous
             trainer.train_step()
         result["training"][stage] = state = {"step": step, **training_state(trainer)}
-        trained = time.perf_counter() - begin
-        of_stage(result, plan, stage, step, steps, previous, trainer.model)
-        seconds = time.perf_counter() - begin - trained
-        say(f"{stage}: step {step}, loss {state['loss']:.3f}, trained in {trained:.0f} s, measured in {seconds:.0f} s")
+        measure_stage(result, plan, stage, steps, previous, trainer.model)
+        say(f"{stage}: step {step}, loss {state['loss']:.3f}, {time.perf_counter() - begin:.0f} s")
     return result
 
 
 def training_state(trainer: Trainer) -> dict[str, float]:
-    """The last step's rate, nats per token since the stage before, and the last step's load in the worst layer."""
+    """Return the learning rate, the loss since the previous stage, and the worst layer's load in the last step."""
     nats, tokens = trainer.losses.sums_N2.sum(0).tolist()
     trainer.losses.sums_N2.zero_()
     last = [layer.balancer.last for layer in trainer.model.moe_layers()]
@@ -242,115 +220,173 @@ def training_state(trainer: Trainer) -> dict[str, float]:
     return {"lr": trainer.rate, "loss": nats / tokens, "max_over_mean": worst}
 
 
-def of_stage(
-    result: dict[str, Any], plan: Plan, stage: str, step: int, steps: Steps, previous: Decoder, model: Decoder
+def measure_stage(
+    result: dict[str, Any], plan: Plan, stage: str, steps: Steps, previous: Decoder, model: Decoder
 ) -> None:
-    """Add what is found on the weights of one stage; ``previous`` are those of the step before."""
-    now = still(model)
+    """Add the measurements of one stage; ``previous`` has the weights of the step before."""
+    now, step = frozen(model), plan.stages[stage]
     for order in ORDERS:
         for trial in range(plan.trials):
             before_BS, inputs_BS = steps.pair(order, step + trial)
-            before, want = count(previous, before_BS), gradients(now, inputs_BS, 1, "rolling")
-            moved = fmean(
-                relative_error(b[:-1] / b[-1], w[0, :-1] / w[0, -1]) for b, w in zip(before, want.counts, strict=True)
-            )
+            before, exact = count(previous, before_BS), gradients(now, inputs_BS, 1, "rolling")
+            moved = fmean(relative_error(b[:-1] / b[-1], load) for b, load in zip(before, exact.load, strict=True))
             result["moved"].append({"stage": stage, "order": order, "trial": trial, "moved": moved})
             for micro_batches in plan.micro_batches:
                 place = {"stage": stage, "order": order, "trial": trial, "micro_batches": micro_batches}
                 for estimator in ESTIMATORS[: None if trial == 0 else 2]:
                     found = gradients(now, inputs_BS, micro_batches, estimator, before)
-                    result["points"] += points(found, want, {**place, "estimator": estimator})
-                    if estimator == "rolling" and trial == 0 and order != "drifting":
-                        result["orders_mean"].append({**place, **mean_over_orders(found, now)})
+                    result["points"] += points(found, exact, {**place, "estimator": estimator})
     _, inputs_BS = steps.pair("shuffled", step)
-    want, single = gradients(now, inputs_BS, 1, "rolling"), still(model, torch.float32)
-    for name, cut in (("one micro-batch", 1), (f"exact, M={plan.micro_batches[-1]}", plan.micro_batches[-1])):
-        got = gradients(single, inputs_BS, cut, "exact")
-        errors = [relative_error(g, w) for g, w in zip(got.gradients, want.gradients, strict=True)]
-        result["rounding"].append({"stage": stage, "what": name, "error": max(errors)})
+    exact, single = gradients(now, inputs_BS, 1, "rolling"), frozen(model, torch.float32)
+    for micro_batches in (1, plan.micro_batches[-1]):
+        found = gradients(single, inputs_BS, micro_batches, "exact")
+        error = max(relative_error(g, w) for g, w in zip(found.gradients, exact.gradients, strict=True))
+        result["rounding"].append({"stage": stage, "micro_batches": micro_batches, "error": error})
 
 
-def points(found: Found, want: Found, place: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record per layer: how a pass compares with the whole step at once."""
+def points(found: Pass, exact: Pass, place: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one record per layer that compares a pass with the exact gradient."""
     records = []
-    for layer, (got, exact) in enumerate(zip(found.gradients, want.gradients, strict=True)):
-        records.append(
-            {
-                **place,
-                "layer": layer,
-                "cosine": cosine(got, exact),
-                "error": relative_error(got, exact),
-                "reported": found.reported[layer],
-                "of_imbalance": found.of_imbalance[layer],
-            }
-        )
+    for layer, (got, want) in enumerate(zip(found.gradients, exact.gradients, strict=True)):
+        record = {**place, "layer": layer, "cosine": cosine(got, want), "error": relative_error(got, want)}
+        record |= {"estimator_error": found.estimator_error[layer], "gradient_error": found.gradient_error[layer]}
+        records.append(record)
     return records
 
 
-def rolling_loss(counts_MX: Tensor, prob_sums_ME: Tensor, top_k: int) -> float:
-    """The loss of a step whose micro-batches come in this order, each with the load so far."""
-    many, loss = len(counts_MX), 0.0
-    for n, known_X in enumerate(counts_MX.cumsum(0), start=1):
-        step = so_far(known_X, n, many, None)
-        loss += float((loads(step.counts_E, step.tokens, top_k) * prob_sums_ME[n - 1]).sum() / step.step_tokens)
-    return loss
+# ---- tables
 
 
-def mean_over_orders(found: Found, model: Decoder) -> dict[str, float]:
-    """The rolling loss over orders of the micro-batches, all or :data:`DRAWN`, beside its closed expectation.
-
-    Means over the layers, with the standard error of the drawn orders' mean.
-    """
+def gradient_table(found: list[dict[str, Any]], by: Sequence[str]) -> str:
+    """Return a table with a row for each combination of the fields ``by``."""
+    columns = ["cosine", "worst cosine", "error", "worst error", "estimator_error"]
+    header = [field.replace("_", "-") for field in by]
+    header += [f"{name} {column}" for name in ESTIMATORS[:2] for column in columns] + ["exact error, worst"]
     rows = []
-    many = len(found.counts[0])
-    generator = torch.Generator().manual_seed(many)
-    drawn = math.factorial(many) > DRAWN
-    orders = [torch.randperm(many, generator=generator) for _ in range(DRAWN)] if drawn else []
-    orders = orders or [torch.tensor(order) for order in permutations(range(many))]
-    share = sum(1 / n for n in range(1, many + 1)) / many
-    for counts_MX, prob_sums_ME, layer in zip(found.counts, found.prob_sums, model.moe_layers(), strict=True):
-        counts_ME, tokens_M, k = counts_MX[:, :-1], counts_MX[:, -1], layer.config.top_k
-        micro = float(loss_value(counts_ME, tokens_M, prob_sums_ME, tokens_M, k).mean())
-        tokens = tokens_M.sum()
-        whole = float(loss_value(counts_ME.sum(0), tokens, prob_sums_ME.sum(0), tokens, k))
-        seen_N = torch.tensor([rolling_loss(counts_MX[o], prob_sums_ME[o], k) for o in orders], dtype=torch.float64)
-        closed = share * micro + (1 - share) * (many * whole - micro) / (many - 1)
-        spread = float(seen_N.std() / math.sqrt(len(orders))) if drawn else 0.0
-        rows.append((micro, whole, closed, float(seen_N.mean()), spread))
-    micro, whole, closed, mean, spread = (fmean(column) for column in zip(*rows, strict=True))
-    return {
-        "orders": len(orders),
-        "share": share,
-        "micro": micro,
-        "global": whole,
-        "closed": closed,
-        "mean": mean,
-        "standard_error": spread,
+    for key in dict.fromkeys(tuple(point[field] for field in by) for point in found):
+        here = [p for p in found if tuple(p[field] for field in by) == key]
+        row = [str(value) for value in key]
+        for name in ESTIMATORS[:2]:
+            row += _cells([p for p in here if p["estimator"] == name])
+        rows.append([*row, f"{max(p['error'] for p in here if p['estimator'] == 'exact'):.0e}"])
+    return table(header, rows)
+
+
+def _cells(of: list[dict[str, Any]]) -> list[str]:
+    """Return the mean and the worst layer of cosine and error, and the mean of ``estimator_error``."""
+    by_layer = [list(group) for _, group in groupby(sorted(of, key=lambda p: p["layer"]), key=lambda p: p["layer"])]
+    cosines, errors = ([fmean(p[key] for p in layer) for layer in by_layer] for key in ("cosine", "error"))
+    figures = [f"{fmean(cosines):.3f}", f"{min(cosines):.3f}", f"{fmean(errors):.3f}", f"{max(errors):.3f}"]
+    return [*figures, f"{fmean(p['estimator_error'] for p in of):.3f}"]
+
+
+def carry_over_rolling(found: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
+    """Return by order and stage: the mean error of ``carry`` divided by that of ``rolling``, for each M."""
+    errors: dict[tuple, list[float]] = {}
+    for point in found:
+        key = point["order"], point["stage"], point["micro_batches"], point["estimator"]
+        errors.setdefault(key, []).append(point["error"])
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for (order, stage, many, name), of in errors.items():
+        if name == "carry":
+            ratios.setdefault((order, stage), []).append(fmean(of) / fmean(errors[order, stage, many, "rolling"]))
+    return ratios
+
+
+def carry_table(found: list[dict[str, Any]], moved: list[dict[str, Any]]) -> str:
+    """Return :func:`carry_over_rolling` (median, least, most over M), and how far the load moved since last step."""
+    ratios = carry_over_rolling(found)
+    stages = list(dict.fromkeys(stage for _, stage in ratios))
+    rows = []
+    for order in dict.fromkeys(order for order, _ in ratios):
+        row = [order]
+        for stage in stages:
+            of = ratios[order, stage]
+            by = fmean(m["moved"] for m in moved if (m["order"], m["stage"]) == (order, stage))
+            row.append(f"{median(of):.2f} ({min(of):.2f} - {max(of):.2f}), {by:.3f}")
+        rows.append(row)
+    return table(["order", *stages], rows)
+
+
+def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; equal values share their mean rank."""
+
+    def centred_ranks(values: Sequence[float]) -> Tensor:
+        values_N = torch.tensor(values, dtype=torch.float64)
+        below_N, equal_N = (values_N < values_N[:, None]).sum(1), (values_N == values_N[:, None]).sum(1)
+        ranks_N = below_N + (equal_N - 1) / 2
+        return ranks_N - ranks_N.mean()
+
+    return cosine(centred_ranks(one), centred_ranks(two))
+
+
+def prediction_table(found: list[dict[str, Any]]) -> str:
+    """Compare the error measures that a balancer reports with the true error of the gradient."""
+    rows = []
+    for order in (*ORDERS, "all"):
+        of = [p for p in found if p["estimator"] != "exact" and order in ("all", p["order"])]
+        row = [order, str(len(of))]
+        for key in ("estimator_error", "gradient_error"):
+            ratio = median(p["error"] / max(p[key], 1e-300) for p in of)
+            row += [f"{rank_correlation([p[key] for p in of], [p['error'] for p in of]):.2f}", f"{ratio:.2f}"]
+        rows.append(row)
+    names = ("estimator_error", "gradient_error")
+    header = [f"{name}: {what}" for name in names for what in ("rank correlation", "true error / it")]
+    return table(["order", "points", *header], rows)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the whole result as Markdown."""
+    found = result["points"]
+    ratios = [ratio for of in carry_over_rolling(found).values() for ratio in of]
+    worse = f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}"
+    rounding = [[r["stage"], str(r["micro_batches"]), f"{r['error']:.0e}"] for r in result["rounding"]]
+    lines = [f"# Estimators of the step's load, {result['facts']['cpu']}", "", *as_lines(result)]
+    for stage, at in result["training"].items():
+        lines.append(f"{stage}: " + ", ".join(f"{key} {value:.4g}" for key, value in at.items()) + "  ")
+    lines += ["", "The gradient of the balance loss alone, of each router, compared with one pass over the whole step:"]
+    lines += ["cosine and relative error, mean over layers and worst layer; `estimator_error` as layers report it."]
+    sections = {
+        "Over all stages": ("", gradient_table(found, ("order", "micro_batches"))),
+        "Stage by stage": ("", gradient_table(found, ("order", "stage", "micro_batches"))),
+        "Error of `carry` divided by error of `rolling`": (
+            f"Median over M, least and most. Above 1, `carry` is worse: {worse} rows. The last number is the relative\n"
+            "distance of this step's load from the previous step's.\n\n",
+            carry_table(found, result["moved"]),
+        ),
+        "How well a layer can predict the error": (
+            "One point per layer, M, stage and step of data, of `rolling` and `carry`.\n\n",
+            prediction_table(found),
+        ),
+        "Error of `exact` in fp32": ("", table(["stage", "micro-batches", "worst layer"], rounding)),
     }
+    for title, (text, rows) in sections.items():
+        lines += ["", f"## {title}", "", text + rows]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps, M up to 8; half a minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps, M up to 8: half a minute")
     parser.add_out()
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     plan, begin, before = SHORT if args.quick else FULL, time.perf_counter(), load_averages()
-    result = {"facts": facts(), "command": "python benchmarks/estimators.py" + " --quick" * args.quick}
-    moe = vars(plan.config.moe)
-    both = moe | vars(plan.config.model) | {"moe_intermediate_size": moe["intermediate_size"]}
-    sizes = {key: value for key, value in both.items() if isinstance(value, int)}
-    result["settings"] = {
-        **{key: sizes[key] for key in ("hidden_size", "num_layers", "num_experts", "top_k", "moe_intermediate_size")},
-        **{key: getattr(plan.config.data, key) for key in ("global_batch", "seq_len", "builtin_bytes_per_domain")},
-        **{"steps": plan.config.steps, "coefficient": plan.config.moe.balance.coefficient, "seed": plan.config.seed},
+    moe, data = plan.config.moe, plan.config.data
+    result: dict[str, Any] = {
+        "facts": facts("numpy"),
+        "command": "python benchmarks/balance/estimators.py" + " --quick" * args.quick,
+        "settings": {
+            **{key: getattr(moe, key) for key in ("hidden_size", "intermediate_size", "num_experts", "top_k")},
+            **{key: getattr(data, key) for key in ("global_batch", "seq_len", "builtin_bytes_per_domain")},
+            **{"num_layers": plan.config.model.num_layers, "steps": plan.config.steps, "seed": plan.config.seed},
+            "coefficient": moe.balance.coefficient,
+        },
+        **measure(plan, lambda line: print(line, file=sys.stderr, flush=True)),
+        **spent(begin, before),
     }
-    result |= measure(plan, lambda line: print(line, file=sys.stderr, flush=True))
-    result["prediction"] = prediction(result["points"])
-    result |= spent(begin, before)
     text = markdown(result)
-    name = "estimators" + "-quick" * args.quick
-    print(text, "written: ", *write(result, text, args.out, name), sep="\n")
+    print(text, "written: ", *write(result, text, args.out, "estimators" + "-quick" * args.quick), sep="\n")
     return 0
 
 

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     stem = args.out / ("global_balance_quick" if args.quick else "global_balance")
     args.out.mkdir(parents=True, exist_ok=True)
-    print(findings.write(found, facts(), stem))
+    print(findings.write(found, facts("numpy"), stem))
     return min(failed, 1)
 
 

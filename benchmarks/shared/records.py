@@ -96,9 +96,18 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def rounded(value: Any) -> Any:
+    """Round all floats in nested dicts and lists to five significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def write(result: dict[str, Any], text: str, out: Path, name: str) -> list[Path]:
     """Write the result as ``name``_<cpu>.json and its text as .md into the folder ``out``."""
     path = out / f"{name}_{slug(str(result['facts']['cpu']))}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     path.with_suffix(".md").write_text(text)
     return [path, path.with_suffix(".md")]
