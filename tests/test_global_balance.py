@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.balance import findings, global_balance, plots
+from benchmarks.balance import findings, global_balance
 from benchmarks.balance.arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
@@ -139,15 +139,15 @@ def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
+def test_findings_are_judged_by_seed(tmp_path: Path) -> None:
     losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "shuffled": (1.91, 2.08)}
     found = [record(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)]
-    by_claim = {o.claim: o for o in findings.orderings(findings.Runs(found))}
-    assert by_claim["Held-out loss: global below micro-batch"].holds == [True, True]
-    assert by_claim["Shuffled control: nearer to global than to micro-batch"].holds == [True, False]
-    (knee,) = [o for claim, o in by_claim.items() if claim.startswith("A knee")]
-    assert knee.holds == [True, False] and knee.verdict == "not always, 1 of 2 seeds"
-    facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3"}
+    by_claim = {o.claim: o for o in findings.findings(findings.Runs(found))}
+    assert by_claim["held-out loss: global is below micro-batch"].holds == [True, True]
+    assert by_claim["shuffled control is closer to global than to micro-batch"].holds == [True, False]
+    (saturates,) = [o for claim, o in by_claim.items() if claim.startswith("the gain saturates")]
+    assert saturates.holds == [True, False] and saturates.verdict == "not always, 1 of 2 seeds"
+    facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3", "commit": "c"}
     found += [record("exact", seed, loss) for seed, loss in enumerate((1.903, 2.004))]
     text = findings.write(found, facts, tmp_path / "result")
     assert "they end 0.0035 apart" in text
@@ -158,8 +158,8 @@ def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
 
 def test_every_arm_can_be_drawn_and_unknown_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = findings.Runs([record(arm, 0, 2.0) for arm in ARMS])
-    plots.draw(runs, tmp_path / "all.png")
-    plots.draw(findings.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
+    findings.draw(runs, tmp_path / "all.png")
+    findings.draw(findings.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
     with pytest.raises(SystemExit):
         global_balance.arguments(["--arms", "sync-4,sink"])
     assert "--arms=sink: choose from sync-4" in capsys.readouterr().err

@@ -1,9 +1,8 @@
-"""The runs that ``global_balance.py`` compares: what each one balances over, and what is measured of it.
+"""The arms of ``global_balance.py``: what each run balances over, and what is measured.
 
-A rank has micro-batches of ``RANK`` sequences. One process plays many ranks: its MoE layers are shown the sequences of
-each group of ranks that synchronise as one long sequence, so that scope "sequence" is their loss. Attention and
-everything else see single sequences. (That ranks and the micro-batches of one process give the same gradients is proven
-in tests/parallel; no result here depends on how many processes there are.)
+One process simulates many ranks, each with micro-batches of ``RANK`` sequences. Its MoE layers see the sequences of a
+group of ranks that add up their counts as one long sequence, so that scope "sequence" is their loss. Attention and
+everything else see single sequences. (Tests in tests/parallel show that real ranks have the same gradients.)
 """
 
 # N sequences, B sequences of a batch, S tokens of each, D hidden, L MoE layers, E experts, K top-k.
@@ -31,19 +30,19 @@ from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimCo
 from equimoe.moe.train.data import Corpus, heldout_batches
 from equimoe.moe.train.loop import Trainer
 
-#: sequences of one rank's micro-batch
+#: number of sequences in one rank's micro-batch
 RANK = 4
-#: sequences of an optimizer step
+#: number of sequences in an optimizer step
 BATCH = 512
-#: of the balance loss. The paper's 0.008 has 60,000 steps to balance the experts, a run here has some hundred
+#: larger than the paper's 0.008, which has 60,000 steps to balance the experts, not a few hundred
 COEFFICIENT = 0.05
-#: how far the loss-free bias moves in a step; DeepSeek-V3's 0.001 is for a hundred times as many steps
+#: larger than DeepSeek-V3's 0.001, which has a hundred times as many steps
 BIAS_RATE = 0.01
 
 
 @dataclass(frozen=True)
 class Size:
-    """Model and length of the runs."""
+    """Size of the model and of the training run."""
 
     steps: int
     seq_len: int = 32
@@ -53,7 +52,7 @@ class Size:
     top_k: int = 2
     lr: float = 5e-3
     init_std: float = 0.1
-    #: held-out sequences of each domain
+    #: number of held-out sequences per domain
     heldout: int = 768
     bytes_per_domain: int = 1_600_000
 
@@ -62,24 +61,24 @@ class Size:
 class Arm:
     """One way to balance."""
 
-    #: what the tables call it
+    #: its name in tables
     label: str
-    #: sequences over which the load is counted
+    #: number of sequences over which the load is counted
     sequences: int
-    #: sequences of a forward pass, over all ranks that are played
+    #: number of sequences in a forward pass, over all simulated ranks
     micro_batch: int
     balance: dict[str, Any] = field(default_factory=dict)
-    #: sequences that the layers are shown as one; None: as they are
+    #: number of sequences that the layers see as one; None: they see single sequences
     together: int | None = None
-    #: the tokens of a batch change places before they are put together
+    #: whether the tokens of a batch are permuted before they are joined
     mixed: bool = False
     router: dict[str, Any] = field(default_factory=dict)
-    #: sequences that are shown as one in the second half of the run, when that is another number
+    #: value of ``together`` in the second half of the run, if it changes
     then: int | None = None
 
 
 def synchronised(sequences: int, coefficient: float = COEFFICIENT, label: str = "") -> Arm:
-    """The loss of ``sequences / RANK`` ranks that add up their counts in each micro-batch."""
+    """Balance over ``sequences / RANK`` ranks, which add up their counts in each micro-batch."""
     ranks = "one rank's micro-batch" if sequences == RANK else f"{sequences // RANK} ranks"
     label = label or (f"global, {ranks}" if sequences == BATCH else ranks)
     if sequences == BATCH:
@@ -89,13 +88,13 @@ def synchronised(sequences: int, coefficient: float = COEFFICIENT, label: str = 
 
 
 def estimated(estimator: str) -> Arm:
-    """8 ranks add up their counts, and 16 micro-batches of theirs are joined by an estimator."""
+    """Balance over 8 ranks, which add up their counts, with an estimator over their 16 micro-batches."""
     balance = {"scope": "global", "coefficient": COEFFICIENT, "estimator": estimator}
     return Arm(f"8 ranks, 16 micro-batches, {estimator}", BATCH, 8 * RANK, balance)
 
 
 def loss_free(scope: str, sequences: int) -> Arm:
-    """No loss, but a bias; sigmoid scores, as the paper's baseline has them."""
+    """Balance by a bias without a loss, with sigmoid scores, like the paper's baseline."""
     balance = {"coefficient": 0.0, "bias_update_rate": BIAS_RATE, "bias_scope": scope}
     label = f"loss-free bias, counts of {sequences}"
     return Arm(label, sequences, 64 if sequences == BATCH else sequences, balance, router={"score": "sigmoid"})
@@ -108,7 +107,7 @@ def switched(first: int, then: int) -> Arm:
 
 _WITH_MICRO = {"scope": "global", "coefficient": COEFFICIENT, "extra": ExtraLossConfig(sequence=COEFFICIENT / 100)}
 
-#: in the order in which they are run
+#: in the order of their runs
 ARMS: dict[str, Arm] = {
     "sync-4": synchronised(4),
     "sync-512": synchronised(512),
@@ -133,7 +132,7 @@ ARMS: dict[str, Arm] = {
 
 
 def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
-    """The training run of an arm."""
+    """Return the configuration of an arm's training run."""
     return TrainConfig(
         steps=size.steps,
         seed=seed,
@@ -159,7 +158,7 @@ def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
 
 
 class Ranks:
-    """Shows MoE layers, while they train, ``together`` sequences as one."""
+    """Makes MoE layers see ``together`` sequences as one during training."""
 
     def __init__(self, layers: list[MoE], together: int | None, mixed: bool, seed: int) -> None:
         self.together = together
@@ -192,21 +191,22 @@ class Ranks:
         return y_TD.view(self._shape)
 
 
-# ---- what is measured
+# ---- measurements
 
 
 @dataclass
 class Heldout:
-    """What the held-out sequences did, one row each."""
+    """Routing and loss of the held-out sequences, one row each."""
 
     domains: tuple[str, ...]
     domain_N: Tensor
-    #: fp64, loss of a sequence over its tokens
+    #: fp64: mean loss of a sequence's tokens
     nats_N: Tensor
-    #: fp64 [N, L, E]: choices, and sums over tokens of the normalised scores
+    #: fp64: number of choices
     counts_NLE: Tensor
+    #: fp64: sums of the normalised scores over tokens
     probs_NLE: Tensor
-    #: fp64 [N, L], mean over tokens of the chosen experts' scores together
+    #: fp64: sum of the chosen experts' scores, mean over tokens
     chosen_NL: Tensor
     seq_len: int
     top_k: int
@@ -214,7 +214,7 @@ class Heldout:
 
 @torch.no_grad()
 def observe(trainer: Trainer, size: Size) -> Heldout:
-    """Run the model on the held-out sequences. Those at a stream's end that are shorter are left out."""
+    """Run the model on the held-out sequences, without the shorter ones at the end of a stream."""
     corpus, model, layers = trainer.corpus, trainer.model.eval(), trainer.model.moe_layers()
     rows: list[tuple[int, Tensor, list[Tensor], list[Tensor], list[Tensor]]] = []
     for domain, inputs_BS, labels_BS, mask_BS in heldout_batches(corpus, size.seq_len, size.heldout, 64):
@@ -235,12 +235,13 @@ def observe(trainer: Trainer, size: Size) -> Heldout:
 
 
 def measure(seen: Heldout) -> dict[str, Any]:
-    """The figures of one evaluation.
+    """Compute the values of one evaluation.
 
-    ``loss`` in nats per token is the mean over domains. ``balance``: the balance loss by the number of sequences over
-    which the load is counted, in random order, mean over layers. ``straggler``: rows of the busiest of D
-    expert-parallel ranks over the mean, each of the ranks having ``RANK`` sequences, by D. ``cv``: of the experts'
-    loads in ``RANK`` sequences. ``routing`` is [L][E] by domain.
+    loss: nats per token, mean over domains.
+    balance: the balance loss by the number of (randomly ordered) sequences that it counts, mean over layers.
+    straggler: rows of the busiest of D expert-parallel ranks with ``RANK`` sequences each, divided by the mean, by D.
+    cv: coefficient of variation of the experts' loads in ``RANK`` sequences.
+    routing: each expert's share of a domain's choices, [L][E] by domain.
     """
     domains = range(len(seen.domains))
     loss = {seen.domains[d]: float(seen.nats_N[seen.domain_N == d].mean()) for d in domains}

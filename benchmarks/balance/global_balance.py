@@ -1,11 +1,11 @@
-"""What the load is balanced over, and what comes of it: the experiments of arXiv 2501.11873 in miniature.
+"""Compares balance over micro-batches and over global batches: the experiments of arXiv 2501.11873 in miniature.
 
-    python benchmarks/global_balance.py [--quick] [--arms sync-4,sync-512] [--seeds 3] [--jobs 2] [--out DIR]
+    python benchmarks/balance/global_balance.py [--quick] [--arms sync-4,sync-512] [--seeds 3] [--jobs 2] [--out DIR]
 
-Trains a small model once for each arm (benchmarks/arms.py) and seed, on the text that comes with Python, each
-sequence from one of its domains. Runs of a seed begin with the same weights and see the same sequences in the same
-order. Stopped at any time, the same command goes on where it stopped; more seeds, or other arms, are added to what is
-there. Then writes the table (.md), the figures (.png) and all numbers (.json) into DIR.
+A small model is trained once for each arm (see arms.py) and seed, on the text that comes with Python. Each sequence is
+from one of five domains. Runs of one seed start with the same weights and see the same sequences in the same order. If
+the command is interrupted, the same command continues; other arms or more seeds are added to the existing runs. It
+writes a table (.md), a picture (.png) and all numbers (.json) into DIR.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from benchmarks.balance import findings
 from benchmarks.balance.arms import ARMS, Size, build, configure, measure, observe
 from benchmarks.checkout import ROOT
-from benchmarks.shared.options import Parser
+from benchmarks.shared.options import CORES, Parser, positive
 from benchmarks.shared.records import facts
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import write_atomically
@@ -43,24 +43,21 @@ FULL, QUICK = Size(steps=160), Size(steps=80, heldout=256)
 QUICK_ARMS = ("sync-4", "sync-32", "sync-512", "shuffled", "rolling", "bias-global", "with-micro", "micro-eighth")
 #: exit status after Ctrl-C
 STOPPED = 130
-#: evaluations of a run
+#: number of evaluations in a run
 EVALUATIONS = 10
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="some arms, one seed, short: five minutes on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few arms, one seed, fewer steps: five minutes on two cores"
+    )
     parser.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(ARMS)} (default: all)")
-    parser.add_argument("--seeds", type=int, help="(default 3; quick 1)")
+    parser.add_argument("--seeds", type=positive, help="(default 3; quick 1)")
     parser.add_argument("--steps", type=int, help=f"(default {FULL.steps}; quick {QUICK.steps})")
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), help="runs at once, a core each (default %(default)s)"
-    )
-    parser.add_argument(
-        "--runs", type=Path, help="where runs keep what they need to go on (default runs/global_balance)"
-    )
+    parser.add_argument("--jobs", type=positive, default=CORES, help="runs at the same time (default %(default)s)")
+    parser.add_argument("--runs", type=Path, help="folder for unfinished runs (default runs/global_balance)")
     parser.add_out()
-    parser.add_argument("--only-report", action="store_true", help="train nothing; write what the runs have so far")
     parser.add_argument("--one", metavar="ARM:SEED", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.size = QUICK if args.quick else FULL
@@ -81,11 +78,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def train(name: str, seed: int, size: Size, folder: Path) -> None:
-    """Do one run, or what is left of it; ``folder``/result.json is there exactly when it is complete."""
+    """Train one run, or the rest of it. ``folder``/result.json exists only if the run is complete."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the run may still be at work for a command that was killed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed command may have left this run's process running
         if not (folder / "result.json").exists():
             _train(name, seed, size, folder)
 
@@ -120,7 +117,7 @@ def _train(name: str, seed: int, size: Size, folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-# ---- all of them
+# ---- all runs
 
 
 def folder_of(runs: Path, size: Size, name: str, seed: int) -> Path:
@@ -128,14 +125,14 @@ def folder_of(runs: Path, size: Size, name: str, seed: int) -> Path:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Start what is missing, ``jobs`` at a time, seed by seed; returns how many runs failed."""
+    """Train the missing runs seed by seed, ``jobs`` at a time; return the number of failed runs."""
     missing = [
         (name, seed)
         for seed in range(args.seeds)
         for name in args.arms
         if not (folder_of(args.runs, args.size, name, seed) / "result.json").exists()
     ]
-    print(f"{len(args.arms)} arms x {args.seeds} seeds: {len(missing)} runs to do, {args.jobs} at once", flush=True)
+    print(f"{len(args.arms)} arms x {args.seeds} seeds: {len(missing)} runs are missing", flush=True)
 
     def start(job: tuple[str, int]) -> int:
         name, seed = job
@@ -176,17 +173,15 @@ def main(argv: list[str] | None = None) -> int:
             name, seed = args.one.split(":")
             train(name, int(seed), args.size, folder_of(args.runs, args.size, name, int(seed)))
             return 0
-        if not args.only_report:
-            failed = run_all(args)
+        failed = run_all(args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return STOPPED
     found = list(results(args))
     if not found:
         print(f"--runs={args.runs}: no run is complete", file=sys.stderr)
         return 1
     stem = args.out / ("global_balance_quick" if args.quick else "global_balance")
-    args.out.mkdir(parents=True, exist_ok=True)
     print(findings.write(found, facts("numpy"), stem))
     return min(failed, 1)
 
