@@ -217,4 +217,4 @@ def test_the_cost_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for scope in balance_cost.SCOPES.keys() - {"micro", "micro again"}:
             assert rows[case, scope]["counted"] == 2 * 8 * (8 + 1) * 4 and rows[case, scope]["collectives"] == 2
             assert (rows[case, scope]["rest"] > 0) == (case.endswith("ep 2") and scope == "global, exact")
-    assert "Every figure equals its formula" in path.with_suffix(".md").read_text()
+    assert "All numbers equal their formulas" in path.with_suffix(".md").read_text()

@@ -1,20 +1,20 @@
-"""What global-batch balance costs: step time beside the micro-batch loss, and bytes beside the closed formula.
+"""Measures the cost of global-batch balance: step time compared with micro-batch balance, and bytes sent.
 
-    python benchmarks/balance_cost.py [--ranks 1,2,4] [--rounds 20] [--quick] [--out DIR]
+    python benchmarks/balance/balance_cost.py [--ranks 1,2,4] [--rounds 20] [--quick] [--out DIR]
 
-The quickstart's model trains on forked gloo ranks, data-parallel, two micro-batches of four sequences on each; scopes
-take turns, step by step, in the same processes, each round beginning with another one. The weights stand still (a
-learning rate of 1e-12), so that all scopes route alike and what is timed is the balancing itself, not where it leads.
-A step's time is that of its slowest rank. "micro again" is the control: what the clock cannot tell from 1.
+Time: the quickstart model trains on forked gloo ranks, data-parallel, with two micro-batches of four sequences per
+rank. Scopes take turns step by step in the same processes, and each round starts with another one. The learning rate is
+1e-12, so that all scopes route alike and only the balancing differs. The time of a step is that of its slowest rank.
+"micro again" repeats the baseline, to show the measurement noise.
 
-A rank counts what it sends for a step beyond what the micro-batch loss sends. That has to be a sum of 8 (E + 1) L
-bytes for each micro-batch, which a ring sends 2 (P - 1) / P times, and not a byte more: else the command exits with 1.
-(Except that a counting pass sends rows to experts once more, where these are split over ranks.) It is counted again
-with twice the tokens, and under other compositions of parallelisms, of a narrow model with as many layers and experts:
-the formula knows no widths. There, ranks that hold parts of the same sequences sum counts for the micro-batch loss too.
+Bytes: each rank counts what it sends in a step beyond micro-batch balance. This must be exactly one sum of 8 (E + 1) L
+bytes per micro-batch, of which a ring sends 2 (P - 1) / P times, otherwise the command exits with 1. (`exact` also
+sends token rows a second time under expert parallelism.) The count is repeated with twice the tokens, and under other
+parallelisms with a narrow model, since the formula does not depend on widths. Under context and tensor parallelism,
+micro-batch balance sums counts too, over the ranks that hold parts of the same sequences.
 """
 
-# E experts, L layers of MoE, P ranks.
+# E experts, L MoE layers, P ranks.
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
@@ -35,7 +36,7 @@ if not __package__:
 
 import torch
 
-from benchmarks.shared.options import Parser
+from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from benchmarks.shared.timing import Step, Timer, interleave, summary
 from equimoe.launch.recipes.quickstart import quickstart
@@ -55,12 +56,12 @@ SCOPES = {
     "global, carry": BalanceConfig(estimator="carry"),
     "global, exact": BalanceConfig(estimator="exact"),
     "global + 1 % micro": BalanceConfig(extra=ExtraLossConfig(micro=1e-4)),
-    # a rate that leaves the routing as it is
+    # a rate that does not change the routing
     "bias, global": BalanceConfig(coefficient=0.0, bias_update_rate=1e-9),
 }
-#: each rank's part of a step
+#: per rank and step
 MICRO_BATCHES, SEQUENCES = 2, 4
-#: ranks, and how they share the work
+#: number of ranks, and their parallelism
 MIXES: list[tuple[int, dict[str, Any]]] = [
     (2, {"ep": 2}),
     (2, {"data_parallel": "fsdp", "ep": 2}),
@@ -79,7 +80,7 @@ TIMEOUT_S = 3600.0
 def training(
     balance: BalanceConfig, data_ranks: int, narrow: bool, seq_len: int, parallel: dict[str, Any]
 ) -> TrainConfig:
-    """The quickstart with its weights standing still, and equally much work on each data-parallel rank."""
+    """Return the quickstart with constant weights and the same amount of work on each data-parallel rank."""
     config = quickstart()
     model = replace(config.model, vocab_size=264)  # even, for tensor parallelism
     moe = replace(config.moe, balance=balance)
@@ -100,7 +101,7 @@ def training(
 
 
 def trainers(names: list[str], corpus: Corpus, mesh: Mesh | None, *how: Any) -> dict[str, Trainer]:
-    """One for each scope, with the same weights and data. ``how``: narrow, tokens of a sequence, parallelism."""
+    """Build a trainer per scope, with the same weights and data. ``how``: narrow, sequence length, parallelism."""
     data = LOCAL if mesh is None else mesh["dp"]
     configs = {name: training(SCOPES[name], data.size, *how) for name in names}
     return {name: Trainer(config, corpus, mesh, torch.device("cpu")) for name, config in configs.items()}
@@ -110,26 +111,28 @@ class Sent(NamedTuple):
     """Bytes that a rank sent in one step."""
 
     counts: int
-    #: by any other verb: rows of tokens to experts, above all
+    #: everything else, mainly token rows for experts
     rest: int
-    #: sums of counts
+    #: number of sums of counts
     collectives: int
 
     @staticmethod
     def of(record: list[Traffic]) -> Sent:
-        # what pipeline stages sum is the gradient's norm
+        # sums over pipeline stages are for the gradient norm
         counts = [entry.sent for entry in record if entry.verb == "sum_over" and entry.axis != "pp"]
         return Sent(sum(counts), sum(entry.sent for entry in record) - sum(counts), len(counts))
 
 
 def ring(nbytes: int, ranks: int) -> int:
-    """Bytes that a rank sends when a ring of them sums ``nbytes``."""
+    """Return the bytes that each rank sends when a ring of ranks sums ``nbytes``."""
     return 2 * nbytes * (ranks - 1) // ranks
 
 
 def formula(name: str, experts: int, layers: int, ranks: int, sequence_ranks: int) -> int:
-    """Bytes that a rank sends for the counts of one micro-batch: of a scope, among ``ranks`` with other tokens, of
-    which ``sequence_ranks`` hold parts of the same sequences."""
+    """Return the bytes that a rank sends for the counts of one micro-batch.
+
+    ``ranks`` hold different tokens; groups of ``sequence_ranks`` among them hold parts of the same sequences.
+    """
     balance, counts = SCOPES[name], 8 * (experts + 1) * layers
     over_all = balance.scope == "global" or balance.bias_update_rate > 0
     of_own = balance.scope == "micro" or balance.extra.micro > 0
@@ -139,7 +142,7 @@ def formula(name: str, experts: int, layers: int, ranks: int, sequence_ranks: in
 def count_bytes(
     rank: int, world: int, corpus: Corpus, seq_len: int, parallel: dict[str, Any], narrow: bool = True
 ) -> dict[str, tuple[Sent, int]]:
-    """What this rank sends in a step of each scope, and what the formula says of it for one micro-batch."""
+    """Return what this rank sends in a step of each scope, and the formula for one micro-batch."""
     names = [name for name in SCOPES if name != AGAIN]
     mesh = build_mesh(ParallelConfig(timeout_s=TIMEOUT_S, **parallel)) if world > 1 else None
     made = trainers(names, corpus, mesh, narrow, seq_len, parallel)
@@ -147,7 +150,7 @@ def count_bytes(
 
 
 def counted(name: str, trainer: Trainer) -> tuple[Sent, int]:
-    """Bytes of one step, after one that has shown how many layers there are; and the formula for a micro-batch."""
+    """Return the bytes of the second step, and the formula for a micro-batch."""
     trainer.train_step(observed=False)
     with record_traffic() as record:
         trainer.train_step(observed=False)
@@ -157,7 +160,7 @@ def counted(name: str, trainer: Trainer) -> tuple[Sent, int]:
 
 
 def byte_rows(case: str, found: list[dict[str, tuple[Sent, int]]]) -> list[dict[str, Any]]:
-    """A row per scope, of the rank that sends most; ``equal`` if every rank sends what the formula says."""
+    """Return a row per scope for the rank that sends most; ``equal``: whether all ranks send what the formula says."""
     rows = []
     for name in found[0]:
         sent, want = max(rank[name] for rank in found)
@@ -172,7 +175,7 @@ def byte_rows(case: str, found: list[dict[str, tuple[Sent, int]]]) -> list[dict[
 def time_steps(
     rank: int, world: int, corpus: Corpus, rounds: int, narrow: bool, seq_len: int
 ) -> tuple[dict[str, list[float]], dict[str, tuple[Sent, int]], int]:
-    """Seconds of each scope's steps on this rank, what they send, and the number of parameters."""
+    """Return the seconds of each scope's steps on this rank, what they send, and the number of parameters."""
     mesh = build_mesh(ParallelConfig(timeout_s=TIMEOUT_S)) if world > 1 else None
     made = trainers(list(SCOPES), corpus, mesh, narrow, seq_len, {})
 
@@ -196,7 +199,7 @@ def ranks_of(world: int | str) -> str:
 
 
 def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Of each scope: the steps' median and spread, and the median and quartiles of its rounds' ratios to micro."""
+    """Summarise each scope: median and spread of its steps, median and quartiles of the ratios to micro per round."""
     rows = {}
     for name, runs in seconds.items():
         ratios = [run / base for run, base in zip(runs, seconds[MICRO], strict=True)]
@@ -206,7 +209,7 @@ def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def measure_time(world: int, corpus: Corpus, args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Times on ``world`` ranks, and the bytes of the same runs."""
+    """Measure times on ``world`` ranks, and the bytes of the same runs."""
     before = load_averages()
     found = run_ranks(time_steps, world, corpus, args.rounds, args.quick, args.seq_len, timeout=TIMEOUT_S)
     slowest = {name: [max(runs) for runs in zip(*(one[0][name] for one in found), strict=True)] for name in SCOPES}
@@ -217,7 +220,7 @@ def measure_time(world: int, corpus: Corpus, args: argparse.Namespace) -> tuple[
 
 
 def measure_bytes(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Bytes with twice the tokens, and of the compositions."""
+    """Count bytes with twice the tokens, and under other parallelisms."""
     rows = []
     for world in args.ranks:
         found = run_ranks(count_bytes, world, corpus, 2 * args.seq_len, {}, timeout=TIMEOUT_S)
@@ -230,22 +233,22 @@ def measure_bytes(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, An
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
-    """What differs from the formula, or changes with the tokens."""
+    """Return every deviation from the formula, and every dependence on the number of tokens."""
     rows = {(row["case"], row["scope"]): row for row in result["bytes"]}
     found = []
     for (case, scope), row in rows.items():
         if not row["equal"] or row["counted"] != row["formula"]:
-            found.append(f"{case}, {scope}: not the formula")
+            found.append(f"{case}, {scope}: differs from the formula")
         if row["rest"] and SCOPES[scope].estimator != "exact":
-            found.append(f"{case}, {scope}: {row['rest']} bytes of something else")
+            found.append(f"{case}, {scope}: {row['rest']} other bytes")
         twice = rows.get((f"{case}, twice the tokens", scope))
         if twice is not None and twice["counted"] != row["counted"]:
-            found.append(f"{case}, {scope}: not the same bytes with twice the tokens")
+            found.append(f"{case}, {scope}: depends on the number of tokens")
     return found
 
 
 def byte_table(rows: list[dict[str, Any]]) -> str:
-    """A row per case, a column per scope."""
+    """Return a table with a row per case and a column per scope."""
     scopes = [name for name in SCOPES if name not in (MICRO, AGAIN)]
     found = {(row["case"], row["scope"]): row for row in rows}
     lines = []
@@ -253,13 +256,13 @@ def byte_table(rows: list[dict[str, Any]]) -> str:
         here = [found[case, scope] for scope in scopes]
         cells = [f"{r['counted']}" + f", NOT {r['formula']}" * (not r["equal"]) for r in here]
         lines.append([case, str(here[0]["formula"]), *cells, str(max(r["rest"] for r in here))])
-    return table(["ranks", "formula", *scopes, "rows again, exact"], lines)
+    return table(["ranks", "formula", *scopes, "token rows, exact"], lines)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The whole result as text."""
+    """Return the whole result as Markdown."""
     lines = [f"# Cost of global-batch balance, {result['facts']['cpu']}", "", *as_lines(result), "", "## Step time", ""]
-    lines += ["Steps in turns, on each rank's own thread; ratio to micro, round by round: median and quartiles.", ""]
+    lines += ["One thread per rank. Ratio to micro per round: median and quartiles.", ""]
     rows = []
     for world, times in result["times"].items():
         for name, row in times["scopes"].items():
@@ -269,26 +272,28 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [table(["ranks", "scope", "median ms", "IQR", "over micro", "rounds"], rows), ""]
     for world, times in result["times"].items():
         loads = f"load average before: {times['load_before']}, after: {times['load_after']}"
-        lines.append(
-            f"{ranks_of(world)}: {loads}; gradients of a step, by formula: {times['gradient_bytes']:,} bytes a rank  "
-        )
-    lines += ["", "## Bytes of a step that a rank sends beyond the micro-batch loss's", ""]
-    lines += [f"{MICRO_BATCHES} micro-batches. Counted is what the layers send; gradients, which no scope changes, are"]
-    lines += ["not. Counts, the formula being that of the first scope; and rows of tokens, which the counting pass of"]
-    lines += ["`exact` sends once more where experts are split over ranks.", "", byte_table(result["bytes"]), ""]
-    bad = result["wrong"]
-    lines.append("; ".join(bad) if bad else "Every figure equals its formula; twice the tokens, no byte more.")
+        gradients = f"for comparison, gradients of a step: {times['gradient_bytes']:,} bytes per rank"
+        lines.append(f"{ranks_of(world)}: {loads}; {gradients}  ")
+    lines += ["", "## Bytes per step and rank beyond micro-batch balance", ""]
+    lines += [f"{MICRO_BATCHES} micro-batches. Only what layers send is counted, not gradients. The formula is that of"]
+    lines += ["the first scope. Last column: token rows that the counting pass of `exact` sends a second time.", ""]
+    lines += [byte_table(result["bytes"]), "", "; ".join(result["wrong"]) or "All numbers equal their formulas."]
     return "\n".join(lines) + "\n"
+
+
+def numbers(text: str) -> list[int]:
+    """Parse a comma-separated list of positive numbers."""
+    return [positive(one) for one in text.split(",")]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--ranks", default="1,2,4", help="(default %(default)s)")
-    parser.add_argument("--rounds", type=int, help="of all scopes (default 20; quick 2)")
-    parser.add_argument("--quick", action="store_true", help="a narrow model: bytes are right, times say nothing")
+    parser.add_argument("--ranks", type=numbers, default="1,2,4", help="(default %(default)s)")
+    parser.add_argument("--rounds", type=positive, help="steps of each scope (default 20; quick 2)")
+    parser.add_argument("--quick", action="store_true", help="a narrow model: right bytes, meaningless times")
     parser.add_out()
     args = parser.parse_args(argv)
-    args.ranks = [int(text) for text in args.ranks.split(",")]
+
     args.rounds = args.rounds or (2 if args.quick else 20)
     args.seq_len = 32 if args.quick else quickstart().data.seq_len
     return args
@@ -296,22 +301,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     begin, before = time.perf_counter(), load_averages()
     config = training(SCOPES[MICRO], 1, args.quick, args.seq_len, {})
     corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
-    command = "python benchmarks/balance_cost.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    moe = asdict(config.moe)
-    sizes = moe | asdict(config.model) | {"moe_intermediate_size": moe["intermediate_size"]}
+    command = "python benchmarks/balance/balance_cost.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    sizes = {f"moe.{key}": value for key, value in asdict(config.moe).items()} | asdict(config.model)
     settings = {key: value for key, value in sizes.items() if isinstance(value, int) and value}
     settings |= {"micro_batches": MICRO_BATCHES, "micro_batch": SEQUENCES, "seq_len": args.seq_len}
-    result: dict[str, Any] = {
-        "facts": facts("numpy"),
-        "command": command.strip(),
-        "settings": settings,
-        "times": {},
-        "bytes": [],
-    }
+    result: dict[str, Any] = {"facts": facts("numpy"), "command": command.strip(), "settings": settings}
+    result |= {"times": {}, "bytes": []}
     for world in args.ranks:
         result["times"][str(world)], rows = measure_time(world, corpus, args)
         result["bytes"] += rows
