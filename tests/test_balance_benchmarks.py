@@ -1,4 +1,4 @@
-"""The benchmarks of global-batch balance: what they compare with, their figures, and both commands on tiny models.
+"""Tests the benchmarks of estimators and of the cost of balance: definitions, tables, and both commands.
 
 L layers, M micro-batches, E experts, T tokens, D hidden.
 """
@@ -33,7 +33,7 @@ def tiny(folder: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Decoder, estimators.Steps]:
-    """After some steps; the weights before the last of them; the data."""
+    """Return a trainer after five steps, the model before the last step, and the data."""
     config = tiny(tmp_path_factory.mktemp("texts"))
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     trainer = Trainer(config, corpus, None, torch.device("cpu"))
@@ -44,14 +44,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Decoder,
 
 
 def weigh(model: Decoder, coefficient: float) -> None:
-    """New balancers of this coefficient."""
+    """Give each layer a new balancer with this coefficient."""
     for layer in model.moe_layers():
         balance = BalanceConfig(coefficient=coefficient, micro_batches=M)
         layer.balancer = Balancer(balance, layer.config.num_experts, layer.config.top_k)
 
 
 def routed(model: Decoder, inputs_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer, counts [E] and differentiable sums of probabilities [E], from the router's inputs alone."""
+    """Return each layer's counts [E] and differentiable sums of probabilities [E], from the router's inputs."""
     counted, inputs, layers = estimators.count(model, inputs_BS), [], model.moe_layers()
     hooks = [layer.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
     weigh(model, 0.0)
@@ -63,7 +63,7 @@ def routed(model: Decoder, inputs_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def by_hand(model: Decoder, inputs_BS: Tensor, estimator: str, before: list[Tensor]) -> list[Tensor]:
-    """The gradients [E, D] of the losses of all layers, with the loads that the definitions give."""
+    """Compute the gradients [E, D] of all layers' losses from the definitions of the estimators."""
     shares = [routed(model, share) for share in inputs_BS.chunk(M)]
     tokens, loss, k = inputs_BS.numel(), torch.zeros(()), model.moe_layers()[0].config.top_k
     for layer, before_X in enumerate(before):
@@ -121,7 +121,7 @@ def test_the_step_before_is_the_one_that_was_trained_on(trained: tuple[Trainer, 
     for got_X, layer in zip(estimators.count(previous, before_BS), trainer.model.moe_layers(), strict=True):
         want_X = layer.balancer.before_X[:-1]
         assert got_X[-1] == want_X[-1] == before_BS.numel()
-        assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose otherwise than fp32
+        assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose other experts than fp32
     (batch,) = trainer.batches.sample(trainer.step - 1, 0, 1, 1, B)
     assert torch.equal(before_BS, batch[0])
     domain_of = {tuple(row): int(d) for row, d in zip(*map(Tensor.tolist, _next(trainer)), strict=True)}
@@ -164,7 +164,7 @@ def test_the_estimators_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = json.loads(path.read_text())
     points = result["points"]
     exact = [p["error"] for p in points if p["estimator"] == "exact"]
-    # layers, stages, orders, M; two steps of data for the others
+    # layers, stages, orders, M; the other estimators have two steps of data
     assert len(exact) == 2 * 2 * 3 * 2 and max(exact) < 1e-6
     assert len(points) == 5 * len(exact)
     others = [p for p in points if p["estimator"] != "exact"]

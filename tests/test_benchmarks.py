@@ -1,4 +1,4 @@
-"""The benchmark command from end to end on tiny shapes, and that it says nothing about a wrong kernel's speed."""
+"""Tests run.py from end to end on tiny shapes, and that it shows no measurements of a wrong kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.shared import agreement, report, shapes
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = ["--device", "cpu", "--shapes", "tiny-b", "--threads", "1", "--compiled", "0", "--only", "loop,grouped_mm,dense"]
-#: runs the command with one op replaced
+#: runs the command after one op has been replaced by a wrong one
 BROKEN = """
 import sys
 import torch
@@ -87,7 +87,7 @@ def check_kernels(kernels: dict) -> None:
 @pytest.mark.parametrize(
     ("op", "table", "wrong"),
     [
-        # one row of many
+        # one wrong row
         ("expert_mlp", "_BACKENDS", "y = right(*args, **kwargs); return torch.cat([-y[:1], y[1:]])"),
         ("permute", "_COMBINE", "return right(*args, **kwargs) * 1.05"),
         pytest.param(

@@ -1,4 +1,4 @@
-"""The experiment on what the load is balanced over: its ranks that one process plays, its figures, its resuming."""
+"""Tests the balance experiment: the ranks that one process simulates, its measurements, and how it resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def corpus() -> Corpus:
 
 
 def gradients(arm: Arm, corpus: Corpus) -> dict[str, torch.Tensor]:
-    """All gradients of the first step."""
+    """Compute all gradients of the first step."""
     trainer, _ = build(arm, SIZE, 0, corpus)
     batches = trainer.batches.sample(0, 0, 1, trainer.micro_batches, arm.micro_batch)
     step = Step.of(trainer.model)
@@ -122,12 +122,12 @@ def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, monkeypatch: pytes
         global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
     global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # six evaluations were kept
+    assert seen == 6 + 1 + 4  # six evaluations were saved
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert parts["evaluations"] == whole["evaluations"] and len(whole["evaluations"]) == 10
     assert not (tmp_path / "parts" / "checkpoints").exists()
     global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # complete, so nothing is done
+    assert seen == 6 + 1 + 4  # the run is complete, so nothing is evaluated
 
 
 def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:

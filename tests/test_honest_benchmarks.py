@@ -1,4 +1,4 @@
-"""Benchmarks that cannot lie: planted faults, the code that is measured, and arguments that cannot work."""
+"""Tests that benchmarks detect planted faults, measure their own checkout, and refuse wrong arguments."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_checkout_to_compare_with_must_be_one(tmp_path: Path) -> None:
 
 
 def test_the_hint_for_triton_on_a_cpu_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In bf16; what it names is run by the test below."""
+    """The next test runs the command in this hint."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     line = refused("--backend", "triton", "--out", str(tmp_path))
     assert line.endswith("TRITON_INTERPRET=1 python benchmarks/run.py " + " ".join(HINT))

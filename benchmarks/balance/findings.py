@@ -112,7 +112,7 @@ LOSS_FALLS = (
     ("loss-free bias with global counts is below micro-batch counts", ("bias-micro", "bias-global")),
     ("loss-free bias with global counts is above the global loss", ("bias-global", GLOBAL)),
 )
-#: claim, arms from the lowest to the highest value, keys of the value
+#: claim, the arm between MICRO and GLOBAL, keys of a value that should rise from MICRO to GLOBAL
 RISES = (
     ("divergence between domains in bits: micro < loss-free global < global", "bias-global", ("divergence",)),
     ("largest share of a domain's choices: micro < loss-free global < global", "bias-global", ("max_frequency",)),

@@ -1,6 +1,6 @@
-"""The gate passes what is shipped, fails what no chip could launch, and compiles exactly what a launch gets.
+"""Tests that the gate accepts shipped tiles, rejects tiles that no chip can launch, and compiles what launches compile.
 
-Compiles in processes of their own, without the interpreter.
+Compilation runs in separate processes, without the interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ print(line)
 sys.exit(int(not ok))
 """
 
-#: real launches of public ops, of sizes that the gate's cases do not have; the compiler is stubbed by Triton's own hook
+#: launches public ops at sizes that are not among the gate's cases; a hook of Triton replaces the compiler
 COVERED = """
 import sys
 import torch, triton
@@ -98,6 +98,6 @@ def test_an_oversize_tile_fails() -> None:
 
 
 def test_launches_of_other_sizes_get_what_the_gate_compiles() -> None:
-    """Types, constants, what is known of each argument, warps and stages of every matrix kernel."""
+    """Compare types, constants, argument attributes, warps and stages of every matrix kernel."""
     done = python("-c", COVERED)
     assert done.returncode == 0, done.stdout + done.stderr

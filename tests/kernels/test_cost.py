@@ -1,4 +1,4 @@
-"""The benchmark's floors against published numbers, its byte counts against tensors and launches of real runs."""
+"""Compares the lower bounds with published numbers, and the byte counts with tensors and launches of real runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.shared import shapes, timing
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
 
-#: what an H200 was measured to do: 788 TFLOP/s of dense bf16, 4.3 TB/s copied
+#: measured on an H200: 788 TFLOP/s of dense bf16, a copy at 4.3 TB/s
 H200 = cost.Rates(788e12, 4.3e12)
 
 #: forward GFLOP, forward MB, floors in microseconds forward and backward, MiB of x and pre-activation
@@ -53,7 +53,7 @@ def test_caps_of_the_twelve_configurations(name: str) -> None:
 
 
 def test_every_stage_of_one_shape() -> None:
-    """Microseconds of arithmetic and of traffic, tabulated for 7B-a; the sum of operations is 18*T*K*F*D."""
+    """Compare microseconds of arithmetic and of traffic with a table for 7B-a. All operations sum to 18*T*K*F*D."""
     shape = shapes.BY_NAME["7B-a"]
     stages = [*cost.path_forward(shape)[1:], *cost.path_backward(shape)]
     found = {s.name: (round(s.flops / H200.flops * 1e6), round(s.bytes / H200.bytes * 1e6)) for s in stages}
@@ -76,7 +76,7 @@ def test_a_sum_of_ops_is_the_path() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_a_run_keeps_is_what_the_formula_says(backend: str) -> None:
-    """Beyond x and the pre-activation: the order's 64-bit indices, the weights, and rows that pad experts to 16."""
+    """Beyond x and the pre-activation, a run keeps 64-bit indices, router weights, and rows that pad experts to 16."""
     if backend == "triton":
         pytest.importorskip("triton")
     shape = shapes.Shape("s", 160, 96, 64, 4, 2)
@@ -101,7 +101,7 @@ def test_what_is_kept_counts_memory_once_and_no_weights() -> None:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Bytes of the tensors given to each launch, and its kernel."""
+    """Record for each launch the bytes of its tensors, and its kernel."""
     pytest.importorskip("triton")
     import triton.runtime.interpreter as interpreter
 
