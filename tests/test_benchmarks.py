@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ sys.exit(run.main({arguments!r}))
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # the launches of interpreted kernels are not recorded
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
 
@@ -81,7 +83,8 @@ def check_kernels(kernels: dict) -> None:
     assert kernels["failed"] == {} and list(kernels["ops"]) == list(cost.ops(shapes.BY_NAME["tiny-b"]))
     for row in kernels["ops"].values():
         assert row["median_us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["median_us"])
-        assert row["floor_bytes"] <= row["triton_bytes"] <= row["triton_issued_bytes"]
+        if importlib.util.find_spec("triton"):
+            assert 1 <= row["triton_bytes"] / row["floor_bytes"] < 3
 
 
 @pytest.mark.parametrize(
@@ -173,12 +176,12 @@ def gpu_result(ours: float = 100.0, combine: float = 0.9, kept: int = 105) -> di
     floor = dict.fromkeys(("path_forward_us", "path_backward_us", "layer_forward_us", "layer_backward_us"), 50.0)
     layer = {"uniform": routed, "zipf": routed, "floor": floor, "kept_formula_bytes": 100, "absent": {}}
     row = {"iqr_us": 0.0, "floor_us": 5.0, "bound": "memory", "flops": 0, "timing": "graph"}
-    row |= dict.fromkeys(("floor_bytes", "triton_bytes", "triton_issued_bytes"), 1000)
+    row |= dict.fromkeys(("floor_bytes", "triton_bytes"), 1000)
     ops = {"combine": {**row, "median_us": 9.0, "fraction": combine}}
     ops["sort_by_expert"] = {**row, "median_us": 35.0, "fraction": 0.1}
     size = dict(zip("TDFEK", (32768, 4096, 512, 128, 8), strict=True))
     shape = {**size, "published": {"T": 32768, "E": 128}, "rows": 262144, "layer": layer}
-    shape["kernels"] = {"ops": ops, "triton_arch": "sm_90", "failed": {}}
+    shape["kernels"] = {"ops": ops, "failed": {}}
     return {"arguments": {"device": "cuda"}, "shapes": {"30B-b": shape}}
 
 

@@ -13,17 +13,24 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 
 class Launch(NamedTuple):
-    """One kernel launch. Its pointer arguments are CPU tensors."""
+    """One kernel launch. Its pointer arguments are tensors."""
 
     kernel: Any
     args: tuple[Any, ...]
     options: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors that the kernel reads or writes."""
+        given = (one for one in (*self.args, *self.options.values()) if isinstance(one, torch.Tensor))
+        return sum(one.numel() * one.element_size() for one in given)
 
 
 class _Driver:
@@ -55,14 +62,23 @@ def on_chip(name: str, target: GPUTarget) -> Iterator[None]:
         yield
 
 
-def recorded(work: Callable[[], object]) -> list[Launch]:
-    """Return the launches of ``work`` in order. None of them runs, so outputs are undefined."""
+@contextmanager
+def recording(launch: bool = False) -> Iterator[list[Launch]]:
+    """Record all launches in order. Unless ``launch`` is set, none of them runs, and outputs are undefined."""
     found: list[Launch] = []
+    original = JITFunction.run
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         found.append(Launch(self, args, options))
+        return original(self, *args, grid=grid, warmup=warmup, **options) if launch else None
 
     with mock.patch.object(JITFunction, "run", run):
+        yield found
+
+
+def recorded(work: Callable[[], object]) -> list[Launch]:
+    """Return the launches of ``work`` in order, without running them."""
+    with recording() as found:
         work()
     return found
 

@@ -131,7 +131,7 @@ def zipf_over_uniform(layer: dict[str, Any]) -> float | None:
 
 def kernel_table(kernels: dict[str, Any]) -> str:
     header = ["op", "us", "IQR", "floor us", "of floor", "bound", "TFLOP/s", "TB/s", "floor MB"]
-    header += [f"Triton MB ({kernels['triton_arch']})", "through L2 MB", "timed"]
+    header += ["Triton MB", "timed"]
     rows = []
     for name, row in kernels["ops"].items():
         us = row["median_us"]
@@ -140,7 +140,7 @@ def kernel_table(kernels: dict[str, Any]) -> str:
             + [row["bound"]]
             + [f"{row['flops'] / us / 1e6:.3g}" if row["bound"] == "compute" else "-"]
             + [f"{row['floor_bytes'] / us / 1e6:.3g}" if row["bound"] == "memory" else "-"]
-            + [f"{row[key] / 1e6:.1f}" for key in ("floor_bytes", "triton_bytes", "triton_issued_bytes")]
+            + ["-" if row[key] is None else f"{row[key] / 1e6:.1f}" for key in ("floor_bytes", "triton_bytes")]
             + [row["timing"]]
         )
     return table(header, rows)
