@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.layer import peers
+from benchmarks.layer import bench_layer, peers
 from benchmarks.shared import agreement, report, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,3 +198,39 @@ def test_aims_are_for_gpus_and_can_be_missed() -> None:
         "saved activations: relative deviation from 2TD + 4TKF",
     }
     assert report.aims({**gpu_result(), "arguments": {"device": "cpu"}}) == []
+
+
+LAYER = ["--rounds", "2", "--threads", "1", "-T", "64", "-D", "16", "-F", "16", "-E", "4"]
+
+
+def test_a_layer_is_compared_with_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_layer.main([*LAYER, "--json", str(tmp_path / "layer.json")]) == 0
+    result = json.loads((tmp_path / "layer.json").read_text())
+    assert capsys.readouterr().out.rstrip().endswith(result["summary"])
+    for dtype, limit in (("fp32", 1e-5), ("bf16", 1e-2)):
+        errors, seconds = result["figures"][dtype]["errors"], result["figures"][dtype]["seconds"]
+        assert errors.keys() == {"output", "x", "router", "gate_up", "down"}
+        assert all(0 < norm < limit for norm, _ in errors.values())
+        assert {"equimoe", "dense", "dense, fused gate_up"} <= seconds.keys()
+        assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+        assert result["ratios"][dtype]["equimoe"] == 1
+
+
+def test_a_wrong_peer_is_left_out_and_a_wrong_layer_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def doubled(build: Callable[..., peers.Contestant]) -> Callable[..., peers.Contestant]:
+        def wrong(*given: Any) -> peers.Contestant:
+            one = build(*given)
+            return replace(one, run=lambda *inputs: 2 * one.run(*inputs))
+
+        return wrong
+
+    monkeypatch.setitem(bench_layer.BUILDERS, "dense", doubled(bench_layer.build_dense))
+    assert bench_layer.main(LAYER) == 0
+    shown = capsys.readouterr().out
+    assert "disagrees: dense, " in shown and "output error 1.0e+00" in shown
+    monkeypatch.setattr(bench_layer, "build_ours", doubled(bench_layer.build_ours))
+    assert bench_layer.main(LAYER) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("WRONG: equimoe, ") and "GFLOP/s" not in shown.out

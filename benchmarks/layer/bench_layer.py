@@ -17,9 +17,9 @@ import json
 import os
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +32,27 @@ if not __package__:
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer.layer_suite import ONE, decided, expected_dense, expected_layer
+from benchmarks.layer.layer_suite import ONE, decided, expected_dense, expected_layer, make_step
+from benchmarks.layer.peers import Contestant, build_all
 from benchmarks.shared.agreement import Errors, WrongResult, check_dtype, checking, compare
 from benchmarks.shared.options import CORES, Parser, file, positive, threads
 from benchmarks.shared.records import OURS, facts
 from benchmarks.shared.shapes import Batch, Shape
+from benchmarks.shared.timing import Timer, interleave
 from equimoe.moe import MoE, MoEConfig
 
 DENSE = "dense"
 #: factor on the tolerance of peers, because they may compute router logits in 16 bits
 PEERS_SLACK = 5.0
-#: kind of weight -> endings of its names in all contestants
-WEIGHTS = {
-    "router": ("router.weight", "gate.wg.weight"),
-    "gate_up": ("experts.gate_up_proj", "gate_up.weight"),
-    "down": ("experts.down_proj", ".down.weight"),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"T": (4096, "tokens"), "D": (512, "hidden size"), "F": (1024, "expert width"), "E": (16, "experts")}
 SIZES["K"] = (2, "experts per token")
+#: number of untimed first runs in :func:`interleave`, which have batches of their own
+WARMUP = 2
 
 
 class SwiGLU(nn.Module):
-    """The usual dense feed-forward of three linear layers."""
-
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(hidden, width, bias=False) for _ in range(2))
-        self.down = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-class FusedSwiGLU(nn.Module):
-    """The same with gate and up as one product."""
+    """A dense feed-forward with gate and up as one product."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -78,12 +64,47 @@ class FusedSwiGLU(nn.Module):
         return self.down(nn.functional.silu(gate) * up)
 
 
-def build_ours(size: Shape, backend: str = "auto") -> MoE:
+class SeparateSwiGLU(nn.Module):
+    """The same with three linear layers, which is the usual form."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(hidden, width, bias=False) for _ in range(2))
+        self.down = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def contestant(
+    layer: nn.Module, leaves: Sequence[Tensor], restore: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple
+) -> Contestant:
+    """Wrap a layer that routes by itself. ``restore`` converts its weights to our layout: [router], gate_up, down."""
+
+    def run(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        return layer(x_TD[None])[0]
+
+    return Contestant(run, tuple(leaves), restore, routed=False)
+
+
+def build_ours(size: Shape, dtype: torch.dtype) -> Contestant:
     torch.manual_seed(0)
-    return MoE(MoEConfig(size.D, size.F, size.E, size.K, balance=ONE, backend=backend))
+    layer = MoE(MoEConfig(size.D, size.F, size.E, size.K, balance=ONE)).to(dtype)
+    return contestant(layer, (layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj))
 
 
-def build_transformers(size: Shape, ours: MoE, implementation: str) -> nn.Module:
+def build_dense(size: Shape, ours: Contestant) -> Contestant:
+    layer = SeparateSwiGLU(size.D, size.K * size.F).to(ours.leaves[0].dtype)
+    leaves = (layer.gate.weight, layer.up.weight, layer.down.weight)
+    return contestant(layer, leaves, lambda given: (torch.cat(tuple(given[:2])), given[2]))
+
+
+def build_fused_dense(size: Shape, ours: Contestant) -> Contestant:
+    layer = SwiGLU(size.D, size.K * size.F).to(ours.leaves[0].dtype)
+    return contestant(layer, (layer.gate_up.weight, layer.down.weight))
+
+
+def build_transformers(size: Shape, ours: Contestant, implementation: str) -> Contestant:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
@@ -95,15 +116,15 @@ def build_transformers(size: Shape, ours: MoE, implementation: str) -> nn.Module
         norm_topk_prob=True,
     )
     config._experts_implementation = implementation
-    block = Qwen3MoeSparseMoeBlock(config)
+    block = Qwen3MoeSparseMoeBlock(config).to(ours.leaves[0].dtype)
+    leaves = (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj)
     with torch.no_grad():
-        block.gate.weight.copy_(ours.router.weight)
-        block.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
-        block.experts.down_proj.copy_(ours.experts.down_proj)
-    return block
+        for leaf, value in zip(leaves, ours.leaves, strict=True):
+            leaf.copy_(value)
+    return contestant(block, leaves)
 
 
-def build_deepspeed(size: Shape, ours: MoE) -> nn.Module:
+def build_deepspeed(size: Shape, ours: Contestant) -> Contestant:
     import logging
 
     from deepspeed.moe.layer import MoE as DeepSpeedMoE
@@ -117,99 +138,66 @@ def build_deepspeed(size: Shape, ours: MoE) -> nn.Module:
     # without a process group, DeepSpeed does not build or load its communication library
     layer = OutputOnly(
         size.D,
-        FusedSwiGLU(size.D, size.F),
+        SwiGLU(size.D, size.F),
         num_experts=size.E,
         k=size.K,
         drop_tokens=False,
         top2_2nd_expert_sampling=False,
-    )
+    ).to(ours.leaves[0].dtype)
+    router, experts = layer.deepspeed_moe.gate.wg.weight, layer.deepspeed_moe.experts.deepspeed_experts
+    leaves = [router, *(one.gate_up.weight for one in experts), *(one.down.weight for one in experts)]
     with torch.no_grad():
-        layer.deepspeed_moe.gate.wg.weight.copy_(ours.router.weight)
-        for index, expert in enumerate(layer.deepspeed_moe.experts.deepspeed_experts):
-            expert.gate_up.weight.copy_(ours.experts.gate_up_proj[index])
-            expert.down.weight.copy_(ours.experts.down_proj[index])
-    return layer
+        for leaf, value in zip(leaves, (ours.leaves[0], *ours.leaves[1], *ours.leaves[2]), strict=True):
+            leaf.copy_(value)
+
+    def restore(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return given[0], torch.stack(given[1 : 1 + size.E]), torch.stack(given[1 + size.E :])
+
+    return contestant(layer, leaves, restore)
 
 
-def contestants(size: Shape) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Build the layers, ours first; return them by name, and the reason for each that is missing."""
-    ours = build_ours(size)
-    layers: dict[str, nn.Module] = {OURS: ours, DENSE: SwiGLU(size.D, size.K * size.F)}
-    layers["dense, fused gate_up"] = FusedSwiGLU(size.D, size.K * size.F)
-    peers: dict[str, Callable[[], nn.Module]] = {
-        "transformers Qwen3-MoE, eager": lambda: build_transformers(size, ours, "eager"),
-        "transformers Qwen3-MoE, grouped_mm": lambda: build_transformers(size, ours, "grouped_mm"),
-        "DeepSpeed MoE, no drop": lambda: build_deepspeed(size, ours),
-    }
-    missing = {}
-    for name, build in peers.items():
-        try:
-            layers[name] = build()
-        except ImportError as error:
-            missing[name] = f"not installed ({error.name or error})"
-    return layers, missing
+#: name -> function that builds a contestant with our weights
+BUILDERS: dict[str, Callable[[Shape, Contestant], Contestant]] = {
+    DENSE: build_dense,
+    "dense, fused gate_up": build_fused_dense,
+    "transformers Qwen3-MoE, eager": partial(build_transformers, implementation="eager"),
+    "transformers Qwen3-MoE, grouped_mm": partial(build_transformers, implementation="grouped_mm"),
+    "DeepSpeed MoE, no drop": build_deepspeed,
+}
 
 
-def inputs(size: Shape, dtype: torch.dtype, router_ED: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return hidden states [1, T, D] whose routing does not depend on rounding, and the gradient of the output."""
+def make_batch(size: Shape, dtype: torch.dtype, router_ED: Tensor, seed: int) -> Batch:
+    """Return tokens whose routing does not depend on rounding, and the gradient of the output."""
     torch.manual_seed(seed)
-    x_TD = decided(router_ED, size, dtype)
-    return x_TD[None].requires_grad_(), torch.randn(1, size.T, size.D).to(dtype)
+    x_TD = decided(router_ED, size, dtype).requires_grad_()
+    return Batch(x_TD, x_TD.new_empty(0), x_TD.new_empty(0), torch.randn(size.T, size.D).to(dtype))
 
 
-def results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Run the layer; return output and gradients by kind, for the weights that :data:`WEIGHTS` recognises."""
-    x.grad = None
-    layer.zero_grad(set_to_none=True)
-    y = layer(x)
-    y.backward(dy)
-    named = [(name, p.grad) for name, p in layer.named_parameters() if p.grad is not None]
-    found = {"output": y.detach()[0], "x": x.grad[0]}
-    for kind, endings in WEIGHTS.items():
-        grads = [grad for name, grad in named if name.endswith(endings)]
-        if grads:
-            found[kind] = grads[0] if len(grads) == 1 else torch.stack(grads)  # DeepSpeed has a module per expert
-    x.grad = None
-    layer.zero_grad(set_to_none=True)
-    return found
-
-
-def expected(name: str, ours: MoE, layer: nn.Module, x: Tensor, dy: Tensor, size: Shape) -> dict[str, Tensor]:
-    """Compute in fp64 what :func:`results` should return. Only our layer includes a balance loss."""
-    batch = Batch(x[0], x.new_empty(0), x.new_empty(0), dy[0])
-    if name.startswith(DENSE):
-        first = [layer.gate.weight, layer.up.weight] if isinstance(layer, SwiGLU) else [layer.gate_up.weight]
-        y, dx, *_ = expected_dense(batch, (torch.cat(first), layer.down.weight))
-        return {"output": y, "x": dx}
-    leaves = (ours.router.weight, ours.experts.gate_up_proj, ours.experts.down_proj)
-    right = expected_layer(batch, leaves, size.K, ONE.coefficient if name == OURS else 0.0)
-    return dict(zip(("output", "x", *WEIGHTS), right, strict=True))
-
-
-def check(layers: dict[str, nn.Module], size: Shape, dtype: str, seeds: Sequence[int]) -> tuple[Errors, dict[str, str]]:
-    """Check all layers on the inputs of ``seeds``; return our errors, and peers with wrong results and the reasons.
-
-    Raise SystemExit with one line if ours is wrong.
-    """
-    own = (OURS, *(name for name in layers if name.startswith(DENSE)))
+def check(
+    layers: dict[str, Contestant], size: Shape, dtype: torch.dtype, batches: Sequence[Batch]
+) -> tuple[Errors, dict[str, str]]:
+    """Check all contestants; return our errors, and peers with wrong results and the reasons."""
     errors: Errors = {}
     wrong: dict[str, str] = {}
-    for seed in seeds:
-        x, dy = inputs(size, DTYPES[dtype], layers[OURS].router.weight, seed)
-        for name, layer in layers.items():
-            slack = 1.0 if name in own else PEERS_SLACK
+    for batch in batches:
+        for name, one in layers.items():
+            is_dense = name.startswith(DENSE)
+            names = ("output", "x", "gate_up", "down") if is_dense else ("output", "x", "router", "gate_up", "down")
+            slack = 1.0 if is_dense or name == OURS else PEERS_SLACK
             try:
-                with checking(name, "auto", size, DTYPES[dtype]):
-                    right = expected(name, layers[OURS], layer, x, dy, size)
-                    made = {kind: value for kind, value in results(layer, x, dy).items() if kind in right}
+                with checking(name, "auto", size, dtype):
+                    if is_dense:
+                        right = expected_dense(batch, one.restore(one.leaves))
+                    else:  # only our layer has a balance loss
+                        coefficient = ONE.coefficient if name == OURS else 0.0
+                        right = expected_layer(batch, layers[OURS].leaves, size.K, coefficient)
+                    made = one.step(batch)
                     if name == OURS:
-                        check_dtype(made["output"], DTYPES[dtype])
-                    seen = compare(
-                        list(made.values()), [right[kind] for kind in made], list(made), DTYPES[dtype], slack
-                    )
+                        check_dtype(made[0], dtype)
+                    seen = compare(made, right, names, dtype, slack)
             except WrongResult as error:
                 if name == OURS:
-                    raise SystemExit(f"WRONG: {error}; no measurements are shown") from None
+                    raise
                 wrong[name] = f"disagrees: {error}"
             else:
                 if name == OURS:
@@ -217,32 +205,17 @@ def check(layers: dict[str, nn.Module], size: Shape, dtype: str, seeds: Sequence
     return errors, wrong
 
 
-def measure(layers: dict[str, nn.Module], size: Shape, dtype: str, rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Return the seconds of forward and backward in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    names = list(layers)
-    for index in range(-warmup, rounds):
-        x, dy = inputs(size, DTYPES[dtype], layers[OURS].router.weight, seed=warmup + index + 1)
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            layers[name](x).backward(dy)
-            stop = time.perf_counter()
-            layers[name].zero_grad(set_to_none=True)
-            x.grad = None
-            if index >= 0:
-                seconds[name].append(stop - start)
-    return seconds
-
-
-def bench(size: Shape, dtype: str, rounds: int, warmup: int) -> dict[str, Any]:
-    """Check and measure all layers in one dtype."""
-    layers, missing = contestants(size)
-    layers = {name: layer.to(DTYPES[dtype]).train() for name, layer in layers.items()}
-    errors, wrong = check(layers, size, dtype, sorted({warmup + 1, warmup + rounds}))
-    layers = {name: layer for name, layer in layers.items() if name not in wrong}
-    seconds = measure(layers, size, dtype, rounds, warmup)
-    return {"errors": errors, "missing": {**missing, **wrong}, "seconds": seconds}
+def bench(size: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Check and measure all contestants in one dtype. Raise WrongResult if ours is wrong."""
+    ours = build_ours(size, dtype)
+    others, missing = build_all(BUILDERS, size, ours)
+    layers = {OURS: ours, **others}
+    batches = [make_batch(size, dtype, ours.leaves[0], seed) for seed in range(WARMUP + rounds)]
+    errors, wrong = check(layers, size, dtype, (batches[WARMUP], batches[-1]))
+    steps = {name: make_step(one, batches) for name, one in layers.items() if name not in wrong}
+    runs, failed = interleave(Timer(torch.device("cpu")), steps, rounds, 0.0, must=(OURS,))
+    seconds = {name: [sum(parts) for parts in each] for name, each in runs.items()}
+    return {"errors": errors, "missing": {**missing, **wrong, **failed}, "seconds": seconds}
 
 
 def ratio(seconds: dict[str, list[float]], name: str) -> float:
@@ -278,28 +251,32 @@ def summary(ratios: dict[str, dict[str, float]]) -> str:
     return f"ratio to fastest peer: {peers}; to dense: {denses}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=positive, default=15, help="timed rounds per dtype (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed rounds before them (default %(default)s)")
     parser.add_argument("--threads", type=threads, default=min(2, CORES), help="(default %(default)s)")
     parser.add_argument("--json", type=file, metavar="FILE", help="write all results to FILE")
     for name, (default, meaning) in SIZES.items():
         parser.add_argument(f"-{name}", type=positive, default=default, help=f"{meaning} (default %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     sizes = {name: getattr(args, name) for name in SIZES}
     size, machine = Shape("layer", **sizes), facts("transformers", "deepspeed")
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    figures = {dtype: bench(size, dtype, args.rounds, args.warmup) for dtype in DTYPES}
+    try:
+        figures = {name: bench(size, dtype, args.rounds) for name, dtype in DTYPES.items()}
+    except WrongResult as error:
+        print(f"WRONG: {error}; no measurements are shown", file=sys.stderr)
+        return 1
     ratios = {dtype: report(size, dtype, figures[dtype]) for dtype in DTYPES}
     line = summary(ratios)
     if args.json:
         result = {**machine, "size": sizes, "figures": figures, "ratios": ratios, "summary": line}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\n{line}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.layer.peers import Absent, Contestant, as_they_are
+from benchmarks.layer.peers import Absent, Contestant
 from benchmarks.shared.shapes import Shape
 
 #: with more experts, an eager loop takes minutes, because it pads each expert's gradient to all experts
@@ -165,7 +165,7 @@ def _from_file(name: str, path: Path) -> Callable[..., Contestant]:
     spec.loader.exec_module(module)
 
     def build(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter) -> Contestant:
-        return Contestant(module.build(shape, gate_up, down), (gate_up, down), as_they_are)
+        return Contestant(module.build(shape, gate_up, down), (gate_up, down))
 
     return build
 

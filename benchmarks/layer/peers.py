@@ -31,28 +31,24 @@ class Absent(Exception):
     """A contestant cannot take part; the message says why."""
 
 
-def as_they_are(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    gate_up, down = grads
-    return gate_up, down
-
-
 @dataclass(frozen=True)
 class Contestant:
     """One implementation: ``run(x_TD, weights_TK, ids_TK)`` returns y [T, D]; ``leaves`` are its weights."""
 
     run: Path
     leaves: tuple[Tensor, ...]
-    restore: Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]] = as_they_are
+    #: converts gradients (or values) of ``leaves`` to our layout
+    restore: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple
     #: whether it uses the given routing, and so computes the same as the others
     routed: bool = True
 
     def step(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return output and gradients in the order of NAMES, or of x and ``leaves`` if it is not ``routed``."""
+        """Return output and gradients: of x, of the router weights if ``routed``, and of ``leaves``."""
         y_TD = self.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
         inputs = (batch.x_TD, batch.weights_TK) if self.routed else (batch.x_TD,)
         grads = torch.autograd.grad(y_TD, (*inputs, *self.leaves), batch.dy_TD)
         first, rest = grads[: len(inputs)], grads[len(inputs) :]
-        return y_TD.detach(), *first, *(self.restore(rest) if self.routed else rest)
+        return y_TD.detach(), *first, *self.restore(rest)
 
 
 def build_ours(shape: Shape, gate_up: nn.Parameter, down: nn.Parameter, backend: str) -> Contestant:
