@@ -225,6 +225,10 @@ def main(argv: list[str] | None = None) -> int:
         show(f"{suite} {op}", fault, seen_by_run(suite, op, FAULTS[fault]))
     if only in SPILLING:
         show("gate grouped_gemm", SPILLING, seen_by_gate())
+    if not total:
+        parser.error(
+            f"--only={only}: no fault has this text in its description; the first is {' '.join(next(cases()))!r}"
+        )
     print(f"{found} of {total} planted faults seen")
     return total - found
 

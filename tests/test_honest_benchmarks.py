@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from benchmarks import planted, run
+from benchmarks.balance import scenarios
+from benchmarks.parallel import parity
 from benchmarks.shared import options
 from tests.helpers.slow import slow_but
 
@@ -110,6 +113,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
         assert f"--out: {path}" in refused("--out", str(path))
     assert "--out: ''" in refused("--out", "")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [(parity.main, ["no-such"]), (scenarios.main, ["no-such"]), (planted.main, ["--only", "no-such"])],
+)
+def test_a_choice_of_nothing_is_refused(
+    main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "no-such" in line
 
 
 def test_a_checkout_to_compare_with_must_be_one(tmp_path: Path) -> None:

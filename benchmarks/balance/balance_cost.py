@@ -41,7 +41,7 @@ from benchmarks.shared.records import as_lines, facts, load_averages, spent, tab
 from benchmarks.shared.timing import Step, Timer, interleave, summary
 from equimoe.launch.recipes.quickstart import quickstart
 from equimoe.moe import BalanceConfig, ExtraLossConfig
-from equimoe.moe.collectives import LOCAL, Traffic, record_traffic, sum_over, world_axis
+from equimoe.moe.collectives import LOCAL, record_traffic, sum_over, world_axis
 from equimoe.moe.parallel import Mesh, build_mesh
 from equimoe.moe.train.config import OptimConfig, ParallelConfig, TrainConfig
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
@@ -113,14 +113,8 @@ class Sent(NamedTuple):
     counts: int
     #: everything else, mainly token rows for experts
     rest: int
-    #: number of sums of counts
-    collectives: int
-
-    @staticmethod
-    def of(record: list[Traffic]) -> Sent:
-        # sums over pipeline stages are for the gradient norm
-        counts = [entry.sent for entry in record if entry.verb == "sum_over" and entry.axis != "pp"]
-        return Sent(sum(counts), sum(entry.sent for entry in record) - sum(counts), len(counts))
+    #: what ``counts`` should be
+    formula: int
 
 
 def ring(nbytes: int, ranks: int) -> int:
@@ -139,42 +133,42 @@ def formula(name: str, experts: int, layers: int, ranks: int, sequence_ranks: in
     return over_all * ring(counts, ranks) + of_own * ring(counts, sequence_ranks)
 
 
-def count_bytes(
-    rank: int, world: int, corpus: Corpus, seq_len: int, parallel: dict[str, Any], narrow: bool = True
-) -> dict[str, tuple[Sent, int]]:
-    """Return what this rank sends in a step of each scope, and the formula for one micro-batch."""
+def count_bytes(rank: int, world: int, corpus: Corpus, seq_len: int, parallel: dict[str, Any]) -> dict[str, Sent]:
+    """Return what this rank sends in a step of each scope, with a narrow model."""
     names = [name for name in SCOPES if name != AGAIN]
     mesh = build_mesh(ParallelConfig(timeout_s=TIMEOUT_S, **parallel)) if world > 1 else None
-    made = trainers(names, corpus, mesh, narrow, seq_len, parallel)
-    return {name: counted(name, trainer) for name, trainer in made.items()}
+    made = trainers(names, corpus, mesh, True, seq_len, parallel)
+    return {name: sent(name, trainer) for name, trainer in made.items()}
 
 
-def counted(name: str, trainer: Trainer) -> tuple[Sent, int]:
-    """Return the bytes of the second step, and the formula for a micro-batch."""
+def sent(name: str, trainer: Trainer) -> Sent:
+    """Count the bytes of the second step."""
     trainer.train_step(observed=False)
     with record_traffic() as record:
         trainer.train_step(observed=False)
     of_tokens, of_sequence = (1, 1) if trainer.mesh is None else (trainer.mesh[a].size for a in ("stage", "sequence"))
-    experts, layers = trainer.config.moe.num_experts, len(trainer.layers)
-    return Sent.of(record), formula(name, experts, layers, of_tokens, of_sequence)
+    # sums over pipeline stages are for the gradient norm
+    counts = sum(entry.sent for entry in record if entry.verb == "sum_over" and entry.axis != "pp")
+    want = formula(name, trainer.config.moe.num_experts, len(trainer.layers), of_tokens, of_sequence)
+    return Sent(counts, sum(entry.sent for entry in record) - counts, MICRO_BATCHES * want)
 
 
-def byte_rows(case: str, found: list[dict[str, tuple[Sent, int]]]) -> list[dict[str, Any]]:
-    """Return a row per scope for the rank that sends most; ``equal``: whether all ranks send what the formula says."""
+def byte_rows(case: str, found: list[dict[str, Sent]]) -> list[dict[str, Any]]:
+    """Return a row per scope: what the rank that sends most sends beyond micro-batch balance."""
     rows = []
     for name in found[0]:
-        sent, want = max(rank[name] for rank in found)
-        base, base_want = max(rank[MICRO] for rank in found)
-        equal = all(each.counts == MICRO_BATCHES * formula for each, formula in (rank[name] for rank in found))
-        beyond, expected = sent.counts - base.counts, MICRO_BATCHES * (want - base_want)
-        row = {"case": case, "scope": name, "counted": beyond, "formula": expected, "all_counts": sent.counts}
-        rows.append({**row, "rest": sent.rest - base.rest, "collectives": sent.collectives, "equal": equal})
+        most, base = (max(rank[scope] for rank in found) for scope in (name, MICRO))
+        counted, expected, rest = most.counts - base.counts, most.formula - base.formula, most.rest - base.rest
+        equal = all(rank[name].counts == rank[name].formula for rank in found)
+        rows.append(
+            {"case": case, "scope": name, "counted": counted, "formula": expected, "rest": rest, "equal": equal}
+        )
     return rows
 
 
 def time_steps(
     rank: int, world: int, corpus: Corpus, rounds: int, narrow: bool, seq_len: int
-) -> tuple[dict[str, list[float]], dict[str, tuple[Sent, int]], int]:
+) -> tuple[dict[str, list[float]], dict[str, Sent], int]:
     """Return the seconds of each scope's steps on this rank, what they send, and the number of parameters."""
     mesh = build_mesh(ParallelConfig(timeout_s=TIMEOUT_S)) if world > 1 else None
     made = trainers(list(SCOPES), corpus, mesh, narrow, seq_len, {})
@@ -191,7 +185,7 @@ def time_steps(
     steps = {name: step(trainer) for name, trainer in made.items()}
     parts, _ = interleave(Timer(torch.device("cpu")), steps, rounds, 0.0, list(SCOPES))
     seconds = {name: [sum(run) for run in runs] for name, runs in parts.items()}
-    return seconds, {name: counted(name, made[name]) for name in SCOPES}, made[MICRO].parameters
+    return seconds, {name: sent(name, made[name]) for name in SCOPES}, made[MICRO].parameters
 
 
 def ranks_of(world: int | str) -> str:
@@ -232,18 +226,14 @@ def measure_bytes(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, An
     return rows
 
 
-def wrong(result: dict[str, Any]) -> list[str]:
-    """Return every deviation from the formula, and every dependence on the number of tokens."""
-    rows = {(row["case"], row["scope"]): row for row in result["bytes"]}
+def wrong(rows: list[dict[str, Any]]) -> list[str]:
+    """Return every deviation from the formula."""
     found = []
-    for (case, scope), row in rows.items():
-        if not row["equal"] or row["counted"] != row["formula"]:
-            found.append(f"{case}, {scope}: differs from the formula")
-        if row["rest"] and SCOPES[scope].estimator != "exact":
-            found.append(f"{case}, {scope}: {row['rest']} other bytes")
-        twice = rows.get((f"{case}, twice the tokens", scope))
-        if twice is not None and twice["counted"] != row["counted"]:
-            found.append(f"{case}, {scope}: depends on the number of tokens")
+    for row in rows:
+        where = f"{row['case']}, {row['scope']}"
+        found += [f"{where}: differs from the formula"] * (not row["equal"])
+        if row["rest"] and SCOPES[row["scope"]].estimator != "exact":
+            found.append(f"{where}: {row['rest']} other bytes")
     return found
 
 
@@ -317,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         result["bytes"] += rows
         print(f"{ranks_of(world)} timed", file=sys.stderr, flush=True)
     result["bytes"] += measure_bytes(corpus, args)
-    result["wrong"] = wrong(result)
+    result["wrong"] = wrong(result["bytes"])
     result |= spent(begin, before)
     text = markdown(result)
     print(text)

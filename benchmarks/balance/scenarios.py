@@ -29,11 +29,9 @@ from tests.helpers.scenarios import SCENARIOS, outcome
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of scenarios with an unexpected outcome."""
     parser = Parser(__doc__)
-    parser.add_argument("words", nargs="*", metavar="WORD")
-    words = parser.parse_args(argv).words
+    chosen = parser.choose(SCENARIOS, argv)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = [name for name in SCENARIOS if all(word in name for word in words)]
     wrong = 0
     print(f"{'step':<48} {'outcome':<9} {'error':>9}")
     for name in chosen:

@@ -33,11 +33,9 @@ HEADER = f"{'composition':<44} ranks {' '.join(f'{name:>{width}}' for name, widt
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of compositions that exceed their limit."""
     parser = Parser(__doc__)
-    parser.add_argument("words", nargs="*", metavar="WORD")
-    words = parser.parse_args(argv).words
+    chosen = parser.choose(COMPOSITIONS, argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
-    chosen = {name: of for name, of in COMPOSITIONS.items() if all(word in name for word in words)}
     print("largest relative error compared with one process: loss and gradient norm of three steps, every parameter's")
     print("gradient in the first step, every parameter after the last step\n")
     print(HEADER)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from benchmarks.checkout import RESULTS
 
+T = TypeVar("T")
 #: number of cores that this process may use
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -22,6 +24,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def choose(self, named: Mapping[str, T], argv: list[str] | None) -> dict[str, T]:
+        """Parse words, and return the items whose names contain all of them; at least one."""
+        self.add_argument("words", nargs="*", metavar="WORD")
+        words = self.parse_args(argv).words
+        chosen = {name: one for name, one in named.items() if all(word in name for word in words)}
+        if not chosen:
+            self.error(
+                f"{' '.join(words)}: no name contains all of these words; the first name is {next(iter(named))!r}"
+            )
+        return chosen
 
     def add_out(self) -> None:
         """Add the option for the folder of the results."""
