@@ -93,7 +93,7 @@ def check_kernels(kernels: dict) -> None:
 @pytest.mark.parametrize(
     ("op", "table", "wrong"),
     [
-        # one wrong row
+        # one row of many
         ("expert_mlp", "_BACKENDS", "y = right(*args, **kwargs); return torch.cat([-y[:1], y[1:]])"),
         ("permute", "_COMBINE", "return right(*args, **kwargs) * 1.05"),
         pytest.param(
