@@ -25,6 +25,7 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser, positive
+from benchmarks.shared.records import facts_line
 from equimoe.moe.parallel import ParallelConfig
 from tests.parallel.test_balance_matrix import worst_error
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     ranks = parser.parse_args(argv).ranks
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    print(f"{facts_line()}, gloo\n")
     print("largest relative error of a gradient compared with one process, all parameters, fp64\n")
     print("dp cp tp pp schedule   error        s")
     good = bad = 0

@@ -23,6 +23,7 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
+from benchmarks.shared.records import facts_line
 from tests.helpers.compositions import COMPOSITIONS
 from tests.helpers.parity import compare
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = parser.choose(COMPOSITIONS, argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    print(f"{facts_line()}, gloo\n")
     print("largest relative error compared with one process: loss and gradient norm of three steps, every parameter's")
     print("gradient in the first step, every parameter after the last step\n")
     print(HEADER)

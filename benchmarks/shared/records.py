@@ -33,6 +33,13 @@ def facts(*packages: str) -> dict[str, Any]:
     }
 
 
+def facts_line() -> str:
+    """Return the most important facts in one line."""
+    found = facts()
+    machine = f"{found['cpu']}, {found['cores']} cores, Python {found['python']}, torch {found['versions']['torch']}"
+    return f"{machine}, commit {found['commit']}, {found['date']}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
