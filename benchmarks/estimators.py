@@ -120,9 +120,9 @@ def balancers(model: Decoder, estimator: str, micro_batches: int, before: Sequen
     layers = model.moe_layers()
     for layer in layers:
         layer.balancer = Balancer(config, layer.config.num_experts, layer.config.top_k)
-    for layer, before_X in zip(layers, before, strict=True) if before else ():
+    for layer, previous_X in zip(layers, before, strict=True) if before else ():
         # the step before was cut as this one is
-        layer.balancer.before_X = torch.cat((before_X, before_X.new_tensor([micro_batches])))
+        layer.balancer.previous_X = torch.cat((previous_X, previous_X.new_tensor([micro_batches])))
     return [layer.balancer for layer in layers]
 
 
@@ -133,7 +133,7 @@ def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
         model(inputs_BS)
     for balancer in made:
         balancer.step.end(applied=False)
-    return [balancer.before_X[:-1] for balancer in made if balancer.before_X is not None]
+    return [balancer.previous_X[:-1] for balancer in made if balancer.previous_X is not None]
 
 
 def gradients(
@@ -158,7 +158,7 @@ def gradients(
         (model(share) * 0).sum().backward()
     for balancer in made:
         balancer.step.end(applied=False)
-    steps = [balancer.last for balancer in made if balancer.last is not None]
+    steps = [balancer.previous_step for balancer in made if balancer.previous_step is not None]
     reported = [estimate_quality(step) for step in steps]
     return Found(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
@@ -235,7 +235,7 @@ def training_state(trainer: Trainer) -> dict[str, float]:
     """The last step's rate, nats per token since the stage before, and the last step's load in the worst layer."""
     nats, tokens = trainer.losses.sums_N2.sum(0).tolist()
     trainer.losses.sums_N2.zero_()
-    last = [layer.balancer.last for layer in trainer.model.moe_layers()]
+    last = [layer.balancer.previous_step for layer in trainer.model.moe_layers()]
     worst = max(load_summary(of.counts_E)["max_over_mean"] for of in last if of)
     return {"lr": trainer.rate, "loss": nats / tokens, "max_over_mean": worst}
 

@@ -148,8 +148,7 @@ def load_summary(counts_E: Tensor) -> dict[str, float]:
     total = float(load.sum())
     if total == 0:
         return {"max_over_mean": 1.0, "cv": 0.0, "entropy": 1.0, "dead": float(load.numel())}
-    share = load / total
-    entropy = float(torch.special.entr(share).sum())
+    entropy = float(torch.special.entr(load / total).sum())
     mean = total / load.numel()
     return {
         "max_over_mean": float(load.max()) / mean,

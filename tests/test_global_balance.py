@@ -61,7 +61,7 @@ def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
     with mixed.engine.balance.micro_batch(0), plain.engine.balance.micro_batch(0):
         logits_BSV = mixed.model(inputs_BS)
         torch.testing.assert_close(logits_BSV, plain.model(inputs_BS))
-    counts_GE = [layer.balancer.micro_batches[-1].counts_BE for layer in mixed.model.moe_layers()]
+    counts_GE = [layer.balancer.visits[-1].counts_BE for layer in mixed.model.moe_layers()]
     assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
     strong = {"scope": "sequence", "coefficient": 1.0}
     shuffled = gradients(Arm("", RANK, BATCH, strong, RANK, mixed=True), corpus)
@@ -175,4 +175,4 @@ def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
     assert isinstance(ranks, Ranks) and ranks.together == RANK
     ranks.together = ARMS["to-global"].then
     trainer.train_step()
-    assert trainer.model.moe_layers()[0].balancer.last.losses[0].loads.shape == (1, SIZE.experts)
+    assert trainer.model.moe_layers()[0].balancer.previous_step.losses[0].loads.shape == (1, SIZE.experts)

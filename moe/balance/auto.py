@@ -274,7 +274,7 @@ class AutoStep(Step):
                 "MoE: a training forward has been counted whose backward has not run; run what is not trained on under "
                 "torch.no_grad() or in model.eval(), or delete its output before the update"
             )
-        before = layer.last
+        before = layer.previous_step
         if not told and before is not None and done != before.micro_batches:
             warnings.warn(
                 "MoE: steps have different numbers of micro-batches, and each weighs its losses by the number of the "

@@ -60,7 +60,7 @@ class Balancer:
         self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
         self.bias = bias_rule(config)
         #: int64 [E + 2], counts, tokens and micro-batches of the step before; all zero when a resume is to fill it
-        self.before_X: Tensor | None = None
+        self.previous_X: Tensor | None = None
         self.reach = reach
         self._terms = loss_terms(config)
         scopes = [SCOPES[name] for name, _ in self._terms]
@@ -110,9 +110,9 @@ class Balancer:
             )
 
     @property
-    def last(self) -> StepTotals | None:
+    def previous_step(self) -> StepTotals | None:
         """Totals of the step that ended last; None before the first."""
-        return self.layer.last
+        return self.layer.previous_step
 
     @property
     def micro_batches(self) -> list[Visit]:
@@ -205,7 +205,7 @@ class Balancer:
         step, layer, placement, owners = self.step, self.layer, self.placement, self.owners
         own_BX, batch_X = visit.own.get(), visit.total
         seen, micro_batches = len(layer.known), step.micro_batches(layer)
-        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.before_X)
+        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.previous_X)
         if step.tokens is not None:
             estimate = estimate._replace(step_tokens=step.tokens.double() * layer.runs)
         ranks = placement.tokens.size // placement.sequence.size
@@ -306,9 +306,9 @@ class Balancer:
         """
         if self.config.estimator != "carry":
             return {}
-        before_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
-        return {"step_before": before_X if self.before_X is None else self.before_X}
+        previous_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
+        return {"step_before": previous_X if self.previous_X is None else self.previous_X}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a filled :meth:`state`."""
-        self.before_X = state.get("step_before")
+        self.previous_X = state.get("step_before")

@@ -30,21 +30,23 @@ class Estimate(NamedTuple):
     step_tokens: Tensor
 
 
-def so_far(known_X: Tensor, seen: int, micro_batches: int, before_X: Tensor | None) -> Estimate:
+def so_far(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
     """The micro-batches known. Those to come are expected to have as many tokens each."""
     counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
     return Estimate(counts_E, tokens, tokens * (max(micro_batches, seen) / seen))
 
 
-def with_step_before(known_X: Tensor, seen: int, micro_batches: int, before_X: Tensor | None) -> Estimate:
+def with_step_before(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
     """The micro-batches known, and as many of the step before as are to come; :func:`so_far` in the first step."""
-    rolling = so_far(known_X, seen, micro_batches, before_X)
-    if before_X is None or seen >= micro_batches:
+    rolling = so_far(known_X, seen, micro_batches, previous_X)
+    if previous_X is None or seen >= micro_batches:
         return rolling
-    there = before_X[-1] > 0  # restored from a checkpoint of a run that had no step before, it is all zero
-    weight = (micro_batches - seen) / before_X[-1].clamp_min(1).double()
-    tokens = rolling.tokens + weight * before_X[-2]
-    return Estimate(rolling.counts_E + weight * before_X[:-2], tokens, torch.where(there, tokens, rolling.step_tokens))
+    known = previous_X[-1] > 0  # restored from a checkpoint of a run that had no step before, it is all zero
+    weight = (micro_batches - seen) / previous_X[-1].clamp_min(1).double()
+    tokens = rolling.tokens + weight * previous_X[-2]
+    return Estimate(
+        rolling.counts_E + weight * previous_X[:-2], tokens, torch.where(known, tokens, rolling.step_tokens)
+    )
 
 
 #: (int64 [E + 1], counts and tokens of the micro-batches known; how many these are; how many the step has; int64

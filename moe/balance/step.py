@@ -63,7 +63,7 @@ class Layer:
         self.number = number
         self.visits: dict[tuple[int, int], Visit] = {}
         #: totals of the step that ended last
-        self.last: StepTotals | None = None
+        self.previous_step: StepTotals | None = None
         #: the visit whose losses a backward has read last, and visits known at the first backward of the step
         self.last_read: Visit | None = None
         self.first_known: int | None = None
@@ -106,7 +106,7 @@ class Layer:
         total = torch.stack([v.total for v in ended]).sum(0)
         for v in ended:
             v.step_total = total
-        self.last = StepTotals(
+        self.previous_step = StepTotals(
             counts_E=total[:-1],
             tokens=total[-1],
             local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
@@ -117,13 +117,13 @@ class Layer:
             losses=[v.loss for v in ended if v.loss is not None],
             terms=[term for v in ended for term in v.terms],
         )
-        balancer.before_X = F.pad(total, (0, 1), value=len(ended))
+        balancer.previous_X = F.pad(total, (0, 1), value=len(ended))
         module, bias = self.module(), balancer.bias
         trained = module is not None and any(p.requires_grad for p in module.parameters())
         if applied and bias is not None and module is not None and trained and module.router.bias_E is not None:
             votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
             voters = balancer.counting_axis.size * len(ended)
-            bias.move(module.router.bias_E, self.last.counts_E, votes_E, voters, overflow)
+            bias.move(module.router.bias_E, self.previous_step.counts_E, votes_E, voters, overflow)
 
 
 def random_state_kept() -> AbstractContextManager[None]:
@@ -318,7 +318,7 @@ class Step:
 
     def micro_batches(self, layer: Layer) -> int:
         """How many visits a layer is taken to have: as told, or as many as in the step before, or as many as so far."""
-        return self.told(layer) or (1 if layer.last is None else layer.last.micro_batches)
+        return self.told(layer) or (1 if layer.previous_step is None else layer.previous_step.micro_batches)
 
     def early(self, layer: Layer) -> bool:
         """A backward has come before all forwards of the step were counted."""

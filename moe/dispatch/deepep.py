@@ -37,7 +37,7 @@ class DeepEPDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.buffer_class = buffer_class
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
+    def send(self, x_TD: Tensor, routing: Routing) -> DeepEPFlight:
         x_TD = as_computed(x_TD)
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
@@ -45,15 +45,15 @@ class DeepEPDispatcher(Dispatcher):
             )
         trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
         slots_TK = self.owners.to_slots(routing.ids_TK)
-        return Flight(trip, *_ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip))
+        return DeepEPFlight(trip, *_ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip))
 
-    def finish(self, flight: Flight, experts: Experts) -> Tensor:
+    def finish(self, flight: DeepEPFlight, experts: Experts) -> Tensor:
         flight.trip.arrived.current_stream_wait()
         y_SD = self.compute(flight.rows_SD, flight.weights_SK, flight.slots_SK, experts, exchange_sizes)
         return _Home.apply(y_SD, flight.trip)
 
 
-class Flight(NamedTuple):
+class DeepEPFlight(NamedTuple):
     """A dispatch that has started. Its tensors are valid once the trip's event has completed."""
 
     trip: _Trip

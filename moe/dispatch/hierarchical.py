@@ -18,7 +18,7 @@ from ...kernels.permute import combine, permute
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from ..collectives import (
     Axis,
-    Transit,
+    PendingRows,
     exchange_counts,
     exchange_rows,
     exchange_sizes,
@@ -40,7 +40,7 @@ class Hop(NamedTuple):
     axis: Axis
     #: rows, weights and ids if the axis has one rank; else they are in ``transits``
     here: tuple[Tensor, ...]
-    transits: tuple[Transit, ...] = ()
+    transits: tuple[PendingRows, ...] = ()
     #: None if the axis has one rank
     order: ExpertOrder | None = None
     sent: list[int] = []
@@ -91,11 +91,11 @@ class HierarchicalDispatcher(Dispatcher):
         choice_X = order.order_R[:rows_X]
         source_X, rank_X = choice_X // to_SK.shape[1], to_SK.flatten()[choice_X]
         ids_XK = ids_SK[source_X] - rank_X[:, None] * each
-        there_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
+        local_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
 
         rows = start_exchange(rows_XD, sent, received, axis, self.dispatch_wire)
         weights = start_exchange(weights_XK, sent, received, axis)
-        ids = start_exchange(there_XK.int(), sent, received, axis)
+        ids = start_exchange(local_XK.int(), sent, received, axis)
         return Hop(axis, (), (rows, weights, ids), order, sent, received)
 
     def arrive(self, hop: Hop, inner: Inner) -> Tensor:

@@ -1,6 +1,6 @@
 """Sums gradients over the ranks that hold replicas of a weight.
 
-Each rank's loss is its share of the step's loss, so gradients are summed over ranks, not averaged. FSDP2 reduces the
+The step's loss is the sum of the ranks' losses, so gradients are summed over ranks, not averaged. FSDP2 reduces the
 gradients of weights that it shards. The others are reduced here, in buckets, during the last backward of a step or
 after it. An expert's gradient already covers all tokens of its ep group, because dispatch brought them to the expert;
 it is summed only over replicas (edp).
@@ -21,8 +21,7 @@ from ..collectives import Axis
 from ..layer import MoE
 from ..model import HeadNorm
 from ..parallel import Mesh
-
-_EXPERT = {"edp_replicate", "edp_shard", "ep", "etp"}
+from ..parallel.mesh import EXPERT_GRID
 
 
 class Reducer:
@@ -203,7 +202,7 @@ def _axis(parameter: nn.Parameter, sees_its_own: bool, mesh: Mesh) -> str:
     degrees = mesh.degrees
     dims = set(parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else set()
     sharded = degrees.data_parallel == "fsdp"
-    if dims & _EXPERT:
+    if dims & {*EXPERT_GRID[1:]}:
         return "" if sharded else "edp"
     partial = "tp" not in dims and (degrees.sequence_parallel or sees_its_own)
     if sharded:

@@ -127,7 +127,7 @@ def test_rolling_has_its_closed_expectation_over_orders(count: int, share: float
 @pytest.mark.parametrize("estimator", ["rolling", "carry", "exact"])
 def test_report_tells_batch_and_error(estimator: str) -> None:
     layer = make(estimator=estimator, micro_batches=3, extra=ExtraLossConfig(micro=0.01))  # the main loss is told of
-    assert layer.balancer.last is None
+    assert layer.balancer.previous_step is None
     steps = [by_domain([5, 9, 4], seed=1), by_domain([8, 3, 7], seed=2)]
     for inputs in steps:
         train(layer, inputs, ahead=estimator == "exact")
@@ -139,7 +139,7 @@ def test_report_tells_batch_and_error(estimator: str) -> None:
         rest = (3 - n) / 3 if estimator == "carry" else 0.0
         tokens.append(18 if estimator == "exact" else seen + rest * 18)
         used.append(load_E if estimator == "exact" else 4 * (seen_E + rest * sum(counts[0])) / (2 * tokens[-1]))
-    report = estimate_quality(layer.balancer.last)
+    report = estimate_quality(layer.balancer.previous_step)
     assert report["balance_tokens"] == pytest.approx(sum(tokens) / 3)
     assert report["balance_sequences"] == pytest.approx(sum(tokens) / 3 / 6)  # sequences of 6 on average
     error = math.sqrt(sum(float((u - load_E).square().sum()) for u in used) / 3) / float(load_E.norm())
@@ -155,7 +155,7 @@ def test_report_of_scopes_within_a_rank() -> None:
     for scope, tokens in (("micro", 15), ("sequence", 5), ("global", 45)):
         layer = make(scope=scope, estimator="exact", micro_batches=3)
         train(layer, [x_BSD] * 3, ahead=True)
-        report = estimate_quality(layer.balancer.last)
+        report = estimate_quality(layer.balancer.previous_step)
         assert report["balance_tokens"] == pytest.approx(tokens) and report["balance_sequences"] == tokens / 5
         assert (report["estimator_error"] > 0.1) == (scope == "sequence"), report
 
@@ -164,13 +164,13 @@ def test_evaluation_and_skipped_steps_leave_no_trace_in_what_is_carried() -> Non
     layer = make(estimator="carry", micro_batches=2)
     inputs = by_domain([5, 9])
     train(layer, inputs)
-    before = layer.balancer.before_X.clone()
+    before = layer.balancer.previous_X.clone()
     layer.eval()
     layer(inputs[0])
     layer.train()
     with torch.no_grad():
         layer(inputs[1])
-    assert torch.equal(layer.balancer.before_X, before) and before.tolist()[-2:] == [14, 2]
+    assert torch.equal(layer.balancer.previous_X, before) and before.tolist()[-2:] == [14, 2]
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
@@ -188,7 +188,7 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
             (layer(x) * 0).sum().backward()
     assert torch.equal(layer.router.weight.grad, want)
     layer.balancer.step.end(applied=False)
-    assert layer.balancer.last.micro_batches == 2 and int(layer.balancer.last.tokens) == 9
+    assert layer.balancer.previous_step.micro_batches == 2 and int(layer.balancer.previous_step.tokens) == 9
 
 
 def fail(*_: object) -> None:

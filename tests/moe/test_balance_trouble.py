@@ -54,7 +54,7 @@ def whole(layer: MoE, inputs: list[Tensor]) -> Tensor:
 
 
 def seen(layer: MoE) -> int:
-    return len(layer.balancer.micro_batches)
+    return len(layer.balancer.visits)
 
 
 # ---- steps of other lengths, and such as are broken off -----------------------------------------------------------
@@ -117,7 +117,7 @@ def test_decisions_of_a_broken_step_are_not_taken_for_the_next(where: str, given
     for x in inputs:
         fresh = oracle.route(layer, x)[2]
         (layer(x) * 0).sum().backward()
-        used = next(m for m in reversed(layer.balancer.micro_batches) if m.done).decision.chosen_TK
+        used = next(m for m in reversed(layer.balancer.visits) if m.done).decision.chosen_TK
         assert torch.equal(used.sort().values, fresh.sort().values)
     assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
     optimizer.step()
@@ -136,10 +136,10 @@ def test_gradients_cleared_between_counting_and_training(given: int | None) -> N
     for seed in (1, 2, 3):
         inputs = batches(2, seed)
         count(layer, inputs)
-        counted = [slot.number for slot in layer.balancer.micro_batches[-2:]]
+        counted = [slot.number for slot in layer.balancer.visits[-2:]]
         optimizer.zero_grad()
         backward(layer, inputs)
-        assert [slot.number for slot in layer.balancer.micro_batches] == counted
+        assert [slot.number for slot in layer.balancer.visits] == counted
         assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
 
 

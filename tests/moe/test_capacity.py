@@ -13,7 +13,7 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
 from equimoe.moe.collectives import Axis
 from equimoe.moe.dispatch import build_capacity
-from equimoe.moe.dispatch.manifest import rows_per_expert
+from equimoe.moe.dispatch.exchange_plan import rows_per_expert
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 

@@ -61,7 +61,7 @@ def slow(corpus, tested):
 @pytest.mark.parametrize("dense", [4096, 1])
 @pytest.mark.parametrize("chunk", [1 << 24, 7])
 def test_equals_slow_counting(monkeypatch, dense, chunk):
-    monkeypatch.setattr(bigram, "DENSE", dense)
+    monkeypatch.setattr(bigram, "DENSE_UP_TO", dense)
     monkeypatch.setattr(bigram, "CHUNK", chunk)
     corpus = make()
     expected = slow(corpus, {d: neighbours(s) for d, s in corpus.heldout.items() if len(s) > 1})

@@ -216,13 +216,13 @@ def test_non_contiguous_input(expanded: bool) -> None:
 def test_passes_that_change_no_statistic() -> None:
     layer, x, other = make(), torch.randn(6, 12), torch.randn(11, 12)
     (layer(x)).sum().backward()
-    stats, seen = layer.stats, layer.balancer.micro_batches
+    stats, seen = layer.stats, layer.balancer.visits
     with torch.no_grad():
         layer(other)
     layer.eval()(other).sum().backward()
     with torch.no_grad():
         layer(other)
-    assert layer.stats is stats and layer.balancer.micro_batches == seen
+    assert layer.stats is stats and layer.balancer.visits == seen
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "recompute"])
@@ -242,8 +242,8 @@ def test_recomputation_counts_once_and_changes_no_gradient(kind: str, micro_batc
         plain(x.clone().requires_grad_()).square().sum().backward()
         run(repeated, x.clone().requires_grad_()).square().sum().backward()
     for one, two in zip((plain[0], plain[2]), (repeated[0], repeated[2]), strict=True):
-        assert [s.counts_BE.tolist() for s in one.balancer.micro_batches] == [
-            s.counts_BE.tolist() for s in two.balancer.micro_batches
+        assert [s.counts_BE.tolist() for s in one.balancer.visits] == [
+            s.counts_BE.tolist() for s in two.balancer.visits
         ]
         for name, grad in gradients(one).items():
             # a reentrant first pass is not counted, so that a layer sees its micro-batch only in the backward: the same
@@ -262,7 +262,7 @@ def test_recompute_with_several_micro_batches_in_flight() -> None:
         for i in (1, 0, 2):
             outs[i][0].square().sum().backward()
             outs[i][1].square().sum().backward()
-        assert len(two.balancer.micro_batches) == 3
+        assert len(two.balancer.visits) == 3
         for name, grad in gradients(one).items():
             assert torch.equal(grad, two.get_parameter(name).grad), name
 
@@ -272,7 +272,7 @@ def test_recomputation_never_routes_again() -> None:
     layer = make()
     x = torch.randn(9, 12, requires_grad=True)
     y = recompute(layer, x)
-    chosen = layer.balancer.micro_batches[0].decision.chosen_TK
+    chosen = layer.balancer.visits[0].decision.chosen_TK
     routed = []
     layer.router.register_forward_hook(lambda module, args, out: routed.append(out.ids_TK))
     with torch.no_grad():
@@ -285,9 +285,9 @@ def test_deep_copy_is_independent() -> None:
     layer = make()
     layer(torch.randn(5, 12)).sum().backward()
     twin = copy.deepcopy(layer)
-    assert twin.balancer.micro_batches == [] and torch.equal(twin.router.weight, layer.router.weight)
+    assert twin.balancer.visits == [] and torch.equal(twin.router.weight, layer.router.weight)
     twin(torch.randn(3, 12)).sum().backward()
-    assert len(layer.balancer.micro_batches) == 1
+    assert len(layer.balancer.visits) == 1
 
 
 def test_weights_are_laid_out_as_hugging_face_does() -> None:

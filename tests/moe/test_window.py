@@ -27,7 +27,7 @@ def balance_only(layer: MoE, x: torch.Tensor) -> None:
 
 
 def seen(layer: MoE) -> list[int]:
-    return [int(slot.tokens_B.sum()) for slot in layer.balancer.micro_batches]
+    return [int(slot.tokens_B.sum()) for slot in layer.balancer.visits]
 
 
 @pytest.mark.parametrize("given", [None, 3])
@@ -41,8 +41,8 @@ def test_counts_accumulate_and_start_anew_with_the_optimizer(given: int | None) 
         optimizer.step()
         optimizer.zero_grad()
         assert seen(layer) == []
-        assert layer.balancer.last.micro_batches == 3
-        assert int(layer.balancer.last.tokens) == 24
+        assert layer.balancer.previous_step.micro_batches == 3
+        assert int(layer.balancer.previous_step.tokens) == 24
 
 
 @pytest.mark.parametrize("given", [None, 2])
@@ -168,7 +168,7 @@ def test_counts_stay_exact_over_512_micro_batches_in_bf16() -> None:
     layer = make(micro_batches=512).bfloat16()
     for _ in range(512):
         balance_only(layer, torch.randn(3, 6).bfloat16())
-    assert int(layer.balancer.step.layers[0].totals(layer.balancer.micro_batches[0])[-1]) == 512 * 3
+    assert int(layer.balancer.step.layers[0].totals(layer.balancer.visits[0])[-1]) == 512 * 3
 
 
 def test_micro_scope_is_the_mean_of_micro_batch_losses() -> None:

@@ -131,7 +131,7 @@ def test_reach_follows_the_groups() -> None:
         layer = MoE(replace(CONFIG, top_k=4, router=RouterConfig(groups=groups, kept_groups=kept)))
         apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=4)))
         layer(tokens(rank)[0].float()).sum().backward()
-        view = layer.balancer.view(layer.balancer.micro_batches[0])
+        view = layer.balancer.view(layer.balancer.visits[0])
         return view.owners.ranks, view.reach
 
     assert run_ranks(script, 4, 1, 1) == [(4, 4)] * 4
@@ -176,7 +176,7 @@ def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
         optimizer.zero_grad()  # skipped, as a gradient scaler does
         backward(first=0)
         layer.balancer.step.end(applied=False)
-        last = layer.balancer.last
+        last = layer.balancer.previous_step
         return layer.router.weight.grad, [*last.counts_E.tolist(), int(last.tokens)]
 
     layer = make()

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe.collectives import Axis, axis_of, world_axis
 from equimoe.moe.parallel import context
-from equimoe.moe.parallel.context import METHODS, ContextAttention, positions, shard_sequence, unshard
+from equimoe.moe.parallel.context import KV_EXCHANGES, ContextAttention, positions, shard_sequence, unshard
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
 SEQ = 48
 LAYOUTS = pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "contiguous"])
-BOTH = pytest.mark.parametrize("method", METHODS)
+BOTH = pytest.mark.parametrize("exchange", KV_EXCHANGES)
 
 #: batch, query heads, key heads, head width, width of v
 SHAPES = {"plain": (2, 2, 2, 4, 4), "grouped": (1, 6, 2, 4, 4), "one_head": (1, 4, 1, 3, 5)}
@@ -50,11 +50,11 @@ def part(tensors: tuple[Tensor, ...], axis: Axis, balanced: bool) -> list[Tensor
     return [shard_sequence(t, 2, axis.size, axis.rank, balanced) for t in tensors]
 
 
-def split(tensors: tuple[Tensor, ...], axis: Axis, method: str, balanced: bool, run: Any = None) -> list[Tensor]:
+def split(tensors: tuple[Tensor, ...], axis: Axis, exchange: str, balanced: bool, run: Any = None) -> list[Tensor]:
     """Return this rank's output and gradients; ``run(attention, q, k, v)`` may wrap the call."""
     *qkv, grad = part(tensors, axis, balanced)
     qkv = [t.requires_grad_() for t in qkv]
-    attention = ContextAttention(axis, method, balanced)
+    attention = ContextAttention(axis, exchange, balanced)
     out = run(attention, *qkv) if run else attention(*qkv)
     out.backward(grad)
     return [out.detach(), *(t.grad for t in qkv)]
@@ -106,7 +106,7 @@ def test_balanced_rank_holds_one_chunk_of_either_end() -> None:
 @LAYOUTS
 @BOTH
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
+def test_equals_whole_sequence(size: int, exchange: str, balanced: bool) -> None:
     """All shapes must agree, also with query tiles that do not divide a chunk."""
 
     def script(rank: int, world: int) -> list[Any]:
@@ -114,7 +114,7 @@ def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
         for shape in SHAPES:
             for tile in (512, 5):
                 context.TILE = tile
-                results.append(split(inputs(shape), world_axis(), method, balanced))
+                results.append(split(inputs(shape), world_axis(), exchange, balanced))
         return results
 
     per_rank = run_ranks(script, size)
@@ -125,11 +125,11 @@ def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOTH
-def test_low_precision(method: str, dtype: torch.dtype) -> None:
+def test_low_precision(exchange: str, dtype: torch.dtype) -> None:
     """Compare with fp64 on the same rounded inputs; results keep the dtype, sums and sent gradients are fp32."""
 
     def script(rank: int, world: int) -> list[Tensor]:
-        return split(inputs("grouped", dtype), world_axis(), method, True)
+        return split(inputs("grouped", dtype), world_axis(), exchange, True)
 
     results = run_ranks(script, 4)
     assert {t.dtype for result in results for t in result} == {dtype}
@@ -148,7 +148,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @BOTH
-def test_any_strides(method: str) -> None:
+def test_any_strides(exchange: str) -> None:
     """q, k, v may be views of one projection, as in the model, and the gradient may be an expanded tensor."""
 
     def script(rank: int, world: int) -> list[Tensor]:
@@ -161,7 +161,7 @@ def test_any_strides(method: str) -> None:
         # nccl requires contiguous tensors, gloo does not
         counting(context, "_all_gather", lambda into, t, **_: dense.append(t.is_contiguous()))
         counting(dist, "batch_isend_irecv", lambda ops: dense.extend(op.tensor.is_contiguous() for op in ops))
-        out = ContextAttention(world_axis(), method)(*views)
+        out = ContextAttention(world_axis(), exchange)(*views)
         out.backward(torch.ones(()).double().expand(batch, heads, length, width))
         assert len(dense) >= 4 and all(dense)
         return [out.detach(), *(t.transpose(1, 2) for t in qkv.grad.unbind(2))]
@@ -171,7 +171,7 @@ def test_any_strides(method: str) -> None:
 
 
 @BOTH
-def test_autocast_is_that_of_torch(method: str) -> None:
+def test_autocast_is_that_of_torch(exchange: str) -> None:
     """fp32 arguments become bf16, and nothing else is rounded, in the forward or the backward."""
 
     def script(rank: int, world: int) -> list[Any]:
@@ -180,7 +180,7 @@ def test_autocast_is_that_of_torch(method: str) -> None:
             tensors = tuple(t.bfloat16().to(dtype) for t in inputs("plain"))
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 *qkv, grad = (t.requires_grad_() for t in part(tensors, world_axis(), True))
-                out = ContextAttention(world_axis(), method)(*qkv)
+                out = ContextAttention(world_axis(), exchange)(*qkv)
                 assert out.dtype == torch.bfloat16
                 out.backward(grad.detach().bfloat16())
             results.append([out.detach(), *(t.grad.bfloat16() for t in qkv)])
@@ -194,14 +194,14 @@ def test_autocast_is_that_of_torch(method: str) -> None:
 
 
 @BOTH
-def test_hidden_blocks_are_not_computed(method: str) -> None:
+def test_hidden_tiles_are_not_computed(exchange: str) -> None:
     """A rank computes 2P + 1 blocks of (S / 2P)^2 if balanced, else rank r computes r + 1; the backward twice that."""
 
     def script(rank: int, world: int, balanced: bool) -> tuple[int, int]:
         products: list[tuple[int, int]] = []
         counting(context, "_products", lambda q, k, hidden_last=False: products.append((q.shape[3], k.shape[2])))
         q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis(), balanced))
-        out = ContextAttention(world_axis(), method, balanced)(q, k, v)
+        out = ContextAttention(world_axis(), exchange, balanced)(q, k, v)
         forward = len(products)
         out.backward(grad.detach())
         chunk = SEQ // (2 * world if balanced else world)
@@ -218,7 +218,7 @@ def test_hidden_blocks_are_not_computed(method: str) -> None:
 def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
     """Forward and backward each send K and V P - 1 times; the backward also sends their gradients, in fp32 or wider."""
 
-    def script(rank: int, world: int, method: str) -> list[tuple[int, int]]:
+    def script(rank: int, world: int, exchange: str) -> list[tuple[int, int]]:
         warnings.simplefilter("error")
         sent: list[int] = []
 
@@ -230,7 +230,7 @@ def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
         counting(context, "_all_gather", lambda into, t, **_: sent.append(into.nbytes - t.nbytes))
         counting(context, "_reduce_scatter", lambda into, t, **_: sent.append(t.nbytes - into.nbytes))
         q, k, v, grad = (t.requires_grad_() for t in part(inputs("one_head", dtype), world_axis(), True))
-        out = ContextAttention(world_axis(), method)(q, k, v)
+        out = ContextAttention(world_axis(), exchange)(q, k, v)
         forward = (len(sent), sum(sent))
         out.backward(grad.detach())
         return [forward, (len(sent) - forward[0], sum(sent) - forward[1])]
@@ -261,7 +261,7 @@ def test_ring_computes_while_it_communicates() -> None:
         return events
 
     forward = "start 3 wait start 2 wait 2 backward"
-    # exchanges of K and V, and then those of their gradients, which start as soon as each share is computed
+    # exchanges of K and V, and then those of their gradients, which start as soon as each part is computed
     backward = "start 6 wait start 4 start wait 4 wait start wait"
     numbers = {str(n): ["block"] * n for n in (2, 3, 4, 6)}
     want = [event for word in f"{forward} {backward}".split() for event in numbers.get(word, [word])]
@@ -269,12 +269,12 @@ def test_ring_computes_while_it_communicates() -> None:
 
 
 @BOTH
-def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
+def test_saves_only_arguments_output_and_logsumexp(exchange: str) -> None:
     def script(rank: int, world: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         saved: list[Tensor] = []
         q, k, v, _ = (t.requires_grad_() for t in part(inputs("grouped", torch.bfloat16), world_axis(), True))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            ContextAttention(world_axis(), method)(q, k, v)
+            ContextAttention(world_axis(), exchange)(q, k, v)
         return [(tuple(t.shape), t.dtype) for t in saved]
 
     batch, heads, kv_heads, width, _ = SHAPES["grouped"]
@@ -289,21 +289,21 @@ def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
 
 
 @BOTH
-def test_same_bits_again_and_under_checkpoint(method: str) -> None:
+def test_same_bits_again_and_under_checkpoint(exchange: str) -> None:
     def script(rank: int, world: int) -> bool:
         def again(attention: ContextAttention, *qkv: Tensor) -> Tensor:
             return checkpoint(attention, *qkv, use_reentrant=False)
 
         tensors = inputs("grouped", torch.float32)
-        first = split(tensors, world_axis(), method, True)
-        others = [split(tensors, world_axis(), method, True, run) for run in (None, None, again)]
+        first = split(tensors, world_axis(), exchange, True)
+        others = [split(tensors, world_axis(), exchange, True, run) for run in (None, None, again)]
         return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     assert run_ranks(script, 4) == [True] * 4
 
 
 @BOTH
-def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
+def test_axis_of_some_ranks_in_two_layers(exchange: str) -> None:
     """Two groups of two ranks that are not adjacent, each with its own sequence, run two layers."""
 
     def script(rank: int, world: int) -> list[Tensor]:
@@ -314,7 +314,7 @@ def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
         def twice(attention: ContextAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(attention(q, k, v), k, v)
 
-        return split(tensors, axis, method, True, twice)
+        return split(tensors, axis, exchange, True, twice)
 
     results = run_ranks(script, 4, detail=True)
     for group in range(2):
@@ -336,7 +336,7 @@ def test_refuses_what_does_not_fit() -> None:
         shard_sequence(torch.zeros(3, 10), 1, 4, 0, balanced=False)
     with pytest.raises(ValueError, match="rank=2: must be from 0 to 1"):
         positions(8, 2, 2)
-    with pytest.raises(ValueError, match="method='tree': unknown; use one of ring, all_gather"):
+    with pytest.raises(ValueError, match="exchange='tree': unknown; use one of ring, all_gather"):
         ContextAttention(Axis("cp"), "tree")
     two = ContextAttention(Axis("cp", size=2))
     with pytest.raises(ValueError, match="seq_len=6: must be divisible by 4, 2 chunks for each rank of axis 'cp'"):
