@@ -126,9 +126,6 @@ class BalanceConfig:
     bias_update_rate: float = 0.0
     #: move the expert bias by the sign of (mean load - load), or in proportion to (mean load - load) / mean load
     bias_rule: Literal["sign", "proportional"] = "sign"
-    #: load that moves the expert bias. global: the whole step on all ranks; micro: the average of the moves computed
-    #: from each micro-batch of each rank, a control for experiments
-    bias_scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
         check_literals(self, "balance.")

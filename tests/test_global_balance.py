@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import balance_figures
 import balance_plots
 import global_balance
-from balance_arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
+from balance_arms import ARMS, BATCH, BIAS_RATE, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
@@ -176,3 +176,14 @@ def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
     ranks.together = ARMS["to-global"].then
     trainer.train_step()
     assert trainer.model.moe_layers()[0].balancer.previous_step.losses[0].loads.shape == (1, SIZE.experts)
+
+
+def test_bias_by_micro_batch_moves_by_the_mean_of_their_signs(corpus: Corpus) -> None:
+    trainer, _ = build(ARMS["bias-micro"], SIZE, 0, corpus)
+    trainer.train_step()
+    for layer in trainer.model.moe_layers():
+        counts_ME = layer.balancer.previous_step.local_counts_ME.double()
+        assert len(counts_ME) == BATCH // RANK
+        signs_ME = (counts_ME.mean(1, keepdim=True) - counts_ME).sign()
+        assert torch.allclose(layer.router.bias_E.double(), BIAS_RATE * signs_ME.mean(0), rtol=1e-6)
+        assert len(layer.router.bias_E.abs().unique()) > 1  # by the step's counts, every expert moves by the rate or 0

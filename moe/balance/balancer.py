@@ -21,7 +21,7 @@ from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
 from .auto import AutoStep, registry
-from .bias import bias_rule, sign
+from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .losses import SCOPES, StepView, Term, loss_value
 from .recompute import remember, visit_being_recomputed
@@ -115,7 +115,7 @@ class Balancer:
         return self.layer.previous_step
 
     @property
-    def micro_batches(self) -> list[Visit]:
+    def visits(self) -> list[Visit]:
         """What has been counted in the step under way."""
         return self.layer.known
 
@@ -139,9 +139,7 @@ class Balancer:
         if self._of_own_sequences and placement.sequence == axis:
             found["own"] = self.num_experts + 1
         if self._of_all_ranks and placement.tokens == axis:
-            extras = placement.ep.size if self._sent else 0
-            votes = self.num_experts if self.bias is not None and self.bias.votes else 0
-            found["all"] = self.num_experts + 1 + extras + votes
+            found["all"] = self.num_experts + 1 + (placement.ep.size if self._sent else 0)
         return found
 
     # ---- the forward
@@ -181,12 +179,9 @@ class Balancer:
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
         visit.own = visit.batch = self.step.entry(self.layer, "own", own_BX, own_axis)
         if self._of_all_ranks:
-            parts = [total_1X]
             if self._sent:
-                parts.append(sent(routing, mask_T, self.owners)[None])
-            if self.bias is not None and self.bias.votes:
-                parts.append(sign(total_1X[0, :-1])[None])
-            visit.batch = self.step.entry(self.layer, "all", torch.cat(parts, dim=1), placement.tokens)
+                total_1X = torch.cat((total_1X, sent(routing, mask_T, self.owners)[None]), dim=1)
+            visit.batch = self.step.entry(self.layer, "all", total_1X, placement.tokens)
         return True
 
     def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
@@ -223,7 +218,7 @@ class Balancer:
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
         )
         if self._sent:
-            known = replace(known, sent_P=visit.extras[: owners.ranks])
+            known = replace(known, sent_P=visit.extras)
         return known
 
     def read(self, visit: Visit) -> tuple[Tensor, Tensor]:

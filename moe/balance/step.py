@@ -121,9 +121,7 @@ class Layer:
         module, bias = self.module(), balancer.bias
         trained = module is not None and any(p.requires_grad for p in module.parameters())
         if applied and bias is not None and module is not None and trained and module.router.bias_E is not None:
-            votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
-            voters = balancer.counting_axis.size * len(ended)
-            bias.move(module.router.bias_E, self.previous_step.counts_E, votes_E, voters, overflow)
+            bias.move(module.router.bias_E, self.previous_step, overflow)
 
 
 def random_state_kept() -> AbstractContextManager[None]:

@@ -1,9 +1,9 @@
 """Context parallelism: each rank holds some chunks of every sequence, and attends to the keys of all ranks.
 
 If a sequence were cut into P equal parts, causal attention would leave the first rank almost idle: its queries see few
-keys. A balanced split has 2P chunks, and rank r holds chunks r and 2P-1-r, so that all ranks compute equally much. The
-scores are computed in tiles, some queries against one chunk of keys, which are merged by their logsumexp (online
-softmax, arXiv 1805.02867).
+keys. It is cut into 2P chunks instead, and rank r holds chunks r and 2P-1-r, so that all ranks compute the same
+amount. Scores are computed in tiles, some queries against one chunk of keys, and tiles are merged by their logsumexp
+(online softmax, arXiv 1805.02867).
 
 B sequences, N query heads, M key/value heads, G = N / M, S positions of this rank, H head width, P ranks of the axis,
 Q queries and C keys of a tile.
@@ -30,39 +30,29 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 TILE = 512
 
 
-def positions(seq_len: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+def positions(seq_len: int, size: int, rank: int) -> Tensor:
     """Return the positions of a sequence that this rank holds, in the order in which it holds them.
 
     int64 [seq_len / size].
     """
-    return shard_sequence(torch.arange(seq_len), 0, size, rank, balanced)
+    return shard_sequence(torch.arange(seq_len), 0, size, rank)
 
 
-def shard_sequence(t: Tensor, dim: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+def shard_sequence(t: Tensor, dim: int, size: int, rank: int) -> Tensor:
     """Take this rank's part of a tensor that has whole sequences along ``dim``. Differentiable.
 
-    Raises ValueError unless the sequence length is divisible by 2 * size (balanced) or size (not balanced).
+    Raises ValueError unless 2 * size divides the sequence length.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank={rank}: must be from 0 to {size - 1}, for size={size} context-parallel ranks")
-    held = [_held(r, size, balanced) for r in range(size)]
-    count = sum(map(len, held))
+    count = size * len(_held(rank, size))
     if t.shape[dim] == 0 or t.shape[dim] % count:
         raise ValueError(
-            f"seq_len={t.shape[dim]}: must be divisible by {count}, {len(held[0])} for each of {size} "
+            f"seq_len={t.shape[dim]}: must be divisible by {count}, {count // size} for each of {size} "
             "context-parallel ranks; pad the sequences or lower parallel.cp"
         )
     chunks = t.chunk(count, dim)
-    return torch.cat([chunks[i] for i in held[rank]], dim)
-
-
-def unshard(parts: Sequence[Tensor], dim: int, balanced: bool = True) -> Tensor:
-    """Assemble whole sequences from the parts of all ranks, given in rank order. Inverse of :func:`shard_sequence`."""
-    chunks: dict[int, Tensor] = {}
-    for rank, part in enumerate(parts):
-        held = _held(rank, len(parts), balanced)
-        chunks.update(zip(held, part.chunk(len(held), dim), strict=True))
-    return torch.cat([chunks[i] for i in range(len(chunks))], dim)
+    return torch.cat([chunks[i] for i in _held(rank, size)], dim)
 
 
 class ContextAttention:
@@ -70,14 +60,14 @@ class ContextAttention:
 
     ``exchange="ring"`` passes K and V around the ranks while tiles are computed, so that a rank holds K and V of only
     two ranks at a time (arXiv 2310.01889). ``exchange="all_gather"`` gathers K and V of all ranks with one collective
-    instead of P - 1 exchanges. ``balanced`` must match the :func:`shard_sequence` call that split the sequences. All
-    ranks must call this with equal shapes.
+    instead of P - 1 exchanges. Sequences must be split by :func:`shard_sequence`. All ranks must call this with equal
+    shapes.
     """
 
-    def __init__(self, axis: Axis, exchange: str = "ring", balanced: bool = True) -> None:
+    def __init__(self, axis: Axis, exchange: str = "ring") -> None:
         if exchange not in KV_EXCHANGES:
             raise ValueError(f"exchange={exchange!r}: unknown; use one of {', '.join(KV_EXCHANGES)}")
-        self.axis, self.exchange, self.balanced = axis, exchange, balanced
+        self.axis, self.exchange = axis, exchange
 
     def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
         """Return this rank's rows of F.scaled_dot_product_attention(is_causal=True) on the whole sequences.
@@ -89,7 +79,7 @@ class ContextAttention:
             grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
             return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=grouped)
         q_BNSH, k_BMSH, v_BMSH = (_autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
-        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, KV_EXCHANGES[self.exchange], self.balanced)
+        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, KV_EXCHANGES[self.exchange])
 
     def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (q_BNSH, k_BMSH, v_BMSH)]
@@ -99,7 +89,7 @@ class ContextAttention:
             raise ValueError(
                 f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any]; M must divide N"
             )
-        chunks = len(_held(0, self.axis.size, self.balanced))
+        chunks = len(_held(0, self.axis.size))
         if q[2] == 0 or q[2] % chunks:
             raise ValueError(
                 f"seq_len={q[2] * self.axis.size}: must be divisible by {chunks * self.axis.size}, {chunks} chunks for "
@@ -110,16 +100,17 @@ class ContextAttention:
 # ---- which chunks, which tiles
 
 
-def _held(rank: int, size: int, balanced: bool) -> tuple[int, ...]:
-    return (rank, 2 * size - 1 - rank) if balanced and size > 1 else (rank,)
+def _held(rank: int, size: int) -> tuple[int, ...]:
+    """Return the numbers of the chunks that a rank holds."""
+    return (rank, 2 * size - 1 - rank) if size > 1 else (rank,)
 
 
-def _tiles(axis: Axis, source: int, balanced: bool, length: int) -> Iterator[tuple[slice, slice, bool]]:
+def _tiles(axis: Axis, source: int, length: int) -> Iterator[tuple[slice, slice, bool]]:
     """Yield the tiles to compute: (this rank's queries, ``source``'s keys, whether the causal mask cuts the tile).
 
     Queries and keys are slices of the positions that their rank holds. Tiles that are masked entirely are left out.
     """
-    own, other = _held(axis.rank, axis.size, balanced), _held(source, axis.size, balanced)
+    own, other = _held(axis.rank, axis.size), _held(source, axis.size)
     chunk = length // len(own)
     for a, i in enumerate(own):
         for b, j in enumerate(other):
@@ -258,15 +249,15 @@ def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Ten
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, exchange: _KVExchange, balanced: bool) -> Tensor:
-        ctx.how = (axis, exchange, balanced)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, exchange: _KVExchange) -> Tensor:
+        ctx.how = (axis, exchange)
         with torch.autocast(q.device.type, enabled=False):
             q_BMGSH = _scaled(q, k.shape[1])
             out_BMGSH = q_BMGSH.new_zeros((*q_BMGSH.shape[:-1], v.shape[-1]))
             lse_BMGS = q_BMGSH.new_full(q_BMGSH.shape[:-1], float("-inf"))
             for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
-                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
                     scores = _products(q_BMGSH[..., rows, :], k_BMSH[:, :, keys], hidden_last)
                     most = scores.amax(-1, keepdim=True)
                     p = scores.sub_(most).exp_()
@@ -284,7 +275,7 @@ class _ContextAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_BMGS = ctx.saved_tensors
-        axis, exchange, balanced = ctx.how
+        axis, exchange = ctx.how
         heads = k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
             q_BMGSH = _scaled(q, heads)
@@ -295,7 +286,7 @@ class _ContextAttention(torch.autograd.Function):
             for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
                 dk_BMSH, dv_BMSH = (t.new_zeros(t.shape) for t in (k_BMSH, v_BMSH))
-                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
                     q_tile, do_tile = q_BMGSH[..., rows, :], do_BMGSH[..., rows, :]
                     scores = _products(q_tile, k_BMSH[:, :, keys], hidden_last)
                     p = scores.sub_(lse_BMGS[..., rows].unsqueeze(-1)).exp_()
@@ -308,7 +299,7 @@ class _ContextAttention(torch.autograd.Function):
                 gradients.add(source, (dk_BMSH, dv_BMSH))
             dk, dv = gradients.get()
             dq = dq_BMGSH.mul_(q.shape[-1] ** -0.5).flatten(1, 2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 
 from ..balance import Step, random_state_kept
-from ..collectives import Axis, sum_over
+from ..collectives import Axis
 from ..config import require
 from ..layer import MoE
 from ..model import Decoder
@@ -144,11 +144,6 @@ def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
     if stage < num_stages - 1:
         part.norm = part.head = None
     return part
-
-
-def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
-    """Return the sum of ``value`` over the pipeline's ranks, on every rank. No gradient."""
-    return sum_over(value.detach().clone(), axis).get()
 
 
 class Pipeline:

@@ -148,7 +148,6 @@ def test_every_scope_can_be_chosen_as_the_main_loss_and_as_an_extra_one() -> Non
         ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, exact"),
         ({"scale_convention": "x"}, "balance.scale_convention='x': use one of exact, megatron"),
         ({"bias_rule": "x"}, "balance.bias_rule='x': use one of sign, proportional"),
-        ({"bias_scope": "x"}, "balance.bias_scope='x': use one of global, micro"),
         ({"bias_update_rate": -1.0}, "balance.bias_update_rate=-1.0: must not be negative"),
     ],
 )

@@ -71,15 +71,6 @@ def test_proportional_rule() -> None:
     assert torch.allclose(layer.router.bias_E.double(), RATE * (1 - load_E / load_E.mean()), rtol=1e-6)
 
 
-def test_micro_scope_is_the_mean_of_what_micro_batches_ask_for() -> None:
-    layer = make(bias_scope="micro")
-    asked = [sign(counts(layer, tokens(m))) for m in range(3)]
-    assert not torch.equal(asked[0], asked[1])
-    steps_of(layer, 1, 3, frozen(layer))
-    want_E = RATE * torch.stack(asked).double().mean(0)
-    assert torch.allclose(layer.router.bias_E.double(), want_E, rtol=1e-6, atol=1e-12)
-
-
 def test_it_balances_without_a_loss() -> None:
     layer = make(bias_update_rate=0.02)
     before = layer_max_over_mean(layer)

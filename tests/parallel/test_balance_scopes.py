@@ -277,24 +277,6 @@ def test_bias_moves_alike_on_all_ranks_by_the_load_of_all(wrapper: str, world: i
         assert torch.equal(second_E, results[0][1])
 
 
-def test_bias_by_micro_batches_of_ranks_is_the_mean_of_their_signs() -> None:
-    def script(rank: int, world: int) -> Tensor:
-        layer = make(bias_update_rate=RATE, bias_scope="micro")
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-        in_ddp(layer, rank, world)
-        optimizer.step()
-        return layer.router.bias_E
-
-    layer, asked = make(), []
-    for m in range(2):
-        for rank in range(4):
-            x, mask = tokens(rank, m)
-            counts_E = torch.bincount(oracle.route(layer, x[mask])[2].flatten(), minlength=E)
-            asked.append((counts_E.double().mean() - counts_E).sign())
-    for bias_E in run_ranks(script, 4):
-        assert torch.allclose(bias_E.double(), RATE * torch.stack(asked).mean(0), rtol=1e-6, atol=1e-12)
-
-
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2, "data_parallel": "fsdp"}, {"pp": 2}], ids=str)
 def test_a_resumed_run_goes_on_alike(parallel: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint must hold bias and carried counts; without them the next steps would differ."""

@@ -23,7 +23,7 @@ from equimoe.moe.collectives import Axis, world_axis
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import build_mesh, parallelize, pipeline
 from equimoe.moe.parallel.degrees import ParallelConfig
-from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, split, stage_ids, sum_over_stages
+from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, split, stage_ids
 from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -535,11 +535,3 @@ def test_stage_that_raises_ends_the_run(schedule: str) -> None:
     with pytest.raises(AssertionError, match="no memory on this rank"):
         run_ranks(script, 2, timeout=30.0)
     assert time.monotonic() - start < 20.0
-
-
-def test_sum_over_stages() -> None:
-    def script(rank: int, world: int) -> tuple[float, float]:
-        mine = torch.tensor(rank + 1.0, requires_grad=True)
-        return float(sum_over_stages(mine, world_axis())), float(mine)
-
-    assert run_ranks(script, 2) == [(3.0, 1.0), (3.0, 2.0)]
