@@ -39,7 +39,7 @@ from torch import Tensor
 
 from equimoe.moe import BalanceConfig, MoEConfig, counting_pass
 from equimoe.moe.balance import Balancer, loss_value
-from equimoe.moe.balance.estimators import so_far
+from equimoe.moe.balance.estimators import rolling
 from equimoe.moe.balance.losses import loads
 from equimoe.moe.model import Decoder
 from equimoe.moe.observe import estimate_quality
@@ -289,7 +289,7 @@ def rolling_loss(counts_MX: Tensor, prob_sums_ME: Tensor, top_k: int) -> float:
     """The loss of a step whose micro-batches come in this order, each with the load so far."""
     many, loss = len(counts_MX), 0.0
     for n, known_X in enumerate(counts_MX.cumsum(0), start=1):
-        step = so_far(known_X, n, many, None)
+        step = rolling(known_X, n, many, None)
         loss += float((loads(step.counts_E, step.tokens, top_k) * prob_sums_ME[n - 1]).sum() / step.step_tokens)
     return loss
 
