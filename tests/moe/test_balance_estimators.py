@@ -1,4 +1,4 @@
-"""Estimators of the step's counts against their closed forms, and what is reported of them.  E experts."""
+"""Compares the estimators with their closed forms, and checks what is reported of them.  E experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(**balance: object) -> MoE:
 
 
 def by_domain(sizes: list[int], seed: int = 1) -> list[Tensor]:
-    """Micro-batches whose tokens lie around another point each, so that their loads differ."""
+    """Return micro-batches of different domains, so that their loads differ."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(len(sizes), 1, 6, generator=generator, dtype=torch.float64) * 2
     return [
@@ -36,7 +36,7 @@ def counts_of(layer: MoE, x: Tensor) -> Tensor:
 
 
 def train(layer: MoE, inputs: list[Tensor], ahead: bool = False) -> Tensor:
-    """The router's gradient of one step; its weights stay."""
+    """Return the router's gradient of one step, without changing its weights."""
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     optimizer.zero_grad()
     if ahead:
@@ -68,7 +68,7 @@ def test_carry_is_the_counts_so_far_and_the_step_before_for_the_rest(given: int 
         loss = loss + (load_E * oracle.route(layer, x)[1].sum(0)).sum() / tokens
     want = gradient_of(layer, loss)
     assert oracle.relative_error(train(layer, second), want) < 1e-12
-    # what is carried is the last step's alone
+    # only the previous step is carried over, not earlier ones
     assert oracle.relative_error(train(layer, second), want) > 1e-3
 
 
@@ -83,7 +83,7 @@ def test_carry_begins_as_rolling_and_is_exact_with_one_micro_batch() -> None:
 
 
 def test_carry_of_a_step_with_fewer_micro_batches_is_scaled() -> None:
-    """A step that was broken off after one of two still stands for a whole one: repeated, it is the exact load."""
+    """A previous step that ended after one of two micro-batches is scaled to a whole one."""
     layer = make(estimator="carry", micro_batches=2)
     x = by_domain([7])[0]
     train(layer, [x])
@@ -92,7 +92,7 @@ def test_carry_of_a_step_with_fewer_micro_batches_is_scaled() -> None:
 
 
 def test_carry_is_exact_where_the_step_before_was_the_same() -> None:
-    """On average over what is seen and to come: micro-batches alike, in any order, have the exact gradient."""
+    """If all micro-batches and both steps are alike, carry must give the exact gradient in any order."""
     x = by_domain([6])[0]
     layer = make(estimator="carry", micro_batches=3)
     train(layer, [x] * 3)
@@ -110,7 +110,7 @@ def test_carry_of_a_step_with_more_micro_batches_than_expected_is_rolling() -> N
 
 @pytest.mark.parametrize(("count", "share"), [(2, 0.75), (3, 0.6111), (4, 0.5208)])
 def test_rolling_has_its_closed_expectation_over_orders(count: int, share: float) -> None:
-    """(H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1), over all orders of G equal micro-batches."""
+    """The mean over all orders must be (H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1)."""
     inputs = by_domain([6] * count)
     layer = make(micro_batches=count)
     orders = list(permutations(range(count)))
@@ -150,7 +150,7 @@ def test_report_tells_batch_and_error(estimator: str) -> None:
 
 
 def test_report_of_scopes_within_a_rank() -> None:
-    """The balance batch of a micro-batch loss is a micro-batch, of a sequence loss a sequence."""
+    """A micro-batch loss counts over a micro-batch, and a sequence loss over a sequence."""
     x_BSD = torch.cat(by_domain([5, 5, 5])).view(3, 5, 6)
     for scope, tokens in (("micro", 15), ("sequence", 5), ("global", 45)):
         layer = make(scope=scope, estimator="exact", micro_batches=3)
@@ -174,7 +174,7 @@ def test_evaluation_and_skipped_steps_leave_no_trace_in_what_is_carried() -> Non
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
-    """It opened its micro-batch and never counted: the step goes on without it."""
+    """A forward that raises before it has counted must not become part of the step."""
     inputs = by_domain([5, 9, 4])
     want = train(make(micro_batches=2), [inputs[0], inputs[2]])
     layer = make(micro_batches=2)

@@ -1,4 +1,7 @@
-"""Every scope against its definition, several at once, in one process.  E experts, D expert-parallel ranks."""
+"""Compares every scope, alone and with others, with its definition, in one process.
+
+E experts, D expert-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
 
 
 def inputs() -> tuple[list[Tensor], list[Tensor]]:
-    """Two micro-batches of three sequences of seven tokens, and masks that leave unequal numbers of them."""
+    """Return two micro-batches of three sequences of seven tokens, and masks that leave different numbers of them."""
     generator = torch.Generator().manual_seed(1)
     centre = torch.tensor([1.0, -1.0])[:, None, None, None]
     x = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64) + centre
@@ -47,7 +50,7 @@ def train(layer: MoE) -> Tensor:
 
 
 def defined(layer: MoE, scope: str) -> Tensor:
-    """The loss of the step as its paper writes it."""
+    """Return the step's loss as its paper defines it."""
     parts = [(x.flatten(0, 1), mask.flatten()) for x, mask in zip(*inputs(), strict=True)]
     whole = torch.cat([x for x, _ in parts]), torch.cat([mask for _, mask in parts])
     if scope == "global":
@@ -87,7 +90,7 @@ SCOPES = ("global", "micro", "sequence", "data_parallel", "device", "communicati
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("beside", [False, True])
 def test_scope_is_its_definition(scope: str, beside: bool) -> None:
-    """As the main loss, and beside a main loss of weight 0."""
+    """Each scope is tested as the main loss, and as an extra loss next to a main loss of weight 0."""
     if beside and scope != "global":
         layer = make(extra=ExtraLossConfig(**{scope: 0.3}))
     else:
@@ -116,7 +119,7 @@ def test_several_losses_add_up_each_with_its_coefficient() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_z_loss_is_a_mean_over_the_step_under_every_scope(scope: str) -> None:
-    """Over its tokens, or over its micro-batches where the balance loss is a mean over these."""
+    """The z-loss is a mean over tokens, or over micro-batches if the main loss is a mean over micro-batches."""
     layer = make(RouterConfig(z_loss=0.1), scope=scope)
     valid = [x[mask] for x, mask in zip(*inputs(), strict=True)]
     parts = [torch.cat(valid)] if scope == "global" else valid

@@ -1,4 +1,4 @@
-"""The layer in one process against the definitions, forward and gradients."""
+"""Compares the layer's output and gradients in one process with the definitions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_forward_and_every_gradient(router: RouterConfig, top_k: int, backend: s
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_losses_hang_on_the_output(router: RouterConfig) -> None:
-    """Training on y alone gives the router the gradient of coefficient * balance + z_loss * z."""
+    """Training on y alone must give the router the gradient of coefficient * balance + z_loss * z."""
     layer = make(router=router, balance=BalanceConfig(coefficient=0.3)).double()
     x = torch.randn(9, 12, dtype=torch.float64)
     (layer(x) * 0).sum().backward()
@@ -246,12 +246,12 @@ def test_recomputation_counts_once_and_changes_no_gradient(kind: str, micro_batc
             s.counts_BE.tolist() for s in two.balancer.visits
         ]
         for name, grad in gradients(one).items():
-            # a reentrant first pass is not counted, so that a layer sees its micro-batch only in the backward: the same
+            # a reentrant region's first forward is not counted; the layer counts its micro-batch only in the backward
             assert torch.equal(grad, two.get_parameter(name).grad), name
 
 
 def test_recompute_with_several_micro_batches_in_flight() -> None:
-    """All forwards before the first backward, which then runs in another order than the forwards."""
+    """All forwards run before the first backward, and the backwards run in another order."""
     config = replace(SMALL, balance=BalanceConfig(coefficient=0.5, micro_batches=3))
     torch.manual_seed(0)
     plain = MoE(config)
@@ -268,7 +268,7 @@ def test_recompute_with_several_micro_batches_in_flight() -> None:
 
 
 def test_recomputation_never_routes_again() -> None:
-    """Even when the router's weight changes between forward and backward, the decision stays."""
+    """The decision must be repeated even if the router's weight changes between forward and backward."""
     layer = make()
     x = torch.randn(9, 12, requires_grad=True)
     y = recompute(layer, x)
@@ -305,7 +305,7 @@ def test_weights_are_laid_out_as_hugging_face_does() -> None:
     ids=["normalised", "sigmoid", "softmax after top-k"],
 )
 def test_one_choice_whose_weight_is_always_one_is_refused(router: RouterConfig) -> None:
-    """Such a router would follow the balance loss alone. With one expert there is nothing to learn."""
+    """Only the balance loss would train such a router. With one expert there is nothing to learn."""
     field = "softmax_after_topk" if router.softmax_after_topk else "normalize_weights"
     with pytest.raises(ValueError, match=f"^router.{field}=True: with top_k=1 this makes .*set it to False"):
         make(top_k=1, router=router)

@@ -1,4 +1,4 @@
-"""What a training step and an evaluation tell of routing, in one process, against values made by hand."""
+"""Compares the routing metrics of a training step and an evaluation with values computed by hand, in one process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def step(config: TrainConfig) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-    """The second step's record, and what each layer's router did in each of its micro-batches."""
+    """Return the second step's record, and the routings of each layer's micro-batches."""
     trainer = trainer_of(config)
     trainer.train_step()
 
@@ -115,7 +115,7 @@ def test_a_run_on_micro_batches_shows_the_global_loss_too(texts: Path) -> None:
 
 
 def test_what_is_trained_on_and_what_is_watched_agree(texts: Path) -> None:
-    """With a coefficient of zero nothing is added, and "micro" is the same seen from inside and outside."""
+    """A loss with coefficient 0 adds nothing, and "micro" has the same value whether or not it is trained on."""
     silent = BalanceConfig(scope="micro", coefficient=0.0)
     inside, _ = step(small.on(texts, balance=silent))
     outside, _ = step(small.on(texts, balance=replace(silent, scope="global", estimator="exact")))
@@ -159,7 +159,7 @@ def test_chosen_probability(score: Any) -> None:
     torch.manual_seed(0)
     x_TD, mask_T = torch.randn(12, 8), torch.rand(12) > 0.3
     router = Router(8, 5, 2, RouterConfig(score=score), 1.0).requires_grad_(False)
-    router.bias_E = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0])  # chooses, and is no part of the probability
+    router.bias_E = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0])  # affects choices, but not probabilities
     routing = router(x_TD, mask_T, sequences=3)
     want = [0.0] * 3
     for t in range(12):
@@ -213,7 +213,7 @@ def test_projection_and_its_cost(texts: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["grouped", "latent"])
 def test_expert_share_counts_operations(kind: Any) -> None:
-    """One dense and two MoE blocks: products with weights 2 per weight and token, attention over half a sequence."""
+    """One dense and two MoE blocks: 2 operations per weight and token, and attention over half a sequence."""
     hidden, width, ffn, vocabulary, seq, heads = 8, 12, 20, 50, 32, 2
     moe = MoEConfig(hidden_size=hidden, intermediate_size=width, num_experts=4, top_k=2, shared_intermediate_size=6)
     latent = AttentionConfig(

@@ -1,4 +1,4 @@
-"""The pieces of the training loop, in one process."""
+"""Checks the parts of the training loop in one process."""
 
 from __future__ import annotations
 
