@@ -67,8 +67,11 @@ class Engine(Protocol):
         ...
 
     def expect(self, names: Collection[str]) -> None:
-        """Let :meth:`state` also hold the moments of weights that are frozen now, where ``names``, those of a
-        checkpoint's tensors, have them: they count again once such a weight is trained on."""
+        """Prepare to resume from a checkpoint whose tensors have these ``names``.
+
+        :meth:`state` then also has the checkpoint's moments of weights that are frozen now. They are needed if such a
+        weight is trained again.
+        """
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -198,13 +198,13 @@ def reduction_axes(parts: list[nn.Module], parameters: dict[str, nn.Parameter], 
     return {name: axis for name, axis in found.items() if axis.size > 1}
 
 
-def _axis(parameter: nn.Parameter, sees_its_own: bool, mesh: Mesh) -> str:
+def _axis(parameter: nn.Parameter, sees_own_tokens: bool, mesh: Mesh) -> str:
     degrees = mesh.degrees
     dims = set(parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else set()
     sharded = degrees.data_parallel == "fsdp"
     if dims & {*EXPERT_GRID[1:]}:
         return "" if sharded else "edp"
-    partial = "tp" not in dims and (degrees.sequence_parallel or sees_its_own)
+    partial = "tp" not in dims and (degrees.sequence_parallel or sees_own_tokens)
     if sharded:
         return "tp" if partial else ""
     return "stage" if partial else "dense"

@@ -192,7 +192,7 @@ class MetricsWriter:
         self._warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_symlink():  # somebody else's run folder may lead anywhere
+            if self.path.is_symlink():  # in a folder from somebody else, it may point anywhere
                 raise ValueError(f"{self.path}: is a link, which is not followed; put the file itself there")
             if resume_step is None:
                 if self.path.exists():

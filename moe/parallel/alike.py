@@ -63,8 +63,8 @@ def check_trained_alike(parameters: Mapping[str, Tensor], axis: Axis) -> None:
     found = _first_that_differs(trained_N, axis)
     if found is not None:
         raise ValueError(
-            f"{list(parameters)[found[0]]}: one of the ranks 0 and {found[1]} trains it, and the other does not; set "
-            "requires_grad alike on every rank"
+            f"{list(parameters)[found[0]]}: only one of the ranks 0 and {found[1]} trains it; set requires_grad "
+            "to the same value on every rank"
         )
 
 

@@ -25,7 +25,7 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     All ranks must start from the same weights (same seed). In any model, the experts of MoE layers are split and their
     tokens are counted over all ranks. Tensor and context parallelism require a :class:`equimoe.moe.model.Decoder` or a
     pipeline stage of one; FSDP2 wraps its blocks one by one. ``dtype`` is FSDP2's compute dtype. A weight that the
-    model uses in several places stays one weight; ValueError where the split makes that impossible.
+    model uses in several places stays one weight. Raises ValueError if the split makes that impossible.
 
     Gradients are sums over ranks, not means. :func:`equimoe.moe.engines.build_engine` calls this function and sets up
     the reduction of gradients.

@@ -97,6 +97,6 @@ def hierarchical(
 
 
 def drop_duplicates(load: RoutedTokens, tp: int) -> Bytes:
-    """All-gather of outputs over ``tp`` ranks that hold the same tokens, of which each dispatches 1/tp."""
+    """All-gather of outputs over ``tp`` ranks that hold the same tokens; each dispatches 1/tp of them."""
     sent = load.tokens * (tp - 1) / tp * load.hidden * load.value
     return Bytes(sent, sent)

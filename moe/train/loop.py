@@ -83,7 +83,7 @@ def _built(config: TrainConfig, vocab_size: int) -> Decoder:
             raise
         raise ValueError(
             f"model.num_layers={config.model.num_layers}, moe.hidden_size={config.moe.hidden_size}: the model does "
-            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun tells what it needs"
+            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun shows what it needs"
         ) from None
 
 

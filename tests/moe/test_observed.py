@@ -196,7 +196,7 @@ def test_possible_degrees(experts: int, degrees: tuple[int, ...]) -> None:
 def test_projection_and_its_cost(texts: Path) -> None:
     config = small.on(texts)
     record, seen = step(config)
-    share = expert_fraction(trainer_of(config).model)
+    fraction = expert_fraction(trainer_of(config).model)
     for row, micro_batches in zip(record["layers"], seen, strict=True):
         loads = [m["counts"].sum(0) for m in micro_batches]
         pairs = [torch.stack((load[0] + load[1], load[2] + load[3])) for load in loads]
@@ -208,11 +208,11 @@ def test_projection_and_its_cost(texts: Path) -> None:
     for degree in ("2", "4"):
         factors = [row["projected_straggler"][degree] for row in record["layers"]]
         assert record["projected_straggler"][degree] == pytest.approx(np.mean(factors))
-        assert record["projected_waiting"][degree] == pytest.approx(sum((f - 1) * share for f in factors))
+        assert record["projected_waiting"][degree] == pytest.approx(sum((f - 1) * fraction for f in factors))
 
 
 @pytest.mark.parametrize("kind", ["grouped", "latent"])
-def test_expert_share_counts_operations(kind: Any) -> None:
+def test_expert_fraction_counts_operations(kind: Any) -> None:
     """One dense and two MoE blocks: 2 operations per weight and token, and attention over half a sequence."""
     hidden, width, ffn, vocabulary, seq, heads = 8, 12, 20, 50, 32, 2
     moe = MoEConfig(hidden_size=hidden, intermediate_size=width, num_experts=4, top_k=2, shared_intermediate_size=6)
