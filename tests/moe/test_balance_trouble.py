@@ -135,10 +135,10 @@ def test_gradients_cleared_between_counting_and_training(given: int | None) -> N
     for seed in (1, 2, 3):
         inputs = batches(2, seed)
         count(layer, inputs)
-        counted = [slot.number for slot in layer.balancer.visits[-2:]]
+        counted = [visit.number for visit in layer.balancer.visits[-2:]]
         optimizer.zero_grad()
         backward(layer, inputs)
-        assert [slot.number for slot in layer.balancer.visits] == counted
+        assert [visit.number for visit in layer.balancer.visits] == counted
         assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
 
 

@@ -27,7 +27,7 @@ def balance_only(layer: MoE, x: torch.Tensor) -> None:
 
 
 def seen(layer: MoE) -> list[int]:
-    return [int(slot.tokens_B.sum()) for slot in layer.balancer.visits]
+    return [int(visit.tokens_B.sum()) for visit in layer.balancer.visits]
 
 
 @pytest.mark.parametrize("given", [None, 3])
