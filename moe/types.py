@@ -79,11 +79,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Tells the experts of this rank which choices to compute for each of their S source rows."""
+    """Tells the experts of this rank which choices to compute for each of their S source rows.
 
-    #: fp32 [S, k], gate weight of each choice that this rank computes, differentiable
+    K is the number of choices per source row: top-k, or 1 if a row was sent for each choice.
+    """
+
+    #: fp32 [S, K], gate weight of each choice that this rank computes, differentiable
     weights_SK: Tensor
-    #: the S*k choices, sorted by local expert
+    #: the S * K choices, sorted by local expert
     order: ExpertOrder
 
 

@@ -53,7 +53,7 @@ class AllToAllDispatcher(Dispatcher):
         for c, (rows, weights) in zip(plan.chunks, flight.chunks, strict=True):
             y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, plan.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.combine_wire))
-        home = [transit.wait() for transit in going_home]
+        home = [pending.wait() for pending in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
         return combine(y_XD, plan.order, backend=self.backend)[: flight.tokens]
 
