@@ -156,8 +156,8 @@ def test_dropped_duplicates_exchange_a_share() -> None:
 
 
 def test_nothing_is_recorded_when_nobody_asks() -> None:
-    from equimoe.moe.collectives import wire
+    from equimoe.moe.collectives import traffic as recorded
 
     with record_traffic() as entries:
         pass
-    assert entries == [] and wire._record is None
+    assert entries == [] and recorded._record is None
