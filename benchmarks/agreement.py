@@ -2,22 +2,24 @@
 
 Inputs have unit scale, so that a wrong output cannot hide below a tolerance, and every row is measured by itself, or
 against the root mean square of all rows where that is more, so that one wrong row among thousands is found. NaN never
-passes.
+passes. An op may not change what it was given either, and what is timed repeats what was checked, bit by bit.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peers import Contestant
 from shapes import Batch, Shape
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from equimoe.kernels.sort_by_expert import ExpertOrder
 from equimoe.kernels.topk_gate import Gate
@@ -42,6 +44,11 @@ Errors = dict[str, tuple[float, float]]
 
 class Red(Exception):
     """A result that is wrong; the message says which and by how much."""
+
+
+def told(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 class Tally:
@@ -103,13 +110,72 @@ def compare(
 
 @contextmanager
 def about(op: str, backend: str, shape: Shape, dtype: torch.dtype) -> Iterator[None]:
-    """What is checked within; the message of Red names it."""
+    """What is checked within. The message of Red names it; any other exception becomes Red."""
     try:
         yield
-    except Red as error:
+    except Exception as error:
         size = f"T{shape.T} D{shape.D} F{shape.F} E{shape.E} K{shape.K}"
         kind = str(dtype).removeprefix("torch.")
-        raise Red(f"{op}, backend={backend}, shape={shape.name} ({size}, {kind}): {error}") from None
+        what = str(error) if isinstance(error, Red) else f"fails: {told(error)}"
+        raise Red(f"{op}, backend={backend}, shape={shape.name} ({size}, {kind}): {what}") from error
+
+
+def check_dtype(found: Tensor, expected: torch.dtype, name: str = "output") -> None:
+    """Raises Red where they differ: values are compared in fp64, which hides it."""
+    if found.dtype != expected:
+        raise Red(f"{name} dtype {found.dtype}, expected {expected}")
+
+
+def digest(tensors: Iterable[Tensor]) -> Tensor:
+    """[N] int64, one number per tensor, made of its bits and the order of its rows. Waits for no device.
+
+    Tensors of equal bits have equal digests. Others almost never have.
+    """
+    return torch.stack([_digest(t.detach()) for t in tensors])
+
+
+def _digest(t: Tensor) -> Tensor:
+    rows = t.contiguous().reshape(t.shape[0] if t.dim() else 1, -1).view(torch.uint8)
+    # eight bytes at a time, which needs no wider copy
+    rows = rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows.to(torch.int64)
+    return (rows.sum(1) * torch.arange(1, len(rows) + 1, device=t.device)).sum()
+
+
+class Watch:
+    """Sees every run of several steps that share ``inputs``: what it returned, and whether it wrote to them."""
+
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        self._inputs = inputs
+        self._last = digest(inputs.values())
+        self._results: dict[str, list[Tensor]] = {}
+        self._changes: dict[str, list[Tensor]] = {}
+
+    def see(self, name: str, made: Any) -> None:
+        """One run of the step ``name``, and its results in tuples of any depth."""
+        now = digest(self._inputs.values())
+        self._changes.setdefault(name, []).append(now != self._last)
+        self._results.setdefault(name, []).append(digest(tree_leaves(made)))
+        self._last = now
+
+    def check_inputs(self, name: str) -> None:
+        """Raises Red where a run of ``name`` wrote to an input.
+
+        To be asked of every step before results are judged: a changed input makes those of other steps wrong too.
+        """
+        if name not in self._changes:
+            return
+        changed = torch.stack(self._changes[name]).any(0).tolist()
+        if any(changed):
+            names = (given for given, differs in zip(self._inputs, changed, strict=True) if differs)
+            raise Red(f"it wrote to its inputs: {', '.join(names)}; limit 0")
+
+    def check_results(self, name: str, last: int = 1) -> None:
+        """Raises Red where a run of ``name`` returned what none of its ``last`` runs has, which are held to fp64."""
+        if name not in self._results:
+            return
+        results = [tuple(row) for row in torch.stack(self._results[name]).tolist()]
+        if apart := sum(row not in results[-last:] for row in results):
+            raise Red(f"{apart} of {len(results)} runs returned other results than the one that is checked; limit 0")
 
 
 def reduced(shape: Shape, device: torch.device) -> Shape:
@@ -153,10 +219,12 @@ def reference(batch: Batch, gate_up_EFD: Tensor, down_EDF: Tensor) -> tuple[Tens
 
 
 def step(one: Contestant, batch: Batch) -> tuple[Tensor, ...]:
-    """Output and gradients of a contestant, in the order of NAMES."""
+    """Output and gradients of a contestant: in the order of NAMES, or of x and its leaves if it routes by itself."""
     y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
-    dx, dweights, *rest = torch.autograd.grad(y_TD, (batch.x_TD, batch.weights_TK, *one.leaves), batch.dy_TD)
-    return y_TD.detach(), dx, dweights, *one.restore(rest)
+    inputs = (batch.x_TD, batch.weights_TK) if one.routed else (batch.x_TD,)
+    grads = torch.autograd.grad(y_TD, (*inputs, *one.leaves), batch.dy_TD)
+    first, rest = grads[: len(inputs)], grads[len(inputs) :]
+    return y_TD.detach(), *first, *(one.restore(rest) if one.routed else rest)
 
 
 def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
@@ -171,6 +239,8 @@ def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dwei
     chosen_TK = chosen_TK / chosen_TK.sum(1, keepdim=True)
     right = [chosen_TK, scores_TE.sum(0, keepdim=True), wide.logsumexp(1).square().sum()]
     made, names = [found.weights_TK, found.prob_sums_BE, found.z_sum], ["weights", "prob_sums", "z_sum"]
+    for name, value in zip(names, made, strict=True):
+        check_dtype(value, torch.float32, name)
     if dlogits_TE is not None:
         made.append(dlogits_TE)
         names.append("gradient of logits")
@@ -195,5 +265,6 @@ def check_order(found: ExpertOrder, expected: ExpertOrder) -> None:
 def _equal(name: str, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape:
         raise Red(f"{name} shape {list(found.shape)}, expected {list(expected.shape)}")
+    check_dtype(found, expected.dtype, name)
     if wrong := int((found != expected).sum()):
         raise Red(f"{name} error: {wrong} of {expected.numel()} differ; limit 0")

@@ -28,11 +28,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import checkout  # noqa: F401  (first: it decides which equimoe is imported)
 import torch
-from agreement import Errors, Red, about, compare
+from agreement import Errors, Red, about, check_dtype, compare
 from layer_suite import decided, expected_dense, expected_layer
 from options import CORES, Parser, file, positive, threads
 from shapes import Batch, Shape
-from timing import told
 from torch import Tensor, nn
 from workloads import LayerSize, environment
 
@@ -204,15 +203,15 @@ def check(
                 with about(name, "auto", shape_of(size), DTYPES[dtype]):
                     right = expected(name, layers[OURS], layer, x, dy, size)
                     made = {kind: value for kind, value in results(layer, x, dy).items() if kind in right}
+                    if name == OURS:
+                        check_dtype(made["output"], DTYPES[dtype])
                     seen = compare(
                         list(made.values()), [right[kind] for kind in made], list(made), DTYPES[dtype], slack
                     )
-            except Exception as error:  # a peer may fail in any way that it likes
-                if name == OURS and isinstance(error, Red):
-                    raise SystemExit(f"WRONG: {error}; no figures") from None
+            except Red as error:  # a peer may fail in any way that it likes
                 if name == OURS:
-                    raise
-                wrong[name] = f"disagrees: {error}" if isinstance(error, Red) else f"fails: {told(error)}"
+                    raise SystemExit(f"WRONG: {error}; no figures") from None
+                wrong[name] = f"disagrees: {error}"
             else:
                 if name == OURS:
                     errors |= {kind: max(pair, errors.get(kind, pair)) for kind, pair in seen.items()}

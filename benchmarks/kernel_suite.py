@@ -12,8 +12,10 @@ from agreement import (
     NAMES,
     Errors,
     Tally,
+    Watch,
     about,
     check_choice,
+    check_dtype,
     check_order,
     compare,
     judge,
@@ -57,6 +59,13 @@ class Bench:
     rows_RD: Tensor
     dpre_RF: Tensor
     h_RF: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """All tensors that the calls read."""
+        order = {f"order's {name}": value for name, value in self.order._asdict().items()}
+        weights = {"gate_up": self.gate_up, "down": self.down, "logits": self.logits_TE}
+        rows = {"rows": self.rows_RD, "gradient of the first product": self.dpre_RF, "hidden rows": self.h_RF}
+        return {**self.batch.tensors(), **weights, **rows, **order, "source rows": self.source_R}
 
     def gate_forward(self) -> Gate:
         return topk_gate(self.logits_TE, self.shape.K, backend=self.backend)
@@ -104,6 +113,11 @@ class Bench:
         }
 
 
+def _op(step: str) -> str:
+    """The op that a step runs."""
+    return step.removesuffix(" total").removesuffix(" forward")
+
+
 class Check:
     """The right results of everything that a bench runs, in fp64."""
 
@@ -113,10 +127,14 @@ class Check:
         bounds = bench.order.offsets_E.tolist()
         self.groups = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
 
-    def __call__(self, name: str, made: Any) -> Errors:
-        """The errors of what the step ``name`` returned. Raises Red."""
-        bench, op = self.bench, name.removesuffix(" total").removesuffix(" forward")
+    def __call__(self, name: str, step: Step, watch: Watch) -> Errors:
+        """The errors of what the step ``name`` returns. Raises Red, also where a run that was seen differs from it."""
+        bench, op = self.bench, _op(name)
         with about(op, bench.backend, bench.shape, self.dtype):
+            made = step(lambda: None)
+            watch.see(name, made)
+            watch.check_inputs(name)
+            watch.check_results(name)
             if op == "sort_by_expert":
                 check_order(made, bench.order)
                 return {}
@@ -124,8 +142,10 @@ class Check:
                 forward, grads = (made, None) if name.endswith(" forward") else made
                 seen = self.choice(forward, grads) if op == "topk_gate" else self.mlp(forward, grads)
             elif op in bench.products():
+                check_dtype(made, self.dtype)
                 seen = judge({"output": self.product(op, made)}, self.dtype)
             else:
+                check_dtype(made, self.dtype)
                 seen = compare([made], [self.moved(op, self._input(op))], ["output"], self.dtype)
         return {f"{op} {part}": pair for part, pair in seen.items()}
 
@@ -134,6 +154,7 @@ class Check:
         return check_choice(found, dlogits, self.bench.logits_TE, self.bench.batch.weights_TK.detach())
 
     def mlp(self, y_TD: Tensor, grads: tuple[Tensor, ...] | None) -> Errors:
+        check_dtype(y_TD, self.dtype)
         made = (y_TD, *(grads or ()))
         expected = reference(self.bench.batch, self.bench.gate_up, self.bench.down)[: len(made)]
         names = ("output", *(f"gradient of {name}" for name in NAMES[1:]))[: len(made)]
@@ -199,18 +220,21 @@ class Check:
         return found | {f"grouped_gemm {part}": pair for part, pair in seen.items()}
 
 
-def check_all(bench: Bench, steps: dict[str, Step], context: Context) -> dict[str, list[float]]:
+def check_all(bench: Bench, steps: dict[str, Step], context: Context, watch: Watch) -> dict[str, list[float]]:
     """The errors of every step on its own inputs, and of every other gradient. Raises Red."""
+    for name in steps:
+        with about(_op(name), bench.backend, bench.shape, context.dtype):
+            watch.check_inputs(name)
     check, found = Check(bench, context), {}
     for name, step in steps.items():
-        found |= check(name, step(lambda: None))
+        found |= check(name, step, watch)
     return {name: list(pair) for name, pair in (found | check.gradients()).items()}
 
 
 def gate(shape: Shape, context: Context) -> dict[str, Any]:
     """The errors of every op at a reduced size and with skewed routing, so that little time is lost. Raises Red."""
     bench = Bench(reduced(shape, context.device), context, routing="zipf")
-    return check_all(bench, steps_of(bench, context)[0], context)
+    return check_all(bench, steps_of(bench, context)[0], context, Watch(bench.inputs()))
 
 
 def _step(call: Callable[[], Any]) -> Step:
@@ -284,8 +308,11 @@ def measure(shape: Shape, context: Context) -> dict[str, Any]:
     """One row per op: time, floor, and the bytes that must and do move. Raises Red when a timed step is wrong."""
     bench = Bench(shape, context)
     steps, graphs = steps_of(bench, context)
-    seconds, failed = interleave(context.timer, steps, context.rounds, context.seconds_each / 4, must=tuple(steps))
-    checked = check_all(bench, {name: step for name, step in steps.items() if name in seconds}, context)
+    watch = Watch(bench.inputs())
+    seconds, failed = interleave(
+        context.timer, steps, context.rounds, context.seconds_each / 4, must=tuple(steps), see=watch.see
+    )
+    checked = check_all(bench, {name: step for name, step in steps.items() if name in seconds}, context, watch)
     arch = arch_of(context.device) if context.timer.cuda else "sm_90"
     least, triton, medians = ops(shape), moved(shape, arch, context.dtype), times(seconds)
     rows: dict[str, Any] = {}

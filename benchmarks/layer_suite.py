@@ -10,11 +10,11 @@ from itertools import cycle
 from typing import Any
 
 import torch
-from agreement import NAMES, Red, about, compare, reduced, reference, step
+from agreement import NAMES, Red, Watch, about, check_dtype, compare, reduced, reference, step
 from cost import Rates, floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
 from peers import OURS, Contestant, build_all
 from shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch, unit_random
-from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary, told
+from timing import Step, Timer, interleave, kept_for_backward, peak_bytes, summary
 from torch import Tensor, nn
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig
@@ -62,11 +62,16 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
                 continue
             try:
                 with about(name, context.backend, small, dtype):
-                    seen = compare(step(one, batch), expected, NAMES, dtype)
-            except Exception as error:  # a peer may fail in any way that it likes
+                    watch = Watch({**batch.tensors(), "gate_up": gate_up, "down": down})
+                    made = step(one, batch)
+                    watch.see(name, made)
+                    watch.check_inputs(name)
+                    check_dtype(made[0], dtype)
+                    seen = compare(made, expected, NAMES, dtype)
+            except Red as error:  # a peer may fail in any way that it likes
                 if name == OURS:
                     raise
-                refused[name] = f"disagrees: {error}" if isinstance(error, Red) else f"fails: {told(error)}"
+                refused[name] = f"disagrees: {error}"
                 continue
             if name == OURS:
                 found[routing] = {key: list(pair) for key, pair in seen.items()}
@@ -148,36 +153,44 @@ def expected_dense(batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]
     return y_TD, dx_TD, dup[0], ddown[0]
 
 
-def check_unrouted(name: str, one: Contestant, batch: Batch, shape: Shape, dtype: torch.dtype) -> None:
-    """Our whole layer, or a dense feed-forward. Raises Red."""
-    y_TD = one.run(batch.x_TD, batch.weights_TK, batch.ids_TK)
-    made = (y_TD.detach(), *torch.autograd.grad(y_TD, (batch.x_TD, *one.leaves), batch.dy_TD))
+def right_results(name: str, one: Contestant, batch: Batch, shape: Shape) -> tuple[Sequence[str], Sequence[Tensor]]:
+    """What :func:`agreement.step` should return, in fp64, and the names of its parts."""
     if name == LAYER:
         expected = expected_layer(batch, one.leaves, shape.K, ONE.coefficient)
-        compare(made, expected, ("output", "x", "router", "gate_up", "down"), dtype)
-    else:
-        compare(made, expected_dense(batch, one.leaves), ("output", "x", "gate_up", "down"), dtype)
+        return ("output", "x", "router", "gate_up", "down"), expected
+    if one.routed:
+        return NAMES, reference(batch, *one.leaves)
+    return ("output", "x", "gate_up", "down"), expected_dense(batch, one.leaves)
 
 
-def check_all(chosen: dict[str, tuple[Contestant, list[Batch]]], shape: Shape, context: Context) -> dict[str, str]:
-    """Every contestant on each of its inputs; the reasons of those that may not be shown. Raises Red for ours."""
+def check_all(
+    chosen: dict[str, tuple[Contestant, list[Batch]]], shape: Shape, context: Context, watch: Watch
+) -> dict[str, str]:
+    """Every contestant on each of its inputs; the reasons of those that may not be shown. Raises Red for ours.
+
+    ``watch`` saw the timed runs of ours, which must have returned the same.
+    """
     refused: dict[str, str] = {}
-    references: dict[int, tuple[Tensor, ...]] = {}
+    shared: dict[int, tuple[Sequence[str], Sequence[Tensor]]] = {}  # of those that compute the same
     for name, (one, batches) in chosen.items():
-        for index, batch in enumerate(batches):
-            if one.routed and index not in references:
-                references[index] = reference(batch, *chosen[OURS][0].leaves)
-            try:
-                with about(name, context.backend, shape, context.dtype):
-                    if one.routed:
-                        compare(step(one, batch), references[index], NAMES, context.dtype)
-                    else:
-                        check_unrouted(name, one, batch, shape, context.dtype)
-            except Exception as error:  # a peer may fail in any way that it likes
-                if name in (OURS, LAYER):
-                    raise
-                refused[name] = f"disagrees: {error}" if isinstance(error, Red) else f"fails: {told(error)}"
-                break
+        ours = name in (OURS, LAYER)
+        try:
+            with about(name, context.backend, shape, context.dtype):
+                for index, batch in enumerate(batches):
+                    made = step(one, batch)
+                    if ours:
+                        watch.see(name, made)
+                        check_dtype(made[0], context.dtype)
+                    if one.routed and index not in shared:
+                        shared[index] = right_results(OURS, chosen[OURS][0], batch, shape)
+                    names, expected = shared[index] if one.routed else right_results(name, one, batch, shape)
+                    compare(made, expected, names, context.dtype)
+                watch.check_inputs(name)
+                watch.check_results(name, last=len(batches))
+        except Red as error:  # a peer may fail in any way that it likes
+            if ours:
+                raise
+            refused[name] = f"disagrees: {error}"
     return refused
 
 
@@ -227,8 +240,11 @@ def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str
             if name not in absent and (one.routed or routing == "uniform")
         }
         steps = {name: make_step(*each) for name, each in chosen.items()}
-        seconds, failed = interleave(context.timer, steps, context.rounds, context.seconds_each, must=(OURS, LAYER))
-        failed |= check_all({name: chosen[name] for name in seconds}, shape, context)
+        watch = Watch(all_inputs(chosen))
+        seconds, failed = interleave(
+            context.timer, steps, context.rounds, context.seconds_each, must=(OURS, LAYER), see=watch.see
+        )
+        failed |= check_all({name: chosen[name] for name in seconds}, shape, context, watch)
         absent.update(failed)
         result[routing] = {}
         for name, parts in seconds.items():
@@ -250,6 +266,17 @@ def inputs(name: str, one: Contestant, batches: list[Batch], shape: Shape, dtype
     if name != LAYER:
         return batches
     return [replace(batch, x_TD=decided(one.leaves[0], shape, dtype).requires_grad_()) for batch in batches]
+
+
+def all_inputs(chosen: dict[str, tuple[Contestant, list[Batch]]]) -> dict[str, Tensor]:
+    """What our contestants are given: the tensors of every batch and their weights."""
+    found: dict[str, Tensor] = {}
+    for name, (one, batches) in chosen.items():
+        if name in (OURS, LAYER):
+            for index, batch in enumerate(batches):
+                found |= batch.tensors(f"{name}'s batch {index} ")
+            found |= {f"{name}'s weight {index}": leaf for index, leaf in enumerate(one.leaves)}
+    return found
 
 
 def figures(shape: Shape, parts: list[list[float]]) -> dict[str, Any]:

@@ -42,9 +42,15 @@ def threads(text: str) -> int:
     return number
 
 
+def _path(text: str) -> Path:
+    if not text.strip():  # such as an unset variable of the shell, which would mean the current folder
+        raise argparse.ArgumentTypeError(f"{text!r}: give a path")
+    return Path(text).expanduser()
+
+
 def folder(text: str) -> Path:
     """A folder that can be written to; made where there is none."""
-    path = Path(text).expanduser()
+    path = _path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -56,7 +62,7 @@ def folder(text: str) -> Path:
 
 def file(text: str) -> Path:
     """A file that can be written, in a folder that is made where there is none."""
-    path = Path(text).expanduser()
+    path = _path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: is a folder; give a file")
     folder(str(path.parent))

@@ -14,6 +14,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -66,12 +67,38 @@ def row(value: Tensor) -> Tensor:
     return torch.cat([first, value[1:]])
 
 
+def other_dtype(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value.int()
+
+
+def broken(value: Tensor) -> Tensor:
+    raise ArithmeticError("planted")
+
+
+def unread(given: Tensor) -> None:
+    """Leaves what the op was given as it is."""
+
+
+def negated(given: Tensor) -> None:
+    given.neg_()
+
+
+def zeroed(given: Tensor) -> None:
+    given.zero_()
+
+
 class Fault(NamedTuple):
-    """What becomes of an op's result and of its gradient; if ``late``, only when it has passed the reduced gate."""
+    """What becomes of an op's result, of its gradient, and of its first input, before and after the call.
+
+    If ``late``, only when it has passed the reduced gate; and then in one call of ``every``.
+    """
 
     change: Change
     back: Change = same
+    before: Callable[[Tensor], None] = unread
+    after: Callable[[Tensor], None] = unread
     late: bool = False
+    every: int = 1
 
 
 FAULTS = {
@@ -80,8 +107,14 @@ FAULTS = {
     "one row wrong": Fault(row),
     "gradient zero": Fault(same, torch.zeros_like),
     "gradient NaN": Fault(same, nan),
+    "another dtype": Fault(other_dtype),
+    "raises": Fault(broken),
+    "negates its input": Fault(same, before=negated),
     "doubled when timed": Fault(doubled, late=True),
     "no gradient when timed": Fault(same, torch.zeros_like, late=True),
+    "every third doubled": Fault(doubled, late=True, every=3),
+    "zeroes its input": Fault(same, after=zeroed, late=True),
+    "raises when timed": Fault(broken, late=True),
 }
 #: the field of an op's result that is changed
 FIELDS = {"topk_gate": "weights_TK", "sort_by_expert": "order_R"}
@@ -109,10 +142,14 @@ ONE_WAY = ("sort_by_expert", "grouped_gemm_dgrad", "grouped_gemm_wgrad")
 def faulty(right: Callable[..., Any], op: str, fault: Fault, active: list[bool]) -> Callable[..., Any]:
     """A copy of ``right`` with the fault, while ``active`` is not empty."""
 
+    calls = count(1)
+
     def wrong(*args: Any, **kwargs: Any) -> Any:
+        if not active or next(calls) % fault.every:
+            return right(*args, **kwargs)
+        fault.before(args[0].data)  # not seen by autograd, as little as what a kernel writes
         result = right(*args, **kwargs)
-        if not active:
-            return result
+        fault.after(args[0].data)
         field = FIELDS.get(op)
         value = getattr(result, field) if field else result
         value = _Changed.apply(value, fault.change, fault.back) if value.is_floating_point() else fault.change(value)
@@ -165,7 +202,8 @@ def cases() -> Iterator[tuple[str, str, str]]:
         for op in ops:
             for name, fault in FAULTS.items():
                 whole = op == "sort_by_expert" and fault.change is nan  # whole numbers have no NaN
-                if not whole and not (op in ONE_WAY and fault.change is same):
+                backward_only = fault == Fault(same, fault.back, late=fault.late)
+                if not whole and not (op in ONE_WAY and backward_only):
                     yield suite, op, name
 
 

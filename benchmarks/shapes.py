@@ -129,6 +129,11 @@ class Batch:
     ids_TK: Tensor
     dy_TD: Tensor
 
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """By name, for messages."""
+        given = {"x": self.x_TD, "weights": self.weights_TK, "ids": self.ids_TK, "gradient": self.dy_TD}
+        return {prefix + name: value for name, value in given.items()}
+
 
 def route(shape: Shape, routing: str, device: torch.device) -> Tensor:
     """int64 [T, K], a token's experts all different: all experts alike, or expert r of a random order by 1 / r."""

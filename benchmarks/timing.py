@@ -10,10 +10,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from agreement import Red, told
 from cost import Rates
 from torch import Tensor
 
@@ -37,14 +39,17 @@ class Timer:
         event.record()
         return event
 
-    def sample(self, step: Step, times: int) -> list[list[float]]:
-        """``times`` runs of ``step``: the seconds of each part."""
+    def sample(self, step: Step, times: int, see: Callable[[Any], None] | None = None) -> list[list[float]]:
+        """``times`` runs of ``step``: the seconds of each part. ``see`` gets each run's results, off the clock."""
         runs = []
         for _ in range(times):
             if self._flush is not None:
                 self._flush.zero_()
             marks: list[Any] = []
-            step(lambda marks=marks: marks.append(self._mark()))  # its results are let go at once
+            results = step(lambda marks=marks: marks.append(self._mark()))
+            if see is not None:
+                see(results)
+            del results  # at once, so that the next run finds as much memory
             runs.append(marks)
         self.wait()
         return [[self._between(a, b) for a, b in zip(marks, marks[1:], strict=False)] for marks in runs]
@@ -64,12 +69,17 @@ class Timer:
 
 
 def interleave(
-    timer: Timer, steps: dict[str, Step], rounds: int, seconds_each: float, must: Sequence[str]
+    timer: Timer,
+    steps: dict[str, Step],
+    rounds: int,
+    seconds_each: float,
+    must: Sequence[str],
+    see: Callable[[str, Any], None] | None = None,
 ) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
     """The parts' seconds of every run of every step, steps taking turns; and why a step could not be run.
 
-    ``seconds_each`` is about what a step may take in all, after its first runs. An error of those in ``must`` is
-    raised, unless memory is what they lack.
+    ``seconds_each`` is about what a step may take in all, after its first runs. ``see`` gets the name and results of
+    every run of those in ``must``. An error of theirs is raised as Red, unless memory is what they lack.
     """
     found: dict[str, list[list[float]]] = {}
     failed: dict[str, str] = {}
@@ -78,14 +88,15 @@ def interleave(
     def run(name: str, times: int) -> list[list[float]]:
         if name in failed:
             return []
+        watch = partial(see, name) if see is not None and name in must else None
         try:
-            return timer.sample(steps[name], times)
+            return timer.sample(steps[name], times, watch)
         except torch.OutOfMemoryError:
             failed[name] = "out of memory"
             torch.cuda.empty_cache()
         except Exception as error:  # a peer may fail in any way that it likes
             if name in must:
-                raise
+                raise Red(f"{name} fails: {told(error)}") from error
             failed[name] = f"fails: {told(error)}"
         return []
 
@@ -102,11 +113,6 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             found[name] += run(name, inner[name])
     return {name: parts for name, parts in found.items() if name not in failed}, failed
-
-
-def told(error: Exception) -> str:
-    """The kind of an error and its first line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
