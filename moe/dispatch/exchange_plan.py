@@ -18,7 +18,7 @@ from .base import SizesOf
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ExchangeChunk:
     """The splits of one all-to-all."""
 
     sent: list[int]
@@ -35,7 +35,7 @@ class ExchangePlan:
     order: ExpertOrder
     #: number of rows sent
     rows: int
-    chunks: list[Chunk]
+    chunks: list[ExchangeChunk]
     #: returns the number of rows of each rank of the etp axis
     sizes_of: SizesOf
 
@@ -57,7 +57,7 @@ def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str
         part = slice(c * axis.size, (c + 1) * axis.size)
         counts = received_PCe[:, c].flatten()
         ids_S1 = slot_of.repeat_interleave(counts, output_size=sum(received[part]))[:, None]
-        parts.append(Chunk(sent[part], received[part], ids_S1))
+        parts.append(ExchangeChunk(sent[part], received[part], ids_S1))
     return ExchangePlan(order, sum(sent), parts, exchange_sizes)
 
 
@@ -90,5 +90,5 @@ def padded(
     slot_of = torch.arange(each, device=device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
     even = [each * per_chunk] * axis.size
     return ExchangePlan(
-        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [Chunk(even, even, slot_of)] * chunks, equal_sizes
+        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [ExchangeChunk(even, even, slot_of)] * chunks, equal_sizes
     )

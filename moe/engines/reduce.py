@@ -21,6 +21,7 @@ from ..collectives import Axis
 from ..layer import MoE
 from ..model import HeadNorm
 from ..parallel import Mesh
+from ..parallel.grad_norm import local_part
 from ..parallel.mesh import EXPERT_GRID
 
 
@@ -47,7 +48,7 @@ class Reducer:
         open_buckets: dict[tuple, _Bucket] = {}
         # in reverse order, because a backward completes the gradients of the last weights first
         for p in [p for p in reversed(self._names) if p.requires_grad and self._names[p] in self._axes]:
-            axis, local = self._axes[self._names[p]], _local(p)
+            axis, local = self._axes[self._names[p]], local_part(p)
             key = axis.name, local.dtype, local.device
             bucket = open_buckets.get(key)
             if bucket is None or bucket.nbytes + local.nbytes > self._bucket_bytes:
@@ -131,7 +132,7 @@ class _Bucket:
         The gradients become views of the flat tensor, which frees their old memory. FSDP allocates all gradients of a
         block together, so moving them would free nothing: they keep their memory, and the sums are copied back.
         """
-        parts = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
+        parts = [local_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
         flat = torch.cat([part.flatten() for part in parts])
         pieces = [
             piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
@@ -163,17 +164,13 @@ def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
     """
     parameters = [p for bucket in buckets for p in bucket.parameters]
     missing = {p for bucket in buckets for p in bucket.missing}
-    device = _local(parameters[0]).device
+    device = local_part(parameters[0]).device
     here = torch.ones(len(parameters), dtype=torch.int32, device=device)
     if missing:
         here = torch.tensor([p not in missing for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(here, group=buckets[0].axis.group)
     found = here.tolist() if missing else [1] * len(parameters)
     return {p: bool(count) for p, count in zip(parameters, found, strict=True)}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(model: Tensor, piece: Tensor) -> Tensor:

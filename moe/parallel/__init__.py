@@ -1,6 +1,6 @@
 """Splits a model over a mesh of ranks: tensor, context, pipeline and expert parallelism, and FSDP2."""
 
-from .alike import check_alike, check_trained_alike, digest, has_values
+from .alike import check_alike, check_trained_alike, digest, model_has_values
 from .apply import parallelize
 from .degrees import ParallelConfig
 from .grad_norm import clip_grad_norm_
@@ -21,7 +21,7 @@ __all__ = [
     "clip_grad_norm_",
     "forget_step",
     "free_gathered",
-    "has_values",
+    "model_has_values",
     "parallelize",
     "take_local_batch",
     "token_losses",

@@ -42,7 +42,7 @@ aten = torch.ops.aten
 PROPAGATE = "_propagate_tensor_meta_non_cached"
 
 #: module class -> part of the model to which its products are counted; the innermost module decides
-PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
+PART_OF_CLASS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
 
 #: collective -> mesh axes that use it, most likely first; needed if several axes have the same ranks
 USERS = {
@@ -162,9 +162,9 @@ class Recorder(TorchDispatchMode):
         return call
 
     def watch(self, model: nn.Module) -> None:
-        """Attribute the products of ``model`` to its parts, see :data:`PARTS`."""
+        """Attribute the products of ``model`` to its parts, see :data:`PART_OF_CLASS`."""
         for module in model.modules():
-            part = next((name for kind, name in PARTS.items() if isinstance(module, kind)), None)
+            part = next((name for kind, name in PART_OF_CLASS.items() if isinstance(module, kind)), None)
             if part is not None:
                 module.register_forward_pre_hook(partial(self._enter, part))
                 module.register_forward_hook(self._leave, always_call=True)
