@@ -86,11 +86,9 @@ class ParallelConfig:
         elif rest or known != total:
             text = " * ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value not in (1, -1))
             must = "must divide" if rest else "must equal (or divide, with one degree at -1)"
-            fitting = (
-                self.pp * math.lcm(self._known(DENSE_DEGREES[1:]), self._known(EXPERT_DEGREES))
-                if self.pp != -1
-                else known
-            )
+            fitting = known
+            if self.pp != -1:
+                fitting = self.pp * math.lcm(self._known(DENSE_DEGREES[1:]), self._known(EXPERT_DEGREES))
             remedy = f"start a multiple of {fitting} processes, or change the degrees"
             raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}; {remedy}")
         return degrees
