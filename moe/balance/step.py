@@ -91,7 +91,10 @@ class LayerStep:
         return 1 + max((occurrence for _, occurrence in self.visits), default=0)
 
     def totals(self, of: Visit) -> Tensor:
-        """Return int64 [E + 1]: counts and tokens of all known visits and ``of``, or of the ended step of ``of``."""
+        """Return int64 [E + 1]: counts and tokens of all known visits, including ``of``.
+
+        If the step of ``of`` has ended, they are those of that step.
+        """
         if of.step_total is not None:
             return of.step_total
         return torch.stack([v.total for v in dict.fromkeys((*self.known, of))]).sum(0)
