@@ -66,12 +66,12 @@ def by_hand(model: Decoder, inputs_BS: Tensor, estimator: str, before: list[Tens
     """Compute the gradients [E, D] of all layers' losses from the definitions of the estimators."""
     shares = [routed(model, share) for share in inputs_BS.chunk(M)]
     tokens, loss, k = inputs_BS.numel(), torch.zeros(()), model.moe_layers()[0].config.top_k
-    for layer, before_X in enumerate(before):
+    for layer, previous_X in enumerate(before):
         counts_ME = torch.stack([share[layer][0] for share in shares])
         for n, share in enumerate(shares, start=1):
             load_E = {
                 "rolling": counts_ME[:n].sum(0) * M / n,
-                "carry": counts_ME[:n].sum(0) + before_X[:-1] * (M - n) / M,
+                "carry": counts_ME[:n].sum(0) + previous_X[:-1] * (M - n) / M,
                 "exact": counts_ME.sum(0),
             }[estimator]
             loss = loss + len(load_E) / (k * tokens) * (load_E * share[layer][1]).sum() / tokens
@@ -119,7 +119,7 @@ def test_the_step_before_is_the_one_that_was_trained_on(trained: tuple[Trainer, 
     trainer, previous, steps = trained
     before_BS, shuffled_BS = steps.pair("shuffled", trainer.step)
     for got_X, layer in zip(estimators.count(previous, before_BS), trainer.model.moe_layers(), strict=True):
-        want_X = layer.balancer.before_X[:-1]
+        want_X = layer.balancer.previous_X[:-1]
         assert got_X[-1] == want_X[-1] == before_BS.numel()
         assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose other experts than fp32
     (batch,) = trainer.batches.sample(trainer.step - 1, 0, 1, 1, B)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.balance import findings, global_balance
-from benchmarks.balance.arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
+from benchmarks.balance.arms import ARMS, BATCH, BIAS_RATE, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
 
@@ -56,7 +56,7 @@ def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
     with mixed.engine.balance.micro_batch(0), plain.engine.balance.micro_batch(0):
         logits_BSV = mixed.model(inputs_BS)
         torch.testing.assert_close(logits_BSV, plain.model(inputs_BS))
-    counts_GE = [layer.balancer.micro_batches[-1].counts_BE for layer in mixed.model.moe_layers()]
+    counts_GE = [layer.balancer.visits[-1].counts_BE for layer in mixed.model.moe_layers()]
     assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
     strong = {"scope": "sequence", "coefficient": 1.0}
     shuffled = gradients(Arm("", RANK, BATCH, strong, RANK, mixed=True), corpus)
@@ -170,4 +170,15 @@ def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
     assert isinstance(ranks, Ranks) and ranks.together == RANK
     ranks.together = ARMS["to-global"].then
     trainer.train_step()
-    assert trainer.model.moe_layers()[0].balancer.last.losses[0].loads.shape == (1, SIZE.experts)
+    assert trainer.model.moe_layers()[0].balancer.previous_step.losses[0].loads.shape == (1, SIZE.experts)
+
+
+def test_bias_by_micro_batch_moves_by_the_mean_of_their_signs(corpus: Corpus) -> None:
+    trainer, _ = build(ARMS["bias-micro"], SIZE, 0, corpus)
+    trainer.train_step()
+    for layer in trainer.model.moe_layers():
+        counts_ME = layer.balancer.previous_step.local_counts_ME.double()
+        assert len(counts_ME) == BATCH // RANK
+        signs_ME = (counts_ME.mean(1, keepdim=True) - counts_ME).sign()
+        assert torch.allclose(layer.router.bias_E.double(), BIAS_RATE * signs_ME.mean(0), rtol=1e-6)
+        assert len(layer.router.bias_E.abs().unique()) > 1  # by the step's counts, every expert moves by the rate or 0

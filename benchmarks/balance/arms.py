@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from equimoe.moe import MoEConfig, Owners
+from equimoe.moe.balance import StepTotals
+from equimoe.moe.balance.bias import BiasRule, sign
 from equimoe.moe.config import BalanceConfig, ExtraLossConfig, RouterConfig
 from equimoe.moe.layer import MoE
 from equimoe.moe.observe import (
@@ -75,6 +77,8 @@ class Arm:
     router: dict[str, Any] = field(default_factory=dict)
     #: value of ``together`` in the second half of the run, if it changes
     then: int | None = None
+    #: whether the expert bias uses the loads of single micro-batches instead of the step's load
+    bias_by_micro_batch: bool = False
 
 
 def synchronised(sequences: int, coefficient: float = COEFFICIENT, label: str = "") -> Arm:
@@ -93,11 +97,12 @@ def estimated(estimator: str) -> Arm:
     return Arm(f"8 ranks, 16 micro-batches, {estimator}", BATCH, 8 * RANK, balance)
 
 
-def loss_free(scope: str, sequences: int) -> Arm:
+def loss_free(sequences: int) -> Arm:
     """Balance by a bias without a loss, with sigmoid scores, like the paper's baseline."""
-    balance = {"coefficient": 0.0, "bias_update_rate": BIAS_RATE, "bias_scope": scope}
-    label = f"loss-free bias, counts of {sequences}"
-    return Arm(label, sequences, 64 if sequences == BATCH else sequences, balance, router={"score": "sigmoid"})
+    balance = {"coefficient": 0.0, "bias_update_rate": BIAS_RATE}
+    label, whole = f"loss-free bias, counts of {sequences}", sequences == BATCH
+    micro_batch, router = 64 if whole else sequences, {"score": "sigmoid"}
+    return Arm(label, sequences, micro_batch, balance, router=router, bias_by_micro_batch=not whole)
 
 
 def switched(first: int, then: int) -> Arm:
@@ -115,13 +120,13 @@ ARMS: dict[str, Arm] = {
     "sync-128": synchronised(128),
     "shuffled": Arm("shuffled batch", RANK, BATCH, {"scope": "sequence", "coefficient": COEFFICIENT}, RANK, mixed=True),
     "rolling": estimated("rolling"),
-    "bias-global": loss_free("global", BATCH),
+    "bias-global": loss_free(BATCH),
     "with-micro": Arm("global + 1 % micro-batch", BATCH, BATCH, _WITH_MICRO, together=RANK),
     "sync-16": synchronised(16),
     "carry": estimated("carry"),
     "micro-half": synchronised(RANK, COEFFICIENT / 2, "micro-batch, half the coefficient"),
     "micro-eighth": synchronised(RANK, COEFFICIENT / 8, "micro-batch, an eighth of it"),
-    "bias-micro": loss_free("micro", RANK),
+    "bias-micro": loss_free(RANK),
     "global-eighth": synchronised(BATCH, COEFFICIENT / 8, "global, 128 ranks, an eighth of it"),
     "exact": estimated("exact"),
     "sigmoid": replace(synchronised(BATCH, label="global, 128 ranks, sigmoid scores"), router={"score": "sigmoid"}),
@@ -155,6 +160,13 @@ def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
         optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)),
         log=LogConfig(eval_sequences=size.heldout, tensorboard=False),
     )
+
+
+class MicroBatchBias(BiasRule):
+    """Moves the bias by the mean of the directions of all micro-batches of a process."""
+
+    def direction(self, totals: StepTotals) -> Tensor:
+        return torch.stack([sign(counts_E) for counts_E in totals.local_counts_ME]).double().mean(0)
 
 
 class Ranks:
@@ -282,4 +294,7 @@ def measure(seen: Heldout) -> dict[str, Any]:
 
 def build(arm: Arm, size: Size, seed: int, corpus: Corpus) -> tuple[Trainer, Ranks]:
     trainer = Trainer(configure(arm, size, seed), corpus, None, torch.device("cpu"))
+    if arm.bias_by_micro_batch:
+        for layer in trainer.model.moe_layers():
+            layer.balancer.bias = MicroBatchBias(BIAS_RATE, "sign")
     return trainer, Ranks(trainer.model.moe_layers(), arm.together, arm.mixed, seed)

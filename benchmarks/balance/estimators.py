@@ -108,8 +108,8 @@ def balancers(model: Decoder, estimator: str, micro_batches: int, before: Sequen
     layers = model.moe_layers()
     for layer in layers:
         layer.balancer = Balancer(config, layer.config.num_experts, layer.config.top_k)
-    for layer, before_X in zip(layers, before, strict=True) if before else ():
-        layer.balancer.before_X = torch.cat((before_X, before_X.new_tensor([micro_batches])))
+    for layer, previous_X in zip(layers, before, strict=True) if before else ():
+        layer.balancer.previous_X = torch.cat((previous_X, previous_X.new_tensor([micro_batches])))
     return [layer.balancer for layer in layers]
 
 
@@ -120,7 +120,7 @@ def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
         model(inputs_BS)
     for balancer in made:
         balancer.step.end(applied=False)
-    return [balancer.before_X[:-1] for balancer in made if balancer.before_X is not None]
+    return [balancer.previous_X[:-1] for balancer in made if balancer.previous_X is not None]
 
 
 def gradients(
@@ -145,7 +145,7 @@ def gradients(
         (model(part) * 0).sum().backward()
     for balancer in made:
         balancer.step.end(applied=False)
-    steps = [balancer.last for balancer in made if balancer.last is not None]
+    steps = [balancer.previous_step for balancer in made if balancer.previous_step is not None]
     quality = [estimate_quality(step) for step in steps]
     return Pass(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
@@ -215,7 +215,7 @@ def training_state(trainer: Trainer) -> dict[str, float]:
     """Return the learning rate, the loss since the previous stage, and the worst layer's load in the last step."""
     nats, tokens = trainer.losses.sums_N2.sum(0).tolist()
     trainer.losses.sums_N2.zero_()
-    last = [layer.balancer.last for layer in trainer.model.moe_layers()]
+    last = [layer.balancer.previous_step for layer in trainer.model.moe_layers()]
     worst = max(load_summary(of.counts_E)["max_over_mean"] for of in last if of)
     return {"lr": trainer.rate, "loss": nats / tokens, "max_over_mean": worst}
 

@@ -60,7 +60,8 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: give at most {rows} rows of shape [R, D]")
     if not rows_RD.is_floating_point():
         raise ValueError(f"rows_RD={rows_RD.dtype}: give floating-point rows, because they are summed in fp32 or fp64")
-    if readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
+    some_left_out = rows_RD.shape[0] < rows
+    if some_left_out and readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {kept} rows; give them all")
     return pick("combine", _COMBINE, reads_no_values(backend, rows_RD))(rows_RD, order)
 

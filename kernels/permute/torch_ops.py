@@ -24,7 +24,8 @@ def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
         return rows_RD
     torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)
     if readable(order.offsets_E):
-        rows_RD[int(order.offsets_E[-1]) :] = 0
+        if (kept := int(order.offsets_E[-1])) < num_rows:
+            rows_RD[kept:] = 0
         return rows_RD
     dropped_R = torch.arange(num_rows, device=x_SD.device) >= order.offsets_E[-1]
     return rows_RD.masked_fill_(dropped_R[:, None], 0)

@@ -19,7 +19,7 @@ from equimoe.kernels import grouped_gemm as gemm_op
 from equimoe.kernels.expert_mlp import ACTIVATIONS, expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.moe import MoEConfig
-from equimoe.moe.experts import GroupedExperts
+from equimoe.moe.experts import RoutedExperts
 from equimoe.moe.types import DispatchPlan
 from tests.helpers.slow import slow_but
 
@@ -164,7 +164,7 @@ def test_auto_keeps_fp64_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_module(gated: bool) -> None:
-    experts = GroupedExperts(3, 8, 6, "torch", 0.5, activation="relu2", gated=gated, recompute=True)
+    experts = RoutedExperts(3, 8, 6, "torch", 0.5, activation="relu2", gated=gated, recompute=True)
     shapes = {name: list(p.shape) for name, p in experts.named_parameters()}
     assert shapes == {"gate_up_proj": [3, 12 if gated else 6, 8], "down_proj": [3, 8, 6]}
     case = make(10, 2, 8, 6, 3)

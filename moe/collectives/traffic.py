@@ -1,13 +1,10 @@
-"""Records the traffic of collectives, and defines the formats in which rows are sent."""
+"""Records what the collectives of a layer send."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 from .axes import Axis
 
@@ -41,31 +38,3 @@ def note(verb: str, axis: Axis, sent: int) -> None:
     """Record a collective if :func:`record_traffic` is active."""
     if _record is not None:
         _record.append(Traffic(verb, axis.name, axis.size, sent))
-
-
-class Codec(Protocol):
-    """A wire format: encodes rows [S, ...] as a payload [S, ...], and decodes it."""
-
-    def encode(self, rows: Tensor) -> Tensor: ...
-
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor: ...
-
-
-class Plain:
-    """Sends rows unchanged."""
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        return payload
-
-
-class Wire(NamedTuple):
-    """The wire formats of rows and of their gradients."""
-
-    forward: Codec = Plain()
-    backward: Codec = Plain()
-
-
-PLAIN = Wire()

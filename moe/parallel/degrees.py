@@ -1,4 +1,4 @@
-"""The parallelism degrees, under the names that users know, and the choice of methods."""
+"""The parallelism degrees, under the names that users know, and how each one works."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..config import check_choices, require
+from ..config import check_literals, require
 
-DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-EXPERT = ("edp", "ep", "etp")
+#: degrees of the two grids of ranks, outermost first
+DENSE_DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_DEGREES = ("edp", "ep", "etp")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class ParallelConfig:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for names in (DENSE, EXPERT):
+        for names in (DENSE_DEGREES, EXPERT_DEGREES):
             for name in names:
                 value = getattr(self, name)
                 require(value >= 1 or value == -1, f"parallel.{name}", value, "must be at least 1, or -1 for the rest")
             rest = [name for name in names if getattr(self, name) == -1]
             alone = len(rest) < 2 or rest == ["edp", "ep"]
             require(alone, f"parallel.{' and '.join(rest)}", -1, "only one of these can be -1; set the others")
-        check_choices(self, "parallel.")
+        check_literals(self, "parallel.")
         given = self.stages_per_rank
         require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
@@ -68,13 +69,13 @@ class ParallelConfig:
         If ``ep`` and ``edp`` are both -1, ``ep`` becomes the largest degree that divides both ``num_experts`` and the
         ranks of a pipeline stage (over ``etp``); without ``num_experts``, all of those ranks.
         """
-        dense = self._fill(DENSE, world, "the number of processes")
+        dense = self._fill(DENSE_DEGREES, world, "the number of processes")
         what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
         stage = world // dense["pp"]
         asked = self
         if self.edp == self.ep == -1:
             asked = replace(self, ep=1 if stage % self.etp else math.gcd(stage // self.etp, num_experts))
-        return replace(self, **dense, **asked._fill(EXPERT, stage, what))
+        return replace(self, **dense, **asked._fill(EXPERT_DEGREES, stage, what))
 
     def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, Any]:
         degrees = {name: getattr(self, name) for name in names}
@@ -85,7 +86,9 @@ class ParallelConfig:
         elif rest or known != total:
             text = " * ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value not in (1, -1))
             must = "must divide" if rest else "must equal (or divide, with one degree at -1)"
-            fitting = self.pp * math.lcm(self._known(DENSE[1:]), self._known(EXPERT)) if self.pp != -1 else known
+            fitting = known
+            if self.pp != -1:
+                fitting = self.pp * math.lcm(self._known(DENSE_DEGREES[1:]), self._known(EXPERT_DEGREES))
             remedy = f"start a multiple of {fitting} processes, or change the degrees"
             raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}; {remedy}")
         return degrees

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .axes import Axis, device_of
 from .kept import once
-from .wire import note
+from .traffic import note
 
 
 class Pending:
@@ -56,32 +56,32 @@ def _exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
 
 
 #: (number of sizes, axis) -> the sizes to assume
-Belief = Callable[[int, Axis], list[int]]
-_belief: Belief | None = None
+AssumedSizes = Callable[[int, Axis], list[int]]
+_assumed: AssumedSizes | None = None
 
 
 @contextmanager
-def believe_splits(belief: Belief) -> Iterator[None]:
-    """Context for a dry run, whose tensors have no values: :func:`splits` returns the sizes of ``belief``."""
-    global _belief
-    before, _belief = _belief, belief
+def assume_splits(sizes_of: AssumedSizes) -> Iterator[None]:
+    """Context for a dry run, whose tensors have no values: :func:`splits` returns the sizes of ``sizes_of``."""
+    global _assumed
+    before, _assumed = _assumed, sizes_of
     try:
         yield
     finally:
-        _belief = before
+        _assumed = before
 
 
 def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], list[int]]:
     """Return the numbers of rows to and from each rank as host integers, for which the host waits."""
-    if _belief is not None:
-        return _belief(sent_P.numel(), axis), _belief(sent_P.numel(), axis)
+    if _assumed is not None:
+        return _assumed(sent_P.numel(), axis), _assumed(sent_P.numel(), axis)
     sent, received = torch.stack((sent_P, received_P)).tolist()
     return sent, received
 
 
 def held_by_all(values: Sequence[object], axis: Axis) -> list[Any]:
     """Return the values that every rank of the axis has, compared by ``repr``. The host waits for the answer."""
-    if axis.size == 1 or _belief is not None:
+    if axis.size == 1 or _assumed is not None:
         return list(values)
     device, hashes = device_of(axis), [zlib.crc32(repr(value).encode()) for value in values]
     most = torch.tensor(len(hashes), device=device)
@@ -100,7 +100,7 @@ def equal_sizes(rows: Tensor, axis: Axis) -> list[int]:
 
 def exchange_sizes(rows: Tensor, axis: Axis) -> list[int]:
     """Ask every rank for its number of rows. The host waits for the answer."""
-    if axis.size == 1 or _belief is not None:
+    if axis.size == 1 or _assumed is not None:
         return equal_sizes(rows, axis)
     mine_P = torch.full((axis.size, 1), rows.shape[0], dtype=torch.int64, device=rows.device)
     return exchange_counts(mine_P, axis).flatten().tolist()

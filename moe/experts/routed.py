@@ -12,7 +12,7 @@ from ..collectives import fill_normal
 from ..types import DispatchPlan
 
 
-class GroupedExperts(nn.Module):
+class RoutedExperts(nn.Module):
     """E MLPs in two stacked weights, in the layout of Hugging Face transformers v5.
 
     ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] if the experts are not ``gated``;

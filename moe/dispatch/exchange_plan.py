@@ -18,7 +18,7 @@ from .base import SizesOf
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ExchangeChunk:
     """The splits of one all-to-all."""
 
     sent: list[int]
@@ -28,19 +28,19 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ExchangePlan:
     """All rows that this rank sends, sorted by chunk and then by slot (which sorts them by rank too)."""
 
     #: maps source rows to sent rows; a padded exchange has one more source row, which is empty
     order: ExpertOrder
     #: number of rows sent
     rows: int
-    chunks: list[Chunk]
+    chunks: list[ExchangeChunk]
     #: returns the number of rows of each rank of the etp axis
     sizes_of: SizesOf
 
 
-def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str) -> Manifest:
+def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str) -> ExchangePlan:
     """Plan to send exactly the routed rows. The j-th row of a slot goes into chunk j mod C."""
     each = slots // axis.size
     order = sort_by_expert(slots_TK, slots, backend=backend)
@@ -57,8 +57,8 @@ def dropless(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str
         part = slice(c * axis.size, (c + 1) * axis.size)
         counts = received_PCe[:, c].flatten()
         ids_S1 = slot_of.repeat_interleave(counts, output_size=sum(received[part]))[:, None]
-        parts.append(Chunk(sent[part], received[part], ids_S1))
-    return Manifest(order, sum(sent), parts, exchange_sizes)
+        parts.append(ExchangeChunk(sent[part], received[part], ids_S1))
+    return ExchangePlan(order, sum(sent), parts, exchange_sizes)
 
 
 def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_experts: int) -> int:
@@ -71,7 +71,7 @@ def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_exper
 
 def padded(
     slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str, capacity: CapacityConfig, num_experts: int
-) -> Manifest:
+) -> ExchangePlan:
     """Plan to send the same number of rows to every slot; rows that no kept choice fills are empty."""
     each, device = slots // axis.size, slots_TK.device
     tokens, top_k = slots_TK.shape
@@ -89,6 +89,6 @@ def padded(
     offsets_E = torch.arange(chunks * slots + 1, device=device) * per_chunk
     slot_of = torch.arange(each, device=device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
     even = [each * per_chunk] * axis.size
-    return Manifest(
-        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [Chunk(even, even, slot_of)] * chunks, equal_sizes
+    return ExchangePlan(
+        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [ExchangeChunk(even, even, slot_of)] * chunks, equal_sizes
     )

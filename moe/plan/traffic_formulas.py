@@ -25,7 +25,7 @@ class Bytes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Load:
+class RoutedTokens:
     """The tokens that one rank routes, and the size of their rows."""
 
     tokens: int
@@ -49,7 +49,7 @@ class Load:
         return self.hidden * (self.value if self.wire == "compute" else 2)
 
 
-def _exchange(load: Load, rows: float, choices: int, ids: bool) -> Bytes:
+def _exchange(load: RoutedTokens, rows: float, choices: int, ids: bool) -> Bytes:
     """Dispatch of rows with their gate weights (and perhaps ids) and combine of results; the reverse in backward."""
     weights = choices * load.weight
     return Bytes(
@@ -57,34 +57,36 @@ def _exchange(load: Load, rows: float, choices: int, ids: bool) -> Bytes:
     )
 
 
-def expert_tensor_parallel(load: Load, etp: int, rows: float, choices: int) -> Bytes:
+def expert_tensor_parallel(load: RoutedTokens, etp: int, rows: float, choices: int) -> Bytes:
     """All-gather of source rows and reduce-scatter of results over the etp axis."""
     return _exchange(replace(load, wire="compute"), (etp - 1) * rows, choices, ids=True)
 
 
-def local(load: Load, etp: int = 1) -> Bytes:
+def local(load: RoutedTokens, etp: int = 1) -> Bytes:
     """Experts that are not split over ranks, except for their width over etp ranks."""
     return expert_tensor_parallel(load, etp, load.tokens, load.top_k)
 
 
-def all_to_all(load: Load, ep: int, etp: int = 1) -> Bytes:
+def all_to_all(load: RoutedTokens, ep: int, etp: int = 1) -> Bytes:
     """One row per choice; the number of chunks makes no difference."""
     rows = load.top_k * load.tokens
     return _exchange(load, rows * (ep - 1) / ep, 1, ids=False) + expert_tensor_parallel(load, etp, rows, 1)
 
 
-def padded(load: Load, ep: int, rows_per_expert: int, num_experts: int) -> Bytes:
+def padded(load: RoutedTokens, ep: int, rows_per_expert: int, num_experts: int) -> Bytes:
     """Exchange of fixed sizes, independent of the routing."""
     return _exchange(load, rows_per_expert * num_experts * (ep - 1) / ep, 1, ids=False)
 
 
-def all_gather(load: Load, ep: int, etp: int = 1) -> Bytes:
+def all_gather(load: RoutedTokens, ep: int, etp: int = 1) -> Bytes:
     """Every token goes to every rank, independent of the routing."""
     gathered = _exchange(load, (ep - 1) * load.tokens, load.top_k, ids=True)
     return gathered + expert_tensor_parallel(load, etp, ep * load.tokens, load.top_k)
 
 
-def hierarchical(load: Load, nodes: int, ranks: int, nodes_each: float, ranks_each: float, etp: int = 1) -> Bytes:
+def hierarchical(
+    load: RoutedTokens, nodes: int, ranks: int, nodes_each: float, ranks_each: float, etp: int = 1
+) -> Bytes:
     """Exchange between ``nodes``, then within a node of ``ranks``.
 
     A token has choices on ``nodes_each`` different nodes and ``ranks_each`` different ranks.
@@ -94,7 +96,7 @@ def hierarchical(load: Load, nodes: int, ranks: int, nodes_each: float, ranks_ea
     return between + within + expert_tensor_parallel(load, etp, load.tokens * ranks_each, load.top_k)
 
 
-def drop_duplicates(load: Load, tp: int) -> Bytes:
-    """All-gather of outputs over ``tp`` ranks that hold the same tokens, of which each dispatches 1/tp."""
-    share = load.tokens * (tp - 1) / tp * load.hidden * load.value
-    return Bytes(share, share)
+def drop_duplicates(load: RoutedTokens, tp: int) -> Bytes:
+    """All-gather of outputs over ``tp`` ranks that hold the same tokens; each dispatches 1/tp of them."""
+    sent = load.tokens * (tp - 1) / tp * load.hidden * load.value
+    return Bytes(sent, sent)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from math import ceil, prod
 
 from ..config import require
-from ..parallel.config import ParallelConfig
-from ..parallel.mesh import EXPERT, sizes
+from ..parallel.degrees import ParallelConfig
+from ..parallel.mesh import EXPERT_GRID, sizes
 from ..parallel.pipeline import stage_ids
 from ..parallel.torch_stage import FREES_LOGITS
 from ..train.config import TrainConfig
@@ -53,7 +53,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPart:
     """A rank's position in the mesh, and its part of the model."""
 
     degrees: ParallelConfig
@@ -77,7 +77,7 @@ class Place:
             return 1, 0
         if expert:
             lengths = sizes(d)
-            after = prod(lengths[name] for name in EXPERT[EXPERT.index("edp_shard") + 1 :])
+            after = prod(lengths[name] for name in EXPERT_GRID[EXPERT_GRID.index("edp_shard") + 1 :])
             return lengths["edp_shard"], self.rank // after % lengths["edp_shard"]
         over = d.dp_shard * d.cp
         return over, self.rank // d.tp % over
@@ -85,21 +85,21 @@ class Place:
 
 def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = None) -> Memory:
     """Return the memory of ``rank`` of ``world``. Raises ValueError if the degrees do not fit or lack a formula."""
-    place = _place(config, world, rank)
+    part = _part_of(config, world, rank)
     vocabulary = config.model.vocab_size or vocab_size
     require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's vocabulary size")
     assert vocabulary is not None
     require(
-        config.dtype == "float32" or place.degrees.data_parallel == "fsdp",
+        config.dtype == "float32" or part.degrees.data_parallel == "fsdp",
         "parallel.data_parallel",
-        place.degrees.data_parallel,
+        part.degrees.data_parallel,
         "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
     )
-    micro_batches = config.micro_batches(place.degrees.dp)
-    weights = list(_weights(config, place, vocabulary))
+    micro_batches = config.micro_batches(part.degrees.dp)
+    weights = list(_weights(config, part, vocabulary))
     padded = own = 0
     for weight in weights:
-        over, number = place.shard(weight.expert)
+        over, number = part.shard(weight.expert)
         if weight.expert and weight.rows % over:  # sharded within each expert, evenly
             padded, own = padded + weight.rows * weight.width // over, own + weight.rows * weight.width // over
             continue
@@ -107,34 +107,34 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
     # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP or the optimizer shards it
-    tp = place.degrees.tp
-    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if place.first else 0
-    sharded = place.degrees.data_parallel == "fsdp"
+    tp = part.degrees.tp
+    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if part.first else 0
+    sharded = part.degrees.data_parallel == "fsdp"
     accumulates = sharded and micro_batches > 1
-    activations = _Activations(config, place, vocabulary)
+    activations = _Activations(config, part, vocabulary)
     # gradients received from the next stage: the current one, and the previous one, which schedules free late
-    arriving = 0 if place.last else 2 * activations.hidden
+    arriving = 0 if part.last else 2 * activations.hidden
     return Memory(
         parameters=4 * padded,
         gradients=4 * padded + (0 if sharded else unsplit),
         whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
         optimizer_state=8 * own + 4 * len(weights),
-        activations=_in_flight(config, place, micro_batches) * activations.of_stage() + arriving,
+        activations=_in_flight(config, part, micro_batches) * activations.of_stage() + arriving,
     )
 
 
-def _place(config: TrainConfig, world: int, rank: int) -> Place:
+def _part_of(config: TrainConfig, world: int, rank: int) -> RankPart:
     require(0 <= rank < world, "rank", rank, f"must be from 0 to {world - 1}")
     degrees = config.degrees(world)
     if degrees.pp == 1:
-        return Place(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
+        return RankPart(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
     each = degrees.stages_of_rank
     stages = stage_ids(degrees.schedule, degrees.pp, rank // (world // degrees.pp), each)
     number = degrees.pp * each
     size, more = divmod(config.model.num_layers, number)
     starts = [s * size + min(s, more) for s in range(number + 1)]
     blocks = tuple(block for s in stages for block in range(starts[s], starts[s + 1]))
-    return Place(degrees, rank, blocks, tuple(stages), number)
+    return RankPart(degrees, rank, blocks, tuple(stages), number)
 
 
 def _is_moe(config: TrainConfig, block: int) -> bool:
@@ -142,12 +142,12 @@ def _is_moe(config: TrainConfig, block: int) -> bool:
     return block >= model.dense_layers and model.moe_every > 0 and (block + 1) % model.moe_every == 0
 
 
-def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
+def _in_flight(config: TrainConfig, part: RankPart, micro_batches: int) -> int:
     """Return the largest number of micro-batches that are in flight, waiting for their backward pass."""
-    if place.num_stages == 1:
+    if part.num_stages == 1:
         return 1
-    schedule = place.degrees.schedule
-    known = {"gpipe": micro_batches, "1f1b": min(micro_batches, place.num_stages - place.stages[0])}
+    schedule = part.degrees.schedule
+    known = {"gpipe": micro_batches, "1f1b": min(micro_batches, part.num_stages - part.stages[0])}
     require(
         schedule in known,
         "parallel.schedule",
@@ -160,19 +160,19 @@ def _in_flight(config: TrainConfig, place: Place, micro_batches: int) -> int:
 # ---- weights
 
 
-def _weights(config: TrainConfig, place: Place, vocabulary: int) -> Iterator[Weight]:
-    hidden, tp = config.moe.hidden_size, place.degrees.tp
-    if place.first:
+def _weights(config: TrainConfig, part: RankPart, vocabulary: int) -> Iterator[Weight]:
+    hidden, tp = config.moe.hidden_size, part.degrees.tp
+    if part.first:
         yield Weight(ceil(vocabulary / tp), hidden)
-    for block in place.blocks:
+    for block in part.blocks:
         yield from (Weight(hidden, 1), Weight(hidden, 1))
         yield from _attention_weights(config, tp)
         if _is_moe(config, block):
-            yield from _moe_weights(config, place.degrees)
+            yield from _moe_weights(config, part.degrees)
         else:
             width = config.model.intermediate_size // tp
             yield from (Weight(width, hidden), Weight(width, hidden), Weight(hidden, width))
-    if place.last:
+    if part.last:
         yield from (Weight(hidden, 1), Weight(ceil(vocabulary / tp), hidden))
 
 
@@ -209,9 +209,9 @@ def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weigh
 class _Activations:
     """Computes the bytes that the forward pass of one micro-batch saves for its backward pass."""
 
-    def __init__(self, config: TrainConfig, place: Place, vocabulary: int) -> None:
-        d = place.degrees
-        self.config, self.place, self.vocabulary = config, place, vocabulary
+    def __init__(self, config: TrainConfig, part: RankPart, vocabulary: int) -> None:
+        d = part.degrees
+        self.config, self.part, self.vocabulary = config, part, vocabulary
         self.heads, self.tp = config.model.num_heads // d.tp, d.tp
         #: bytes per value in the computation's dtype
         self.c = 2 if config.dtype == "bfloat16" else 4
@@ -223,11 +223,11 @@ class _Activations:
 
     def of_stage(self) -> int:
         """Bytes of all blocks of this rank, their inputs, and the head."""
-        inputs, place = len(self.place.blocks), self.place
-        total = sum(self.of_block(block) for block in place.blocks)
-        if place.num_stages > 1:  # a stage keeps its output until the backward pass
-            inputs += len(place.stages) - place.last
-        return total + inputs * self.hidden + place.last * self._head()
+        inputs, part = len(self.part.blocks), self.part
+        total = sum(self.of_block(block) for block in part.blocks)
+        if part.num_stages > 1:  # a stage keeps its output until the backward pass
+            inputs += len(part.stages) - part.last
+        return total + inputs * self.hidden + part.last * self._head()
 
     def of_block(self, block: int) -> int:
         """Bytes of a block without its input: both halves, the hidden states between them, and the norms."""
@@ -253,7 +253,7 @@ class _Activations:
         """Bytes that a recomputed MoE layer keeps: its routing decisions, and exchanged rows under keep_exchanges."""
         rows = self.config.moe.top_k * self._moe_tokens()
         exchanged = 2 * self.c * self.config.moe.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
-        return (8 + exchanged * (self.place.degrees.ep > 1)) * rows
+        return (8 + exchanged * (self.part.degrees.ep > 1)) * rows
 
     def _to_split(self, width: int, layers: int = 1) -> int:
         """Bytes of the input of layers split by tensor parallelism; one per layer under sequence parallelism."""
@@ -271,7 +271,7 @@ class _Activations:
     def _latent(self) -> int:
         a, n, c = self.config.attention, self.heads, self.c
         qk = a.qk_nope_width + a.qk_rope_width
-        outputs = 2 if qk == a.v_width or self.place.degrees.cp > 1 else 1
+        outputs = 2 if qk == a.v_width or self.part.degrees.cp > 1 else 1
         heads = c * n * (a.qk_nope_width + a.v_width + 2 * qk + outputs * a.v_width) + 4 * n
         latents = c * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_width) + 8
         to_split = self._to_split(a.kv_lora_rank) + self._to_split(a.q_lora_rank)
@@ -291,7 +291,7 @@ class _Activations:
         return ceil(self.T / self.tp)  # tensor-parallel ranks hold the same tokens and divide them
 
     def _moe(self) -> int:
-        moe, degrees, t, c = self.config.moe, self.place.degrees, self._moe_tokens(), self.c
+        moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
         hidden, rows = moe.hidden_size, moe.top_k * t
         router = 4 * (hidden + moe.num_experts) * t
         x = c * hidden * t if c < 4 else 0  # in addition to the router's fp32 copy
@@ -309,6 +309,6 @@ class _Activations:
 
     def _head(self) -> int:
         """Bytes of the final norm, the logits, and their log-softmax in fp32."""
-        kept = 4 if self.place.num_stages > 1 and FREES_LOGITS else self.c + 4
+        kept = 4 if self.part.num_stages > 1 and FREES_LOGITS else self.c + 4
         logits = kept * ceil(self.vocabulary / self.tp) * self.T
         return 4 * self.t + self._to_split(self.config.moe.hidden_size) + logits

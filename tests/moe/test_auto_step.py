@@ -1,4 +1,4 @@
-"""When the counts of an optimizer step begin and end, in one process and several micro-batches."""
+"""Checks where an optimizer step begins and ends, for several micro-batches in one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def balance_only(layer: MoE, x: torch.Tensor) -> None:
 
 
 def seen(layer: MoE) -> list[int]:
-    return [int(slot.tokens_B.sum()) for slot in layer.balancer.micro_batches]
+    return [int(visit.tokens_B.sum()) for visit in layer.balancer.visits]
 
 
 @pytest.mark.parametrize("given", [None, 3])
@@ -41,14 +41,14 @@ def test_counts_accumulate_and_start_anew_with_the_optimizer(given: int | None) 
         optimizer.step()
         optimizer.zero_grad()
         assert seen(layer) == []
-        assert layer.balancer.last.micro_batches == 3
-        assert int(layer.balancer.last.tokens) == 24
+        assert layer.balancer.previous_step.micro_batches == 3
+        assert int(layer.balancer.previous_step.tokens) == 24
 
 
 @pytest.mark.parametrize("given", [None, 2])
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_a_skipped_step_ends_the_step(steps_before: int, given: int | None) -> None:
-    """zero_grad without a step, as a gradient scaler does it on overflow."""
+    """On overflow, a gradient scaler's step is followed by zero_grad without an update."""
     layer = make(micro_batches=given)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     for _ in range(steps_before):
@@ -64,7 +64,7 @@ def test_a_skipped_step_ends_the_step(steps_before: int, given: int | None) -> N
 
 
 def test_gradients_that_an_engine_takes_away_are_no_skipped_step() -> None:
-    """Main gradients kept elsewhere: param.grad is gone after every micro-batch, and the step goes on."""
+    """An engine moves param.grad to its main gradients after every micro-batch; the step must go on."""
     layer = make()
     layer.router.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     for x in batches(3):
@@ -97,7 +97,7 @@ def test_another_models_optimizer_changes_nothing() -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_master_weights_in_a_wrapper_are_refused(flat: bool) -> None:
-    """In flat buffers, too. Told the number, or in a step that is driven, they are fine."""
+    """Also in flat buffers. With a given number of micro-batches, or a step that the loop drives, they are accepted."""
     layer = make()
     masters = [p.detach().clone() for p in layer.parameters()]
     if flat:
@@ -116,10 +116,10 @@ def router_gradient(layer: MoE) -> torch.Tensor:
 
 @pytest.mark.parametrize("given", [None, 4])
 def test_rolling_gradient_is_that_of_the_counts_so_far(given: int | None) -> None:
-    """Each micro-batch's probabilities against the counts up to it, as Algorithm 1 of arXiv 2501.11873."""
+    """Each micro-batch's probabilities are multiplied by the counts so far, as in Algorithm 1 of arXiv 2501.11873."""
     layer = make(micro_batches=given).double()
     inputs = [torch.randn(7, 6, dtype=torch.float64) for _ in range(4)]
-    if given is None:  # one step before tells how many micro-batches there are
+    if given is None:  # a previous step determines the expected number of micro-batches
         for x in inputs:
             balance_only(layer, x)
         layer.zero_grad()
@@ -168,7 +168,7 @@ def test_counts_stay_exact_over_512_micro_batches_in_bf16() -> None:
     layer = make(micro_batches=512).bfloat16()
     for _ in range(512):
         balance_only(layer, torch.randn(3, 6).bfloat16())
-    assert int(layer.balancer.step.layers[0].totals(layer.balancer.micro_batches[0])[-1]) == 512 * 3
+    assert int(layer.balancer.step.layers[0].totals(layer.balancer.visits[0])[-1]) == 512 * 3
 
 
 def test_micro_scope_is_the_mean_of_micro_batch_losses() -> None:
@@ -191,7 +191,7 @@ def test_sequence_scope_is_the_mean_of_sequence_losses() -> None:
     got = router_gradient(layer)
     layer.zero_grad()
     valid = [x[m] for x, m in zip(x_BSD, mask_BS, strict=True) if m.any()]
-    (sum(oracle.balance_loss(layer, x) for x in valid) / len(x_BSD)).backward()  # one without a token has loss 0
+    (sum(oracle.balance_loss(layer, x) for x in valid) / len(x_BSD)).backward()  # a sequence without a token has loss 0
     assert oracle.relative_error(got, router_gradient(layer)) < 1e-12
 
 
