@@ -48,11 +48,14 @@ train: $(VENV)/.stamp-train
 		exit 1; fi
 	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
 
+# the whole suite runs as two processes, a selection as one
+PYTEST = $(PY) $(if $(strip $(ARGS)),-m pytest,tests/side_by_side.py)
+
 test: $(VENV)/.stamp-dev
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 check: types
 	$(PY) -m ruff check .

@@ -20,6 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from equimoe.launch.options import parse
+from tests import side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
@@ -69,6 +70,13 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def imported(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What IMPORT prints where only the wheel is installed, then the version that it has and that it is listed with."""
+    version = "import importlib.metadata as m\nprint(equimoe.moe.__version__, m.version('equimoe'), sep='\\n')"
+    return python(IMPORT + version, tmp_path_factory.mktemp("anywhere"), installed)
+
+
 def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -81,10 +89,8 @@ def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None
     assert ours == expected | data | typed
 
 
-def test_the_version_is_said_once(installed: Path, tmp_path: Path) -> None:
-    code = "import equimoe.moe, importlib.metadata as m; print(equimoe.moe.__version__, m.version('equimoe'))"
-    (line,) = python(code, tmp_path, installed)
-    ours, installed_as = line.split()
+def test_the_version_is_said_once(imported: list[str]) -> None:
+    ours, installed_as = imported[-2:]
     assert ours == installed_as
     assert f"## {ours} " in (ROOT / "CHANGELOG.md").read_text()
 
@@ -109,8 +115,8 @@ def test_the_source_distribution_holds_all_that_is_tracked(tmp_path: Path) -> No
     assert expected - inside == set()
 
 
-def test_the_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    *files, namespace = python(IMPORT, tmp_path, installed)
+def test_the_wheel_imports_from_anywhere(installed: Path, imported: list[str]) -> None:
+    *files, namespace = imported[:-2]
     assert files == [str(installed / "equimoe" / folder / "__init__.py") for folder in FOLDERS]
     assert namespace == "None", "equimoe must stay a namespace package"
 
@@ -338,8 +344,37 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
 
 
 def test_make_runs_fast_and_slow_tests_apart(make) -> None:
-    assert "-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
-    assert "-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+    assert "\n-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
+    assert "\n-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+    assert "\ntests/side_by_side.py -m not slow\n" in make("test")[1]
+    assert "\ntests/side_by_side.py -m slow\n" in make("test-slow")[1]
+
+
+def test_two_processes_run_every_test_once(tmp_path: Path) -> None:
+    for folder in side_by_side.FOLDERS:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "test_one.py").write_text("def test_a(): pass\n")
+    shutil.copy(ROOT / "tests" / "side_by_side.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_other.py").write_text("def test_c(): pass\n")
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "tests/side_by_side.py", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert [line.split(" in ")[0] for line in lines if " in " in line] == ["3 passed", "1 passed"]
+    assert done.returncode == 0 and lines[-2:] == ["tests of several ranks: passed", "all other tests: passed"]
+
+
+@pytest.mark.parametrize(("failing", "place"), [("pytest tests/parallel", 0), ("pytest tests --ignore", 1)])
+def test_either_process_can_fail_the_suite(
+    failing: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"{failing}"*) exit 3 ;; esac\n')
+    python.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert side_by_side.main(["-q"]) == 3
+    verdicts = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert verdicts[place] == "FAILED with exit code 3" and verdicts[1 - place] == "passed"
 
 
 @pytest.mark.parametrize("failing", ["nothing", "-m not slow", "-m slow", "ruff", "mypy"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -164,9 +164,19 @@ def alone(of: Composition) -> dict[str, Any]:
 
     It runs the whole batch at once, or the micro-batches one by one if anything is decided per micro-batch.
     """
+    dp = of.parallel.resolve(of.world).dp
     together = of.scope == "global" and (of.capacity is None or of.capacity.scope == "global")
-    micro_batches = 1 if together else of.parallel.resolve(of.world).dp * of.micro_batches
-    return train(replace(of, recompute=False), None, micro_batches)
+    ranks = dp if of.tokens == "zero" else 1  # the number of sequences without tokens depends on it
+    precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does
+    parallel = ParallelConfig(data_parallel="ddp" if precise else of.parallel.data_parallel)
+    same = replace(of, world=ranks, parallel=parallel, micro_batches=1 if together else dp * of.micro_batches)
+    return _reference(replace(same, recompute=False, dispatch=DispatchConfig()))
+
+
+@cache
+def _reference(of: Composition) -> dict[str, Any]:
+    """Train in one process, once for all compositions that should equal it."""
+    return train(of, None, of.micro_batches)
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:

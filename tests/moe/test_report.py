@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import re
-import subprocess
+import runpy
 import sys
 import warnings
 from collections.abc import Sequence
@@ -308,9 +308,13 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
     assert sorted(path.name for path in run_dir.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
-def test_it_runs_as_a_module(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "equimoe.launch.report", str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 66
-    assert done.stderr.startswith("report: ") and done.stderr.count("\n") == 1
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_it_runs_as_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("equimoe.launch.report", run_name="__main__")
+    assert stop.value.code == 66
+    error = capsys.readouterr().err
+    assert error.startswith("report: ") and error.count("\n") == 1

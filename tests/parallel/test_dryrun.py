@@ -218,6 +218,7 @@ def within(found: DryRun, config: TrainConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_deepseek_v3_at_1024_ranks(tmp_path: Path) -> None:
     """The command takes a minute and 8 GB on an idle machine; the test allows three times as long."""
     file, command = tmp_path / "found.json", [sys.executable, "-m", "equimoe.launch.dryrun"]

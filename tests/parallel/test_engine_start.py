@@ -13,6 +13,7 @@ from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.parallel.alike import _CHUNK, content_hash
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
+from tests.helpers.slow import slow_but
 from tests.helpers.trained import batches, engine_of, freeze, make, whole, worst
 
 
@@ -131,24 +132,27 @@ def experts_shared(model: Decoder, rank: int = 0) -> Decoder:
     return deep
 
 
+SHARED: list[tuple[Any, int, dict[str, Any]]] = [
+    (head_tied, 2, {}),
+    (head_tied, 2, {"tp": 2}),
+    (head_tied, 2, {"tp": 2, "sequence_parallel": False}),
+    (head_tied, 2, {"data_parallel": "fsdp"}),
+    (head_tied, 4, {"tp": 2, "data_parallel": "fsdp"}),
+    (attention_shared, 2, {}),
+    (attention_shared, 2, {"tp": 2}),
+    (attention_shared, 2, {"cp": 2}),
+    (experts_shared, 2, {"ep": 2}),
+    (experts_shared, 2, {"etp": 2}),
+    (expert_module_shared, 2, {"ep": 2}),
+    (expert_module_shared, 2, {"data_parallel": "fsdp"}),
+    (expert_module_shared, 4, {"data_parallel": "fsdp", "ep": 2, "etp": 2}),
+    (blocks_shared, 4, {"data_parallel": "fsdp", "tp": 2}),
+]
+
+
 @pytest.mark.parametrize(
     ("tie", "world", "degrees"),
-    [
-        (head_tied, 2, {}),
-        (head_tied, 2, {"tp": 2}),
-        (head_tied, 2, {"tp": 2, "sequence_parallel": False}),
-        (head_tied, 2, {"data_parallel": "fsdp"}),
-        (head_tied, 4, {"tp": 2, "data_parallel": "fsdp"}),
-        (attention_shared, 2, {}),
-        (attention_shared, 2, {"tp": 2}),
-        (attention_shared, 2, {"cp": 2}),
-        (experts_shared, 2, {"ep": 2}),
-        (experts_shared, 2, {"etp": 2}),
-        (expert_module_shared, 2, {"ep": 2}),
-        (expert_module_shared, 2, {"data_parallel": "fsdp"}),
-        (expert_module_shared, 4, {"data_parallel": "fsdp", "ep": 2, "etp": 2}),
-        (blocks_shared, 4, {"data_parallel": "fsdp", "tp": 2}),
-    ],
+    slow_but([case for case in SHARED if case[1] == 2 or case[0] is blocks_shared], SHARED),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_shared_weights_stay_one(tie: Any, world: int, degrees: dict[str, Any]) -> None:

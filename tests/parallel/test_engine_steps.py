@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -189,36 +190,57 @@ def test_reading_the_state_changes_nothing() -> None:
     assert all(torch.equal(value, want[name]) for name, value in run(read=True).items())
 
 
+class Masked(nn.Module):
+    """Takes a mask, but each position's output depends on that position alone."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*inner).double()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.inner(x)
+
+
+MASK = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+
+
+def assert_masked(make: Callable[[], Masked], x: Tensor, y: Tensor, want: Tensor, alone: Masked, **how: Any) -> None:
+    """Check the first gradients on one and two ranks against those of the loss ``want`` of the model ``alone``."""
+
+    def script(rank: int, world: int) -> dict[str, Tensor]:
+        optimizer, mesh = Recorded(), mesh_of(world, {})
+        engine = build_engine(make(), mesh, optimizer, **how)
+        rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        result = engine.step([Batch(x[i : i + 1], y[i : i + 1], MASK[i : i + 1]) for i in range(4)[rows]], lr=0.1)
+        losses = torch.cat(result.losses)
+        assert not losses[~MASK[rows]].any() and losses[MASK[rows]].all()
+        return optimizer.gradients[0]
+
+    want.backward()
+    for world in (1, 2):
+        for got in run_ranks(script, world):
+            for name, p in alone.named_parameters():
+                assert torch.allclose(got[name], p.grad, rtol=1e-12), name
+
+
 def test_real_labels_and_a_mask() -> None:
     """With float labels and a user's own loss, the mean is over positions where the mask is True, on all ranks."""
 
-    def make_linear() -> nn.Linear:
+    def make() -> Masked:
         torch.manual_seed(0)
-        return nn.Linear(3, 3).double()
+        return Masked(nn.Linear(3, 3))
 
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = make_linear()
+    x, y = torch.randn(2, 4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone = make()
+    want = (alone(x) - y)[MASK].square().sum(-1).mean()
+    assert_masked(make, x, y, want, alone, loss=lambda out, label: (out - label).square().sum(-1))
 
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return self.inner(x)
 
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 4, 5, 3, dtype=torch.float64, generator=generator)
-    mask = torch.rand(4, 5, generator=generator) < 0.5
-    linear = make_linear()
-    (linear(x) - y)[mask].square().sum(-1).mean().backward()
+def test_tokens_that_a_mask_hides_have_no_loss() -> None:
+    def make() -> Masked:
+        torch.manual_seed(0)
+        return Masked(nn.Embedding(7, 3), nn.Linear(3, 7))
 
-    def script(rank: int, world: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-        optimizer, mesh = Recorded(), mesh_of(world, {})
-        engine = build_engine(Masked(), mesh, optimizer, loss=lambda out, label: (out - label).square().sum(-1))
-        rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
-        result = engine.step([Batch(x[i : i + 1], y[i : i + 1], mask[i : i + 1]) for i in range(4)[rows]], lr=0.1)
-        assert not torch.cat(result.losses)[~mask[rows]].any()
-        return optimizer.gradients[0], result.losses
-
-    for world in (1, 2):
-        for got, _ in run_ranks(script, world):
-            assert torch.allclose(got["inner.weight"], linear.weight.grad, rtol=1e-12)
-            assert torch.allclose(got["inner.bias"], linear.bias.grad, rtol=1e-12)
+    x, y = torch.randint(7, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    alone = make()
+    assert_masked(make, x, y, nn.functional.cross_entropy(alone(x)[MASK], y[MASK]), alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def curve(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return {"records": records, "eval": trainer.evaluate()}
 
 
+@cache
+def alone(config: TrainConfig) -> dict[str, Any]:
+    """Return what one process records, trained once for all runs that should equal it."""
+    return run_ranks(curve, 1, config)[0]
+
+
 def same(one: dict[str, Any], two: dict[str, Any], tolerance: float) -> None:
     for key in ("loss", "grad_norm", "balance"):
         assert [r[key] for r in one["records"]] == pytest.approx([r[key] for r in two["records"]], rel=tolerance), key
@@ -46,15 +53,15 @@ BALANCE = BalanceConfig(coefficient=0.05, estimator="exact")
 
 def test_expert_parallel_2_and_expert_data_parallel(texts: Path) -> None:
     config = small.on(texts, balance=BALANCE, router=RouterConfig(z_loss=1e-3))
-    alone = run_ranks(curve, 1, config)[0]
-    losses = [r["loss"] for r in alone["records"]]
+    want = alone(config)
+    losses = [r["loss"] for r in want["records"]]
     assert losses[-1] < losses[0] - 0.5
     for world, ep in ((2, 2), (4, 2)):
         results = run_ranks(curve, world, replace(config, parallel=replace(config.parallel, ep=ep)))
         for result in results:
-            same(result, alone, 1e-5)
+            same(result, want, 1e-5)
         assert [r["layers"][0]["counts"] for r in results[0]["records"]] == [
-            r["layers"][0]["counts"] for r in alone["records"]
+            r["layers"][0]["counts"] for r in want["records"]
         ]
 
 
@@ -80,17 +87,17 @@ def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
     """
     config = small.on(texts, balance=BALANCE, steps=6)
     config = replace(config, model=replace(config.model, num_layers=4))
-    alone = run_ranks(curve, 1, config)[0]
+    want = alone(config)
     for result in run_ranks(curve, world, replace(config, parallel=replace(config.parallel, **parallel))):
-        same(result, alone, 1e-5)
-        for got, want in zip(result["records"], alone["records"], strict=True):
-            assert [row["counts"] for row in got["layers"]] == [row["counts"] for row in want["layers"]]
-            assert got["domain_loss"] == pytest.approx(want["domain_loss"], rel=1e-5)
+        same(result, want, 1e-5)
+        for got, expected in zip(result["records"], want["records"], strict=True):
+            assert [row["counts"] for row in got["layers"]] == [row["counts"] for row in expected["layers"]]
+            assert got["domain_loss"] == pytest.approx(expected["domain_loss"], rel=1e-5)
         assert result["eval"]["domains"] == {
-            domain: pytest.approx(entry, rel=1e-5) for domain, entry in alone["eval"]["domains"].items()
+            domain: pytest.approx(entry, rel=1e-5) for domain, entry in want["eval"]["domains"].items()
         }
         for domain, table in result["eval"]["routing"].items():
-            assert torch.allclose(torch.tensor(table), torch.tensor(alone["eval"]["routing"][domain]), atol=1e-6)
+            assert torch.allclose(torch.tensor(table), torch.tensor(want["eval"]["routing"][domain]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -99,8 +106,8 @@ def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
     ids=["global-exact", "micro", "sequence"],
 )
 def test_four_ranks_equal_four_micro_batches(texts: Path, balance: BalanceConfig) -> None:
-    config = small.on(texts, balance=balance)
-    same(run_ranks(curve, 4, config)[0], run_ranks(curve, 1, config)[0], 1e-5)
+    config = small.on(texts, balance=balance, steps=8)
+    same(run_ranks(curve, 4, config)[0], alone(config), 1e-5)
 
 
 def test_rolling_is_exact_with_one_micro_batch_per_step(texts: Path) -> None:
@@ -117,7 +124,7 @@ def test_recomputation_changes_nothing(texts: Path) -> None:
 
 
 def test_bf16_follows_fp32(texts: Path) -> None:
-    config = small.on(texts, ep=2)
+    config = small.on(texts, ep=2, steps=8)
     fp32, bf16 = run_ranks(curve, 2, config)[0], run_ranks(curve, 2, replace(config, dtype="bfloat16"))[0]
     same(bf16, fp32, 5e-2)
     assert fp32["records"] != bf16["records"]
@@ -125,6 +132,6 @@ def test_bf16_follows_fp32(texts: Path) -> None:
 
 def test_same_seed_same_bits(texts: Path) -> None:
     config = small.on(texts, ep=2, steps=8)
-    assert run_ranks(curve, 2, config) == run_ranks(curve, 2, config)
-    other = run_ranks(curve, 2, replace(config, seed=1))
-    assert other[0]["records"][-1]["loss"] != run_ranks(curve, 2, config)[0]["records"][-1]["loss"]
+    one, two, other = (run_ranks(curve, 2, replace(config, seed=seed)) for seed in (0, 0, 1))
+    assert one == two
+    assert other[0]["records"][-1]["loss"] != one[0]["records"][-1]["loss"]
