@@ -12,9 +12,14 @@ def has_values(t: Tensor) -> bool:
     return not t.is_meta and not isinstance(t, FakeTensor)
 
 
+def on_host(t: Tensor) -> bool:
+    """Whether a tensor is on the CPU and has values, so that an op may wait for them."""
+    return t.is_cpu and has_values(t)
+
+
 def readable(t: Tensor) -> bool:
     """Whether a tensor has values, and reading them makes nobody wait: on the CPU, but not in a trace or a dry run."""
-    return t.is_cpu and has_values(t) and not torch.compiler.is_compiling()
+    return on_host(t) and not torch.compiler.is_compiling()
 
 
 def reads_no_values(backend: str, t: Tensor) -> str:

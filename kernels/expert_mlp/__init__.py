@@ -10,10 +10,11 @@ from torch import Tensor
 from .. import pick
 from .._autocast import autocast_dtype
 from .._triton import without_fp64
+from ..activations import ACTIVATIONS
 from ..sort_by_expert import ExpertOrder
 from ..values import check_device, check_offsets, reads_no_values
 from . import reference, torch_ops
-from .kind import ACTIVATIONS, Kind
+from .kind import Kind
 
 __all__ = ["ACTIVATIONS", "expert_mlp"]
 

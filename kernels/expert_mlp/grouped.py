@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..grouped_gemm.layouts import layout
 from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .activation import FUNCTIONS
 from .kind import Kind
 
 
@@ -33,7 +33,7 @@ def _is_empty(order: ExpertOrder, down_EDF: Tensor) -> bool:
 
 def _activate(pre_PU: Tensor, kind: Kind, width: int) -> tuple[Tensor, Tensor]:
     """act(z) [P, F], and what the down projection multiplies."""
-    s_PF = FUNCTIONS[kind.activation].value(pre_PU[:, :width], out=pre_PU.new_empty(pre_PU.shape[0], width))
+    s_PF = ACTIVATIONS[kind.activation].value(pre_PU[:, :width], out=pre_PU.new_empty(pre_PU.shape[0], width))
     return s_PF, s_PF * pre_PU[:, width:] if kind.gated else s_PF
 
 
@@ -44,7 +44,7 @@ def _differentiate(dh_PF: Tensor, s_PF: Tensor, pre_PU: Tensor, kind: Kind) -> T
     if kind.gated:
         torch.mul(dh_PF, s_PF, out=dpre_PU[:, width:])
         dh_PF.mul_(pre_PU[:, width:])
-    FUNCTIONS[kind.activation].gradient(dh_PF, pre_PU[:, :width], out=dpre_PU[:, :width])
+    ACTIVATIONS[kind.activation].gradient(dh_PF, pre_PU[:, :width], out=dpre_PU[:, :width])
     return dpre_PU
 
 

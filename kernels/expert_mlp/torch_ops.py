@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autocast import without_autocast
-from ..grouped_gemm.torch_ops import on_host
+from ..cpu import expert_mlp as cpu
 from ..sort_by_expert import ExpertOrder
-from . import grouped, loop
+from ..values import on_host
+from . import grouped
 from .kind import Kind
 
 
 def _path(x_SD: Tensor) -> ModuleType:
-    return loop if on_host(x_SD) else grouped
+    return cpu if on_host(x_SD) else grouped
 
 
 class _ExpertMLP(torch.autograd.Function):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory import empty
 from ..sort_by_expert import ExpertOrder
 from ..values import readable
 
@@ -19,7 +18,7 @@ from ..values import readable
 def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
     """[num_rows, D] row r is the source of sorted row r; zero where that row is dropped."""
     choices = max(order.inverse_SK.shape[1], 1)
-    rows_RD = empty(num_rows, x_SD.shape[1], like=x_SD)
+    rows_RD = x_SD.new_empty(num_rows, x_SD.shape[1])
     if num_rows == 0:
         return rows_RD
     torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)

@@ -129,7 +129,7 @@ def test_expert_mlp(seed: int, backend: str) -> None:
         draw = Draw(seed)
         sources, choices, experts = draw.random.randint(0, 10), draw.random.randint(1, 3), draw.random.randint(1, 4)
         hidden, width, gated = draw.width(), draw.width(), draw.random.random() < 0.5
-        activation, recompute = draw.random.choice(ACTIVATIONS), draw.random.random() < 0.5
+        activation, recompute = draw.random.choice(list(ACTIVATIONS)), draw.random.random() < 0.5
         lowest = draw.random.choice((0, -1, -2))  # none, some or many are dropped
         ids_SK = draw.integers(lowest, experts, sources, choices).clamp(min=-1)
         dense = sort_by_expert(ids_SK, experts, backend="torch")
