@@ -20,7 +20,7 @@ from shapes import Batch, Shape
 from torch import Tensor
 
 from equimoe.kernels.sort_by_expert import ExpertOrder
-from equimoe.kernels.topk_gate import Gate
+from equimoe.kernels.topk_gate import GateOutput
 
 #: by dtype: the error by norm, and that of the worst row
 TOLERANCE = {
@@ -159,7 +159,7 @@ def step(one: Contestant, batch: Batch) -> tuple[Tensor, ...]:
     return y_TD.detach(), dx, dweights, *one.restore(rest)
 
 
-def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
+def check_choice(found: GateOutput, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
     """All results of softmax, top-k and normalisation, and the logits' gradient unless it is None. Raises Red."""
     (tokens, experts), k = logits_TE.shape, dweights_TK.shape[1]
     wide = logits_TE.detach().double().requires_grad_()

@@ -151,10 +151,12 @@ def seen_by_gate() -> tuple[bool, str]:
     """Whether the compile gate refuses a tile that needs more registers than there are; and its line."""
     import compile_gate
 
-    from equimoe.kernels import configs
+    from equimoe.kernels import matmul_tiles
 
-    large = configs.Config(256, 256, 64, 8, 3)
-    with mock.patch.object(configs, "_HALF", {**configs._HALF, ("sm_90", "few"): dict.fromkeys(configs.OPS, large)}):
+    large = matmul_tiles.MatmulTile(256, 256, 64, 8, 3)
+    with mock.patch.object(
+        matmul_tiles, "_HALF", {**matmul_tiles._HALF, ("sm_90", "few"): dict.fromkeys(matmul_tiles.OPS, large)}
+    ):
         lines = compile_gate.gate("sm_90", "gemm_kernel bf16 few even silu")
     return bool(lines) and all(fault for _, fault in lines), " ".join(lines[0][0].split()) if lines else ""
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from shapes import Shape
 
-from equimoe.kernels.configs import Config, pick_config
-from equimoe.kernels.topk_gate.gate import Method
+from equimoe.kernels.matmul_tiles import MatmulTile, shipped_tile
 from equimoe.kernels.topk_gate.tiles import forward_constants
+from equimoe.kernels.topk_gate.types import GateOptions
 
 #: rows of a block in the counting sort, by the largest number of experts
 _SORT_BLOCKS = {512: 512, 1 << 62: 1024}
@@ -55,17 +55,19 @@ class _Plan:
         self.size = dtype.itemsize
         self.R, self.offsets = shape.rows, _INDEX * (shape.E + 1)
 
-    def config(self, op: str) -> Config:
+    def config(self, op: str) -> MatmulTile:
         aligned = self.s.D % 16 == self.s.F % 16 == 0
-        return pick_config(op, self.arch, self.dtype, self.R // self.s.E, aligned)
+        return shipped_tile(op, self.arch, self.dtype, self.R // self.s.E, aligned)
 
-    def num_tiles(self, config: Config) -> int:
+    def num_tiles(self, config: MatmulTile) -> int:
         return _ceil(self.R, config.m) + self.s.E
 
-    def tile_map(self, config: Config) -> Launch:
+    def tile_map(self, config: MatmulTile) -> Launch:
         return Launch("_tile_map_kernel", self.offsets + 3 * _INDEX * self.num_tiles(config))
 
-    def tiled(self, kernel: str, config: Config, operands: int, columns: int, depth: int, width: int) -> list[Launch]:
+    def tiled(
+        self, kernel: str, config: MatmulTile, operands: int, columns: int, depth: int, width: int
+    ) -> list[Launch]:
         """A product in row tiles: each reads ``config.m`` rows and ``width`` columns of weights, ``depth`` deep."""
         row_tiles = self.s.E * _ceil(_ceil(self.R, self.s.E), config.m)
         loads = row_tiles * columns * depth * (config.m + width) * self.size
@@ -90,8 +92,8 @@ class _Plan:
 
     def gate(self) -> tuple[list[Launch], list[Launch]]:
         s = self.s
-        method = Method(s.K, "softmax", 1, 1, True, False, 1.0, 1)
-        sums = _ceil(s.T, int(forward_constants(s.E, method)["CHUNK"])) * (s.E + 1) * 8
+        options = GateOptions(s.K, "softmax", 1, 1, True, False, 1.0, 1)
+        sums = _ceil(s.T, int(forward_constants(s.E, options)["CHUNK"])) * (s.E + 1) * 8
         logits, choices = _FLOAT * s.T * s.E, (_INDEX + _FLOAT) * self.R
         ends = (_INDEX + _FLOAT) * s.E
         forward = [

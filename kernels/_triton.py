@@ -23,7 +23,7 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor)
 
 
-def without_fp64(backend: str, dtype: torch.dtype) -> str:
+def backend_without_fp64(backend: str, dtype: torch.dtype) -> str:
     """``backend``, but "torch" instead of "auto" for fp64, which the matrix kernels do not have."""
     return "torch" if backend == "auto" and dtype == torch.float64 else backend
 

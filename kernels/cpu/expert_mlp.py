@@ -22,7 +22,7 @@ from ..sort_by_expert import ExpertOrder
 from .grouped_gemm import rows_of_experts
 
 if TYPE_CHECKING:
-    from ..expert_mlp.kind import Kind
+    from ..expert_mlp.types import MLPOptions
 
 
 class _Rows:
@@ -79,22 +79,22 @@ def _widen(rows: Tensor) -> Tensor:
     return rows.float() if rows.element_size() == 2 else rows
 
 
-def _activate(pre_NU: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
+def _activate(pre_NU: Tensor, options: MLPOptions) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, act(z) and, for gated experts, the factor up, [N, F] each; fp32 for 16-bit rows."""
-    z_NF, up_NF = _widen(pre_NU).chunk(2, 1) if kind.gated else (_widen(pre_NU), None)
+    z_NF, up_NF = _widen(pre_NU).chunk(2, 1) if options.gated else (_widen(pre_NU), None)
     s_NF = z_NF.new_empty(z_NF.shape)
-    return z_NF, ACTIVATIONS[kind.activation].value(z_NF, out=s_NF), up_NF
+    return z_NF, ACTIVATIONS[options.activation].value(z_NF, out=s_NF), up_NF
 
 
 def _differentiate(
-    dh_NF: Tensor, z_NF: Tensor, s_NF: Tensor, up_NF: Tensor | None, kind: Kind, dpre_NU: Tensor
+    dh_NF: Tensor, z_NF: Tensor, s_NF: Tensor, up_NF: Tensor | None, options: MLPOptions, dpre_NU: Tensor
 ) -> Tensor:
     """Write the gradient of the pre-activation to ``dpre_NU``. Overwrites ``dh_NF`` and ``s_NF``."""
     width = dh_NF.shape[1]
     if up_NF is not None:
         dpre_NU[:, width:] = s_NF.mul_(dh_NF)
         dh_NF.mul_(up_NF)
-    dpre_NU[:, :width] = ACTIVATIONS[kind.activation].gradient(dh_NF, z_NF, out=s_NF)
+    dpre_NU[:, :width] = ACTIVATIONS[options.activation].gradient(dh_NF, z_NF, out=s_NF)
     return dpre_NU
 
 
@@ -104,7 +104,7 @@ def forward(
     order: ExpertOrder,
     gate_up_EUD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
@@ -115,7 +115,7 @@ def forward(
     for expert, span in rows.spans:
         x_ND = source_SD.index_select(0, rows.source_P[span])
         pre_NU = torch.mm(x_ND, gate_up_EUD[expert].T, out=None if pre_PU is None else pre_PU[span])
-        _, h_NF, up_NF = _activate(pre_NU, kind)
+        _, h_NF, up_NF = _activate(pre_NU, options)
         if up_NF is not None:
             h_NF.mul_(up_NF)
         h_NF.mul_(rows.weights_P1[span])  # in fp32, before rounding to 16 bits
@@ -131,7 +131,7 @@ def backward(
     order: ExpertOrder,
     gate_up_EUD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
@@ -149,7 +149,7 @@ def backward(
         index_N, w_N1 = rows.source_P[span], rows.weights_P1[span]
         x_ND, dy_ND = x_SD.index_select(0, index_N), dy_SD.index_select(0, index_N)
         pre_NU = torch.mm(x_ND, gate_up_EUD[expert].T) if pre_PU is None else pre_PU[span]
-        z_NF, s_NF, up_NF = _activate(pre_NU, kind)
+        z_NF, s_NF, up_NF = _activate(pre_NU, options)
         h_NF = s_NF if up_NF is None else s_NF * up_NF
         dh_NF = _widen(torch.mm(dy_ND, down_EDF[expert]))
         if ddown_EDF is not None:
@@ -158,7 +158,7 @@ def backward(
             torch.sum(h_NF * dh_NF, 1, out=dweights_P[span])
         if dgate_up_EUD is None and dx_PD is None:
             continue
-        dpre_NU = _differentiate(dh_NF.mul_(w_N1), z_NF, s_NF, up_NF, kind, torch.empty_like(pre_NU))
+        dpre_NU = _differentiate(dh_NF.mul_(w_N1), z_NF, s_NF, up_NF, options, torch.empty_like(pre_NU))
         if dgate_up_EUD is not None:
             torch.mm(dpre_NU.T, x_ND, out=dgate_up_EUD[expert])
         if dx_PD is not None:

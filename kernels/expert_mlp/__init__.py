@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import pick
 from .._autocast import autocast_dtype
-from .._triton import without_fp64
+from .._triton import backend_without_fp64
 from ..activations import ACTIVATIONS
+from ..checks import backend_without_values, check_device, check_offsets
 from ..sort_by_expert import ExpertOrder
-from ..values import check_device, check_offsets, reads_no_values
 from . import reference, torch_ops
-from .kind import Kind
+from .types import MLPOptions
 
 __all__ = ["ACTIVATIONS", "expert_mlp"]
 
@@ -25,12 +25,12 @@ def _triton(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
     from . import triton_ops  # only here: triton is not needed for the other backends
 
-    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
+    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
 _BACKENDS = {"reference": reference.expert_mlp, "torch": torch_ops.expert_mlp, "triton": _triton}
@@ -68,13 +68,13 @@ def expert_mlp(
     ``sort_by_expert`` the result is undefined, or torch's indexing stops, but no memory outside the tensors is read or
     written.
     """
-    dtype, kind = autocast_dtype(x_SD.device), Kind(activation, gated)
-    _check(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, dtype)
+    dtype, options = autocast_dtype(x_SD.device), MLPOptions(activation, gated)
+    _check(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, dtype)
     if dtype is not None and x_SD.dtype != torch.float64:
         x_SD, gate_up_EFD, down_EDF = x_SD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
     weights_SK = weights_SK.to(torch.float64 if x_SD.dtype == torch.float64 else torch.float32)
-    backend = without_fp64(reads_no_values(backend, x_SD), x_SD.dtype)
-    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
+    backend = backend_without_fp64(backend_without_values(backend, x_SD), x_SD.dtype)
+    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
 def _check(
@@ -83,11 +83,11 @@ def _check(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     autocast: torch.dtype | None,
 ) -> None:
-    if kind.activation not in ACTIVATIONS:
-        raise ValueError(f"activation={kind.activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
+    if options.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={options.activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
     found = (x_SD.dtype, gate_up_EFD.dtype, down_EDF.dtype)
     castable = autocast is not None and torch.float64 not in found
     if any(dtype not in _DTYPES for dtype in found) or not (castable or len(set(found)) == 1):
@@ -104,9 +104,9 @@ def _check(
     if not weights_SK.is_floating_point():
         raise ValueError(f"weights_SK={weights_SK.dtype}: give floating-point weights")
     experts, width = order.offsets_E.shape[0] - 1, down_EDF.shape[-1] if down_EDF.dim() else 0
-    both, name = (2 * width, "2F") if kind.gated else (width, "F")
+    both, name = (2 * width, "2F") if options.gated else (width, "F")
     if gate_up_EFD.shape != (experts, both, hidden) or down_EDF.shape != (experts, hidden, width):
-        shapes = f"{list(gate_up_EFD.shape)}, {list(down_EDF.shape)} with gated={kind.gated}"
+        shapes = f"{list(gate_up_EFD.shape)}, {list(down_EDF.shape)} with gated={options.gated}"
         raise ValueError(f"gate_up, down={shapes}: must be [{experts}, {name}, {hidden}], [{experts}, {hidden}, F]")
 
 

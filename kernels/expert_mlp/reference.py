@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..grouped_gemm import grouped_gemm
 from ..sort_by_expert import ExpertOrder
-from .kind import Kind
+from .types import MLPOptions
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,7 +28,7 @@ def expert_mlp(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
     """Autograd keeps what it needs, so ``recompute`` changes nothing."""
@@ -38,6 +38,6 @@ def expert_mlp(
     flat_N = order.order_R[: int(offsets_E[-1])]
     source_N = flat_N // max(weights_SK.shape[1], 1)
     pre = grouped_gemm(x[source_N], gate_up, offsets_E, backend="reference")
-    h = _FUNCTIONS[kind.activation](pre[:, :width]) * (pre[:, width:] if kind.gated else 1)
+    h = _FUNCTIONS[options.activation](pre[:, :width]) * (pre[:, width:] if options.gated else 1)
     rows = grouped_gemm(h, down, offsets_E, backend="reference") * weights.reshape(-1)[flat_N, None]
     return torch.zeros_like(x).index_add(0, source_N, rows).to(x_SD.dtype)

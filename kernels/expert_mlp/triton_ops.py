@@ -23,20 +23,20 @@ from torch import Tensor
 from .._triton import launch_on
 from ..grouped_gemm.triton_ops import (
     clamp,
-    config_for,
     gemm,
     launch_options,
     load_rows,
     load_weight,
     locate,
     precision,
+    tile_for,
     tile_map,
     weight_grad,
     weight_tile,
 )
 from ..permute.triton_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .kind import Kind
+from .types import MLPOptions
 
 
 @triton.jit
@@ -199,19 +199,19 @@ def _up(
     gate_up_EFD: Tensor,
     order_R: Tensor,
     offsets_E: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """h [R, F], weighted, and the pre-activations [R, U] (no rows unless asked to ``keep`` them)."""
     experts, both, hidden = gate_up_EFD.shape
-    num_rows, width = order_R.shape[0], both // (2 if kind.gated else 1)
-    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
+    num_rows, width = order_R.shape[0], both // (2 if options.gated else 1)
+    tile = tile_for("gated" if options.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
     pre_RU = x_SD.new_empty(num_rows if keep else 0, both)
     h_RF = x_SD.new_empty(num_rows, width)
     num_tiles = tiles_3T.shape[1]
     with launch_on(x_SD):
-        _up_kernel[(num_tiles * -(-width // config.n),)](
+        _up_kernel[(num_tiles * -(-width // tile.n),)](
             x_SD.contiguous(),
             order_R.contiguous(),
             weights_SK.contiguous(),
@@ -225,11 +225,11 @@ def _up(
             experts,
             width,
             hidden,
-            ACTIVATION=kind.activation,
-            GATED=kind.gated,
+            ACTIVATION=options.activation,
+            GATED=options.gated,
             KEEP=keep,
-            EVEN=hidden % config.k == 0,
-            **launch_options(config, precision(x_SD.dtype)),
+            EVEN=hidden % tile.k == 0,
+            **launch_options(tile, precision(x_SD.dtype)),
         )
     return h_RF, pre_RU
 
@@ -241,14 +241,14 @@ def _up_grad(
     down_EDF: Tensor,
     order_R: Tensor,
     offsets_E: Tensor,
-    kind: Kind,
+    options: MLPOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h [R, F], weighted; the gradients of the pre-activations [R, U], and of the weights in parts [R, P]."""
     experts, hidden, width = down_EDF.shape
     num_rows = order_R.shape[0]
-    config = config_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
-    num_tiles, columns = tiles_3T.shape[1], -(-width // config.n)
+    tile = tile_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
+    num_tiles, columns = tiles_3T.shape[1], -(-width // tile.n)
     h_RF, dpre_RU = pre_RU.new_empty(num_rows, width), torch.empty_like(pre_RU)
     dweights_RP = torch.empty(num_rows, columns, dtype=torch.float32, device=dy_SD.device)
     with launch_on(dy_SD):
@@ -268,10 +268,10 @@ def _up_grad(
             experts,
             width,
             hidden,
-            ACTIVATION=kind.activation,
-            GATED=kind.gated,
-            EVEN=hidden % config.k == 0,
-            **launch_options(config, precision(down_EDF.dtype)),
+            ACTIVATION=options.activation,
+            GATED=options.gated,
+            EVEN=hidden % tile.k == 0,
+            **launch_options(tile, precision(down_EDF.dtype)),
         )
     return h_RF, dpre_RU, dweights_RP
 
@@ -290,8 +290,8 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output [S, D] and, when asked to ``keep`` them, the pre-activations [R, U], else none."""
-    kind = Kind(activation, gated)
-    h_RF, pre_RU = _up(x_SD, weights_SK, gate_up_EFD, order_R, offsets_E, kind, keep)
+    options = MLPOptions(activation, gated)
+    h_RF, pre_RU = _up(x_SD, weights_SK, gate_up_EFD, order_R, offsets_E, options, keep)
     return sum_rows(gemm(h_RF, down_EDF, offsets_E), inverse_SK), pre_RU
 
 
@@ -321,8 +321,8 @@ def _backward(
     source_R, dy_SD = order_R // max(choices, 1), dy_SD.contiguous()
     if not keep:
         pre_RU = gemm(x_SD, gate_up_EFD, offsets_E, index_R=source_R)
-    kind = Kind(activation, gated)
-    h_RF, dpre_RU, dweights_RP = _up_grad(dy_SD, pre_RU, weights_SK, down_EDF, order_R, offsets_E, kind)
+    options = MLPOptions(activation, gated)
+    h_RF, dpre_RU, dweights_RP = _up_grad(dy_SD, pre_RU, weights_SK, down_EDF, order_R, offsets_E, options)
     del pre_RU
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) for _ in range(4))
     if needs[1]:
@@ -368,9 +368,9 @@ def expert_mlp(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _forward(*inputs, *order, *kind, keep)[0]
+    return _forward(*inputs, *order, *options, keep)[0]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import pick
-from .._triton import without_fp64
-from ..values import check_device, check_index, check_offsets, reads_no_values
+from .._triton import backend_without_fp64
+from ..checks import backend_without_values, check_device, check_index, check_offsets
 from . import reference, torch_ops
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
@@ -40,7 +40,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _run(name: str, backend: str, first: Tensor, *rest: Tensor | None) -> Tensor:
     """The function ``name`` of a backend's module."""
-    backend = without_fp64(reads_no_values(backend, first), first.dtype)
+    backend = backend_without_fp64(backend_without_values(backend, first), first.dtype)
     return pick("grouped_gemm", _BACKENDS, backend)(first, name, *rest)
 
 

@@ -8,13 +8,13 @@ from types import ModuleType
 
 from torch import Tensor
 
+from ..checks import on_host
 from ..cpu import grouped_gemm as cpu
-from ..values import on_host
-from . import grouped
+from . import accelerator
 
 
 def _path(rows: Tensor) -> ModuleType:
-    return cpu if on_host(rows) else grouped
+    return cpu if on_host(rows) else accelerator
 
 
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on, next_power_of_2
-from ..configs import Config, arch_of, pick_config
+from ..matmul_tiles import MatmulTile, arch_of, shipped_tile
 
 _MAP_BLOCK = 16
 
@@ -208,20 +208,20 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def launch_options(config: Config, precision: str = "ieee") -> dict[str, Any]:
+def launch_options(tile: MatmulTile, precision: str = "ieee") -> dict[str, Any]:
     """The keyword arguments by which a kernel gets its tile."""
     return {
         "PRECISION": precision,
-        "BLOCK_M": config.m,
-        "BLOCK_N": config.n,
-        "BLOCK_K": config.k,
-        "GROUP": config.group,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP": tile.group,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
-def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> Config:
+def tile_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> MatmulTile:
     """The shipped tile of ``op`` for ``rows`` and the other ``operands``: tensors, and widths.
 
     Raises ValueError for rows of a dtype that the kernels have no tile for.
@@ -230,7 +230,7 @@ def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands
         raise ValueError(f"dtype={rows.dtype}: backend='triton' has fp32, bf16 and fp16; use backend='torch'")
     # what Triton looks at, too, when it chooses between wide loads and those of single elements
     aligned = all((one if isinstance(one, int) else one.data_ptr()) % 16 == 0 for one in (rows, *operands))
-    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
+    return shipped_tile(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
 
 
 def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
@@ -253,12 +253,12 @@ def gemm(
     if transposed:
         width_n, width_k = width_k, width_n
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
+    tile = tile_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
     out_RN = torch.empty(num_rows, width_n, dtype=rows.dtype, device=rows.device)
     num_tiles = tiles_3T.shape[1]
     with launch_on(rows):
-        _gemm_kernel[(num_tiles * -(-width_n // config.n),)](
+        _gemm_kernel[(num_tiles * -(-width_n // tile.n),)](
             rows.contiguous(),
             None if index_R is None else index_R.contiguous(),
             weight_EAB.contiguous(),
@@ -270,8 +270,8 @@ def gemm(
             width_n,
             width_k,
             TRANSPOSED=transposed,
-            EVEN_K=width_k % config.k == 0,
-            **launch_options(config, precision(rows.dtype)),
+            EVEN_K=width_k % tile.k == 0,
+            **launch_options(tile, precision(rows.dtype)),
         )
     return out_RN
 
@@ -287,12 +287,12 @@ def weight_grad(
     """[E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` when it is given."""
     experts, width_n, width_k = offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1]
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
+    tile = tile_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
     grad_ENK = out
     if grad_ENK is None:
         grad_ENK = torch.empty(experts, width_n, width_k, dtype=dy.dtype, device=dy.device)
     with launch_on(dy):
-        _wgrad_kernel[(experts * -(-width_n // config.m) * -(-width_k // config.n),)](
+        _wgrad_kernel[(experts * -(-width_n // tile.m) * -(-width_k // tile.n),)](
             dy.contiguous(),
             None if dy_index_R is None else dy_index_R.contiguous(),
             rows.contiguous(),
@@ -305,7 +305,7 @@ def weight_grad(
             width_n,
             width_k,
             ACCUMULATE=out is not None,
-            **launch_options(config, precision(rows.dtype)),
+            **launch_options(tile, precision(rows.dtype)),
         )
     return grad_ENK
 

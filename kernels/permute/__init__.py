@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..checks import backend_without_values, check_device, readable
 from ..sort_by_expert import ExpertOrder
-from ..values import check_device, readable, reads_no_values
 from . import reference, torch_ops
 
 __all__ = ["combine", "permute"]
@@ -44,7 +44,7 @@ def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int | None = None, backe
     num_rows = rows if num_rows is None else num_rows
     if not 0 <= num_rows <= rows:
         raise ValueError(f"num_rows={num_rows}: there are {rows} sorted rows ({sources} x {choices})")
-    return pick("permute", _PERMUTE, reads_no_values(backend, x_SD))(x_SD, order, num_rows)
+    return pick("permute", _PERMUTE, backend_without_values(backend, x_SD))(x_SD, order, num_rows)
 
 
 def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tensor:
@@ -62,7 +62,7 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
         raise ValueError(f"rows_RD={rows_RD.dtype}: give floating-point rows, because they are summed in fp32 or fp64")
     if readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {kept} rows; give them all")
-    return pick("combine", _COMBINE, reads_no_values(backend, rows_RD))(rows_RD, order)
+    return pick("combine", _COMBINE, backend_without_values(backend, rows_RD))(rows_RD, order)
 
 
 def _check_order(rows: Tensor, order: ExpertOrder) -> tuple[int, torch.Size]:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import readable
 from ..sort_by_expert import ExpertOrder
-from ..values import readable
 
 
-def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+def _permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
     """[num_rows, D] row r is the source of sorted row r; zero where that row is dropped."""
     choices = max(order.inverse_SK.shape[1], 1)
     rows_RD = x_SD.new_empty(num_rows, x_SD.shape[1])
@@ -61,7 +61,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
-        return gather_rows(x_SD, ExpertOrder(*order), num_rows)
+        return _permute(x_SD, ExpertOrder(*order), num_rows)
 
     @staticmethod
     @once_differentiable
@@ -81,7 +81,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         order = ExpertOrder(*ctx.saved_tensors)
-        return gather_rows(dy_SD, order, ctx.num_rows), None, None, None
+        return _permute(dy_SD, order, ctx.num_rows), None, None, None
 
 
 def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:

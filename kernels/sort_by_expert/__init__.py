@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import readable, reads_no_values
+from ..checks import backend_without_values, readable
 from . import reference, torch_ops
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 __all__ = ["ExpertOrder", "sort_by_expert"]
 
@@ -39,4 +39,4 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         low, high = (int(bound) for bound in ids_SK.aminmax())
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
-    return pick("sort_by_expert", _BACKENDS, reads_no_values(backend, ids_SK))(ids_SK, num_experts)
+    return pick("sort_by_expert", _BACKENDS, backend_without_values(backend, ids_SK))(ids_SK, num_experts)

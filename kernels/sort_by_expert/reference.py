@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..values import readable
-from .order import ExpertOrder
+from ..checks import readable
+from .types import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 
 @triton.jit

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import check_device, readable, reads_no_values
+from ..checks import backend_without_values, check_device, readable
 from . import reference, torch_ops
-from .gate import FUSED_SCORES, Gate, Method, Score, lowest_bias
 from .tiles import MAX_EXPERTS, MAX_K
+from .types import FUSED_SCORES, GateOptions, GateOutput, Score, lowest_bias
 
-__all__ = ["FUSED_SCORES", "Gate", "lowest_bias", "topk_gate"]
+__all__ = ["FUSED_SCORES", "GateOutput", "lowest_bias", "topk_gate"]
 
 
 def _triton(
-    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
-) -> Gate:
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
+) -> GateOutput:
     from . import triton_ops  # only here: triton is not needed for the other backends
 
-    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, method)
+    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, options)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,7 +43,7 @@ def topk_gate(
     sequences: int = 1,
     ids_TK: Tensor | None = None,
     backend: str = "auto",
-) -> Gate:
+) -> GateOutput:
     """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
 
     A token's experts are those of its k highest scores plus ``bias_E`` ([E]), which chooses and never weighs
@@ -65,15 +65,15 @@ def topk_gate(
     The triton backend takes fp32, bf16 and fp16 logits, k up to 64 and E up to 4096; "auto" takes torch for others.
     Raises ValueError for values that do not fit and, on the CPU, for ids out of range.
     """
-    method = Method(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
-    _check(logits_TE, bias_E, mask_T, method)
+    options = GateOptions(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
+    _check(logits_TE, bias_E, mask_T, options)
     if ids_TK is not None:
         _check_ids(ids_TK, logits_TE, k)
     check_device(logits_TE.device, bias_E=bias_E, mask_T=mask_T, ids_TK=ids_TK)
     if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
         backend = "torch"
-    backend = reads_no_values(backend, logits_TE)
-    return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, method)
+    backend = backend_without_values(backend, logits_TE)
+    return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, options)
 
 
 def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
@@ -86,29 +86,29 @@ def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
             raise ValueError(f"ids_TK in [{low}, {high}]: use 0..{experts - 1}, and mask_T for tokens without a choice")
 
 
-def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> None:
+def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, options: GateOptions) -> None:
     shape = list(logits_TE.shape)
     if len(shape) != 2 or logits_TE.dtype not in _DTYPES:
         raise ValueError(f"logits_TE={logits_TE.dtype}{shape}: give fp32, bf16, fp16 or fp64 logits of shape [T, E]")
     tokens, experts = shape
-    if not 1 <= method.k <= experts:
-        raise ValueError(f"k={method.k}: must lie in 1..{experts}, the number of experts")
-    if method.score not in FUSED_SCORES:
-        raise ValueError(f"score={method.score!r}: use one of {', '.join(FUSED_SCORES)}")
-    if method.groups < 1 or experts % method.groups:
-        raise ValueError(f"groups={method.groups}: must divide the {experts} experts")
-    if not 1 <= method.kept_groups <= method.groups:
-        raise ValueError(f"kept_groups={method.kept_groups}: must lie in 1..{method.groups}, the number of groups")
-    if method.kept_groups * (experts // method.groups) < method.k:
-        held = method.kept_groups * (experts // method.groups)
-        raise ValueError(f"kept_groups={method.kept_groups}: they hold {held} experts; keep enough for k={method.k}")
-    if not method.scale > 0:
-        raise ValueError(f"scale={method.scale}: must be positive")
+    if not 1 <= options.k <= experts:
+        raise ValueError(f"k={options.k}: must lie in 1..{experts}, the number of experts")
+    if options.score not in FUSED_SCORES:
+        raise ValueError(f"score={options.score!r}: use one of {', '.join(FUSED_SCORES)}")
+    if options.groups < 1 or experts % options.groups:
+        raise ValueError(f"groups={options.groups}: must divide the {experts} experts")
+    if not 1 <= options.kept_groups <= options.groups:
+        raise ValueError(f"kept_groups={options.kept_groups}: must lie in 1..{options.groups}, the number of groups")
+    if options.kept_groups * (experts // options.groups) < options.k:
+        held = options.kept_groups * (experts // options.groups)
+        raise ValueError(f"kept_groups={options.kept_groups}: they hold {held} experts; keep enough for k={options.k}")
+    if not options.scale > 0:
+        raise ValueError(f"scale={options.scale}: must be positive")
     if bias_E is not None and (bias_E.shape != (experts,) or not bias_E.is_floating_point()):
         raise ValueError(
             f"bias_E={bias_E.dtype}{list(bias_E.shape)}: must be floating-point [{experts}], one per expert"
         )
     if mask_T is not None and (mask_T.shape != (tokens,) or mask_T.dtype != torch.bool):
         raise ValueError(f"mask_T={mask_T.dtype}{list(mask_T.shape)}: must be bool [{tokens}], one per token")
-    if method.sequences < 1 or tokens % method.sequences:
-        raise ValueError(f"sequences={method.sequences}: must divide the {tokens} tokens")
+    if options.sequences < 1 or tokens % options.sequences:
+        raise ValueError(f"sequences={options.sequences}: must divide the {tokens} tokens")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .._triton import next_power_of_2
-from .gate import Method
+from .types import GateOptions
 
 
 class Tile(NamedTuple):
@@ -48,14 +48,14 @@ def _columns(experts: int, groups: int, kept_groups: int) -> tuple[int, int]:
     return next_power_of_2(groups), next_power_of_2(experts // groups)
 
 
-def forward_constants(experts: int, method: Method) -> dict[str, int | bool]:
-    groups, size = _columns(experts, method.groups, method.kept_groups)
-    tile, limited = tile_for(groups * size), method.kept_groups < method.groups
+def forward_constants(experts: int, options: GateOptions) -> dict[str, int | bool]:
+    groups, size = _columns(experts, options.groups, options.kept_groups)
+    tile, limited = tile_for(groups * size), options.kept_groups < options.groups
     return {
-        "E": experts, "K": method.k, "GROUPS": method.groups if limited else 1,
-        "KEPT": method.kept_groups if limited else 1, "SIGMOID": method.score == "sigmoid",
-        "NORMALIZE": method.normalize, "AFTER": method.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens,
-        "BG": groups, "BJ": size, "BK": next_power_of_2(method.k),
+        "E": experts, "K": options.k, "GROUPS": options.groups if limited else 1,
+        "KEPT": options.kept_groups if limited else 1, "SIGMOID": options.score == "sigmoid",
+        "NORMALIZE": options.normalize, "AFTER": options.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens,
+        "BG": groups, "BJ": size, "BK": next_power_of_2(options.k),
     }  # fmt: skip
 
 
@@ -65,11 +65,11 @@ def forward_warps(constants: dict[str, int | bool], given: bool) -> int:
     return min(warps, 8) if given else warps
 
 
-def backward_constants(experts: int, method: Method) -> dict[str, int | bool]:
+def backward_constants(experts: int, options: GateOptions) -> dict[str, int | bool]:
     columns = next_power_of_2(experts)
     tile = tile_for(columns)
     return {
-        "E": experts, "K": method.k, "SIGMOID": method.score == "sigmoid", "NORMALIZE": method.normalize,
-        "AFTER": method.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens, "BE": columns,
-        "BK": next_power_of_2(method.k),
+        "E": experts, "K": options.k, "SIGMOID": options.score == "sigmoid", "NORMALIZE": options.normalize,
+        "AFTER": options.softmax_after_topk, "CHUNK": tile.chunk, "BT": tile.tokens, "BE": columns,
+        "BK": next_power_of_2(options.k),
     }  # fmt: skip

@@ -7,41 +7,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..values import readable
-from .gate import FLOOR, LOW, Gate, Method, lowest_bias
+from ..checks import readable
+from .types import FLOOR, LOW, GateOptions, GateOutput, lowest_bias
 
 #: up to so many choices, taking the best of all one by one is faster than sorting all; not where launches cost
 _ONE_BY_ONE = 16
 
 
 def topk_gate(
-    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
-) -> Gate:
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
+) -> GateOutput:
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    scores_TE, scale_T1 = _score(logits_TE, method)
+    scores_TE, scale_T1 = _score(logits_TE, options)
     if ids_TK is None:
-        ids_TK = choose(scores_TE, scale_T1, bias_E, method)
-    weights_TK = _weigh(logits_TE, scores_TE, scale_T1, ids_TK, method)
+        ids_TK = choose(scores_TE, scale_T1, bias_E, options)
+    weights_TK = _weigh(logits_TE, scores_TE, scale_T1, ids_TK, options)
     probs_TE, z_T = scores_TE / scores_TE.sum(dim=-1, keepdim=True), logits_TE.logsumexp(dim=-1).square()
     if mask_T is not None:
         probs_TE, z_T = torch.where(mask_T[:, None], probs_TE, 0.0), torch.where(mask_T, z_T, 0.0)
-    counts_BE, tokens_B = _count(ids_TK, mask_T, method.sequences, logits_TE.shape[1])
-    return Gate(
+    counts_BE, tokens_B = _count(ids_TK, mask_T, options.sequences, logits_TE.shape[1])
+    return GateOutput(
         ids_TK=ids_TK,
         weights_TK=weights_TK,
         counts_BE=counts_BE,
         tokens_B=tokens_B,
-        prob_sums_BE=probs_TE.reshape(method.sequences, -1, logits_TE.shape[1]).sum(dim=1),
+        prob_sums_BE=probs_TE.reshape(options.sequences, -1, logits_TE.shape[1]).sum(dim=1),
         z_sum=z_T.sum(),
     )
 
 
-def _score(logits_TE: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
+def _score(logits_TE: Tensor, options: GateOptions) -> tuple[Tensor, Tensor | None]:
     """Each token's scores, and what to multiply them by [T, 1]; None is 1.
 
     Sigmoids of a token that are all so small that they are exponentials are scaled up, so that none underflows.
     """
-    if method.score == "softmax":
+    if options.score == "softmax":
         return logits_TE.softmax(dim=-1), None
     peak_T1 = logits_TE.detach().amax(dim=-1, keepdim=True)
     low_T1 = peak_T1 < LOW
@@ -52,19 +52,19 @@ def _score(logits_TE: Tensor, method: Method) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def choose(scores_TE: Tensor, scale_T1: Tensor | None, bias_E: Tensor | None, method: Method) -> Tensor:
+def choose(scores_TE: Tensor, scale_T1: Tensor | None, bias_E: Tensor | None, options: GateOptions) -> Tensor:
     """int64 [T, K] the chosen experts, best first."""
     wanted_TE = scores_TE
     if bias_E is not None:
         bias_E = bias_E.to(scores_TE.dtype).clamp_min(lowest_bias(scores_TE.dtype))
         wanted_TE = scores_TE + bias_E if scale_T1 is None else torch.addcmul(bias_E, scores_TE, scale_T1)
-    if method.kept_groups < method.groups:
-        size = scores_TE.shape[1] // method.groups
-        worth_TG = wanted_TE.unflatten(1, (method.groups, size)).topk(min(2, size), dim=-1).values.sum(dim=-1)
+    if options.kept_groups < options.groups:
+        size = scores_TE.shape[1] // options.groups
+        worth_TG = wanted_TE.unflatten(1, (options.groups, size)).topk(min(2, size), dim=-1).values.sum(dim=-1)
         kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
-        kept_TG.scatter_(1, _best(worth_TG, method.kept_groups), True)
+        kept_TG.scatter_(1, _best(worth_TG, options.kept_groups), True)
         wanted_TE = torch.where(kept_TG.repeat_interleave(size, dim=1), wanted_TE, float("-inf"))
-    return _best(wanted_TE, method.k)
+    return _best(wanted_TE, options.k)
 
 
 def _best(values_TE: Tensor, k: int) -> Tensor:
@@ -81,24 +81,26 @@ def _best(values_TE: Tensor, k: int) -> Tensor:
     return torch.cat(best, dim=1)
 
 
-def _weigh(logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, method: Method) -> Tensor:
+def _weigh(
+    logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, options: GateOptions
+) -> Tensor:
     """The chosen experts' weights.
 
     Saves the same tensors for a choice that it is given as for its own, which activation checkpointing relies on.
     """
-    if method.softmax_after_topk:
-        return logits_TE.gather(1, ids_TK).softmax(dim=-1) * method.scale
+    if options.softmax_after_topk:
+        return logits_TE.gather(1, ids_TK).softmax(dim=-1) * options.scale
     chosen_TK = scores_TE.gather(1, ids_TK)
-    if not method.normalize:
-        return (chosen_TK if scale_T1 is None else chosen_TK * scale_T1) * method.scale
+    if not options.normalize:
+        return (chosen_TK if scale_T1 is None else chosen_TK * scale_T1) * options.scale
     sum_T1 = chosen_TK.sum(dim=-1, keepdim=True)
     low_T1 = sum_T1.detach() < FLOOR
     if readable(low_T1) and not low_T1.any():
-        return chosen_TK / sum_T1 * method.scale
+        return chosen_TK / sum_T1 * options.scale
     # each side gets harmless numbers where the other one is taken, because a gradient of 0 times NaN is NaN
     logits_TK = torch.where(low_T1, logits_TE.gather(1, ids_TK), 0.0)
     plain_TK = chosen_TK / torch.where(low_T1, 1.0, sum_T1)
-    return torch.where(low_T1, logits_TK.softmax(dim=-1), plain_TK) * method.scale
+    return torch.where(low_T1, logits_TK.softmax(dim=-1), plain_TK) * options.scale
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on
-from .gate import FLOOR, LOW, Gate, Method, lowest_bias
 from .tiles import (
     MAX_EXPERTS,
     MAX_K,
@@ -28,6 +27,7 @@ from .tiles import (
     forward_warps,
     tile_for,
 )
+from .types import FLOOR, LOW, GateOptions, GateOutput, lowest_bias
 
 _NONE = tl.constexpr(-(2**63))  # below the key of every number, like the next
 _TAKEN = tl.constexpr(-(2**63) + 1)
@@ -279,37 +279,37 @@ def gate_backward(
         tl.store(dlogits + t_T[:, None] * E + e_E, dx_TE.to(dlogits.dtype.element_ty), mask=inside_TE)
 
 
-_METHOD = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
+_OPTIONS = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
 
 
 @torch.library.custom_op(
     "equimoe::topk_gate",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_METHOD})"
+    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _gate(
     logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
     out = _fake_gate(logits, bias, mask, given, *options)
     weights, prob_sums_BE, z_B, ids, counts_BE, tokens_B = out
-    constants = forward_constants(experts, method)
-    length = tokens // method.sequences
+    constants = forward_constants(experts, options)
+    length = tokens // options.sequences
     chunks = triton.cdiv(length, constants["CHUNK"])
-    counts = torch.empty(method.sequences * chunks, experts + 1, dtype=torch.int32, device=logits.device)
-    sums = torch.empty(method.sequences * chunks, experts + 1, dtype=torch.float32, device=logits.device)
+    counts = torch.empty(options.sequences * chunks, experts + 1, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(options.sequences * chunks, experts + 1, dtype=torch.float32, device=logits.device)
     bytes_T = None if mask is None else mask.contiguous().view(torch.uint8)
     with launch_on(logits):
         if tokens:
-            gate_forward[(method.sequences * chunks,)](
+            gate_forward[(options.sequences * chunks,)](
                 logits.contiguous(), None if bias is None else bias.contiguous(), bytes_T,
                 None if given is None else given.contiguous(), ids, weights, counts, sums,
-                length, chunks, method.scale, **constants,
+                length, chunks, options.scale, **constants,
                 num_warps=forward_warps(constants, given is not None),
             )  # fmt: skip
-        gate_reduce[(method.sequences, triton.cdiv(experts + 1, REDUCE_COLUMNS))](
+        gate_reduce[(options.sequences, triton.cdiv(experts + 1, REDUCE_COLUMNS))](
             counts, sums, counts_BE, tokens_B, prob_sums_BE, z_B, chunks,
             E=experts, BC=REDUCE_CHUNKS, BW=REDUCE_COLUMNS,
         )  # fmt: skip
@@ -320,44 +320,44 @@ def _gate(
 def _fake_gate(
     logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     return (
-        empty(torch.float32, tokens, method.k),
-        empty(torch.float32, method.sequences, experts),
-        empty(torch.float32, method.sequences),
-        empty(torch.int64, tokens, method.k),
-        empty(torch.int64, method.sequences, experts),
-        empty(torch.int64, method.sequences),
+        empty(torch.float32, tokens, options.k),
+        empty(torch.float32, options.sequences, experts),
+        empty(torch.float32, options.sequences),
+        empty(torch.int64, tokens, options.k),
+        empty(torch.int64, options.sequences, experts),
+        empty(torch.int64, options.sequences),
     )
 
 
 @torch.library.custom_op(
     "equimoe::topk_gate_backward",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor? mask, Tensor ids, Tensor dweights, Tensor dprob_sums, Tensor dz, {_METHOD})"
+    schema=f"(Tensor logits, Tensor? mask, Tensor ids, Tensor dweights, Tensor dprob_sums, Tensor dz, {_OPTIONS})"
     " -> Tensor",
 )
 def _gate_backward(
     logits: Tensor, mask: Tensor | None, ids: Tensor, dweights: Tensor, dprob_sums: Tensor, dz: Tensor, *options: Any
 ) -> Tensor:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if not tokens:
         return dlogits
-    constants = backward_constants(experts, method)
-    length = tokens // method.sequences
+    constants = backward_constants(experts, options)
+    length = tokens // options.sequences
     chunks = triton.cdiv(length, constants["CHUNK"])
     bytes_T = None if mask is None else mask.contiguous().view(torch.uint8)
     with launch_on(logits):
-        gate_backward[(method.sequences * chunks,)](
+        gate_backward[(options.sequences * chunks,)](
             logits.contiguous(), bytes_T, ids.contiguous(), dweights.contiguous(), dprob_sums.contiguous(),
-            dz.contiguous(), dlogits, length, chunks, method.scale, **constants,
+            dz.contiguous(), dlogits, length, chunks, options.scale, **constants,
             num_warps=tile_for(constants["BE"]).warps,
         )  # fmt: skip
     return dlogits
@@ -384,16 +384,16 @@ _gate.register_autograd(_differentiate, setup_context=_save)
 
 
 def topk_gate(
-    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
-) -> Gate:
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
+) -> GateOutput:
     """The Triton backend. Raises ValueError beyond its limits and for tensors on the CPU."""
     if logits_TE.dtype == torch.float64:
         raise ValueError("logits_TE=torch.float64: the triton backend computes in fp32; use backend='torch'")
-    if logits_TE.shape[1] > MAX_EXPERTS or method.k > MAX_K:
-        given = f"{logits_TE.shape[1]} experts, k={method.k}"
+    if logits_TE.shape[1] > MAX_EXPERTS or options.k > MAX_K:
+        given = f"{logits_TE.shape[1]} experts, k={options.k}"
         raise ValueError(f"{given}: the triton backend takes {MAX_EXPERTS} and {MAX_K}; use backend='torch'")
     if ids_TK is not None:
-        bias_E, method = None, method._replace(groups=1, kept_groups=1)
+        bias_E, options = None, options._replace(groups=1, kept_groups=1)
     bias_E = None if bias_E is None else bias_E.detach()
-    weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *method)
-    return Gate(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())
+    weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *options)
+    return GateOutput(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())

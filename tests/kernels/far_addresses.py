@@ -19,10 +19,10 @@ import torch
 import triton.runtime.interpreter as runtime
 from torch import Tensor
 
-from equimoe.kernels.configs import Config
 from equimoe.kernels.expert_mlp import triton_ops as mlp
-from equimoe.kernels.expert_mlp.kind import Kind
+from equimoe.kernels.expert_mlp.types import MLPOptions
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
+from equimoe.kernels.matmul_tiles import MatmulTile
 from equimoe.kernels.permute import triton_ops as permute
 
 #: rows and a width with a product just over 2**31; a count of experts and a weight's size with the same
@@ -30,7 +30,7 @@ ROWS, WIDTH = 2**16 + 2, 2**15
 EXPERTS, LONG, SHORT = 9, 2**22, 64
 #: the depth of a tile, and a width that is too much for so many rows
 TILE, WIDE = 1024, 2**21 + 2**12
-ONE = Kind("silu", True)
+ONE = MLPOptions("silu", True)
 
 
 class Last:
@@ -54,7 +54,7 @@ class Last:
 
 def prepare() -> None:
     runtime.GridExecutor._restore_args_dev = lambda *_: None  # it copies every tensor, here onto itself
-    gemm.pick_config = lambda *_: Config(16, 16, TILE, 1, 1, 1)
+    gemm.shipped_tile = lambda *_: MatmulTile(16, 16, TILE, 1, 1, 1)
     for module, names in (
         (gemm, ("_gemm_kernel", "_wgrad_kernel")),
         (mlp, ("_up_kernel", "_up_grad_kernel")),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
+from equimoe.kernels.topk_gate import GateOutput, topk_gate  # noqa: E402
 from tests.kernels.paths import PATHS, on, relative_error  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
@@ -26,7 +26,7 @@ RAW: dict[str, Any] = SIGMOID | {"normalize": False}
 AFTER: dict[str, Any] = SOFTMAX | {"softmax_after_topk": True}
 
 
-def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[Gate, Tensor]:
+def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[GateOutput, Tensor]:
     """The gate, and the logits' gradient of a mix of all that is differentiable."""
     leaf_TE = logits_TE.detach().to(DEVICE).requires_grad_()
     with on(path) as backend:
@@ -36,12 +36,12 @@ def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[Gate, Tensor]
         return gate, torch.autograd.grad(loss, leaf_TE)[0]
 
 
-def choice(path: str, logits_TE: Tensor, k: int, **how: Any) -> Gate:
+def choice(path: str, logits_TE: Tensor, k: int, **how: Any) -> GateOutput:
     with on(path) as backend, torch.no_grad():
         return topk_gate(logits_TE.to(DEVICE), k, backend=backend, **how)
 
 
-def check(path: str, logits_TE: Tensor, k: int, **how: Any) -> Gate:
+def check(path: str, logits_TE: Tensor, k: int, **how: Any) -> GateOutput:
     """Weights, sums and gradient against the oracle in fp64, for the same choice."""
     gate, dlogits_TE = run(path, logits_TE, k, **how)
     expected, dexpected_TE = run("reference", logits_TE.double(), k, **how | {"ids_TK": gate.ids_TK})

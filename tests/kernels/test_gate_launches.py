@@ -19,7 +19,7 @@ from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.sort_by_expert import triton_ops as sort  # noqa: E402
 from equimoe.kernels.topk_gate import tiles, topk_gate  # noqa: E402
 from equimoe.kernels.topk_gate import triton_ops as gate  # noqa: E402
-from equimoe.kernels.topk_gate.gate import Method  # noqa: E402
+from equimoe.kernels.topk_gate.types import GateOptions  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
@@ -100,7 +100,7 @@ def test_gate_beyond_2_31_elements() -> None:
     length = LIMIT // experts
 
     def body(rank: int, world: int) -> None:
-        method = Method(k, "softmax", 1, 1, True, False, 1.0, 2)
+        method = GateOptions(k, "softmax", 1, 1, True, False, 1.0, 2)
         far = slice(length, length + chunk)
         logits_TE = untouched((length + chunk, experts), torch.float16)
         few_TE = torch.randn(2, chunk, experts).half()

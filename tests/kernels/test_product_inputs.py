@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from equimoe.kernels.expert_mlp import expert_mlp
-from equimoe.kernels.grouped_gemm import grouped, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, layouts
+from equimoe.kernels.grouped_gemm import accelerator, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad, row_layouts
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from tests.helpers.fake_cuda import needs_fake_cuda, on_fake_cuda
 
@@ -140,15 +140,15 @@ def test_expert_kernels_stay_in_their_memory(offsets: list[int], keep: bool, can
     canaries()
 
 
-@pytest.mark.parametrize("kind", [layouts.Grouped, layouts.Blocks])
+@pytest.mark.parametrize("kind", [row_layouts.GroupedLayout, row_layouts.BlockLayout])
 @pytest.mark.parametrize("offsets", WRONG)
 def test_layouts_stay_in_their_memory(offsets: list[int], kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "layout", lambda bounds, num_rows, *_: kind(bounds, num_rows))
+    monkeypatch.setattr(accelerator, "row_layout", lambda bounds, num_rows, *_: kind(bounds, num_rows))
     rows, weight, dy = (t.bfloat16() for t in (torch.randn(R, 8), torch.randn(E, 16, 8), torch.randn(R, 16)))
-    ends_E = layouts.within(torch.tensor(offsets), R)
+    ends_E = row_layouts.clamp_offsets(torch.tensor(offsets), R)
     assert ends_E.min() >= 0 and ends_E.max() <= R and (ends_E.diff() >= 0).all()
-    assert grouped.forward(rows, weight, torch.tensor(offsets), None).isfinite().all()
-    assert grouped.wgrad(dy, rows, torch.tensor(offsets), None, None, None).isfinite().all()
+    assert accelerator.forward(rows, weight, torch.tensor(offsets), None).isfinite().all()
+    assert accelerator.wgrad(dy, rows, torch.tensor(offsets), None, None, None).isfinite().all()
 
 
 def test_one_line_for_what_is_no_input(backend: str) -> None:

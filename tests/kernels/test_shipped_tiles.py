@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.kernels.configs import ARCHS, MANY_ROWS, OPS, Config, pick_config
 from equimoe.kernels.expert_mlp import expert_mlp
-from equimoe.kernels.expert_mlp.kind import Kind
+from equimoe.kernels.expert_mlp.types import MLPOptions
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from equimoe.kernels.matmul_tiles import ARCHS, MANY_ROWS, OPS, MatmulTile, shipped_tile
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 pytest.importorskip("triton")
@@ -28,7 +28,7 @@ TILES = sorted(
         (
             op,
             str(dtype).removeprefix("torch."),
-            pick_config(op, arch, dtype, rows, aligned)._replace(num_warps=1, num_stages=1),
+            shipped_tile(op, arch, dtype, rows, aligned)._replace(num_warps=1, num_stages=1),
         )
         for op in OPS
         for arch in ARCHS
@@ -47,8 +47,8 @@ def of(op: str) -> pytest.MarkDecorator:
 def use(monkeypatch: pytest.MonkeyPatch):
     """Makes the kernels use one tile for everything."""
 
-    def override(tile: Config) -> None:
-        monkeypatch.setattr(gemm, "pick_config", lambda *_: tile)
+    def override(tile: MatmulTile) -> None:
+        monkeypatch.setattr(gemm, "shipped_tile", lambda *_: tile)
 
     return override
 
@@ -66,7 +66,7 @@ def offsets(*counts: int) -> Tensor:
 
 
 @of("gemm")
-def test_gemm(dtype: torch.dtype, tile: Config, use) -> None:
+def test_gemm(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     """Out and in widths change places for the gradient of the rows."""
     use(tile)
     bounds, n, k = offsets(tile.m + 1, 0, 2), tile.n + 3, tile.k + 5
@@ -85,7 +85,7 @@ def test_gemm(dtype: torch.dtype, tile: Config, use) -> None:
 
 
 @of("wgrad")
-def test_weight_gradient(dtype: torch.dtype, tile: Config, use) -> None:
+def test_weight_gradient(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
     bounds, num_rows = offsets(tile.k + 1, 0, 2), tile.k + 4
     dy, rows, index_R = torch.randn(num_rows, tile.m + 3), torch.randn(9, tile.n + 5), torch.randint(0, 9, (num_rows,))
@@ -97,7 +97,7 @@ def test_weight_gradient(dtype: torch.dtype, tile: Config, use) -> None:
     close(added, before + grouped_gemm_wgrad(*(t.double() for t in arguments[:2]), *arguments[2:]), torch.float32)
 
 
-def make(tile: Config, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor, ExpertOrder, Tensor, Tensor]:
+def make(tile: MatmulTile, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor, ExpertOrder, Tensor, Tensor]:
     """One expert with one row more than a tile, one with none, one with two; a few rows dropped."""
     width, hidden, sources = tile.n + 3, tile.k + 5, tile.m + 5
     ids_SK = torch.zeros(sources, 1, dtype=torch.int64)
@@ -108,7 +108,7 @@ def make(tile: Config, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor,
     return x, torch.rand(sources, 1), sort_by_expert(ids_SK, 3), gate_up, down
 
 
-def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
+def up_kernel(dtype: torch.dtype, tile: MatmulTile, kind: MLPOptions) -> None:
     x, weights, order, gate_up, down = make(tile, dtype, kind.gated)
     eye = torch.eye(down.shape[2]).expand(3, -1, -1)
     for even in (False, True):
@@ -130,22 +130,22 @@ def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
 
 
 @of("gated")
-def test_up_and_gate(dtype: torch.dtype, tile: Config, use) -> None:
+def test_up_and_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
-    up_kernel(dtype, tile, Kind("silu", True))
+    up_kernel(dtype, tile, MLPOptions("silu", True))
 
 
 @of("plain")
-def test_up_without_a_gate(dtype: torch.dtype, tile: Config, use) -> None:
+def test_up_without_a_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
-    up_kernel(dtype, tile, Kind("gelu", False))
+    up_kernel(dtype, tile, MLPOptions("gelu", False))
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @of("gated_grad")
-def test_gradient_behind_the_activation(dtype: torch.dtype, tile: Config, gated: bool, use) -> None:
+def test_gradient_behind_the_activation(dtype: torch.dtype, tile: MatmulTile, gated: bool, use) -> None:
     x, weights, order, gate_up, down = make(tile, dtype, gated)
-    kind = Kind("gelu_tanh", gated)
+    kind = MLPOptions("gelu_tanh", gated)
     options = {"activation": kind.activation, "gated": gated}
     kept = int(order.offsets_E[-1])
     flat_R = order.order_R[:kept]
@@ -179,11 +179,11 @@ def test_odd_widths_and_addresses_take_a_tile_of_their_own(monkeypatch: pytest.M
     monkeypatch.setattr(gemm, "arch_of", lambda device: "sm_90")
     flat = torch.zeros(16 * 32 + 1, dtype=torch.bfloat16)
     rows, shifted = flat[:-1].view(16, 32), flat[1:].view(16, 32)
-    wide, single = (pick_config("gemm", "sm_90", torch.bfloat16, 0, aligned) for aligned in (True, False))
+    wide, single = (shipped_tile("gemm", "sm_90", torch.bfloat16, 0, aligned) for aligned in (True, False))
     assert wide != single
-    assert gemm.config_for("gemm", rows, 16, 4, rows, 64, 32) == wide
+    assert gemm.tile_for("gemm", rows, 16, 4, rows, 64, 32) == wide
     for operands in ((rows, rows, 64, 33), (rows, rows, 65, 32), (rows, shifted, 64, 32), (shifted, rows, 64, 32)):
-        assert gemm.config_for("gemm", operands[0], 16, 4, *operands[1:]) == single
+        assert gemm.tile_for("gemm", operands[0], 16, 4, *operands[1:]) == single
 
 
 def test_the_table_is_all_covered() -> None:

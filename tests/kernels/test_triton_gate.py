@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
+from equimoe.kernels.topk_gate import GateOutput, topk_gate  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
 #: largest relative error of the worst row in fp32, a fifth of it by norm: gradients that nearly cancel amplify
@@ -67,7 +67,7 @@ def inputs(
     return logits_TE, {"bias_E": bias_E, "mask_T": mask_T}
 
 
-def with_gradient(logits_TE: Tensor, k: int, dout: list[Tensor], **kwargs: Any) -> tuple[Gate, Tensor]:
+def with_gradient(logits_TE: Tensor, k: int, dout: list[Tensor], **kwargs: Any) -> tuple[GateOutput, Tensor]:
     logits_TE = logits_TE.detach().requires_grad_()
     gate = topk_gate(logits_TE, k, **kwargs)
     outputs = (gate.weights_TK, gate.prob_sums_BE, gate.z_sum)

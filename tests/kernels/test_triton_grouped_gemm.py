@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.kernels.configs import ARCHS, OPS, pick_config
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from equimoe.kernels.matmul_tiles import ARCHS, OPS, shipped_tile
 
 pytest.importorskip("triton")
 
@@ -144,5 +144,5 @@ def test_mistakes() -> None:
 def test_the_table_covers_every_case(arch: str) -> None:
     for dtype in TOLERANCE:
         for rows_per_expert in (0, 1, 255, 256, 10**6):
-            configs = {op: pick_config(op, arch, dtype, rows_per_expert) for op in OPS}
+            configs = {op: shipped_tile(op, arch, dtype, rows_per_expert) for op in OPS}
             assert all(size >= 16 and size & (size - 1) == 0 for c in configs.values() for size in c[:3])

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equimoe.kernels.expert_mlp import expert_mlp, grouped, torch_ops
-from equimoe.kernels.grouped_gemm.layouts import Blocks
+from equimoe.kernels.expert_mlp import accelerator, expert_mlp, torch_ops
+from equimoe.kernels.grouped_gemm.row_layouts import BlockLayout
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 #: largest relative error by norm, and of the worst row against the rows' root mean square
@@ -89,15 +89,17 @@ def make(
     return Case(ids_SK, sort_by_expert(ids_SK, experts), inputs, normal(sources, hidden))
 
 
-@pytest.fixture(name="route")
-def route_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+@pytest.fixture(name="take_path")
+def take_path_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sends the torch backend down the path of an accelerator."""
 
     def choose(path: str) -> None:
         if path in ("grouped", "blocks"):
-            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: grouped)
+            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: accelerator)
         if path == "blocks":
-            monkeypatch.setattr(grouped, "layout", lambda offsets_E, num_rows, *_: Blocks(offsets_E, num_rows))
+            monkeypatch.setattr(
+                accelerator, "row_layout", lambda offsets_E, num_rows, *_: BlockLayout(offsets_E, num_rows)
+            )
 
     return choose
 

@@ -19,7 +19,7 @@ LOW = -40.0
 FLOOR = math.exp(-60.0)
 
 
-class Gate(NamedTuple):
+class GateOutput(NamedTuple):
     """The experts each token takes, and the sums over tokens that a balance loss of any scope needs.
 
     Floating-point values are fp32 (fp64 for fp64 logits). Sums leave masked tokens out.
@@ -39,7 +39,7 @@ class Gate(NamedTuple):
     z_sum: Tensor
 
 
-class Method(NamedTuple):
+class GateOptions(NamedTuple):
     """The choices of :func:`topk_gate` that are no tensors."""
 
     k: int

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.kernels.grouped_gemm import grouped, layouts, torch_ops
+from equimoe.kernels.grouped_gemm import accelerator, row_layouts, torch_ops
 
-from .cases import NoHostReads
+from .mlp_cases import NoHostReads
 
 #: largest relative error by norm between two ways to sum
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -31,9 +31,9 @@ def close(found: Tensor, want: Tensor) -> None:
 
 def test_which_layout() -> None:
     bounds = offsets((3, 4))
-    assert type(layouts.layout(bounds, 7, torch.bfloat16, 24, 16)) is layouts.Grouped
+    assert type(row_layouts.row_layout(bounds, 7, torch.bfloat16, 24, 16)) is row_layouts.GroupedLayout
     for dtype, width in ((torch.bfloat16, 19), (torch.float16, 16), (torch.float32, 16)):
-        assert type(layouts.layout(bounds, 7, dtype, 24, width)) is layouts.Blocks
+        assert type(row_layouts.row_layout(bounds, 7, dtype, 24, width)) is row_layouts.BlockLayout
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -52,10 +52,10 @@ def test_same_as_on_the_cpu(
     arguments = (dy, rows, bounds, dy_index_R, index_R)
     before = torch.randn(experts, n, k)
     with NoHostReads():
-        out = grouped.forward(rows, weight, bounds, index_R)
-        drows = grouped.forward(dy_RN, weight.mT, bounds, None)
-        grad = grouped.wgrad(*arguments, None)
-        added = grouped.wgrad(*arguments, before.clone()) if dtype != torch.float64 else before
+        out = accelerator.forward(rows, weight, bounds, index_R)
+        drows = accelerator.forward(dy_RN, weight.mT, bounds, None)
+        grad = accelerator.wgrad(*arguments, None)
+        added = accelerator.wgrad(*arguments, before.clone()) if dtype != torch.float64 else before
     close(out, torch_ops.forward(rows, weight, bounds, index_R))
     close(drows, torch_ops.dgrad(dy_RN, weight, bounds))
     close(grad, torch_ops.wgrad(*arguments, None))
@@ -70,21 +70,21 @@ def test_same_as_on_the_cpu(
 def test_nothing_to_multiply() -> None:
     bounds, weight, none = offsets((0, 0)), torch.randn(2, 5, 4), torch.empty(0, 4)
     before = torch.randn(2, 5, 4)
-    assert grouped.forward(none, weight, bounds, None).shape == (0, 5)
-    assert torch.equal(grouped.wgrad(torch.empty(0, 5), none, bounds, None, None, None), torch.zeros(2, 5, 4))
-    assert torch.equal(grouped.wgrad(torch.empty(0, 5), none, bounds, None, None, before.clone()), before)
+    assert accelerator.forward(none, weight, bounds, None).shape == (0, 5)
+    assert torch.equal(accelerator.wgrad(torch.empty(0, 5), none, bounds, None, None, None), torch.zeros(2, 5, 4))
+    assert torch.equal(accelerator.wgrad(torch.empty(0, 5), none, bounds, None, None, before.clone()), before)
 
 
-@pytest.mark.parametrize("kind", [layouts.Grouped, layouts.Blocks])
+@pytest.mark.parametrize("kind", [row_layouts.GroupedLayout, row_layouts.BlockLayout])
 def test_a_bad_row_spoils_no_other_expert(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped, "layout", lambda bounds, num_rows, *_: kind(bounds, num_rows))
+    monkeypatch.setattr(accelerator, "row_layout", lambda bounds, num_rows, *_: kind(bounds, num_rows))
     bounds = offsets((5, 1, 40, 7))
     rows, dy, weight = (torch.randn(*shape).bfloat16() for shape in ((60, 16), (60, 24), (4, 24, 16)))
     rows[5], rows[53:], dy[5], dy[53:] = (float("nan"),) * 4  # expert 1's row, and nobody's
-    out = grouped.forward(rows, weight, bounds, None)
+    out = accelerator.forward(rows, weight, bounds, None)
     assert out[5].isnan().all() and (out[53:] == 0).all()
     assert out[:5].isfinite().all() and out[6:53].isfinite().all()
-    grad = grouped.wgrad(dy, rows, bounds, None, None, None)
+    grad = accelerator.wgrad(dy, rows, bounds, None, None, None)
     assert grad[1].isnan().all() and grad[[0, 2, 3]].isfinite().all()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Kind(NamedTuple):
+class MLPOptions(NamedTuple):
     """``act(x @ gate.T) * (x @ up.T)`` when gated, else ``act(x @ up.T)``; act is one of ACTIVATIONS."""
 
     activation: str = "silu"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 
-class Config(NamedTuple):
+class MatmulTile(NamedTuple):
     """One tile shape; ``group`` row tiles share the weights they read, for the L2 cache."""
 
     m: int
@@ -32,94 +32,94 @@ BUCKETS = ("few", "many")
 #: experts with fewer rows than this on average take the small tiles
 MANY_ROWS = 256
 
-_SMALL = Config(16, 16, 16, 1, 1, 2)
+_SMALL = MatmulTile(16, 16, 16, 1, 1, 2)
 _FP32 = {
-    "gemm": Config(32, 64, 16, 8, 2),
-    "plain": Config(32, 64, 16, 8, 2),
-    "gated": Config(32, 32, 16, 8, 2),
-    "gated_grad": Config(32, 32, 16, 8, 2),
-    "wgrad": Config(64, 64, 16, 8, 2),
+    "gemm": MatmulTile(32, 64, 16, 8, 2),
+    "plain": MatmulTile(32, 64, 16, 8, 2),
+    "gated": MatmulTile(32, 32, 16, 8, 2),
+    "gated_grad": MatmulTile(32, 32, 16, 8, 2),
+    "wgrad": MatmulTile(64, 64, 16, 8, 2),
 }
 _FEW = {
-    "gemm": Config(64, 128, 32, 4, 3),
-    "plain": Config(64, 128, 32, 8, 3),
-    "gated": Config(64, 64, 32, 4, 3),
-    "gated_grad": Config(64, 64, 32, 4, 3),
-    "wgrad": Config(64, 128, 32, 4, 3),
+    "gemm": MatmulTile(64, 128, 32, 4, 3),
+    "plain": MatmulTile(64, 128, 32, 8, 3),
+    "gated": MatmulTile(64, 64, 32, 4, 3),
+    "gated_grad": MatmulTile(64, 64, 32, 4, 3),
+    "wgrad": MatmulTile(64, 128, 32, 4, 3),
 }
 #: fp32 where rows do not all begin at a multiple of 16 bytes: 32 x 64 spills a scalar register of AMD's chips
-_FP32_UNALIGNED = {**_FP32, "gemm": Config(64, 32, 16, 8, 2)}
+_FP32_UNALIGNED = {**_FP32, "gemm": MatmulTile(64, 32, 16, 8, 2)}
 #: 16 bits where rows do not all begin at a multiple of 16 bytes: each element is loaded by itself, without stages in
 #: shared memory, and its addresses fill the registers. Larger tiles run from the stack (up to 3 KiB of it).
 _UNALIGNED = {
-    "gemm": Config(128, 64, 32, 8, 2),
-    "plain": Config(64, 64, 32, 8, 2),
-    "gated": Config(64, 32, 32, 4, 2),
-    "gated_grad": Config(64, 32, 32, 4, 2),
-    "wgrad": Config(64, 64, 32, 8, 2),
+    "gemm": MatmulTile(128, 64, 32, 8, 2),
+    "plain": MatmulTile(64, 64, 32, 8, 2),
+    "gated": MatmulTile(64, 32, 32, 4, 2),
+    "gated_grad": MatmulTile(64, 32, 32, 4, 2),
+    "wgrad": MatmulTile(64, 64, 32, 8, 2),
 }
 #: with four warps the addresses of this one spill two registers on gfx950, and with eight some on sm_100
-_UNALIGNED_AMD = {**_UNALIGNED, "gated_grad": Config(64, 32, 32, 8, 2)}
-_HALF: dict[tuple[str, str], dict[str, Config]] = {
+_UNALIGNED_AMD = {**_UNALIGNED, "gated_grad": MatmulTile(64, 32, 32, 8, 2)}
+_HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
     ("sm_80", "few"): _FEW,
     ("sm_80", "many"): {
-        "gemm": Config(128, 128, 32, 8, 4),
-        "plain": Config(128, 64, 32, 8, 4),
-        "gated": Config(128, 64, 32, 8, 4),
-        "gated_grad": Config(128, 32, 32, 8, 3),
-        "wgrad": Config(128, 128, 32, 8, 4),
+        "gemm": MatmulTile(128, 128, 32, 8, 4),
+        "plain": MatmulTile(128, 64, 32, 8, 4),
+        "gated": MatmulTile(128, 64, 32, 8, 4),
+        "gated_grad": MatmulTile(128, 32, 32, 8, 3),
+        "wgrad": MatmulTile(128, 128, 32, 8, 4),
     },
     ("sm_90", "few"): {
-        "gemm": Config(64, 128, 64, 4, 4),
-        "plain": Config(64, 128, 64, 8, 4),
-        "gated": Config(64, 64, 64, 4, 4),
-        "gated_grad": Config(64, 64, 64, 8, 3),
-        "wgrad": Config(64, 128, 64, 4, 3),
+        "gemm": MatmulTile(64, 128, 64, 4, 4),
+        "plain": MatmulTile(64, 128, 64, 8, 4),
+        "gated": MatmulTile(64, 64, 64, 4, 4),
+        "gated_grad": MatmulTile(64, 64, 64, 8, 3),
+        "wgrad": MatmulTile(64, 128, 64, 4, 3),
     },
     ("sm_90", "many"): {
-        "gemm": Config(128, 256, 64, 8, 3),
-        "plain": Config(128, 128, 64, 8, 4),
-        "gated": Config(128, 64, 64, 8, 4),
-        "gated_grad": Config(128, 64, 64, 8, 3),
-        "wgrad": Config(128, 128, 64, 8, 3),
+        "gemm": MatmulTile(128, 256, 64, 8, 3),
+        "plain": MatmulTile(128, 128, 64, 8, 4),
+        "gated": MatmulTile(128, 64, 64, 8, 4),
+        "gated_grad": MatmulTile(128, 64, 64, 8, 3),
+        "wgrad": MatmulTile(128, 128, 64, 8, 3),
     },
     ("sm_100", "few"): {
-        "gemm": Config(64, 128, 64, 4, 4),
-        "plain": Config(64, 128, 64, 8, 4),
-        "gated": Config(64, 64, 64, 4, 4),
-        "gated_grad": Config(64, 64, 64, 8, 3),
-        "wgrad": Config(64, 128, 64, 4, 3),
+        "gemm": MatmulTile(64, 128, 64, 4, 4),
+        "plain": MatmulTile(64, 128, 64, 8, 4),
+        "gated": MatmulTile(64, 64, 64, 4, 4),
+        "gated_grad": MatmulTile(64, 64, 64, 8, 3),
+        "wgrad": MatmulTile(64, 128, 64, 4, 3),
     },
     ("sm_100", "many"): {
-        "gemm": Config(128, 256, 64, 8, 3),
-        "plain": Config(128, 128, 64, 8, 4),
-        "gated": Config(128, 64, 64, 8, 4),
-        "gated_grad": Config(128, 64, 64, 8, 3),
-        "wgrad": Config(128, 128, 64, 8, 3),
+        "gemm": MatmulTile(128, 256, 64, 8, 3),
+        "plain": MatmulTile(128, 128, 64, 8, 4),
+        "gated": MatmulTile(128, 64, 64, 8, 4),
+        "gated_grad": MatmulTile(128, 64, 64, 8, 3),
+        "wgrad": MatmulTile(128, 128, 64, 8, 3),
     },
-    ("sm_120", "few"): {**_FEW, "gated_grad": Config(64, 32, 32, 4, 3)},
+    ("sm_120", "few"): {**_FEW, "gated_grad": MatmulTile(64, 32, 32, 4, 3)},
     ("sm_120", "many"): {
-        "gemm": Config(128, 128, 32, 8, 3),
-        "plain": Config(128, 128, 32, 8, 3),
-        "gated": Config(128, 64, 32, 8, 3),
-        "gated_grad": Config(128, 32, 32, 8, 3),
-        "wgrad": Config(128, 128, 32, 8, 3),
+        "gemm": MatmulTile(128, 128, 32, 8, 3),
+        "plain": MatmulTile(128, 128, 32, 8, 3),
+        "gated": MatmulTile(128, 64, 32, 8, 3),
+        "gated_grad": MatmulTile(128, 32, 32, 8, 3),
+        "wgrad": MatmulTile(128, 128, 32, 8, 3),
     },
-    **{(arch, "few"): {op: Config(64, 64, 32, 4, 2) for op in OPS} for arch in ("gfx942", "gfx950")},
+    **{(arch, "few"): {op: MatmulTile(64, 64, 32, 4, 2) for op in OPS} for arch in ("gfx942", "gfx950")},
     **{
         (arch, "many"): {
-            "gemm": Config(128, 128, 64, 8, 2),
-            "plain": Config(128, 128, 64, 8, 2),
-            "gated": Config(128, 64, 64, 8, 2),
-            "gated_grad": Config(128, 64, 64, 8, 2),
-            "wgrad": Config(128, 128, 64, 8, 2),
+            "gemm": MatmulTile(128, 128, 64, 8, 2),
+            "plain": MatmulTile(128, 128, 64, 8, 2),
+            "gated": MatmulTile(128, 64, 64, 8, 2),
+            "gated_grad": MatmulTile(128, 64, 64, 8, 2),
+            "wgrad": MatmulTile(128, 128, 64, 8, 2),
         }
         for arch in ("gfx942", "gfx950")
     },
 }
 
 
-def pick_config(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, aligned: bool = True) -> Config:
+def shipped_tile(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, aligned: bool = True) -> MatmulTile:
     """The tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter"); depends on nothing else.
 
     ``aligned`` says whether every width is a multiple of 16 elements, and every address of 16 bytes.

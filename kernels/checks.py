@@ -22,7 +22,7 @@ def readable(t: Tensor) -> bool:
     return on_host(t) and not torch.compiler.is_compiling()
 
 
-def reads_no_values(backend: str, t: Tensor) -> str:
+def backend_without_values(backend: str, t: Tensor) -> str:
     """``backend``, but "torch" instead of "reference" for a tensor that has only a shape (meta, FakeTensorMode)."""
     return "torch" if backend == "reference" and not has_values(t) else backend
 
