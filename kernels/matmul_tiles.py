@@ -1,9 +1,9 @@
-"""Tile sizes of the matrix kernels: a shipped table, so that a new batch size is neither tuned nor compiled.
+"""The tile sizes of the matrix kernels, as a table, so that a new batch size needs no tuning and no compilation.
 
-Every entry is held to its chip's registers, shared memory and matrix instructions by benchmarks/compile_gate.py.
+benchmarks/compile_gate.py checks every entry against its chip's registers, shared memory and matrix instructions.
 """
 
-# M rows of a tile, N columns, K reduction.
+# A tile has M rows and N columns, and adds up K products at a time.
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class MatmulTile(NamedTuple):
-    """One tile shape; ``group`` row tiles share the weights they read, for the L2 cache."""
+    """One tile shape. ``group`` row tiles are computed together, so that they share weights in the L2 cache."""
 
     m: int
     n: int
@@ -24,12 +24,12 @@ class MatmulTile(NamedTuple):
     group: int = 8
 
 
-#: one product; one with an activation; gate and up in one tile (``n`` columns of each); the gradient behind the
-#: activation; weight gradients
+#: in order: a plain product; the up product with its activation; the gate and up products in one tile (``n`` columns
+#: of each); the gradient of the activation's input; weight gradients
 OPS = ("gemm", "plain", "gated", "gated_grad", "wgrad")
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 BUCKETS = ("few", "many")
-#: experts with fewer rows than this on average take the small tiles
+#: with fewer rows per expert than this on average, kernels use the "few" tiles
 MANY_ROWS = 256
 
 _SMALL = MatmulTile(16, 16, 16, 1, 1, 2)
@@ -47,10 +47,10 @@ _FEW = {
     "gated_grad": MatmulTile(64, 64, 32, 4, 3),
     "wgrad": MatmulTile(64, 128, 32, 4, 3),
 }
-#: fp32 where rows do not all begin at a multiple of 16 bytes: 32 x 64 spills a scalar register of AMD's chips
+#: fp32, if not every row starts at a multiple of 16 bytes: 32 x 64 would spill a scalar register on AMD's chips
 _FP32_UNALIGNED = {**_FP32, "gemm": MatmulTile(64, 32, 16, 8, 2)}
-#: 16 bits where rows do not all begin at a multiple of 16 bytes: each element is loaded by itself, without stages in
-#: shared memory, and its addresses fill the registers. Larger tiles run from the stack (up to 3 KiB of it).
+#: 16 bits, if not every row starts at a multiple of 16 bytes: each element is loaded separately, without stages in
+#: shared memory, and the addresses fill the registers. Larger tiles would spill up to 3 KiB to the stack.
 _UNALIGNED = {
     "gemm": MatmulTile(128, 64, 32, 8, 2),
     "plain": MatmulTile(64, 64, 32, 8, 2),
@@ -58,7 +58,7 @@ _UNALIGNED = {
     "gated_grad": MatmulTile(64, 32, 32, 4, 2),
     "wgrad": MatmulTile(64, 64, 32, 8, 2),
 }
-#: with four warps the addresses of this one spill two registers on gfx950, and with eight some on sm_100
+#: "gated_grad" spills two registers on gfx950 with four warps, and some on sm_100 with eight
 _UNALIGNED_AMD = {**_UNALIGNED, "gated_grad": MatmulTile(64, 32, 32, 8, 2)}
 _HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
     ("sm_80", "few"): _FEW,
@@ -120,9 +120,9 @@ _HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
 
 
 def shipped_tile(op: str, arch: str, dtype: torch.dtype, rows_per_expert: int, aligned: bool = True) -> MatmulTile:
-    """The tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter"); depends on nothing else.
+    """Look up the tile of ``op`` (one of OPS) on ``arch`` (one of ARCHS, or "interpreter").
 
-    ``aligned`` says whether every width is a multiple of 16 elements, and every address of 16 bytes.
+    ``aligned`` says whether every width is a multiple of 16 elements and every address a multiple of 16 bytes.
     """
     if arch == "interpreter":
         return _SMALL
@@ -139,13 +139,13 @@ def _gpu_arch(index: int) -> str:
         name = torch.cuda.get_device_properties(index).gcnArchName
         return "gfx950" if name.startswith("gfx95") else "gfx942"
     capability = torch.cuda.get_device_capability(index)
-    # 8.6, 8.7 and 8.9 have the instructions of 8.0 and no more shared memory than 12.0
+    # 8.6, 8.7 and 8.9 have the instructions of 8.0, but only as much shared memory as 12.0
     table = {8: "sm_80" if capability[1] == 0 else "sm_120", 9: "sm_90", 10: "sm_100"}
     return table.get(capability[0], "sm_120")
 
 
 def arch_of(device: torch.device) -> str:
-    """The entry of the table for a device; "interpreter" for the CPU."""
+    """Return the table's name for a device's architecture; "interpreter" for the CPU."""
     if device.type == "cpu":
         return "interpreter"
     return _gpu_arch(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,4 +1,4 @@
-"""The oracle: each kept row on its own expert, differentiated by autograd. Dropped rows are never read."""
+"""The reference: every kept row through its expert, differentiated by autograd. Dropped rows are never read."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows, N kept rows.
 
@@ -31,7 +31,7 @@ def expert_mlp(
     options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
-    """Autograd keeps what it needs, so ``recompute`` changes nothing."""
+    """``recompute`` has no effect here: autograd decides what is kept."""
     wide = torch.float64 if x_SD.dtype == torch.float64 else torch.float32
     x, weights, gate_up, down = (t.to(wide) for t in (x_SD, weights_SK, gate_up_EFD, down_EDF))
     width, offsets_E = down_EDF.shape[2], order.offsets_E

@@ -1,4 +1,4 @@
-"""One autograd.Function over two ways to multiply: a loop on the CPU, grouped products elsewhere."""
+"""One autograd.Function for two implementations: expert by expert on a CPU, grouped products elsewhere."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R routed rows.
 

@@ -1,11 +1,13 @@
-"""The experts in Triton: gathers in the loads, the activation in the epilogues, no host synchronisation.
+"""The experts' MLPs in Triton, without host synchronisation. Kernels gather rows as they load them.
 
-Forward: the up product of gathered rows, with the gate's in the same tile, whose epilogue keeps the pre-activation
-and writes w * act(gate) * up; the down product; the sum over k. Backward: the product for dh, whose epilogue computes
-the activation again, its gradient and the router weight's as <dh, h>, so that neither h nor the rows before the sum
-are kept; three grouped products; the sum over k. Kept are x and the pre-activation alone: 2*S*D + 4*R*F bytes in 16
-bits, 2*S*D + 2*R*F without a gate, or with ``recompute`` x alone and one more product. The router weight's gradient
-is one partial sum per column tile, added up in their order: no atomics.
+Forward: the up product of gathered rows (gate and up in one tile), which stores the pre-activation and
+``w * act(gate) * up``; the down product; the sum over k. Backward: the product for dh, which recomputes the activation
+and stores its gradient and that of the router weight, <dh, h>, so that neither h nor the rows before the sum need to be
+kept; three grouped products; the sum over k.
+
+What is kept for the backward pass, in 16 bits: x and the pre-activation, 2*S*D + 4*R*F bytes (2*S*D + 2*R*F without a
+gate), or with ``recompute`` x alone, at the cost of one more product. The router weight's gradient consists of one
+partial sum per column tile, added up in a fixed order without atomics.
 """
 
 # S source rows, K choices per row, D hidden, F expert width, U width of the pre-activation (2F or F), E experts,
@@ -41,7 +43,7 @@ from .types import MLPOptions
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """(act(z), act'(z)) in fp32; which one is not needed costs nothing."""
+    """Return (act(z), act'(z)) in fp32. The compiler eliminates an unused result."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(z)
         value = z * sigmoid
@@ -88,9 +90,10 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), h[R, F] = w * act(gate) * up, or w * act(pre).
+    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), and h[R, F] = w * act(gate) * up, or w * act(pre).
 
-    Nobody's rows of pre are zero, because it is an output, of which all must be written; those of h are not read.
+    Dropped rows of pre are set to zero, because pre is an output of a custom op and must be written completely. Dropped
+    rows of h are never read.
     """
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP)
     if (expert < 0) | ((expert == E) & (not KEEP)):
@@ -155,7 +158,7 @@ def _up_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dh = dy[flat // choices] @ down[e]; from it and pre: h[R, F] (weighted), dpre[R, U], dweights[R, P]."""
+    """Compute dh = dy[flat // choices] @ down[e], and from dh and pre: weighted h[R, F], dpre[R, U], dweights[R, P]."""
     columns = tl.cdiv(F, BLOCK_N)
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, columns, BLOCK_M, GROUP)
     if (expert < 0) | (expert == E):
@@ -202,7 +205,7 @@ def _up(
     options: MLPOptions,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """h [R, F], weighted, and the pre-activations [R, U] (no rows unless asked to ``keep`` them)."""
+    """Return h [R, F], weighted, and the pre-activations [R, U] (without rows unless ``keep``)."""
     experts, both, hidden = gate_up_EFD.shape
     num_rows, width = order_R.shape[0], both // (2 if options.gated else 1)
     tile = tile_for("gated" if options.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
@@ -243,7 +246,7 @@ def _up_grad(
     offsets_E: Tensor,
     options: MLPOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h [R, F], weighted; the gradients of the pre-activations [R, U], and of the weights in parts [R, P]."""
+    """Return h [R, F], weighted, and the gradients of the pre-activations [R, U] and of the weights, partial [R, P]."""
     experts, hidden, width = down_EDF.shape
     num_rows = order_R.shape[0]
     tile = tile_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
@@ -289,7 +292,7 @@ def _forward(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [R, U], else none."""
+    """Return the output [S, D] and the pre-activations [R, U] (without rows unless ``keep``)."""
     options = MLPOptions(activation, gated)
     h_RF, pre_RU = _up(x_SD, weights_SK, gate_up_EFD, order_R, offsets_E, options, keep)
     return sum_rows(gemm(h_RF, down_EDF, offsets_E), inverse_SK), pre_RU
@@ -316,7 +319,7 @@ def _backward(
     keep: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weights, gate_up and down; empty where ``needs`` is False."""
+    """Return the gradients of x, weights, gate_up and down; empty where ``needs`` is False."""
     num_rows, choices = order_R.shape[0], inverse_SK.shape[1]
     source_R, dy_SD = order_R // max(choices, 1), dy_SD.contiguous()
     if not keep:
@@ -327,7 +330,7 @@ def _backward(
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) for _ in range(4))
     if needs[1]:
         dweights_SK = weights_SK.new_zeros(weights_SK.shape)
-        if num_rows:  # contiguous, whatever the strides of the order are: the shape-only version says so
+        if num_rows:  # contiguous for any strides of the order, as the fake implementation promises
             dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0).contiguous()
     if needs[3]:
         ddown_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R)

@@ -1,4 +1,4 @@
-"""Which MLP an expert is."""
+"""The form of an expert's MLP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 
 class MLPOptions(NamedTuple):
-    """``act(x @ gate.T) * (x @ up.T)`` when gated, else ``act(x @ up.T)``; act is one of ACTIVATIONS."""
+    """An expert computes ``act(x @ gate.T) * (x @ up.T)`` if gated, else ``act(x @ up.T)``, then the down projection.
+
+    ``activation`` is a key of ``ACTIVATIONS``.
+    """
 
     activation: str = "silu"
     gated: bool = True

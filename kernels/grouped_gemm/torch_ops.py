@@ -1,4 +1,4 @@
-"""On the CPU one product per expert; elsewhere all at once, without waiting for the device."""
+"""On a CPU, one product per expert; elsewhere grouped products, without waiting for the device."""
 
 # R rows sorted by expert, E experts, K in width, N out width.
 

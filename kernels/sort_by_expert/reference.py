@@ -1,4 +1,4 @@
-"""The oracle: Python's own stable sort."""
+"""The reference: Python's own stable sort."""
 
 # S source rows, K choices per row, R = S*K routed rows, E experts.
 

@@ -1,4 +1,4 @@
-"""The order in which routed rows are computed."""
+"""The result of sorting routed rows by expert."""
 
 # S source rows, K choices per row, R = S*K routed rows, E experts.
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class ExpertOrder(NamedTuple):
-    """Routed rows sorted by expert; all three tensors are int64."""
+    """The order of routed rows that are sorted by expert. All three tensors are int64."""
 
-    #: [R] flat index ``s*K + k`` of each sorted row; dropped rows come last
+    #: [R] the flat index ``s*K + k`` of each sorted row; dropped rows come last
     order_R: Tensor
-    #: [S, K] the sorted row of choice k of source row s; -1 where that choice is dropped
+    #: [S, K] the position in sorted order of choice k of source row s; -1 if the choice is dropped
     inverse_SK: Tensor
-    #: [E+1] the rows of expert e are ``offsets[e]:offsets[e+1]``; ``offsets[E]`` rows are kept
+    #: [E+1] the sorted rows of expert e are ``offsets[e]:offsets[e+1]``; ``offsets[E]`` rows are kept (not dropped)
     offsets_E: Tensor

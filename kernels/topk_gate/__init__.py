@@ -1,4 +1,4 @@
-"""Logits to routing: score, select, weigh and count in one op."""
+"""The op that turns router logits into a routing: score, select, weigh and count."""
 
 # T tokens, E experts, K top-k, B sequences of equal length.
 
@@ -19,7 +19,7 @@ __all__ = ["FUSED_SCORES", "GateOutput", "lowest_bias", "topk_gate"]
 def _triton(
     logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
 ) -> GateOutput:
-    from . import triton_ops  # only here: triton is not needed for the other backends
+    from . import triton_ops  # imported late, because the other backends do not need triton
 
     return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, options)
 
@@ -44,26 +44,33 @@ def topk_gate(
     ids_TK: Tensor | None = None,
     backend: str = "auto",
 ) -> GateOutput:
-    """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
+    """Choose each token's k experts, compute their weights, and sum what balance losses need.
 
-    A token's experts are those of its k highest scores plus ``bias_E`` ([E]), which chooses and never weighs
-    (DeepSeek-V3, arXiv 2412.19437); of equal ones the expert with the lower index. With ``groups`` of E/groups
-    consecutive experts, only the ``kept_groups`` best can be chosen from, a group being worth the sum of its two best
-    biased scores. The weights are the chosen scores, divided by their sum if ``normalize``, or with
-    ``softmax_after_topk`` the softmax of the chosen logits (Mixtral, arXiv 2401.04088), times ``scale``.
+    Everything is computed in fp32 (fp64 for fp64 logits). Differentiable once in ``logits_TE``, through the weights,
+    prob_sums and z_sum. The result is a :class:`GateOutput`.
 
-    ``mask_T`` is bool [T], False for tokens that do not count; the T tokens are ``sequences`` sequences of equal
-    length. ``ids_TK`` (int64 [T, K]) is a choice that was made before: it is weighed and counted, not made again, and
-    bias and groups have no say. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum.
+    * ``logits_TE`` is [T, E]. ``score`` is "softmax" or "sigmoid".
+    * A token's experts are those with the k highest scores plus ``bias_E`` ([E], floating point); of equal ones, those
+      with the lower index. The bias does not enter the weights (DeepSeek-V3, arXiv 2412.19437).
+    * With ``groups`` of E/groups consecutive experts, only experts of the ``kept_groups`` best groups can be chosen. A
+      group's value is the sum of its two highest biased scores.
+    * The weights are the chosen scores, divided by their sum if ``normalize``; or, with ``softmax_after_topk``, the
+      softmax of the chosen logits (Mixtral, arXiv 2401.04088). Both are multiplied by ``scale``.
+    * ``mask_T`` is bool [T]; tokens with False do not count. The T tokens are ``sequences`` sequences of equal length.
+    * ``ids_TK`` (int64 [T, K]) is a choice made earlier: it is weighed and counted, and bias and groups have no effect.
 
-    Whatever logits, bias and mask hold, a token chooses k different experts of its kept groups. NaN counts as the
-    highest score, and -inf in the bias as a huge negative number; scores that underflow are equal. Normalised weights
-    sum to ``scale`` however small the chosen scores are. NaN logits, +inf under a softmax, and chosen logits that are
-    all -inf make a weight NaN where they enter its formula. They do the same to the gradient of their token's logits
-    and, unless it is masked, to the sums. No other token's choice, weight or gradient is touched.
+    Whatever logits, bias and mask contain, a token chooses k different experts, all from its kept groups. A NaN score
+    ranks highest; a bias of -inf ranks like a very large negative number; scores that underflow are equal. Normalised
+    weights sum to ``scale``, however small the chosen scores are.
+
+    Non-finite logits affect only their own token's choice, weights and gradient, and the sums unless the token is
+    masked. NaN logits, +inf under a softmax, and chosen logits that are all -inf make the weights that depend on them
+    NaN, and also the gradient of the token's logits and the sums. An infinite logsumexp (a +inf logit under any score,
+    or a token whose logits are all -inf) makes z_sum non-finite, inf or NaN depending on the backend, and the gradient
+    of that token's logits NaN.
 
     The triton backend takes fp32, bf16 and fp16 logits, k up to 64 and E up to 4096; "auto" takes torch for others.
-    Raises ValueError for values that do not fit and, on the CPU, for ids out of range.
+    Raises ValueError for arguments that do not fit and, on the CPU, for ids out of range.
     """
     options = GateOptions(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
     _check(logits_TE, bias_E, mask_T, options)
@@ -83,7 +90,9 @@ def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
     if readable(ids_TK) and ids_TK.numel():
         low, high = (int(bound) for bound in ids_TK.aminmax())
         if low < 0 or high >= experts:
-            raise ValueError(f"ids_TK in [{low}, {high}]: use 0..{experts - 1}, and mask_T for tokens without a choice")
+            raise ValueError(
+                f"ids_TK in [{low}, {high}]: use 0..{experts - 1}; exclude tokens without a choice by mask_T"
+            )
 
 
 def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, options: GateOptions) -> None:

@@ -1,4 +1,4 @@
-"""The oracle: one token at a time, chosen by Python's own sort, weighed by logarithms, differentiated by autograd."""
+"""The reference: token by token, with Python's own sort and weights from logarithms, differentiated by autograd."""
 
 # T tokens, E experts, K top-k, B sequences.
 
@@ -21,7 +21,7 @@ def topk_gate(
     ids, weights = [], [logits_TE[:0, : options.k]]
     counts = [[0] * experts for _ in range(options.sequences)]
     valid = [0] * options.sequences
-    prob_sums = [logits_TE[:0].sum(0) for _ in range(options.sequences)]  # zero, and in the graph
+    prob_sums = [logits_TE[:0].sum(0) for _ in range(options.sequences)]  # zero, but part of the graph
     z_sum = logits_TE[:0].sum()
     for t in range(tokens):
         logits_E, b = logits_TE[t], t // length
@@ -51,7 +51,10 @@ def topk_gate(
 
 
 def wanted(logits_E: Tensor, bias_E: Tensor | None, options: GateOptions) -> Tensor:
-    """[E] what is compared: scores plus bias; without one, sigmoids that would underflow up to a common factor."""
+    """Return the values that the selection compares, [E]: scores plus bias.
+
+    Without a bias, sigmoids that would underflow are scaled up by a common factor, which keeps their order.
+    """
     lift = logits_E.new_zeros(())
     if options.score == "sigmoid" and -math.inf < float(logits_E.max()) < LOW:
         lift = LOW - logits_E.max()
@@ -62,7 +65,7 @@ def wanted(logits_E: Tensor, bias_E: Tensor | None, options: GateOptions) -> Ten
 
 
 def choose(wanted_E: Tensor, options: GateOptions) -> list[int]:
-    """The k best of the experts in the best groups, best first: NaN, then the highest, equal ones by index."""
+    """Return the k best experts of the best groups, best first. NaN is best, and equal experts are ordered by index."""
 
     def best(values: Tensor, candidates: list[int], number: int) -> list[int]:
         order = values.tolist()
@@ -70,7 +73,7 @@ def choose(wanted_E: Tensor, options: GateOptions) -> list[int]:
 
     size = len(wanted_E) // options.groups
     members = [list(range(g * size, (g + 1) * size)) for g in range(options.groups)]
-    # summed as tensors: the numbers of Python are wider, and tell groups apart that are equal in the scores' dtype
+    # sum tensors, not Python numbers: these are wider, and would order groups that are equal in the scores' dtype
     worth = torch.stack([wanted_E[best(wanted_E, group, 2)].sum() for group in members])
     kept = best(worth, list(range(options.groups)), options.kept_groups)
     return best(wanted_E, sorted(e for g in kept for e in members[g]), options.k)

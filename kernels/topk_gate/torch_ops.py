@@ -1,6 +1,6 @@
-"""The gate as a composition of torch functions, differentiated by autograd."""
+"""The gate in plain torch functions, differentiated by autograd."""
 
-# T tokens, E experts, K top-k, B sequences, G groups, X choices of a sequence.
+# T tokens, E experts, K top-k, B sequences, N tokens of a sequence, G groups, X choices of a sequence.
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import readable
 from .types import FLOOR, LOW, GateOptions, GateOutput, lowest_bias
 
-#: up to so many choices, taking the best of all one by one is faster than sorting all; not where launches cost
+#: up to this many choices, repeated argmax is faster than sorting on a CPU; on accelerators each launch costs time
 _ONE_BY_ONE = 16
 
 
@@ -37,9 +37,9 @@ def topk_gate(
 
 
 def _score(logits_TE: Tensor, options: GateOptions) -> tuple[Tensor, Tensor | None]:
-    """Each token's scores, and what to multiply them by [T, 1]; None is 1.
+    """Return each token's scores and the factor [T, 1] that they must be multiplied by; None means 1.
 
-    Sigmoids of a token that are all so small that they are exponentials are scaled up, so that none underflows.
+    If all logits of a token are so low that sigmoid equals exp, its scores are scaled up so that none underflows.
     """
     if options.score == "softmax":
         return logits_TE.softmax(dim=-1), None
@@ -53,7 +53,7 @@ def _score(logits_TE: Tensor, options: GateOptions) -> tuple[Tensor, Tensor | No
 
 @torch.no_grad()
 def choose(scores_TE: Tensor, scale_T1: Tensor | None, bias_E: Tensor | None, options: GateOptions) -> Tensor:
-    """int64 [T, K] the chosen experts, best first."""
+    """Return the chosen experts, best first: int64 [T, K]."""
     wanted_TE = scores_TE
     if bias_E is not None:
         bias_E = bias_E.to(scores_TE.dtype).clamp_min(lowest_bias(scores_TE.dtype))
@@ -68,15 +68,16 @@ def choose(scores_TE: Tensor, scale_T1: Tensor | None, bias_E: Tensor | None, op
 
 
 def _best(values_TE: Tensor, k: int) -> Tensor:
-    """int64 [T, K] the columns of the k highest, best first; torch.topk leaves open which of equal ones.
+    """Return the columns of the k highest values of each row, best first: int64 [T, K].
 
-    NaN is the highest, and of equal ones the lower column. At least k are higher than -inf.
+    NaN is highest, and of equal values the lower column comes first (torch.topk does not define this order). At least k
+    values of a row must be higher than -inf.
     """
     if not values_TE.is_cpu or k > _ONE_BY_ONE:
         return values_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
     left_TE, best = values_TE.clone(), []
     for _ in range(k):
-        best.append(left_TE.argmax(dim=-1, keepdim=True))  # the first of equal ones
+        best.append(left_TE.argmax(dim=-1, keepdim=True))  # the lowest column of equal values
         left_TE.scatter_(1, best[-1], float("-inf"))
     return torch.cat(best, dim=1)
 
@@ -84,9 +85,9 @@ def _best(values_TE: Tensor, k: int) -> Tensor:
 def _weigh(
     logits_TE: Tensor, scores_TE: Tensor, scale_T1: Tensor | None, ids_TK: Tensor, options: GateOptions
 ) -> Tensor:
-    """The chosen experts' weights.
+    """Return the chosen experts' weights, [T, K].
 
-    Saves the same tensors for a choice that it is given as for its own, which activation checkpointing relies on.
+    Autograd saves the same tensors whether the choice was given or made here. Recomputation relies on this.
     """
     if options.softmax_after_topk:
         return logits_TE.gather(1, ids_TK).softmax(dim=-1) * options.scale
@@ -97,7 +98,7 @@ def _weigh(
     low_T1 = sum_T1.detach() < FLOOR
     if readable(low_T1) and not low_T1.any():
         return chosen_TK / sum_T1 * options.scale
-    # each side gets harmless numbers where the other one is taken, because a gradient of 0 times NaN is NaN
+    # replace the inputs of the branch not taken by harmless numbers, because a gradient of 0 times NaN is NaN
     logits_TK = torch.where(low_T1, logits_TE.gather(1, ids_TK), 0.0)
     plain_TK = chosen_TK / torch.where(low_T1, 1.0, sum_T1)
     return torch.where(low_T1, logits_TK.softmax(dim=-1), plain_TK) * options.scale
@@ -105,6 +106,7 @@ def _weigh(
 
 @torch.no_grad()
 def _count(ids_TK: Tensor, mask_T: Tensor | None, sequences: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the choices per sequence and expert [B, E] and the valid tokens per sequence [B]; int64."""
     tokens, k = ids_TK.shape
     if mask_T is None:
         mask_T = torch.ones(tokens, dtype=torch.bool, device=ids_TK.device)

@@ -1,4 +1,4 @@
-"""What a gate is asked and what it answers. T tokens, E experts, K top-k, B sequences."""
+"""The options and the result of :func:`topk_gate`.  T tokens, E experts, K top-k, B sequences."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import torch
 from torch import Tensor
 
 Score = Literal["softmax", "sigmoid"]
-#: the scores that the op computes
+#: the scores that the op supports
 FUSED_SCORES: tuple[str, ...] = get_args(Score)
 
-#: a sigmoid below exp(LOW) is the exponential of its logit, in fp64 too
+#: for a logit below LOW, sigmoid equals exp to rounding, even in fp64
 LOW = -40.0
-#: scores whose sum is below are exponentials, up to a factor that they share; normalised, they are a softmax of logits.
-#: Far above the smallest number of fp32, and far below a sum with a score of exp(LOW) in it
+#: If the chosen scores sum to less than FLOOR, they are proportional to the exponentials of their logits. Normalising
+#: them is then a softmax of these logits, which cannot underflow. FLOOR is far above the smallest fp32 number, and far
+#: below a sum that contains a score of exp(LOW).
 FLOOR = math.exp(-60.0)
 
 
 class GateOutput(NamedTuple):
-    """The experts each token takes, and the sums over tokens that a balance loss of any scope needs.
+    """The result of :func:`topk_gate`: each token's experts and weights, and the sums that balance losses need.
 
-    Floating-point values are fp32 (fp64 for fp64 logits). Sums leave masked tokens out.
+    Floating-point values are fp32 (fp64 for fp64 logits). Masked tokens are left out of the sums.
     """
 
-    #: int64 [T, K], the experts chosen, best first; masked tokens have theirs too
+    #: int64 [T, K], the chosen experts, best first; also for masked tokens
     ids_TK: Tensor
-    #: [T, K], differentiable
+    #: [T, K], the weights of the chosen experts, differentiable
     weights_TK: Tensor
     #: int64 [B, E], choices per sequence and expert
     counts_BE: Tensor
@@ -40,7 +41,7 @@ class GateOutput(NamedTuple):
 
 
 class GateOptions(NamedTuple):
-    """The choices of :func:`topk_gate` that are no tensors."""
+    """The arguments of :func:`topk_gate` that are not tensors."""
 
     k: int
     score: Score
@@ -53,5 +54,8 @@ class GateOptions(NamedTuple):
 
 
 def lowest_bias(dtype: torch.dtype) -> float:
-    """What a lower bias, such as -inf, counts as: no score changes it, and a sum of two is finite."""
+    """Return the value to which lower biases, such as -inf, are raised.
+
+    Adding a score does not change it, and the sum of two such values is finite.
+    """
     return torch.finfo(dtype).min / 4

@@ -175,6 +175,8 @@ def test_infinite_logits(path: str, how: dict[str, Any]) -> None:
     assert torch.equal(found.ids_TK, expected.ids_TK)
     assert torch.allclose(found.weights_TK, expected.weights_TK, atol=1e-6, equal_nan=True)
     assert found.weights_TK[1, 2] == 0 and bool(found.weights_TK[2].isnan().all())
+    assert not found.z_sum.isfinite() and not expected.z_sum.isfinite()
+    assert bool(dfound_TE[[2, 3]].isnan().all())
     assert bool(dfound_TE[[0, 1, 4]].isfinite().all())
 
 
