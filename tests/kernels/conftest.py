@@ -16,7 +16,7 @@ def _poison_everywhere(poison: object) -> None:
 
 @pytest.fixture(params=PATHS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend to ask for, on each path in turn; tests with backends of their own parametrise it."""
+    """Runs a test on every path, and gives it the backend to pass. A test may parametrise ``backend`` itself."""
     if request.param == "triton":
         pytest.importorskip("triton")
     with on(request.param) as name:

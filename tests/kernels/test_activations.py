@@ -1,4 +1,4 @@
-"""Every activation, with and without a gate, and with the pre-activation kept or computed again, on every backend.
+"""Every activation on every backend: gated or not, with the pre-activation kept or recomputed.
 
 S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 """
@@ -56,7 +56,7 @@ FORMULAS: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("x", [-1.5, 0.7])
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_the_formula_by_hand(activation: str, gated: bool, x: float) -> None:
-    """One row, one expert, scalars; the reference, and by it all others."""
+    """One row, one expert, scalars. This checks the reference, and the other tests compare the backends with it."""
     w, g, u, d = 0.25, 0.8, -1.1, 2.0
     order = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 1)
     gate_up, down, weight, x_SD = (
@@ -92,7 +92,7 @@ def test_a_bad_number_is_not_hidden(activation: str, path: str, take_path: Calla
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", PATHS)
 def test_recomputed_gradients_are_the_same(path: str, dtype: torch.dtype, take_path: Callable[[str], None]) -> None:
-    """Bit for bit, where the second product is done like the first: here everywhere."""
+    """They agree bit for bit, because every path recomputes the product in the same way."""
     case = make(15, 2, 24, 16, 3, ids="some dropped")
     take_path(path)
     kept, again = (case.run(path, dtype, recompute=recompute) for recompute in (False, True))
@@ -102,7 +102,7 @@ def test_recomputed_gradients_are_the_same(path: str, dtype: torch.dtype, take_p
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("path", ["torch", "grouped", TRITON])
 def test_what_is_kept_to_the_byte(path: str, gated: bool, take_path: Callable[[str], None]) -> None:
-    """Beside the parameters: x, the router's weights, the indices, and the pre-activation unless recomputed."""
+    """Besides the parameters: x, the router's weights, the indices, and the pre-activation unless it is recomputed."""
     sources, choices, hidden, width, experts = 32, 2, 16, 24, 4
     case = make(sources, choices, hidden, width, experts, gated=gated)
     case.ids_SK[:] = torch.arange(sources * choices).view(sources, choices) % experts  # 16 rows each: no padding
@@ -112,7 +112,7 @@ def test_what_is_kept_to_the_byte(path: str, gated: bool, take_path: Callable[[s
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     parameters = {leaves["gate_up"].data_ptr(), leaves["down"].data_ptr()}
     routed = sources * choices
-    indices = 8 * (2 * routed + experts + 1) + 4 * routed  # order, inverse and offsets, the router's weights
+    indices = 8 * (2 * routed + experts + 1) + 4 * routed  # order, inverse and offsets; the router's weights
     for recompute in (False, True):
         kept: dict[int, int] = {}
 
@@ -142,7 +142,7 @@ def test_mistakes() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter")
 def test_auto_keeps_fp64_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where "auto" leads to Triton, which has no fp64."""
+    """If "auto" chooses Triton, which lacks fp64, fp64 inputs still take the torch backend."""
     case, chosen = make(6, 2, 8, 6, 3), []
 
     def pick(op: str, backends: dict[str, Any], backend: str) -> Any:

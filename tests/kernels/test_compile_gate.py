@@ -1,6 +1,6 @@
-"""The gate passes what is shipped, fails what no chip could launch, and compiles exactly what a launch gets.
+"""The compile gate accepts the shipped tiles, rejects impossible ones, and compiles exactly what real launches compile.
 
-Compiles in processes of their own, without the interpreter.
+The tests compile in separate processes, without Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ print(line)
 sys.exit(int(not ok))
 """
 
-#: real launches of public ops, of sizes that the gate's cases do not have; the compiler is stubbed by Triton's own hook
+#: launches public ops at sizes that the gate's cases lack; Triton's own hook replaces the compiler
 COVERED = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -97,6 +97,6 @@ def test_an_oversize_tile_fails() -> None:
 
 
 def test_launches_of_other_sizes_get_what_the_gate_compiles() -> None:
-    """Types, constants, what is known of each argument, warps and stages of every matrix kernel."""
+    """Compares types, constants, known divisibility of arguments, warps and stages of every matrix kernel."""
     done = python("-c", COVERED.format(folder=str(ROOT / "benchmarks")))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The benchmark's floors against published numbers, its byte counts against tensors and launches of real runs."""
+"""The benchmark's floors agree with published numbers, and its byte counts with real runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import cost
 import shapes
 import timing
 
-#: what an H200 was measured to do: 788 TFLOP/s of dense bf16, 4.3 TB/s copied
+#: measured on an H200: 788 TFLOP/s in dense bf16 products, copies of 4.3 TB/s
 H200 = cost.Rates(788e12, 4.3e12)
 
-#: forward GFLOP, forward MB, floors in microseconds forward and backward, MiB of x and pre-activation
+#: forward GFLOP, forward MB, floors in microseconds (forward, backward), MiB of x and the pre-activation
 TABLE = {
     "Qwen3-30B-8k": (618.5, 2259, 865, 1657, 224),
     "Qwen3-30B-32k": (2473.9, 5411, 3461, 6627, 896),
@@ -31,7 +31,7 @@ TABLE = {
     "gpt-oss-20b-32k": (6523.0, 6701, 8544, 16864, 1620),
     "DeepSeek-V3-32k": (23089.7, 35848, 30447, 59892, 2496),
 }
-#: TFLOP/s at the floor, forward and backward
+#: TFLOP/s at the floor: forward, backward
 CAPS = {
     "1.4B-a": (592, 641), "1.4B-b": (661, 676), "1.4B-c": (700, 694), "7B-a": (601, 675), "7B-b": (665, 713),
     "7B-c": (702, 733), "30B-a": (617, 687), "30B-b": (684, 728), "30B-c": (722, 749), "120B-a": (692, 734),
@@ -58,7 +58,7 @@ def test_caps_of_the_twelve_configurations(name: str) -> None:
 
 
 def test_every_stage_of_one_shape() -> None:
-    """Microseconds of arithmetic and of traffic, tabulated for 7B-a; the sum of operations is 18*T*K*F*D."""
+    """Microseconds of arithmetic and of traffic for 7B-a. The operations add up to 18*T*K*F*D."""
     shape = shapes.BY_NAME["7B-a"]
     stages = [*cost.path_forward(shape)[1:], *cost.path_backward(shape)]
     found = {s.name: (round(s.flops / H200.flops * 1e6), round(s.bytes / H200.bytes * 1e6)) for s in stages}
@@ -81,7 +81,7 @@ def test_a_sum_of_ops_is_the_path() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_a_run_keeps_is_what_the_formula_says(backend: str) -> None:
-    """Beyond x and the pre-activation: the order's 64-bit indices, the weights, and rows that pad experts to 16."""
+    """Besides x and the pre-activation: 64-bit indices, the weights, and rows that pad experts to multiples of 16."""
     if backend == "triton":
         pytest.importorskip("triton")
     shape = shapes.Shape("s", 160, 96, 64, 4, 2)
@@ -106,7 +106,7 @@ def test_what_is_kept_counts_memory_once_and_no_weights() -> None:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """Bytes of the tensors given to each launch, and its kernel."""
+    """Records for each launch the bytes of its tensors, and its kernel."""
     pytest.importorskip("triton")
     import triton.runtime.interpreter as interpreter
 

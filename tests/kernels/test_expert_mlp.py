@@ -1,4 +1,4 @@
-"""Forward and every gradient against the fp64 reference, which gradcheck holds to the formula.
+"""Forward and every gradient against the fp64 reference, whose gradients gradcheck verifies.
 
 S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 """
@@ -20,7 +20,7 @@ from equimoe.kernels.sort_by_expert import sort_by_expert
 
 from .mlp_cases import NAMES, TOLERANCE, NoHostReads, call, compare, make, take_path_fixture  # noqa: F401
 
-#: the backends, and the accelerators' two layouts of the torch one, which run on the CPU too
+#: the backends, and the torch backend with the accelerators' two row layouts, which run on the CPU, too
 PATHS = ("reference", "torch", "grouped", "blocks")
 IDS = ("random", "some dropped", "one expert", "duplicates", "all dropped")
 SHAPES = [  # S, K, D, F, E
@@ -101,7 +101,7 @@ def test_any_shape(
     by_norm = TOLERANCE[dtype][0] * (1 if dtype == torch.float32 else 4)
     for name, want in expected.items():
         assert found[name].isfinite().all()
-        # cancellation in a sum of few terms has no bound relative to the sum: an absolute term at unit scale
+        # a sum of few terms may cancel, so the error is also compared with unit scale
         assert (found[name].double() - want).norm() <= by_norm * (want.norm() + want.numel() ** 0.5), name
 
 
@@ -135,7 +135,7 @@ def test_strides(dtype: torch.dtype, path: str, take_path: Callable[[str], None]
     strided = {name: t.mT.contiguous().mT.requires_grad_() for name, t in wide.items()}
     assert not any(t.is_contiguous() for t in strided.values())
     for leaves in (dense, strided):
-        call(leaves, case.order).sum().backward()  # sum hands back an expanded gradient
+        call(leaves, case.order).sum().backward()  # sum() sends back an expanded gradient
     for name in NAMES:
         assert dense[name].grad.norm() > 0
         torch.testing.assert_close(strided[name].grad, dense[name].grad)
@@ -143,7 +143,7 @@ def test_strides(dtype: torch.dtype, path: str, take_path: Callable[[str], None]
 
 @pytest.mark.parametrize("path", PATHS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bad_row_spoils_no_other_expert(dtype: torch.dtype, path: str, take_path: Callable[[str], None]) -> None:
+def test_nan_stays_within_its_expert(dtype: torch.dtype, path: str, take_path: Callable[[str], None]) -> None:
     """Padding and dropped rows must not carry another row's NaN: 0 * NaN is NaN."""
     case = make(33, 1, 32, 16, 3)
     case.ids_SK[:] = torch.arange(33)[:, None] % 3
@@ -246,7 +246,7 @@ def test_what_backward_needs_is_saved_where_hooks_see_it() -> None:
         y_SD = call(leaves, case.order)
     routed = case.order.order_R.numel()
     activations = [t for t in saved if t.is_floating_point() and t.shape[0] == routed]
-    assert [t.shape[1] for t in activations] == [2 * 17], "the pre-activation and nothing else of R rows"
+    assert [t.shape[1] for t in activations] == [2 * 17], "the pre-activation is the only saved activation with R rows"
     y_SD.backward(case.dy_SD.float())
     expected = case.run("reference")
     compare({name: leaves[name].grad for name in NAMES}, {name: expected[name] for name in NAMES}, torch.float32)
@@ -266,7 +266,7 @@ def test_autocast(path: str, take_path: Callable[[str], None]) -> None:
     found = {"y": y_SD.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     compare(found, expected, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert call(case.inputs, case.order).dtype == torch.float64, "fp64 is left alone"
+        assert call(case.inputs, case.order).dtype == torch.float64, "autocast does not change fp64"
 
 
 @pytest.mark.parametrize("path", ["grouped", "blocks"])
@@ -275,7 +275,7 @@ def test_the_accelerators_path_never_waits_for_a_value(
 ) -> None:
     case = make(40, 2, 32, 16, 4, ids="some dropped")
     take_path(path)
-    monkeypatch.setattr(checks, "readable", lambda _: False)  # on the CPU the public op checks its order's values
+    monkeypatch.setattr(checks, "readable", lambda _: False)  # on the CPU the op would check the order's values
     with NoHostReads():
         case.run(path, torch.bfloat16)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
