@@ -190,10 +190,12 @@ def seen_by_run(suite: str, op: str, fault: Fault) -> tuple[bool, str]:
 def seen_by_gate() -> tuple[bool, str]:
     """Return whether the compile gate rejects a tile that needs too many registers; and its report line."""
     from benchmarks.kernels import compile_gate
-    from equimoe.kernels import configs
+    from equimoe.kernels import matmul_tiles
 
-    large = configs.Config(256, 256, 64, 8, 3)
-    with mock.patch.object(configs, "_HALF", {**configs._HALF, ("sm_90", "few"): dict.fromkeys(configs.OPS, large)}):
+    large = matmul_tiles.MatmulTile(256, 256, 64, 8, 3)
+    with mock.patch.object(
+        matmul_tiles, "_HALF", {**matmul_tiles._HALF, ("sm_90", "few"): dict.fromkeys(matmul_tiles.OPS, large)}
+    ):
         lines = compile_gate.gate("sm_90", "gemm_kernel bf16 few even silu")
     return bool(lines) and all(fault for _, fault in lines), " ".join(lines[0][0].split()) if lines else ""
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from equimoe.kernels.configs import BUCKETS, MANY_ROWS
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
+from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS
 from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.kernels.topk_gate import topk_gate

@@ -36,7 +36,7 @@ from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import sort_by_expert
-from equimoe.kernels.topk_gate import Gate, topk_gate
+from equimoe.kernels.topk_gate import GateOutput, topk_gate
 
 #: short ops, timed as CUDA graphs, because launch overhead would dominate
 GRAPHED = ("topk_gate", "sort_by_expert", "permute", "combine")
@@ -68,10 +68,10 @@ class Bench:
         rows = {"rows": self.rows_RD, "gradient of the first product": self.dpre_RF, "hidden rows": self.h_RF}
         return {**self.batch.tensors(), **weights, **rows, **order, "source rows": self.source_R}
 
-    def gate_forward(self) -> Gate:
+    def gate_forward(self) -> GateOutput:
         return topk_gate(self.logits_TE, self.shape.K, backend=self.backend)
 
-    def gate_backward(self, found: Gate) -> tuple[Tensor, ...]:
+    def gate_backward(self, found: GateOutput) -> tuple[Tensor, ...]:
         return torch.autograd.grad(found.weights_TK, self.logits_TE, self.batch.weights_TK.detach())
 
     def mlp_forward(self) -> Tensor:
@@ -150,7 +150,7 @@ class Check:
                 seen = compare([made], [self.moved(op, self._input(op))], ["output"], self.dtype)
         return {f"{op} {part}": pair for part, pair in seen.items()}
 
-    def choice(self, found: Gate, grads: tuple[Tensor, ...] | None) -> Errors:
+    def choice(self, found: GateOutput, grads: tuple[Tensor, ...] | None) -> Errors:
         dlogits = None if grads is None else grads[0]
         return check_choice(found, dlogits, self.bench.logits_TE, self.bench.batch.weights_TK.detach())
 

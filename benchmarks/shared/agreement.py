@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.shared.shapes import Batch, Shape
 from equimoe.kernels.sort_by_expert import ExpertOrder
-from equimoe.kernels.topk_gate import Gate
+from equimoe.kernels.topk_gate import GateOutput
 
 #: dtype -> largest error by norm, and of the worst row
 TOLERANCE = {
@@ -218,7 +218,7 @@ def reference(batch: Batch, gate_up_EFD: Tensor, down_EDF: Tensor) -> tuple[Tens
     return y, dx, dweights, dgate_up, ddown
 
 
-def check_choice(found: Gate, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
+def check_choice(found: GateOutput, dlogits_TE: Tensor | None, logits_TE: Tensor, dweights_TK: Tensor) -> Errors:
     """Check all results of softmax, top-k and normalisation, and the logits' gradient unless it is None."""
     (tokens, experts), k = logits_TE.shape, dweights_TK.shape[1]
     wide = logits_TE.detach().double().requires_grad_()

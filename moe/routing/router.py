@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.topk_gate import FUSED_SCORES, Gate, topk_gate
+from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
@@ -115,7 +115,7 @@ class Router(nn.Module):
             )
 
 
-def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., Gate]:
+def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutput]:
     return partial(
         topk_gate,
         k=k,
@@ -129,7 +129,7 @@ def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., Gate]:
     )
 
 
-def _composed(k: int, config: RouterConfig) -> Callable[..., Gate]:
+def _composed(k: int, config: RouterConfig) -> Callable[..., GateOutput]:
     select = partial(top_k, k=k)
     if config.groups > 1:
         select = partial(group_limited, k=k, groups=config.groups, kept_groups=config.kept_groups)

@@ -1,4 +1,4 @@
-"""When an op may look at the values that it was given, and what it checks of its inputs."""
+"""The checks of an op's inputs, and when an op may read a tensor's values."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def has_values(t: Tensor) -> bool:
-    """False for a tensor that has only a shape (meta, FakeTensorMode)."""
+    """Return False for a tensor that has only a shape (meta device, FakeTensorMode)."""
     return not t.is_meta and not isinstance(t, FakeTensor)
 
 
+def on_host(t: Tensor) -> bool:
+    """Tell whether a tensor is on the CPU and has values."""
+    return t.is_cpu and has_values(t)
+
+
 def readable(t: Tensor) -> bool:
-    """Whether a tensor has values, and reading them makes nobody wait: on the CPU, but not in a trace or a dry run."""
-    return t.is_cpu and has_values(t) and not torch.compiler.is_compiling()
+    """Tell whether an op may read a tensor's values: on the CPU, but not while tracing or in a dry run."""
+    return on_host(t) and not torch.compiler.is_compiling()
 
 
-def reads_no_values(backend: str, t: Tensor) -> str:
-    """``backend``, but "torch" instead of "reference" for a tensor that has only a shape (meta, FakeTensorMode)."""
+def backend_without_values(backend: str, t: Tensor) -> str:
+    """Return "torch" for "reference" and a tensor without values, which the reference cannot read; else ``backend``."""
     return "torch" if backend == "reference" and not has_values(t) else backend
 
 
 def check_device(device: torch.device, **tensors: Tensor | None) -> None:
-    """Raises ValueError for a tensor that is on another device; None is on any."""
+    """Raise ValueError if a tensor is on another device than ``device``; None is skipped."""
     for name, t in tensors.items():
         if t is not None and t.device != device:
             raise ValueError(f"{name} is on {t.device}: move it to {device}, where the op's other inputs are")
 
 
 def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
-    """Raises ValueError for offsets that are not int64 [E+1] or, where readable, do not ascend from 0 to the rows."""
+    """Raise ValueError unless offsets are int64 [E+1] and, if readable, ascend from 0 to at most ``num_rows``."""
     if offsets_E.dim() != 1 or offsets_E.dtype != torch.int64 or offsets_E.shape[0] == 0:
         raise ValueError(f"offsets_E={offsets_E.dtype}{list(offsets_E.shape)}: must be int64 [E + 1]")
     if readable(offsets_E):
@@ -38,11 +43,11 @@ def check_offsets(offsets_E: Tensor, num_rows: int) -> None:
         if offsets[0] != 0 or offsets != sorted(offsets):
             raise ValueError(f"offsets_E={_short(offsets)}: must begin at 0 and never decrease")
         if offsets[-1] > num_rows:
-            raise ValueError(f"offsets_E={_short(offsets)}: must end at {num_rows}, the number of rows, or before")
+            raise ValueError(f"offsets_E={_short(offsets)}: must end at {num_rows}, the number of rows, or less")
 
 
 def check_index(name: str, index_R: Tensor, sources: int) -> None:
-    """Raises ValueError for an index that is not int64 [R] or, where readable, has entries outside [0, sources)."""
+    """Raise ValueError unless an index is int64 [R] and, if readable, has entries in [0, sources) only."""
     if index_R.dim() != 1 or index_R.dtype != torch.int64:
         raise ValueError(f"{name}={index_R.dtype}{list(index_R.shape)}: must be int64 [R], one entry per row")
     if index_R.shape[0] and sources == 0:
@@ -54,5 +59,5 @@ def check_index(name: str, index_R: Tensor, sources: int) -> None:
 
 
 def _short(values: list[int]) -> str:
-    """At most eight of them."""
+    """Print at most eight of the values."""
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ..., {values[-1]}]"

@@ -1,50 +1,50 @@
-"""Every expert at once and no host synchronisation, for accelerators."""
+"""The experts' MLPs, all experts at once and without host synchronisation, for accelerators."""
 
 # S source rows, K choices per row, D hidden, F expert width, U width of the pre-activation (2F or F), E experts,
-# R routed rows, P places of a layout.
+# R routed rows, P places of a row layout.
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..grouped_gemm.layouts import layout
+from ..activations import ACTIVATIONS
+from ..grouped_gemm.row_layouts import row_layout
 from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .activation import FUNCTIONS
-from .kind import Kind
+from .types import MLPOptions
 
 
 class _Rows:
-    """A layout of the routed rows, and where they come from."""
+    """A layout of the routed rows, and their source rows and weights."""
 
     def __init__(self, weights_SK: Tensor, order: ExpertOrder, down_EDF: Tensor) -> None:
-        self.layout = layout(order.offsets_E, order.order_R.numel(), down_EDF.dtype, *down_EDF.shape[1:])
-        flat_P = self.layout.spread(order.order_R)
+        self.layout = row_layout(order.offsets_E, order.order_R.numel(), down_EDF.dtype, *down_EDF.shape[1:])
+        flat_P = self.layout.to_places(order.order_R)
         self.source_P = flat_P // max(weights_SK.shape[1], 1)
         self.weights_P1 = weights_SK.reshape(-1)[flat_P, None]
-        self.inverse_SK = self.layout.places(order.inverse_SK)
+        self.inverse_SK = self.layout.places_of(order.inverse_SK)
 
 
 def _is_empty(order: ExpertOrder, down_EDF: Tensor) -> bool:
-    """Whether there is nothing to multiply."""
+    """Tell whether there is nothing to multiply."""
     return order.order_R.shape[0] == 0 or down_EDF.numel() == 0
 
 
-def _activate(pre_PU: Tensor, kind: Kind, width: int) -> tuple[Tensor, Tensor]:
-    """act(z) [P, F], and what the down projection multiplies."""
-    s_PF = FUNCTIONS[kind.activation].value(pre_PU[:, :width], out=pre_PU.new_empty(pre_PU.shape[0], width))
-    return s_PF, s_PF * pre_PU[:, width:] if kind.gated else s_PF
+def _activate(pre_PU: Tensor, options: MLPOptions, width: int) -> tuple[Tensor, Tensor]:
+    """Return act(z) and the input of the down projection, [P, F] each."""
+    s_PF = ACTIVATIONS[options.activation].value(pre_PU[:, :width], out=pre_PU.new_empty(pre_PU.shape[0], width))
+    return s_PF, s_PF * pre_PU[:, width:] if options.gated else s_PF
 
 
-def _differentiate(dh_PF: Tensor, s_PF: Tensor, pre_PU: Tensor, kind: Kind) -> Tensor:
-    """[P, U] the gradient of the pre-activation; overwrites ``dh_PF``."""
+def _differentiate(dh_PF: Tensor, s_PF: Tensor, pre_PU: Tensor, options: MLPOptions) -> Tensor:
+    """Return the gradient of the pre-activation, [P, U]. Overwrites ``dh_PF``."""
     width = dh_PF.shape[1]
     dpre_PU = torch.empty_like(pre_PU)
-    if kind.gated:
+    if options.gated:
         torch.mul(dh_PF, s_PF, out=dpre_PU[:, width:])
         dh_PF.mul_(pre_PU[:, width:])
-    FUNCTIONS[kind.activation].gradient(dh_PF, pre_PU[:, :width], out=dpre_PU[:, :width])
+    ACTIVATIONS[options.activation].gradient(dh_PF, pre_PU[:, :width], out=dpre_PU[:, :width])
     return dpre_PU
 
 
@@ -54,15 +54,15 @@ def forward(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [P, U]."""
+    """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
     if _is_empty(order, down_EDF):
         return x_SD.new_zeros(x_SD.shape), x_SD.new_zeros(0, gate_up_EFD.shape[1]) if keep else None
     rows = _Rows(weights_SK, order, down_EDF)
     pre_PU = rows.layout.product(x_SD[rows.source_P], gate_up_EFD.mT)
-    h_PF = _activate(pre_PU, kind, down_EDF.shape[2])[1]
+    h_PF = _activate(pre_PU, options, down_EDF.shape[2])[1]
     out_PD = rows.layout.product(h_PF, down_EDF.mT).mul_(rows.weights_P1)
     return sum_rows(out_PD, rows.inverse_SK), pre_PU if keep else None
 
@@ -75,12 +75,12 @@ def backward(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weights, gate_up and down; None where ``needs`` is False.
+    """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
 
-    A pre-activation that was not kept is computed again.
+    If ``pre_PU`` is None, recompute the pre-activations.
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     if _is_empty(order, down_EDF):
@@ -91,7 +91,7 @@ def backward(
     product, weight_grad = rows.layout.product, rows.layout.weight_grad
     if pre_PU is None:
         pre_PU = product(x_SD[rows.source_P], gate_up_EFD.mT)
-    s_PF, h_PF = _activate(pre_PU, kind, down_EDF.shape[2])
+    s_PF, h_PF = _activate(pre_PU, options, down_EDF.shape[2])
     dy_PD = dy_SD[rows.source_P]
     dh_PF = product(dy_PD, down_EDF)
     dx_SD = dweights_SK = dgate_up_EFD = ddown_EDF = None
@@ -101,7 +101,7 @@ def backward(
     if needs_down:
         ddown_EDF = weight_grad(dy_PD.mul_(rows.weights_P1), h_PF)
     if needs_x or needs_gate_up:
-        dpre_PU = _differentiate(dh_PF.mul_(rows.weights_P1), s_PF, pre_PU, kind)
+        dpre_PU = _differentiate(dh_PF.mul_(rows.weights_P1), s_PF, pre_PU, options)
         if needs_gate_up:
             dgate_up_EFD = weight_grad(dpre_PU, x_SD[rows.source_P])
         if needs_x:

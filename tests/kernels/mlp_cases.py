@@ -1,4 +1,4 @@
-"""Inputs of the experts' MLP, how a result is held to the fp64 reference, and that nothing waits for the device.
+"""Test cases for expert_mlp: inputs, comparison with the fp64 reference, and a check that the host never waits.
 
 S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 """
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from equimoe.kernels.expert_mlp import expert_mlp, grouped, torch_ops
-from equimoe.kernels.grouped_gemm.layouts import Blocks
+from equimoe.kernels.expert_mlp import accelerator, expert_mlp, torch_ops
+from equimoe.kernels.grouped_gemm.row_layouts import BlockLayout
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
-#: largest relative error by norm, and of the worst row against the rows' root mean square
+#: largest permitted error: relative by norm, and of the worst row relative to the rows' root mean square
 TOLERANCE = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
 TOLERANCE[torch.float16] = (2e-3, 1e-2)
 NAMES = ("x", "weights", "gate_up", "down")
@@ -26,7 +26,7 @@ NAMES = ("x", "weights", "gate_up", "down")
 
 @dataclass
 class Case:
-    """Unit-scale inputs of one call, and the gradient that arrives at its output."""
+    """Unit-scale inputs of one call, and the gradient of its output."""
 
     ids_SK: Tensor
     order: ExpertOrder
@@ -34,13 +34,13 @@ class Case:
     dy_SD: Tensor
 
     def rounded(self, dtype: torch.dtype) -> Case:
-        """The same numbers as ``dtype`` has them (weights: fp32), in fp64, so that only the op's own errors remain."""
+        """Round the inputs to ``dtype`` (weights: fp32), in fp64, so that only the op's own errors remain."""
         narrow = {name: t.to(torch.float32 if name == "weights" else dtype) for name, t in self.inputs.items()}
         inputs = {name: t.to(torch.float64) for name, t in narrow.items()}
         return Case(self.ids_SK, self.order, inputs, self.dy_SD.to(dtype).to(torch.float64))
 
     def run(self, path: str = "torch", dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
-        """The output and the gradients."""
+        """Return the output and the gradients by name."""
         backend = path if path in ("reference", "triton") else "torch"
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = {
@@ -89,15 +89,17 @@ def make(
     return Case(ids_SK, sort_by_expert(ids_SK, experts), inputs, normal(sources, hidden))
 
 
-@pytest.fixture(name="route")
-def route_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sends the torch backend down the path of an accelerator."""
+@pytest.fixture(name="take_path")
+def take_path_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the torch backend take the path of accelerators; "blocks" also forces the block layout."""
 
     def choose(path: str) -> None:
         if path in ("grouped", "blocks"):
-            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: grouped)
+            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: accelerator)
         if path == "blocks":
-            monkeypatch.setattr(grouped, "layout", lambda offsets_E, num_rows, *_: Blocks(offsets_E, num_rows))
+            monkeypatch.setattr(
+                accelerator, "row_layout", lambda offsets_E, num_rows, *_: BlockLayout(offsets_E, num_rows)
+            )
 
     return choose
 
@@ -108,7 +110,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
         got, want = found[name].double(), want.double()
         assert got.shape == want.shape and got.isfinite().all(), name
         zero = want == 0
-        assert (got[zero] == 0).all() if zero.all(-1).any() or zero.all() else True, f"{name}: exactly zero"
+        assert (got[zero] == 0).all() if zero.all(-1).any() or zero.all() else True, f"{name}: must be exactly zero"
         if want.norm() == 0:
             continue
         assert (got - want).norm() <= by_norm * want.norm(), name
@@ -117,7 +119,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
 
 
 class NoHostReads(TorchDispatchMode):
-    """Fails where a tensor's value would have to come to the host."""
+    """Fails if the host reads a tensor's value."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
         name = func.overloadpacket.__name__

@@ -1,11 +1,12 @@
-"""Products of every expert at once and no host synchronisation, for accelerators.
+"""Products of all experts at once, without host synchronisation, for accelerators.
 
-Two layouts of the sorted rows behind one contract. ``Grouped`` is ``torch``'s grouped product, for bf16 rows of a
-multiple of 16 bytes. ``Blocks`` serves every other dtype and width: it pads each expert to whole blocks of about R/E
-rows, so that there are at most 2E+1 blocks whatever the routing, and multiplies them as one batch.
+A row layout assigns each sorted row a place in the operands of a product. ``GroupedLayout`` keeps the rows as they are
+and uses torch's grouped product, which takes bf16 and rows of a multiple of 16 bytes. ``BlockLayout`` serves all other
+dtypes and widths: it pads each expert's rows to whole blocks of about R/E rows and multiplies all blocks as one batch.
+There are at most 2E+1 blocks, whatever the routing.
 """
 
-# R rows sorted by expert, E experts, P places of a layout, B blocks; I and O the in and out width of a product.
+# R rows sorted by expert, E experts, P places of a layout, B blocks; I and O are the in and out width of a product.
 
 from __future__ import annotations
 
@@ -14,53 +15,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def within(offsets_E: Tensor, num_rows: int) -> Tensor:
-    """Offsets that never decrease, from 0 to the number of rows; correct ones unchanged.
+def clamp_offsets(offsets_E: Tensor, num_rows: int) -> Tensor:
+    """Return offsets that never decrease and stay within 0..num_rows; valid offsets are unchanged.
 
-    Wrong ones would lead a product out of its memory, and to refuse them the host would have to wait.
+    With invalid offsets a product would access memory outside its operands. Refusing them would make the host wait.
     """
     return offsets_E.clamp(0, num_rows).cummax(0).values
 
 
-class Grouped:
-    """Places are sorted rows; what lies past the kept ones is undefined and must not be read."""
+class GroupedLayout:
+    """Each sorted row is its own place. Results past ``offsets[E]`` are undefined and must not be read."""
 
     def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
-        self.offsets_E = within(offsets_E, num_rows)
+        self.offsets_E = clamp_offsets(offsets_E, num_rows)
         self.ends_E = self.offsets_E[1:].to(torch.int32)
 
-    def spread(self, index_R: Tensor) -> Tensor:
-        """[P] an entry per sorted row, at the places."""
+    def to_places(self, index_R: Tensor) -> Tensor:
+        """Rearrange one entry per sorted row into one entry per place, [P]."""
         return index_R
 
-    def places(self, row: Tensor) -> Tensor:
-        """The places of sorted rows; -1 stays -1."""
-        return row
+    def places_of(self, rows: Tensor) -> Tensor:
+        """Return the places of sorted rows; -1 stays -1."""
+        return rows
 
     def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
         return F.grouped_mm(rows_PI, _dense(weight_EIO), offs=self.ends_E)
 
     def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
-        """[E, O, I] left.T @ right by expert."""
+        """[E, O, I] left.T @ right by expert; zero for experts without rows."""
         grad_EOI = F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
-        empty_E = (self.offsets_E.diff() == 0)[:, None, None]  # theirs was never written
+        empty_E = (self.offsets_E.diff() == 0)[:, None, None]  # the product does not write their gradient
         return grad_EOI.masked_fill_(empty_E, 0)
 
 
 def _dense(weight_EIO: Tensor) -> Tensor:
-    """A weight as a grouped product takes it: rows or columns without gaps, the first on a boundary of 16 bytes."""
-    gapless = weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()
-    if gapless and weight_EIO.storage_offset() * weight_EIO.element_size() % 16 == 0:
+    """Return the weight as torch's grouped product requires it: dense, and starting at a multiple of 16 bytes."""
+    dense = weight_EIO.is_contiguous() or weight_EIO.mT.is_contiguous()
+    if dense and weight_EIO.storage_offset() * weight_EIO.element_size() % 16 == 0:
         return weight_EIO
     return weight_EIO.clone(memory_format=torch.contiguous_format)
 
 
-class Blocks:
-    """Rows in blocks of one expert each; empty places repeat some row and are cut off the weight gradients."""
+class BlockLayout:
+    """Blocks of ``size`` places, each of one expert.
+
+    Padding places hold a copy of some row. The weight gradients leave them out.
+    """
 
     def __init__(self, offsets_E: Tensor, num_rows: int) -> None:
         device, self.experts = offsets_E.device, offsets_E.shape[0] - 1
-        self.offsets_E = offsets_E = within(offsets_E, num_rows)
+        self.offsets_E = offsets_E = clamp_offsets(offsets_E, num_rows)
         self.size = -(-num_rows // (16 * self.experts)) * 16
         num_blocks = -(-num_rows // self.size) + self.experts
         counts_E = offsets_E.diff()
@@ -77,11 +81,11 @@ class Blocks:
         expert_R = (torch.searchsorted(offsets_E, row_R, right=True) - 1).clamp_(0, self.experts - 1)
         self.place_R = row_R - offsets_E[expert_R] + first_E[expert_R]
 
-    def spread(self, index_R: Tensor) -> Tensor:
+    def to_places(self, index_R: Tensor) -> Tensor:
         return index_R[self.row_P]
 
-    def places(self, row: Tensor) -> Tensor:
-        return torch.where(row < 0, -1, self.place_R[row.clamp(min=0)])
+    def places_of(self, rows: Tensor) -> Tensor:
+        return torch.where(rows < 0, -1, self.place_R[rows.clamp(min=0)])
 
     def _batch(self, rows_PI: Tensor) -> Tensor:
         return rows_PI.view(-1, self.size, rows_PI.shape[1])
@@ -93,12 +97,12 @@ class Blocks:
         left_PO, right_PI = (t.masked_fill(~self.filled_P[:, None], 0) for t in (left_PO, right_PI))
         wide = torch.float64 if left_PO.dtype == torch.float64 else torch.float32
         grad_BOI = torch.bmm(self._batch(left_PO).mT, self._batch(right_PI)).to(wide)
-        # index_put sorts what it adds up, so that the order of the sum is always the same
+        # index_put sorts its indices, so it always adds in the same order
         grad_EOI = grad_BOI.new_zeros(self.experts, *grad_BOI.shape[1:])
         return grad_EOI.index_put_((self.expert_B,), grad_BOI, accumulate=True).to(left_PO.dtype)
 
 
-def layout(offsets_E: Tensor, num_rows: int, dtype: torch.dtype, *widths: int) -> Grouped | Blocks:
-    """The better one for at least one row of ``dtype``, and products of these in and out widths."""
+def row_layout(offsets_E: Tensor, num_rows: int, dtype: torch.dtype, *widths: int) -> GroupedLayout | BlockLayout:
+    """Choose the faster layout for this dtype and these matrix widths. Requires at least one row."""
     aligned = all(width % 8 == 0 for width in widths)
-    return (Grouped if dtype == torch.bfloat16 and aligned else Blocks)(offsets_E, num_rows)
+    return (GroupedLayout if dtype == torch.bfloat16 and aligned else BlockLayout)(offsets_E, num_rows)
