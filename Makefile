@@ -68,16 +68,16 @@ types: $(VENV)/.stamp-dev
 	MYPYPATH=$(VENV)/typing $(PY) -m mypy -p equimoe.moe -p equimoe.kernels -p equimoe.launch
 
 kernels: $(VENV)/.stamp-dev
-	$(PY) benchmarks/compile_gate.py $(ARGS)
+	$(PY) benchmarks/kernels/compile_gate.py $(ARGS)
 
 bench: $(VENV)/.stamp-bench
-	$(PY) benchmarks/bench_layer.py $(ARGS)
+	$(PY) benchmarks/layer/bench_layer.py $(ARGS)
 
 measure: $(VENV)/.stamp-bench
 	$(PY) benchmarks/run.py $(ARGS)
 
 balance: $(VENV)/.stamp-dev
-	$(PY) benchmarks/global_balance.py $(ARGS)
+	$(PY) benchmarks/balance/global_balance.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

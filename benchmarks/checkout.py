@@ -1,31 +1,38 @@
-"""Importing this makes ``equimoe`` the checkout that the script lies in, whatever is installed beside it.
+"""Makes `equimoe`, `benchmarks` and `tests` the folders of this checkout, whatever is installed.
 
-A figure is recorded with its script's commit, so that commit's code must be what was measured. The package is loaded
-from its file: with the checkout on the import path, its folders could hide packages of the same names.
+A result is recorded with the commit of its script, so the script must measure the code of that commit. Every script
+imports this module first if it is run as a file:
+
+    if not __package__:
+        sys.path[0] = <the folder benchmarks>
+        import checkout
 """
 
 from __future__ import annotations
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = {"equimoe": ROOT, "benchmarks": ROOT / "benchmarks", "tests": ROOT / "tests"}
 
 
-def _use() -> None:
-    """Raises SystemExit with one line when another equimoe has been imported before."""
-    loaded = sys.modules.get("equimoe")
-    if loaded is None:
-        spec = spec_from_file_location("equimoe", ROOT / "equimoe.py")
-        assert spec is not None and spec.loader is not None
-        loaded = sys.modules["equimoe"] = module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    found = [Path(folder).resolve() for folder in loaded.__path__]
-    if found != [ROOT]:
-        sys.exit(
-            f"equimoe is {found[0]}, and this script is of {ROOT}: measure a checkout with its own script, run alone"
-        )
+def _use(name: str, folder: Path) -> None:
+    """Define the package `name` as `folder`. Raise SystemExit if another one has been imported already."""
+    package = sys.modules.get(name)
+    if package is None:
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        package = sys.modules[name] = module_from_spec(spec)
+    found = Path(next(iter(package.__path__))).resolve()
+    if found != folder:
+        sys.exit(f"{name} is already imported from {found}, but this script belongs to {ROOT}: run it on its own")
 
 
-_use()
+for _name, _folder in PACKAGES.items():
+    _use(_name, _folder)
+# our folders must not hide installed packages: Hugging Face has one called `kernels`
+sys.path[:] = [path for path in sys.path if not Path(path).resolve().is_relative_to(PACKAGES["benchmarks"])]

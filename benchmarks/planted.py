@@ -1,33 +1,38 @@
-"""Plants faults in a copy of every op, and prints whether the benchmarks and the compile gate see each.
+"""Plants faults in a copy of every op, and checks that the benchmarks and the compile gate detect them.
 
     python benchmarks/planted.py [--only TEXT]
 
-Each fault goes through ``run.py`` on a tiny shape, or through the gate on one chip, in this process. It is seen when
-the command fails with one line that names the op, and shows no figure. Exits with the number of faults that were not.
+Each fault runs through ``run.py`` on a tiny shape, or through the gate on one chip, in this process. It counts as seen
+if the command fails with one line that names the op, and shows no measurement. The exit status is the number of faults
+that were not seen.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
-import kernel_suite
-import layer_suite
-import peers
-import run
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent)
+    import checkout  # noqa: F401
+
 import torch
-from options import Parser
 from torch import Tensor
 
-#: the op of a tile that does not fit
+from benchmarks import run
+from benchmarks.kernels import kernel_suite
+from benchmarks.layer import layer_suite, peers
+from benchmarks.shared.options import Parser
+from benchmarks.shared.records import OURS
+
+#: the fault of the compile gate
 SPILLING = "a tile that spills"
 ARGUMENTS = ["--device", "cpu", "--shapes", "tiny-b", "--threads", "1", "--compiled", "0", "--only", "loop"]
 
@@ -36,7 +41,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 class _Changed(torch.autograd.Function):
-    """Applies one function to a result, and another to its gradient."""
+    """Applies one function to a result and another to its gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, change: Change, back: Change) -> Tensor:
@@ -61,17 +66,43 @@ def nan(value: Tensor) -> Tensor:
 
 
 def row(value: Tensor) -> Tensor:
-    """The first row is the negative of what it should be; whole numbers are one too large."""
+    """Negate the first row, or add one to it if it holds whole numbers."""
     first = -value[:1] if value.is_floating_point() else value[:1] + 1
     return torch.cat([first, value[1:]])
 
 
+def other_dtype(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value.int()
+
+
+def broken(value: Tensor) -> Tensor:
+    raise ArithmeticError("planted")
+
+
+def unread(given: Tensor) -> None:
+    """Leave the op's input unchanged."""
+
+
+def negated(given: Tensor) -> None:
+    given.neg_()
+
+
+def zeroed(given: Tensor) -> None:
+    given.zero_()
+
+
 class Fault(NamedTuple):
-    """What becomes of an op's result and of its gradient; if ``late``, only when it has passed the reduced gate."""
+    """Changes to an op's result, to its gradient, and to its first input before and after the call.
+
+    A ``late`` fault starts after the check at reduced size. ``every`` = n affects only each n-th call.
+    """
 
     change: Change
     back: Change = same
+    before: Callable[[Tensor], None] = unread
+    after: Callable[[Tensor], None] = unread
     late: bool = False
+    every: int = 1
 
 
 FAULTS = {
@@ -80,12 +111,18 @@ FAULTS = {
     "one row wrong": Fault(row),
     "gradient zero": Fault(same, torch.zeros_like),
     "gradient NaN": Fault(same, nan),
+    "another dtype": Fault(other_dtype),
+    "raises": Fault(broken),
+    "negates its input": Fault(same, before=negated),
     "doubled when timed": Fault(doubled, late=True),
     "no gradient when timed": Fault(same, torch.zeros_like, late=True),
+    "every third doubled": Fault(doubled, late=True, every=3),
+    "zeroes its input": Fault(same, after=zeroed, late=True),
+    "raises when timed": Fault(broken, late=True),
 }
-#: the field of an op's result that is changed
+#: op -> the field of its result that is changed
 FIELDS = {"topk_gate": "weights_TK", "sort_by_expert": "order_R"}
-#: by suite, the module whose name of an op is replaced, and the ops that it runs
+#: suite -> the module in which ops are replaced, and their names
 SUITES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "kernels": (
         kernel_suite,
@@ -107,12 +144,15 @@ ONE_WAY = ("sort_by_expert", "grouped_gemm_dgrad", "grouped_gemm_wgrad")
 
 
 def faulty(right: Callable[..., Any], op: str, fault: Fault, active: list[bool]) -> Callable[..., Any]:
-    """A copy of ``right`` with the fault, while ``active`` is not empty."""
+    """Return a copy of ``right`` that has the fault while ``active`` is not empty."""
+    calls = count(1)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
+        if not active or next(calls) % fault.every:
+            return right(*args, **kwargs)
+        fault.before(args[0].data)  # invisible to autograd, like a kernel's writes
         result = right(*args, **kwargs)
-        if not active:
-            return result
+        fault.after(args[0].data)
         field = FIELDS.get(op)
         value = getattr(result, field) if field else result
         value = _Changed.apply(value, fault.change, fault.back) if value.is_floating_point() else fault.change(value)
@@ -122,7 +162,7 @@ def faulty(right: Callable[..., Any], op: str, fault: Fault, active: list[bool])
 
 
 def seen_by_run(suite: str, op: str, fault: Fault) -> tuple[bool, str]:
-    """Whether ``run.py`` fails, names the op and shows no figure; and its line."""
+    """Return whether ``run.py`` fails, names the op and shows no measurement; and its error line."""
     module = SUITES[suite][0]
     home = kernel_suite if suite == "kernels" else layer_suite
     active = [] if fault.late else [True]
@@ -142,49 +182,55 @@ def seen_by_run(suite: str, op: str, fault: Fault) -> tuple[bool, str]:
         written = list(Path(folder).iterdir())
     lines = err.getvalue().strip().splitlines()
     line = lines[-1] if lines else ""
-    name = peers.OURS if suite == "layer" else op.removesuffix("_dgrad").removesuffix("_wgrad")
+    name = OURS if suite == "layer" else op.removesuffix("_dgrad").removesuffix("_wgrad")
     named = len(lines) == 1 and line.startswith(f"WRONG: {name}")
     return status == 1 and named and "|" not in out.getvalue() and not written, line
 
 
 def seen_by_gate() -> tuple[bool, str]:
-    """Whether the compile gate refuses a tile that needs more registers than there are; and its line."""
-    import compile_gate
+    """Return whether the compile gate rejects a tile that needs too many registers; and its report line."""
+    from benchmarks.kernels import compile_gate
+    from equimoe.kernels import matmul_tiles
 
-    from equimoe.kernels import configs
-
-    large = configs.Config(256, 256, 64, 8, 3)
-    with mock.patch.object(configs, "_HALF", {**configs._HALF, ("sm_90", "few"): dict.fromkeys(configs.OPS, large)}):
+    large = matmul_tiles.MatmulTile(256, 256, 64, 8, 3)
+    with mock.patch.object(
+        matmul_tiles, "_HALF", {**matmul_tiles._HALF, ("sm_90", "few"): dict.fromkeys(matmul_tiles.OPS, large)}
+    ):
         lines = compile_gate.gate("sm_90", "gemm_kernel bf16 few even silu")
     return bool(lines) and all(fault for _, fault in lines), " ".join(lines[0][0].split()) if lines else ""
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """(suite, op, fault) of everything that can be wrong."""
+    """Yield suite, op and name of all faults."""
     for suite, (_, ops) in SUITES.items():
         for op in ops:
             for name, fault in FAULTS.items():
                 whole = op == "sort_by_expert" and fault.change is nan  # whole numbers have no NaN
-                if not whole and not (op in ONE_WAY and fault.change is same):
+                backward_only = fault == Fault(same, fault.back, late=fault.late)
+                if not whole and not (op in ONE_WAY and backward_only):
                     yield suite, op, name
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults whose line begins with or has this text in it")
+    parser = Parser(__doc__)
+    parser.add_argument("--only", default="", help="plant only faults whose description contains this text")
     only = parser.parse_args(argv).only
     chosen = [case for case in cases() if only in " ".join(case)]
     found = total = 0
 
-    def told(name: str, fault: str, result: tuple[bool, str]) -> None:
+    def show(name: str, fault: str, result: tuple[bool, str]) -> None:
         nonlocal found, total
         found, total = found + result[0], total + 1
         print(f"{name:27} {fault:22} {'seen' if result[0] else 'NOT SEEN':8}  {result[1]}", flush=True)
 
     for suite, op, fault in chosen:
-        told(f"{suite} {op}", fault, seen_by_run(suite, op, FAULTS[fault]))
+        show(f"{suite} {op}", fault, seen_by_run(suite, op, FAULTS[fault]))
     if only in SPILLING:
-        told("gate grouped_gemm", SPILLING, seen_by_gate())
+        show("gate grouped_gemm", SPILLING, seen_by_gate())
+    if not total:
+        parser.error(
+            f"--only={only}: no fault has this text in its description; the first is {' '.join(next(cases()))!r}"
+        )
     print(f"{found} of {total} planted faults seen")
     return total - found
 

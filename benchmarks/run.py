@@ -1,13 +1,14 @@
-"""Every op and the whole layer, beside their floors and their peers, on one device.
+"""Measures every op and the whole layer on one device, against lower bounds and other implementations.
 
     python benchmarks/run.py [--suite kernels|layer|all] [--device cuda|cpu] [--shapes 30B-b,7B-a] [--out DIR]
                              [--backend triton|torch] [--peer NAME=PATH] [--minutes 8]
 
-Everything is compared with fp64, forward and backward: first at a reduced size, then what was timed on the inputs that
-were timed. When anything of ours is wrong, no figure is printed and the command exits with 1. Random inputs of unit
-scale, uniform and Zipf-skewed routing, contestants by turns in one process, beside the product and copy rates that the
-machine reaches in that process. On a CPU the shapes get fewer tokens and experts.
-Writes JSON, the tables (.md) and a picture (.png) of the fractions of the floor.
+All outputs and gradients are compared with fp64, first at a reduced size, then on the inputs that were timed. If one of
+ours is wrong, the command prints no measurements and exits with 1. Inputs are random and of unit scale, routing is even
+or Zipf-skewed, and contestants take turns in one process. The lower bounds ("floors") follow from the matrix-product
+and copy rates that the machine reaches in this process. On a CPU, shapes have fewer tokens and experts.
+
+The command writes a .json file, its tables (.md), and a picture (.png) of time relative to the floors.
 """
 
 from __future__ import annotations
@@ -15,71 +16,67 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-import checkout  # noqa: F401  (first: it decides which equimoe is imported)
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent)
+    import checkout  # noqa: F401
 
-# isort: split
-import against
-import foreign
-import kernel_suite
-import layer_suite
-import peers
-import report
-import shapes
 import torch
-from agreement import Red
-from checkout import ROOT
-from options import CORES, Parser, folder, positive, threads
-from shapes import Shape
-from timing import Timer, yardstick
-from workloads import environment
+
+from benchmarks.kernels import kernel_suite
+from benchmarks.layer import foreign, layer_suite, peers
+from benchmarks.shared import against, report, shapes
+from benchmarks.shared.agreement import WrongResult
+from benchmarks.shared.options import CORES, Parser, positive, threads
+from benchmarks.shared.records import OURS, facts, load_averages, slug
+from benchmarks.shared.shapes import Shape
+from benchmarks.shared.timing import Context, Timer, yardstick
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SUITES = ("kernels", "layer")
 PACKAGES = ("triton", "transformers", "liger-kernel", "scattermoe", "sonic-moe", "transformer-engine")
-#: a compilation takes tens of seconds, twice for each shape
+#: for how many shapes grouped_mm is compiled, which takes tens of seconds twice per shape
 COMPILED = {"cuda": 2, "cpu": 0}
 MINUTES = {"cuda": 7.5, "cpu": 5.0}
-#: rounds of all contestants, and about how many seconds each may take in all per routing
+#: rounds of all contestants, and about how many seconds each contestant gets in total per routing
 ROUNDS = {"cuda": (10, 0.8), "cpu": (3, 1.0)}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all", help="(default %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("torch", "triton"), help="(default: triton on a GPU, torch on a CPU)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default %(default)s)")
     parser.add_argument("--shapes", metavar="NAME,...", help=f"of {', '.join(shapes.BY_NAME)} (default: all but tiny)")
-    parser.add_argument("--peer", metavar="NAME=PATH", action="append", default=[], help="where another project lies")
-    parser.add_argument("--only", metavar="NAME,...", help="these contestants beside ours (default: all)")
-    parser.add_argument("--compiled", type=int, metavar="N", help="compile grouped_mm for N shapes (2; CPU 0)")
-    parser.add_argument("--minutes", type=float, help="no shape begins when it would end after so many (7.5; CPU 5)")
-    parser.add_argument("--threads", type=threads, default=min(2, CORES), help="on a CPU (default %(default)s)")
-    parser.add_argument("--out", type=folder, default=str(ROOT / "benchmarks/results"), help="(default %(default)s)")
+    parser.add_argument("--peer", metavar="NAME=PATH", action="append", default=[], help="checkout of another project")
+    parser.add_argument("--only", metavar="NAME,...", help="contestants to measure besides ours (default: all)")
+    parser.add_argument("--compiled", type=int, metavar="N", help="compile grouped_mm for N shapes (default: 2; CPU 0)")
+    parser.add_argument("--minutes", type=float, help="time limit for all shapes (default: 7.5; CPU 5)")
+    parser.add_argument("--threads", type=threads, default=min(2, CORES), help="CPU threads (default %(default)s)")
+    parser.add_out()
     parser.add_argument(
-        "--against", metavar="PATH", type=Path, help="another checkout, measured by turns with this one"
+        "--against", metavar="PATH", type=Path, help="another checkout, which takes turns with this one"
     )
     parser.add_argument("--rounds", type=positive, default=3, help="runs of each with --against (default %(default)s)")
     args = parser.parse_args(argv)
     if args.against and not (args.against / "benchmarks" / "run.py").is_file():
-        parser.error(f"--against={args.against}: has no benchmarks/run.py; give the folder of a checkout")
+        parser.error(f"--against={args.against}: does not contain benchmarks/run.py; give the folder of a checkout")
     args.backend = args.backend or ("triton" if args.device == "cuda" else "torch")
     args.compiled = COMPILED[args.device] if args.compiled is None else args.compiled
     args.minutes = MINUTES[args.device] if args.minutes is None else args.minutes
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device=cuda: torch sees no GPU; use --device cpu")
+        parser.error("--device=cuda: torch finds no GPU; use --device cpu")
     if args.device == "cpu" and args.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         how = (
             "TRITON_INTERPRET=1 python benchmarks/run.py --device cpu --backend triton --suite kernels --shapes tiny-b"
         )
-        parser.error(f"--backend=triton: there is no GPU; to see that it runs, and nothing of its speed: {how}")
+        parser.error(f"--backend=triton: needs a GPU; to check only that it runs: {how}")
     try:
         args.chosen, args.foreign = shapes.parse(args.shapes), foreign.find(args.peer)
         known = {*peers.own("", True), *args.foreign}
@@ -91,28 +88,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def forwarded(argv: list[str]) -> list[str]:
-    """The arguments without those of the comparison, and without --out."""
+    """Return the arguments without --against, --rounds and --out."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--against", "--rounds", "--out"):
         parser.add_argument(name)
     return parser.parse_known_args(argv)[1]
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else str(environment(())["cpu"])
-
-
-def facts(args: argparse.Namespace) -> dict[str, Any]:
-    """Hardware, versions, commit."""
-    found: dict[str, Any] = {"device": device_name(args.device), **environment(PACKAGES), "cores": os.cpu_count()}
-    if args.device == "cuda":
-        found |= {"gpu_memory": torch.cuda.get_device_properties(0).total_memory, "cuda": torch.version.cuda}
-    return found
-
-
-def load() -> list[float]:
-    """The machine's load averages, for judging whether anything else ran."""
-    return [round(value, 2) for value in os.getloadavg()]
+def device_facts(device: str) -> dict[str, Any]:
+    """Return hardware, versions and commit."""
+    found = facts(*PACKAGES)
+    if device == "cpu":
+        return {"device": found["cpu"], **found}
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return {"device": torch.cuda.get_device_name(), **found, "gpu_memory": memory, "cuda": torch.version.cuda}
 
 
 def free_bytes(device: torch.device) -> int:
@@ -127,18 +116,18 @@ def sized(shape: Shape, device: str) -> Shape:
 
 
 def needed_bytes(shape: Shape, size: int, device: torch.device) -> int:
-    """Weights, their gradients, and rows. A GPU says when it is full, and a contestant is left out; a CPU does not."""
+    """Estimate the memory for weights, gradients and rows, generously on a CPU, where running out kills the process."""
     copies, times = (2, 1) if device.type == "cuda" else (3, 2)
     rows = shape.rows * (3 * shape.D + 6 * shape.F) + 6 * shape.T * shape.D
-    right = 4 * shape.weights + 40 * shape.T * shape.D  # the reference's gradients, its inputs and outputs
-    return size * (copies * shape.weights + times * rows) + right
+    fp64_reference = 4 * shape.weights + 40 * shape.T * shape.D
+    return size * (copies * shape.weights + times * rows) + fp64_reference
 
 
-def run_shape(shape: Shape, args: argparse.Namespace, context: layer_suite.Context) -> dict[str, Any]:
-    """Gate and figures of one shape. Raises Red."""
+def run_shape(shape: Shape, args: argparse.Namespace, context: Context) -> dict[str, Any]:
+    """Check and measure one shape."""
     actual = sized(shape, args.device)
     result: dict[str, Any] = {key: getattr(actual, key) for key in ("T", "D", "F", "E", "K", "rows", "source")}
-    result |= {"published": {"T": shape.T, "E": shape.E}, "gate": {}, "load_before": load()}
+    result |= {"published": {"T": shape.T, "E": shape.E}, "gate": {}, "load_before": load_averages()}
     torch.manual_seed(0)
     if args.suite in ("layer", "all"):
         result["gate"]["layer"], refused = layer_suite.gate(actual, context)
@@ -147,18 +136,18 @@ def run_shape(shape: Shape, args: argparse.Namespace, context: layer_suite.Conte
     if args.suite in ("kernels", "all"):
         result["gate"]["kernels"] = kernel_suite.gate(actual, context)
         result["kernels"] = kernel_suite.measure(actual, context)
-    result["load_after"] = load()
+    result["load_after"] = load_averages()
     return result
 
 
-def run_all(args: argparse.Namespace, context: layer_suite.Context, result: dict[str, Any], partial: Path) -> None:
-    """All shapes for which there is time and memory, most important first."""
+def run_all(args: argparse.Namespace, context: Context, result: dict[str, Any], partial: Path) -> None:
+    """Measure the shapes in order, except those for which time or memory does not suffice."""
     begin, usual = time.monotonic(), 0.0
     compiled = 0
     for index, shape in enumerate(args.chosen):
         passed = time.monotonic() - begin
         if index and passed + 0.7 * usual > 60 * args.minutes:
-            result["left_out"][shape.name] = f"no time left of {args.minutes:g} minutes"
+            result["left_out"][shape.name] = f"would exceed the limit of {args.minutes:g} minutes"
             continue
         needed = needed_bytes(sized(shape, args.device), context.dtype.itemsize, context.device)
         free = free_bytes(context.device)
@@ -168,38 +157,35 @@ def run_all(args: argparse.Namespace, context: layer_suite.Context, result: dict
         use_compiled = compiled < args.compiled
         compiled += 1
         context.builders = builders(args, use_compiled)
-        context.absent = {} if use_compiled else {peers.COMPILED: f"for {args.compiled} shapes only (--compiled)"}
+        context.absent = {} if use_compiled else {peers.COMPILED: f"measured for {args.compiled} shapes (--compiled)"}
         print(f"{shape.name} ...", end=" ", flush=True)
         start = time.monotonic()
         result["shapes"][shape.name] = run_shape(shape, args, context)
         took = time.monotonic() - start
         usual = usual if use_compiled else took
-        print(f"right, and measured in {took:.0f} s", flush=True)
+        print(f"correct; measured in {took:.0f} s", flush=True)
         partial.write_text(json.dumps(result, indent=1))
 
 
 def builders(args: argparse.Namespace, use_compiled: bool) -> dict[str, Any]:
-    """The contestants that were asked for."""
+    """Return the builders of the chosen contestants."""
     found = {**peers.own(args.backend, use_compiled), **args.foreign}
     if args.only is None:
         return {name: build for name, build in found.items() if name not in foreign.ONLY_IF_NAMED}
-    return {name: build for name, build in found.items() if name in (peers.OURS, *args.only.split(","))}
+    return {name: build for name, build in found.items() if name in (OURS, *args.only.split(","))}
 
 
-def rates_of(context: layer_suite.Context) -> dict[str, float]:
+def rates_of(context: Context) -> dict[str, float]:
     return {"matmul_tflops": context.rates.flops / 1e12, "copy_tbs": context.rates.bytes / 1e12}
 
 
-def new_context(args: argparse.Namespace) -> layer_suite.Context:
+def new_context(args: argparse.Namespace) -> Context:
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     interpreted = args.device == "cpu" and args.backend == "triton"
-    timer, dtype, (rounds, seconds) = (
-        Timer(device),
-        DTYPES[args.dtype],
-        (1, 1.0) if interpreted else ROUNDS[args.device],
-    )
+    timer, dtype = Timer(device), DTYPES[args.dtype]
+    rounds, seconds = (1, 1.0) if interpreted else ROUNDS[args.device]
     rates = yardstick(timer, dtype, quick=_quick(args))
-    return layer_suite.Context(timer, dtype, args.backend, rates, {}, rounds, seconds)
+    return Context(timer, dtype, args.backend, rates, {}, rounds, seconds)
 
 
 def _quick(args: argparse.Namespace) -> bool:
@@ -218,33 +204,31 @@ def main(argv: list[str] | None = None) -> int:
         key: value for key, value in vars(args).items() if key not in ("chosen", "foreign", "out", "against", "rounds")
     }
     result: dict[str, Any] = {
-        "facts": facts(args),
+        "facts": device_facts(args.device),
         "command": "python benchmarks/run.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "arguments": plain,
         "yardstick": {"start": rates_of(context)},
         "notes": notes(args),
         "shapes": {},
         "left_out": {},
-        "load_before": load(),
+        "load_before": load_averages(),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", result["facts"]["device"].lower()).strip("-")
-    slug += f"-{args.threads}threads" * (args.device == "cpu")
-    path = args.out / f"{args.suite}_{slug}_{args.backend}_{args.dtype}.json"
+    machine = slug(result["facts"]["device"]) + f"-{args.threads}threads" * (args.device == "cpu")
+    path = args.out / f"{args.suite}_{machine}_{args.backend}_{args.dtype}.json"
     partial = path.with_suffix(".partial.json")
     begin = time.monotonic()
     try:
         run_all(args, context, result, partial)
     except KeyboardInterrupt:
-        result["notes"].append("stopped by hand before the end")
-    except Red as error:
+        result["notes"].append("interrupted by the user before the end")
+    except WrongResult as error:
         partial.unlink(missing_ok=True)
         print()
-        print(f"WRONG: {error}; no figures", file=sys.stderr)
+        print(f"WRONG: {error}; no measurements are shown", file=sys.stderr)
         return 1
     context.rates = yardstick(context.timer, context.dtype, quick=_quick(args))
     result["yardstick"]["end"] = rates_of(context)
-    result |= {"seconds": round(time.monotonic() - begin, 1), "load_after": load()}
+    result |= {"seconds": round(time.monotonic() - begin, 1), "load_after": load_averages()}
     result["aims"] = [aim._asdict() for aim in report.aims(result)]
     path.write_text(json.dumps(result, indent=1) + "\n")
     partial.unlink(missing_ok=True)
@@ -254,19 +238,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def notes(args: argparse.Namespace) -> list[str]:
-    """What a reader of the figures has to know."""
-    found = ["time/ours is that of forward and backward; of floor is the least time at the yardstick's rates over ours"]
+    """Return what a reader of the tables must know."""
+    found = ["time/ours: forward and backward together; of floor: the floor at the measured rates, divided by the time"]
     if args.device == "cpu":
-        found.append(f"a CPU: tokens are reduced to about {shapes.CPU_FLOPS:.0e} operations a step, and experts to")
-        found[-1] += f" {shapes.CPU_WEIGHTS:.0e} weights or 2K experts; large random tensors repeat one block; floors"
-        found[-1] += " leave caches out, which hold much of small shapes"
+        found.append(
+            f"on a CPU, tokens are reduced to about {shapes.CPU_FLOPS:.0e} operations per step, and experts to "
+            f"{shapes.CPU_WEIGHTS:.0e} weights or 2K experts; large random tensors repeat one block; floors ignore "
+            "caches, which hold much of small shapes"
+        )
     if args.backend == "triton" and args.device == "cpu":
-        found.append("Triton's interpreter: the figures say that everything runs, and nothing about its speed")
+        found.append("Triton's interpreter: this shows that everything runs, and says nothing about speed")
     if args.dtype == "fp32":
-        found.append("floors and byte counts by formula are those of 16-bit tensors")
-    found.append("absent contestants are named with the reason below each table")
+        found.append("floors and byte counts assume 16-bit tensors")
+    found.append("contestants that are missing are listed with the reason below each table")
     unasked = [name for name in foreign.ONLY_IF_NAMED if args.only is None or name not in args.only]
-    found += [f"{name} is run only if --only names it: {foreign.ONLY_IF_NAMED[name]}" for name in unasked]
+    found += [f"{name} runs only if --only names it: {foreign.ONLY_IF_NAMED[name]}" for name in unasked]
     return found
 
 

@@ -1,22 +1,22 @@
 """The compute-heavy ops of a Mixture-of-Experts layer, one folder each.
 
-Every op has three backends: ``reference`` (slow, obvious, the oracle of the tests), ``torch`` (fast, portable) and
-``triton``. It takes ``backend="auto" | "torch" | "triton" | "reference"``. Nothing in here knows of layers or
-meshes.
+Every op has three backends: ``reference`` (slow and obvious; the tests compare the others with it), ``torch`` (fast and
+portable) and ``triton``. Each op takes ``backend="auto" | "torch" | "triton" | "reference"``. The ops know nothing of
+layers or meshes. ``cpu/`` holds what the torch backend does only on a CPU.
 
-All backends of an op keep to the same rules:
+All backends of an op follow the same rules:
 
-* Tensors are on one device and may have any strides.
-* Autocast changes no dtype that an op's docstring states, in the forward and in the backward pass. ``expert_mlp`` alone
-  takes part in it, as a layer does.
-* Products of fp32 tensors follow torch's setting: full fp32 unless the user permits less, as TF32 with
-  ``torch.backends.cuda.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision``. 16-bit products are added up
-  in fp32. The reference computes in fp64 where it multiplies matrices.
-* Shapes, dtypes and devices are checked everywhere; ids, indices and offsets, whose values are data, on the CPU only.
-  An accelerator would have to wait for the check. There a wrong value makes the result undefined, or torch stops with
-  an assertion of the device, but no op reads or writes memory outside its tensors.
-* Tensors without values (meta, ``FakeTensorMode``) give results of the right shape, dtype and device. The reference,
-  which reads values, does as torch does there.
+* All tensors of a call are on one device. They may have any strides.
+* Autocast does not change the dtypes that an op's docstring states, in the forward or the backward pass. Only
+  ``expert_mlp`` takes part in autocast, as a layer does.
+* Products of fp32 tensors use full fp32, unless the user permits TF32 with
+  ``torch.backends.cuda.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision``. Products of 16-bit tensors
+  accumulate in fp32. The reference multiplies matrices in fp64.
+* Shapes, dtypes and devices are checked on every device. Ids, indices and offsets are data, so they are checked on the
+  CPU only: on an accelerator the check would have to wait. There, invalid values make the result undefined, or torch
+  stops with a device-side assertion, but no op reads or writes memory outside its tensors.
+* Tensors without values (on the meta device or under ``FakeTensorMode``) give results of the right shape, dtype and
+  device. The reference has to read values, so for such tensors the torch backend takes its place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
 def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
-    """The implementation of ``op`` called ``backend``, out of autocast's reach; ``"auto"`` is ``"torch"``."""
+    """Return the implementation of ``op`` for ``backend``, to run without autocast. ``"auto"`` means ``"torch"``."""
     chosen = backends.get("torch" if backend == "auto" else backend)
     if chosen is None:
         raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, ('auto', *backends)))}; use one of these")

@@ -1,4 +1,4 @@
-"""The dtypes of an op under autocast, in both passes."""
+"""Keeps an op's dtypes under autocast, in the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on a device; None where it is off."""
-    kind = device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta, where autocast does not exist
-    return torch.get_autocast_dtype(kind) if on else None
+    """Return the dtype that autocast uses on a device, or None if autocast is off there."""
+    name = device.type
+    on = name != "meta" and torch.is_autocast_enabled(name)  # this call raises for the meta device
+    return torch.get_autocast_dtype(name) if on else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which torch's functions keep the dtypes of their inputs.
+    """Return a context in which autocast is off.
 
-    ``pick`` enters it for every op. A backward pass that multiplies matrices enters it as well, because autocast may be
-    on in either pass alone.
+    ``pick`` enters it for every op. Backward passes that multiply matrices enter it too, because autocast may be on in
+    only one of the two passes.
     """
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Corrections of Triton's interpreter, which runs kernels on numpy where there is no GPU."""
+"""Fixes for Triton's interpreter, which runs kernels with numpy on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ BUILDER = interpreter.InterpreterBuilder
 
 
 def correct_interpreter() -> None:
-    """Make it multiply bfloat16 tiles, round to bfloat16, and run loops with numpy 2.4. Idempotent."""
+    """Fix products of bfloat16 tiles, rounding to bfloat16, and loops under numpy 2.4. Idempotent."""
     _widen_dot()
     _round_casts()
     _index_arrays()
 
 
 def _widen_dot() -> None:
-    """numpy has no bfloat16: the interpreter keeps the bits as uint16, and `tl.dot` multiplies those integers.
+    """Make `tl.dot` widen bfloat16 operands to fp32.
 
-    Widening both operands to fp32 first is exact, and is what the hardware does. Everything else in bfloat16 is wrong
-    as well, which is why the kernels upcast right after every load that does not feed `tl.dot`.
+    numpy has no bfloat16, so the interpreter stores the bits as uint16, and its `tl.dot` multiplies these integers.
+    Widening is exact, and hardware does the same. All other bfloat16 arithmetic is wrong too, so our kernels convert to
+    fp32 right after every load that does not feed `tl.dot`.
     """
     plain = BUILDER.create_dot
     if getattr(plain, "widens_bfloat16", False):
@@ -42,7 +43,7 @@ def _widen(handle: Any) -> Any:
 
 
 def _round_casts() -> None:
-    """The interpreter cuts fp32 off to bfloat16, which doubles the error; GPUs round to the nearest, ties to even."""
+    """Make casts to bfloat16 round to nearest, ties to even, as on GPUs; the interpreter truncates."""
     plain = BUILDER.cast_impl
     if getattr(plain, "rounds_bfloat16", False):
         return
@@ -57,7 +58,7 @@ def _round_casts() -> None:
 
 
 def round_to_bfloat16(data: Any) -> Any:
-    """The bits, in uint16, of fp32 numbers rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    """Round fp32 numbers to the nearest bfloat16, ties to even, and return the bits as uint16. NaN stays NaN."""
     data = np.asarray(data, dtype=np.float32)
     bits = np.ascontiguousarray(data).view(np.uint32).reshape(data.shape).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -65,7 +66,7 @@ def round_to_bfloat16(data: Any) -> Any:
 
 
 def _index_arrays() -> None:
-    """Triton 3.6 takes the one number of a 1-element array for a loop's bound, which numpy 2.4 no longer does."""
+    """Let 1-element arrays be loop bounds. Triton 3.6 relies on this, and numpy 2.4 no longer permits it."""
     plain = interpreter._patch_lang_tensor
     if getattr(plain, "indexes_arrays", False):
         return

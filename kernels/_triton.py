@@ -1,4 +1,4 @@
-"""What the Triton backends share; torch only, so that it can be imported without triton."""
+"""Helpers shared by the Triton backends. This module can be imported without triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make ``tensor``'s device current, for Triton launches where torch's current device is.
+    """Return a context that makes ``tensor``'s device current, because Triton launches on the current device.
 
     Raises ValueError for a CPU tensor unless Triton interprets its kernels (``TRITON_INTERPRET=1``).
     """
@@ -23,8 +23,8 @@ def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor)
 
 
-def without_fp64(backend: str, dtype: torch.dtype) -> str:
-    """``backend``, but "torch" instead of "auto" for fp64, which the matrix kernels do not have."""
+def backend_without_fp64(backend: str, dtype: torch.dtype) -> str:
+    """Return "torch" for "auto" and fp64, because the Triton matrix kernels lack fp64; else ``backend``."""
     return "torch" if backend == "auto" and dtype == torch.float64 else backend
 
 

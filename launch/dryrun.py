@@ -33,7 +33,7 @@ def describe(found: DryRun, config: TrainConfig) -> str:
     lines = [
         f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
         f"with {_amount(found.parameters, 1000)} parameters, which may be sharded over several ranks",
-        f"simulated {found.run} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
+        f"simulated {found.simulated} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
         "all numbers are for one whole step",
         *found.notes,
         "",

@@ -276,8 +276,8 @@ def _heat_scale(figure: Figure, panels: Sequence[Axes], image: Any) -> None:
     bar.outline.set_visible(False)
 
 
-def _log2_ratio(share: Array) -> Array:
-    return np.clip(np.log2(np.maximum(share, 1e-9)), -2, 2)
+def _log2_ratio(ratio: Array) -> Array:
+    return np.clip(np.log2(np.maximum(ratio, 1e-9)), -2, 2)
 
 
 def draw_load(run: Run, style: Style) -> Drawn | str:
@@ -308,12 +308,12 @@ def draw_routing(run: Run, style: Style) -> Drawn | str:
     found = [record for record in run.evals if any((record.get("routing") or {}).values())]
     if not found:
         return "There is no routing by domain yet: no evaluation of a model with MoE layers has been recorded."
-    domains, share_DLE = run.routing_DLE(found[-1])
-    _, layers, experts = share_DLE.shape
+    domains, frequency_DLE = run.routing_DLE(found[-1])
+    _, layers, experts = frequency_DLE.shape
     columns = 2 if experts <= 32 else 1
     figure, panels, shown = _layer_panels(layers, columns, 0.95 + 0.3 * len(domains), style)
     for axes, layer in zip(panels, shown, strict=True):
-        ratio_DE = share_DLE[:, layer] * experts
+        ratio_DE = frequency_DLE[:, layer] * experts
         heat_DE = _log2_ratio(ratio_DE)
         image = axes.imshow(heat_DE, cmap=style.heat(), vmin=-2, vmax=2, aspect="auto")
         axes.set_yticks(range(len(domains)), [domain[:20] for domain in domains])

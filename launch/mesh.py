@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..moe.parallel import ParallelConfig
-from ..moe.parallel.config import DENSE, EXPERT
+from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.mesh import groups_of
 
 #: axis -> what the ranks of one group do together
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         name = "world" if arguments.world < 1 else "node"
         sys.exit(_refuse(f"--{name}={getattr(arguments, name)}: must be at least 1"))
     try:
-        config = ParallelConfig(**{name: getattr(arguments, name) for name in (*DENSE, *EXPERT)})
+        config = ParallelConfig(**{name: getattr(arguments, name) for name in (*DENSE_DEGREES, *EXPERT_DEGREES)})
         degrees = config.resolve(arguments.world)
     except ValueError as error:
         sys.exit(_refuse(str(error)))
@@ -44,8 +44,8 @@ def describe(degrees: ParallelConfig, node: int, everything: bool = False) -> st
 
     Long lists are truncated unless ``everything``.
     """
-    dense = " * ".join(f"{name} {getattr(degrees, name)}" for name in DENSE)
-    expert = " * ".join(f"{name} {getattr(degrees, name)}" for name in EXPERT)
+    dense = " * ".join(f"{name} {getattr(degrees, name)}" for name in DENSE_DEGREES)
+    expert = " * ".join(f"{name} {getattr(degrees, name)}" for name in EXPERT_DEGREES)
     lines = [f"dense:   {dense}", f"experts: pp {degrees.pp} * {expert}", f"{node} ranks per node", ""]
     lines.append(f"{'axis':<10} {'ranks':>5} {'groups':>6} {'within a node':>13}   what they do")
     for axis, meaning in MEANING.items():
@@ -53,8 +53,8 @@ def describe(degrees: ParallelConfig, node: int, everything: bool = False) -> st
         if len(groups[0]) == 1:
             continue
         inside = sum(group[0] // node == group[-1] // node for group in _sorted(groups))
-        share = {0: "none", len(groups): "all"}.get(inside, f"{inside} of {len(groups)}")
-        lines.append(f"{axis:<10} {len(groups[0]):>5} {len(groups):>6} {share:>13}   {meaning}")
+        within = {0: "none", len(groups): "all"}.get(inside, f"{inside} of {len(groups)}")
+        lines.append(f"{axis:<10} {len(groups[0]):>5} {len(groups):>6} {within:>13}   {meaning}")
         shown = groups if everything else groups[:3]
         lines += [f"{'':<10} {_ranks(group, everything)}" for group in shown]
         if len(shown) < len(groups):
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--node", type=int, default=8, help="ranks per node; default 8")
     parser.add_argument("--all", action="store_true", help="show every group")
     defaults = ParallelConfig()
-    for name in (*DENSE, *EXPERT):
+    for name in (*DENSE_DEGREES, *EXPERT_DEGREES):
         default = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=int, default=default)
     return parser

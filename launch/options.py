@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..moe.train.config import TrainConfig
 from .recipes import RECIPES
+from .text import option_text
 
 USAGE = "usage: python -m equimoe.launch.train [--recipe NAME] [--config FILE] [--SECTION.FIELD VALUE] ..."
 
@@ -307,10 +308,6 @@ def _row(name: str, placeholder: str, text: str) -> str:
     return left + body[len(left) :] if len(left) < len(pad) - 1 else f"{left}\n{body}".rstrip()
 
 
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _section_help(name: str, hint: Any, current: Any) -> Iterator[str]:
     cls = _section(hint)
     title = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
@@ -324,7 +321,7 @@ def _section_help(name: str, hint: Any, current: Any) -> Iterator[str]:
         if _section(kind):
             inside.append((f"{name}.{field}", kind, value))
         else:
-            text = "; ".join(filter(None, (comments.get(field, ""), f"default {_shown(value)}")))
+            text = "; ".join(filter(None, (comments.get(field, ""), f"default {option_text(value)}")))
             yield _row(f"{name}.{field}", _placeholder(kind), text)
     for section in inside:
         yield from _section_help(*section)
@@ -344,7 +341,7 @@ def help_text(start: TrainConfig) -> str:
     comments = field_comments(TrainConfig)
     for name, hint in _hints(TrainConfig).items():
         if _section(hint) is None:
-            text = "; ".join(filter(None, (comments.get(name, ""), f"default {_shown(getattr(start, name))}")))
+            text = "; ".join(filter(None, (comments.get(name, ""), f"default {option_text(getattr(start, name))}")))
             lines.append(_row(name, _placeholder(hint), text))
     for name, hint in _hints(TrainConfig).items():
         if _section(hint) is not None:

@@ -22,6 +22,7 @@ import numpy as np
 from ..moe.observe.metrics import duration, write_atomically
 from . import figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
+from .text import option_text, short_count
 
 REPORT_FILE = "report.html"
 EX_USAGE, EX_NOINPUT, EX_CANTCREAT = 64, 66, 73
@@ -212,25 +213,11 @@ def _text(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _short(count: float | None) -> str:
-    """1234567 -> 1.2M."""
-    if count is None:
-        return "-"
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _subtitle(run: Run) -> str:
     done, planned = _last(numbers(run.train, "step")), run.option("steps")
     parts = ["no training step yet" if done is None else f"step {done:.0f}" + (f" of {planned}" if planned else "")]
     if (seen := _last(numbers(run.train, "tokens"))) is not None:
-        parts.append(f"{_short(seen)} tokens")
+        parts.append(f"{short_count(seen)} tokens")
     if (elapsed := _last(numbers(run.train, "elapsed_s"))) is not None:
         parts.append(duration(elapsed))
     if world := run.run.get("world_size"):
@@ -291,7 +278,7 @@ def _domain_table(run: Run) -> str:
     for domain, entry in rows.items():
         loss, bigram = entry.get("loss"), run.bigram.get(domain)
         gap = None if loss is None or bigram is None else loss - bigram
-        cells = (_text(loss, ".3f"), _text(bigram, ".3f"), _text(gap, "+.3f"), _short(entry.get("tokens")))
+        cells = (_text(loss, ".3f"), _text(bigram, ".3f"), _text(gap, "+.3f"), short_count(entry.get("tokens")))
         lines.append(
             f"<tr><td>{html.escape(domain)}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells) + "</tr>"
         )
@@ -311,11 +298,11 @@ def _settings(run: Run) -> str:
         return "<section id='settings'><h2>Settings</h2><p>The run has not recorded its configuration.</p></section>"
     sections = dict(_sections("", config))
     sizes = {"parameters": run.run.get("parameters"), "active per token": run.run.get("active_parameters")}
-    sections["size"] = {name: _short(count) for name, count in sizes.items() if count is not None}
+    sections["size"] = {name: short_count(count) for name, count in sizes.items() if count is not None}
     sections["versions"] = run.run.get("versions") or {}
     rows = []
     for name, values in sections.items():
-        items = ", ".join(f"{key} {_shown(value)}" for key, value in values.items())
+        items = ", ".join(f"{key} {option_text(value)}" for key, value in values.items())
         if items:
             rows.append(f"<tr><th>{html.escape(name)}</th><td>{html.escape(items)}</td></tr>")
     return f"<section id='settings'><h2>Settings</h2><table>{''.join(rows)}</table></section>"

@@ -51,8 +51,8 @@ def _last(values: Array, spec: str = ".2f") -> str:
 
 def _mean(values: Array) -> Array:
     """Mean over the first axis, [X, N] to [N], ignoring values that are not finite; NaN where there are none."""
-    there = np.isfinite(values)
-    total, count = np.where(there, values, 0.0).sum(0), there.sum(0)
+    finite = np.isfinite(values)
+    total, count = np.where(finite, values, 0.0).sum(0), finite.sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), math.nan)
 
 
@@ -246,7 +246,9 @@ def draw_divergence(run: Run, style: Style) -> Drawn | str:
     found = [(step, r) for step, r in found if next(iter(r.values())).shape == (layers, experts)]
     steps = np.array([step for step, _ in found], float)
     bits_NL = np.array([mean_divergence(divergences(routing)) for _, routing in found])
-    most_NL = np.array([np.mean([share.max(1) for share in routing.values()], axis=0) for _, routing in found])
+    most_NL = np.array(
+        [np.mean([frequency_LE.max(1) for frequency_LE in routing.values()], axis=0) for _, routing in found]
+    )
     figure, panels = new_panels(1, 3, 3.3)
     for axes, values_NL, title, label in (
         (panels[0], bits_NL, "divergence", "bits, mean of the pairs"),

@@ -19,15 +19,15 @@ import torch
 from ..moe import checkpoint
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.parallel import ParallelConfig, build_mesh
-from ..moe.parallel.config import DENSE, EXPERT
+from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import DataConfig, TrainConfig
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
-from ..moe.train.loop import Trainer, run
-from ..moe.train.step import NonFiniteError
+from ..moe.train.loop import NonFiniteError, Trainer, run
 from . import env
 from .options import Launch, parse, to_yaml
 from .report import write_report
+from .text import short_count
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
         world = process.world if started else launch.processes or 1
         degrees = config.degrees(world)
-        passes = config.micro_batches(degrees.dp)
+        micro_batches = config.micro_batches(degrees.dp)
         if degrees.pp > 1:
             layers, micro_batch = config.model.num_layers, config.data.micro_batch
-            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
+            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, micro_batches, layers, micro_batch)
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
     if world > process.world:
@@ -151,8 +151,8 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
     print(f"text: {_source(config.data)}")
-    print(f"trained on: {_short(kept)} tokens ({_sizes(corpus.train)})")
-    print(f"held out: {_short(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
+    print(f"trained on: {short_count(kept)} tokens ({_sizes(corpus.train)})")
+    print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
     for note in corpus.notes:
         print(f"note: {note}")
     sys.stdout.flush()
@@ -162,22 +162,20 @@ def _source(data: DataConfig) -> str:
     if data.path is not None:
         return data.path
     cap = data.builtin_bytes_per_domain
-    return "built-in, from the Python installation" + ("" if cap is None else f", {_short(cap)} bytes of each domain")
+    return "built-in, from the Python installation" + (
+        "" if cap is None else f", {short_count(cap)} bytes of each domain"
+    )
 
 
 def _sizes(streams: dict[str, np.ndarray]) -> str:
-    return ", ".join(f"{domain} {_short(len(stream))}" for domain, stream in streams.items())
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e6:.1f}M" if count >= 999_500 else f"{count / 1e3:.0f}k" if count >= 9_950 else f"{count:,}"
+    return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
 
 
 def _degrees(trainer: Trainer) -> str:
     if trainer.mesh is None:
         return ""
     degrees = trainer.mesh.degrees
-    split = {name: getattr(degrees, name) for name in (*DENSE, *EXPERT)}
+    split = {name: getattr(degrees, name) for name in (*DENSE_DEGREES, *EXPERT_DEGREES)}
     return f" ({degrees.data_parallel}, {', '.join(f'{name} {size}' for name, size in split.items() if size > 1)})"
 
 

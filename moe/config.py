@@ -17,7 +17,7 @@ def require(ok: bool, where: str, value: Any, remedy: str) -> None:
         raise ValueError(f"{where}={value!r}: {remedy}")
 
 
-def check_choices(section: object, where: str = "") -> None:
+def check_literals(section: object, where: str = "") -> None:
     """Raise ``ValueError`` if a ``Literal`` or bool field of ``section`` holds a value outside its type.
 
     ``where`` is prefixed to the field's name in the message.
@@ -59,7 +59,7 @@ class RouterConfig:
         return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
     def __post_init__(self) -> None:
-        check_choices(self, "router.")
+        check_literals(self, "router.")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
         for name in ("groups", "kept_groups"):
@@ -126,12 +126,9 @@ class BalanceConfig:
     bias_update_rate: float = 0.0
     #: move the expert bias by the sign of (mean load - load), or in proportion to (mean load - load) / mean load
     bias_rule: Literal["sign", "proportional"] = "sign"
-    #: load that moves the expert bias. global: the whole step on all ranks; micro: the average of the moves computed
-    #: from each micro-batch of each rank, a control for experiments
-    bias_scope: Literal["global", "micro"] = "global"
 
     def __post_init__(self) -> None:
-        check_choices(self, "balance.")
+        check_literals(self, "balance.")
         require(self.coefficient >= 0, "balance.coefficient", self.coefficient, "must not be negative")
         require(
             self.micro_batches is None or self.micro_batches >= 1,
@@ -173,7 +170,7 @@ class AttentionConfig:
     v_width: int = 128
 
     def __post_init__(self) -> None:
-        check_choices(self, "attention.")
+        check_literals(self, "attention.")
         for name in ("num_kv_heads", "head_width", "kv_lora_rank", "qk_nope_width", "qk_rope_width", "v_width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"attention.{name}", value, "must be at least 1")
@@ -213,7 +210,7 @@ class RecomputeConfig:
     keep_exchanges: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self, "recompute.")
+        check_literals(self, "recompute.")
         require(self.layers is None or self.layers >= 0, "recompute.layers", self.layers, "must not be negative")
 
 
@@ -238,7 +235,7 @@ class CapacityConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self, "capacity.")
+        check_literals(self, "capacity.")
         require(self.factor > 0, "capacity.factor", self.factor, "must be positive; 1.25 is usual")
         require(
             not self.pad or (self.scope, self.level) == ("local", "expert"),
@@ -274,7 +271,7 @@ class DispatchConfig:
     equal_tokens: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self, "dispatch.")
+        check_literals(self, "dispatch.")
         require(self.chunks >= 1, "dispatch.chunks", self.chunks, "must be at least 1")
         require(
             self.chunks == 1 or self.name == "overlapped",
@@ -325,7 +322,7 @@ class MoEConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_literals(self)
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1

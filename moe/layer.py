@@ -12,7 +12,7 @@ from .balance import Balancer, Visit, initial_bias
 from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
-from .experts import GroupedExperts, SharedExperts
+from .experts import RoutedExperts, SharedExperts
 from .placement import Placement
 from .routing import Router
 from .types import Routing, RoutingStats
@@ -40,7 +40,7 @@ class MoE(nn.Module):
         hidden, std = config.hidden_size, config.init_std
         self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
         self.router.bias_E = initial_bias(config.balance, config.num_experts)
-        self.experts = GroupedExperts(
+        self.experts = RoutedExperts(
             config.num_experts,
             hidden,
             config.intermediate_size,

@@ -79,11 +79,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Tells the experts of this rank which choices to compute for each of their S source rows."""
+    """Tells the experts of this rank which choices to compute for each of their S source rows.
 
-    #: fp32 [S, k], gate weight of each choice that this rank computes, differentiable
+    K is the number of choices per source row: top-k, or 1 if a row was sent for each choice.
+    """
+
+    #: fp32 [S, K], gate weight of each choice that this rank computes, differentiable
     weights_SK: Tensor
-    #: the S*k choices, sorted by local expert
+    #: the S * K choices, sorted by local expert
     order: ExpertOrder
 
 
@@ -148,8 +151,7 @@ def load_summary(counts_E: Tensor) -> dict[str, float]:
     total = float(load.sum())
     if total == 0:
         return {"max_over_mean": 1.0, "cv": 0.0, "entropy": 1.0, "dead": float(load.numel())}
-    share = load / total
-    entropy = float(torch.special.entr(share).sum())
+    entropy = float(torch.special.entr(load / total).sum())
     mean = total / load.numel()
     return {
         "max_over_mean": float(load.max()) / mean,

@@ -1,6 +1,6 @@
-"""The adapters of other projects' kernels, against stand-ins with those projects' signatures and layouts.
+"""Tests the adapters of other projects' kernels with stand-ins that have the same signatures and layouts.
 
-None of them runs without a GPU; what is held here is our side: layouts, argument order, gradients brought back.
+The real kernels need a GPU. These tests cover our side: layouts, order of arguments, conversion of gradients.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import agreement
-import foreign
-import peers
-import shapes
+from benchmarks.layer import foreign, peers
+from benchmarks.shared import agreement, shapes
 
 SHAPE = shapes.Shape("s", 48, 16, 8, 4, 2)
 
@@ -38,14 +34,14 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 
 def by_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The plain computation: gate_up [E, 2F, D], down [E, D, F]."""
+    """Compute the experts in a loop: gate_up [E, 2F, D], down [E, D, F]."""
     return peers.build_loop(SHAPE, gate_up, down).run(x, weights, ids)
 
 
 def check(build: Any) -> None:
     gate_up, down = shapes.expert_weights(SHAPE, torch.float32, torch.device("cpu"))
     batch = shapes.make_batch(SHAPE, "zipf", torch.float32, torch.device("cpu"))
-    found = agreement.step(build(SHAPE, gate_up, down), batch)
+    found = build(SHAPE, gate_up, down).step(batch)
     agreement.compare(found, agreement.reference(batch, gate_up, down), agreement.NAMES, torch.float32)
 
 
@@ -71,7 +67,7 @@ def sonic(
     b2: None, E: int, stream_id: int, activation_type: ActivationType, is_inference_mode_enabled: bool = False,
     concat_layout: bool = False,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """w1 (2F, D, E) with gate and up rows by turns unless ``concat_layout``, w2 (D, F, E); token indices ascend."""
+    """w1 (2F, D, E) with alternating gate and up rows unless ``concat_layout``, w2 (D, F, E); token indices ascend."""
     assert token_indices.dtype == expert_indices.dtype == torch.int32 and bool((token_indices.diff() >= 0).all())
     assert activation_type is ActivationType.SWIGLU and not is_inference_mode_enabled and E == SHAPE.E
     gate_up = w1.permute(2, 0, 1)
@@ -136,7 +132,7 @@ def test_scattermoe(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs: Tensor, expert_weights: Tensor, k: int, experts: Tensor, scattered: Tensor, ends: Tensor,
         expert_biases: None = None, gates: Tensor | None = None, grouped_in: bool = False, grouped_out: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Weights [E, in, out]; grouped rows are in expert order, others in that of the tokens' choices."""
+        """Weights [E, in, out]; grouped rows are in expert order, others in the order of the tokens' choices."""
         rows = inputs if grouped_in else inputs[scattered // k]
         out = torch.einsum("ri,rio->ro", rows, expert_weights[experts])
         if not grouped_out:

@@ -1,44 +1,45 @@
-"""The benchmark command from end to end on tiny shapes, and that it says nothing about a wrong kernel's speed."""
+"""Tests run.py from end to end on tiny shapes, and that it shows no measurements of a wrong kernel."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import agreement
-import peers
-import report
-import run
-import shapes
+from benchmarks import run
+from benchmarks.layer import bench_layer, peers
+from benchmarks.shared import agreement, report, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = ["--device", "cpu", "--shapes", "tiny-b", "--threads", "1", "--compiled", "0", "--only", "loop,grouped_mm,dense"]
-#: runs the command with one op replaced
+#: runs the command after one op has been replaced by a wrong one
 BROKEN = """
 import sys
-sys.path[:0] = {paths!r}
 import torch
 import equimoe.kernels.{op} as op
 right = op.{table}["torch"]
 def wrong(*args, **kwargs):
     {wrong}
 op.{table}["torch"] = wrong
-import run
+from benchmarks import run
 sys.exit(run.main({arguments!r}))
 """
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)  # the launches of interpreted kernels are not recorded
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
 
@@ -80,12 +81,13 @@ def check_layer(layer: dict) -> None:
 
 
 def check_kernels(kernels: dict) -> None:
-    import cost
+    from benchmarks.kernels import cost
 
     assert kernels["failed"] == {} and list(kernels["ops"]) == list(cost.ops(shapes.BY_NAME["tiny-b"]))
     for row in kernels["ops"].values():
         assert row["median_us"] > 0 and row["fraction"] == pytest.approx(row["floor_us"] / row["median_us"])
-        assert row["floor_bytes"] <= row["triton_bytes"] <= row["triton_issued_bytes"]
+        if importlib.util.find_spec("triton"):
+            assert 1 <= row["triton_bytes"] / row["floor_bytes"] < 3
 
 
 @pytest.mark.parametrize(
@@ -103,11 +105,11 @@ def check_kernels(kernels: dict) -> None:
     ],
 )
 def test_a_wrong_kernel_gets_no_figures(op: str, table: str, wrong: str, tmp_path: Path) -> None:
-    paths = [str(ROOT / "benchmarks"), str(ROOT)]
+
     arguments = [*TINY, "--suite", "layer" if op == "expert_mlp" else "kernels", "--out", str(tmp_path)]
-    done = python("-c", BROKEN.format(paths=paths, op=op, table=table, wrong=wrong, arguments=arguments))
+    done = python("-c", BROKEN.format(op=op, table=table, wrong=wrong, arguments=arguments))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "WRONG" in done.stderr and "no figures" in done.stderr
+    assert "WRONG" in done.stderr and "no measurements" in done.stderr
     assert "TFLOP/s" not in done.stdout + done.stderr and not list(tmp_path.iterdir())
 
 
@@ -154,16 +156,16 @@ def test_peers_pass_the_gate_and_one_wrong_row_does_not(build) -> None:
     gate_up, down = shapes.expert_weights(shape, torch.float32, device)
     batch = shapes.make_batch(shape, "zipf", torch.float32, device)
     expected = agreement.reference(batch, gate_up, down)
-    found = list(agreement.step(build(shape, gate_up, down), batch))
+    found = list(build(shape, gate_up, down).step(batch))
     agreement.compare(found, expected, agreement.NAMES, torch.float32)
     for index, name in enumerate(agreement.NAMES):
         wrong = [t.clone() for t in found]
         row = expected[index].reshape(-1, expected[index].shape[-1]).norm(dim=1).argmax()
         wrong[index].view(-1, wrong[index].shape[-1])[row] *= 1.01
-        with pytest.raises(agreement.Red, match=f"^{name} "):
+        with pytest.raises(agreement.WrongResult, match=f"^{name} "):
             agreement.compare(wrong, expected, agreement.NAMES, torch.float32)
     found[0][0, 0] = float("nan")
-    with pytest.raises(agreement.Red):
+    with pytest.raises(agreement.WrongResult):
         agreement.compare(found, expected, agreement.NAMES, torch.float32)
 
 
@@ -177,12 +179,12 @@ def gpu_result(ours: float = 100.0, combine: float = 0.9, kept: int = 105) -> di
     floor = dict.fromkeys(("path_forward_us", "path_backward_us", "layer_forward_us", "layer_backward_us"), 50.0)
     layer = {"uniform": routed, "zipf": routed, "floor": floor, "kept_formula_bytes": 100, "absent": {}}
     row = {"iqr_us": 0.0, "floor_us": 5.0, "bound": "memory", "flops": 0, "timing": "graph"}
-    row |= dict.fromkeys(("floor_bytes", "triton_bytes", "triton_issued_bytes"), 1000)
+    row |= dict.fromkeys(("floor_bytes", "triton_bytes"), 1000)
     ops = {"combine": {**row, "median_us": 9.0, "fraction": combine}}
     ops["sort_by_expert"] = {**row, "median_us": 35.0, "fraction": 0.1}
     size = dict(zip("TDFEK", (32768, 4096, 512, 128, 8), strict=True))
     shape = {**size, "published": {"T": 32768, "E": 128}, "rows": 262144, "layer": layer}
-    shape["kernels"] = {"ops": ops, "triton_arch": "sm_90", "failed": {}}
+    shape["kernels"] = {"ops": ops, "failed": {}}
     return {"arguments": {"device": "cuda"}, "shapes": {"30B-b": shape}}
 
 
@@ -190,5 +192,45 @@ def test_aims_are_for_gpus_and_can_be_missed() -> None:
     reached = report.aims(gpu_result())
     assert len(reached) == 7 and all(aim.reached for aim in reached)
     missed = {aim.name for aim in report.aims(gpu_result(ours=120, combine=0.8, kept=120)) if not aim.reached}
-    assert missed == {"combine, of the copy rate", "time over loop and grouped_mm", "kept activations off 2TH + 4TKF"}
+    assert missed == {
+        "combine, of the copy rate",
+        "time over loop and grouped_mm",
+        "saved activations: relative deviation from 2TD + 4TKF",
+    }
     assert report.aims({**gpu_result(), "arguments": {"device": "cpu"}}) == []
+
+
+LAYER = ["--rounds", "2", "--threads", "1", "-T", "64", "-D", "16", "-F", "16", "-E", "4"]
+
+
+def test_a_layer_is_compared_with_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_layer.main([*LAYER, "--json", str(tmp_path / "layer.json")]) == 0
+    result = json.loads((tmp_path / "layer.json").read_text())
+    assert capsys.readouterr().out.rstrip().endswith(result["summary"])
+    for dtype, limit in (("fp32", 1e-5), ("bf16", 1e-2)):
+        errors, seconds = result["figures"][dtype]["errors"], result["figures"][dtype]["seconds"]
+        assert errors.keys() == {"output", "x", "router", "gate_up", "down"}
+        assert all(0 < norm < limit for norm, _ in errors.values())
+        assert {"equimoe", "dense", "dense, fused gate_up"} <= seconds.keys()
+        assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+        assert result["ratios"][dtype]["equimoe"] == 1
+
+
+def test_a_wrong_peer_is_left_out_and_a_wrong_layer_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def doubled(build: Callable[..., peers.Contestant]) -> Callable[..., peers.Contestant]:
+        def wrong(*given: Any) -> peers.Contestant:
+            one = build(*given)
+            return replace(one, run=lambda *inputs: 2 * one.run(*inputs))
+
+        return wrong
+
+    monkeypatch.setitem(bench_layer.BUILDERS, "dense", doubled(bench_layer.build_dense))
+    assert bench_layer.main(LAYER) == 0
+    shown = capsys.readouterr().out
+    assert "disagrees: dense, " in shown and "output error 1.0e+00" in shown
+    monkeypatch.setattr(bench_layer, "build_ours", doubled(bench_layer.build_ours))
+    assert bench_layer.main(LAYER) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("WRONG: equimoe, ") and "GFLOP/s" not in shown.out

@@ -1,21 +1,16 @@
-"""The experiment on what the load is balanced over: its ranks that one process plays, its figures, its resuming."""
+"""Tests the balance experiment: the ranks that one process simulates, its measurements, and how it resumes."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import balance_figures
-import balance_plots
-import global_balance
-from balance_arms import ARMS, BATCH, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
-
+from benchmarks.balance import findings, global_balance
+from benchmarks.balance.arms import ARMS, BATCH, BIAS_RATE, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
 
@@ -28,7 +23,7 @@ def corpus() -> Corpus:
 
 
 def gradients(arm: Arm, corpus: Corpus) -> dict[str, torch.Tensor]:
-    """All gradients of the first step."""
+    """Compute all gradients of the first step."""
     trainer, _ = build(arm, SIZE, 0, corpus)
     batches = trainer.batches.sample(0, 0, 1, trainer.micro_batches, arm.micro_batch)
     step = Step.of(trainer.model)
@@ -61,7 +56,7 @@ def test_mixing_changes_the_loss_of_balance_alone(corpus: Corpus) -> None:
     with mixed.engine.balance.micro_batch(0), plain.engine.balance.micro_batch(0):
         logits_BSV = mixed.model(inputs_BS)
         torch.testing.assert_close(logits_BSV, plain.model(inputs_BS))
-    counts_GE = [layer.balancer.micro_batches[-1].counts_BE for layer in mixed.model.moe_layers()]
+    counts_GE = [layer.balancer.visits[-1].counts_BE for layer in mixed.model.moe_layers()]
     assert all(counts.shape == (BATCH // RANK, SIZE.experts) for counts in counts_GE)
     strong = {"scope": "sequence", "coefficient": 1.0}
     shuffled = gradients(Arm("", RANK, BATCH, strong, RANK, mixed=True), corpus)
@@ -127,12 +122,12 @@ def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, monkeypatch: pytes
         global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
     assert not (tmp_path / "parts" / "result.json").exists()
     global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # six evaluations were kept
+    assert seen == 6 + 1 + 4  # six evaluations were saved
     whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
     assert parts["evaluations"] == whole["evaluations"] and len(whole["evaluations"]) == 10
     assert not (tmp_path / "parts" / "checkpoints").exists()
     global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # complete, so nothing is done
+    assert seen == 6 + 1 + 4  # the run is complete, so nothing is evaluated
 
 
 def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
@@ -144,17 +139,17 @@ def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
+def test_findings_are_judged_by_seed(tmp_path: Path) -> None:
     losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "shuffled": (1.91, 2.08)}
     found = [record(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)]
-    by_claim = {o.claim: o for o in balance_figures.orderings(balance_figures.Runs(found))}
-    assert by_claim["Held-out loss: global below micro-batch"].holds == [True, True]
-    assert by_claim["Shuffled control: nearer to global than to micro-batch"].holds == [True, False]
-    (knee,) = [o for claim, o in by_claim.items() if claim.startswith("A knee")]
-    assert knee.holds == [True, False] and knee.verdict == "not always, 1 of 2 seeds"
-    facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3"}
+    by_claim = {o.claim: o for o in findings.findings(findings.Runs(found))}
+    assert by_claim["held-out loss: global is below micro-batch"].holds == [True, True]
+    assert by_claim["shuffled control is closer to global than to micro-batch"].holds == [True, False]
+    (saturates,) = [o for claim, o in by_claim.items() if claim.startswith("the gain saturates")]
+    assert saturates.holds == [True, False] and saturates.verdict == "not always, 1 of 2 seeds"
+    facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3", "commit": "c"}
     found += [record("exact", seed, loss) for seed, loss in enumerate((1.903, 2.004))]
-    text = balance_figures.write(found, facts, tmp_path / "result")
+    text = findings.write(found, facts, tmp_path / "result")
     assert "they end 0.0035 apart" in text
     assert "| sync-32: 8 ranks | 32 | 2.0050 " in text and "-0.0450 \u00b1 0.0212" in text
     assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["arm"] == "sync-4"
@@ -162,9 +157,9 @@ def test_orderings_are_judged_by_seed(tmp_path: Path) -> None:
 
 
 def test_every_arm_can_be_drawn_and_unknown_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = balance_figures.Runs([record(arm, 0, 2.0) for arm in ARMS])
-    balance_plots.draw(runs, tmp_path / "all.png")
-    balance_plots.draw(balance_figures.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
+    runs = findings.Runs([record(arm, 0, 2.0) for arm in ARMS])
+    findings.draw(runs, tmp_path / "all.png")
+    findings.draw(findings.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
     with pytest.raises(SystemExit):
         global_balance.arguments(["--arms", "sync-4,sink"])
     assert "--arms=sink: choose from sync-4" in capsys.readouterr().err
@@ -175,4 +170,15 @@ def test_switching_changes_what_is_shown(corpus: Corpus) -> None:
     assert isinstance(ranks, Ranks) and ranks.together == RANK
     ranks.together = ARMS["to-global"].then
     trainer.train_step()
-    assert trainer.model.moe_layers()[0].balancer.last.losses[0].loads.shape == (1, SIZE.experts)
+    assert trainer.model.moe_layers()[0].balancer.previous_step.losses[0].loads.shape == (1, SIZE.experts)
+
+
+def test_bias_by_micro_batch_moves_by_the_mean_of_their_signs(corpus: Corpus) -> None:
+    trainer, _ = build(ARMS["bias-micro"], SIZE, 0, corpus)
+    trainer.train_step()
+    for layer in trainer.model.moe_layers():
+        counts_ME = layer.balancer.previous_step.local_counts_ME.double()
+        assert len(counts_ME) == BATCH // RANK
+        signs_ME = (counts_ME.mean(1, keepdim=True) - counts_ME).sign()
+        assert torch.allclose(layer.router.bias_E.double(), BIAS_RATE * signs_ME.mean(0), rtol=1e-6)
+        assert len(layer.router.bias_E.abs().unique()) > 1  # by the step's counts, every expert moves by the rate or 0

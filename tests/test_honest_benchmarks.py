@@ -1,4 +1,4 @@
-"""Benchmarks that cannot lie: planted faults, the code that is measured, and arguments that cannot work."""
+"""Tests that benchmarks detect planted faults, measure their own checkout, and refuse wrong arguments."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import options
-import planted
-import run
-
+from benchmarks import planted, run
+from benchmarks.balance import scenarios
+from benchmarks.parallel import parity
+from benchmarks.shared import options
 from tests.helpers.slow import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
-#: those that record the commit of their checkout
-SCRIPTS = ("run", "bench_layer", "compile_gate", "estimators", "global_balance")
+BENCHMARKS = ROOT / "benchmarks"
+SCRIPTS = sorted(
+    path.relative_to(BENCHMARKS).as_posix()
+    for path in BENCHMARKS.rglob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+)
 FAST = [
     ("kernels", "expert_mlp", "output NaN"),
     ("kernels", "expert_mlp", "gradient zero"),
     ("kernels", "expert_mlp", "doubled when timed"),
+    ("kernels", "permute", "every third doubled"),
+    ("kernels", "permute", "zeroes its input"),
+    ("kernels", "combine", "another dtype"),
     ("kernels", "grouped_gemm", "gradient zero"),
     ("kernels", "topk_gate", "one row wrong"),
     ("kernels", "sort_by_expert", "output doubled"),
+    ("kernels", "sort_by_expert", "raises when timed"),
     ("layer", "expert_mlp", "no gradient when timed"),
+    ("layer", "expert_mlp", "every third doubled"),
+    ("layer", "expert_mlp", "negates its input"),
 ]
 
 
@@ -38,7 +48,7 @@ FAST = [
 def test_a_planted_fault_is_seen_and_has_no_figure(suite: str, op: str, fault: str) -> None:
     seen, line = planted.seen_by_run(suite, op, planted.FAULTS[fault])
     assert seen, line
-    assert "backend=torch, shape=tiny-b" in line and "limit" in line
+    assert fault == "raises when timed" or "backend=torch, shape=tiny-b" in line
 
 
 def test_without_a_fault_there_are_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,25 +57,30 @@ def test_without_a_fault_there_are_figures(tmp_path: Path, capsys: pytest.Captur
 
 
 def script(name: str, *arguments: str, first: Path) -> subprocess.CompletedProcess[str]:
-    """A script run from another folder, with ``first`` on the import path in front of everything."""
+    """Run a script in the folder ``first``, which also comes first on the import path."""
     environment = {**os.environ, "PYTHONPATH": str(first), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
     return subprocess.run(command, cwd=first, env=environment, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Another equimoe, whose import fails the script."""
-    package = tmp_path / "equimoe"
-    for name in ("moe", "kernels", "launch"):
-        (package / name).mkdir(parents=True)
-        (package / name / "__init__.py").write_text("raise SystemExit('the installed equimoe is measured')")
+    """Install packages of the same names, whose import makes a script fail."""
+    for name in ("equimoe/moe", "equimoe/kernels", "equimoe/launch", "benchmarks", "tests"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('an installed package is imported')")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", slow_but(["bench_layer"], list(SCRIPTS)))
+def test_all_scripts_are_found() -> None:
+    assert {"run.py", "planted.py", "kernels/compile_gate.py", "balance/scenarios.py", "parallel/parity.py"} < {
+        *SCRIPTS
+    }
+
+
+@pytest.mark.parametrize("name", slow_but(["layer/bench_layer.py", "parallel/parity.py"], SCRIPTS))
 def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
-    if name == "compile_gate":
+    if name in ("planted.py", "kernels/compile_gate.py"):
         pytest.importorskip("triton")
     done = script(name, "--help", first=installed)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr
@@ -73,7 +88,7 @@ def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
 
 def test_another_equimoe_that_is_imported_already_is_refused(installed: Path) -> None:
     code = f"import sys, types; m = types.ModuleType('equimoe'); m.__path__ = [{str(installed)!r}]; "
-    code += f"sys.modules['equimoe'] = m; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import checkout"
+    code += f"sys.modules['equimoe'] = m; sys.path.insert(0, {str(BENCHMARKS)!r}); import checkout"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1 and str(installed) in line and str(ROOT) in line
@@ -97,6 +112,20 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
         assert f"--out: {path}" in refused("--out", str(path))
+    assert "--out: ''" in refused("--out", "")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [(parity.main, ["no-such"]), (scenarios.main, ["no-such"]), (planted.main, ["--only", "no-such"])],
+)
+def test_a_choice_of_nothing_is_refused(
+    main: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "no-such" in line
 
 
 def test_a_checkout_to_compare_with_must_be_one(tmp_path: Path) -> None:
@@ -104,7 +133,7 @@ def test_a_checkout_to_compare_with_must_be_one(tmp_path: Path) -> None:
 
 
 def test_the_hint_for_triton_on_a_cpu_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In bf16; what it names is run by the test below."""
+    """The next test runs the command in this hint."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     line = refused("--backend", "triton", "--out", str(tmp_path))
     assert line.endswith("TRITON_INTERPRET=1 python benchmarks/run.py " + " ".join(HINT))

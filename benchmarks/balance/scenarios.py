@@ -1,7 +1,9 @@
-"""Unusual optimizer steps, each right or refused: ``python benchmarks/balance/scenarios.py [WORD ...]``.
+"""Runs unusual optimizer steps, and prints whether the balance loss is right or the step is refused.
 
-The error is that of the router's balance gradient against one process that holds the whole step. Words choose the
-scenarios whose names hold all of them.
+    python benchmarks/balance/scenarios.py [WORD ...]
+
+The error is that of the router's balance gradient, compared with one process that holds the whole step. Words select
+the scenarios whose names contain all of them. The exit status is 1 if a scenario has another outcome than it should.
 """
 
 from __future__ import annotations
@@ -13,24 +15,28 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-warnings.simplefilter("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
 
-from tests.helpers.scenarios import SCENARIOS, outcome  # noqa: E402
+import torch
+
+from benchmarks.shared.options import Parser
+from tests.helpers.scenarios import SCENARIOS, outcome
 
 
-def main(words: list[str]) -> int:
-    """Print the table; returns how many scenarios are wrong, or refused where they should be right."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return the number of scenarios with an unexpected outcome."""
+    parser = Parser(__doc__)
+    chosen = parser.choose(SCENARIOS, argv)
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    chosen = [name for name in SCENARIOS if all(word in name for word in words)]
     wrong = 0
     print(f"{'step':<48} {'outcome':<9} {'error':>9}")
     for name in chosen:
         kind, error, message = outcome(name)
-        wanted = "refused" if SCENARIOS[name].refused else "right"
-        wrong += kind != wanted
+        wrong += kind != ("refused" if SCENARIOS[name].refused else "right")
         print(f"{name:<48} {kind:<9} {'' if kind == 'refused' else f'{error:9.1e}'}", flush=True)
         if message:
             print(textwrap.fill(message, 112, initial_indent=" " * 8, subsequent_indent=" " * 8))
@@ -39,4 +45,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]) > 0)
+    sys.exit(min(main(), 1))

@@ -1,4 +1,4 @@
-"""The experts' feed-forwards on routed rows."""
+"""The op that applies the experts' MLPs to routed rows."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .. import pick
 from .._autocast import autocast_dtype
-from .._triton import without_fp64
+from .._triton import backend_without_fp64
+from ..activations import ACTIVATIONS
+from ..checks import backend_without_values, check_device, check_offsets
 from ..sort_by_expert import ExpertOrder
-from ..values import check_device, check_offsets, reads_no_values
 from . import reference, torch_ops
-from .kind import ACTIVATIONS, Kind
+from .types import MLPOptions
 
 __all__ = ["ACTIVATIONS", "expert_mlp"]
 
@@ -24,12 +25,12 @@ def _triton(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
-    from . import triton_ops  # only here: triton is not needed for the other backends
+    from . import triton_ops  # imported late, because the other backends do not need triton
 
-    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
+    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
 _BACKENDS = {"reference": reference.expert_mlp, "torch": torch_ops.expert_mlp, "triton": _triton}
@@ -48,32 +49,40 @@ def expert_mlp(
     gated: bool = True,
     recompute: bool = False,
 ) -> Tensor:
-    """[S, D] y[s] = sum over k of weights[s, k] * (act(x[s] @ gate.T) * (x[s] @ up.T)) @ down.T, by (s, k)'s expert.
+    """Apply its experts' MLPs to each row, and sum their outputs by router weight: [S, D].
 
-    ``gate_up_EFD`` is [E, 2F, D], the gate's rows first, and ``down_EDF`` [E, D, F]; both in x's dtype (fp32, bf16,
-    fp16 or fp64). Experts that are not ``gated`` compute act(x[s] @ up.T) @ down.T with ``gate_up_EFD`` [E, F, D].
-    ``activation`` is "silu", "gelu" (by the error function), "gelu_tanh" or "relu2" (the square of ReLU). ``order``
-    comes from :func:`sort_by_expert`; its dropped rows contribute nothing. ``weights_SK`` is of any floating-point
-    dtype, and is computed with in fp32, as are the sums over k (fp64 for fp64).
+    y[s] is the sum over k of ``weights[s, k] * (act(x[s] @ gate.T) * (x[s] @ up.T)) @ down.T``, with the weights gate,
+    up and down of the expert that ``order`` assigns to choice k of row s.
 
-    Kept for the backward pass are the inputs and the pre-activation (x @ gate_up.T, R rows); with ``recompute`` the
-    inputs alone, and the backward pass computes the pre-activation again. y is in x's dtype; under autocast, as with
-    torch's own layers, x, gate_up and down are cast to autocast's dtype first, unless they are fp64. Gradients are in
-    the inputs' own dtypes. Differentiable once in x, weights, gate_up and down, each where it asks for it; the
-    gradient of an expert without rows is zero.
+    * ``x_SD`` is [S, D]. ``weights_SK`` is [S, K] of any floating-point dtype; it is used in fp32 (fp64 for fp64 rows).
+    * ``order`` comes from :func:`sort_by_expert`. Its dropped choices contribute nothing.
+    * ``gate_up_EFD`` is [E, 2F, D], the gate's F rows first; ``down_EDF`` is [E, D, F]. Both have x's dtype (fp32,
+      bf16, fp16 or fp64). If the experts are not ``gated``, they compute ``act(x[s] @ up.T) @ down.T``, and
+      ``gate_up_EFD`` is [E, F, D] and contains up.
+    * ``activation`` is "silu", "gelu" (with the error function), "gelu_tanh", or "relu2" (the square of ReLU).
+    * With ``recompute`` only the inputs are kept for the backward pass, which recomputes the pre-activation
+      ``x @ gate_up.T``. Otherwise the pre-activation of all routed rows is kept, too.
 
-    Raises ValueError for shapes, dtypes, devices or an activation that do not fit and, on the CPU, for offsets that
-    do not ascend from 0 to R at most. Other values of an order are not checked: with one that is not of
-    ``sort_by_expert`` the result is undefined, or torch's indexing stops, but no memory outside the tensors is read or
+    y has x's dtype. The sums over k accumulate in fp32 (fp64 for fp64). Under autocast x, gate_up and down are first
+    cast to autocast's dtype unless they are fp64, as in torch's own layers. Each gradient has its input's dtype.
+    Differentiable once in x, weights, gate_up and down, whichever require it. The gradient of an expert without rows is
+    zero.
+
+    Under ``torch.compile`` the torch backend breaks the graph on a CPU, because it reads how many rows each expert has;
+    on accelerators, and with the triton backend, the op compiles as part of one graph.
+
+    Raises ValueError if shapes, dtypes, devices or the activation do not fit and, on the CPU, if the order's offsets do
+    not ascend from 0 to at most R. The other values of an order are not checked: if it does not come from
+    ``sort_by_expert``, the result is undefined or torch's indexing raises, but no memory outside the tensors is read or
     written.
     """
-    dtype, kind = autocast_dtype(x_SD.device), Kind(activation, gated)
-    _check(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, dtype)
+    dtype, options = autocast_dtype(x_SD.device), MLPOptions(activation, gated)
+    _check(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, dtype)
     if dtype is not None and x_SD.dtype != torch.float64:
         x_SD, gate_up_EFD, down_EDF = x_SD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
     weights_SK = weights_SK.to(torch.float64 if x_SD.dtype == torch.float64 else torch.float32)
-    backend = without_fp64(reads_no_values(backend, x_SD), x_SD.dtype)
-    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, recompute)
+    backend = backend_without_fp64(backend_without_values(backend, x_SD), x_SD.dtype)
+    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
 def _check(
@@ -82,16 +91,16 @@ def _check(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     autocast: torch.dtype | None,
 ) -> None:
-    if kind.activation not in ACTIVATIONS:
-        raise ValueError(f"activation={kind.activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
+    if options.activation not in ACTIVATIONS:
+        raise ValueError(f"activation={options.activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
     found = (x_SD.dtype, gate_up_EFD.dtype, down_EDF.dtype)
     castable = autocast is not None and torch.float64 not in found
     if any(dtype not in _DTYPES for dtype in found) or not (castable or len(set(found)) == 1):
         words = ", ".join(map(str, found))
-        raise ValueError(f"x, gate_up, down={words}: give all three one dtype of fp32, bf16, fp16, fp64")
+        raise ValueError(f"x, gate_up, down={words}: give all three the same dtype, one of fp32, bf16, fp16 and fp64")
     if x_SD.dim() != 2:
         raise ValueError(f"x_SD={list(x_SD.shape)}: give rows of shape [S, D]")
     check_device(x_SD.device, weights_SK=weights_SK, gate_up=gate_up_EFD, down=down_EDF, **order._asdict())
@@ -99,13 +108,13 @@ def _check(
     sources, hidden = x_SD.shape
     if weights_SK.shape != order.inverse_SK.shape or weights_SK.shape[0] != sources:
         shapes = f"{list(weights_SK.shape)} for x {list(x_SD.shape)}"
-        raise ValueError(f"weights_SK={shapes}: must be {list(order.inverse_SK.shape)}, one weight per routed row")
+        raise ValueError(f"weights_SK={shapes}: must be {list(order.inverse_SK.shape)}, one weight per choice")
     if not weights_SK.is_floating_point():
         raise ValueError(f"weights_SK={weights_SK.dtype}: give floating-point weights")
     experts, width = order.offsets_E.shape[0] - 1, down_EDF.shape[-1] if down_EDF.dim() else 0
-    both, name = (2 * width, "2F") if kind.gated else (width, "F")
+    both, name = (2 * width, "2F") if options.gated else (width, "F")
     if gate_up_EFD.shape != (experts, both, hidden) or down_EDF.shape != (experts, hidden, width):
-        shapes = f"{list(gate_up_EFD.shape)}, {list(down_EDF.shape)} with gated={kind.gated}"
+        shapes = f"{list(gate_up_EFD.shape)}, {list(down_EDF.shape)} with gated={options.gated}"
         raise ValueError(f"gate_up, down={shapes}: must be [{experts}, {name}, {hidden}], [{experts}, {hidden}, F]")
 
 

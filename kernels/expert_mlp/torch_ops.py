@@ -1,4 +1,4 @@
-"""One autograd.Function over two ways to multiply: a loop on the CPU, grouped products elsewhere."""
+"""One autograd.Function for two implementations: expert by expert on a CPU, grouped products elsewhere."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R routed rows.
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autocast import without_autocast
-from ..grouped_gemm.torch_ops import on_host
+from ..checks import on_host
+from ..cpu import expert_mlp as cpu
 from ..sort_by_expert import ExpertOrder
-from . import grouped, loop
-from .kind import Kind
+from . import accelerator
+from .types import MLPOptions
 
 
 def _path(x_SD: Tensor) -> ModuleType:
-    return loop if on_host(x_SD) else grouped
+    return cpu if on_host(x_SD) else accelerator
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -33,12 +34,12 @@ class _ExpertMLP(torch.autograd.Function):
         order_R: Tensor,
         inverse_SK: Tensor,
         offsets_E: Tensor,
-        kind: Kind,
+        options: MLPOptions,
         recompute: bool,
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
-        ctx.path, ctx.kind = _path(x_SD), kind
-        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, not recompute)
+        ctx.path, ctx.options = _path(x_SD), options
+        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
         return y_SD
 
@@ -49,7 +50,7 @@ class _ExpertMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         inputs = (x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF)
         with without_autocast(dy_SD.device):
-            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.kind, needs), None, None, None, None, None
+            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.options, needs), None, None, None, None, None
 
 
 def expert_mlp(
@@ -58,10 +59,10 @@ def expert_mlp(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, kind, False)[0]
-    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, kind, recompute)
+        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, False)[0]
+    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, options, recompute)

@@ -1,11 +1,13 @@
-"""The experts in Triton: gathers in the loads, the activation in the epilogues, no host synchronisation.
+"""The experts' MLPs in Triton, without host synchronisation. Kernels gather rows as they load them.
 
-Forward: the up product of gathered rows, with the gate's in the same tile, whose epilogue keeps the pre-activation
-and writes w * act(gate) * up; the down product; the sum over k. Backward: the product for dh, whose epilogue computes
-the activation again, its gradient and the router weight's as <dh, h>, so that neither h nor the rows before the sum
-are kept; three grouped products; the sum over k. Kept are x and the pre-activation alone: 2*S*D + 4*R*F bytes in 16
-bits, 2*S*D + 2*R*F without a gate, or with ``recompute`` x alone and one more product. The router weight's gradient
-is one partial sum per column tile, added up in their order: no atomics.
+Forward: the up product of gathered rows (gate and up in one tile), which stores the pre-activation and
+``w * act(gate) * up``; the down product; the sum over k. Backward: the product for dh, which recomputes the activation
+and stores its gradient and that of the router weight, <dh, h>, so that neither h nor the rows before the sum need to be
+kept; three grouped products; the sum over k.
+
+What is kept for the backward pass, in 16 bits: x and the pre-activation, 2*S*D + 4*R*F bytes (2*S*D + 2*R*F without a
+gate), or with ``recompute`` x alone, at the cost of one more product. The router weight's gradient consists of one
+partial sum per column tile, added up in a fixed order without atomics.
 """
 
 # S source rows, K choices per row, D hidden, F expert width, U width of the pre-activation (2F or F), E experts,
@@ -23,25 +25,25 @@ from torch import Tensor
 from .._triton import launch_on
 from ..grouped_gemm.triton_ops import (
     clamp,
-    config_for,
     gemm,
     launch_options,
     load_rows,
     load_weight,
     locate,
     precision,
+    tile_for,
     tile_map,
     weight_grad,
     weight_tile,
 )
 from ..permute.triton_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .kind import Kind
+from .types import MLPOptions
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """(act(z), act'(z)) in fp32; which one is not needed costs nothing."""
+    """Return (act(z), act'(z)) in fp32. The compiler eliminates an unused result."""
     if ACTIVATION == "silu":
         sigmoid = tl.sigmoid(z)
         value = z * sigmoid
@@ -88,9 +90,10 @@ def _up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), h[R, F] = w * act(gate) * up, or w * act(pre).
+    """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), and h[R, F] = w * act(gate) * up, or w * act(pre).
 
-    Nobody's rows of pre are zero, because it is an output, of which all must be written; those of h are not read.
+    Dropped rows of pre are set to zero, because pre is an output of a custom op and must be written completely. Dropped
+    rows of h are never read.
     """
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP)
     if (expert < 0) | ((expert == E) & (not KEEP)):
@@ -155,7 +158,7 @@ def _up_grad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dh = dy[flat // choices] @ down[e]; from it and pre: h[R, F] (weighted), dpre[R, U], dweights[R, P]."""
+    """Compute dh = dy[flat // choices] @ down[e], and from dh and pre: weighted h[R, F], dpre[R, U], dweights[R, P]."""
     columns = tl.cdiv(F, BLOCK_N)
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, columns, BLOCK_M, GROUP)
     if (expert < 0) | (expert == E):
@@ -199,19 +202,19 @@ def _up(
     gate_up_EFD: Tensor,
     order_R: Tensor,
     offsets_E: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """h [R, F], weighted, and the pre-activations [R, U] (no rows unless asked to ``keep`` them)."""
+    """Return h [R, F], weighted, and the pre-activations [R, U] (without rows unless ``keep``)."""
     experts, both, hidden = gate_up_EFD.shape
-    num_rows, width = order_R.shape[0], both // (2 if kind.gated else 1)
-    config = config_for("gated" if kind.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
+    num_rows, width = order_R.shape[0], both // (2 if options.gated else 1)
+    tile = tile_for("gated" if options.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
     pre_RU = x_SD.new_empty(num_rows if keep else 0, both)
     h_RF = x_SD.new_empty(num_rows, width)
     num_tiles = tiles_3T.shape[1]
     with launch_on(x_SD):
-        _up_kernel[(num_tiles * -(-width // config.n),)](
+        _up_kernel[(num_tiles * -(-width // tile.n),)](
             x_SD.contiguous(),
             order_R.contiguous(),
             weights_SK.contiguous(),
@@ -225,11 +228,11 @@ def _up(
             experts,
             width,
             hidden,
-            ACTIVATION=kind.activation,
-            GATED=kind.gated,
+            ACTIVATION=options.activation,
+            GATED=options.gated,
             KEEP=keep,
-            EVEN=hidden % config.k == 0,
-            **launch_options(config, precision(x_SD.dtype)),
+            EVEN=hidden % tile.k == 0,
+            **launch_options(tile, precision(x_SD.dtype)),
         )
     return h_RF, pre_RU
 
@@ -241,14 +244,14 @@ def _up_grad(
     down_EDF: Tensor,
     order_R: Tensor,
     offsets_E: Tensor,
-    kind: Kind,
+    options: MLPOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h [R, F], weighted; the gradients of the pre-activations [R, U], and of the weights in parts [R, P]."""
+    """Return h [R, F], weighted, and the gradients of the pre-activations [R, U] and of the weights, partial [R, P]."""
     experts, hidden, width = down_EDF.shape
     num_rows = order_R.shape[0]
-    config = config_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
-    num_tiles, columns = tiles_3T.shape[1], -(-width // config.n)
+    tile = tile_for("gated_grad", dy_SD, num_rows, experts, down_EDF, width, hidden)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
+    num_tiles, columns = tiles_3T.shape[1], -(-width // tile.n)
     h_RF, dpre_RU = pre_RU.new_empty(num_rows, width), torch.empty_like(pre_RU)
     dweights_RP = torch.empty(num_rows, columns, dtype=torch.float32, device=dy_SD.device)
     with launch_on(dy_SD):
@@ -268,10 +271,10 @@ def _up_grad(
             experts,
             width,
             hidden,
-            ACTIVATION=kind.activation,
-            GATED=kind.gated,
-            EVEN=hidden % config.k == 0,
-            **launch_options(config, precision(down_EDF.dtype)),
+            ACTIVATION=options.activation,
+            GATED=options.gated,
+            EVEN=hidden % tile.k == 0,
+            **launch_options(tile, precision(down_EDF.dtype)),
         )
     return h_RF, dpre_RU, dweights_RP
 
@@ -289,9 +292,9 @@ def _forward(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output [S, D] and, when asked to ``keep`` them, the pre-activations [R, U], else none."""
-    kind = Kind(activation, gated)
-    h_RF, pre_RU = _up(x_SD, weights_SK, gate_up_EFD, order_R, offsets_E, kind, keep)
+    """Return the output [S, D] and the pre-activations [R, U] (without rows unless ``keep``)."""
+    options = MLPOptions(activation, gated)
+    h_RF, pre_RU = _up(x_SD, weights_SK, gate_up_EFD, order_R, offsets_E, options, keep)
     return sum_rows(gemm(h_RF, down_EDF, offsets_E), inverse_SK), pre_RU
 
 
@@ -316,18 +319,18 @@ def _backward(
     keep: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weights, gate_up and down; empty where ``needs`` is False."""
+    """Return the gradients of x, weights, gate_up and down; empty where ``needs`` is False."""
     num_rows, choices = order_R.shape[0], inverse_SK.shape[1]
     source_R, dy_SD = order_R // max(choices, 1), dy_SD.contiguous()
     if not keep:
         pre_RU = gemm(x_SD, gate_up_EFD, offsets_E, index_R=source_R)
-    kind = Kind(activation, gated)
-    h_RF, dpre_RU, dweights_RP = _up_grad(dy_SD, pre_RU, weights_SK, down_EDF, order_R, offsets_E, kind)
+    options = MLPOptions(activation, gated)
+    h_RF, dpre_RU, dweights_RP = _up_grad(dy_SD, pre_RU, weights_SK, down_EDF, order_R, offsets_E, options)
     del pre_RU
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) for _ in range(4))
     if needs[1]:
         dweights_SK = weights_SK.new_zeros(weights_SK.shape)
-        if num_rows:  # contiguous, whatever the strides of the order are: the shape-only version says so
+        if num_rows:  # contiguous for any strides of the order, as the fake implementation promises
             dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0).contiguous()
     if needs[3]:
         ddown_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R)
@@ -368,9 +371,9 @@ def expert_mlp(
     order: ExpertOrder,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
-    kind: Kind,
+    options: MLPOptions,
     recompute: bool,
 ) -> Tensor:
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _forward(*inputs, *order, *kind, keep)[0]
+    return _forward(*inputs, *order, *options, keep)[0]

@@ -1,4 +1,4 @@
-"""Matrix products of rows sorted by expert with their experts' weights."""
+"""The ops that multiply rows sorted by expert by their experts' weights."""
 
 # R rows sorted by expert, E experts, K in width, N out width, S source rows that an index gathers from.
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import pick
-from .._triton import without_fp64
-from ..values import check_device, check_index, check_offsets, reads_no_values
+from .._triton import backend_without_fp64
+from ..checks import backend_without_values, check_device, check_index, check_offsets
 from . import reference, torch_ops
 
 __all__ = ["grouped_gemm", "grouped_gemm_dgrad", "grouped_gemm_wgrad"]
 
 
 def _triton(first: Tensor, name: str, *rest: Tensor | None) -> Tensor:
-    from . import triton_ops  # only here: triton is not needed for the other backends
+    from . import triton_ops  # imported late, because the other backends do not need triton
 
     return getattr(triton_ops, name)(first, *rest)
 
@@ -39,31 +39,41 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _run(name: str, backend: str, first: Tensor, *rest: Tensor | None) -> Tensor:
-    """The function ``name`` of a backend's module."""
-    backend = without_fp64(reads_no_values(backend, first), first.dtype)
+    """Call the function ``name`` of a backend's module."""
+    backend = backend_without_fp64(backend_without_values(backend, first), first.dtype)
     return pick("grouped_gemm", _BACKENDS, backend)(first, name, *rest)
 
 
 def grouped_gemm(
     rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
-    """[R, N] out[r] = rows[r] @ weight[e].T for offsets[e] <= r < offsets[e+1]; zero for r >= offsets[E].
+    """Multiply each row by its expert's weight: [R, N] out[r] = rows[r] @ weight[e].T, e being the expert of row r.
 
-    ``rows`` is [R, K], or [S, K] with row r at ``index_R[r]`` (int64 [R], in 0..S-1). ``offsets_E`` is int64 [E+1]:
-    it begins at 0, never decreases, and ends at R or before. Rows and weight have one dtype of fp32, bf16, fp16 and
-    fp64, which the result and the gradients have too, also under autocast; sums are in fp32 (fp64 for fp64).
+    * ``rows`` is [R, K], sorted by expert, or [S, K] if ``index_R`` is given: then row r is ``rows[index_R[r]]``.
+      ``index_R`` is int64 [R] with entries in 0..S-1.
+    * ``weight_ENK`` is [E, N, K], in the dtype of rows: fp32, bf16, fp16 or fp64.
+    * ``offsets_E`` is int64 [E+1]: rows ``offsets[e]:offsets[e+1]`` belong to expert e. It begins at 0, never
+      decreases, and ends at R or less. Rows past ``offsets[E]`` belong to no expert, and their results are zero.
+
+    The result and the gradients have the dtype of rows, also under autocast; sums accumulate in fp32 (fp64 for fp64).
     Differentiable once in rows and weight.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit and, on the CPU, for offsets and an index that
-    break these rules. Elsewhere no op waits for values to check them: the result is then undefined, or torch stops
-    with an assertion of the device, but no memory outside the tensors is read or written.
+    Under ``torch.compile`` the torch backend breaks the graph on a CPU, because it reads how many rows each expert has;
+    on accelerators, and with the triton backend, the op compiles as part of one graph.
+
+    Raises ValueError if shapes, dtypes or devices do not fit and, on the CPU, for invalid offsets or indices. On other
+    devices the values are not checked: the result is then undefined, or torch stops with a device-side assertion, but
+    no memory outside the tensors is read or written.
     """
     _check(rows, weight_ENK, offsets_E, index_R, 2)
     return _GroupedGEMM.apply(rows, weight_ENK, offsets_E, index_R, backend)
 
 
 def grouped_gemm_dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor, backend: str = "auto") -> Tensor:
-    """[R, K] dy[r] @ weight[e], the gradient of :func:`grouped_gemm`'s (gathered) rows. Not differentiable."""
+    """Compute the gradient of :func:`grouped_gemm` with respect to its sorted rows: [R, K] dy[r] @ weight[e].
+
+    Arguments and errors are like those of :func:`grouped_gemm`; ``dy_RN`` is [R, N]. Not differentiable.
+    """
     _check(dy_RN, weight_ENK, offsets_E, None, 1)
     return _run("dgrad", backend, dy_RN.detach(), weight_ENK.detach(), offsets_E)
 
@@ -77,16 +87,17 @@ def grouped_gemm_wgrad(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """[E, N, K] dy[rows of e].T @ rows[rows of e], zero for experts without rows, in dy's dtype. Not differentiable.
+    """Compute the gradient of :func:`grouped_gemm` with respect to the weight: [E, N, K] dy_e.T @ rows_e per expert.
 
-    Either side is gathered when its index is given. With ``out``, fp32 [E, N, K], the result is added to it, in
-    fp32, and ``out`` is returned. What :func:`grouped_gemm` says of dtypes, offsets and indices holds here too.
+    The gradient is zero for experts without rows, and has dy's dtype. Each of ``dy`` (width N) and ``rows`` (width K)
+    is gathered if its index is given. If ``out`` is given, contiguous fp32 [E, N, K], the result is added to it in
+    fp32, and ``out`` is returned. Dtypes, offsets, indices and errors: see :func:`grouped_gemm`. Not differentiable.
     """
     left = _num_rows("dy", dy, "dy_index_R", dy_index_R)
     right = _num_rows("rows", rows, "index_R", index_R)
     if left != right or dy.dtype != rows.dtype:
         found = f"{left} {dy.dtype}, {right} {rows.dtype}"
-        raise ValueError(f"dy, rows={found}: give equally many rows of one dtype, after gathering")
+        raise ValueError(f"dy, rows={found}: give equally many rows (after gathering) of the same dtype")
     check_device(dy.device, rows=rows, offsets_E=offsets_E, dy_index_R=dy_index_R, index_R=index_R, out=out)
     check_offsets(offsets_E, left)
     shape = (offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1])
@@ -97,9 +108,11 @@ def grouped_gemm_wgrad(
 
 
 def _num_rows(name: str, rows: Tensor, index_name: str, index_R: Tensor | None) -> int:
-    """How many rows there are after gathering; raises ValueError for rows or an index that are none."""
+    """Return the number of rows after gathering. Raises ValueError for malformed rows or a malformed index."""
     if rows.dim() != 2 or rows.dtype not in _DTYPES:
-        raise ValueError(f"{name}={rows.dtype}{list(rows.shape)}: give fp32, bf16, fp16 or fp64 rows, [R, width]")
+        raise ValueError(
+            f"{name}={rows.dtype}{list(rows.shape)}: give rows of shape [R, width] in fp32, bf16, fp16 or fp64"
+        )
     if index_R is None:
         return rows.shape[0]
     check_index(index_name, index_R, rows.shape[0])
@@ -107,14 +120,14 @@ def _num_rows(name: str, rows: Tensor, index_name: str, index_R: Tensor | None) 
 
 
 def _check(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None, dim: int) -> None:
-    """``dim`` is the weight's dimension that is as wide as the rows."""
+    """Raise ValueError for inputs that do not fit. Dimension ``dim`` of the weight must match the width of the rows."""
     check_device(rows.device, weight=weight_ENK, offsets_E=offsets_E, index_R=index_R)
     check_offsets(offsets_E, _num_rows("rows" if dim == 2 else "dy", rows, "index_R", index_R))
     experts, width = offsets_E.shape[0] - 1, rows.shape[1]
     if weight_ENK.dim() != 3 or weight_ENK.shape[0] != experts or weight_ENK.shape[dim] != width:
         raise ValueError(f"weight={list(weight_ENK.shape)}: needs {experts} experts, and {width} in dimension {dim}")
     if rows.dtype != weight_ENK.dtype:
-        raise ValueError(f"rows, weight={rows.dtype}, {weight_ENK.dtype}: give both one dtype")
+        raise ValueError(f"rows, weight={rows.dtype}, {weight_ENK.dtype}: give both the same dtype")
 
 
 class _GroupedGEMM(torch.autograd.Function):
@@ -134,7 +147,7 @@ class _GroupedGEMM(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             drows = _run("dgrad", ctx.backend, dy_RN, weight_ENK, offsets_E)
             if index_R is not None:
-                # index_put sorts what it adds up, so that the order of the sum is always the same
+                # index_put sorts its indices, so it always adds in the same order
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
                 zeros = torch.zeros(rows.shape, dtype=wide, device=rows.device)
                 drows = zeros.index_put_((index_R,), drows.to(wide), accumulate=True).to(rows.dtype)

@@ -1,4 +1,4 @@
-"""The oracle: one expert after the other, in fp64. Rows of no expert, and their indices, are never read."""
+"""The reference: one expert after the other, in fp64. Rows of no expert, and their indices, are never read."""
 
 # R rows sorted by expert, E experts, K in width, N out width.
 
@@ -14,7 +14,7 @@ def _spans(offsets_E: Tensor) -> list[tuple[int, int, int]]:
 
 
 def _slice(rows: Tensor, index_R: Tensor | None, start: int, stop: int) -> Tensor:
-    """Sorted rows start:stop, gathered if there is an index."""
+    """Return sorted rows start:stop, gathered if there is an index."""
     return rows[start:stop] if index_R is None else rows[index_R[start:stop]]
 
 

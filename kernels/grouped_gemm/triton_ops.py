@@ -1,11 +1,11 @@
-"""Triton kernels over rows of varying count per expert; the counts stay on the device.
+"""Triton kernels for products of rows sorted by expert. The counts per expert stay on the device.
 
-A small kernel maps row tiles to experts; as many tiles are launched as there can be, and those past the end leave at
-once. A tile holds rows of one expert. Rows past the last expert's belong to nobody: they form one more group, whose
-result is zero. Nothing is accumulated by atomics, so results repeat bit for bit.
+A small kernel maps row tiles to experts. As many tiles are launched as there can be at most, and superfluous ones
+return at once. All rows of a tile belong to one expert. The rows of no expert form one more group, whose result is
+zero. There are no atomics, so results are reproducible bit for bit.
 
-Kernels address rows and weights as contiguous tensors, which the functions that launch them see to. Offsets and
-indices are clamped to what is there, so that wrong ones give wrong results and never an address outside.
+Kernels expect contiguous rows and weights; the functions that launch them make copies if necessary. Offsets and indices
+are clamped to their valid ranges, so that invalid ones give wrong results but never access memory outside the tensors.
 """
 
 # R rows sorted by expert, E experts, K in width, N out width, T row tiles.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on, next_power_of_2
-from ..configs import Config, arch_of, pick_config
+from ..matmul_tiles import MatmulTile, arch_of, shipped_tile
 
 _MAP_BLOCK = 16
 
@@ -32,7 +32,7 @@ def _maximum(a, b):
 
 @triton.jit
 def clamp(value, stop):
-    """``value`` in [0, stop)."""
+    """Clamp ``value`` to [0, stop)."""
     return tl.minimum(tl.maximum(value, 0), stop - 1)
 
 
@@ -41,7 +41,7 @@ def _tile_map_kernel(
     offsets_ptr, tiles_ptr, num_rows, num_tiles, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     e = tl.arange(0, BLOCK_E)
-    # whatever the offsets are, the groups' rows ascend from 0 to num_rows: each row is in one tile, and none is outside
+    # even for invalid offsets the groups cover 0..num_rows: each row is in one tile, and no tile has a row outside
     start_E = tl.load(offsets_ptr + e, mask=(e > 0) & (e <= E), other=0)
     stop_E = tl.load(offsets_ptr + e + 1, mask=e < E, other=num_rows)
     start_E = tl.associative_scan(clamp(start_E, num_rows + 1), 0, _maximum)
@@ -56,15 +56,15 @@ def _tile_map_kernel(
     mine_TE = e[None, :] == expert_T[:, None]
     row_T = tl.sum(tl.where(mine_TE, start_E[None, :], 0), 1) + (t - first_T).to(tl.int64) * BLOCK_M
     stop_T = tl.sum(tl.where(mine_TE, stop_E[None, :], 0), 1)
-    there = t < num_tiles
-    tl.store(tiles_ptr + t, tl.where(expert_T <= E, expert_T, -1).to(tl.int64), mask=there)
-    tl.store(tiles_ptr + num_tiles + t, row_T, mask=there)
-    tl.store(tiles_ptr + 2 * num_tiles + t, stop_T, mask=there)
+    inside_T = t < num_tiles
+    tl.store(tiles_ptr + t, tl.where(expert_T <= E, expert_T, -1).to(tl.int64), mask=inside_T)
+    tl.store(tiles_ptr + num_tiles + t, row_T, mask=inside_T)
+    tl.store(tiles_ptr + 2 * num_tiles + t, stop_T, mask=inside_T)
 
 
 @triton.jit
 def swizzle(pid, num_tiles, num_columns, GROUP: tl.constexpr):
-    """(row tile, column tile): GROUP row tiles go through the columns together, so that they share what they read."""
+    """Return (row tile, column tile) so that groups of GROUP row tiles share the columns that they read."""
     in_group = GROUP * num_columns
     first = pid // in_group * GROUP
     size = min(num_tiles - first, GROUP)
@@ -73,10 +73,10 @@ def swizzle(pid, num_tiles, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def locate(tiles_ptr, num_tiles, num_columns, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """(expert, column tile, rows, rows to read, row after the expert's last) of this program.
+    """Return this program's (expert, column tile, rows, rows to load, end of the expert's rows).
 
-    The expert is -1 past the end, and E for nobody's rows. Rows past the expert's last read its first: they are never
-    stored, and loads without a mask are faster.
+    The expert is -1 for a superfluous tile, and E for the rows of no expert. In place of rows past the expert's end,
+    the tile's first row is loaded: the results are never stored, and loads without a mask are faster.
     """
     tile, column = swizzle(tl.program_id(0), num_tiles, num_columns, GROUP)
     expert, first = tl.load(tiles_ptr + tile), tl.load(tiles_ptr + num_tiles + tile)
@@ -87,20 +87,20 @@ def locate(tiles_ptr, num_tiles, num_columns, BLOCK_M: tl.constexpr, GROUP: tl.c
 
 @triton.jit
 def weight_tile(weight_ptr, first, n, k, N, K, TRANSPOSED: tl.constexpr):
-    """Pointers [k, n] into a weight that begins after ``first`` elements: [N, K], or [K, N] when TRANSPOSED."""
+    """Return pointers [k, n] into a weight at element ``first``: [N, K], or [K, N] if TRANSPOSED."""
     at = k[:, None].to(tl.int64) * N + n[None, :] if TRANSPOSED else n[None, :].to(tl.int64) * K + k[:, None]
     return weight_ptr + first + at
 
 
 @triton.jit
 def load_rows(ptrs, k, left, EVEN: tl.constexpr):
-    """A tile [m, k], of whose columns ``left`` are there."""
+    """Load a tile [m, k] of which only the first ``left`` columns exist."""
     return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=k[None, :] < left, other=0.0)
 
 
 @triton.jit
 def load_weight(ptrs, n, N, k, left, EVEN: tl.constexpr):
-    """A tile [k, n] of a weight of N columns, of whose rows ``left`` are there."""
+    """Load a tile [k, n] of a weight with N columns, of which only the first ``left`` rows exist."""
     inside = n[None, :] < N
     return tl.load(ptrs, mask=inside if EVEN else inside & (k[:, None] < left), other=0.0)
 
@@ -125,7 +125,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[R, N] = rows[R, K] @ weight[e]: [N, K] transposed, or [K, N] when TRANSPOSED."""
+    """out[R, N] = rows[R, K] @ weight[e].T for weights [N, K], or rows @ weight[e] for [K, N] if TRANSPOSED."""
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
     if expert < 0:
         return
@@ -172,7 +172,7 @@ def _wgrad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[e] = dy[rows of e].T @ rows[rows of e]: tiles of BLOCK_M x BLOCK_N, BLOCK_K rows at a time."""
+    """out[e] = dy[rows of e].T @ rows[rows of e], in tiles of BLOCK_M x BLOCK_N, BLOCK_K rows at a time."""
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     expert = pid // (tiles_n * tiles_k)
@@ -184,15 +184,15 @@ def _wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(0, tl.cdiv(stop - start, BLOCK_K).to(tl.int32)):
         r = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        there = r < stop
+        valid = r < stop
         a_row, b_row = r, r
         if dy_index_ptr is not None:
-            a_row = clamp(tl.load(dy_index_ptr + r, mask=there, other=0), num_dy)
+            a_row = clamp(tl.load(dy_index_ptr + r, mask=valid, other=0), num_dy)
         if index_ptr is not None:
-            b_row = clamp(tl.load(index_ptr + r, mask=there, other=0), sources)
-        # both sides are masked: what another expert's row holds may be NaN, and 0 * NaN is NaN
-        a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=there[:, None] & (n[None, :] < N), other=0.0)
-        b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=there[:, None] & (k[None, :] < K), other=0.0)
+            b_row = clamp(tl.load(index_ptr + r, mask=valid, other=0), sources)
+        # mask both sides: another expert's row may hold NaN, and 0 * NaN is NaN
+        a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=valid[:, None] & (n[None, :] < N), other=0.0)
+        b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=valid[:, None] & (k[None, :] < K), other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     out_ptrs = out_ptr + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
     mask = (n[:, None] < N) & (k[None, :] < K)
@@ -202,39 +202,39 @@ def _wgrad_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How a product of fp32 tiles is computed: as torch's own setting says. Others are exact in either way."""
-    # there is no TF32 on AMD's chips, apart from one
+    """Return the precision of products of fp32 tiles, as torch is set. It has no effect on other dtypes."""
+    # most of AMD's chips have no TF32
     allowed = dtype == torch.float32 and torch.version.hip is None
     return "tf32" if allowed and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def launch_options(config: Config, precision: str = "ieee") -> dict[str, Any]:
-    """The keyword arguments by which a kernel gets its tile."""
+def launch_options(tile: MatmulTile, precision: str = "ieee") -> dict[str, Any]:
+    """Return the keyword arguments that tell a kernel its tile."""
     return {
         "PRECISION": precision,
-        "BLOCK_M": config.m,
-        "BLOCK_N": config.n,
-        "BLOCK_K": config.k,
-        "GROUP": config.group,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP": tile.group,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
-def config_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> Config:
-    """The shipped tile of ``op`` for ``rows`` and the other ``operands``: tensors, and widths.
+def tile_for(op: str, rows: Tensor, num_rows: int, num_experts: int, *operands: Tensor | int) -> MatmulTile:
+    """Return the tile of ``op`` for ``rows`` and the other ``operands`` (tensors and widths).
 
-    Raises ValueError for rows of a dtype that the kernels have no tile for.
+    Raises ValueError for rows of a dtype that the kernels do not support.
     """
     if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={rows.dtype}: backend='triton' has fp32, bf16 and fp16; use backend='torch'")
-    # what Triton looks at, too, when it chooses between wide loads and those of single elements
+    # Triton looks at the same alignment when it chooses between wide loads and loads of single elements
     aligned = all((one if isinstance(one, int) else one.data_ptr()) % 16 == 0 for one in (rows, *operands))
-    return pick_config(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
+    return shipped_tile(op, arch_of(rows.device), rows.dtype, num_rows // max(num_experts, 1), aligned)
 
 
 def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
-    """int64 [3, T]: expert, first row and end of every row tile of ``block`` rows; T = ceil(R / block) + E."""
+    """Return expert, first row and end of rows of each row tile: int64 [3, T] with T = ceil(R / block) + E."""
     experts = offsets_E.shape[0] - 1
     num_tiles, block_e = -(-num_rows // block) + experts, next_power_of_2(experts + 1)
     tiles_3T = torch.empty(3, num_tiles, dtype=torch.int64, device=offsets_E.device)
@@ -248,17 +248,17 @@ def tile_map(offsets_E: Tensor, num_rows: int, block: int) -> Tensor:
 def gemm(
     rows: Tensor, weight_EAB: Tensor, offsets_E: Tensor, index_R: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
-    """[R, A] rows @ weight[e].T, or [R, B] rows @ weight[e] when ``transposed``; zero for nobody's rows."""
+    """Return [R, A] rows @ weight[e].T, or [R, B] rows @ weight[e] if ``transposed``; zero for rows of no expert."""
     experts, width_n, width_k = weight_EAB.shape
     if transposed:
         width_n, width_k = width_k, width_n
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
-    tiles_3T = tile_map(offsets_E, num_rows, config.m)
+    tile = tile_for("gemm", rows, num_rows, experts, weight_EAB, width_n, width_k)
+    tiles_3T = tile_map(offsets_E, num_rows, tile.m)
     out_RN = torch.empty(num_rows, width_n, dtype=rows.dtype, device=rows.device)
     num_tiles = tiles_3T.shape[1]
     with launch_on(rows):
-        _gemm_kernel[(num_tiles * -(-width_n // config.n),)](
+        _gemm_kernel[(num_tiles * -(-width_n // tile.n),)](
             rows.contiguous(),
             None if index_R is None else index_R.contiguous(),
             weight_EAB.contiguous(),
@@ -270,8 +270,8 @@ def gemm(
             width_n,
             width_k,
             TRANSPOSED=transposed,
-            EVEN_K=width_k % config.k == 0,
-            **launch_options(config, precision(rows.dtype)),
+            EVEN_K=width_k % tile.k == 0,
+            **launch_options(tile, precision(rows.dtype)),
         )
     return out_RN
 
@@ -284,15 +284,15 @@ def weight_grad(
     index_R: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` when it is given."""
+    """Return [E, N, K] dy.T @ rows by expert, in dy's dtype; added to the fp32 ``out`` if it is given."""
     experts, width_n, width_k = offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1]
     num_rows = (rows if index_R is None else index_R).shape[0]
-    config = config_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
+    tile = tile_for("wgrad", rows, num_rows, experts, dy, width_n, width_k)
     grad_ENK = out
     if grad_ENK is None:
         grad_ENK = torch.empty(experts, width_n, width_k, dtype=dy.dtype, device=dy.device)
     with launch_on(dy):
-        _wgrad_kernel[(experts * -(-width_n // config.m) * -(-width_k // config.n),)](
+        _wgrad_kernel[(experts * -(-width_n // tile.m) * -(-width_k // tile.n),)](
             dy.contiguous(),
             None if dy_index_R is None else dy_index_R.contiguous(),
             rows.contiguous(),
@@ -305,7 +305,7 @@ def weight_grad(
             width_n,
             width_k,
             ACCUMULATE=out is not None,
-            **launch_options(config, precision(rows.dtype)),
+            **launch_options(tile, precision(rows.dtype)),
         )
     return grad_ENK
 

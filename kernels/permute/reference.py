@@ -1,4 +1,4 @@
-"""The oracle: plain indexing, differentiated by autograd. What lies in dropped rows is never read."""
+"""The reference: plain indexing, differentiated by autograd. The contents of dropped rows are never read."""
 
 # S source rows, K choices per row, D hidden, R = S*K routed rows.
 
@@ -21,6 +21,6 @@ def combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
     wide = rows_RD.double() if rows_RD.dtype == torch.float64 else rows_RD.float()
     sources, choices = order.inverse_SK.shape
     row_R = order.inverse_SK.reshape(-1)
-    there = ((row_R >= 0) & (row_R < rows_RD.shape[0])).nonzero().squeeze(1)
-    y_SD = wide.new_zeros(sources, rows_RD.shape[1]).index_add(0, there // max(choices, 1), wide[row_R[there]])
+    kept = ((row_R >= 0) & (row_R < rows_RD.shape[0])).nonzero().squeeze(1)
+    y_SD = wide.new_zeros(sources, rows_RD.shape[1]).index_add(0, kept // max(choices, 1), wide[row_R[kept]])
     return y_SD.to(rows_RD.dtype)

@@ -1,4 +1,4 @@
-"""Gathers both ways: each op is the other's backward, so neither adds into memory in an unknown order."""
+"""Permute and combine as gathers. Each is the other's backward, so no sum depends on the order of memory writes."""
 
 # S source rows, K choices per row, D hidden, R routed rows.
 
@@ -11,46 +11,46 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory import empty
+from ..checks import readable
 from ..sort_by_expert import ExpertOrder
-from ..values import readable
 
 
-def gather_rows(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
-    """[num_rows, D] row r is the source of sorted row r; zero where that row is dropped."""
+def _permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
+    """Return the source row of each sorted row, [num_rows, D]; zero for dropped rows."""
     choices = max(order.inverse_SK.shape[1], 1)
-    rows_RD = empty(num_rows, x_SD.shape[1], like=x_SD)
+    rows_RD = x_SD.new_empty(num_rows, x_SD.shape[1])
     if num_rows == 0:
         return rows_RD
     torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)
     if readable(order.offsets_E):
-        rows_RD[int(order.offsets_E[-1]) :] = 0
+        if (kept := int(order.offsets_E[-1])) < num_rows:
+            rows_RD[kept:] = 0
         return rows_RD
     dropped_R = torch.arange(num_rows, device=x_SD.device) >= order.offsets_E[-1]
     return rows_RD.masked_fill_(dropped_R[:, None], 0)
 
 
-def sum_rows(rows_RD: Tensor, inverse_SK: Tensor, weights_SK: Tensor | None = None, all_kept: bool = False) -> Tensor:
-    """[S, D] sum over k of rows[inverse[s, k]] (times weights[s, k], of rows' dtype), accumulated in fp32 or fp64.
+def sum_rows(rows_RD: Tensor, inverse_SK: Tensor, all_kept: bool = False) -> Tensor:
+    """Sum rows[inverse[s, k]] over k: [S, D], accumulated in fp32 (fp64 for fp64 rows).
 
     A negative inverse contributes zero. ``all_kept`` promises that there is none.
     """
     sources, choices = inverse_SK.shape
     if rows_RD.shape[0] == 0 or inverse_SK.numel() == 0:
         return rows_RD.new_zeros(sources, rows_RD.shape[1])
-    if all_kept and rows_RD.device.type == "cpu":  # one pass over the rows, fp32 inside
-        return F.embedding_bag(inverse_SK, rows_RD, mode="sum", per_sample_weights=weights_SK)
+    if all_kept and rows_RD.device.type == "cpu":  # one pass over the rows, accumulating in fp32
+        return F.embedding_bag(inverse_SK, rows_RD, mode="sum")
     wide = torch.float64 if rows_RD.dtype == torch.float64 else torch.float32
     y_SD = torch.zeros(sources, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
     for k in range(choices):
         row_S = inverse_SK[:, k]
         term_SD = rows_RD.index_select(0, row_S.clamp(min=0)).masked_fill_((row_S < 0)[:, None], 0)
-        y_SD = y_SD.add_(term_SD) if weights_SK is None else y_SD.addcmul_(term_SD, weights_SK[:, k, None])
+        y_SD.add_(term_SD)
     return y_SD.to(rows_RD.dtype)
 
 
 def _combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
-    """The sum of the rows that are there: a row beyond the last of ``rows_RD`` counts as dropped."""
+    """Sum the rows of each source row. A row past the end of ``rows_RD`` counts as dropped."""
     num_rows, inverse_SK = rows_RD.shape[0], order.inverse_SK
     if num_rows < inverse_SK.numel():
         inverse_SK = inverse_SK.masked_fill(inverse_SK >= num_rows, -1)
@@ -62,7 +62,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
-        return gather_rows(x_SD, ExpertOrder(*order), num_rows)
+        return _permute(x_SD, ExpertOrder(*order), num_rows)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +82,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
         order = ExpertOrder(*ctx.saved_tensors)
-        return gather_rows(dy_SD, order, ctx.num_rows), None, None, None
+        return _permute(dy_SD, order, ctx.num_rows), None, None, None
 
 
 def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:

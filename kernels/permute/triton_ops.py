@@ -1,4 +1,4 @@
-"""Gathers both ways: each op is the other's backward, so neither adds into memory in an unknown order."""
+"""Permute and combine as gathers. Each is the other's backward, so no sum depends on the order of memory writes."""
 
 # S source rows, K choices per row, D hidden, E experts, R routed rows.
 
@@ -19,7 +19,7 @@ from ..sort_by_expert import ExpertOrder
 def permute_rows(
     x, order, offsets, rows, num_rows, experts, D: tl.constexpr, K: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """rows[r] = x[order[r] // K], zero for dropped rows, which start at offsets[experts]."""
+    """rows[r] = x[order[r] // K]; zero for dropped rows, which start at offsets[experts]."""
     r_R = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     d_D = tl.program_id(1) * BD + tl.arange(0, BD)
     kept_R = r_R < tl.load(offsets + experts)
@@ -34,7 +34,7 @@ def combine_rows(
     rows, inverse, y, sources, num_rows, D: tl.constexpr, K: tl.constexpr, SUM: tl.constexpr, BS: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """y[s] = sum over k, in this order, of rows[inverse[s, k]]; zero for a row that is dropped or not there."""
+    """y[s] = the sum of rows[inverse[s, k]] in the order of k; a dropped or missing row adds zero."""
     s_S = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     d_D = tl.program_id(1) * BD + tl.arange(0, BD)
     sum_SD = tl.zeros([BS, BD], SUM)
@@ -47,21 +47,21 @@ def combine_rows(
 
 
 class Tile(NamedTuple):
-    """Rows and columns of a program."""
+    """The rows and columns that one program processes."""
 
     rows: int
     columns: int
     warps: int
 
 
-#: by bytes of an element; 32 or 64 bytes per thread. Narrower hidden sizes take more rows instead of idle columns
+#: by the element size in bytes; each thread has 32 or 64 bytes. Narrower hidden sizes get more rows, not idle columns
 TILES = {2: Tile(4, 1024, 4), 4: Tile(4, 512, 4), 8: Tile(4, 256, 4)}
 _MAX_ROWS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tile_for(element_size: int, hidden: int) -> Tile:
-    """The tile for a dtype and a hidden size; never for a number of rows."""
+    """Return the tile for an element size and a hidden size. It does not depend on the number of rows, which varies."""
     tile = TILES[element_size]
     columns = max(min(tile.columns, next_power_of_2(hidden)), 16)
     return Tile(min(tile.rows * tile.columns // columns, _MAX_ROWS), columns, tile.warps)
@@ -91,7 +91,7 @@ def _fake_permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, nu
 
 
 def sum_rows(rows: Tensor, inverse: Tensor) -> Tensor:
-    """[S, D] the sum over k of rows[inverse[s, k]], in the order of k; -1 adds nothing."""
+    """Sum rows[inverse[s, k]] in the order of k: [S, D]. An inverse of -1 adds nothing."""
     (sources, choices), (num_rows, hidden) = inverse.shape, rows.shape
     y = torch.empty(sources, hidden, dtype=rows.dtype, device=rows.device)
     if y.numel():

@@ -1,4 +1,4 @@
-"""Sort the routed rows by expert."""
+"""The op that sorts routed rows by expert."""
 
 # S source rows, K choices per row, R = S*K routed rows, E experts.
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import readable, reads_no_values
+from ..checks import backend_without_values, readable
 from . import reference, torch_ops
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 __all__ = ["ExpertOrder", "sort_by_expert"]
 
 
 def _triton(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
-    from . import triton_ops  # only here: triton is not needed for the other backends
+    from . import triton_ops  # imported late, because the other backends do not need triton
 
     return triton_ops.sort_by_expert(ids_SK, num_experts)
 
@@ -25,11 +25,11 @@ _BACKENDS = {"reference": reference.sort_by_expert, "torch": torch_ops.sort_by_e
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> ExpertOrder:
-    """Order the S*K routed rows by expert, stably: rows of one expert keep the order s*K + k.
+    """Sort the S*K routed rows by expert. The sort is stable: rows of one expert keep the order s*K + k.
 
-    ``ids_SK`` is int64 [S, K] with entries in [0, num_experts), or -1 for a choice that is dropped or masked.
-    Raises ValueError for another dtype or shape and, on the CPU, for ids out of range; on an accelerator nobody waits
-    to look, and such ids count as dropped.
+    ``ids_SK`` is int64 [S, K]: the expert of each choice in [0, num_experts), or -1 for a dropped or masked choice.
+    Raises ValueError for another dtype or shape and, on the CPU, for ids out of range. On an accelerator the values are
+    not checked, and ids out of range count as dropped.
     """
     if ids_SK.dtype != torch.int64 or ids_SK.dim() != 2:
         raise ValueError(f"ids_SK={ids_SK.dtype}{list(ids_SK.shape)}: give int64 expert ids of shape [S, K]")
@@ -39,4 +39,4 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         low, high = (int(bound) for bound in ids_SK.aminmax())
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
-    return pick("sort_by_expert", _BACKENDS, reads_no_values(backend, ids_SK))(ids_SK, num_experts)
+    return pick("sort_by_expert", _BACKENDS, backend_without_values(backend, ids_SK))(ids_SK, num_experts)

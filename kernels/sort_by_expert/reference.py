@@ -1,4 +1,4 @@
-"""The oracle: Python's own stable sort."""
+"""The reference: Python's own stable sort."""
 
 # S source rows, K choices per row, R = S*K routed rows, E experts.
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:

@@ -1,4 +1,4 @@
-"""One stable sort, no host synchronisation on accelerators."""
+"""One stable sort, without host synchronisation on accelerators."""
 
 # S source rows, K choices per row, R = S*K routed rows, E experts.
 
@@ -7,14 +7,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..values import readable
-from .order import ExpertOrder
+from ..checks import readable
+from .types import ExpertOrder
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
     ids_R = ids_SK.reshape(-1)
     dropped_R = ids_R < 0
-    if not readable(ids_R):  # else the public op has refused ids that are too large
+    if not readable(ids_R):  # otherwise the public op has already refused ids that are too large
         dropped_R |= ids_R >= num_experts
     sorted_R, order_R = torch.sort(ids_R.masked_fill(dropped_R, num_experts), stable=True)
     experts = torch.arange(num_experts + 1, device=ids_R.device)

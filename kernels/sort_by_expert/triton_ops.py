@@ -1,10 +1,10 @@
-"""A stable counting sort in four launches: rank in the block, prefix over blocks, prefix over experts, place.
+"""A stable counting sort in four launches: ranks within blocks, prefix sums over blocks and over experts, positions.
 
-No atomics and no sort: a row's place is a sum of counts, so the result is that of any stable sort, bit for bit.
+There are no atomics: a row's position is a sum of counts, so the result equals that of any stable sort.
 """
 
-# S source rows, K choices per row, R = S*K routed rows, E experts, X blocks of rows, W = E + 1 bins, the last of
-# them for dropped rows. In a tile: I rows of the block, J other rows of it.
+# S source rows, K choices per row, R = S*K routed rows, E experts, X blocks of rows, W = E + 1 bins (the last is for
+# dropped rows). In a tile: I rows of a block are compared with J rows of the same block.
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on
-from .order import ExpertOrder
+from .types import ExpertOrder
 
 
 @triton.jit
 def _bins(ids, row, rows, experts):
-    """The bin of each row: its expert; ``experts`` for a dropped one; -1 past the end."""
+    """Return the bin of each row: its expert; ``experts`` for a dropped row; -1 past the end."""
     id = tl.load(ids + row, mask=row < rows, other=-1)
     bins = tl.where((id >= 0) & (id < experts), id, experts).to(tl.int32)
     return tl.where(row < rows, bins, -1)
@@ -29,7 +29,7 @@ def _bins(ids, row, rows, experts):
 
 @triton.jit(do_not_specialize=["rows", "experts"])
 def sort_rank(ids, ranks, counts, rows, experts, BLOCK: tl.constexpr, BJ: tl.constexpr):
-    """Each row's rank among the rows of its bin in its block, and the block's counts (zero before) [X, W]."""
+    """Compute each row's rank within its block and bin, and the counts per block and bin, [X, W] (initially zero)."""
     block = tl.program_id(0).to(tl.int64)
     i_I = tl.arange(0, BLOCK)
     row_I = block * BLOCK + i_I
@@ -41,13 +41,13 @@ def sort_rank(ids, ranks, counts, rows, experts, BLOCK: tl.constexpr, BJ: tl.con
         all_I += tl.sum(same_IJ.to(tl.int32), 1)
         before_I += tl.sum((same_IJ & (j_J[None, :] < i_I[:, None])).to(tl.int32), 1)
     tl.store(ranks + row_I, before_I, mask=row_I < rows)
-    last_I = (before_I == all_I - 1) & (row_I < rows)  # one row of each bin writes its count
+    last_I = (before_I == all_I - 1) & (row_I < rows)  # the last row of each bin writes the count
     tl.store(counts + block * (experts + 1) + bin_I, all_I, mask=last_I)
 
 
 @triton.jit(do_not_specialize=["blocks", "bins"])
 def sort_prefix_blocks(counts, totals, blocks, bins, BX: tl.constexpr, BW: tl.constexpr):
-    """Counts of each block and bin to those of the blocks before it, in place; and the bins' totals [W]."""
+    """Replace each block's counts by the sums over all earlier blocks, in place, and write the totals per bin, [W]."""
     bin_W = tl.program_id(0) * BW + tl.arange(0, BW)
     carry_W = tl.zeros([BW], tl.int64)
     for start in range(0, blocks, BX):
@@ -63,7 +63,7 @@ def sort_prefix_blocks(counts, totals, blocks, bins, BX: tl.constexpr, BW: tl.co
 
 @triton.jit(do_not_specialize=["bins"])
 def sort_prefix_experts(totals, offsets, bins, BW: tl.constexpr):
-    """The totals of the bins before each bin [W]; one program."""
+    """Write the sum of totals over all earlier bins, [W]. Runs as one program."""
     carry = tl.zeros([1], tl.int64)
     for start in range(0, bins, BW):
         bin_W = start + tl.arange(0, BW)
@@ -74,34 +74,34 @@ def sort_prefix_experts(totals, offsets, bins, BW: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "experts"])
 def sort_place(ids, ranks, before, offsets, order, inverse, rows, experts, BLOCK: tl.constexpr):
-    """Where each row goes: after the bins before its own, the blocks before its own, the rows before itself."""
+    """Compute each row's position: the rows of earlier bins, of earlier blocks, and its rank within the block."""
     block = tl.program_id(0).to(tl.int64)
     row_I = block * BLOCK + tl.arange(0, BLOCK)
     inside_I = row_I < rows
     bin_I = _bins(ids, row_I, rows, experts)
-    place_I = tl.load(offsets + bin_I, mask=inside_I, other=0)
-    place_I += tl.load(before + block * (experts + 1) + bin_I, mask=inside_I, other=0)
-    place_I += tl.load(ranks + row_I, mask=inside_I, other=0)
-    tl.store(order + place_I, row_I, mask=inside_I)
-    tl.store(inverse + row_I, tl.where(bin_I == experts, -1, place_I), mask=inside_I)
+    position_I = tl.load(offsets + bin_I, mask=inside_I, other=0)
+    position_I += tl.load(before + block * (experts + 1) + bin_I, mask=inside_I, other=0)
+    position_I += tl.load(ranks + row_I, mask=inside_I, other=0)
+    tl.store(order + position_I, row_I, mask=inside_I)
+    tl.store(inverse + row_I, tl.where(bin_I == experts, -1, position_I), mask=inside_I)
 
 
 class Tile(NamedTuple):
-    """How rows are cut into blocks."""
+    """How rows are divided into blocks."""
 
-    #: rows of a block, and of those how many are compared at a time
+    #: rows of a block, and how many of them each row is compared with at a time
     block: int
     others: int
     warps: int
 
 
-#: by the largest number of experts: many experts take larger blocks, for the counts [X, W] are written out
+#: by the largest number of experts; with many experts blocks are larger, because each block writes W counts
 TILES = {512: Tile(512, 16, 8), 1 << 62: Tile(1024, 8, 8)}
 _PREFIX_BLOCKS, _PREFIX_BINS, _PREFIX_ALL = 256, 8, 1024
 
 
 def tile_for(experts: int) -> Tile:
-    """The tile for so many experts; never by the number of rows."""
+    """Return the tile for a number of experts. It does not depend on the number of rows, which varies."""
     return next(tile for largest, tile in TILES.items() if experts <= largest)
 
 

@@ -1,4 +1,4 @@
-"""Logits to routing: score, select, weigh and count in one op."""
+"""The op that turns router logits into a routing: score, select, weigh and count."""
 
 # T tokens, E experts, K top-k, B sequences of equal length.
 
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import pick
-from ..values import check_device, readable, reads_no_values
+from ..checks import backend_without_values, check_device, readable
 from . import reference, torch_ops
-from .gate import FUSED_SCORES, Gate, Method, Score, lowest_bias
 from .tiles import MAX_EXPERTS, MAX_K
+from .types import FUSED_SCORES, GateOptions, GateOutput, Score, lowest_bias
 
-__all__ = ["FUSED_SCORES", "Gate", "lowest_bias", "topk_gate"]
+__all__ = ["FUSED_SCORES", "GateOutput", "lowest_bias", "topk_gate"]
 
 
 def _triton(
-    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
-) -> Gate:
-    from . import triton_ops  # only here: triton is not needed for the other backends
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
+) -> GateOutput:
+    from . import triton_ops  # imported late, because the other backends do not need triton
 
-    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, method)
+    return triton_ops.topk_gate(logits_TE, bias_E, mask_T, ids_TK, options)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,37 +43,44 @@ def topk_gate(
     sequences: int = 1,
     ids_TK: Tensor | None = None,
     backend: str = "auto",
-) -> Gate:
-    """Choose each token's k experts, weigh them, and sum what balance losses need, all in fp32 (fp64 for fp64).
+) -> GateOutput:
+    """Choose each token's k experts, compute their weights, and sum what balance losses need.
 
-    A token's experts are those of its k highest scores plus ``bias_E`` ([E]), which chooses and never weighs
-    (DeepSeek-V3, arXiv 2412.19437); of equal ones the expert with the lower index. With ``groups`` of E/groups
-    consecutive experts, only the ``kept_groups`` best can be chosen from, a group being worth the sum of its two best
-    biased scores. The weights are the chosen scores, divided by their sum if ``normalize``, or with
-    ``softmax_after_topk`` the softmax of the chosen logits (Mixtral, arXiv 2401.04088), times ``scale``.
+    Everything is computed in fp32 (fp64 for fp64 logits). Differentiable once in ``logits_TE``, through the weights,
+    prob_sums and z_sum. The result is a :class:`GateOutput`.
 
-    ``mask_T`` is bool [T], False for tokens that do not count; the T tokens are ``sequences`` sequences of equal
-    length. ``ids_TK`` (int64 [T, K]) is a choice that was made before: it is weighed and counted, not made again, and
-    bias and groups have no say. Differentiable once in ``logits_TE``, through weights, prob_sums and z_sum.
+    * ``logits_TE`` is [T, E]. ``score`` is "softmax" or "sigmoid".
+    * A token's experts are those with the k highest scores plus ``bias_E`` ([E], floating point); of equal ones, those
+      with the lower index. The bias does not enter the weights (DeepSeek-V3, arXiv 2412.19437).
+    * With ``groups`` of E/groups consecutive experts, only experts of the ``kept_groups`` best groups can be chosen. A
+      group's value is the sum of its two highest biased scores.
+    * The weights are the chosen scores, divided by their sum if ``normalize``; or, with ``softmax_after_topk``, the
+      softmax of the chosen logits (Mixtral, arXiv 2401.04088). Both are multiplied by ``scale``.
+    * ``mask_T`` is bool [T]; tokens with False do not count. The T tokens are ``sequences`` sequences of equal length.
+    * ``ids_TK`` (int64 [T, K]) is a choice made earlier: it is weighed and counted, and bias and groups have no effect.
 
-    Whatever logits, bias and mask hold, a token chooses k different experts of its kept groups. NaN counts as the
-    highest score, and -inf in the bias as a huge negative number; scores that underflow are equal. Normalised weights
-    sum to ``scale`` however small the chosen scores are. NaN logits, +inf under a softmax, and chosen logits that are
-    all -inf make a weight NaN where they enter its formula. They do the same to the gradient of their token's logits
-    and, unless it is masked, to the sums. No other token's choice, weight or gradient is touched.
+    Whatever logits, bias and mask contain, a token chooses k different experts, all from its kept groups. A NaN score
+    ranks highest; a bias of -inf ranks like a very large negative number; scores that underflow are equal. Normalised
+    weights sum to ``scale``, however small the chosen scores are.
+
+    Non-finite logits affect only their own token's choice, weights and gradient, and the sums unless the token is
+    masked. NaN logits, +inf under a softmax, and chosen logits that are all -inf make the weights that depend on them
+    NaN, and also the gradient of the token's logits and the sums. An infinite logsumexp (a +inf logit under any score,
+    or a token whose logits are all -inf) makes z_sum non-finite, inf or NaN depending on the backend, and the gradient
+    of that token's logits NaN.
 
     The triton backend takes fp32, bf16 and fp16 logits, k up to 64 and E up to 4096; "auto" takes torch for others.
-    Raises ValueError for values that do not fit and, on the CPU, for ids out of range.
+    Raises ValueError for arguments that do not fit and, on the CPU, for ids out of range.
     """
-    method = Method(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
-    _check(logits_TE, bias_E, mask_T, method)
+    options = GateOptions(k, score, groups, kept_groups, normalize, softmax_after_topk, float(scale), sequences)
+    _check(logits_TE, bias_E, mask_T, options)
     if ids_TK is not None:
         _check_ids(ids_TK, logits_TE, k)
     check_device(logits_TE.device, bias_E=bias_E, mask_T=mask_T, ids_TK=ids_TK)
     if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
         backend = "torch"
-    backend = reads_no_values(backend, logits_TE)
-    return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, method)
+    backend = backend_without_values(backend, logits_TE)
+    return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, options)
 
 
 def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
@@ -83,32 +90,34 @@ def _check_ids(ids_TK: Tensor, logits_TE: Tensor, k: int) -> None:
     if readable(ids_TK) and ids_TK.numel():
         low, high = (int(bound) for bound in ids_TK.aminmax())
         if low < 0 or high >= experts:
-            raise ValueError(f"ids_TK in [{low}, {high}]: use 0..{experts - 1}, and mask_T for tokens without a choice")
+            raise ValueError(
+                f"ids_TK in [{low}, {high}]: use 0..{experts - 1}; exclude tokens without a choice by mask_T"
+            )
 
 
-def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, method: Method) -> None:
+def _check(logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, options: GateOptions) -> None:
     shape = list(logits_TE.shape)
     if len(shape) != 2 or logits_TE.dtype not in _DTYPES:
         raise ValueError(f"logits_TE={logits_TE.dtype}{shape}: give fp32, bf16, fp16 or fp64 logits of shape [T, E]")
     tokens, experts = shape
-    if not 1 <= method.k <= experts:
-        raise ValueError(f"k={method.k}: must lie in 1..{experts}, the number of experts")
-    if method.score not in FUSED_SCORES:
-        raise ValueError(f"score={method.score!r}: use one of {', '.join(FUSED_SCORES)}")
-    if method.groups < 1 or experts % method.groups:
-        raise ValueError(f"groups={method.groups}: must divide the {experts} experts")
-    if not 1 <= method.kept_groups <= method.groups:
-        raise ValueError(f"kept_groups={method.kept_groups}: must lie in 1..{method.groups}, the number of groups")
-    if method.kept_groups * (experts // method.groups) < method.k:
-        held = method.kept_groups * (experts // method.groups)
-        raise ValueError(f"kept_groups={method.kept_groups}: they hold {held} experts; keep enough for k={method.k}")
-    if not method.scale > 0:
-        raise ValueError(f"scale={method.scale}: must be positive")
+    if not 1 <= options.k <= experts:
+        raise ValueError(f"k={options.k}: must lie in 1..{experts}, the number of experts")
+    if options.score not in FUSED_SCORES:
+        raise ValueError(f"score={options.score!r}: use one of {', '.join(FUSED_SCORES)}")
+    if options.groups < 1 or experts % options.groups:
+        raise ValueError(f"groups={options.groups}: must divide the {experts} experts")
+    if not 1 <= options.kept_groups <= options.groups:
+        raise ValueError(f"kept_groups={options.kept_groups}: must lie in 1..{options.groups}, the number of groups")
+    if options.kept_groups * (experts // options.groups) < options.k:
+        held = options.kept_groups * (experts // options.groups)
+        raise ValueError(f"kept_groups={options.kept_groups}: they hold {held} experts; keep enough for k={options.k}")
+    if not options.scale > 0:
+        raise ValueError(f"scale={options.scale}: must be positive")
     if bias_E is not None and (bias_E.shape != (experts,) or not bias_E.is_floating_point()):
         raise ValueError(
             f"bias_E={bias_E.dtype}{list(bias_E.shape)}: must be floating-point [{experts}], one per expert"
         )
     if mask_T is not None and (mask_T.shape != (tokens,) or mask_T.dtype != torch.bool):
         raise ValueError(f"mask_T={mask_T.dtype}{list(mask_T.shape)}: must be bool [{tokens}], one per token")
-    if method.sequences < 1 or tokens % method.sequences:
-        raise ValueError(f"sequences={method.sequences}: must divide the {tokens} tokens")
+    if options.sequences < 1 or tokens % options.sequences:
+        raise ValueError(f"sequences={options.sequences}: must divide the {tokens} tokens")

@@ -1,7 +1,7 @@
-"""The gate as one pass over the logits each way, without atomics: the sums over tokens are reduced in a fixed order.
+"""The gate in Triton: one pass over the logits in each direction, without atomics.
 
-A program takes a chunk of one sequence's tokens, a tile of a few tokens at a time. Each chunk writes its sums to a
-workspace, and a second kernel adds the chunks up.
+Each program processes a chunk of one sequence's tokens, a tile of a few tokens at a time, and writes the chunk's sums
+to a workspace. A second kernel adds up the chunks in a fixed order, so results are reproducible bit for bit.
 """
 
 # T tokens, N tokens of a sequence, E experts, K top-k, B sequences, C chunks, W = E + 1.
@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on
-from .gate import FLOOR, LOW, Gate, Method, lowest_bias
 from .tiles import (
     MAX_EXPERTS,
     MAX_K,
@@ -28,17 +27,18 @@ from .tiles import (
     forward_warps,
     tile_for,
 )
+from .types import FLOOR, LOW, GateOptions, GateOutput, lowest_bias
 
-_NONE = tl.constexpr(-(2**63))  # below the key of every number, like the next
+_NONE = tl.constexpr(-(2**63))  # this and the next are below the key of every number
 _TAKEN = tl.constexpr(-(2**63) + 1)
 _LOW, _FLOOR = tl.constexpr(LOW), tl.constexpr(FLOOR)
 _LOWEST_BIAS = tl.constexpr(lowest_bias(torch.float32))
-_RUNTIME = ["length", "chunks", "scale"]  # another number of tokens must not compile again
+_RUNTIME = ["length", "chunks", "scale"]  # so that a new number of tokens does not compile again
 
 
 @triton.jit
 def _tokens(mask, sequence, first, length, BT: tl.constexpr):
-    """BT tokens of a sequence: their rows, whether they lie inside it, and whether they count."""
+    """Return the rows of BT tokens of a sequence, whether each lies inside the sequence, and whether it counts."""
     n_T = first + tl.arange(0, BT)
     t_T, inside_T = sequence * length + n_T, n_T < length
     counted_T = inside_T
@@ -49,8 +49,8 @@ def _tokens(mask, sequence, first, length, BT: tl.constexpr):
 
 @triton.jit
 def _keys(wanted_TE, column_E, valid_E):
-    """int64 that order by value, NaN first, and then by column, the lower being larger; _NONE where not valid."""
-    bits = tl.where(wanted_TE == 0, 0.0, wanted_TE).to(tl.int32, bitcast=True)  # -0.0 is 0.0
+    """Return int64 keys that sort by value (NaN is largest), then by column (lower is larger); _NONE if invalid."""
+    bits = tl.where(wanted_TE == 0, 0.0, wanted_TE).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
     bits = tl.where(wanted_TE != wanted_TE, 0x7FC00000, bits)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keys_TE = (bits.to(tl.int64) << 32) | (0x7FFFFFFF - column_E).to(tl.int64)[None, :]
@@ -73,7 +73,7 @@ def _best_groups(
     keys_TE, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr,
     BJ: tl.constexpr,
 ):  # fmt: skip
-    """The keys with _NONE outside the best groups."""
+    """Replace the keys outside the KEPT best groups by _NONE."""
     keys_TGJ = tl.reshape(keys_TE, [BT, BG, BJ])
     first_TG = tl.max(keys_TGJ, 2)
     worth_TG = _value_of(first_TG)
@@ -88,15 +88,18 @@ def _best_groups(
 
 @triton.jit
 def _lift(peak_T):
-    """What to add to logits so that sigmoids which are all exponentials do not underflow; they share the factor."""
+    """Return what to add to a token's logits if all are so low that sigmoid equals exp, so that no score underflows.
+
+    It multiplies all scores of the token by the same factor.
+    """
     return tl.where((peak_T < _LOW) & (peak_T > float("-inf")), _LOW - peak_T, 0.0)
 
 
 @triton.jit
 def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, AFTER: tl.constexpr):
-    """What the weights are made of, [T, K]; their sum; and where they are exponentials of the logits.
+    """Return the weights before normalisation [T, K], their sum, and whether that of the scores is very low.
 
-    Else they are the scores. Those to be normalised are exponentials where the scores are so small as to underflow.
+    They are the scores, or exponentials of the logits: these if AFTER, or if NORMALIZE and the scores might underflow.
     """
     logits_TK = tl.where(valid_TK, logits_TK, float("-inf"))
     if AFTER:
@@ -119,7 +122,7 @@ def gate_forward(
     GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, AFTER: tl.constexpr,
     CHUNK: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; its counts and sums go to row ``program`` of counts and sums [B*C, W], tokens and z in column E."""
+    """Process one chunk. Its sums go to row ``program`` of counts and sums, [B*C, W]; column E is for tokens and z."""
     SIZE: tl.constexpr = E // GROUPS
     program = tl.program_id(0).to(tl.int64)
     sequence = program // chunks
@@ -127,7 +130,7 @@ def gate_forward(
     column_E, k_K = tl.arange(0, BG * BJ), tl.arange(0, BK)
     expert_E = column_E // BJ * SIZE + column_E % BJ
     valid_E = (column_E // BJ < GROUPS) & (column_E % BJ < SIZE)
-    # large tiles lack registers, and count 32 tokens; a given choice may name an expert K times
+    # narrow counters save registers in large tiles, which count 32 tokens; a given choice may name an expert K times
     narrow: tl.constexpr = tl.int32 if BT > 1 else (tl.int8 if given is None else tl.int16)
     counts_TE = tl.zeros([BT, BG * BJ], narrow)
     probs_TE = tl.zeros([BT, BG * BJ], tl.float32)
@@ -173,7 +176,7 @@ def gate_forward(
             chosen_TK = chosen_TK // BJ * SIZE + chosen_TK % BJ
         valid_TK = inside_T[:, None] & (k_K < K)[None, :]
         logits_TK = tl.load(logits + t_T[:, None] * E + chosen_TK, mask=valid_TK, other=0.0).to(tl.float32)
-        # an outside token keeps a choice, so that nothing in its row is divided by zero
+        # tokens outside the sequence keep a choice, so that their rows are not divided by zero
         parts_TK, sum_T, _ = _weigh(logits_TK, peak_T, total_T, (k_K < K)[None, :], SIGMOID, NORMALIZE, AFTER)
         if NORMALIZE or AFTER:
             parts_TK = parts_TK / sum_T[:, None]
@@ -192,7 +195,7 @@ def gate_forward(
 def gate_reduce(
     counts, sums, counts_BE, tokens_B, prob_sums_BE, z_B, chunks, E: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr
 ):
-    """Adds the chunks of a sequence up, always in the same order, for BW columns."""
+    """Add up the chunks of a sequence for BW columns, always in the same order."""
     sequence = tl.program_id(0).to(tl.int64)
     column_W = tl.program_id(1) * BW + tl.arange(0, BW)
     counts_CW, sums_CW = tl.zeros([BC, BW], tl.int64), tl.zeros([BC, BW], tl.float32)
@@ -216,7 +219,7 @@ def gate_backward(
     SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, AFTER: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The logits' gradient of one chunk; the scores are computed again."""
+    """Compute the logits' gradient for one chunk, recomputing the scores."""
     program = tl.program_id(0).to(tl.int64)
     sequence = program // chunks
     first = (program - sequence * chunks) * CHUNK
@@ -252,7 +255,7 @@ def gate_backward(
             d_T = tl.sum(tl.where(k_K[None, :] == k, dw_TK, 0.0), 1)
             dchosen_TE += tl.where(e_E[None, :] == id_T[:, None], d_T[:, None], 0.0)
 
-        # the gradient of the choice is one of scores, and of logits where the weights are exponentials of these
+        # dchosen is a gradient of scores, or of logits if the weights are exponentials of the logits
         from_scores_TE = dchosen_TE
         if NORMALIZE:
             from_scores_TE = tl.where(low_T[:, None], 0.0, dchosen_TE)
@@ -279,37 +282,37 @@ def gate_backward(
         tl.store(dlogits + t_T[:, None] * E + e_E, dx_TE.to(dlogits.dtype.element_ty), mask=inside_TE)
 
 
-_METHOD = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
+_OPTIONS = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
 
 
 @torch.library.custom_op(
     "equimoe::topk_gate",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_METHOD})"
+    schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _gate(
     logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
     out = _fake_gate(logits, bias, mask, given, *options)
     weights, prob_sums_BE, z_B, ids, counts_BE, tokens_B = out
-    constants = forward_constants(experts, method)
-    length = tokens // method.sequences
+    constants = forward_constants(experts, options)
+    length = tokens // options.sequences
     chunks = triton.cdiv(length, constants["CHUNK"])
-    counts = torch.empty(method.sequences * chunks, experts + 1, dtype=torch.int32, device=logits.device)
-    sums = torch.empty(method.sequences * chunks, experts + 1, dtype=torch.float32, device=logits.device)
+    counts = torch.empty(options.sequences * chunks, experts + 1, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(options.sequences * chunks, experts + 1, dtype=torch.float32, device=logits.device)
     bytes_T = None if mask is None else mask.contiguous().view(torch.uint8)
     with launch_on(logits):
         if tokens:
-            gate_forward[(method.sequences * chunks,)](
+            gate_forward[(options.sequences * chunks,)](
                 logits.contiguous(), None if bias is None else bias.contiguous(), bytes_T,
                 None if given is None else given.contiguous(), ids, weights, counts, sums,
-                length, chunks, method.scale, **constants,
+                length, chunks, options.scale, **constants,
                 num_warps=forward_warps(constants, given is not None),
             )  # fmt: skip
-        gate_reduce[(method.sequences, triton.cdiv(experts + 1, REDUCE_COLUMNS))](
+        gate_reduce[(options.sequences, triton.cdiv(experts + 1, REDUCE_COLUMNS))](
             counts, sums, counts_BE, tokens_B, prob_sums_BE, z_B, chunks,
             E=experts, BC=REDUCE_CHUNKS, BW=REDUCE_COLUMNS,
         )  # fmt: skip
@@ -320,44 +323,44 @@ def _gate(
 def _fake_gate(
     logits: Tensor, bias: Tensor | None, mask: Tensor | None, given: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     return (
-        empty(torch.float32, tokens, method.k),
-        empty(torch.float32, method.sequences, experts),
-        empty(torch.float32, method.sequences),
-        empty(torch.int64, tokens, method.k),
-        empty(torch.int64, method.sequences, experts),
-        empty(torch.int64, method.sequences),
+        empty(torch.float32, tokens, options.k),
+        empty(torch.float32, options.sequences, experts),
+        empty(torch.float32, options.sequences),
+        empty(torch.int64, tokens, options.k),
+        empty(torch.int64, options.sequences, experts),
+        empty(torch.int64, options.sequences),
     )
 
 
 @torch.library.custom_op(
     "equimoe::topk_gate_backward",
     mutates_args=(),
-    schema=f"(Tensor logits, Tensor? mask, Tensor ids, Tensor dweights, Tensor dprob_sums, Tensor dz, {_METHOD})"
+    schema=f"(Tensor logits, Tensor? mask, Tensor ids, Tensor dweights, Tensor dprob_sums, Tensor dz, {_OPTIONS})"
     " -> Tensor",
 )
 def _gate_backward(
     logits: Tensor, mask: Tensor | None, ids: Tensor, dweights: Tensor, dprob_sums: Tensor, dz: Tensor, *options: Any
 ) -> Tensor:
-    method = Method(*options)
+    options = GateOptions(*options)
     tokens, experts = logits.shape
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if not tokens:
         return dlogits
-    constants = backward_constants(experts, method)
-    length = tokens // method.sequences
+    constants = backward_constants(experts, options)
+    length = tokens // options.sequences
     chunks = triton.cdiv(length, constants["CHUNK"])
     bytes_T = None if mask is None else mask.contiguous().view(torch.uint8)
     with launch_on(logits):
-        gate_backward[(method.sequences * chunks,)](
+        gate_backward[(options.sequences * chunks,)](
             logits.contiguous(), bytes_T, ids.contiguous(), dweights.contiguous(), dprob_sums.contiguous(),
-            dz.contiguous(), dlogits, length, chunks, method.scale, **constants,
+            dz.contiguous(), dlogits, length, chunks, options.scale, **constants,
             num_warps=tile_for(constants["BE"]).warps,
         )  # fmt: skip
     return dlogits
@@ -384,16 +387,16 @@ _gate.register_autograd(_differentiate, setup_context=_save)
 
 
 def topk_gate(
-    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, method: Method
-) -> Gate:
-    """The Triton backend. Raises ValueError beyond its limits and for tensors on the CPU."""
+    logits_TE: Tensor, bias_E: Tensor | None, mask_T: Tensor | None, ids_TK: Tensor | None, options: GateOptions
+) -> GateOutput:
+    """Run the Triton backend. Raises ValueError beyond its limits, and for CPU tensors unless Triton interprets."""
     if logits_TE.dtype == torch.float64:
         raise ValueError("logits_TE=torch.float64: the triton backend computes in fp32; use backend='torch'")
-    if logits_TE.shape[1] > MAX_EXPERTS or method.k > MAX_K:
-        given = f"{logits_TE.shape[1]} experts, k={method.k}"
-        raise ValueError(f"{given}: the triton backend takes {MAX_EXPERTS} and {MAX_K}; use backend='torch'")
+    if logits_TE.shape[1] > MAX_EXPERTS or options.k > MAX_K:
+        given = f"{logits_TE.shape[1]} experts, k={options.k}"
+        raise ValueError(f"{given}: the triton backend takes at most {MAX_EXPERTS} and {MAX_K}; use backend='torch'")
     if ids_TK is not None:
-        bias_E, method = None, method._replace(groups=1, kept_groups=1)
+        bias_E, options = None, options._replace(groups=1, kept_groups=1)
     bias_E = None if bias_E is None else bias_E.detach()
-    weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *method)
-    return Gate(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())
+    weights_TK, prob_sums_BE, z_B, ids_TK, counts_BE, tokens_B = _gate(logits_TE, bias_E, mask_T, ids_TK, *options)
+    return GateOutput(ids_TK, weights_TK, counts_BE, tokens_B, prob_sums_BE, z_B.sum())

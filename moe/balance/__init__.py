@@ -1,4 +1,4 @@
-"""Load balancing: counts of the optimizer step, losses of every scope, and how they reach the router."""
+"""Load balancing: counts the load of an optimizer step, and computes the balance losses from it."""
 
 from .auto import AutoStep, counting_pass
 from .balancer import Balancer, loss_terms

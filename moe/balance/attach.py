@@ -1,4 +1,4 @@
-"""Hang a loss on a tensor on its way through the graph, so that nobody has to add it to theirs."""
+"""Attaches a loss to a tensor in the autograd graph, so that users need not add it to theirs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: returns the gradients of the loss with respect to ``prob_sums_BE`` ([E] or [B, E]) and ``z_sum`` (scalar)
+Gradients = Callable[[], tuple[Tensor, Tensor]]
+
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Callable[[], tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def forward(ctx: Any, carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Gradients) -> Tensor:
         ctx.gradients = gradients
         ctx.shape, ctx.dtype = prob_sums_BE.shape, prob_sums_BE.dtype
         return carrier.view_as(carrier)
@@ -25,12 +26,9 @@ class _Attach(torch.autograd.Function):
         return grad, grad_BE.expand(ctx.shape).to(ctx.dtype), grad_z.to(ctx.dtype), None
 
 
-def attach(
-    carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Callable[[], tuple[Tensor, Tensor]]
-) -> Tensor:
-    """``carrier`` unchanged; its backward also sends ``gradients()`` to the two sums.
+def attach(carrier: Tensor, prob_sums_BE: Tensor, z_sum: Tensor, gradients: Gradients) -> Tensor:
+    """Return ``carrier`` unchanged; its backward also sends ``gradients()`` to the two sums.
 
-    ``gradients`` is called in the backward, so that it can read counts that arrived after the forward. It returns
-    the gradients of the loss with respect to ``prob_sums_BE`` ([E] or [B, E]) and ``z_sum`` (scalar).
+    ``gradients`` is called in the backward, so it can use counts that arrive after the forward.
     """
     return _Attach.apply(carrier, prob_sums_BE, z_sum, gradients)

@@ -1,4 +1,4 @@
-"""The step of a layer whose training loop says nothing of steps: the only place that detects anything."""
+"""The step of a layer whose training loop does not drive one: the only code that infers where a step ends."""
 
 from __future__ import annotations
 
@@ -17,35 +17,34 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..collectives import Axis, held_by_all, private_axis
-from .step import Layer, Step, random_state_kept
-from .sums import Number, Sums
-from .visit import Visit, reaches
+from .step import LayerStep, Step, random_state_kept
+from .sums import LayerNumber, Sums
+from .visit import Visit, accumulates
 
 if TYPE_CHECKING:
     from .balancer import Balancer
 
-#: micro-batches without an optimizer step after which an automatic step gives up
-MOST = 1024
+#: number of backwards without an update after which a step of unknown length raises
+MAX_BACKWARDS = 1024
 _REMEDY = (
     "set balance.micro_batches to the number of backward passes per optimizer step, or drive the step yourself: "
     "step = Step.of(model), step.micro_batch() around each forward, step.end(applied) after each update"
 )
 
-
-#: the steps that the counting pass under way counts for; None where there is none
+#: the steps that take part in the current counting pass; None outside of one
 _counting: ContextVar[weakref.WeakSet[AutoStep] | None] = ContextVar("equimoe_counting_pass", default=None)
 
 
 class Registry:
-    """All layers of the process, so that those that nobody drives find each other on all ranks."""
+    """Numbers all layers of the process. Layers that no training loop drives find each other on all ranks by number."""
 
     def __init__(self) -> None:
         self._new = itertools.count()
         self._copies: Counter[int] = Counter()
-        self.layers: weakref.WeakValueDictionary[Number, Balancer] = weakref.WeakValueDictionary()
+        self.layers: weakref.WeakValueDictionary[LayerNumber, Balancer] = weakref.WeakValueDictionary()
 
-    def add(self, balancer: Balancer, copy_of: Number | None) -> Number:
-        """Number a new layer, or a copy of another one."""
+    def add(self, balancer: Balancer, copy_of: LayerNumber | None) -> LayerNumber:
+        """Return the number of a new layer, or of a copy of another one."""
         if copy_of is None:
             number = next(self._new), 0
         else:
@@ -54,26 +53,22 @@ class Registry:
         self.layers[number] = balancer
         return number
 
-    def steps(self) -> list[AutoStep]:
-        """Those of the layers that nobody drives, by number."""
-        return [b.step for _, b in sorted(self.layers.items()) if isinstance(b.step, AutoStep)]
+    def create_sums(self, axis: Axis) -> None:
+        """Create one :class:`Sums` over an axis for all layers that no training loop drives. Every rank must call this.
 
-    def share_sums(self, axis: Axis) -> None:
-        """Let the layers that nobody drives share their sums over an axis, matched by number. All its ranks call this.
-
-        Where ranks have made different numbers of copies of a layer, nobody knows which of these belong together.
+        Copies are left out if ranks have made different numbers of copies of a layer, because it is unknown which of
+        them belong together.
         """
-        gc.collect()  # layers that are no more, but in a cycle of references, would have a place in every sum
+        gc.collect()  # deleted layers that wait for garbage collection would be in every sum
         rows = []
-        for balancer in (step.layers[0].balancer for step in self.steps()):
-            (place, copy), widths = balancer.number, balancer.widths(axis)
+        for number, balancer in sorted(self.layers.items()):
+            widths = balancer.widths(axis) if isinstance(balancer.step, AutoStep) else {}
             if widths and axis not in balancer.shared:
-                rows.append(((place, copy), self._copies[place] if copy else 0, widths))
-        # in a group of their own, where no other library's collective can come between
-        own = private_axis(axis)
+                rows.append((number, self._copies[number[0]] if number[1] else 0, widths))
+        own = private_axis(axis)  # collectives of other libraries cannot come between ours
         agreed = held_by_all(rows, own)
-        places = {(number, kind): width for number, _, widths in agreed for kind, width in widths.items()}
-        sums = Sums(own, places, early=True)
+        row_widths = {(number, kind): width for number, _, widths in agreed for kind, width in widths.items()}
+        sums = Sums(own, row_widths, start_when_full=True)
         for number, *_ in agreed:
             self.layers[number].shared[axis] = sums
 
@@ -83,10 +78,10 @@ registry = Registry()
 
 @contextmanager
 def counting_pass() -> Iterator[None]:
-    """Within it, forwards without gradient count their micro-batch ahead of its training forward.
+    """Context in which forwards run without gradient and only count their micro-batch.
 
-    Run it over all micro-batches of a step, then train on them in the same order: the estimator is then exact. It puts
-    the random state back at its end, so that dropout repeats itself in training. Counts are discarded if the block
+    For ``estimator="exact"``: run all micro-batches of a step in it, and then train on them in the same order. It
+    restores the random state at its end, so that dropout is repeated in training. Counts are discarded if the block
     raises, or if a new counting pass starts before every counted micro-batch has been trained.
     """
     steps: weakref.WeakSet[AutoStep] = weakref.WeakSet()
@@ -96,44 +91,46 @@ def counting_pass() -> Iterator[None]:
             yield
     except BaseException:
         for step in steps:
-            step.forget_ahead()
+            step.discard_counted_ahead()
         raise
     finally:
         _counting.reset(token)
 
 
 class AutoStep(Step):
-    """The step of one layer in somebody's training loop.
+    """The step of one layer whose training loop does not drive it.
 
-    Its witness is the router's weight, or another weight of the layer where that is frozen. A step ends
+    It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
 
-    - when an optimizer that holds the witness has stepped, or any where the whole layer is frozen;
+    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen);
     - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
-    - where neither number is known, when a backward has left a gradient on the witness that is gone before the next
-      forward: the update was skipped, or made by hand, which shows where it has changed the witness in place.
+    - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
+      forward. Then the update was skipped, or was made by hand if the weight has changed in place.
 
-    A micro-batch counts while its graph lives and once its backward has run, so a forward that is not trained on does
-    not count. Loops that do not fit are refused before their update, naming the call that tells what is missing: an
-    optimizer of copies of the weights, gradients that are taken away and put back, forwards that nobody trains on.
+    A micro-batch counts if its backward has run or can still run; forwards without a backward do not count. Other loops
+    raise before their update, and the error names the remedy: optimizers of copies of the weights, gradients that are
+    removed and restored, and training forwards without a backward.
 
-    Every rank must run some layer in every forward pass; a step that the training loop drives does not need that.
+    Every rank must run some layer in every forward pass, unlike with a step that the training loop drives.
     """
 
     def __init__(self, balancer: Balancer) -> None:
         super().__init__()
-        self.layers = [Layer(balancer, balancer.number)]
+        self.layers = [LayerStep(balancer, balancer.number)]
         self._number = itertools.count()
         self._axis: Axis | None = None
-        #: the gradient that a backward has left on the witness, and the witness with its version when the step began
+        #: weak references to the watched weight and the gradient that the last backward left on it, and its version
         self._left: tuple[Any, Any, int] | None = None
-        self._seen: tuple[Any, int] = (lambda: None, 0)
-        #: an optimizer that holds the witness has stepped, and the last step ended without an update
+        #: a weak reference to the watched weight, and its version, when the step began
+        self._at_start: tuple[Any, int] = (lambda: None, 0)
+        #: whether an optimizer that holds the watched weight has ever stepped, and whether the previous step ended
+        #: without an update
         self._optimized = self._skipped = False
-        for register, method in (
-            (register_optimizer_step_pre_hook, self.optimizer_steps),
-            (register_optimizer_step_post_hook, self.optimizer_stepped),
+        for register, hook in (
+            (register_optimizer_step_pre_hook, self.before_optimizer_step),
+            (register_optimizer_step_post_hook, self.after_optimizer_step),
         ):
-            weakref.finalize(self, register(_weak(method)).remove)
+            weakref.finalize(self, register(_weak(hook)).remove)
 
     # ---- the forward
 
@@ -141,13 +138,13 @@ class AutoStep(Step):
     def counting(self) -> bool:
         return _counting.get() is not None
 
-    def visit(self, layer: Layer, module: nn.Module) -> Visit:
+    def visit(self, layer: LayerStep, module: nn.Module) -> Visit:
         layer.module = weakref.ref(module)
-        self._find_boundary(layer)
+        self._end_if_over(layer)
         layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
         if not layer.visits:
-            weight = self._witness()
-            self._seen = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
+            weight = self._watched()
+            self._at_start = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
         waiting = [v for v in layer.visits.values() if v.ahead]
         if waiting and not self.counting:
             return waiting[0]
@@ -155,85 +152,86 @@ class AutoStep(Step):
         found = layer.visits[number, 0] = Visit(number, self.counting)
         return found
 
-    def sums(self, layer: Layer, axis: Axis) -> Sums:
+    def sums(self, layer: LayerStep, axis: Axis) -> Sums:
         balancer = layer.balancer
         if axis not in balancer.shared:
-            balancer.say_what_is_assumed()
-            registry.share_sums(axis)
+            balancer.warn_of_assumed_ranks()
+            registry.create_sums(axis)
         if axis not in balancer.shared:
-            place, copy = layer.number
+            position, copy = layer.number
             raise ValueError(
-                f"MoE layer {place} of this process{f', copy {copy}' if copy else ''}: other ranks have not built it, "
-                "or have made another number of copies; build the same layers in the same order on all ranks, give the "
-                "ranks that hold it, MoE(config, group=...), or drive the step: Step.of(model)"
+                f"MoE layer {position} of this process{f', copy {copy}' if copy else ''}: other ranks have not built "
+                "it, or have made another number of copies; build the same layers in the same order on all ranks, pass "
+                "the ranks that have it, MoE(config, group=...), or drive the step: Step.of(model)"
             )
         return balancer.shared[axis]
 
     # ---- where the step ends
 
-    def _find_boundary(self, layer: Layer) -> None:
-        """End the step that was under way if this forward does not belong to it."""
+    def _end_if_over(self, layer: LayerStep) -> None:
+        """End the current step if the forward that now starts does not belong to it."""
         axis, counting = layer.balancer.counting_axis, _counting.get()
-        if axis != self._axis:  # the process group was made again
+        if axis != self._axis:  # the process group was created again
             self.discard()
             self._axis = axis
-        if counting is not None and self not in counting:  # counting ahead begins a step
+        if counting is not None and self not in counting:  # a counting pass begins a step
             counting.add(self)
-            self.forget_ahead()
+            self.discard_counted_ahead()
             self.end(applied=self._changed())
             return
-        visits, told, gone, changed = layer.visits.values(), self.told(layer), self._gradient_is_gone(), self._changed()
+        visits, announced = layer.visits.values(), self.announced(layer)
+        gone, changed = self._gradient_is_gone(), self._changed()
         done = sum(v.done for v in visits)
-        if told:
-            broken_off = gone and not all(v.lives for v in visits)
-            full = done >= told and not any(v.ahead for v in visits)
-            if done and (broken_off or full):
+        if announced:
+            interrupted = gone and not all(v.lives for v in visits)
+            full = done >= announced and not any(v.ahead for v in visits)
+            if done and (interrupted or full):
                 self.end(applied=changed)
         elif done and (gone or (changed and self._left is None)):
             self.end(applied=changed)
-        elif done >= MOST:
+        elif done >= MAX_BACKWARDS:
             raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
 
-    def _incomplete(self, layer: Layer) -> bool:
-        return len(layer.known) < self.told(layer)
+    def _more_to_come(self, layer: LayerStep) -> bool:
+        return len(layer.known) < self.announced(layer)
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
         if self.layers[0].known:
             self._skipped = not applied
-        # the next step's first gradient may come after its first backward (of activations alone, in a split backward)
+        # the next step's first backward may leave no gradient (a split backward computes those of activations first)
         self._left = None
         super().end(applied, overflow)
 
-    def forget_ahead(self) -> None:
-        """Drop what was counted ahead and not trained on."""
+    def discard_counted_ahead(self) -> None:
+        """Discard visits that were counted ahead and have not been trained."""
         layer = self.layers[0]
         layer.visits = {key: v for key, v in layer.visits.items() if not v.ahead}
 
-    def _witness(self) -> nn.Parameter | None:
+    def _watched(self) -> nn.Parameter | None:
         return next((p for p in self.layers[0].weights() if p.requires_grad), None)
 
     def _changed(self) -> bool:
-        """The witness was changed in place since the step began."""
-        (seen, version), weight = self._seen, self._witness()
-        return weight is not None and weight is seen() and weight._version != version
+        """Return whether the watched weight was changed in place since the step began."""
+        (at_start, version), weight = self._at_start, self._watched()
+        return weight is not None and weight is at_start() and weight._version != version
 
-    def read(self, layer: Layer, visit: Visit, trains: bool = True) -> None:
-        reached = reaches(self._witness())
-        if reached is None and not self.told(layer):
+    def read(self, layer: LayerStep, visit: Visit, trains: bool = True) -> None:
+        trains_watched = accumulates(self._watched())
+        if trains_watched is None and not self.announced(layer):
             raise ValueError(
-                "balance.micro_batches=None: torch.autograd.grad leaves no trace from which the end of a step could be "
-                f"seen; {_REMEDY}"
+                "balance.micro_batches=None: torch.autograd.grad leaves no gradient on the weights, which would show "
+                f"where the step ends; {_REMEDY}"
             )
-        super().read(layer, visit, reached is not False)
+        super().read(layer, visit, trains_watched is not False)
 
-    def _read(self, visit: Visit) -> None:
-        super()._read(visit)
-        weight = self._witness()
+    def _finished(self, visit: Visit) -> None:
+        super()._finished(visit)
+        weight = self._watched()
         grad = None if weight is None else weight.grad
         self._left = None if grad is None else (weakref.ref(weight), weakref.ref(grad), grad._version)
 
     def _gradient_is_gone(self) -> bool:
-        """What the last backward left was taken away, or set to zero."""
+        """Return whether the gradient that the last backward left was removed or set to zero."""
         weight = None if self._left is None else self._left[0]()
         if self._left is None or weight is None:
             return False
@@ -243,78 +241,78 @@ class AutoStep(Step):
 
     # ---- what optimizers do
 
-    def optimizer_steps(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called before every optimizer step in the process: refuse one whose balance gradients are wrong."""
-        layer, weight = self.layers[0], self._witness()
-        visits, told = layer.visits.values(), self.told(layer)
+    def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every optimizer step in the process. Raises if the balance gradients are wrong."""
+        layer, weight = self.layers[0], self._watched()
+        visits, announced = layer.visits.values(), self.announced(layer)
         done = sum(v.done for v in visits)
         if not done:
             return
         if not self._trained_by(optimizer):
-            if not (told or self._optimized) and self._may_hold_copies(optimizer):
+            if not (announced or self._optimized) and self._may_hold_copies(optimizer):
                 raise ValueError(
                     f"{type(optimizer).__name__}: it holds no weight of this MoE layer, but perhaps copies of them, so "
                     f"the end of a step is unknown; {_REMEDY}"
                 )
             return
-        put_back = self._left is not None and weight is self._left[0]() and weight.grad is not self._left[1]()
-        if self._skipped and not told and put_back:
+        restored = self._left is not None and weight is self._left[0]() and weight.grad is not self._left[1]()
+        if self._skipped and not announced and restored:
             raise ValueError(
-                "balance.micro_batches=None: the gradient that a backward pass had left was gone before the next one, "
-                "and comes back in another tensor for the update; if the step has several backward passes, each was "
-                f"balanced by itself; {_REMEDY}"
+                "balance.micro_batches=None: the gradient of a backward pass was removed before the next one, and is "
+                "back in another tensor for the update; if the step has several backward passes, each was balanced "
+                f"separately; {_REMEDY}"
             )
-        if self._skipped and told not in (0, done):
+        if self._skipped and announced not in (0, done):
             raise ValueError(
-                f"balance.micro_batches={told}: an update after {done} backward passes, and {told} before it without "
-                f"an update; if a step was broken off, drive the steps: {_REMEDY}"
+                f"balance.micro_batches={announced}: an update after {done} backward passes, and before it {announced} "
+                f"without an update; if a step was broken off, drive the steps: {_REMEDY}"
             )
         if any(v.counted and v.lives and not v.done for v in visits):
             raise ValueError(
-                "MoE: a training forward has been counted whose backward has not run; run what is not trained on under "
-                "torch.no_grad() or in model.eval(), or delete its output before the update"
+                "MoE: the backward of a training forward has not run; run forwards that are not trained on under "
+                "torch.no_grad() or in model.eval(), or delete their output before the update"
             )
-        before = layer.last
-        if not told and before is not None and done != before.micro_batches:
+        previous = layer.previous_step
+        if not announced and previous is not None and done != previous.micro_batches:
             warnings.warn(
-                "MoE: steps have different numbers of micro-batches, and each weighs its losses by the number of the "
-                f"step before; {_REMEDY}",
+                "MoE: steps have different numbers of micro-batches, but losses are weighted by the number in the "
+                f"previous step; {_REMEDY}",
                 stacklevel=2,
             )
 
-    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every optimizer step in the process."""
         if self.layers[0].visits and self._trained_by(optimizer):
             self._optimized = True
             self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """It holds the witness. Where the whole layer is frozen, any optimizer may train what comes before it."""
-        weight = self._witness()
-        return weight is None or _holds(optimizer, weight)
+        """Return whether the optimizer holds the watched weight.
+
+        If the whole layer is frozen, any optimizer may train what precedes it.
+        """
+        weight = self._watched()
+        return weight is None or any(p is weight for group in optimizer.param_groups for p in group["params"])
 
     def _may_hold_copies(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimizer may train copies of all of this layer's weights, each by itself or in flat buffers."""
-        theirs = [p for group in optimizer.param_groups for p in group["params"]]
+        """Return whether an optimizer may hold copies of all weights of this layer, one by one or in flat buffers."""
+        held = [p for group in optimizer.param_groups for p in group["params"]]
         of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
-        if any(id(p) in of_layers for p in theirs):  # it trains another model
+        if any(id(p) in of_layers for p in held):  # it trains another model
             return False
         trained = [p for p in self.layers[0].weights() if p.requires_grad]
-        flat = max((p.numel() for p in theirs if p.dim() == 1), default=0)
-        return flat >= sum(p.numel() for p in trained) or {p.shape for p in trained} <= {p.shape for p in theirs}
-
-
-def _holds(optimizer: torch.optim.Optimizer, weight: Tensor) -> bool:
-    return any(p is weight for group in optimizer.param_groups for p in group["params"])
+        largest_flat = max((p.numel() for p in held if p.dim() == 1), default=0)
+        one_by_one = {p.shape for p in trained} <= {p.shape for p in held}
+        return largest_flat >= sum(p.numel() for p in trained) or one_by_one
 
 
 def _weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
-    """An optimizer hook that calls a method while its object is alive."""
-    method_of_the_living = weakref.WeakMethod(method)
+    """Return an optimizer hook that calls ``method`` as long as its object exists."""
+    reference = weakref.WeakMethod(method)
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        alive = method_of_the_living()
-        if alive is not None:
-            alive(optimizer)
+        call = reference()
+        if call is not None:
+            call(optimizer)
 
     return hook

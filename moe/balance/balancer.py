@@ -1,4 +1,4 @@
-"""One layer's load balancing: counts in, a gradient on the router out.
+"""One layer's load balancing: takes counts in the forward, and gives the router a gradient in the backward.
 
 B sequences, E experts, K top-k, T tokens, X values of a row.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,21 +20,20 @@ from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
 from .auto import AutoStep, registry
-from .bias import bias_rule, sign
+from .bias import bias_rule
 from .estimators import ESTIMATORS
-from .losses import SCOPES, StepView, Term, loss_value
+from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
 from .recompute import remember, visit_being_recomputed
-from .sent import sent
-from .step import Layer, Step, StepTotals
-from .sums import Number, Sums
-from .visit import Visit, reaches
+from .step import LayerStep, Step, StepTotals
+from .sums import LayerNumber, Sums
+from .visit import Visit, accumulates
 
-#: what a copy of a balancer does not share with the original
-_OWN = ("step", "layer", "shared")
+#: attributes that a copy does not take over
+_NOT_COPIED = ("step", "layer", "shared")
 
 
 def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
-    """Scope and coefficient of the main loss and of the extra ones, one entry for each scope."""
+    """Return scope and total coefficient of each loss, the main loss first."""
     terms: dict[str, float] = {config.scope: config.coefficient}
     for name, coefficient in vars(config.extra).items():
         if coefficient:
@@ -44,9 +42,9 @@ def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
 
 
 class Balancer:
-    """Keeps a layer's counts of the optimizer step and attaches its losses.
+    """Counts a layer's load in the optimizer step, and attaches the balance losses to its output.
 
-    ``reach`` tells, for a number of expert-parallel ranks, to how many of them the router lets a token be sent.
+    ``reach`` maps a number of expert-parallel ranks to the number of them that the router can send a token to.
     """
 
     def __init__(
@@ -59,8 +57,8 @@ class Balancer:
     ) -> None:
         self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
         self.bias = bias_rule(config)
-        #: int64 [E + 2], counts, tokens and micro-batches of the step before; all zero when a resume is to fill it
-        self.before_X: Tensor | None = None
+        #: int64 [E + 2], counts, tokens and micro-batches of the previous step; all zero before a resume fills it
+        self.previous_X: Tensor | None = None
         self.reach = reach
         self._terms = loss_terms(config)
         scopes = [SCOPES[name] for name, _ in self._terms]
@@ -71,57 +69,57 @@ class Balancer:
         self._estimate = ESTIMATORS[config.estimator]
         self.placed: Placement | None = None
         self.owners = Owners.consecutive(num_experts, 1)
-        self._start()
+        self._register()
 
-    def _start(self, copy_of: Number | None = None) -> None:
+    def _register(self, copy_of: LayerNumber | None = None) -> None:
         self.number = registry.add(self, copy_of)
-        #: the step that this layer counts for, and its share of it
+        #: the step that this layer counts for, and the layer's part of it
         self.step: Step = AutoStep(self)
-        self.layer: Layer = self.step.layers[0]
-        #: the sums that it shares with other layers that nobody drives
+        self.layer: LayerStep = self.step.layers[0]
+        #: sums shared with other layers that no training loop drives
         self.shared: dict[Axis, Sums] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _OWN}
+        return {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._start(copy_of=self.number)  # a copy is a layer of its own
+        self._register(copy_of=self.number)
 
-    # ---- where the layer is, and whose step it counts for
+    # ---- ranks and steps
 
     def place(self, placement: Placement) -> None:
-        """Balance over the ranks of a placement."""
+        """Balance over the ranks of ``placement``."""
         self.placed, self.owners = placement, placement.owners_of(self.num_experts)
 
     def join(self, step: Step) -> None:
         """Count for a step that the training loop drives."""
         self.step, self.layer = step, step.join(self)
 
-    def say_what_is_assumed(self) -> None:
-        """Warn where several ranks were not told which of them hold different tokens."""
+    def warn_of_assumed_ranks(self) -> None:
+        """Warn if there are several ranks, and the layer was not told which of them hold different tokens."""
         axis = self.placement.tokens
         if self.placed is None and axis.size > 1:
             warnings.warn(
-                f"MoE: the load is counted over all {axis.size} ranks of the default process group, each of which must "
-                "take part, and the engine is taken to average gradients over them. If some of these ranks hold the "
-                "same tokens, or gradients are joined otherwise, say so by MoE(config, group=...) or MoE.place(...)",
+                f"MoE: the load is counted over all {axis.size} ranks of the default process group. This assumes that "
+                "every rank takes part, holds different tokens, and averages its gradients with the others. If not, "
+                "use MoE(config, group=...) or MoE.place(...)",
                 stacklevel=2,
             )
 
     @property
-    def last(self) -> StepTotals | None:
-        """Totals of the step that ended last; None before the first."""
-        return self.layer.last
+    def previous_step(self) -> StepTotals | None:
+        """Totals of the previous step; None before the first one has ended."""
+        return self.layer.previous_step
 
     @property
-    def micro_batches(self) -> list[Visit]:
-        """What has been counted in the step under way."""
+    def visits(self) -> list[Visit]:
+        """The visits of the current step that count."""
         return self.layer.known
 
     @property
     def placement(self) -> Placement:
-        """As told, or in a script that tells nothing: all ranks hold different tokens and gradients are averaged."""
+        """The placement; without one, all ranks are assumed to hold different tokens and to average gradients."""
         if self.placed is not None:
             return self.placed
         world = world_axis()
@@ -129,33 +127,32 @@ class Balancer:
 
     @property
     def counting_axis(self) -> Axis:
-        """The ranks whose tokens are counted together; scopes within one rank need no communication."""
+        """The ranks whose tokens are counted together."""
         placement = self.placement
         return placement.tokens if self._of_all_ranks else placement.sequence
 
     def widths(self, axis: Axis) -> dict[str, int]:
-        """How many values each row has that this layer sums over an axis."""
+        """Return the rows that this layer sums over an axis, and their numbers of values."""
         found, placement = {}, self.placement
         if self._of_own_sequences and placement.sequence == axis:
             found["own"] = self.num_experts + 1
         if self._of_all_ranks and placement.tokens == axis:
-            extras = placement.ep.size if self._sent else 0
-            votes = self.num_experts if self.bias is not None and self.bias.votes else 0
-            found["all"] = self.num_experts + 1 + extras + votes
+            found["all"] = self.num_experts + 1 + (placement.ep.size if self._sent else 0)
         return found
 
     # ---- the forward
 
     def begin(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit | None, Decision | None]:
-        """Which visit the forward of an MoE layer is, and the decision to repeat where it recomputes another.
+        """Return the visit of a forward, and the routing decision to repeat if the forward recomputes another.
 
-        None for evaluation and other forwards that leave no trace.
+        The visit is None for evaluation and other forwards that are not counted.
         """
         if not module.training or not (torch.is_grad_enabled() or self.step.counting):
             return None, None
         trained = x_TD.requires_grad or any(p.requires_grad for p in module.parameters())
-        if not trained and not self.step.counting:  # without gradient, nothing tells what is trained before the layer
-            return None, None  # a frozen teacher: nothing here is trained
+        # a counting pass has no gradients, so it cannot tell whether x is trained
+        if not trained and not self.step.counting:
+            return None, None  # a frozen model, such as a teacher in distillation
         visit, certain = visit_being_recomputed(self.step, self.layer)
         if visit is None:
             visit = self.step.visit(self.layer, module)
@@ -163,13 +160,12 @@ class Balancer:
         return visit, visit.decision if certain else None
 
     def count(self, visit: Visit, routing: Routing, mask_T: Tensor | None = None) -> bool:
-        """Keep the decision and the counts, over the tokens where the mask is True; False where this forward
-        recomputes another, of which they have been kept."""
+        """Store a visit's decision and counts, and start to sum them. Returns False in a recomputation."""
         if visit.counted and not visit.ahead:
             return False
         routing = routing.outside_inference()
         visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
-        if visit.counted:  # ahead, and summed then
+        if visit.counted:  # its counting pass has summed the counts
             visit.ahead = False
             return True
         visit.counted, visit.counts_BE, visit.tokens_B = True, routing.counts_BE, routing.tokens_B
@@ -179,37 +175,33 @@ class Balancer:
         total_1X = local_BX.sum(0, keepdim=True)
         own_BX = local_BX if self._by_sequence else total_1X
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
-        visit.own = visit.batch = self.step.entry(self.layer, "own", own_BX, own_axis)
+        visit.own = visit.batch = self.step.sum_row(self.layer, "own", own_BX, own_axis)
         if self._of_all_ranks:
-            parts = [total_1X]
             if self._sent:
-                parts.append(sent(routing, mask_T, self.owners)[None])
-            if self.bias is not None and self.bias.votes:
-                parts.append(sign(total_1X[0, :-1])[None])
-            visit.batch = self.step.entry(self.layer, "all", torch.cat(parts, dim=1), placement.tokens)
+                total_1X = torch.cat((total_1X, sent_tokens(routing, mask_T, self.owners)[None]), dim=1)
+            visit.batch = self.step.sum_row(self.layer, "all", total_1X, placement.tokens)
         return True
 
     def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
-        """``carrier`` with the losses of a forward that takes part in the step; ``weight`` is the router's."""
+        """Attach a visit's losses to ``carrier``, and return it. ``weight`` is the router's."""
         if visit is None or not carrier.requires_grad:
             return carrier
-        losses = partial(self._pay, visit, weight)  # dies with the graph, which alone holds it
-        if visit.graph() is None:  # a recomputation has a graph of its own, which ends before the backward does
-            visit.graph = weakref.ref(losses)
-        return attach(carrier, routing.prob_sums_BE, routing.z_sum, losses)
+        gradients = partial(self._read_once, visit, weight)  # only the graph holds it, so they die together
+        if visit.graph() is None:  # a recomputation has a graph of its own, which dies before the backward ends
+            visit.graph = weakref.ref(gradients)
+        return attach(carrier, routing.prob_sums_BE, routing.z_sum, gradients)
 
     # ---- the backward
 
     def view(self, visit: Visit) -> StepView:
-        """The step as it is known now, around one visit."""
+        """Return what is known now about a visit and its step."""
         step, layer, placement, owners = self.step, self.layer, self.placement, self.owners
         own_BX, batch_X = visit.own.get(), visit.total
-        seen, micro_batches = len(layer.known), step.micro_batches(layer)
-        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.before_X)
+        seen, micro_batches = len(layer.known), step.expected(layer)
+        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.previous_X)
         if step.tokens is not None:
             estimate = estimate._replace(step_tokens=step.tokens.double() * layer.runs)
-        ranks = placement.tokens.size // placement.sequence.size
-        known = StepView(
+        return StepView(
             counts_BE=own_BX[:, :-1],
             tokens_B=own_BX[:, -1],
             batch_counts_E=batch_X[:-1],
@@ -217,17 +209,15 @@ class Balancer:
             step=estimate,
             seen=seen,
             micro_batches=micro_batches,
-            ranks=ranks,
+            ranks=placement.tokens.size // placement.sequence.size,
             top_k=self.top_k,
             owners=owners,
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
+            sent_P=visit.extras if self._sent else None,
         )
-        if self._sent:
-            known = replace(known, sent_P=visit.extras[: owners.ranks])
-        return known
 
     def read(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """The gradients of a visit's losses with respect to its probability sums [E] or [B, E] and its z sum."""
+        """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]) and z_sum."""
         if visit not in self.layer.visits.values():
             raise ValueError(
                 "MoE: a backward of a forward whose step has ended, or was discarded; run it before the update, and "
@@ -247,68 +237,67 @@ class Balancer:
             visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
         return torch.as_tensor(gradient), losses[0].token_weight * (self.z_coefficient * scale)
 
-    def _pay(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`read`, once: zeros in a second backward through the same forward."""
-        gradient, of_z = self.read(visit)
-        if visit.paid:
-            return torch.zeros_like(gradient), torch.zeros_like(of_z)
+    def _read_once(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Like :meth:`read`, but zeros if an earlier backward through the same forward has delivered the gradients."""
+        gradient, z_gradient = self.read(visit)
+        if visit.delivered:
+            return torch.zeros_like(gradient), torch.zeros_like(z_gradient)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            visit.paid = reaches(weight) is True
-        return gradient, of_z
+            visit.delivered = accumulates(weight) is True
+        return gradient, z_gradient
 
     def _convention(self, scope: str, view: StepView) -> float:
-        """What a coefficient of this scope is multiplied by.
+        """Return the factor of a scope's coefficient.
 
-        Megatron-Core's global_aux_loss divides by the tokens of all ranks, and its engine then averages over the
-        data-parallel ranks once more: with dp of them the loss weighs coefficient / dp. Its other losses do not.
+        Megatron-Core divides its global_aux_loss by the tokens of all ranks, and then averages over the data-parallel
+        ranks again, so with dp ranks the effective coefficient is coefficient / dp. Its other losses do not do this.
         """
         return 1.0 / view.ranks if scope == "global" and self.config.scale_convention == "megatron" else 1.0
 
     def _check_counts(self) -> None:
-        """Refuse losses that need counts, or a number of tokens, that only later micro-batches have."""
-        if not self.step.early(self.layer):
+        """Raise ValueError if a loss needs counts or token numbers of micro-batches that have not been counted."""
+        if not self.step.backward_came_early(self.layer):
             return
         if self.config.estimator == "exact" and any(coefficient for _, coefficient in self._terms):
             raise ValueError(
                 "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
                 "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"
             )
-        # with a main loss of another scope, the z-loss is a mean over micro-batches
+        # if the main loss has another scope, the z-loss is a mean over micro-batches
         over_step = self.z_coefficient and self.config.scope == "global" and self.step.tokens is None
         sizes = {v.size for v in self.layer.known}
         if over_step and (None in sizes or len(sizes) > 1):
             raise ValueError(
-                f"router.z_loss={self.z_coefficient}: a mean over the step's valid tokens, of which micro-batches may "
-                "have different numbers (masks, lengths); tell the number: step = Step.of(model), "
+                f"router.z_loss={self.z_coefficient}: it is a mean over the step's valid tokens, but micro-batches may "
+                "have different numbers of them (masks, lengths); give the step's number: step = Step.of(model), "
                 "step.begin(tokens=...), or use balance.estimator='exact', or set router.z_loss=0"
             )
 
-    # ---- what others ask
+    # ---- statistics and checkpoints
 
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
-        """Unscaled losses of a micro-batch, as :attr:`equimoe.moe.types.RoutingStats.losses` describes them."""
-        totals, k = self.layer.totals(visit), self.top_k
+        """Return a micro-batch's losses, see :attr:`equimoe.moe.types.RoutingStats.losses`."""
+        totals, top_k = self.layer.totals(visit), self.top_k
         counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
-        per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, k)
+        per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
         return {
-            "global": float(loss_value(totals[:-1], totals[-1], prob_sums_E, tokens, k)),
-            "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, k)),
+            "global": float(loss_value(totals[:-1], totals[-1], prob_sums_E, tokens, top_k)),
+            "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, top_k)),
             "sequence": float(per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1)),
             "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),
         }
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
-        """Tensors that a resumed run needs. A resume fills them in place and hands them to :meth:`restore`.
+        """Return the tensors that a checkpoint must hold: the previous step's load if ``carry`` needs it.
 
-        Between steps that is the load of the step before, which ``carry`` reads; else nothing. (The bias belongs to the
-        router.)
+        To resume, fill them in place and pass them to :meth:`restore`. The expert bias is a buffer of the router.
         """
         if self.config.estimator != "carry":
             return {}
-        before_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
-        return {"step_before": before_X if self.before_X is None else self.before_X}
+        empty_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
+        return {"step_before": empty_X if self.previous_X is None else self.previous_X}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a filled :meth:`state`."""
-        self.before_X = state.get("step_before")
+        """Resume from a filled :meth:`state`."""
+        self.previous_X = state.get("step_before")

@@ -1,14 +1,14 @@
-"""What stands for the counts of an optimizer step that is still running.  E experts.
+"""Estimates the load of an optimizer step that is still running.  E experts.
 
-Counts carry no gradient, so a loss may use the newest ones that there are when its backward runs. In a step of M
-micro-batches of which n are known, with counts c over S tokens, and a step before it with C over T in M':
+Counts have no gradient, so a loss can use the newest ones when its backward runs. Suppose that n of the step's M
+micro-batches are known, with counts c of S tokens, and that the previous step had M' with counts C of T tokens:
 
     rolling    c / S                                   (Algorithm 1 of arXiv 2501.11873)
-    carry      (c + w C) / (S + w T),  w = (M - n)/M'  (w is the part of the step that is still to come)
-    exact      c / S, where n = M: all were counted ahead, or all forwards came before the first backward
+    carry      (c + w C) / (S + w T),  w = (M - n)/M'  (the previous step stands in for the remaining micro-batches)
+    exact      c / S, where n = M: a counting pass, or all forwards before the first backward
 
-``rolling`` with one backward after each forward is biased: over random orders of G equal micro-batches its expected
-loss is (H_G/G) L_micro + (1 - H_G/G) (G L_global - L_micro) / (G - 1), with the harmonic number H_G = 1 + ... + 1/G.
+``rolling`` is biased if each forward is followed by its backward: over random orders of G equal micro-batches, the
+expected loss is (H_G/G) L_micro + (1 - H_G/G) (G L_global - L_micro) / (G - 1), with H_G = 1 + 1/2 + ... + 1/G.
 """
 
 from __future__ import annotations
@@ -21,36 +21,38 @@ from torch import Tensor
 
 
 class Estimate(NamedTuple):
-    """fp64 values that stand for a whole step's, on all ranks."""
+    """The estimated load of the whole step on all ranks, in fp64."""
 
-    #: [E] and scalar: choices, and the tokens among which they were counted
+    #: [E] and scalar: choices, and the tokens that made them
     counts_E: Tensor
     tokens: Tensor
     #: scalar, tokens that the whole step is expected to have
     step_tokens: Tensor
 
 
-def so_far(known_X: Tensor, seen: int, micro_batches: int, before_X: Tensor | None) -> Estimate:
-    """The micro-batches known. Those to come are expected to have as many tokens each."""
+def rolling(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
+    """Use the known micro-batches. The others are expected to have as many tokens."""
     counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
     return Estimate(counts_E, tokens, tokens * (max(micro_batches, seen) / seen))
 
 
-def with_step_before(known_X: Tensor, seen: int, micro_batches: int, before_X: Tensor | None) -> Estimate:
-    """The micro-batches known, and as many of the step before as are to come; :func:`so_far` in the first step."""
-    rolling = so_far(known_X, seen, micro_batches, before_X)
-    if before_X is None or seen >= micro_batches:
-        return rolling
-    there = before_X[-1] > 0  # restored from a checkpoint of a run that had no step before, it is all zero
-    weight = (micro_batches - seen) / before_X[-1].clamp_min(1).double()
-    tokens = rolling.tokens + weight * before_X[-2]
-    return Estimate(rolling.counts_E + weight * before_X[:-2], tokens, torch.where(there, tokens, rolling.step_tokens))
+def carry(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
+    """Use the known micro-batches, and the previous step's for the others; :func:`rolling` in the first step."""
+    so_far = rolling(known_X, seen, micro_batches, previous_X)
+    if previous_X is None or seen >= micro_batches:
+        return so_far
+    # after a resume, all zero if the saved run had no previous step
+    exists = previous_X[-1] > 0
+    weight = (micro_batches - seen) / previous_X[-1].clamp_min(1).double()
+    tokens = so_far.tokens + weight * previous_X[-2]
+    step_tokens = torch.where(exists, tokens, so_far.step_tokens)
+    return Estimate(so_far.counts_E + weight * previous_X[:-2], tokens, step_tokens)
 
 
-#: (int64 [E + 1], counts and tokens of the micro-batches known; how many these are; how many the step has; int64
-#: [E + 2], counts, tokens and number of micro-batches of the step before, None for the first) to the step
+#: name -> function from (counts and tokens of the known micro-batches, int64 [E + 1]; their number; the number in the
+#: step; counts, tokens and number of micro-batches of the previous step, int64 [E + 2], or None) to the estimate
 ESTIMATORS: dict[str, Callable[[Tensor, int, int, Tensor | None], Estimate]] = {
-    "rolling": so_far,
-    "carry": with_step_before,
-    "exact": so_far,
+    "rolling": rolling,
+    "carry": carry,
+    "exact": rolling,  # the balancer verifies that all micro-batches are known
 }

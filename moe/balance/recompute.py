@@ -1,8 +1,8 @@
 """Activation checkpointing that never routes twice.
 
-``torch.utils.checkpoint`` runs a region again in the backward, and a layer recognises that. While one micro-batch is in
-flight, the layer knows which one is recomputed and repeats its decision; among several it routes the same input again.
-:func:`recompute` makes the match exact for any number.
+``torch.utils.checkpoint`` runs a region again in the backward. While one micro-batch is in flight, a layer knows which
+visit is recomputed, and repeats its routing decision; among several it routes the same input again. :func:`recompute`
+finds the visit with certainty for any number of micro-batches.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Kept, keeping
-from .step import Layer, Step
+from .step import LayerStep, Step
 from .visit import Visit
 
 
 class _Region:
-    """The visits of a region, in order. It is entered for its forward and then for each recomputation, of which there
-    are several where a graph is walked backward again."""
+    """The visits of a checkpointed region, in order. Entered for the forward and again for each recomputation."""
 
     def __init__(self, keep_exchanges: bool) -> None:
-        #: the region around it
+        #: the region around this one
         self.parent = _region.get()
         self.visits: list[Visit] = []
-        #: how far its recomputation has come; None in its forward
+        #: index of the next visit to recompute; None in the forward
         self.next: int | None = None
         self.kept = Kept() if keep_exchanges else None
         self._recorded = False
@@ -48,11 +47,11 @@ _region: ContextVar[_Region | None] = ContextVar("equimoe_recompute_region", def
 
 
 def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = False) -> Any:
-    """Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``, keeping routing decisions.
+    """Like ``torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)``, but keep routing decisions.
 
-    ``keep_exchanges`` also keeps what came from other ranks, dispatched rows and results, so that the recomputation
-    communicates nothing: memory of about 2 K rows per token for a third of the layer's exchanges (DeepSpeed-TED,
-    arXiv 2303.06318).
+    ``keep_exchanges`` also keeps the rows received from other ranks, so that recomputation needs no communication. It
+    saves a third of the layer's exchanges, at a cost of about 2 K rows of memory per token (DeepSpeed-TED, arXiv
+    2303.06318).
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -62,10 +61,10 @@ def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = F
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
-def visit_being_recomputed(step: Step, layer: Layer) -> tuple[Visit | None, bool]:
-    """The visit whose forward now runs again, and whether we are certain that it is this one.
+def visit_being_recomputed(step: Step, layer: LayerStep) -> tuple[Visit | None, bool]:
+    """Return the visit that the current forward recomputes, and whether that is certain.
 
-    (None, False) when the forward is a first one.
+    (None, False) if the forward recomputes nothing.
     """
     region = _region.get()
     while region is not None:
@@ -77,7 +76,7 @@ def visit_being_recomputed(step: Step, layer: Layer) -> tuple[Visit | None, bool
 
 
 def remember(visit: Visit) -> None:
-    """Note a visit for the recomputation of the regions that it runs in."""
+    """Record a visit in the regions around it, for their recomputation."""
     region = _region.get()
     while region is not None and region.next is None:
         region.visits.append(visit)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..collectives import Axis, private_axis
 from .losses import Loss, Term
-from .sums import Entry, Number, Sums
+from .sums import LayerNumber, SummedRow, Sums
 from .visit import Visit
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ class StepTotals:
     #: int64 [E] and scalar, over all ranks that count together
     counts_E: Tensor
     tokens: Tensor
-    #: int64 [M, E], int64 [M] and fp32 [M, E], of this rank's M micro-batches alone
+    #: int64 [M, E], int64 [M] and fp32 [M, E], of this rank's micro-batches
     local_counts_ME: Tensor
     local_tokens_M: Tensor
     local_prob_sums_ME: Tensor
-    #: int64 scalar, sequences of this rank with a valid token
+    #: int64 scalar, this rank's sequences with a valid token
     local_sequences: Tensor
-    #: ranks that hold parts of the same sequences
+    #: number of ranks that hold parts of the same sequences
     sequence_ranks: int
-    #: what each backward read: the main loss, and every loss
+    #: the main loss of each micro-batch, and all losses, as the backwards read them
     losses: list[Loss]
     terms: list[Term]
 
@@ -50,24 +50,23 @@ class StepTotals:
 
     @property
     def local_tokens(self) -> Tensor:
-        """int64 scalar, of this rank alone."""
+        """int64 scalar, of this rank."""
         return self.local_tokens_M.sum()
 
 
-class Layer:
-    """A layer's share of a step: its visits by micro-batch and occurrence, and the totals of the step before."""
+class LayerStep:
+    """One layer's part of a step: its visits, and the totals of the previous step."""
 
-    def __init__(self, balancer: Balancer, number: Number) -> None:
+    def __init__(self, balancer: Balancer, number: LayerNumber) -> None:
         self._balancer = weakref.ref(balancer)
-        #: in the sums that it shares with other layers
         self.number = number
+        #: by micro-batch, and by how often the layer has run in it before
         self.visits: dict[tuple[int, int], Visit] = {}
-        #: totals of the step that ended last
-        self.last: StepTotals | None = None
-        #: the visit whose losses a backward has read last, and visits known at the first backward of the step
+        self.previous_step: StepTotals | None = None
+        #: the last visit whose losses a backward read, and the number of visits known at the step's first backward
         self.last_read: Visit | None = None
         self.first_known: int | None = None
-        #: the MoE layer itself, while it exists
+        #: a weak reference to the MoE layer
         self.module: Any = lambda: None
 
     @property
@@ -77,13 +76,13 @@ class Layer:
         return balancer
 
     def weights(self) -> list[nn.Parameter]:
-        """The router's first."""
+        """Return the layer's weights, the router's first."""
         module = self.module()
         return [] if module is None else list(dict.fromkeys((module.router.weight, *module.parameters())))
 
     @property
     def known(self) -> list[Visit]:
-        """The visits that count: those that were backpropagated, or still can be."""
+        """The visits that count: their backward has run or can still run."""
         return [v for v in self.visits.values() if v.counted and v.lives]
 
     @property
@@ -92,13 +91,16 @@ class Layer:
         return 1 + max((occurrence for _, occurrence in self.visits), default=0)
 
     def totals(self, of: Visit) -> Tensor:
-        """int64 [E + 1]: counts and tokens of all visits known, ``of`` among them."""
+        """Return int64 [E + 1]: counts and tokens of all known visits, including ``of``.
+
+        If the step of ``of`` has ended, they are those of that step.
+        """
         if of.step_total is not None:
             return of.step_total
         return torch.stack([v.total for v in dict.fromkeys((*self.known, of))]).sum(0)
 
     def close(self, applied: bool, overflow: Tensor | None) -> None:
-        """End the step: keep its totals, and move the bias."""
+        """End the step: keep its totals, and move the expert bias if the update was ``applied``."""
         ended, balancer = self.known, self._balancer()
         self.visits, self.first_known = {}, None
         if not ended or balancer is None:
@@ -106,7 +108,7 @@ class Layer:
         total = torch.stack([v.total for v in ended]).sum(0)
         for v in ended:
             v.step_total = total
-        self.last = StepTotals(
+        self.previous_step = StepTotals(
             counts_E=total[:-1],
             tokens=total[-1],
             local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
@@ -117,23 +119,21 @@ class Layer:
             losses=[v.loss for v in ended if v.loss is not None],
             terms=[term for v in ended for term in v.terms],
         )
-        balancer.before_X = F.pad(total, (0, 1), value=len(ended))
+        balancer.previous_X = F.pad(total, (0, 1), value=len(ended))
         module, bias = self.module(), balancer.bias
         trained = module is not None and any(p.requires_grad for p in module.parameters())
-        if applied and bias is not None and module is not None and trained and module.router.bias_E is not None:
-            votes_E = torch.stack([v.extras[-len(total) + 1 :] for v in ended]).sum(0) if bias.votes else None
-            voters = balancer.counting_axis.size * len(ended)
-            bias.move(module.router.bias_E, self.last.counts_E, votes_E, voters, overflow)
+        if applied and bias is not None and trained and module.router.bias_E is not None:
+            bias.move(module.router.bias_E, self.previous_step, overflow)
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """Puts the random state back at its end, so that what is computed after it draws what was drawn within it."""
+    """Return a context that restores the random state at its end, so that the next code draws the same numbers."""
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return torch.random.fork_rng([torch.cuda.current_device()] if cuda else [])
 
 
 class Step:
-    """The optimizer step of all MoE layers of a model part, driven by whoever runs the training loop.
+    """The optimizer step of all MoE layers of a model part. The training loop drives it:
 
     >>> step = Step.of(model)
     >>> for batch in micro_batches:
@@ -142,29 +142,30 @@ class Step:
     >>> optimizer.step()
     >>> step.end()
 
-    Counts are assigned by micro-batch and layer, never incremented: a forward that is run again replaces what it
-    counted before. One asynchronous sum over ranks at the end of each forward pass covers all layers, matched by layer,
-    so ranks may run different ones.
+    Counts are assigned by micro-batch and layer, never incremented, so running a forward again replaces its counts. At
+    the end of each forward pass, one asynchronous all-reduce sums the counts of all layers. Ranks may run different
+    layers.
     """
 
     def __init__(self) -> None:
-        self.layers: list[Layer] = []
-        #: how many micro-batches the step has, and their valid tokens on all ranks (int64 scalar), where that is known
+        self.layers: list[LayerStep] = []
+        #: number of micro-batches of the step, and their valid tokens on all ranks (int64 scalar); None if unknown
         self.length: int | None = None
         self.tokens: Tensor | None = None
-        #: steps that have ended
+        #: number of steps that have ended
         self.ended = 0
         self._sums: dict[Axis, Sums] = {}
-        #: micro-batches of this step whose forward pass has been summed
-        self._passed: set[int] = set()
-        self._now: int | None = None
+        #: the micro-batches of this step whose forward pass has been summed
+        self._summed: set[int] = set()
+        #: the current micro-batch, and whether a counting pass runs it
+        self._current: int | None = None
         self._ahead = False
-        #: how often each layer has run in the micro-batch under way
-        self._occurrence: dict[Layer, int] = {}
+        #: how often each layer has run in the current micro-batch
+        self._occurrence: dict[LayerStep, int] = {}
 
     @classmethod
     def of(cls, *parts: nn.Module) -> Step:
-        """A step that all MoE layers of these modules have joined."""
+        """Create a step for all MoE layers of these modules."""
         step = cls()
         for module in (module for part in parts for module in part.modules()):
             balancer = getattr(module, "balancer", None)
@@ -172,23 +173,23 @@ class Step:
                 balancer.join(step)
         return step
 
-    def join(self, balancer: Balancer) -> Layer:
-        """Take a layer in; returns its share of the step."""
-        self.layers.append(Layer(balancer, (len(self.layers), 0)))
+    def join(self, balancer: Balancer) -> LayerStep:
+        """Add a layer, and return its part of the step."""
+        self.layers.append(LayerStep(balancer, (len(self.layers), 0)))
         return self.layers[-1]
 
     # ---- for the training loop
 
     def begin(self, micro_batches: int | None = None, tokens: int | Tensor | None = None) -> None:
-        """Start a step, and drop forwards of which no backward has come.
+        """Start a step, and discard forwards that were not followed by a backward.
 
-        ``micro_batches`` it will have, and ``tokens`` (integer scalar) that all ranks together will route in it, where
-        that is known: estimates of the load and the weights of the losses are then as good as they can be. Raises
-        ValueError where a step has been trained and neither ended nor discarded.
+        If you know them, give the number of ``micro_batches`` and the ``tokens`` (integer scalar) that all ranks will
+        route in the step: they improve the estimate of the load and the weights of the losses. Raises ValueError if the
+        previous step was trained but neither ended nor discarded.
         """
         if any(v.done for layer in self.layers for v in layer.visits.values()):
             raise ValueError(
-                "Step.begin: the step before has been trained and not ended; call Step.end() after the update, "
+                "Step.begin: the previous step was trained but has not ended; call Step.end() after the update, "
                 "Step.end(applied=False) after a skipped one, or Step.discard() to forget it"
             )
         self.discard()
@@ -197,43 +198,43 @@ class Step:
 
     @contextmanager
     def micro_batch(self, number: int | None = None, ahead: bool = False) -> Iterator[None]:
-        """Around the forward of a micro-batch, its backward, or both. None: the next number.
+        """Context for the forward of a micro-batch, its backward, or both. ``number=None`` is the next number.
 
-        ``ahead`` counts a forward without gradient, before the training forward of the same number. What the block
-        counted is dropped when it raises.
+        ``ahead`` counts a forward without gradient before the training forward of the same number. If the block raises,
+        its counts are discarded.
         """
-        before = self._now, self._ahead, self._occurrence
+        before = self._current, self._ahead, self._occurrence
         if number is None:
             taken = (key[0] for layer in self.layers for key, v in layer.visits.items() if ahead or not v.ahead)
             number = max(taken, default=-1) + 1
-        self._now, self._ahead, self._occurrence = number, ahead, {}
+        self._current, self._ahead, self._occurrence = number, ahead, {}
         try:
-            self._meet()
+            self._create_sums()
             started = {sums: sums.started for sums in self._sums.values()}
             yield
             if ahead or torch.is_grad_enabled():
-                for sums, before_this in started.items():  # one for each pass, also where no layer ran here
-                    sums.start(always=number not in self._passed and sums.started == before_this)
-                self._passed.add(number)
+                for sums, before_this in started.items():  # once per forward pass, even if no layer ran on this rank
+                    sums.start(always=number not in self._summed and sums.started == before_this)
+                self._summed.add(number)
         except BaseException:
             for sums in self._sums.values():
-                sums.drop()
+                sums.discard()
             for layer in self._occurrence:
                 layer.visits = {key: v for key, v in layer.visits.items() if key[0] != number}
             raise
         finally:
-            self._now, self._ahead, self._occurrence = before
+            self._current, self._ahead, self._occurrence = before
 
     def end(self, applied: bool = True, overflow: Tensor | None = None) -> None:
-        """Close the step and, if its update was ``applied``, move the biases that balance without a loss.
+        """End the step, and move the expert biases if its update was ``applied``.
 
-        ``overflow`` is a scalar that is not zero where a fused optimizer has skipped the update on the device. Raises
-        ValueError where an applied step has had another number of micro-batches than :meth:`begin` was told.
+        ``overflow`` is a scalar, nonzero if a fused optimizer skipped the update on the device. Raises ValueError if an
+        applied step did not have the number of micro-batches that :meth:`begin` was given.
         """
-        if applied and self.length and self._passed and len(self._passed) != self.length:
+        if applied and self.length and self._summed and len(self._summed) != self.length:
             raise ValueError(
-                f"Step.begin(micro_batches={self.length}): {len(self._passed)} have been trained, and the losses were "
-                "weighed for the other number; tell begin the right one, or call Step.end(applied=False)"
+                f"Step.begin(micro_batches={self.length}): {len(self._summed)} have been trained, so their losses had "
+                "wrong weights; give begin() the right number, or call Step.end(applied=False)"
             )
         for layer in self.layers:
             layer.close(applied, overflow)
@@ -241,102 +242,101 @@ class Step:
         self.ended += 1
 
     def discard(self) -> None:
-        """Forget the step under way."""
+        """Discard the current step."""
         for sums in self._sums.values():
-            sums.drop()
+            sums.discard()
         for layer in self.layers:
             layer.visits = {}
-        self.length, self.tokens, self._passed = None, None, set()
+        self.length, self.tokens, self._summed = None, None, set()
 
-    # ---- for the layers' balancers
+    # ---- for the balancers of the layers
 
-    def visit(self, layer: Layer, module: nn.Module) -> Visit:
-        """The visit that begins with this forward of an MoE layer, ``module``."""
-        if self._now is None:
+    def visit(self, layer: LayerStep, module: nn.Module) -> Visit:
+        """Return the visit for a training forward of ``module``, an MoE layer."""
+        if self._current is None:
             raise ValueError(
                 "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, and around the "
-                "backward where that recomputes; or use model.eval() or torch.no_grad() for a forward that is not "
-                "trained on"
+                "backward if that recomputes; for a forward that is not trained on, use model.eval() or torch.no_grad()"
             )
-        key = self._now, self._occurrence.get(layer, 0)
+        key = self._current, self._occurrence.get(layer, 0)
         layer.module, self._occurrence[layer] = weakref.ref(module), key[1] + 1
         found = layer.visits.get(key)
         if found is not None and found.done:
             raise ValueError(
-                f"step.micro_batch({self._now}): this micro-batch has been trained; give the next number, or none, and "
-                "call Step.end() after each update"
+                f"step.micro_batch({self._current}): this micro-batch has been trained; give the next number, or none, "
+                "and call Step.end() after each update"
             )
         if found is None or not found.ahead or self.counting:
-            found = layer.visits[key] = Visit(self._now, self.counting)
+            found = layer.visits[key] = Visit(self._current, self.counting)
         return found
 
-    def recomputed(self, layer: Layer) -> tuple[Visit | None, bool]:
-        """The visit that a forward inside a backward recomputes, and whether we are certain it is the same one."""
+    def recomputed(self, layer: LayerStep) -> tuple[Visit | None, bool]:
+        """Return the visit that a forward within a backward recomputes, and whether that is certain."""
         backward = torch._C._current_graph_task_id()
-        # Inside a backward, forwards run only in checkpointed regions. The reentrant kind ran without gradient at
-        # first and was not counted, so this is its first pass. The non-reentrant kind, which hooks saved tensors,
-        # recomputes a visit that is still open, or that this very backward has just read.
+        # Within a backward, forwards run only in checkpointed regions. A reentrant region first ran without gradient
+        # and was not counted, so this is its first counted forward. A non-reentrant region, which hooks saved tensors,
+        # recomputes a visit whose backward has not run, or one that this backward has just read.
         if backward == -1 or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             return None, False
-        here = [v for v in layer.known if self._now in (None, v.number)]
-        flying = [v for v in here if not (v.done or v.read_now or v.ahead or v.opened_in == backward)]
-        if layer.last_read is not None and layer.last_read.backward_id == backward:
-            return layer.last_read, not flying
-        return (flying[0], len(flying) == 1 and flying[0].opened_in == -1) if flying else (None, False)
+        candidates = [v for v in layer.known if self._current in (None, v.number)]
+        in_flight = [v for v in candidates if not (v.done or v.being_read or v.ahead or v.forward_in == backward)]
+        if layer.last_read is not None and layer.last_read.read_in == backward:
+            return layer.last_read, not in_flight
+        return (in_flight[0], len(in_flight) == 1 and in_flight[0].forward_in == -1) if in_flight else (None, False)
 
     @property
     def counting(self) -> bool:
-        """A pass counts ahead of the training forwards."""
+        """Whether forwards belong to a counting pass, which precedes the training forwards."""
         return self._ahead
 
-    def entry(self, layer: Layer, kind: str, value_BX: Tensor, axis: Axis) -> Entry:
-        """Start to sum a layer's row over an axis, together with the other layers of the pass."""
-        return Entry(value_BX) if axis.size == 1 else self.sums(layer, axis).add((layer.number, kind), value_BX)
+    def sum_row(self, layer: LayerStep, kind: str, value_BX: Tensor, axis: Axis) -> SummedRow:
+        """Sum a layer's row over an axis, together with the other layers of the forward pass."""
+        return SummedRow(value_BX) if axis.size == 1 else self.sums(layer, axis).add((layer.number, kind), value_BX)
 
-    def sums(self, layer: Layer, axis: Axis) -> Sums:
-        """The sums over an axis that a layer shares with others."""
+    def sums(self, layer: LayerStep, axis: Axis) -> Sums:
+        """Return the sums over an axis that contain this layer."""
         return self._sums[axis]
 
-    def _meet(self) -> None:
-        """Make the sums that the layers need, where they are not there yet: all ranks do it at the same point."""
+    def _create_sums(self) -> None:
+        """Create the sums that the layers need, unless they exist. All ranks do this at the same point."""
         balancers = [(layer.number, layer.balancer) for layer in self.layers]
         axes = {axis: b for _, b in balancers for axis in b.placement.axes if axis.size > 1 and b.widths(axis)}
         if axes.keys() == self._sums.keys():
             return
         self._sums = {}
         for axis, balancer in axes.items():
-            balancer.say_what_is_assumed()
+            balancer.warn_of_assumed_ranks()
             widths = {(n, kind): width for n, b in balancers for kind, width in b.widths(axis).items()}
-            # where nobody placed the layers, others use the group too, in an order of their own
+            # layers that were not placed share the default group with other users, whose order of collectives differs
             own = private_axis(axis) if balancer.placed is None else axis
-            self._sums[axis] = Sums(own, widths, early=False)
+            self._sums[axis] = Sums(own, widths, start_when_full=False)
 
-    def told(self, layer: Layer) -> int:
-        """How many visits a layer has in the step, where that was told or they were counted ahead; else 0."""
-        told = (self.length or 0) * layer.runs or layer.balancer.config.micro_batches or 0
-        return told or sum(v.was_ahead for v in layer.visits.values())
+    def announced(self, layer: LayerStep) -> int:
+        """Return how many visits a layer will have in the step, as configured, told or counted ahead; 0 if unknown."""
+        announced = (self.length or 0) * layer.runs or layer.balancer.config.micro_batches or 0
+        return announced or sum(v.was_ahead for v in layer.visits.values())
 
-    def micro_batches(self, layer: Layer) -> int:
-        """How many visits a layer is taken to have: as told, or as many as in the step before, or as many as so far."""
-        return self.told(layer) or (1 if layer.last is None else layer.last.micro_batches)
+    def expected(self, layer: LayerStep) -> int:
+        """Return how many visits a layer probably has: as announced, or as in the previous step; 1 if unknown."""
+        return self.announced(layer) or (1 if layer.previous_step is None else layer.previous_step.micro_batches)
 
-    def early(self, layer: Layer) -> bool:
-        """A backward has come before all forwards of the step were counted."""
+    def backward_came_early(self, layer: LayerStep) -> bool:
+        """Return whether a backward runs before all forwards of the step have been counted."""
         known = len(layer.known)
-        return self._incomplete(layer) or known > (layer.first_known or known)
+        return self._more_to_come(layer) or known > (layer.first_known or known)
 
-    def _incomplete(self, layer: Layer) -> bool:
-        """Passes are still to come. (A layer need not run in each of them.)"""
-        return self.length is not None and len(self._passed | ({self._now} - {None})) < self.length
+    def _more_to_come(self, layer: LayerStep) -> bool:
+        # counts forward passes, not visits, because a layer need not run in each of them
+        return self.length is not None and len(self._summed | ({self._current} - {None})) < self.length
 
-    def read(self, layer: Layer, visit: Visit, trains: bool = True) -> None:
-        """Note that a backward reads a visit's losses now; ``trains``: and adds to the gradients of the weights."""
-        if trains and not visit.read_now:
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._read, visit))
-        visit.backward_id = torch._C._current_graph_task_id()
+    def read(self, layer: LayerStep, visit: Visit, trains: bool = True) -> None:
+        """Record that the current backward reads a visit's losses; ``trains``: it adds to gradients of weights."""
+        if trains and not visit.being_read:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finished, visit))
+        visit.read_in = torch._C._current_graph_task_id()
         layer.last_read = visit
         layer.first_known = layer.first_known or len(layer.known)
 
-    def _read(self, visit: Visit) -> None:
-        """A backward that has read a visit's losses has come to its end; one that raises never does."""
+    def _finished(self, visit: Visit) -> None:
+        """Called when a backward that read the visit's losses ends without an exception."""
         visit.done = True

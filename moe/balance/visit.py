@@ -10,59 +10,59 @@ from torch import Tensor
 
 from ..types import Decision
 from .losses import Loss, Term
-from .sums import Entry
+from .sums import SummedRow
 
 
 class Visit:
-    """One training forward of one layer. What happens again, such as recomputation, finds the same visit.
+    """One layer's training forward of one micro-batch. Recomputation finds the same visit again.
 
-    A layer that runs several times in a forward pass has a visit each time, and each counts as a micro-batch.
+    A layer that runs several times per forward pass has a visit each time, and each counts as a micro-batch.
     """
 
     def __init__(self, number: int, ahead: bool = False) -> None:
-        #: unique within the layer and identical on all ranks
+        #: the micro-batch: unique within the layer and identical on all ranks
         self.number = number
-        #: it was counted before its training forward, and still waits for that
+        #: whether a counting pass counted it, and whether its training forward is still to come
         self.was_ahead = self.ahead = ahead
         self.counted = False
         self.decision: Decision
-        #: int64 [B, E] and [B], of this rank alone
+        #: int64 [B, E] and [B], on this rank
         self.counts_BE: Tensor
         self.tokens_B: Tensor
-        #: fp32 [B, E] and scalar, outside the graph
+        #: fp32 [B, E] and scalar, on this rank, detached
         self.prob_sums_BE: Tensor
         self.z_sum: Tensor
-        #: int64 [1 or B, E + 1], counts and tokens on the ranks that hold parts of the same sequences; by sequence
-        #: where a loss is of sequences
-        self.own: Entry
-        #: int64 [1, E + 1 + X], counts, tokens and extras on all ranks; where nothing asks for those, ``own``
-        self.batch: Entry
-        #: tokens on this rank; None where a mask hides how many are valid
+        #: int64 [B, E + 1], or [1, E + 1] if no loss needs sequences: counts and tokens on the ranks that hold parts of
+        #: the same sequences
+        self.own: SummedRow
+        #: int64 [1, E + 1 + X]: counts, tokens and extras on all ranks; the same as ``own`` if nothing needs them
+        self.batch: SummedRow
+        #: tokens on this rank; None if a mask hides how many are valid
         self.size: int | None = None
-        #: a weak reference that dies with the graph of this forward
+        #: a weak reference that dies with the forward's graph
         self.graph: Any = lambda: None
-        #: the backward in which its forward ran (-1: none), and the one that last read its losses (None: not yet)
-        self.opened_in: int = torch._C._current_graph_task_id()
-        self.backward_id: int | None = None
-        #: a backward that read its losses has come to its end
+        #: id of the backward that contained the forward (-1: none), and of the last backward that read the losses
+        self.forward_in: int = torch._C._current_graph_task_id()
+        self.read_in: int | None = None
+        #: whether a backward that read the losses has finished
         self.done = False
-        #: its losses have reached the gradients of the weights
-        self.paid = False
-        #: the main loss, and every loss, as that backward read them
+        #: whether the losses' gradients have reached the weights
+        self.delivered = False
+        #: the main loss, and all losses, as the backward read them
         self.loss: Loss | None = None
         self.terms: list[Term] = []
-        #: int64 [E + 1], counts and tokens of its whole step, once that has ended
+        #: int64 [E + 1], counts and tokens of the step that contained the visit, once it has ended
         self.step_total: Tensor | None = None
 
     @property
-    def read_now(self) -> bool:
-        """The backward under way has read its losses."""
-        return self.backward_id is not None and self.backward_id == torch._C._current_graph_task_id()
+    def being_read(self) -> bool:
+        """Whether the current backward has read the losses."""
+        return self.read_in is not None and self.read_in == torch._C._current_graph_task_id()
 
     @property
     def lives(self) -> bool:
-        """It waits for its training forward, or its backward has run, runs, or can still run."""
-        return self.ahead or self.done or self.read_now or self.graph() is not None
+        """Whether its training forward is still to come, or its backward has run or can still run."""
+        return self.ahead or self.done or self.being_read or self.graph() is not None
 
     @cached_property
     def total(self) -> Tensor:
@@ -71,7 +71,7 @@ class Visit:
 
     @property
     def extras(self) -> Tensor:
-        """int64 [X]: sums over ranks that were taken together with the counts."""
+        """int64 [X]: per-scope sums that were reduced together with the counts."""
         return self._batch_X[self.counts_BE.shape[1] + 1 :]
 
     @cached_property
@@ -79,10 +79,10 @@ class Visit:
         return self.batch.get().sum(0)
 
 
-def reaches(weight: Tensor | None) -> bool | None:
-    """Whether the backward under way adds to ``weight.grad``; None where it is a ``torch.autograd.grad`` of the weight.
+def accumulates(weight: Tensor | None) -> bool | None:
+    """Return whether the current backward adds to ``weight.grad``; True for None or a frozen weight.
 
-    True where there is no weight to ask for.
+    Returns None in a ``torch.autograd.grad`` with respect to the weight.
     """
     if weight is None or not weight.requires_grad:
         return True

@@ -5,10 +5,13 @@ All ranks of an axis must call the same collectives in the same order, even with
 """
 
 from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, split_axis, world_axis
-from .counts import (
-    Belief,
+from .codec import PLAIN, Codec, Plain, Wire
+from .initial import fill, fill_normal, reset
+from .kept import Kept, keeping, once
+from .no_gradient import (
+    AssumedSizes,
     Pending,
-    believe_splits,
+    assume_splits,
     equal_sizes,
     exchange_counts,
     exchange_sizes,
@@ -16,26 +19,24 @@ from .counts import (
     splits,
     sum_over,
 )
-from .initial import fill, fill_normal, reset
-from .kept import Kept, keeping, once
-from .rows import Transit, exchange_rows, gather_rows, reduce_scatter_rows, start_exchange, start_gather
-from .tokens import gather_tokens, shares, split_tokens
-from .wire import PLAIN, Codec, Plain, Traffic, Wire, record_traffic
+from .rows import PendingRows, all_gather_rows, exchange_rows, reduce_scatter_rows, start_all_gather, start_exchange
+from .tokens import gather_tokens, part_sizes, split_tokens
+from .traffic import Traffic, record_traffic
 
 __all__ = [
     "LOCAL",
     "PLAIN",
     "Axis",
-    "Belief",
+    "AssumedSizes",
     "Codec",
     "Kept",
     "Pending",
     "Plain",
     "Traffic",
-    "Transit",
+    "PendingRows",
     "Wire",
     "axis_of",
-    "believe_splits",
+    "assume_splits",
     "device_of",
     "equal_sizes",
     "exchange_counts",
@@ -43,7 +44,7 @@ __all__ = [
     "exchange_sizes",
     "fill",
     "fill_normal",
-    "gather_rows",
+    "all_gather_rows",
     "gather_tokens",
     "global_ranks",
     "held_by_all",
@@ -53,12 +54,12 @@ __all__ = [
     "record_traffic",
     "reduce_scatter_rows",
     "reset",
-    "shares",
+    "part_sizes",
     "split_axis",
     "split_tokens",
     "splits",
     "start_exchange",
-    "start_gather",
+    "start_all_gather",
     "sum_over",
     "world_axis",
 ]

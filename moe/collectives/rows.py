@@ -1,4 +1,4 @@
-"""Differentiable exchanges of rows between the ranks of an axis; gradients return the same way."""
+"""Differentiable exchanges of rows between the ranks of an axis; gradients travel the other way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .axes import Axis
+from .codec import PLAIN, Codec, Wire
 from .kept import once
-from .wire import PLAIN, Codec, Wire, note
+from .traffic import note
 
 
-class _Way(NamedTuple):
+class _Direction(NamedTuple):
     """One direction of an exchange: the number of rows sent to and received from each rank, in rank order."""
 
     verb: str
@@ -31,16 +32,16 @@ class _Way(NamedTuple):
         return self.received[0] if self.summed else sum(self.received)
 
 
-class Flight:
+class RowCollective:
     """A collective that has started, and how to decode the rows that it receives."""
 
-    def __init__(self, rows: Tensor, way: _Way, codec: Codec) -> None:
-        self.way, self.codec, self.dtype = way, codec, rows.dtype
-        axis, sent, received = way.axis, way.sent, way.received
+    def __init__(self, rows: Tensor, direction: _Direction, codec: Codec) -> None:
+        self.direction, self.codec, self.dtype = direction, codec, rows.dtype
+        axis, sent, received = direction.axis, direction.sent, direction.received
         payload = codec.encode(rows).contiguous()
         self.out = payload.new_empty((sum(received), *payload.shape[1:]))
         others = len(payload) * (axis.size - 1) if sent is None else len(payload) - sent[axis.rank]
-        note(way.verb, axis, others * (payload[0].nbytes if len(payload) else 0))
+        note(direction.verb, axis, others * (payload[0].nbytes if len(payload) else 0))
         if sent is None and len(set(received)) == 1:
             self.work = dist.all_gather_into_tensor(self.out, payload, group=axis.group, async_op=True)
         else:
@@ -49,82 +50,82 @@ class Flight:
             self.work = dist.all_to_all_single(self.out, payload, received, sent, group=axis.group, async_op=True)
         self.payload: Tensor | None = payload  # kept alive until the send completes
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Wait for the collective; return the rows received, or their sum."""
         if self.payload is not None:
             self.work.wait()
             self.work = self.payload = None
         rows = self.codec.decode(self.out.detach(), self.dtype)
-        if not self.way.summed:
+        if not self.direction.summed:
             return rows
-        first, *others = rows.split(self.way.received)
+        first, *others = rows.split(self.direction.received)
         total = first.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
         for part in others:
             total += part
         return total.to(rows.dtype)
 
 
-class _Leg:
+class _Exchange:
     """Connects the start of an exchange with its end: ``forward`` for rows, ``backward`` for their gradients."""
 
-    def __init__(self, forward: _Way, backward: _Way, wire: Wire) -> None:
+    def __init__(self, forward: _Direction, backward: _Direction, wire: Wire) -> None:
         self.forward, self.backward, self.wire = forward, backward, wire
-        self.flight: Flight | None = None
+        self.running: RowCollective | None = None
 
-    def land(self) -> Tensor:
-        flight, self.flight = self.flight, None
-        assert flight is not None
-        return flight.land()
+    def wait(self) -> Tensor:
+        running, self.running = self.running, None
+        assert running is not None
+        return running.wait()
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     """Starts the exchange, and puts a token into the graph: a tensor of the result's shape, but without its memory."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, leg: _Leg) -> Tensor:
-        ctx.leg = leg
-        leg.flight = once(lambda: Flight(rows, leg.forward, leg.wire.forward))
-        return rows.new_zeros(()).expand(leg.forward.rows, *rows.shape[1:])
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.running = once(lambda: RowCollective(rows, exchange.forward, exchange.wire.forward))
+        return rows.new_zeros(()).expand(exchange.forward.rows, *rows.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.leg.land(), None
+        return ctx.exchange.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, leg: _Leg) -> Tensor:
-        ctx.leg = leg
-        return leg.land()
+    def forward(ctx: Any, token: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        leg = ctx.leg
-        leg.flight = Flight(grad, leg.backward, leg.wire.backward)
+        exchange = ctx.exchange
+        exchange.running = RowCollective(grad, exchange.backward, exchange.wire.backward)
         return grad.new_zeros(()).expand(grad.shape), None
 
 
-class Transit:
+class PendingRows:
     """An exchange of rows that has started; :meth:`wait` returns the rows received.
 
     Computation between start and wait overlaps with the exchange, in the forward and in the backward.
     """
 
-    def __init__(self, rows: Tensor, leg: _Leg) -> None:
-        self._leg = leg if leg.forward.axis.size > 1 else None
-        self._token = rows if self._leg is None else _Depart.apply(rows, leg)
+    def __init__(self, rows: Tensor, exchange: _Exchange) -> None:
+        self._exchange = exchange if exchange.forward.axis.size > 1 else None
+        self._token = rows if self._exchange is None else _Start.apply(rows, exchange)
 
     def wait(self) -> Tensor:
         """Wait for the rows received, and return them in the order of the ranks that sent them."""
-        return self._token if self._leg is None else _Arrive.apply(self._token, self._leg)
+        return self._token if self._exchange is None else _Finish.apply(self._token, self._exchange)
 
 
-def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> Transit:
+def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> PendingRows:
     """Start an all-to-all of rows: ``sent[p]`` rows to rank p, ``received[p]`` from it, both in rank order.
 
-    Differentiable; gradients return the same way. ``received`` must come from the senders' counts
+    Differentiable; gradients travel the other way. ``received`` must come from the senders' counts
     (:func:`exchange_counts`): wrong sizes are not detected, and yield undefined values.
     """
     if len(sent) != axis.size or len(received) != axis.size or sum(sent) != rows.shape[0]:
@@ -133,7 +134,9 @@ def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axi
             f"{axis.name!r}; give one size per rank, and sizes sent that add up to the rows"
         )
     name = "exchange_rows"
-    return Transit(rows, _Leg(_Way(name, axis, sent, received), _Way(name, axis, received, sent), wire))
+    return PendingRows(
+        rows, _Exchange(_Direction(name, axis, sent, received), _Direction(name, axis, received, sent), wire)
+    )
 
 
 def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
@@ -141,27 +144,27 @@ def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis
     return start_exchange(rows, sent, received, axis, wire).wait()
 
 
-def start_gather(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Transit:
+def start_all_gather(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> PendingRows:
     """Start to gather the rows of all ranks, in rank order; rank p has ``sizes[p]`` rows.
 
     The backward is a :func:`reduce_scatter_rows`.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes[axis.rank : axis.rank + 1])
-    return Transit(rows, _Leg(gathering(sizes, axis), _reduce_scatter(sizes, axis), wire))
+    return PendingRows(rows, _Exchange(all_gathering(sizes, axis), _reduce_scatter(sizes, axis), wire))
 
 
-def gather_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
-    """Run :func:`start_gather`, and wait."""
-    return start_gather(rows, sizes, axis, wire).wait()
+def all_gather_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
+    """Run :func:`start_all_gather`, and wait."""
+    return start_all_gather(rows, sizes, axis, wire).wait()
 
 
 def reduce_scatter_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
-    """Sum ``rows`` over the ranks and return this rank's ``sizes[rank]`` rows. The backward is a :func:`gather_rows`.
+    """Sum ``rows`` over the ranks and return this rank's ``sizes[rank]`` rows.
 
-    Terms are added in rank order; 16-bit rows in fp32.
+    The backward is an :func:`all_gather_rows`. Terms are added in rank order; 16-bit rows in fp32.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes)
-    return Transit(rows, _Leg(_reduce_scatter(sizes, axis), gathering(sizes, axis), wire)).wait()
+    return PendingRows(rows, _Exchange(_reduce_scatter(sizes, axis), all_gathering(sizes, axis), wire)).wait()
 
 
 def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> None:
@@ -172,9 +175,9 @@ def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> 
         )
 
 
-def gathering(sizes: list[int], axis: Axis) -> _Way:
-    return _Way("gather_rows", axis, None, sizes)
+def all_gathering(sizes: list[int], axis: Axis) -> _Direction:
+    return _Direction("all_gather_rows", axis, None, sizes)
 
 
-def _reduce_scatter(sizes: list[int], axis: Axis) -> _Way:
-    return _Way("reduce_scatter_rows", axis, sizes, [sizes[axis.rank]] * axis.size, summed=True)
+def _reduce_scatter(sizes: list[int], axis: Axis) -> _Direction:
+    return _Direction("reduce_scatter_rows", axis, sizes, [sizes[axis.rank]] * axis.size, summed=True)

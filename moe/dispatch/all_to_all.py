@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from ...kernels.permute import combine, permute
-from ..collectives import Transit, start_exchange
+from ..collectives import PendingRows, start_exchange
 from ..types import Experts, Routing
 from .base import Dispatcher, as_computed
-from .manifest import Manifest, dropless, padded
+from .exchange_plan import ExchangePlan, dropless, padded
 
 
-class Flight(NamedTuple):
+class AllToAllFlight(NamedTuple):
     """A dispatch that has started."""
 
     tokens: int
-    load: Manifest
+    plan: ExchangePlan
     #: (rows, weights) of each chunk
-    chunks: list[tuple[Transit, Transit]]
+    chunks: list[tuple[PendingRows, PendingRows]]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -35,37 +35,39 @@ class AllToAllDispatcher(Dispatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pack: Callable[..., Manifest] = dropless
+        self.make_plan: Callable[..., ExchangePlan] = dropless
         if self.capacity is not None and self.capacity.pad:
-            self.pack = partial(padded, capacity=self.capacity, num_experts=self.owners.num_experts)
+            self.make_plan = partial(padded, capacity=self.capacity, num_experts=self.owners.num_experts)
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
-        load = self.pack(self.owners.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend)
+    def send(self, x_TD: Tensor, routing: Routing) -> AllToAllFlight:
+        plan = self.make_plan(
+            self.owners.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend
+        )
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
-        if load.order.inverse_SK.shape[0] > x_SD.shape[0]:
+        if plan.order.inverse_SK.shape[0] > x_SD.shape[0]:
             x_SD, weights_SK = (torch.cat((t, t.new_zeros(1, t.shape[1]))) for t in (x_SD, weights_SK))
-        return Flight(x_TD.shape[0], load, self._start(x_SD, weights_SK, load))
+        return AllToAllFlight(x_TD.shape[0], plan, self._start(x_SD, weights_SK, plan))
 
-    def finish(self, flight: Flight, experts: Experts) -> Tensor:
-        load, going_home = flight.load, []
-        for c, (rows, weights) in zip(load.chunks, flight.chunks, strict=True):
-            y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, load.sizes_of)
+    def finish(self, flight: AllToAllFlight, experts: Experts) -> Tensor:
+        plan, going_home = flight.plan, []
+        for c, (rows, weights) in zip(plan.chunks, flight.chunks, strict=True):
+            y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, plan.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.combine_wire))
-        home = [transit.wait() for transit in going_home]
+        home = [pending.wait() for pending in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
-        return combine(y_XD, load.order, backend=self.backend)[: flight.tokens]
+        return combine(y_XD, plan.order, backend=self.backend)[: flight.tokens]
 
-    def _start(self, x_SD: Tensor, weights_SK: Tensor, load: Manifest) -> list[tuple[Transit, Transit]]:
+    def _start(self, x_SD: Tensor, weights_SK: Tensor, plan: ExchangePlan) -> list[tuple[PendingRows, PendingRows]]:
         """Start the exchanges of all chunks at once. Later chunks arrive while the first are computed and returned."""
-        rows_XD = permute(x_SD, load.order, load.rows, backend=self.backend)
-        weights_X1 = weights_SK.reshape(-1, 1)[load.order.order_R[: load.rows]]
-        sizes = [sum(chunk.sent) for chunk in load.chunks]
+        rows_XD = permute(x_SD, plan.order, plan.rows, backend=self.backend)
+        weights_X1 = weights_SK.reshape(-1, 1)[plan.order.order_R[: plan.rows]]
+        sizes = [sum(chunk.sent) for chunk in plan.chunks]
         return [
             (
                 start_exchange(rows, c.sent, c.received, self.axis, self.dispatch_wire),
                 start_exchange(weights, c.sent, c.received, self.axis),  # never rounded to the rows' wire format
             )
-            for c, rows, weights in zip(load.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
+            for c, rows, weights in zip(plan.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
         ]
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ...kernels.sort_by_expert import sort_by_expert
-from ..collectives import LOCAL, Axis, equal_sizes, exchange_sizes, gather_rows, reduce_scatter_rows
+from ..collectives import LOCAL, Axis, all_gather_rows, equal_sizes, exchange_sizes, reduce_scatter_rows
 from ..config import CapacityConfig, DispatchConfig
 from ..placement import Owners
 from ..types import DispatchPlan, Experts, Routing
-from .wire import WIRES
+from .codecs import WIRES
 
 #: (rows, axis) -> number of rows on each rank of the axis
 SizesOf = Callable[[Tensor, Axis], list[int]]
@@ -73,7 +73,7 @@ class Dispatcher(ABC):
         sizes = sizes_of(rows_SD, self.etp)
         if self.etp.size > 1:
             sources = (rows_SD, weights_SK, ids_SK.int())
-            rows_SD, weights_SK, ids_SK = (gather_rows(t, sizes, self.etp) for t in sources)
+            rows_SD, weights_SK, ids_SK = (all_gather_rows(t, sizes, self.etp) for t in sources)
         ids_SK = ids_SK.long()
         if self.experts_here < self.slots:  # rows for empty slots are padding
             ids_SK = torch.where(ids_SK < self.experts_here, ids_SK, -1)

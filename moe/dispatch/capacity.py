@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..collectives import LOCAL, Axis, exchange_sizes, gather_rows
+from ..collectives import LOCAL, Axis, all_gather_rows, exchange_sizes
 from ..config import CapacityConfig, MoEConfig
 from ..placement import Owners, Placement
 from ..types import Routing
@@ -67,13 +67,13 @@ class Capacity:
     @torch.no_grad()
     def __call__(self, routing: Routing) -> Routing:
         ids_TK, sequences = routing.ids_TK, routing.counts_BE.shape[0]
-        tokens = gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
+        tokens = all_gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
         # fp64, in the order of operations of `rows_per_expert`, so that a padded exchange has room for all kept rows
         limit = torch.ceil(tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins)
         bin_TK = self.bin_of(ids_TK)
         sizes = exchange_sizes(ids_TK, self.axis)
-        bin_R = gather_rows(bin_TK, sizes, self.axis).flatten()
-        weight_R = gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
+        bin_R = all_gather_rows(bin_TK, sizes, self.axis).flatten()
+        weight_R = all_gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
         position_R = self._by_position(sizes, sequences, ids_TK)
         asking_R = position_R[self.order(weight_R[position_R])]
         kept_R = _first(bin_R, asking_R, limit)
@@ -92,7 +92,7 @@ class Capacity:
             if self.positions_S.device != device:  # move once, after the layer moved to another device
                 self.positions_S = self.positions_S.to(device)
             place_T = self.positions_S[token_T % each]
-        key_R = gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
+        key_R = all_gather_rows((token_T // each << 32) + place_T, sizes, self.axis).repeat_interleave(top_k)
         return torch.sort(key_R, stable=True).indices
 
 

@@ -37,38 +37,38 @@ class DeepEPDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.buffer_class = buffer_class
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Flight:
+    def send(self, x_TD: Tensor, routing: Routing) -> DeepEPFlight:
         x_TD = as_computed(x_TD)
         if x_TD.dtype != torch.bfloat16:
             raise ValueError(
                 f"dispatch.name='deepep': rows are {x_TD.dtype}, but deep_ep sends only bf16; use autocast to bf16"
             )
-        trip = _Trip(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
+        exchange = _DeepEPExchange(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
         slots_TK = self.owners.to_slots(routing.ids_TK)
-        return Flight(trip, *_ToExperts.apply(x_TD, routing.weights_TK.float(), slots_TK, trip))
+        return DeepEPFlight(exchange, *_Dispatch.apply(x_TD, routing.weights_TK.float(), slots_TK, exchange))
 
-    def finish(self, flight: Flight, experts: Experts) -> Tensor:
-        flight.trip.arrived.current_stream_wait()
+    def finish(self, flight: DeepEPFlight, experts: Experts) -> Tensor:
+        flight.exchange.event.current_stream_wait()
         y_SD = self.compute(flight.rows_SD, flight.weights_SK, flight.slots_SK, experts, exchange_sizes)
-        return _Home.apply(y_SD, flight.trip)
+        return _Combine.apply(y_SD, flight.exchange)
 
 
-class Flight(NamedTuple):
-    """A dispatch that has started. Its tensors are valid once the trip's event has completed."""
+class DeepEPFlight(NamedTuple):
+    """A dispatch that has started. Its tensors are valid once the exchange's event has completed."""
 
-    trip: _Trip
+    exchange: _DeepEPExchange
     rows_SD: Tensor
     weights_SK: Tensor
     slots_SK: Tensor
 
 
-class _Trip:
+class _DeepEPExchange:
     """The exchange of one forward. ``handle`` routes results and gradients back."""
 
     def __init__(self, buffer: Any, slots: int) -> None:
         self.buffer, self.slots = buffer, slots
         self.handle: Any = None
-        self.arrived: Any = None
+        self.event: Any = None
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple:
         """Return (rows, weights, ids from 0 for this rank's first slot, handle, event)."""
@@ -88,11 +88,13 @@ class _Trip:
         return rows, weights, ids, handle, event
 
 
-class _ToExperts(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, trip: _Trip) -> tuple[Tensor, ...]:
-        ctx.trip = trip
-        rows, weights, ids, trip.handle, trip.arrived = once(lambda: trip.dispatch(x_TD, weights_TK, ids_TK))
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, exchange: _DeepEPExchange
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        rows, weights, ids, exchange.handle, exchange.event = once(lambda: exchange.dispatch(x_TD, weights_TK, ids_TK))
         ids = ids.detach()
         ctx.mark_non_differentiable(ids)
         return rows.detach(), weights.detach(), ids
@@ -100,23 +102,23 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SD: Tensor, grad_SK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        trip = ctx.trip
-        grad_x, grad_weights, _ = trip.buffer.combine(
-            grad_SD.contiguous(), trip.handle, topk_weights=grad_SK.float().contiguous()
+        exchange = ctx.exchange
+        grad_x, grad_weights, _ = exchange.buffer.combine(
+            grad_SD.contiguous(), exchange.handle, topk_weights=grad_SK.float().contiguous()
         )
         return grad_x, grad_weights, None, None
 
 
-class _Home(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_SD: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip = trip
-        return once(lambda: trip.buffer.combine(y_SD.contiguous(), trip.handle)[0]).detach()
+    def forward(ctx: Any, y_SD: Tensor, exchange: _DeepEPExchange) -> Tensor:
+        ctx.exchange = exchange
+        return once(lambda: exchange.buffer.combine(y_SD.contiguous(), exchange.handle)[0]).detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.trip.buffer.dispatch(grad_TD.contiguous(), handle=ctx.trip.handle)[0], None
+        return ctx.exchange.buffer.dispatch(grad_TD.contiguous(), handle=ctx.exchange.handle)[0], None
 
 
 _buffers: dict[Any, Any] = {}

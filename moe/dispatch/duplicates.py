@@ -9,12 +9,12 @@ from ..collectives import LOCAL, Axis, gather_tokens, split_tokens
 
 
 class DropDuplicates:
-    """Keeps each rank's share of every sequence at a layer's entry, and gathers the whole output at its exit.
+    """Keeps each rank's part of every sequence at a layer's entry, and gathers the whole output at its exit.
 
     Tensor parallelism without sequence parallelism needs this: activations are the same on all ranks of ``axis``, so
     each token would be dispatched and trained once per rank (DeepSpeed-TED, arXiv 2303.06318). Every rank gets the
-    whole gradient of ``x``. Gradients of the router and the shared experts cover only this rank's share, and must be
-    summed over the axis. Shares differ by at most one position and may be empty.
+    whole gradient of ``x``. Gradients of the router and the shared experts cover only this rank's part, and must be
+    summed over the axis. Parts differ by at most one position and may be empty.
     """
 
     def __init__(self, axis: Axis = LOCAL) -> None:
@@ -28,11 +28,11 @@ class DropDuplicates:
             raise ValueError(
                 f"x.shape={tuple(x.shape)}: must be [..., S, D] to be split over tp; add a dimension of positions"
             )
-        share = split_tokens(x.movedim(-2, 0), self.axis).movedim(0, -2)
-        return share, None if mask is None else split_tokens(mask.movedim(-1, 0), self.axis).movedim(0, -1)
+        part = split_tokens(x.movedim(-2, 0), self.axis).movedim(0, -2)
+        return part, None if mask is None else split_tokens(mask.movedim(-1, 0), self.axis).movedim(0, -1)
 
     def join(self, y: Tensor, whole: torch.Size) -> Tensor:
-        """Gather the ranks' shares [..., s, D] into the ``whole`` shape [..., S, D]."""
+        """Gather the ranks' parts [..., s, D] into the ``whole`` shape [..., S, D]."""
         if self.axis.size == 1:
             return y
         return gather_tokens(y.movedim(-2, 0), whole[-2], self.axis).movedim(0, -2)

@@ -18,7 +18,7 @@ from ...kernels.permute import combine, permute
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from ..collectives import (
     Axis,
-    Transit,
+    PendingRows,
     exchange_counts,
     exchange_rows,
     exchange_sizes,
@@ -38,9 +38,9 @@ class Hop(NamedTuple):
     """An exchange of rows, weights and ids over an axis that has started."""
 
     axis: Axis
-    #: rows, weights and ids if the axis has one rank; else they are in ``transits``
-    here: tuple[Tensor, ...]
-    transits: tuple[Transit, ...] = ()
+    #: rows, weights and ids if the axis has one rank; else they are in ``pending``
+    local: tuple[Tensor, ...]
+    pending: tuple[PendingRows, ...] = ()
     #: None if the axis has one rank
     order: ExpertOrder | None = None
     sent: list[int] = []
@@ -64,16 +64,16 @@ class HierarchicalDispatcher(Dispatcher):
 
     def send(self, x_TD: Tensor, routing: Routing) -> Hop:
         slots_TK = self.owners.to_slots(routing.ids_TK)
-        return self.depart(self.between, as_computed(x_TD), routing.weights_TK, slots_TK)
+        return self.start_hop(self.between, as_computed(x_TD), routing.weights_TK, slots_TK)
 
     def finish(self, flight: Hop, experts: Experts) -> Tensor:
         def within(x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Tensor:
-            return self.arrive(self.depart(self.within, x_SD, weights_SK, ids_SK), compute)
+            return self.finish_hop(self.start_hop(self.within, x_SD, weights_SK, ids_SK), compute)
 
         compute = partial(self.compute, experts=experts, sizes_of=exchange_sizes)
-        return self.arrive(flight, within)
+        return self.finish_hop(flight, within)
 
-    def depart(self, axis: Axis, x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Hop:
+    def start_hop(self, axis: Axis, x_SD: Tensor, weights_SK: Tensor, ids_SK: Tensor) -> Hop:
         """Start to send rows over the axis. Its ranks hold equal runs of the slots ``ids_SK``.
 
         Each rank that owns any of a row's experts gets the row once, together with the row's choices on that rank.
@@ -91,18 +91,18 @@ class HierarchicalDispatcher(Dispatcher):
         choice_X = order.order_R[:rows_X]
         source_X, rank_X = choice_X // to_SK.shape[1], to_SK.flatten()[choice_X]
         ids_XK = ids_SK[source_X] - rank_X[:, None] * each
-        there_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
+        local_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
 
         rows = start_exchange(rows_XD, sent, received, axis, self.dispatch_wire)
         weights = start_exchange(weights_XK, sent, received, axis)
-        ids = start_exchange(there_XK.int(), sent, received, axis)
+        ids = start_exchange(local_XK.int(), sent, received, axis)
         return Hop(axis, (), (rows, weights, ids), order, sent, received)
 
-    def arrive(self, hop: Hop, inner: Inner) -> Tensor:
+    def finish_hop(self, hop: Hop, inner: Inner) -> Tensor:
         """Wait for the rows, run ``inner`` on them, return the results, and sum them per source row."""
         if hop.order is None:
-            return inner(*hop.here)
-        rows, weights, ids = hop.transits
+            return inner(*hop.local)
+        rows, weights, ids = hop.pending
         y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())
         home_XD = exchange_rows(y_SD, hop.received, hop.sent, hop.axis, self.combine_wire)
         return combine(home_XD, hop.order, backend=self.backend)

@@ -1,6 +1,7 @@
 """Engines: own data parallelism and the optimizer step."""
 
-from .base import Batch, Engine, Loss, OptimizerFactory, StepResult
+from ..parallel import LossFunction
+from .base import Batch, Engine, OptimizerFactory, StepResult
 from .build import build_engine
 
-__all__ = ["Batch", "Engine", "Loss", "OptimizerFactory", "StepResult", "build_engine"]
+__all__ = ["Batch", "Engine", "LossFunction", "OptimizerFactory", "StepResult", "build_engine"]

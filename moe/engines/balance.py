@@ -23,7 +23,7 @@ class StepBalance:
     @property
     def counts_ahead(self) -> bool:
         """Whether this step must first run every micro-batch without gradients, so that its first backward knows all
-        counts. A step of one micro-batch need not: its forward counts everything."""
+        counts. With one micro-batch that is unnecessary: its own forward counts everything."""
         return self._exact and self._micro_batches > 1
 
     def begin(self, micro_batches: int, tokens: Tensor) -> None:

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 
 #: (trainable parameters by their names in the whole model) -> their optimizer
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
-#: (outputs of the model, labels) -> loss of each position [B, S]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,9 @@ class Batch:
 class StepResult:
     """The outcome of an optimizer step."""
 
-    #: losses [B, S] of this rank's share of each micro-batch; empty on pipeline ranks without the last stage
-    nats: list[Tensor]
+    #: loss of each position [B, S] in this rank's part of each micro-batch; empty on pipeline ranks without the last
+    #: stage
+    losses: list[Tensor]
     #: fp32 scalar, 2-norm of the whole model's gradient before clipping
     norm: Tensor
     #: False if the norm was not finite; the weights are then unchanged
@@ -54,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
-        """Return the losses [B, S] of this rank's share of each batch, zero where not valid.
+        """Return the loss of each position [B, S] in this rank's part of each batch; zero where not valid.
 
         Runs forwards only and changes no state.
         """
@@ -68,8 +67,11 @@ class Engine(Protocol):
         ...
 
     def expect(self, names: Collection[str]) -> None:
-        """Let :meth:`state` also hold the moments of weights that are frozen now, where ``names``, those of a
-        checkpoint's tensors, have them: they count again once such a weight is trained on."""
+        """Prepare to resume from a checkpoint whose tensors have these ``names``.
+
+        :meth:`state` then also has the checkpoint's moments of weights that are frozen now. They are needed if such a
+        weight is trained again.
+        """
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:

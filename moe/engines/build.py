@@ -11,11 +11,11 @@ from ..balance import Step
 from ..collectives import Axis, private_axis, world_axis
 from ..layer import MoE
 from ..model import Decoder
-from ..parallel import Mesh, check_alike, has_values, parallelize, token_nats
+from ..parallel import LossFunction, Mesh, check_alike, model_has_values, parallelize, token_losses
 from ..parallel.pipeline import Pipeline, split, stage_ids
 from ..parallel.tied import check_stages, tied_weights
 from .balance import StepBalance
-from .base import Loss, OptimizerFactory
+from .base import OptimizerFactory
 from .reduce import Reducer, reduction_axes
 from .runners import Precision, Runner, Stages, WholeModel
 from .torch import TorchEngine
@@ -26,7 +26,7 @@ def build_engine(
     mesh: Mesh | None,
     optimizer: OptimizerFactory,
     *,
-    loss: Loss = token_nats,
+    loss: LossFunction = token_losses,
     max_norm: float = 0.0,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -62,9 +62,9 @@ def build_engine(
         assert isinstance(model, Decoder)
         reducer = Reducer(parameters, axes)
         pipeline = _pipeline(model, parts, mesh, micro_batches, shape, device, dtype, precision)  # type: ignore[arg-type]
-        runner, steps = Stages(pipeline, mesh, loss), pipeline.balance
+        runner, steps = Stages(pipeline, mesh, loss), pipeline.steps
     else:
-        if has_values(model):
+        if model_has_values(model):
             # buckets get their own groups: ranks may start exchanges and buckets of a backward in different orders
             own = {axis.name: private_axis(axis) for axis in _distinct(axes)}
             axes = {name: own[axis.name] for name, axis in axes.items()}

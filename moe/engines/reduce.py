@@ -1,6 +1,6 @@
 """Sums gradients over the ranks that hold replicas of a weight.
 
-Each rank's loss is its share of the step's loss, so gradients are summed over ranks, not averaged. FSDP2 reduces the
+The step's loss is the sum of the ranks' losses, so gradients are summed over ranks, not averaged. FSDP2 reduces the
 gradients of weights that it shards. The others are reduced here, in buckets, during the last backward of a step or
 after it. An expert's gradient already covers all tokens of its ep group, because dispatch brought them to the expert;
 it is summed only over replicas (edp).
@@ -21,8 +21,8 @@ from ..collectives import Axis
 from ..layer import MoE
 from ..model import HeadNorm
 from ..parallel import Mesh
-
-_EXPERT = {"edp_replicate", "edp_shard", "ep", "etp"}
+from ..parallel.grad_norm import local_part
+from ..parallel.mesh import EXPERT_GRID
 
 
 class Reducer:
@@ -48,7 +48,7 @@ class Reducer:
         open_buckets: dict[tuple, _Bucket] = {}
         # in reverse order, because a backward completes the gradients of the last weights first
         for p in [p for p in reversed(self._names) if p.requires_grad and self._names[p] in self._axes]:
-            axis, local = self._axes[self._names[p]], _local(p)
+            axis, local = self._axes[self._names[p]], local_part(p)
             key = axis.name, local.dtype, local.device
             bucket = open_buckets.get(key)
             if bucket is None or bucket.nbytes + local.nbytes > self._bucket_bytes:
@@ -132,7 +132,7 @@ class _Bucket:
         The gradients become views of the flat tensor, which frees their old memory. FSDP allocates all gradients of a
         block together, so moving them would free nothing: they keep their memory, and the sums are copied back.
         """
-        parts = [_local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
+        parts = [local_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
         flat = torch.cat([part.flatten() for part in parts])
         pieces = [
             piece.view(part.shape) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
@@ -164,17 +164,13 @@ def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
     """
     parameters = [p for bucket in buckets for p in bucket.parameters]
     missing = {p for bucket in buckets for p in bucket.missing}
-    device = _local(parameters[0]).device
+    device = local_part(parameters[0]).device
     here = torch.ones(len(parameters), dtype=torch.int32, device=device)
     if missing:
         here = torch.tensor([p not in missing for p in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(here, group=buckets[0].axis.group)
     found = here.tolist() if missing else [1] * len(parameters)
     return {p: bool(count) for p, count in zip(parameters, found, strict=True)}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(model: Tensor, piece: Tensor) -> Tensor:
@@ -199,13 +195,13 @@ def reduction_axes(parts: list[nn.Module], parameters: dict[str, nn.Parameter], 
     return {name: axis for name, axis in found.items() if axis.size > 1}
 
 
-def _axis(parameter: nn.Parameter, sees_its_own: bool, mesh: Mesh) -> str:
+def _axis(parameter: nn.Parameter, sees_own_tokens: bool, mesh: Mesh) -> str:
     degrees = mesh.degrees
     dims = set(parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else set()
     sharded = degrees.data_parallel == "fsdp"
-    if dims & _EXPERT:
+    if dims & {*EXPERT_GRID[1:]}:
         return "" if sharded else "edp"
-    partial = "tp" not in dims and (degrees.sequence_parallel or sees_its_own)
+    partial = "tp" not in dims and (degrees.sequence_parallel or sees_own_tokens)
     if sharded:
         return "tp" if partial else ""
     return "stage" if partial else "dense"

@@ -14,14 +14,14 @@ from ..checkpoint import expect_moments, restore_optimizer, training_state
 from ..collectives import LOCAL
 from ..parallel import (
     IGNORED,
+    LocalBatch,
     Mesh,
-    Share,
     check_trained_alike,
     clip_grad_norm_,
     digest,
     forget_step,
     free_gathered,
-    share_of,
+    take_local_batch,
 )
 from .balance import StepBalance
 from .base import Batch, OptimizerFactory, StepResult
@@ -63,11 +63,11 @@ class TorchEngine:
             raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
         self._adopt_trainable()
         try:
-            shares = self._shares(batches)
-            tokens, routed = self._tokens(batches, shares)
-            self.balance.begin(len(shares), routed)
+            local = self._local(batches)
+            tokens, routed = self._tokens(batches, local)
+            self.balance.begin(len(local), routed)
             self._reducer.begin()
-            nats = self._runner.train(shares, tokens.clamp_min(1), self.balance)
+            losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
             self._reducer.finish()
             stages = LOCAL if self._mesh is None else self._mesh["pp"]
             norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
@@ -82,14 +82,14 @@ class TorchEngine:
             for parameter in self.parameters.values():
                 parameter.grad = None
         self.balance.end(applied)
-        return StepResult(nats, norm, applied)
+        return StepResult(losses, norm, applied)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         try:
             with self._evaluating():
-                return self._runner.evaluate(self._shares(batches))
+                return self._runner.evaluate(self._local(batches))
         except BaseException:
             forget_step(self.parts)
             raise
@@ -141,21 +141,21 @@ class TorchEngine:
             for group in made.param_groups:
                 self.optimizer.add_param_group(group)
 
-    def _shares(self, batches: list[Batch]) -> list[Share]:
+    def _local(self, batches: list[Batch]) -> list[LocalBatch]:
         moved = [
             (b.inputs.to(self._device), b.labels.to(self._device), None if b.mask is None else b.mask.to(self._device))
             for b in batches
         ]
-        return [share_of(*batch, mesh=self._mesh) for batch in moved]
+        return [take_local_batch(*batch, mesh=self._mesh) for batch in moved]
 
-    def _tokens(self, batches: list[Batch], shares: list[Share]) -> tuple[Tensor, Tensor]:
+    def _tokens(self, batches: list[Batch], local: list[LocalBatch]) -> tuple[Tensor, Tensor]:
         """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
 
         Both are int64 scalars. The same all-reduce checks that all ranks train the same weights: gradients of
         different weights would be added up otherwise. Raises ValueError, on every rank, if they do not.
         """
         mesh = self._mesh
-        counted = torch.stack([_valid(share) for share in shares]).sum()
+        counted = torch.stack([_valid(batch) for batch in local]).sum()
         # all ranks of a tensor-parallel or context-parallel group have the same batches: count them once
         whole = mesh is None or mesh["tp"].rank == 0
         first = whole and (mesh is None or mesh["cp"].rank == 0)
@@ -192,10 +192,10 @@ class TorchEngine:
                 module.training = training
 
 
-def _valid(share: Share) -> Tensor:
-    """Return an int64 scalar: the number of positions of a share that the loss counts."""
-    labels = share.labels
+def _valid(batch: LocalBatch) -> Tensor:
+    """Return an int64 scalar: the number of positions of a batch that the loss counts."""
+    labels = batch.labels
     if not labels.is_floating_point():
         return (labels != IGNORED).sum()
-    valid = share.mask if share.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
+    valid = batch.mask if batch.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
     return valid.sum().long()

@@ -1,6 +1,6 @@
 """The routed and shared experts: MLPs on rows, without communication."""
 
-from .grouped import GroupedExperts
+from .routed import RoutedExperts
 from .shared import SharedExperts, SwiGLU
 
-__all__ = ["GroupedExperts", "SharedExperts", "SwiGLU"]
+__all__ = ["RoutedExperts", "SharedExperts", "SwiGLU"]

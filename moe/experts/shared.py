@@ -40,7 +40,7 @@ class SharedExperts(nn.Module):
     def __init__(self, hidden_size: int, width: int, gated: bool, init_std: float) -> None:
         super().__init__()
         self.mlp = SwiGLU(hidden_size, width, init_std)
-        self.gate = Gate(hidden_size, init_std) if gated else None
+        self.gate = SharedGate(hidden_size, init_std) if gated else None
 
     def reset_parameters(self) -> None:
         """Initialize the weights with new random values."""
@@ -52,7 +52,7 @@ class SharedExperts(nn.Module):
         return y_TD if self.gate is None else self.gate(x_TD) * y_TD
 
 
-class Gate(nn.Module):
+class SharedGate(nn.Module):
     """Computes sigmoid(w . x), a token's factor on the output of the shared experts (Qwen2-MoE)."""
 
     def __init__(self, hidden_size: int, init_std: float) -> None:

@@ -22,7 +22,7 @@ from ..layer import MoE
 from .attention import ATTENTION, Attention
 
 #: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
-Run = Callable[..., Any]
+Caller = Callable[..., Any]
 PARTS = ("block", "attention", "feed_forward")
 
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, attention: Attention, mlp: nn.Module, hidden_size: int, recompute: Run | None = None, again: str = ""
+        self, attention: Attention, mlp: nn.Module, hidden_size: int, recompute: Caller | None = None, again: str = ""
     ) -> None:
         super().__init__()
         self.run_block, self.run_attention, self.run_feed_forward = (

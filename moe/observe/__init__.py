@@ -3,7 +3,7 @@
 from .domains import divergences, domain_record, jensen_shannon, mean_divergence
 from .routers import chosen_probability, training_score, watch_routers
 from .steps import Columns, estimate_quality, layer_record, observe, step_record
-from .waiting import expert_share, possible_degrees, straggler
+from .waiting import expert_fraction, possible_degrees, straggler
 
 __all__ = [
     "Columns",
@@ -11,7 +11,7 @@ __all__ = [
     "divergences",
     "domain_record",
     "estimate_quality",
-    "expert_share",
+    "expert_fraction",
     "jensen_shannon",
     "layer_record",
     "mean_divergence",

@@ -30,15 +30,15 @@ def jensen_shannon(p_XE: Array, q_XE: Array) -> Array:
 
 def divergences(routing: Mapping[str, Any]) -> dict[tuple[str, str], Array]:
     """Return the divergence [L] of every pair of domains, given {domain: [L][E] frequency}."""
-    share_NLE = {domain: np.array(layers, float) for domain, layers in routing.items()}
-    return {(a, b): jensen_shannon(share_NLE[a], share_NLE[b]) for a, b in combinations(share_NLE, 2)}
+    frequency_NLE = {domain: np.array(layers, float) for domain, layers in routing.items()}
+    return {(a, b): jensen_shannon(frequency_NLE[a], frequency_NLE[b]) for a, b in combinations(frequency_NLE, 2)}
 
 
 def mean_divergence(pairs: Mapping[tuple[str, str], Array]) -> Array:
     """Return the mean [L] over the pairs whose divergence is finite; NaN if there are none."""
     values_XL = np.array(list(pairs.values()), float)
-    there_XL = np.isfinite(values_XL)
-    total_L, known_L = np.where(there_XL, values_XL, 0.0).sum(0), there_XL.sum(0)
+    finite_XL = np.isfinite(values_XL)
+    total_L, known_L = np.where(finite_XL, values_XL, 0.0).sum(0), finite_XL.sum(0)
     return np.where(known_L > 0, total_L / np.maximum(known_L, 1), np.nan)
 
 

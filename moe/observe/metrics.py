@@ -161,8 +161,8 @@ def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """
     routing = record.get("routing") if record["kind"] == "eval" else None
     for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):
-        share_NE = np.array(rows, float)
-        grey_NE = np.clip(share_NE * share_NE.shape[1] / 4, 0.0, 1.0)
+        frequency_NE = np.array(rows, float)
+        grey_NE = np.clip(frequency_NE * frequency_NE.shape[1] / 4, 0.0, 1.0)
         yield f"heldout_layer_{index}/routing", np.kron(grey_NE, np.ones((CELL, CELL)))
 
 
@@ -192,7 +192,7 @@ class MetricsWriter:
         self._warned = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_symlink():  # somebody else's run folder may lead anywhere
+            if self.path.is_symlink():  # in a folder from somebody else, it may point anywhere
                 raise ValueError(f"{self.path}: is a link, which is not followed; put the file itself there")
             if resume_step is None:
                 if self.path.exists():

@@ -49,9 +49,9 @@ def chosen_probability(router: Router, x_TD: Tensor, routing: Routing) -> Tensor
     """
     probabilities_TE = router.probabilities(x_TD)
     chosen_TK = probabilities_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
-    share_T = chosen_TK.sum(1)
+    chosen_T = chosen_TK.sum(1)
     sequences = len(routing.tokens_B)
-    return share_T.double().view(sequences, len(share_T) // sequences).sum(1)
+    return chosen_T.double().view(sequences, len(chosen_T) // sequences).sum(1)
 
 
 def training_score(router: Router, x_TD: Tensor, routing: Routing) -> Tensor | None:

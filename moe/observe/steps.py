@@ -81,7 +81,7 @@ class Columns(NamedTuple):
             "prob_sums": self.experts,
             **dict.fromkeys(("tokens", "dropped", "wanted"), 1),
             # sums over micro-batches and ranks: their number, micro-batch loss and straggler factor
-            **dict.fromkeys(("passes", "micro", "straggler"), 1),
+            **dict.fromkeys(("micro_batches", "micro", "straggler"), 1),
             "projected": len(self.degrees),
             "busiest": self.ranks,  # each rank's largest factor in its own column, so that the sum keeps them apart
             **dict.fromkeys(("used", "losses", "scaled_losses"), len(self.losses)),
@@ -117,14 +117,14 @@ def observe(
         return
     own_LMX, rows_LME = _together(layers, mesh)
     for place, layer, own_MX, rows_ME, score in zip(places, layers, own_LMX, rows_LME, scores, strict=True):
-        totals, stats, row = layer.balancer.last, layer.stats, columns.split(table[place])
+        totals, stats, row = layer.balancer.previous_step, layer.stats, columns.split(table[place])
         assert totals is not None
         row["counts"] += totals.local_counts_ME.sum(0)
         row["prob_sums"] += totals.local_prob_sums_ME.sum(0)
         row["tokens"] += totals.local_tokens
         row["dropped"] += stats.dropped_choices
         row["wanted"] += stats.counts.sum()
-        row["passes"] += totals.micro_batches
+        row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
         factor_M = straggler(rows_ME, layer.balancer.owners)
@@ -150,7 +150,7 @@ def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
     Returns counts, probability sums and tokens [L, M, 2E + 1] over the ranks that hold parts of its sequences, and
     counts [L, M, E] over the ranks that exchange rows with each other. Counts are exact in fp64.
     """
-    steps = [layer.balancer.last for layer in layers]
+    steps = [layer.balancer.previous_step for layer in layers]
     own_LMX = torch.stack(
         [
             torch.cat((step.local_counts_ME, step.local_prob_sums_ME.double(), step.local_tokens_M[:, None]), dim=1)
@@ -170,7 +170,7 @@ def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
 def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
     """Convert a layer's row, summed over ranks, to its entry in a ``train`` record."""
     of = columns.split(row)
-    counts_E, tokens, passes = of["counts"].long(), of["tokens"][0], of["passes"].clamp_min(1)
+    counts_E, tokens, micro_batches = of["counts"].long(), of["tokens"][0], of["micro_batches"].clamp_min(1)
     balance = float(loss_value(counts_E, tokens, of["prob_sums"], tokens, columns.top_k))
     used = [i for i, ranks in enumerate(of["used"].tolist()) if ranks]
     losses = {columns.losses[i]: float(of["losses"][i]) for i in used}
@@ -180,11 +180,13 @@ def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
         **load_summary(counts_E),
         "dropped": float(of["dropped"] / of["wanted"].clamp_min(1)),
         "losses": losses
-        | {n: v for n, v in (("global", balance), ("micro", float(of["micro"] / passes))) if n not in losses},
+        | {n: v for n, v in (("global", balance), ("micro", float(of["micro"] / micro_batches))) if n not in losses},
         "scaled_losses": {columns.losses[i]: float(of["scaled_losses"][i]) for i in used},
-        "straggler": float(of["straggler"] / passes),
+        "straggler": float(of["straggler"] / micro_batches),
         "straggler_max": float(of["busiest"].max()),
-        "projected_straggler": dict(zip(map(str, columns.degrees), (of["projected"] / passes).tolist(), strict=True)),
+        "projected_straggler": dict(
+            zip(map(str, columns.degrees), (of["projected"] / micro_batches).tolist(), strict=True)
+        ),
     }
     said = [name for name in ESTIMATE if of[f"has_{name}"] > 0]
     record |= {name: float(of[name] / of[f"has_{name}"]) for name in said}
@@ -193,8 +195,8 @@ def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
     return record
 
 
-def step_record(rows: list[dict[str, Any]], share: float) -> dict[str, Any]:
-    """Summarise the layers' entries for a ``train`` record. ``share`` is the result of :func:`expert_share`."""
+def step_record(rows: list[dict[str, Any]], fraction: float) -> dict[str, Any]:
+    """Summarise the layers' entries for a ``train`` record. ``fraction`` is the result of :func:`expert_fraction`."""
 
     def mean(values: Iterable[Any]) -> float:
         return float(np.mean(list(values)))
@@ -214,7 +216,7 @@ def step_record(rows: list[dict[str, Any]], share: float) -> dict[str, Any]:
         **{name: mean(row[name] for row in rows) for name in everywhere},
         "straggler": mean(row["straggler"] for row in rows),
         "straggler_max": max(row["straggler_max"] for row in rows),
-        "waiting": share * sum(row["straggler"] - 1.0 for row in rows),
+        "waiting": fraction * sum(row["straggler"] - 1.0 for row in rows),
         "projected_straggler": projected,
-        "projected_waiting": {degree: share * len(rows) * (factor - 1.0) for degree, factor in projected.items()},
+        "projected_waiting": {degree: fraction * len(rows) * (factor - 1.0) for degree, factor in projected.items()},
     }

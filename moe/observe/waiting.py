@@ -25,11 +25,11 @@ def possible_degrees(experts: int) -> tuple[int, ...]:
     return tuple(sorted({d for d in powers if experts % d == 0} | ({experts} if experts > 1 else set())))
 
 
-def expert_share(model: Decoder) -> float:
-    """Return the share of the model's floating-point operations per token in the routed experts of one MoE layer.
+def expert_fraction(model: Decoder) -> float:
+    """Return the fraction of the model's floating-point operations that the routed experts of one MoE layer do.
 
-    It counts products with weight matrices, and attention over half a sequence on average. The share is the same in
-    forward and backward.
+    Products with weight matrices are counted per token, and attention over half a sequence on average. Forward and
+    backward have the same fraction.
     """
     layers, total = model.moe_layers(), 0.0
     routed = {id(w): layer.config for layer in layers for w in layer.experts.parameters()}

@@ -1,18 +1,19 @@
 """Splits a model over a mesh of ranks: tensor, context, pipeline and expert parallelism, and FSDP2."""
 
-from .alike import check_alike, check_trained_alike, digest, has_values
+from .alike import check_alike, check_trained_alike, digest, model_has_values
 from .apply import parallelize
-from .config import ParallelConfig
+from .degrees import ParallelConfig
 from .grad_norm import clip_grad_norm_
+from .local_batch import IGNORED, LocalBatch, LossFunction, take_local_batch, token_losses, vocabulary_parallel
 from .mesh import Mesh, build_mesh
 from .sharded import forget_step, free_gathered
-from .share import IGNORED, Share, share_of, token_nats, vocabulary_parallel
 
 __all__ = [
     "IGNORED",
     "Mesh",
     "ParallelConfig",
-    "Share",
+    "LocalBatch",
+    "LossFunction",
     "build_mesh",
     "check_alike",
     "check_trained_alike",
@@ -20,9 +21,9 @@ __all__ = [
     "clip_grad_norm_",
     "forget_step",
     "free_gathered",
-    "has_values",
+    "model_has_values",
     "parallelize",
-    "share_of",
-    "token_nats",
+    "take_local_batch",
+    "token_losses",
     "vocabulary_parallel",
 ]

@@ -16,7 +16,7 @@ from ..collectives import Axis
 _CHUNK = 1 << 20
 
 
-def has_values(model: nn.Module) -> bool:
+def model_has_values(model: nn.Module) -> bool:
     """Return whether the weights have values; in a dry run they have only shapes."""
     return not any(isinstance(p, FakeTensor) or p.is_meta for p in model.parameters())
 
@@ -34,7 +34,7 @@ def check_alike(model: nn.Module, axis: Axis) -> None:
     described = [(name, tuple(t.shape), str(t.dtype)) for name, t in tensors.items()]
     # meta and fake tensors are on a device that cannot communicate
     device = torch.device("cuda" if dist.get_backend(axis.group) == "nccl" else "cpu")
-    facts = torch.tensor([digest(described), has_values(model)], device=device)
+    facts = torch.tensor([digest(described), model_has_values(model)], device=device)
     found = _first_that_differs(facts, axis)
     if found is not None and found[0] == 0:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_alike(model: nn.Module, axis: Axis) -> None:
         raise ValueError(
             f"model: either rank 0 or rank {found[1]} has it on the meta device; materialize it on every rank"
         )
-    if not has_values(model):
+    if not model_has_values(model):
         return
     check_trained_alike(tensors, axis)
     hashes_N = torch.stack([content_hash(t) for t in tensors.values()])
@@ -63,8 +63,8 @@ def check_trained_alike(parameters: Mapping[str, Tensor], axis: Axis) -> None:
     found = _first_that_differs(trained_N, axis)
     if found is not None:
         raise ValueError(
-            f"{list(parameters)[found[0]]}: one of the ranks 0 and {found[1]} trains it, and the other does not; set "
-            "requires_grad alike on every rank"
+            f"{list(parameters)[found[0]]}: only one of the ranks 0 and {found[1]} trains it; set requires_grad "
+            "to the same value on every rank"
         )
 
 

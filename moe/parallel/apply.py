@@ -25,7 +25,7 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     All ranks must start from the same weights (same seed). In any model, the experts of MoE layers are split and their
     tokens are counted over all ranks. Tensor and context parallelism require a :class:`equimoe.moe.model.Decoder` or a
     pipeline stage of one; FSDP2 wraps its blocks one by one. ``dtype`` is FSDP2's compute dtype. A weight that the
-    model uses in several places stays one weight; ValueError where the split makes that impossible.
+    model uses in several places stays one weight. Raises ValueError if the split makes that impossible.
 
     Gradients are sums over ranks, not means. :func:`equimoe.moe.engines.build_engine` calls this function and sets up
     the reduction of gradients.
@@ -50,7 +50,7 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
     """
     axis, held_S = mesh["cp"], None
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
-        attention.attend = ContextAttention(axis, method=mesh.degrees.context)
+        attention.attend = ContextAttention(axis, exchange=mesh.degrees.context)
         held_S = positions(attention.cos_SR.shape[0], axis.size, axis.rank)
         attention.hold(held_S)
     return None if held_S is None else held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]

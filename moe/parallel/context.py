@@ -1,9 +1,9 @@
 """Context parallelism: each rank holds some chunks of every sequence, and attends to the keys of all ranks.
 
 If a sequence were cut into P equal parts, causal attention would leave the first rank almost idle: its queries see few
-keys. A balanced split has 2P chunks, and rank r holds chunks r and 2P-1-r, so that all ranks compute the same number of
-blocks. A block is one chunk of queries against one chunk of keys. Blocks are merged by their logsumexp (online softmax,
-arXiv 1805.02867).
+keys. It is cut into 2P chunks instead, and rank r holds chunks r and 2P-1-r, so that all ranks compute the same
+amount. Scores are computed in tiles, some queries against one chunk of keys, and tiles are merged by their logsumexp
+(online softmax, arXiv 1805.02867).
 
 B sequences, N query heads, M key/value heads, G = N / M, S positions of this rank, H head width, P ranks of the axis,
 Q queries and C keys of a tile.
@@ -30,54 +30,44 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 TILE = 512
 
 
-def positions(seq_len: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+def positions(seq_len: int, size: int, rank: int) -> Tensor:
     """Return the positions of a sequence that this rank holds, in the order in which it holds them.
 
     int64 [seq_len / size].
     """
-    return shard_sequence(torch.arange(seq_len), 0, size, rank, balanced)
+    return shard_sequence(torch.arange(seq_len), 0, size, rank)
 
 
-def shard_sequence(t: Tensor, dim: int, size: int, rank: int, balanced: bool = True) -> Tensor:
+def shard_sequence(t: Tensor, dim: int, size: int, rank: int) -> Tensor:
     """Take this rank's part of a tensor that has whole sequences along ``dim``. Differentiable.
 
-    Raises ValueError unless the sequence length is divisible by 2 * size (balanced) or size (not balanced).
+    Raises ValueError unless 2 * size divides the sequence length.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank={rank}: must be from 0 to {size - 1}, for size={size} context-parallel ranks")
-    held = [_held(r, size, balanced) for r in range(size)]
-    count = sum(map(len, held))
+    count = size * len(_held(rank, size))
     if t.shape[dim] == 0 or t.shape[dim] % count:
         raise ValueError(
-            f"seq_len={t.shape[dim]}: must be divisible by {count}, {len(held[0])} for each of {size} "
+            f"seq_len={t.shape[dim]}: must be divisible by {count}, {count // size} for each of {size} "
             "context-parallel ranks; pad the sequences or lower parallel.cp"
         )
     chunks = t.chunk(count, dim)
-    return torch.cat([chunks[i] for i in held[rank]], dim)
-
-
-def unshard(parts: Sequence[Tensor], dim: int, balanced: bool = True) -> Tensor:
-    """Assemble whole sequences from the parts of all ranks, given in rank order. Inverse of :func:`shard_sequence`."""
-    chunks: dict[int, Tensor] = {}
-    for rank, part in enumerate(parts):
-        held = _held(rank, len(parts), balanced)
-        chunks.update(zip(held, part.chunk(len(held), dim), strict=True))
-    return torch.cat([chunks[i] for i in range(len(chunks))], dim)
+    return torch.cat([chunks[i] for i in _held(rank, size)], dim)
 
 
 class ContextAttention:
     """Causal attention over sequences that are split over an axis; replaces scaled_dot_product_attention.
 
-    ``method="ring"`` passes K and V around the ranks while blocks are computed, so that a rank holds K and V of only
-    two ranks at a time (arXiv 2310.01889). ``method="all_gather"`` gathers K and V of all ranks with one collective
-    instead of P - 1 exchanges. ``balanced`` must match the :func:`shard_sequence` call that split the sequences. All
-    ranks must call this with equal shapes.
+    ``exchange="ring"`` passes K and V around the ranks while tiles are computed, so that a rank holds K and V of only
+    two ranks at a time (arXiv 2310.01889). ``exchange="all_gather"`` gathers K and V of all ranks with one collective
+    instead of P - 1 exchanges. Sequences must be split by :func:`shard_sequence`. All ranks must call this with equal
+    shapes.
     """
 
-    def __init__(self, axis: Axis, method: str = "ring", balanced: bool = True) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}: unknown; use one of {', '.join(METHODS)}")
-        self.axis, self.method, self.balanced = axis, method, balanced
+    def __init__(self, axis: Axis, exchange: str = "ring") -> None:
+        if exchange not in KV_EXCHANGES:
+            raise ValueError(f"exchange={exchange!r}: unknown; use one of {', '.join(KV_EXCHANGES)}")
+        self.axis, self.exchange = axis, exchange
 
     def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
         """Return this rank's rows of F.scaled_dot_product_attention(is_causal=True) on the whole sequences.
@@ -89,7 +79,7 @@ class ContextAttention:
             grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
             return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=grouped)
         q_BNSH, k_BMSH, v_BMSH = (_autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
-        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, METHODS[self.method], self.balanced)
+        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, KV_EXCHANGES[self.exchange])
 
     def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (q_BNSH, k_BMSH, v_BMSH)]
@@ -99,7 +89,7 @@ class ContextAttention:
             raise ValueError(
                 f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any]; M must divide N"
             )
-        chunks = len(_held(0, self.axis.size, self.balanced))
+        chunks = len(_held(0, self.axis.size))
         if q[2] == 0 or q[2] % chunks:
             raise ValueError(
                 f"seq_len={q[2] * self.axis.size}: must be divisible by {chunks * self.axis.size}, {chunks} chunks for "
@@ -107,19 +97,20 @@ class ContextAttention:
             )
 
 
-# ---- which chunks, which blocks
+# ---- which chunks, which tiles
 
 
-def _held(rank: int, size: int, balanced: bool) -> tuple[int, ...]:
-    return (rank, 2 * size - 1 - rank) if balanced and size > 1 else (rank,)
+def _held(rank: int, size: int) -> tuple[int, ...]:
+    """Return the numbers of the chunks that a rank holds."""
+    return (rank, 2 * size - 1 - rank) if size > 1 else (rank,)
 
 
-def _tiles(axis: Axis, source: int, balanced: bool, length: int) -> Iterator[tuple[slice, slice, bool]]:
+def _tiles(axis: Axis, source: int, length: int) -> Iterator[tuple[slice, slice, bool]]:
     """Yield the tiles to compute: (this rank's queries, ``source``'s keys, whether the causal mask cuts the tile).
 
     Queries and keys are slices of the positions that their rank holds. Tiles that are masked entirely are left out.
     """
-    own, other = _held(axis.rank, axis.size, balanced), _held(source, axis.size, balanced)
+    own, other = _held(axis.rank, axis.size), _held(source, axis.size)
     chunk = length // len(own)
     for a, i in enumerate(own):
         for b, j in enumerate(other):
@@ -153,7 +144,7 @@ class _Arriving:
         return self.received
 
 
-def _ring_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def _ring_sources(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
     for step in range(axis.size):
         last = step == axis.size - 1
         arriving = None if last else _Arriving(kv, axis, tag=0)
@@ -163,29 +154,29 @@ def _ring_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequen
 
 
 class _RingReturn:
-    """Passes the gradients of K and V around the ring; each rank adds its share, and the last hop reaches the owner."""
+    """Passes the gradients of K and V around the ring; each rank adds its part, and the last hop reaches the owner."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
         self.own: Sequence[Tensor] = ()
         self.arriving: _Arriving | None = None
 
-    def add(self, source: int, share: Sequence[Tensor]) -> None:
+    def add(self, source: int, part: Sequence[Tensor]) -> None:
         if source == self.axis.rank:
-            self.own = share
+            self.own = part
             return
-        self.arriving = _Arriving(self._plus_arrived(share), self.axis, tag=2)
+        self.arriving = _Arriving(self._plus_arrived(part), self.axis, tag=2)
 
     def get(self) -> Sequence[Tensor]:
         return self._plus_arrived(self.own)
 
-    def _plus_arrived(self, share: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _plus_arrived(self, part: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.arriving is None:
-            return share
-        return [mine.add_(others) for mine, others in zip(share, self.arriving.get(), strict=True)]
+            return part
+        return [mine.add_(others) for mine, others in zip(part, self.arriving.get(), strict=True)]
 
 
-def _gather_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
+def _gathered_sources(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequence[Tensor]]]:
     sent = [t.contiguous() for t in kv]
     gathered = [t.new_empty((axis.size, *t.shape)) for t in sent]
     works = [
@@ -201,45 +192,45 @@ def _gather_visits(kv: Sequence[Tensor], axis: Axis) -> Iterator[tuple[int, Sequ
 
 
 class _GatherReturn:
-    """Sums all ranks' shares of the gradients at the owner, with one reduce-scatter."""
+    """Sums all ranks' parts of the gradients at the owner, with one reduce-scatter."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        self.shares: dict[int, Sequence[Tensor]] = {}
+        self.parts: dict[int, Sequence[Tensor]] = {}
 
-    def add(self, source: int, share: Sequence[Tensor]) -> None:
-        self.shares[source] = share
+    def add(self, source: int, part: Sequence[Tensor]) -> None:
+        self.parts[source] = part
 
     def get(self) -> Sequence[Tensor]:
-        sums = [torch.empty_like(t) for t in self.shares[0]]
+        sums = [torch.empty_like(t) for t in self.parts[0]]
         works = []
         for i, into in enumerate(sums):
-            shares = torch.cat([self.shares[source][i] for source in range(self.axis.size)])
-            works.append(_reduce_scatter(into, shares, group=self.axis.group, async_op=True))
+            parts = torch.cat([self.parts[source][i] for source in range(self.axis.size)])
+            works.append(_reduce_scatter(into, parts, group=self.axis.group, async_op=True))
         for work in works:
             work.wait()
         return sums
 
 
-class _Return(Protocol):
-    def add(self, source: int, share: Sequence[Tensor]) -> None:
-        """Add this rank's share of the gradients of ``source``'s K and V. May modify ``share``."""
+class _GradientReturn(Protocol):
+    def add(self, source: int, part: Sequence[Tensor]) -> None:
+        """Add this rank's part of the gradients of ``source``'s K and V. May modify ``part``."""
 
     def get(self) -> Sequence[Tensor]:
         """Return the complete gradients of this rank's K and V."""
 
 
 @dataclass(frozen=True)
-class _Method:
+class _KVExchange:
     """How K and V reach every rank (own first, then backwards around the ring), and how their gradients return."""
 
-    visits: Callable[[Sequence[Tensor], Axis], Iterator[tuple[int, Sequence[Tensor]]]]
-    way_home: Callable[[Axis], _Return]
+    sources: Callable[[Sequence[Tensor], Axis], Iterator[tuple[int, Sequence[Tensor]]]]
+    gradients: Callable[[Axis], _GradientReturn]
 
 
-METHODS = {
-    "ring": _Method(_ring_visits, _RingReturn),
-    "all_gather": _Method(_gather_visits, _GatherReturn),
+KV_EXCHANGES = {
+    "ring": _KVExchange(_ring_sources, _RingReturn),
+    "all_gather": _KVExchange(_gathered_sources, _GatherReturn),
 }
 
 
@@ -258,23 +249,23 @@ def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Ten
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, method: _Method, balanced: bool) -> Tensor:
-        ctx.how = (axis, method, balanced)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, exchange: _KVExchange) -> Tensor:
+        ctx.how = (axis, exchange)
         with torch.autocast(q.device.type, enabled=False):
             q_BMGSH = _scaled(q, k.shape[1])
             out_BMGSH = q_BMGSH.new_zeros((*q_BMGSH.shape[:-1], v.shape[-1]))
             lse_BMGS = q_BMGSH.new_full(q_BMGSH.shape[:-1], float("-inf"))
-            for source, kv in method.visits((k, v), axis):
+            for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
-                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
                     scores = _products(q_BMGSH[..., rows, :], k_BMSH[:, :, keys], hidden_last)
                     most = scores.amax(-1, keepdim=True)
                     p = scores.sub_(most).exp_()
-                    block = (p.flatten(2, 3) @ v_BMSH[:, :, keys]).unflatten(2, p.shape[2:4])
+                    tile = (p.flatten(2, 3) @ v_BMSH[:, :, keys]).unflatten(2, p.shape[2:4])
                     most, before = most.squeeze(-1), lse_BMGS[..., rows]
                     after = torch.logaddexp(before, most + p.sum(-1).log_())
-                    block.mul_((most - after).exp_().unsqueeze(-1))
-                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(block)
+                    tile.mul_((most - after).exp_().unsqueeze(-1))
+                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(tile)
                     lse_BMGS[..., rows] = after
         out = out_BMGSH.flatten(1, 2).to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse_BMGS)
@@ -284,18 +275,18 @@ class _ContextAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_BMGS = ctx.saved_tensors
-        axis, method, balanced = ctx.how
+        axis, exchange = ctx.how
         heads = k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
             q_BMGSH = _scaled(q, heads)
             do_BMGSH = grad.to(q_BMGSH.dtype).unflatten(1, (heads, -1))
             delta_BMGS = (do_BMGSH * out.unflatten(1, (heads, -1))).sum(-1)
             dq_BMGSH = torch.zeros_like(q_BMGSH)
-            home = method.way_home(axis)
-            for source, kv in method.visits((k, v), axis):
+            gradients = exchange.gradients(axis)
+            for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
                 dk_BMSH, dv_BMSH = (t.new_zeros(t.shape) for t in (k_BMSH, v_BMSH))
-                for rows, keys, hidden_last in _tiles(axis, source, balanced, q.shape[2]):
+                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
                     q_tile, do_tile = q_BMGSH[..., rows, :], do_BMGSH[..., rows, :]
                     scores = _products(q_tile, k_BMSH[:, :, keys], hidden_last)
                     p = scores.sub_(lse_BMGS[..., rows].unsqueeze(-1)).exp_()
@@ -305,10 +296,10 @@ class _ContextAttention(torch.autograd.Function):
                     dv_BMSH[:, :, keys] += p.mT @ do_tile
                     dk_BMSH[:, :, keys] += ds.mT @ q_tile
                     dq_BMGSH[..., rows, :] += (ds @ k_BMSH[:, :, keys]).unflatten(2, dq_BMGSH[..., rows, :].shape[2:4])
-                home.add(source, (dk_BMSH, dv_BMSH))
-            dk, dv = home.get()
+                gradients.add(source, (dk_BMSH, dv_BMSH))
+            dk, dv = gradients.get()
             dq = dq_BMGSH.mul_(q.shape[-1] ** -0.5).flatten(1, 2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:

@@ -24,7 +24,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis 
     device = parameters[0].device if parameters else torch.device("cpu")
     by_split: dict[tuple, list[Tensor]] = {(): []}
     for grad in grads:
-        by_split.setdefault(_splitting_groups(grad), []).append(_local(grad))
+        by_split.setdefault(_splitting_groups(grad), []).append(local_part(grad))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, parts in by_split.items():
         square = torch.zeros_like(total)
@@ -37,7 +37,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis 
     norm = sum_over(total, stages).get().sqrt()
     factor = max_norm / (float(norm) + 1e-6)  # the same formula as torch.nn.utils.clip_grad_norm_
     if max_norm > 0 and 0 < factor < 1:
-        torch._foreach_mul_([_local(grad) for grad in grads], factor)
+        torch._foreach_mul_([local_part(grad) for grad in grads], factor)
     return norm.float()
 
 
@@ -48,5 +48,6 @@ def _splitting_groups(grad: Tensor) -> tuple:
     return tuple(mesh.get_group(dim) for dim, placed in enumerate(grad.placements) if not placed.is_replicate())
 
 
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

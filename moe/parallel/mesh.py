@@ -20,35 +20,36 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..collectives import Axis
-from .config import ParallelConfig
+from .degrees import DENSE_DEGREES, ParallelConfig
 
-DENSE = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-EXPERT = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
+#: dimensions of the two grids of ranks, outermost first
+DENSE_GRID = DENSE_DEGREES
+EXPERT_GRID = ("pp", "edp_replicate", "edp_shard", "ep", "etp")
 
 #: axis -> the grid that it belongs to, and the dimensions of that grid that it spans
 AXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "pp": (DENSE, ("pp",)),
+    "pp": (DENSE_GRID, ("pp",)),
     # dp: different sequences; cp: parts of the same sequences; stage: different tokens, if tp is sequence-parallel
-    "dp": (DENSE, ("dp_replicate", "dp_shard")),
-    "cp": (DENSE, ("cp",)),
-    "tp": (DENSE, ("tp",)),
-    "sequence": (DENSE, ("cp", "tp")),
-    "stage": (DENSE, ("dp_replicate", "dp_shard", "cp", "tp")),
+    "dp": (DENSE_GRID, ("dp_replicate", "dp_shard")),
+    "cp": (DENSE_GRID, ("cp",)),
+    "tp": (DENSE_GRID, ("tp",)),
+    "sequence": (DENSE_GRID, ("cp", "tp")),
+    "stage": (DENSE_GRID, ("dp_replicate", "dp_shard", "cp", "tp")),
     # dp_replicate: replicas of dense weights; fsdp: ranks that shard them; dense: both, to sum gradients over
-    "dp_replicate": (DENSE, ("dp_replicate",)),
-    "fsdp": (DENSE, ("dp_shard", "cp")),
-    "dense": (DENSE, ("dp_replicate", "dp_shard", "cp")),
-    "edp_replicate": (EXPERT, ("edp_replicate",)),
-    "edp_shard": (EXPERT, ("edp_shard",)),
-    "edp": (EXPERT, ("edp_replicate", "edp_shard")),
-    "ep": (EXPERT, ("ep",)),
-    "etp": (EXPERT, ("etp",)),
+    "dp_replicate": (DENSE_GRID, ("dp_replicate",)),
+    "fsdp": (DENSE_GRID, ("dp_shard", "cp")),
+    "dense": (DENSE_GRID, ("dp_replicate", "dp_shard", "cp")),
+    "edp_replicate": (EXPERT_GRID, ("edp_replicate",)),
+    "edp_shard": (EXPERT_GRID, ("edp_shard",)),
+    "edp": (EXPERT_GRID, ("edp_replicate", "edp_shard")),
+    "ep": (EXPERT_GRID, ("ep",)),
+    "etp": (EXPERT_GRID, ("etp",)),
 }
 
 
 def sizes(degrees: ParallelConfig) -> dict[str, int]:
     """Return the length of every dimension of both grids. The degrees must be resolved."""
-    found = {name: getattr(degrees, name) for name in (*DENSE, "ep", "etp")}
+    found = {name: getattr(degrees, name) for name in (*DENSE_GRID, "ep", "etp")}
     # replicas of experts coincide with replicas of dense weights as far as edp allows
     found["edp_replicate"] = math.gcd(degrees.dp_replicate, degrees.edp)
     found["edp_shard"] = degrees.edp // found["edp_replicate"]
@@ -113,4 +114,4 @@ def build_mesh(config: ParallelConfig, device_type: str = "cpu", warm_up: bool =
         ranks = torch.arange(math.prod(shape)).view(shape)
         return DeviceMesh.from_group([handles[name] for name in names], device_type, mesh=ranks, mesh_dim_names=names)
 
-    return Mesh(degrees, axes, device_mesh(("pp", "dp_replicate", "fsdp", "tp")), device_mesh(EXPERT))
+    return Mesh(degrees, axes, device_mesh(("pp", "dp_replicate", "fsdp", "tp")), device_mesh(EXPERT_GRID))

@@ -20,21 +20,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 
 from ..balance import Step, random_state_kept
-from ..collectives import Axis, sum_over
+from ..collectives import Axis
 from ..config import require
 from ..layer import MoE
 from ..model import Decoder
+from .local_batch import LossFunction
 from .torch_stage import SPLITS_BACKWARD, TorchStage
-
-#: (logits [B, S, V], labels) of a micro-batch -> its terms of the step's loss, of any shape; the pipeline sums them
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A schedule: the order in which a rank runs the forwards and backwards of its stages."""
 
-    runner: type
+    torch_class: type
     #: allowed numbers of stages per rank
     stages_per_rank: range
     #: rank 0 of P holds stages 0 and 2P-1 (down and back up a V), instead of 0 and P
@@ -148,11 +146,6 @@ def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
     return part
 
 
-def sum_over_stages(value: Tensor, axis: Axis) -> Tensor:
-    """Return the sum of ``value`` over the pipeline's ranks, on every rank. No gradient."""
-    return sum_over(value.detach().clone(), axis).get()
-
-
 class Pipeline:
     """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
 
@@ -190,26 +183,26 @@ class Pipeline:
         for stage in stages:
             _check_balance(stage, micro_batches)
         #: for each stage, the balancing step of its MoE layers
-        self.balance = [Step.of(stage) for stage in stages]
+        self.steps = [Step.of(stage) for stage in stages]
         ids = stage_ids(schedule, axis.size, axis.rank, len(stages))
         self.holds_first, self.holds_last = 0 in ids, num_stages - 1 in ids
         inputs_BS = torch.empty(self.inputs_shape, dtype=torch.int64, device="meta")
         hidden_BSD = torch.empty(hidden_shape, dtype=hidden_dtype, device="meta", requires_grad=True)
-        runners = []
-        for stage, number, balance in zip(stages, ids, self.balance, strict=True):
+        torch_stages = []
+        for stage, number, step in zip(stages, ids, self.steps, strict=True):
             _check_stage(stage, schedule, number, num_stages)
             if self.kind.split_backward and isinstance(stage, FSDPModule):
                 # torch looks up the weights before the backward gathers them, so they must stay gathered
                 stage.set_reshard_after_forward(False)
-            within = partial(self._micro_batch, balance)
-            runners.append(
+            within = partial(self._micro_batch, step)
+            torch_stages.append(
                 TorchStage(stage, number, num_stages, device, axis.group, inputs_BS, hidden_BSD, precision, within)
             )
         self._loss_fn: LossFunction | None = None
-        self._shares: list[Tensor] = []
+        self._losses: list[Tensor] = []
         self._counting = False
-        first: Any = runners if len(runners) > 1 else runners[0]
-        self._schedule = self.kind.runner(first, micro_batches, loss_fn=self._loss, scale_grads=False)
+        given: Any = torch_stages if len(torch_stages) > 1 else torch_stages[0]
+        self._schedule = self.kind.torch_class(given, micro_batches, loss_fn=self._loss, scale_grads=False)
 
     def step(
         self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
@@ -221,9 +214,9 @@ class Pipeline:
         ``loss_fn`` for each micro-batch, detached; others return an empty list. Raises ValueError unless the number and
         shapes of micro-batches are those that the pipeline was built for.
         """
-        with self._losses(loss_fn) as shares:
+        with self._loss_of(loss_fn) as losses:
             self._run(self._schedule.step, inputs, labels, masks)
-        return shares
+        return losses
 
     def count(self, inputs: list[Tensor], masks: list[Tensor] | None = None) -> None:
         """Count the tokens per expert of a whole step before :meth:`step`, in a pass without gradients.
@@ -234,7 +227,7 @@ class Pipeline:
             return
         self._counting = True
         try:
-            with random_state_kept(), torch.no_grad(), self._losses(None):
+            with random_state_kept(), torch.no_grad(), self._loss_of(None):
                 self._run(self._schedule.eval, inputs, inputs, masks)
         finally:
             self._counting = False
@@ -251,9 +244,9 @@ class Pipeline:
         pad = (self.micro_batches - number) if number else 0
         inputs, labels = inputs + inputs[:1] * pad, labels + labels[:1] * pad
         masks = None if masks is None else masks + masks[:1] * pad
-        with self._losses(loss_fn) as shares:
+        with self._loss_of(loss_fn) as losses:
             self._run(self._schedule.eval, inputs, labels, masks)
-        return shares[:number]
+        return losses[:number]
 
     def _run(self, run: Any, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None) -> None:
         first = tuple(labels[0].shape) if labels else ()
@@ -273,24 +266,25 @@ class Pipeline:
         kwargs = {} if masks is None else {"mask": torch.cat(masks)}
         run(*args, target=target, return_outputs=False, **kwargs)
 
-    def _micro_batch(self, balance: Step, number: int) -> AbstractContextManager[None]:
+    def _micro_batch(self, step: Step, number: int) -> AbstractContextManager[None]:
         """Return the context for a stage's work on a micro-batch."""
-        return balance.micro_batch(number, ahead=self._counting)
+        return step.micro_batch(number, ahead=self._counting)
 
     @contextmanager
-    def _losses(self, loss_fn: LossFunction | None) -> Iterator[list[Tensor]]:
-        self._loss_fn, self._shares = loss_fn, []
+    def _loss_of(self, loss_fn: LossFunction | None) -> Iterator[list[Tensor]]:
+        """Within the block, compute losses with ``loss_fn``, and collect them in the list that is yielded."""
+        self._loss_fn, self._losses = loss_fn, []
         try:
-            yield self._shares
+            yield self._losses
         finally:
-            self._loss_fn, self._shares = None, []
+            self._loss_fn, self._losses = None, []
 
     def _loss(self, logits_BSV: Tensor, labels: Tensor) -> Tensor:
         if self._loss_fn is None:
             return logits_BSV.new_zeros(())
-        shares = self._loss_fn(logits_BSV, labels)
-        self._shares.append(shares.detach())
-        return shares.sum()
+        losses = self._loss_fn(logits_BSV, labels)
+        self._losses.append(losses.detach())
+        return losses.sum()
 
 
 def _moe_layers(stage: nn.Module) -> list[MoE]:

@@ -23,7 +23,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
 
     Raises ValueError for sizes that cannot be split.
     """
-    check_sizes(model, mesh.size())
+    check_divisible(model, mesh.size())
     outside = Shard(1) if sequence_parallel else Replicate()
     column, row = ColwiseParallel(input_layouts=outside), RowwiseParallel(output_layouts=outside)
     # projections to latents are narrow: every rank holds them whole, and only the latents are gathered
@@ -63,7 +63,7 @@ class _ForAllHeads(ParallelStyle):
         return module
 
 
-def check_sizes(model: Decoder, tp: int) -> None:
+def check_divisible(model: Decoder, tp: int) -> None:
     """Raise ValueError for sizes that cannot be split over ``tp`` ranks.
 
     Heads and widths must divide evenly. The vocabulary need not, but every rank must get at least one entry.

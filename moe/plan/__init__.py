@@ -1,6 +1,6 @@
 """Predicts what a run needs before it is started: memory, traffic and floating-point operations of a rank."""
 
 from .dry_run import DryRun, dry_run, pretended
-from .memory import Memory, memory
+from .memory_formulas import Memory, memory
 
 __all__ = ["DryRun", "Memory", "dry_run", "memory", "pretended"]

@@ -24,9 +24,8 @@ from ..parallel import Mesh, build_mesh
 from ..parallel.pipeline import check_pipeline
 from ..train.config import TrainConfig
 from ..train.data import load_tokenizer
-from ..train.loop import build_model
+from ..train.loop import build_model, mixed_precision
 from ..train.optim import build_optimizer
-from ..train.step import mixed_precision
 from .record import Collective, Recorder
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ class DryRun:
     #: micro-batches per step
     micro_batches: int
     #: micro-batches that were simulated
-    run: int
+    simulated: int
     #: parameters of this rank's blocks, including parts that are sharded to other ranks
     parameters: int
     #: bytes of each kind of memory at the peak of the total
@@ -72,24 +71,24 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
     degrees = config.degrees(world)
     # Triton's kernels are custom ops, which can run on fake tensors
     config = replace(config, parallel=degrees, moe=replace(config.moe, backend="triton"))
-    passes = config.micro_batches(degrees.dp)
+    micro_batches = config.micro_batches(degrees.dp)
     if degrees.pp > 1:  # check the whole step, because only some of its micro-batches are simulated
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
-        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, micro_batch)
-    run = min(passes, _enough(config, degrees.pp, passes))
+        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, micro_batches, layers, micro_batch)
+    simulated = min(micro_batches, _enough(config, degrees.pp, micro_batches))
     vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     with pretended(rank, world, node):
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # rotary positions and ranks are real tensors
         with mode:
             model = build_model(config, vocabulary)
-        engine = _engine(config, model, mesh, run)
-        recorder = _recorder(config, mesh, node, run)
-        _step(config, engine, recorder, mode, run)
+        engine = _engine(config, model, mesh, simulated)
+        recorder = _recorder(config, mesh, node)
+        _step(config, engine, recorder, mode, simulated)
         at_peak, most = recorder.peak()
         parts: Iterable[Any] = engine.parts
         blocks = [int(number) for part in parts for number in part.blocks]
-    whole = passes / run
+    whole = micro_batches / simulated
     traffic = [
         (kind, round(calls * scale), round(recorder.sent[kind] * scale))
         for kind, calls in recorder.calls.items()
@@ -99,8 +98,8 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
         world,
         rank,
         blocks,
-        passes,
-        run,
+        micro_batches,
+        simulated,
         sum(p.numel() for p in engine.parameters.values()),
         at_peak,
         most,
@@ -111,20 +110,20 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
     )
 
 
-def _enough(config: TrainConfig, pp: int, passes: int) -> int:
+def _enough(config: TrainConfig, pp: int, micro_batches: int) -> int:
     """Return the number of micro-batches after which a rank has reached its peak memory."""
     if pp == 1:
         return 2
-    return {"gpipe": passes, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
+    return {"gpipe": micro_batches, "1f1b": pp}.get(config.parallel.schedule, 2 * pp)
 
 
-def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> TorchEngine:
+def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, simulated: int) -> TorchEngine:
     return build_engine(
         model,
         mesh,
         lambda trainable: build_optimizer(trainable.values(), config.optim),
         max_norm=config.optim.grad_clip,
-        micro_batches=run,
+        micro_batches=simulated,
         shape=(config.data.micro_batch, config.data.seq_len),
         device=CPU,
         dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
@@ -132,13 +131,13 @@ def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, run: int) -> Tor
     )
 
 
-def _recorder(config: TrainConfig, mesh: Mesh | None, node: int, run: int) -> Recorder:
+def _recorder(config: TrainConfig, mesh: Mesh | None, node: int) -> Recorder:
     pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
     tokens = config.data.micro_batch * config.data.seq_len // pieces
     return Recorder(mesh, node, tokens, config.moe)
 
 
-def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, run: int) -> None:
+def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, simulated: int) -> None:
     parameters, optimizer = list(engine.parameters.values()), engine.optimizer
     assert optimizer is not None
     recorder.name("parameters", iter(parameters))
@@ -150,7 +149,7 @@ def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: Fa
     )
     with mode, recorder:
         ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
-        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(run)], config.optim.lr)
+        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(simulated)], config.optim.lr)
         recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
 
 

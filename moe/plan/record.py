@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ..collectives import Axis, believe_splits, record_traffic, shares
+from ..collectives import Axis, assume_splits, part_sizes, record_traffic
 from ..config import MoEConfig
 from ..experts import SwiGLU
 from ..layer import MoE
@@ -42,7 +42,7 @@ aten = torch.ops.aten
 PROPAGATE = "_propagate_tensor_meta_non_cached"
 
 #: module class -> part of the model to which its products are counted; the innermost module decides
-PARTS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
+PART_OF_CLASS: dict[type[nn.Module], str] = {Attention: "attention", SwiGLU: "dense", Router: "router", MoE: "moe"}
 
 #: collective -> mesh axes that use it, most likely first; needed if several axes have the same ranks
 USERS = {
@@ -56,8 +56,8 @@ USERS = {
 
 
 @dataclass
-class Block:
-    """One block of memory and its lifetime."""
+class Allocation:
+    """One piece of memory that was allocated, and its lifetime."""
 
     bytes: int
     #: "parameters", "gradients", ... if it was named; otherwise the kind is inferred from the lifetime
@@ -117,9 +117,9 @@ class Recorder(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._blocks: dict[int, Block] = {}
+        self._allocations: dict[int, Allocation] = {}
         self._alive: dict[int, weakref.ref] = {}
-        self._events: list[tuple[Block, int]] = []
+        self._events: list[tuple[Allocation, int]] = []
         self._backward, self._task, self._blind = 0, -1, False
         #: stack of the parts whose forward is running
         self._parts: list[str] = []
@@ -134,7 +134,7 @@ class Recorder(TorchDispatchMode):
     def __enter__(self) -> Recorder:
         self._stack = ExitStack()
         self._traffic = self._stack.enter_context(record_traffic())
-        self._stack.enter_context(believe_splits(self._balanced))
+        self._stack.enter_context(assume_splits(self._balanced))
         resize = torch.UntypedStorage.resize_
         self._swap(torch.UntypedStorage, "resize_", lambda storage, size: self._resized(resize, storage, size))
         self._swap(ShardingPropagator, PROPAGATE, self._unseen(getattr(ShardingPropagator, PROPAGATE)))
@@ -162,9 +162,9 @@ class Recorder(TorchDispatchMode):
         return call
 
     def watch(self, model: nn.Module) -> None:
-        """Attribute the products of ``model`` to its parts, see :data:`PARTS`."""
+        """Attribute the products of ``model`` to its parts, see :data:`PART_OF_CLASS`."""
         for module in model.modules():
-            part = next((name for kind, name in PARTS.items() if isinstance(module, kind)), None)
+            part = next((name for kind, name in PART_OF_CLASS.items() if isinstance(module, kind)), None)
             if part is not None:
                 module.register_forward_pre_hook(partial(self._enter, part))
                 module.register_forward_hook(self._leave, always_call=True)
@@ -181,7 +181,7 @@ class Recorder(TorchDispatchMode):
         if self._blind:
             return func(*args, **(kwargs or {}))
         if func is aten._local_scalar_dense.default:
-            return _believed(args[0].dtype)
+            return _assumed_value(args[0].dtype)
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -206,10 +206,10 @@ class Recorder(TorchDispatchMode):
         now: Counter[str] = Counter()
         most: Counter[str] = Counter()
         total, highest, best = 0, -1, dict(now)
-        kinds = {id(block): block.found() for block, _ in self._events}
-        state = sum(max(change, 0) for block, change in self._events if kinds[id(block)] == "optimizer state")
-        for block, change in self._events:
-            kind = kinds[id(block)]
+        kinds = {id(allocation): allocation.found() for allocation, _ in self._events}
+        state = sum(max(change, 0) for allocation, change in self._events if kinds[id(allocation)] == "optimizer state")
+        for allocation, change in self._events:
+            kind = kinds[id(allocation)]
             if kind == "optimizer state":
                 continue
             now[kind] += change
@@ -220,29 +220,29 @@ class Recorder(TorchDispatchMode):
         both = (best | {"optimizer state": state}, dict(most) | {"optimizer state": state})
         return tuple({kind: size for kind, size in found.items() if size} for found in both)  # type: ignore[return-value]
 
-    def _seen(self, t: Tensor) -> Block:
+    def _seen(self, t: Tensor) -> Allocation:
         storage = t.untyped_storage()
         key = storage._cdata
-        if key not in self._blocks:
+        if key not in self._allocations:
             size = 0 if t.device.type == "meta" else storage.nbytes()  # meta tensors are not allocated yet
-            block = Block(size, born=self._backward, in_backward=self._task != -1)
-            self._blocks[key] = block
+            allocation = Allocation(size, born=self._backward, in_backward=self._task != -1)
+            self._allocations[key] = allocation
             self._alive[key] = weakref.ref(storage, partial(self._freed, key))
-            self._events.append((block, block.bytes))
-        return self._blocks[key]
+            self._events.append((allocation, allocation.bytes))
+        return self._allocations[key]
 
     def _freed(self, key: int, _: Any) -> None:
-        block = self._blocks.pop(key)
+        allocation = self._allocations.pop(key)
         del self._alive[key]
-        block.died = self._backward
-        self._events.append((block, -block.bytes))
+        allocation.died = self._backward
+        self._events.append((allocation, -allocation.bytes))
 
     def _resized(self, resize: Callable[..., Any], storage: torch.UntypedStorage, size: int) -> Any:
-        block = self._blocks.get(storage._cdata)
-        if block is not None:
-            block.resized = True
-            self._events.append((block, size - block.bytes))
-            block.bytes = size
+        allocation = self._allocations.get(storage._cdata)
+        if allocation is not None:
+            allocation.resized = True
+            self._events.append((allocation, size - allocation.bytes))
+            allocation.bytes = size
         return resize(storage, size)
 
     # ---- communication
@@ -278,11 +278,11 @@ class Recorder(TorchDispatchMode):
         """Return the rows sent to each of ``parts`` destinations if all experts are chosen equally often."""
         moe, (hop, ranks) = self.moe, (axis.name.rsplit(".", 1)[-1], axis.size)
         if hop not in ("across", "within"):
-            return shares(self.tokens * moe.top_k, Axis("", size=parts))
+            return part_sizes(self.tokens * moe.top_k, Axis("", size=parts))
         nodes = ranks if hop == "across" else _ep_size(self.mesh) // ranks
         experts = moe.num_experts // (nodes if hop == "across" else nodes * ranks)
         sources = self.tokens * (1 if hop == "across" else nodes)
-        return [round(sources * chosen_share(moe, experts))] * parts
+        return [round(sources * reached_fraction(moe, experts))] * parts
 
     # ---- products
 
@@ -310,7 +310,7 @@ class Recorder(TorchDispatchMode):
 _WEIGHTS = ("fsdp", "dp_replicate", "dense", "edp", "edp_shard", "edp_replicate")
 
 
-def _believed(dtype: torch.dtype) -> bool | int | float:
+def _assumed_value(dtype: torch.dtype) -> bool | int | float:
     """Return a value for a fake tensor that the code reads: gradients count as finite, and are clipped."""
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
@@ -319,8 +319,8 @@ def _ep_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh["ep"].size
 
 
-def chosen_share(moe: MoEConfig, experts: int) -> float:
-    """Return the share of tokens that choose at least one of ``experts`` experts on one rank or node, at random."""
+def reached_fraction(moe: MoEConfig, experts: int) -> float:
+    """Return the fraction of tokens that choose at least one of ``experts`` experts on one rank or node, at random."""
     groups, kept = moe.router.groups, moe.router.kept_groups
     if experts > moe.num_experts // groups:
         groups = kept = 1  # these experts span several groups

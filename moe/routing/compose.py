@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.topk_gate import Gate, lowest_bias
+from ...kernels.topk_gate import GateOutput, lowest_bias
 
 
 def compose(
@@ -24,7 +24,7 @@ def compose(
     mask_T: Tensor | None = None,
     sequences: int = 1,
     ids_TK: Tensor | None = None,
-) -> Gate:
+) -> GateOutput:
     """Compute the result of :func:`~equimoe.kernels.topk_gate.topk_gate` from any three functions of this package."""
     log_scores_TE = score(logits_TE)
     if ids_TK is None:
@@ -39,7 +39,7 @@ def compose(
     probs_TE, z_T = torch.where(valid_T[:, None], probs_TE, 0.0), torch.where(valid_T, z_T, 0.0)
     with torch.no_grad():
         taken_TE = torch.zeros_like(logits_TE, dtype=torch.int64).scatter_(1, ids_TK, 1) * valid_T[:, None]
-    return Gate(
+    return GateOutput(
         ids_TK=ids_TK,
         weights_TK=weights_TK,
         counts_BE=_by_sequence(taken_TE, sequences),

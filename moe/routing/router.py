@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.topk_gate import FUSED_SCORES, Gate, topk_gate
+from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
@@ -38,16 +38,22 @@ class Router(nn.Module):
     bias_E: Tensor | None
 
     def __init__(
-        self, hidden_size: int, num_experts: int, k: int, config: RouterConfig, init_std: float, backend: str = "auto"
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        config: RouterConfig,
+        init_std: float,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.k, self.init_std = k, init_std
+        self.top_k, self.init_std = top_k, init_std
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("bias_E", None)
         self.reset_parameters()
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
-        self.route = _fused(k, config, backend) if config.score in FUSED_SCORES else _composed(k, config)
+        self.route = _fused(top_k, config, backend) if config.score in FUSED_SCORES else _composed(top_k, config)
         self.score = SCORES[config.score]
 
     def reset_parameters(self) -> None:
@@ -109,7 +115,7 @@ class Router(nn.Module):
             )
 
 
-def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., Gate]:
+def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutput]:
     return partial(
         topk_gate,
         k=k,
@@ -123,7 +129,7 @@ def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., Gate]:
     )
 
 
-def _composed(k: int, config: RouterConfig) -> Callable[..., Gate]:
+def _composed(k: int, config: RouterConfig) -> Callable[..., GateOutput]:
     select = partial(top_k, k=k)
     if config.groups > 1:
         select = partial(group_limited, k=k, groups=config.groups, kept_groups=config.kept_groups)

@@ -10,10 +10,10 @@ from ..config import (
     AttentionConfig,
     MoEConfig,
     RecomputeConfig,
-    check_choices,
+    check_literals,
     require,
 )
-from ..parallel.config import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
+from ..parallel.degrees import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModelConfig:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self, "model.")
+        check_literals(self, "model.")
         for name in ("num_layers", "num_heads", "intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.moe_every >= 0, "model.moe_every", self.moe_every, "must not be negative; 1: all blocks, 0: none")
@@ -76,7 +76,7 @@ class DataConfig:
     token_dtype: Literal["uint16", "uint32"] = "uint16"
 
     def __post_init__(self) -> None:
-        check_choices(self, "data.")
+        check_literals(self, "data.")
         for name in ("seq_len", "global_batch", "micro_batch"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         require(
@@ -127,7 +127,7 @@ class OptimConfig:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choices(self, "optim.")
+        check_literals(self, "optim.")
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
@@ -165,7 +165,7 @@ class LogConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        check_choices(self, "log.")
+        check_literals(self, "log.")
         require(self.every >= 1, "log.every", self.every, "must be at least 1")
         require(self.eval_every >= 0, "log.eval_every", self.eval_every, "must not be negative; 0: only at the end")
         require(self.eval_sequences >= 1, "log.eval_sequences", self.eval_sequences, "must be at least 1")
@@ -193,7 +193,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_literals(self)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
@@ -221,19 +221,20 @@ class TrainConfig:
 
     def micro_batches(self, data_parallel: int) -> int:
         """Return the micro-batches per optimizer step on each of ``data_parallel`` data-parallel ranks."""
-        per_pass = self.data.micro_batch * data_parallel
+        together = self.data.micro_batch * data_parallel
         require(
-            self.data.global_batch % per_pass == 0,
+            self.data.global_batch % together == 0,
             "data.global_batch",
             self.data.global_batch,
             "must be a multiple of data.micro_batch * data-parallel ranks = "
             f"{self.data.micro_batch} * {data_parallel}; change one of them",
         )
-        passes = self.data.global_batch // per_pass
+        micro_batches = self.data.global_batch // together
         require(
-            self.moe.balance.micro_batches in (None, passes),
+            self.moe.balance.micro_batches in (None, micro_batches),
             "moe.balance.micro_batches",
             self.moe.balance.micro_batches,
-            f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {passes}; leave it out",
+            f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {micro_batches}; "
+            "leave it out",
         )
-        return passes
+        return micro_batches

@@ -57,9 +57,9 @@ def evaluate(
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
             found = engine.evaluate([Batch(*batch) for _, *batch in several])
-        for (domain, _, _, mask_BS), nats_BS in zip(several, found, strict=False):  # empty before the last stage
+        for (domain, _, _, mask_BS), losses_BS in zip(several, found, strict=False):  # empty before the last stage
             if tp.rank == 0:  # all ranks of a tensor-parallel group have the same losses
-                sums_N2[place[domain], 0] += nats_BS.double().sum()
+                sums_N2[place[domain], 0] += losses_BS.double().sum()
                 sums_N2[place[domain], 1] += mask_BS.sum() * (cp.rank == 0)
         for number, of_layer in zip(layers, routings, strict=True):
             for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
@@ -85,14 +85,15 @@ def _summed(values: Tensor) -> Tensor:
 def _summary(domains: tuple[str, ...], sums_N2: Tensor, seen_NLX: Tensor) -> dict[str, Any]:
     counts_NLE, tokens_NL, chosen_NL = seen_NLX[..., :-2], seen_NLX[..., -2], seen_NLX[..., -1]
     frequency_NLE = counts_NLE / counts_NLE.sum(-1, keepdim=True).clamp_min(1)
-    nats, tokens = sums_N2.sum(0).tolist()
-    there = {domain: i for i, domain in enumerate(domains) if sums_N2[i, 1]}
-    routed = {domain: i for domain, i in there.items() if tokens_NL[i].sum()}
-    routing = {domain: frequency_NLE[i].tolist() for domain, i in there.items()}
+    loss, tokens = sums_N2.sum(0).tolist()
+    evaluated = {domain: i for i, domain in enumerate(domains) if sums_N2[i, 1]}
+    routed = {domain: i for domain, i in evaluated.items() if tokens_NL[i].sum()}
+    routing = {domain: frequency_NLE[i].tolist() for domain, i in evaluated.items()}
     return {
-        "loss": nats / max(tokens, 1.0),
+        "loss": loss / max(tokens, 1.0),
         "domains": {
-            d: {"loss": float(sums_N2[i, 0] / sums_N2[i, 1]), "tokens": int(sums_N2[i, 1])} for d, i in there.items()
+            d: {"loss": float(sums_N2[i, 0] / sums_N2[i, 1]), "tokens": int(sums_N2[i, 1])}
+            for d, i in evaluated.items()
         },
         "routing": routing,
         "score_sum": {d: (chosen_NL[i] / tokens_NL[i]).tolist() for d, i in routed.items()},

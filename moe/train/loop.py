@@ -1,11 +1,14 @@
-"""The training loop: steps, evaluations, records and checkpoints.  N domains, L MoE layers."""
+"""The training loop: steps, evaluations, records and checkpoints.
+
+B sequences, S tokens per sequence, N domains, L MoE layers.
+"""
 
 from __future__ import annotations
 
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,14 +22,37 @@ from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Batch, build_engine
 from ..model import Decoder, numbered_moe_layers
-from ..observe import Columns, expert_share, layer_record, observe, step_record, training_score, watch_routers
+from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
 from ..parallel import Mesh
 from .config import TrainConfig
 from .data import Batches, Corpus
 from .evaluate import evaluate
 from .optim import build_optimizer, learning_rate
-from .step import Losses, NonFiniteError, mixed_precision
+
+
+class NonFiniteError(RuntimeError):
+    """Raised if a gradient is not finite. The step was not applied."""
+
+
+class DomainLosses:
+    """Accumulates this rank's training loss by domain between two records."""
+
+    def __init__(self, domains: int, device: torch.device) -> None:
+        #: fp64 [N, 2]: sum of the loss in nats, and tokens
+        self.sums_N2 = torch.zeros(domains, 2, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, losses_BS: Tensor, domain_B: Tensor) -> None:
+        """Add the losses per token [B, S] of one micro-batch; ``domain_B`` is the domain of each sequence."""
+        tokens_B = torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64)
+        rows_B2 = torch.stack((losses_BS.double().sum(1), tokens_B), dim=1)
+        self.sums_N2.index_add_(0, domain_B, rows_B2)
+
+
+def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """Return an autocast context that computes in bf16 if ``config.dtype`` is bfloat16, and else does nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
@@ -48,7 +74,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
 
 
 def _built(config: TrainConfig, vocab_size: int) -> Decoder:
-    """The same, with one line where there is not enough memory for it."""
+    """Run :func:`build_model`; if there is not enough memory, raise a ValueError that says so in one line."""
     try:
         return build_model(config, vocab_size)
     except (RuntimeError, MemoryError) as error:
@@ -57,7 +83,7 @@ def _built(config: TrainConfig, vocab_size: int) -> Decoder:
             raise
         raise ValueError(
             f"model.num_layers={config.model.num_layers}, moe.hidden_size={config.moe.hidden_size}: the model does "
-            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun tells what it needs"
+            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun shows what it needs"
         ) from None
 
 
@@ -77,7 +103,7 @@ class Trainer:
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
-        self.expert_share = expert_share(model)
+        self.expert_fraction = expert_fraction(model)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
         self.engine = build_engine(
@@ -94,7 +120,7 @@ class Trainer:
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
-        self.losses = Losses(len(corpus.domains), device)
+        self.losses = DomainLosses(len(corpus.domains), device)
         self.columns = Columns.of(config.moe, self.axis.size)
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
@@ -126,8 +152,8 @@ class Trainer:
         with self._observed_scores() if observed else nullcontext():
             result = self.engine.step(batches, learning_rate(config.optim, self.step, config.steps))
         if self.mesh is None or self.mesh["tp"].rank == 0:  # all ranks of a tensor-parallel group have the same losses
-            for nats_BS, (_, _, domain_B) in zip(result.nats, sampled, strict=False):  # empty before the last stage
-                self.losses.add(nats_BS, domain_B.to(self.device))
+            for losses_BS, (_, _, domain_B) in zip(result.losses, sampled, strict=False):  # empty before the last stage
+                self.losses.add(losses_BS, domain_B.to(self.device))
         if not result.applied:
             raise NonFiniteError(
                 f"grad_norm={float(result.norm)}: is not finite; lower optim.lr, or resume from an earlier checkpoint"
@@ -159,17 +185,17 @@ class Trainer:
         joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
         sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
         rows = [layer_record(row, self.columns) for row in joined[sums_N2.numel() :].view(table.shape)]
-        self.losses = Losses(len(self.corpus.domains), self.device)
-        nats, tokens = sums_N2.sum(0).tolist()
+        self.losses = DomainLosses(len(self.corpus.domains), self.device)
+        loss, tokens = sums_N2.sum(0).tolist()
         return {
             "kind": "train",
             "step": self.step,
-            "loss": nats / max(tokens, 1.0),
+            "loss": loss / max(tokens, 1.0),
             "grad_norm": float(norm),
             "lr": self.rate,
             "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
-            **step_record(rows, self.expert_share),
+            **step_record(rows, self.expert_fraction),
             "layers": rows,
         }
 

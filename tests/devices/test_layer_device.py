@@ -25,7 +25,6 @@ CASES: dict[str, MoEConfig] = {
         router=RouterConfig(score="sigmoid", groups=4, kept_groups=2, z_loss=0.01),
         balance=BalanceConfig(bias_update_rate=0.001),
     ),
-    "bias by micro-batch": replace(BASE, balance=BalanceConfig(bias_update_rate=0.001, bias_scope="micro")),
     "capacity": replace(BASE, capacity=CapacityConfig()),
     "capacity by position": replace(BASE, capacity=CapacityConfig(drop="position", scope="sequence")),
     "capacity, padded": replace(BASE, capacity=CapacityConfig(pad=True, max_tokens=256)),

@@ -20,8 +20,8 @@ from equimoe.moe.parallel import (
     build_mesh,
     clip_grad_norm_,
     parallelize,
-    share_of,
-    token_nats,
+    take_local_batch,
+    token_losses,
     vocabulary_parallel,
 )
 from equimoe.moe.plan import pretended
@@ -35,9 +35,9 @@ pytestmark = needs_fake_cuda
 TOKENS, RANKS = 64, 4
 LATENT = AttentionConfig("latent", q_lora_rank=8, kv_lora_rank=8, qk_nope_width=8, qk_rope_width=4, v_width=8)
 #: the dropless exchange must know the number of rows from each rank
-SPLITS = "moe/collectives/counts.py:splits"
+SPLITS = "moe/collectives/no_gradient.py:splits"
 #: ranks may have different numbers of tokens, and the etp ranks of an expert must know them
-SIZES = "moe/collectives/counts.py:exchange_sizes"
+SIZES = "moe/collectives/no_gradient.py:exchange_sizes"
 
 #: name -> dispatch, capacity, degrees, and every wait of the host in a layer's forward and backward
 DISPATCHERS: dict[str, tuple[DispatchConfig, CapacityConfig | None, dict[str, int], list[str]]] = {
@@ -139,13 +139,13 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> No
         parameters = list(model.parameters())
         optimizer = build_optimizer(parameters, OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
-        share = share_of(ids, ids, ids == 0, mesh)
+        batch = take_local_batch(ids, ids, ids == 0, mesh)
         with Watch(reads=TOKENS), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            model(share.inputs, share.mask)  # here the positions move to the device, once
+            model(batch.inputs, batch.mask)  # here the positions move to the device, once
         balance = Step.of(model)  # as an engine drives it
         with Watch(reads=TOKENS) as watch:
             with balance.micro_batch(), vocabulary_parallel(mesh), torch.autocast("cuda", torch.bfloat16):
-                token_nats(model(share.inputs, share.mask), share.labels).sum().backward()
+                token_losses(model(batch.inputs, batch.mask), batch.labels).sum().backward()
             found = list(watch.waits)
             clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -136,7 +136,7 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole), strict=True)
         found = engine.step([Batch(*part) for part in parts], lr=0.1)
         assert found.applied
-        result["loss"].append(float(sum(n.double().sum() for n in found.nats)) / float(whole[2].sum()))
+        result["loss"].append(float(sum(n.double().sum() for n in found.losses)) / float(whole[2].sum()))
         result["norm"].append(float(found.norm))
     return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
 

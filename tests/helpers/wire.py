@@ -11,8 +11,8 @@ from equimoe.moe import CapacityConfig, DispatchConfig, MoEConfig, Routing
 from equimoe.moe.collectives import record_traffic, split_axis, world_axis
 from equimoe.moe.dispatch import build_dispatcher
 from equimoe.moe.placement import Placement
-from equimoe.moe.plan import traffic
-from equimoe.moe.plan.traffic import Bytes, Load
+from equimoe.moe.plan import traffic_formulas as traffic
+from equimoe.moe.plan.traffic_formulas import Bytes, RoutedTokens
 from equimoe.moe.types import Decision, DispatchPlan
 
 T, D, K, E = 16, 6, 2, 8
@@ -61,7 +61,7 @@ Case = tuple[DispatchConfig, CapacityConfig | None, int, Bytes]
 
 def cases(wire: str, spread: str) -> list[Case]:
     """Return every dispatcher with its formula, for 4 ranks of 2 nodes."""
-    load = Load(T, D, K, value=4, weight=4, wire=wire)
+    load = RoutedTokens(T, D, K, value=4, weight=4, wire=wire)
     _, nodes_each, ranks_each = SPREADS[spread]
     capacity = CapacityConfig(factor=1.0, pad=True)
     found: list[Case] = [

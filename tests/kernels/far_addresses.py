@@ -1,8 +1,8 @@
-"""Kernels where an element's number does not fit 32 bits: `python -m tests.kernels.far_addresses [case ...]`.
+"""Runs kernels at elements whose index does not fit 32 bits: `python -m tests.kernels.far_addresses [case ...]`.
 
-Prints each case that held, and the peak of memory in use. Tensors of more than 2**31 elements cost nothing until a
-page of them is touched, and of each launch only the last program runs, under Triton's interpreter. An address that
-was cut to 32 bits is outside of any tensor, so it ends the process, which is why this is one of its own.
+Prints each case that passed, and the peak memory use. Tensors of more than 2**31 elements take memory only where they
+are touched, and only the last program of each launch runs, under Triton's interpreter. An address truncated to 32 bits
+lies outside of all tensors and crashes the process, so the cases run in a process of their own.
 """
 
 # R rows sorted by expert, S source rows, E experts, K in width, N out width, D hidden, F expert width.
@@ -19,22 +19,22 @@ import torch
 import triton.runtime.interpreter as runtime
 from torch import Tensor
 
-from equimoe.kernels.configs import Config
 from equimoe.kernels.expert_mlp import triton_ops as mlp
-from equimoe.kernels.expert_mlp.kind import Kind
+from equimoe.kernels.expert_mlp.types import MLPOptions
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
+from equimoe.kernels.matmul_tiles import MatmulTile
 from equimoe.kernels.permute import triton_ops as permute
 
-#: rows and a width with a product just over 2**31; a count of experts and a weight's size with the same
+#: the products of these rows and width, and of these experts and weight sizes, are just over 2**31
 ROWS, WIDTH = 2**16 + 2, 2**15
 EXPERTS, LONG, SHORT = 9, 2**22, 64
-#: the depth of a tile, and a width that is too much for so many rows
+#: the depth of a tile, and a width whose product with it is over 2**31
 TILE, WIDE = 1024, 2**21 + 2**12
-ONE = Kind("silu", True)
+ONE = MLPOptions("silu", True)
 
 
 class Last:
-    """A kernel of whose grid only the last program runs."""
+    """Wraps a kernel so that only the last program of a launch runs."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -53,8 +53,8 @@ class Last:
 
 
 def prepare() -> None:
-    runtime.GridExecutor._restore_args_dev = lambda *_: None  # it copies every tensor, here onto itself
-    gemm.pick_config = lambda *_: Config(16, 16, TILE, 1, 1, 1)
+    runtime.GridExecutor._restore_args_dev = lambda *_: None  # this method copies every tensor, on the CPU onto itself
+    gemm.shipped_tile = lambda *_: MatmulTile(16, 16, TILE, 1, 1, 1)
     for module, names in (
         (gemm, ("_gemm_kernel", "_wgrad_kernel")),
         (mlp, ("_up_kernel", "_up_grad_kernel")),
@@ -65,12 +65,12 @@ def prepare() -> None:
 
 
 def only_tile(expert: int, row: int, stop: int) -> None:
-    """The map of row tiles is one tile."""
+    """Make the map of row tiles contain this tile only."""
     gemm.tile_map = mlp.tile_map = lambda *_: torch.tensor([[expert], [row], [stop]])
 
 
 def far(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """Memory that is not there yet."""
+    """Return a tensor of more than 2**31 elements that takes memory only where it is touched."""
     tensor = torch.empty(shape, dtype=dtype)
     assert tensor.numel() > 2**31
     return tensor
@@ -168,7 +168,7 @@ def up_weight() -> None:
 
 
 def up_grad_check(found: tuple[Tensor, ...], dy: Tensor, down: Tensor, pre: Tensor, weights: Tensor) -> None:
-    """``found``: h, the gradients of the gate and of up, the last part of the weights'; all of the same 16 columns."""
+    """Check h, the gradients of gate and up, and the last part of the weights' gradient, for the same 16 columns."""
     leaf, w = pre.double().requires_grad_(), weights.double().requires_grad_()
     h = w * activated(leaf)
     dpre, dw = torch.autograd.grad(h, (leaf, w), dy.double() @ down.double())
@@ -257,8 +257,8 @@ def main(names: list[str]) -> None:
     for name in names or CASES:
         try:
             CASES[name]()
-            print(f"held: {name}", flush=True)
-        except Exception as error:  # the other cases are still to be told
+            print(f"passed: {name}", flush=True)
+        except Exception as error:  # run the other cases, too
             print(f"failed: {name}: {error!r}", flush=True)
     print(f"peak: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MiB")
 

@@ -1,4 +1,4 @@
-"""Every way that an op can go on one machine: the backends, and the torch backend as it runs on an accelerator."""
+"""The paths of an op: its backends, and the torch backend as it runs on an accelerator (here on the CPU)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATHS = ("reference", "torch", "accelerator", "triton")
 
 @contextmanager
 def on(path: str) -> Iterator[str]:
-    """The backend to ask for, inside."""
+    """Enable a path, and give the backend to pass to the op."""
     with pytest.MonkeyPatch.context() as patch:
         if path == "accelerator":
             for module in (permute_ops, sort_ops, gate_ops):
@@ -31,7 +31,7 @@ def on(path: str) -> Iterator[str]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the worst row, against its own norm but at least a hundredth of the rows' mean norm."""
+    """Return the error of the worst row, relative to its norm (but at least a hundredth of the rows' mean norm)."""
     found, expected = (torch.atleast_2d(t.detach().double()).flatten(1) for t in (found, expected))
     assert found.shape == expected.shape and bool(found.isfinite().all())
     if not found.numel():

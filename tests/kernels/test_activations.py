@@ -1,4 +1,4 @@
-"""Every activation, with and without a gate, and with the pre-activation kept or computed again, on every backend.
+"""Every activation on every backend: gated or not, with the pre-activation kept or recomputed.
 
 S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K routed rows.
 """
@@ -19,11 +19,11 @@ from equimoe.kernels import grouped_gemm as gemm_op
 from equimoe.kernels.expert_mlp import ACTIVATIONS, expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.moe import MoEConfig
-from equimoe.moe.experts import GroupedExperts
+from equimoe.moe.experts import RoutedExperts
 from equimoe.moe.types import DispatchPlan
 from tests.helpers.slow import slow_but
 
-from .cases import NAMES, call, compare, make, route_fixture  # noqa: F401
+from .mlp_cases import NAMES, call, compare, make, take_path_fixture  # noqa: F401
 
 HAS_TRITON = find_spec("triton") is not None and not torch.cuda.is_available()
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter"))
@@ -36,12 +36,12 @@ KINDS = [(activation, gated) for activation in ACTIVATIONS for gated in (True, F
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_against_fp64(
-    activation: str, gated: bool, path: str, dtype: torch.dtype, recompute: bool, route: Callable[[str], None]
+    activation: str, gated: bool, path: str, dtype: torch.dtype, recompute: bool, take_path: Callable[[str], None]
 ) -> None:
     case = make(13, 2, 24, 24, 3, ids="some dropped", gated=gated).rounded(dtype)
     options: dict[str, Any] = {"activation": activation, "gated": gated}
     expected = case.run("reference", **options)
-    route(path)
+    take_path(path)
     compare(case.run(path, dtype, **options, recompute=recompute), expected, dtype)
 
 
@@ -56,7 +56,7 @@ FORMULAS: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("x", [-1.5, 0.7])
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_the_formula_by_hand(activation: str, gated: bool, x: float) -> None:
-    """One row, one expert, scalars; the reference, and by it all others."""
+    """One row, one expert, scalars. This checks the reference, and the other tests compare the backends with it."""
     w, g, u, d = 0.25, 0.8, -1.1, 2.0
     order = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64), 1)
     gate_up, down, weight, x_SD = (
@@ -68,9 +68,9 @@ def test_the_formula_by_hand(activation: str, gated: bool, x: float) -> None:
 
 @pytest.mark.parametrize("path", ["torch", "blocks"])
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
-def test_gradcheck(activation: str, gated: bool, path: str, route: Callable[[str], None]) -> None:
+def test_gradcheck(activation: str, gated: bool, path: str, take_path: Callable[[str], None]) -> None:
     case = make(5, 2, 3, 4, 3, ids="some dropped", gated=gated)
-    route(path)
+    take_path(path)
     leaves = [t.clone().requires_grad_() for t in case.inputs.values()]
 
     def run(*tensors: Tensor) -> Tensor:
@@ -81,38 +81,38 @@ def test_gradcheck(activation: str, gated: bool, path: str, route: Callable[[str
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_a_bad_number_is_not_hidden(activation: str, path: str, route: Callable[[str], None]) -> None:
+def test_a_bad_number_is_not_hidden(activation: str, path: str, take_path: Callable[[str], None]) -> None:
     case = make(6, 1, 16, 8, 2, gated=False)
     case.inputs["x"][2] = float("nan")
-    route(path)
+    take_path(path)
     y_SD = case.run(path, torch.float32, activation=activation, gated=False)["y"]
     assert y_SD[2].isnan().all() and y_SD[:2].isfinite().all() and y_SD[3:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("path", PATHS)
-def test_recomputed_gradients_are_the_same(path: str, dtype: torch.dtype, route: Callable[[str], None]) -> None:
-    """Bit for bit, where the second product is done like the first: here everywhere."""
+def test_recomputed_gradients_are_the_same(path: str, dtype: torch.dtype, take_path: Callable[[str], None]) -> None:
+    """They agree bit for bit, because every path recomputes the product in the same way."""
     case = make(15, 2, 24, 16, 3, ids="some dropped")
-    route(path)
+    take_path(path)
     kept, again = (case.run(path, dtype, recompute=recompute) for recompute in (False, True))
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("path", ["torch", "grouped", TRITON])
-def test_what_is_kept_to_the_byte(path: str, gated: bool, route: Callable[[str], None]) -> None:
-    """Beside the parameters: x, the router's weights, the indices, and the pre-activation unless recomputed."""
+def test_what_is_kept_to_the_byte(path: str, gated: bool, take_path: Callable[[str], None]) -> None:
+    """Besides the parameters: x, the router's weights, the indices, and the pre-activation unless it is recomputed."""
     sources, choices, hidden, width, experts = 32, 2, 16, 24, 4
     case = make(sources, choices, hidden, width, experts, gated=gated)
     case.ids_SK[:] = torch.arange(sources * choices).view(sources, choices) % experts  # 16 rows each: no padding
     case.order = sort_by_expert(case.ids_SK, experts)
-    route(path)
+    take_path(path)
     leaves = {n: t.to(torch.float32 if n == "weights" else torch.bfloat16) for n, t in case.inputs.items()}
     leaves = {name: t.requires_grad_() for name, t in leaves.items()}
     parameters = {leaves["gate_up"].data_ptr(), leaves["down"].data_ptr()}
     routed = sources * choices
-    indices = 8 * (2 * routed + experts + 1) + 4 * routed  # order, inverse and offsets, the router's weights
+    indices = 8 * (2 * routed + experts + 1) + 4 * routed  # order, inverse and offsets; the router's weights
     for recompute in (False, True):
         kept: dict[int, int] = {}
 
@@ -142,7 +142,7 @@ def test_mistakes() -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter")
 def test_auto_keeps_fp64_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where "auto" leads to Triton, which has no fp64."""
+    """If "auto" chooses Triton, which lacks fp64, fp64 inputs still take the torch backend."""
     case, chosen = make(6, 2, 8, 6, 3), []
 
     def pick(op: str, backends: dict[str, Any], backend: str) -> Any:
@@ -164,7 +164,7 @@ def test_auto_keeps_fp64_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_module(gated: bool) -> None:
-    experts = GroupedExperts(3, 8, 6, "torch", 0.5, activation="relu2", gated=gated, recompute=True)
+    experts = RoutedExperts(3, 8, 6, "torch", 0.5, activation="relu2", gated=gated, recompute=True)
     shapes = {name: list(p.shape) for name, p in experts.named_parameters()}
     assert shapes == {"gate_up_proj": [3, 12 if gated else 6, 8], "down_proj": [3, 8, 6]}
     case = make(10, 2, 8, 6, 3)

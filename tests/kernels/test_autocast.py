@@ -22,7 +22,7 @@ from equimoe.kernels.topk_gate import topk_gate
 from tests.helpers.fake_cuda import needs_fake_cuda, on_fake_cuda
 
 S, K, D, F, E = 6, 2, 16, 8, 3
-#: takes the backend, a function that makes leaves, and the order; returns the outputs
+#: takes the backend, a function that makes leaf tensors, and the order; returns the outputs
 Op = Callable[[str, Callable[..., Tensor], ExpertOrder], list[Tensor]]
 
 
@@ -59,7 +59,7 @@ OPS: dict[str, Op] = {
     "grouped_gemm_dgrad": _dgrad,
     "grouped_gemm_wgrad": _wgrad,
 }
-#: where autocast is on
+#: whether autocast is on in the forward and in the backward pass
 PLACES = {"forward": (True, False), "backward": (False, True), "both": (True, True)}
 
 
@@ -75,7 +75,7 @@ def autocast(device: str, dtype: torch.dtype, enabled: bool) -> Any:
 def run(
     op: Op, backend: str, rows: torch.dtype, cast: torch.dtype, places: tuple[bool, bool], device: str = "cpu"
 ) -> list[Tensor]:
-    """Outputs, then gradients, with autocast to ``cast`` in the passes that ``places`` names."""
+    """Return outputs, then gradients, with autocast to ``cast`` on in the passes that ``places`` selects."""
     generator, leaves, order = torch.Generator().manual_seed(0), [], order_of(device)
 
     def leaf(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ def run(
 def test_nothing_changes(name: str, backend: str) -> None:
     for rows in (torch.float32, torch.bfloat16, torch.float64):
         if rows == torch.float64 and backend == "triton":
-            continue  # which has none
+            continue  # Triton lacks fp64
         plain = run(OPS[name], backend, rows, rows, (False, False))
         for cast in (torch.bfloat16, torch.float16):
             for place, places in PLACES.items():
@@ -110,7 +110,7 @@ def experts(backend: str, leaf: Callable[..., Tensor], order: ExpertOrder) -> li
 
 
 def test_experts_compute_in_autocasts_dtype(backend: str) -> None:
-    """What autocast in the forward gives is what casting by hand gives; in the backward it changes nothing."""
+    """Autocast in the forward equals casting by hand; in the backward it changes nothing."""
     for cast in (torch.bfloat16, torch.float16):
 
         def by_hand(backend: str, leaf: Callable[..., Tensor], order: ExpertOrder, to: torch.dtype = cast):
@@ -127,7 +127,7 @@ def test_experts_compute_in_autocasts_dtype(backend: str) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes in which matrices are multiplied."""
+    """Records the dtypes of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Products(TorchDispatchMode):
 
 
 def _on_a_gpu(backends: tuple[str, ...]) -> Iterator[tuple[str, list[str], list[str], set[str]]]:
-    """Case, dtypes without and with autocast, and the dtypes of products, of every op on a fake GPU."""
+    """Yield for every op on a fake GPU: case, dtypes without and with autocast, and the dtypes of its products."""
     for backend in backends:
         for name, op in OPS.items():
             for cast in (torch.bfloat16, torch.float16):

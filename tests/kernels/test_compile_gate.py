@@ -1,6 +1,6 @@
-"""The gate passes what is shipped, fails what no chip could launch, and compiles exactly what a launch gets.
+"""Tests that the gate accepts shipped tiles, rejects tiles that no chip can launch, and compiles what launches compile.
 
-Compiles in processes of their own, without the interpreter.
+Compilation runs in separate processes, without the interpreter.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PLANT = """
 import sys
-sys.path.insert(0, {folder!r})
-import planted
+from benchmarks import planted
 ok, line = planted.seen_by_gate()
 print(line)
 sys.exit(int(not ok))
 """
 
-#: real launches of public ops, of sizes that the gate's cases do not have; the compiler is stubbed by Triton's own hook
+#: launches public ops at sizes that are not among the gate's cases; a hook of Triton replaces the compiler
 COVERED = """
 import sys
-sys.path.insert(0, {folder!r})
-import compile_gate, gate_cases, launches, torch, triton
-from gate_cases import *
+import torch, triton
+from benchmarks.kernels import compile_gate, launches
+from benchmarks.kernels.gate_cases import *
 
 def key(found):
     attrs = tuple(sorted((k, str(v)) for k, v in found["configs"][0].items() if v))
@@ -81,22 +80,24 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_subset_of_what_is_shipped_passes() -> None:
-    done = python("benchmarks/compile_gate.py", "--chips", "sm_90", "gfx942", "--only", "up_kernel bf16 few even silu")
+    done = python(
+        "benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "gfx942", "--only", "up_kernel bf16 few even silu"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "wgmma.mma_async" in done.stdout and "v_mfma_" in done.stdout and "4 compiled, 0 at fault" in done.stdout
 
 
 @pytest.mark.slow
 def test_nothing_to_compile_is_a_failure() -> None:
-    assert python("benchmarks/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel").returncode == 1
+    assert python("benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel").returncode == 1
 
 
 def test_an_oversize_tile_fails() -> None:
-    done = python("-c", PLANT.format(folder=str(ROOT / "benchmarks")))
+    done = python("-c", PLANT)
     assert done.returncode == 0 and "bytes of stack" in done.stdout, done.stdout + done.stderr
 
 
 def test_launches_of_other_sizes_get_what_the_gate_compiles() -> None:
-    """Types, constants, what is known of each argument, warps and stages of every matrix kernel."""
-    done = python("-c", COVERED.format(folder=str(ROOT / "benchmarks")))
+    """Compare types, constants, argument attributes, warps and stages of every matrix kernel."""
+    done = python("-c", COVERED)
     assert done.returncode == 0, done.stdout + done.stderr

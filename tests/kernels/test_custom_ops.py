@@ -1,4 +1,4 @@
-"""Every custom op of the project passes torch's own check of schema, autograd, fake tensors and symbolic sizes.
+"""Every custom op passes torch's opcheck: schema, autograd, fake tensors and symbolic sizes.
 
 ``pytest -s`` prints the table of cases. S source rows, K choices per row, D hidden, F expert width, E experts, R = S*K.
 """
@@ -20,9 +20,9 @@ from equimoe import kernels  # noqa: E402
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 for path in sorted(Path(kernels.__path__[0]).glob("*/triton_ops.py")):
-    import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers its ops
+    import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers the ops
 
 S, K, D, F, E = 5, 2, 8, 6, 3
 
@@ -32,14 +32,14 @@ def randn(*shape: int, grad: bool = False) -> Tensor:
 
 
 def strided(*shape: int, grad: bool = False) -> Tensor:
-    """Every other element of every dimension, transposed in memory."""
+    """Return random numbers at every other element of every dimension, transposed in memory."""
     wide = torch.randn(*(2 * n + 1 for n in reversed(shape)), device=DEVICE)
     view = wide.permute(*reversed(range(len(shape))))[tuple(slice(0, 2 * n, 2) for n in shape)]
     return view.requires_grad_(grad)
 
 
 def ids(sources: int = S, drop: str = "some") -> Tensor:
-    """Some choices dropped, all or none; the last expert has no rows."""
+    """Return ids of which some, all or none are dropped. The last expert has no rows."""
     ids_SK = torch.randint(0, E - 1, (sources, K), device=DEVICE)
     if drop == "some":
         ids_SK[::3, 0] = -1
@@ -47,7 +47,7 @@ def ids(sources: int = S, drop: str = "some") -> Tensor:
 
 
 def order(sources: int = S, drop: str = "some", strides: bool = False) -> ExpertOrder:
-    """With ``strides`` none of its tensors is contiguous."""
+    """Return an order; with ``strides`` none of its tensors is contiguous."""
     found = sort_by_expert(ids(sources, drop), E, backend="torch")
     if not strides:
         return found
@@ -80,7 +80,7 @@ def offsets(*counts: int) -> Tensor:
 
 
 def column(t: Tensor) -> Tensor:
-    """The same values as a column of a table."""
+    """Return the same values as a column of a table."""
     return torch.stack((t, torch.full_like(t, -9)), 1)[:, 0]
 
 
@@ -117,7 +117,7 @@ def mlp_backward(
 
 
 Case = tuple[str, str, Callable[[], tuple]]
-#: op, what is special about the case, the arguments
+#: op, description of the case, function that makes the arguments
 CASES: list[Case] = [
     ("permute", "dropped ids, cut", lambda: (randn(S, D, grad=True), *order(), 7)),
     ("permute", "fewer rows than kept", lambda: (randn(S, D, grad=True), *order(drop="none"), 3)),
@@ -166,7 +166,7 @@ MORE: list[Case] = [
 
 
 def opcheck(name: str, arguments: Callable[[], tuple]) -> str:
-    """The checks that an op has passed, or what it has failed at."""
+    """Return the checks that an op passed, or its failure."""
     try:
         done = torch.library.opcheck(getattr(torch.ops.equimoe, name).default, arguments())
     except Exception as error:
@@ -179,14 +179,14 @@ def test_opcheck(cases: list[tuple[str, str, Callable[[], tuple]]]) -> None:
     def table(*_: int) -> list[str]:
         return [f"{name:20} {label:24} {opcheck(name, arguments)}" for name, label, arguments in cases]
 
-    # in a process of its own: torch 2.15 starts autograd's device threads here, and later tests could not fork
+    # in a separate process: torch 2.15 starts autograd's device threads here, and later tests could not fork
     rows = table() if DEVICE == "cuda" else run_ranks(table, 1, timeout=100)[0]
     print("", *rows, sep="\n")
     assert not [row for row in rows if "FAILED" in row]
 
 
 def test_every_custom_op_has_cases() -> None:
-    """Permute and combine are each other's gradient; a sort has none."""
+    """Each op has usual cases. Permute and combine are each other's backward, and the sort has none."""
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "equimoe::" in name}
     table = {name: [label for op, label, _ in CASES if op == name] for name in sorted(names)}
     for name, labels in table.items():

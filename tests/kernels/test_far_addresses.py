@@ -1,4 +1,4 @@
-"""Addresses beyond 2**31 elements, in a process of their own that a wrong one would end; see far_addresses.py."""
+"""Addresses beyond 2**31 elements, in a separate process, which a wrong address would crash; see far_addresses.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 if sys.platform != "linux":
-    pytest.skip("needs memory that is there only once it is touched", allow_module_level=True)
+    pytest.skip("needs an operating system that provides memory when it is touched", allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ast.parse((Path(__file__).parent / "far_addresses.py").read_text())
-#: the keys of CASES; importing them here would change the interpreter of this process
+#: the keys of CASES, read from the source: importing the module would change this process's interpreter
 NAMES = next(
     [ast.literal_eval(key) for key in node.value.keys]
     for node in TREE.body
@@ -33,8 +33,8 @@ def output() -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_holds(name: str, output: str) -> None:
-    assert f"held: {name}\n" in output, output[-2000:]
+def test_case(name: str, output: str) -> None:
+    assert f"passed: {name}\n" in output, output[-2000:]
 
 
 def test_little_memory_is_used(output: str) -> None:

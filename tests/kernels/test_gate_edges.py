@@ -1,4 +1,4 @@
-"""The gate where scores, biases and logits are extreme: the same contract on every path.
+"""The gate with extreme scores, biases and logits keeps its contract on every path.
 
 T tokens, E experts, K top-k.
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
+from equimoe.kernels.topk_gate import GateOutput, topk_gate  # noqa: E402
 from tests.kernels.paths import PATHS, on, relative_error  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 INF, NAN = math.inf, math.nan
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy, and says so
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter uses numpy, which warns
 SOFTMAX: dict[str, Any] = {"score": "softmax"}
 SIGMOID: dict[str, Any] = {"score": "sigmoid"}
 RAW: dict[str, Any] = SIGMOID | {"normalize": False}
 AFTER: dict[str, Any] = SOFTMAX | {"softmax_after_topk": True}
 
 
-def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[Gate, Tensor]:
-    """The gate, and the logits' gradient of a mix of all that is differentiable."""
+def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[GateOutput, Tensor]:
+    """Return the gate's output, and the logits' gradient of a combination of all differentiable results."""
     leaf_TE = logits_TE.detach().to(DEVICE).requires_grad_()
     with on(path) as backend:
         gate = topk_gate(leaf_TE, k, backend=backend, **how)
@@ -36,13 +36,13 @@ def run(path: str, logits_TE: Tensor, k: int, **how: Any) -> tuple[Gate, Tensor]
         return gate, torch.autograd.grad(loss, leaf_TE)[0]
 
 
-def choice(path: str, logits_TE: Tensor, k: int, **how: Any) -> Gate:
+def choice(path: str, logits_TE: Tensor, k: int, **how: Any) -> GateOutput:
     with on(path) as backend, torch.no_grad():
         return topk_gate(logits_TE.to(DEVICE), k, backend=backend, **how)
 
 
-def check(path: str, logits_TE: Tensor, k: int, **how: Any) -> Gate:
-    """Weights, sums and gradient against the oracle in fp64, for the same choice."""
+def check(path: str, logits_TE: Tensor, k: int, **how: Any) -> GateOutput:
+    """Compare weights, sums and gradient with the fp64 reference, for the same choice."""
     gate, dlogits_TE = run(path, logits_TE, k, **how)
     expected, dexpected_TE = run("reference", logits_TE.double(), k, **how | {"ids_TK": gate.ids_TK})
     for name in ("weights_TK", "prob_sums_BE", "z_sum"):
@@ -56,19 +56,21 @@ def check(path: str, logits_TE: Tensor, k: int, **how: Any) -> Gate:
 @pytest.mark.parametrize("level", [-100.0, -1000.0])
 def test_tiny_sigmoids_still_sum_to_one(path: str, level: float) -> None:
     k, logits_TE = 3, torch.randn(8, 8)
-    logits_TE += torch.tensor([level, -110, -95, -88, -70, -45, -40, -20])[:, None]  # around all that decides
+    logits_TE += torch.tensor([level, -110, -95, -88, -70, -45, -40, -20])[:, None]  # around the thresholds
     for how in ({}, {"normalize": False}, {"groups": 4, "kept_groups": 2}, {"softmax_after_topk": True}):
         gate = check(path, logits_TE, k, **SIGMOID | how)
         if how.get("normalize", True):
             assert torch.allclose(gate.weights_TK.sum(1), torch.ones(8, device=DEVICE))
             if "groups" not in how:
-                assert torch.equal(gate.ids_TK.cpu(), logits_TE.topk(k).indices), "the highest, though all underflow"
+                assert torch.equal(gate.ids_TK.cpu(), logits_TE.topk(k).indices), (
+                    "the highest logits, although all scores underflow"
+                )
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", [SOFTMAX, SIGMOID, SIGMOID | {"scale": 2.5}, AFTER])
 def test_a_choice_of_tiny_scores_is_weighed(path: str, how: dict[str, Any]) -> None:
-    """A bias, or who gives the ids, may choose experts whose scores are nothing beside the others."""
+    """A bias or given ids may choose experts whose scores are negligible."""
     logits_TE = torch.randn(7, 6)
     logits_TE[:, 3:] -= torch.tensor([0.0, 30, 59, 61, 90, 200, 900])[:, None]
     ids_TK = torch.tensor([[4, 3], [5, 4], [3, 5], [4, 5], [3, 4], [5, 3], [5, 5]], device=DEVICE)
@@ -130,7 +132,7 @@ def test_excluded_experts_come_last(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_groups_worth_is_summed_in_the_scores_dtype(path: str) -> None:
-    """In fp64 the second group would be worth more; in fp32 both are worth 1, and the first is kept."""
+    """In fp64 the second group would be better; in fp32 both have value 1, and the first is kept."""
     bias_E = torch.tensor([0.0, 1.0, 1e-9, 1.0], device=DEVICE)
     logits_TE = torch.full((1, 4), -200.0)  # scores of 0
     gate = choice(path, logits_TE, 1, bias_E=bias_E, groups=2, kept_groups=1, **SIGMOID)
@@ -140,7 +142,7 @@ def test_a_groups_worth_is_summed_in_the_scores_dtype(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", [SOFTMAX, SIGMOID, RAW, AFTER])
 def test_nan_logits(path: str, how: dict[str, Any]) -> None:
-    """NaN is chosen first and stays in its token."""
+    """NaN is chosen first, and affects only its own token."""
     logits_TE = torch.randn(8, 6)
     bad_TE = logits_TE.clone()
     bad_TE[2, 3], bad_TE[5], bad_TE[6, 1] = NAN, NAN, NAN
@@ -151,13 +153,13 @@ def test_nan_logits(path: str, how: dict[str, Any]) -> None:
     clean, dclean_TE = run(path, logits_TE, 2, mask_T=mask_T, **how)
     assert torch.equal(found.ids_TK[good], clean.ids_TK[good])
     assert torch.equal(found.weights_TK[good], clean.weights_TK[good])
-    # the mix of gradients that arrives is the same, so that the good tokens' own is bit for bit
+    # the incoming gradients are the same, so the unaffected tokens' gradients agree bit for bit
     assert torch.equal(dfound_TE[good], dclean_TE[good]) and bool(dfound_TE[[2, 5, 6]].isnan().any(1).all())
     assert bool(found.prob_sums_BE.isnan().any()) and bool(found.z_sum.isnan())
     expected = run("reference", bad_TE, 2, mask_T=mask_T, **how)[0]
     assert torch.equal(found.ids_TK, expected.ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
     assert torch.equal(found.weights_TK.isnan(), expected.weights_TK.isnan())
-    first = 3 if how["score"] == "sigmoid" else 0  # a softmax with NaN in it is NaN altogether
+    first = 3 if how["score"] == "sigmoid" else 0  # a softmax that contains NaN is all NaN
     assert found.ids_TK[2, 0] == first and bool(found.weights_TK[5].isnan().all())
     mask_T[[2, 5]] = False
     masked, sums = (choice(path, logits, 2, mask_T=mask_T, **how) for logits in (bad_TE, logits_TE))
@@ -167,7 +169,7 @@ def test_nan_logits(path: str, how: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("how", [SOFTMAX, SIGMOID, AFTER])
 def test_infinite_logits(path: str, how: dict[str, Any]) -> None:
-    """An expert of -inf weighs nothing; what has no value is NaN on every path."""
+    """An expert with logit -inf has weight 0. Undefined weights are NaN on every path, and z_sum is not finite."""
     logits_TE = torch.randn(5, 6)
     logits_TE[1, 2:], logits_TE[2], logits_TE[3, 1] = -INF, -INF, INF
     expected = run("reference", logits_TE, 3, **how)[0]
@@ -175,6 +177,8 @@ def test_infinite_logits(path: str, how: dict[str, Any]) -> None:
     assert torch.equal(found.ids_TK, expected.ids_TK)
     assert torch.allclose(found.weights_TK, expected.weights_TK, atol=1e-6, equal_nan=True)
     assert found.weights_TK[1, 2] == 0 and bool(found.weights_TK[2].isnan().all())
+    assert not found.z_sum.isfinite() and not expected.z_sum.isfinite()
+    assert bool(dfound_TE[[2, 3]].isnan().all())
     assert bool(dfound_TE[[0, 1, 4]].isfinite().all())
 
 

@@ -1,4 +1,4 @@
-"""How the gate and the sort are launched: compiled once for any number of tokens, right beyond 2^31 elements."""
+"""The gate's and the sort's kernels compile once for any number of tokens, and are correct beyond 2^31 elements."""
 
 # T tokens, E experts, K top-k, R routed rows.
 
@@ -19,10 +19,10 @@ from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.sort_by_expert import triton_ops as sort  # noqa: E402
 from equimoe.kernels.topk_gate import tiles, topk_gate  # noqa: E402
 from equimoe.kernels.topk_gate import triton_ops as gate  # noqa: E402
-from equimoe.kernels.topk_gate.gate import Method  # noqa: E402
+from equimoe.kernels.topk_gate.types import GateOptions  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 if DEVICE == "cpu":
     from equimoe.kernels import _interpreter as interpreter
 
@@ -32,7 +32,7 @@ LIMIT = 1 << 31
 
 
 class Recorder:
-    """Stands for a kernel, and notes what a launch of it would be compiled for."""
+    """Wraps a kernel, and records what Triton would compile each launch for."""
 
     def __init__(self, kernel: Any, keys: set[tuple]) -> None:
         self.kernel, self.keys = kernel, keys
@@ -45,7 +45,7 @@ class Recorder:
             for name, value in zip(self.kernel.arg_names, args, strict=False):
                 if isinstance(value, Tensor):
                     key.append((name, value.dtype))
-                else:  # a number is a part of what is compiled unless it is exempt
+                else:  # Triton compiles for the value of a number, unless it is exempt
                     key.append((name, type(value) if name in self.free else value))
             self.keys.add(tuple(key))
             return self.kernel[grid](*args, **constants)
@@ -57,7 +57,7 @@ KERNELS = [(gate, name) for name in ("gate_forward", "gate_reduce", "gate_backwa
 KERNELS += [(sort, name) for name in ("sort_rank", "sort_prefix_blocks", "sort_prefix_experts", "sort_place")]
 
 
-def test_number_of_tokens_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_number_of_tokens_does_not_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: set[tuple] = set()
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), keys))
@@ -86,21 +86,21 @@ def test_numbers_are_exempt_from_specialization(backward: bool, module: Any, nam
 
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that takes up none until it is written or read; zero, and never poisoned."""
+    """Return zeros that take memory only once they are touched, and are never poisoned."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    no_reserve = 0x4000  # mmap.MAP_NORESERVE, which Python has only lately
+    no_reserve = 0x4000  # mmap.MAP_NORESERVE, which older versions of Python lack
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     return torch.from_numpy(np.frombuffer(block, np.uint8)).view(dtype).view(shape)
 
 
 @interpreted
 def test_gate_beyond_2_31_elements() -> None:
-    """Two sequences, of which the second begins behind 2^31 logits, and their first chunks alone."""
+    """Runs the first chunk of two sequences, the second of which begins after 2^31 logits."""
     experts, k, chunk = 4096, 2, tiles.tile_for(4096).chunk
     length = LIMIT // experts
 
     def body(rank: int, world: int) -> None:
-        method = Method(k, "softmax", 1, 1, True, False, 1.0, 2)
+        method = GateOptions(k, "softmax", 1, 1, True, False, 1.0, 2)
         far = slice(length, length + chunk)
         logits_TE = untouched((length + chunk, experts), torch.float16)
         few_TE = torch.randn(2, chunk, experts).half()
@@ -137,15 +137,15 @@ def test_gate_beyond_2_31_elements() -> None:
         want.weights_TK.backward(few.flatten(0, 1))
         torch.testing.assert_close(torch.cat((dlogits_TE[:chunk], dlogits_TE[far])), leaf_TE.grad)
 
-    run_ranks(body, 1)  # in a process of its own: a wrong address would end this one
+    run_ranks(body, 1)  # in a separate process, because a wrong address crashes it
 
 
 @interpreted
 def test_sort_beyond_2_31_rows() -> None:
-    """The block of rows behind 2^31, whose counts lie behind 2^31 too, and whose places do."""
+    """Runs the first block of rows after 2^31. Its counts and positions lie beyond 2^31, too."""
     experts = 2000
     block = sort.tile_for(experts).block
-    first = LIMIT // block  # block of rows
+    first = LIMIT // block  # number of that block
     rows, bins = LIMIT + 100, experts + 1
 
     def body(rank: int, world: int) -> None:
@@ -163,12 +163,12 @@ def test_sort_beyond_2_31_rows() -> None:
         assert torch.equal(ranks_R[LIMIT:].long(), i_I // 4)
         assert torch.equal(counts_XW[first], torch.bincount(bin_I, minlength=bins))
 
-        counts_XW[first] = 0  # no such rows in the blocks before
+        counts_XW[first] = 0  # earlier blocks have no such rows
         offsets_W = torch.full((bins,), LIMIT + 75)
         offsets_W[:3] = LIMIT + torch.tensor([0, 25, 50])
         sort.sort_place[(1,)](ids_R, ranks_R, counts_XW, offsets_W, order_R, inverse_R, rows, experts, BLOCK=block)
-        place_I = offsets_W[bin_I] + i_I // 4
-        assert torch.equal(inverse_R[LIMIT:], torch.where(bin_I == experts, -1, place_I))
-        assert torch.equal(order_R[place_I], LIMIT + i_I)
+        position_I = offsets_W[bin_I] + i_I // 4
+        assert torch.equal(inverse_R[LIMIT:], torch.where(bin_I == experts, -1, position_I))
+        assert torch.equal(order_R[position_I], LIMIT + i_I)
 
     run_ranks(body, 1)

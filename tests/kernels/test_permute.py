@@ -12,7 +12,7 @@ from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 BACKENDS = ("reference", "torch")
-#: largest relative error, by norm and of the worst row
+#: largest permitted relative error of a row
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -28,7 +28,9 @@ def make(
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert found.dtype == dtype and found.shape == expected.shape
     error, scale = (found.double() - expected.double()).norm(dim=1), expected.double().norm(dim=1)
-    assert torch.equal(error[scale == 0], torch.zeros_like(error[scale == 0])), "exactly zero where nothing arrives"
+    assert torch.equal(error[scale == 0], torch.zeros_like(error[scale == 0])), (
+        "rows without contributions must be exactly zero"
+    )
     assert (error <= TOLERANCE[dtype] * scale).all()
 
 
@@ -55,7 +57,7 @@ def test_both_ways_and_both_gradients(
         g_RD = torch.randn(rows_RD.shape, dtype=torch.float64).to(dtype)
         wide_RD = torch.zeros(sources * choices + 1, hidden, dtype=torch.float64)
         wide_RD[:kept] = g_RD[:kept].double()
-        sums_SD = wide_RD[order.inverse_SK].sum(1)  # -1 takes the last row, which is zero
+        sums_SD = wide_RD[order.inverse_SK].sum(1)  # -1 selects the last row, which is zero
         (dx_SD,) = torch.autograd.grad(rows_RD, x_SD, g_RD)
         close(dx_SD, sums_SD, dtype)
 
@@ -71,7 +73,7 @@ def test_both_ways_and_both_gradients(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("drop", [0.0, 0.01])
 def test_sums_accumulate_in_fp32(dtype: torch.dtype, drop: float) -> None:
-    """A sum of ones that is kept in 16 bits sticks at 256 (bf16) or 2048 (fp16)."""
+    """Accumulated in 16 bits, a sum of ones would stay at 256 (bf16) or 2048 (fp16)."""
     choices = 4097
     ids_SK = torch.zeros(2, choices, dtype=torch.int64)
     ids_SK[1, -1] = -1 if drop else 0
@@ -96,7 +98,7 @@ def test_strides(drop: float) -> None:
     assert torch.equal(permute(strided_SD, order), permute(x_SD, order))
     assert torch.equal(combine(wide.t(), order), combine(wide.t().contiguous(), order))
     x_SD.requires_grad_()
-    permute(x_SD, order).sum().backward()  # an expanded gradient
+    permute(x_SD, order).sum().backward()  # sum() sends back an expanded gradient
     kept_S = (order.inverse_SK >= 0).sum(1).float()
     assert torch.equal(x_SD.grad, kept_S[:, None].expand(30, 12))
     rows_RD = torch.randn(60, 12, requires_grad=True)

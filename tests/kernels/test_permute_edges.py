@@ -1,4 +1,4 @@
-"""Sorting, permuting and combining at the edges, and what the oracles may read.
+"""Edge cases of sorting, permuting and combining, and which values the references may read.
 
 S source rows, K choices per row, D hidden, E experts, R = S*K routed rows.
 """
@@ -19,7 +19,7 @@ from equimoe.kernels.permute import combine, permute  # noqa: E402
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert  # noqa: E402
 from tests.kernels.paths import PATHS, on  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 NAN = float("nan")
 
 
@@ -41,7 +41,7 @@ ORDERS = {
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("ids", ORDERS)
 def test_any_number_of_rows(ids: str, path: str) -> None:
-    """Fewer than are kept, exactly these, some dropped ones, all, none: values and gradients, by explicit loops."""
+    """Compares values and gradients with explicit loops, for no rows, fewer than kept, the kept ones, more, and all."""
     order = some_order(ORDERS[ids])
     (sources, choices), rows, kept = order.inverse_SK.shape, order.order_R.numel(), int(order.offsets_E[-1])
     x_SD = torch.randn(sources, 3, device=DEVICE, requires_grad=True)
@@ -73,7 +73,7 @@ def test_no_columns(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["accelerator", "triton"])
-def test_where_nobody_looks_a_missing_row_counts_as_zero(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_checks_a_missing_row_counts_as_zero(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import equimoe.kernels.permute as op
 
     order = some_order(ORDERS["none dropped"])
@@ -85,7 +85,7 @@ def test_where_nobody_looks_a_missing_row_counts_as_zero(path: str, monkeypatch:
 
 
 @pytest.mark.parametrize("path", ["reference", "accelerator", "triton"])
-def test_where_nobody_looks_ids_out_of_range_are_dropped(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_checks_ids_out_of_range_are_dropped(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import equimoe.kernels.sort_by_expert as op
 
     ids_SK = torch.tensor([[3, 4], [-1, 0], [-7, 9], [1, 1 << 40]], device=DEVICE)
@@ -97,8 +97,8 @@ def test_where_nobody_looks_ids_out_of_range_are_dropped(path: str, monkeypatch:
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
-def test_oracles_never_read_what_is_dropped(bad: float) -> None:
-    """Sources without kept rows, weights of dropped choices and rows behind the kept ones may hold anything."""
+def test_references_never_read_dropped_rows(bad: float) -> None:
+    """Sources without kept rows, weights of dropped choices and rows after the kept ones may contain anything."""
     order = some_order([[-1, -1], [3, -1], [0, 3], [1, 1]])
     kept, dropped_SK = int(order.offsets_E[-1]), order.inverse_SK < 0
     x_SD, dy_SD, g_RD = (torch.randn(n, 6, device=DEVICE) for n in (4, 4, 8))
@@ -164,7 +164,7 @@ def test_rows_of_other_dtypes() -> None:
     expected = permute(x_SD.double(), order).long()
     for path in ("reference", "torch", "accelerator"):
         with on(path) as backend:
-            assert torch.equal(permute(x_SD, order, backend=backend), expected), "copies move anything"
+            assert torch.equal(permute(x_SD, order, backend=backend), expected), "permute copies any dtype"
             assert torch.equal(permute(x_SD.byte(), order, backend=backend), expected.byte())
     with pytest.raises(ValueError, match="rows_RD=torch.int64: give floating-point"):
         combine(expected, order)

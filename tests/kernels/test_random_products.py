@@ -1,4 +1,4 @@
-"""Random shapes, layouts in memory, dtypes and ids for the ops that multiply, both passes, against fp64.
+"""Random shapes, strides, dtypes and ids for the matrix ops: forward and backward against fp64.
 
 R sorted rows, S source rows, K choices per row or in width, N out width, D hidden, F expert width, E experts.
 """
@@ -17,9 +17,9 @@ from equimoe.kernels.expert_mlp import ACTIVATIONS, expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
-#: relative error by norm of one product, and of the experts' chain of them
+#: permitted relative error by norm, of one product and of a whole expert
 TOLERANCE = {torch.float64: (1e-14, 1e-12), torch.float32: (2e-6, 2e-5)}
-TOLERANCE |= {torch.bfloat16: (1e-2, 4e-2), torch.float16: (1.5e-3, 5e-3)}  # the interpreter cuts bf16 off
+TOLERANCE |= {torch.bfloat16: (1e-2, 4e-2), torch.float16: (1.5e-3, 5e-3)}
 
 
 def dtypes(backend: str) -> list[torch.dtype]:
@@ -27,7 +27,7 @@ def dtypes(backend: str) -> list[torch.dtype]:
 
 
 def scattered(t: Tensor, layout: str) -> Tensor:
-    """The values of ``t`` in an odd layout; what lies between them is what a wrong read would notice."""
+    """Return the values of ``t`` with unusual strides, surrounded by poison that a wrong read would return."""
     poison = float("nan") if t.is_floating_point() else -(1 << 40)
     if layout == "turned":
         return t.mT.contiguous().mT if t.dim() > 1 else t.clone()
@@ -36,7 +36,7 @@ def scattered(t: Tensor, layout: str) -> Tensor:
     if layout == "shifted":
         return torch.cat((t.new_full((3,), poison), t.reshape(-1), t.new_full((3,), poison)))[3:-3].view(t.shape)
     if layout == "expanded" and t.shape[0]:
-        return t[:1].expand(t.shape)  # and so other values
+        return t[:1].expand(t.shape)  # this changes the values
     return t.clone()
 
 
@@ -44,7 +44,7 @@ LAYOUTS = ("dense", "turned", "a column of a table", "shifted")
 
 
 class Draw:
-    """Random numbers of one seed."""
+    """Draws random values from one seed."""
 
     def __init__(self, seed: int) -> None:
         self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -60,19 +60,19 @@ class Draw:
         return torch.randint(low, high, shape, generator=self.generator)
 
     def width(self) -> int:
-        """Half of them fit a grouped product in bf16."""
+        """Draw a width. More than half of all pairs fit torch's grouped product in bf16."""
         return self.random.choice((8, 16, 24, self.random.randint(1, 21)))
 
 
 def close(found: Tensor, want: Tensor, dtype: torch.dtype, tolerance: float, what: object) -> None:
     assert found.shape == want.shape and found.dtype == dtype, what
     error = (found.double() - want).norm()
-    # cancellation in a sum of few terms has no bound relative to the sum: an absolute term at unit scale
+    # a sum of few terms may cancel, so the error is also compared with unit scale
     assert error <= tolerance * (want.norm() + want.numel() ** 0.5), (what, float(error), float(want.norm()))
 
 
 def product(rows: Tensor, weight_ENK: Tensor, offsets: list[int], index_R: Tensor | None) -> Tensor:
-    """Each row by itself."""
+    """Multiply row by row."""
     rows_RK = rows if index_R is None else rows[index_R]
     expert_R = [e for e, (a, b) in enumerate(pairwise(offsets)) for _ in range(a, b)]
     out_RN = torch.einsum("rk,rnk->rn", rows_RK[: len(expert_R)], weight_ENK[expert_R])
@@ -114,7 +114,7 @@ def test_grouped_gemm(seed: int, backend: str) -> None:
 def chain(
     x: Tensor, weights: Tensor, ids_SK: Tensor, gate_up: Tensor, down: Tensor, activation: str, gated: bool
 ) -> Tensor:
-    """Each choice by itself, from the ids: no order, no offsets."""
+    """Compute choice by choice from the ids, without order and offsets."""
     act = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda z: F.relu(z).square()}
     act["gelu_tanh"] = lambda z: F.gelu(z, approximate="tanh")
     pre = torch.einsum("sd,skud->sku", x, gate_up[ids_SK.clamp(min=0)])
@@ -129,8 +129,8 @@ def test_expert_mlp(seed: int, backend: str) -> None:
         draw = Draw(seed)
         sources, choices, experts = draw.random.randint(0, 10), draw.random.randint(1, 3), draw.random.randint(1, 4)
         hidden, width, gated = draw.width(), draw.width(), draw.random.random() < 0.5
-        activation, recompute = draw.random.choice(ACTIVATIONS), draw.random.random() < 0.5
-        lowest = draw.random.choice((0, -1, -2))  # none, some or many are dropped
+        activation, recompute = draw.random.choice(list(ACTIVATIONS)), draw.random.random() < 0.5
+        lowest = draw.random.choice((0, -1, -2))  # no, some or many choices are dropped
         ids_SK = draw.integers(lowest, experts, sources, choices).clamp(min=-1)
         dense = sort_by_expert(ids_SK, experts, backend="torch")
         order = ExpertOrder(*(draw.layout(t) for t in dense))

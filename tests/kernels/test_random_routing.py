@@ -1,4 +1,4 @@
-"""Random strides, dtypes and patterns of ids for the ops that route: values and gradients against fp64, on every path.
+"""Random strides, dtypes and ids for the routing ops: values and gradients against fp64, on every path.
 
 T tokens, E experts, K choices, S source rows, D hidden, R = S*K routed rows.
 """
@@ -18,13 +18,13 @@ from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 from tests.kernels.paths import PATHS, on, relative_error  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-12}
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy, and says so
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter uses numpy, which warns
 
 
 def strided(pick: random.Random, t: Tensor) -> Tensor:
-    """The same values in another layout: as it is, transposed, in columns of a table, or from some offset."""
+    """Return the same values with other strides: unchanged, transposed, as columns of a table, or at an offset."""
     kind = pick.choice(["contiguous", "transposed", "columns", "offset"])
     if kind == "transposed":
         return t.movedim(-1, 0).contiguous().movedim(0, -1)
@@ -36,7 +36,7 @@ def strided(pick: random.Random, t: Tensor) -> Tensor:
 
 
 def random_ids(pick: random.Random, sources: int, choices: int, experts: int) -> Tensor:
-    """Dropped choices, the same expert twice, experts without rows."""
+    """Return ids with dropped choices, with the same expert twice, and with experts without rows."""
     few = pick.randint(1, experts)
     ids_SK = torch.randint(experts - few, experts, (sources, choices), device=DEVICE)
     if pick.random() < 0.3:
@@ -113,7 +113,7 @@ def test_topk_gate(seed: int) -> None:
             ids_TK, *found = run(backend, logits_TE)
         first = ids_TK if first is None else first
         assert torch.equal(ids_TK, first), path
-        assert "ids_TK" in how or bool((ids_TK.sort(1).values.diff(dim=1) > 0).all()), "an expert twice"
+        assert "ids_TK" in how or bool((ids_TK.sort(1).values.diff(dim=1) > 0).all()), "a token chose an expert twice"
         _, *expected = run("reference", logits_TE.double(), ids_TK=ids_TK)
         for got, want in zip(found, expected, strict=True):
             if got.dtype == torch.int64:

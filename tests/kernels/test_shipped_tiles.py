@@ -1,7 +1,7 @@
-"""Every tile of the table through the kernels that use it, against fp64, under Triton's interpreter.
+"""Every shipped tile gives correct results in the kernels that use it, compared with fp64 under Triton's interpreter.
 
-A tile's masks and tails are right or wrong whatever chip it is for; so each distinct one runs once per dtype, with
-sizes just over one tile in every direction. R rows sorted by expert, E experts, D hidden, F expert width.
+Whether a tile's masks and tails are correct does not depend on the chip, so each distinct tile runs once per dtype, at
+sizes just over one tile in every dimension. R rows sorted by expert, E experts, D hidden, F expert width.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from equimoe.kernels.configs import ARCHS, MANY_ROWS, OPS, Config, pick_config
 from equimoe.kernels.expert_mlp import expert_mlp
-from equimoe.kernels.expert_mlp.kind import Kind
+from equimoe.kernels.expert_mlp.types import MLPOptions
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from equimoe.kernels.matmul_tiles import ARCHS, MANY_ROWS, OPS, MatmulTile, shipped_tile
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
 
 pytest.importorskip("triton")
@@ -21,14 +21,14 @@ from equimoe.kernels.expert_mlp import triton_ops as mlp
 from equimoe.kernels.grouped_gemm import triton_ops as gemm
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's; a GPU has tiles of its own")
-#: largest relative error by norm, and of the worst row against the rows' root mean square
+#: largest permitted error: relative by norm, and of the worst row relative to the rows' root mean square
 TOLERANCE = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1e-2, 4e-2), torch.float16: (1e-3, 6e-3)}
 TILES = sorted(
     {
         (
             op,
             str(dtype).removeprefix("torch."),
-            pick_config(op, arch, dtype, rows, aligned)._replace(num_warps=1, num_stages=1),
+            shipped_tile(op, arch, dtype, rows, aligned)._replace(num_warps=1, num_stages=1),
         )
         for op in OPS
         for arch in ARCHS
@@ -45,10 +45,10 @@ def of(op: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch):
-    """Makes the kernels use one tile for everything."""
+    """Returns a function that makes all kernels use one tile."""
 
-    def override(tile: Config) -> None:
-        monkeypatch.setattr(gemm, "pick_config", lambda *_: tile)
+    def override(tile: MatmulTile) -> None:
+        monkeypatch.setattr(gemm, "shipped_tile", lambda *_: tile)
 
     return override
 
@@ -66,8 +66,8 @@ def offsets(*counts: int) -> Tensor:
 
 
 @of("gemm")
-def test_gemm(dtype: torch.dtype, tile: Config, use) -> None:
-    """Out and in widths change places for the gradient of the rows."""
+def test_gemm(dtype: torch.dtype, tile: MatmulTile, use) -> None:
+    """The forward, and the gradient of the rows, which exchanges the in and out widths."""
     use(tile)
     bounds, n, k = offsets(tile.m + 1, 0, 2), tile.n + 3, tile.k + 5
     num_rows = tile.m + 4
@@ -85,7 +85,7 @@ def test_gemm(dtype: torch.dtype, tile: Config, use) -> None:
 
 
 @of("wgrad")
-def test_weight_gradient(dtype: torch.dtype, tile: Config, use) -> None:
+def test_weight_gradient(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
     bounds, num_rows = offsets(tile.k + 1, 0, 2), tile.k + 4
     dy, rows, index_R = torch.randn(num_rows, tile.m + 3), torch.randn(9, tile.n + 5), torch.randint(0, 9, (num_rows,))
@@ -97,8 +97,8 @@ def test_weight_gradient(dtype: torch.dtype, tile: Config, use) -> None:
     close(added, before + grouped_gemm_wgrad(*(t.double() for t in arguments[:2]), *arguments[2:]), torch.float32)
 
 
-def make(tile: Config, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor, ExpertOrder, Tensor, Tensor]:
-    """One expert with one row more than a tile, one with none, one with two; a few rows dropped."""
+def make(tile: MatmulTile, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor, ExpertOrder, Tensor, Tensor]:
+    """Make inputs: one expert has one row more than a tile, one none, one two; a few rows are dropped."""
     width, hidden, sources = tile.n + 3, tile.k + 5, tile.m + 5
     ids_SK = torch.zeros(sources, 1, dtype=torch.int64)
     ids_SK[3:5], ids_SK[7:9] = 2, -1
@@ -108,7 +108,7 @@ def make(tile: Config, dtype: torch.dtype, gated: bool) -> tuple[Tensor, Tensor,
     return x, torch.rand(sources, 1), sort_by_expert(ids_SK, 3), gate_up, down
 
 
-def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
+def up_kernel(dtype: torch.dtype, tile: MatmulTile, kind: MLPOptions) -> None:
     x, weights, order, gate_up, down = make(tile, dtype, kind.gated)
     eye = torch.eye(down.shape[2]).expand(3, -1, -1)
     for even in (False, True):
@@ -116,10 +116,10 @@ def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
             x, gate_up = (t[..., : tile.k].contiguous() for t in (x, gate_up))
         h_RF, pre_RU = mlp._up(x, weights, gate_up, order.order_R, order.offsets_E, kind, True)
         kept = int(order.offsets_E[-1])
-        assert (h_RF[kept:] == 0).all() and (pre_RU[kept:] == 0).all(), "a row too many may be another expert's"
+        assert (h_RF[kept:] == 0).all() and (pre_RU[kept:] == 0).all(), "rows past the end may belong to another expert"
         rows = x.double()[order.order_R[:kept]]
         close(pre_RU[:kept], grouped_gemm(rows, gate_up.double(), order.offsets_E).to(dtype), dtype)
-        # with an identity for the down projection, and a hidden size made to fit, what comes out is h
+        # with the identity as down projection (and sizes padded to match), the output is h
         size = max(eye.shape[-1], x.shape[1])
         wide_x = torch.nn.functional.pad(x.double(), (0, size - x.shape[1]))
         wide_up = torch.nn.functional.pad(gate_up.double(), (0, size - x.shape[1]))
@@ -130,22 +130,22 @@ def up_kernel(dtype: torch.dtype, tile: Config, kind: Kind) -> None:
 
 
 @of("gated")
-def test_up_and_gate(dtype: torch.dtype, tile: Config, use) -> None:
+def test_up_and_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
-    up_kernel(dtype, tile, Kind("silu", True))
+    up_kernel(dtype, tile, MLPOptions("silu", True))
 
 
 @of("plain")
-def test_up_without_a_gate(dtype: torch.dtype, tile: Config, use) -> None:
+def test_up_without_a_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
-    up_kernel(dtype, tile, Kind("gelu", False))
+    up_kernel(dtype, tile, MLPOptions("gelu", False))
 
 
 @pytest.mark.parametrize("gated", [True, False])
 @of("gated_grad")
-def test_gradient_behind_the_activation(dtype: torch.dtype, tile: Config, gated: bool, use) -> None:
+def test_gradient_behind_the_activation(dtype: torch.dtype, tile: MatmulTile, gated: bool, use) -> None:
     x, weights, order, gate_up, down = make(tile, dtype, gated)
-    kind = Kind("gelu_tanh", gated)
+    kind = MLPOptions("gelu_tanh", gated)
     options = {"activation": kind.activation, "gated": gated}
     kept = int(order.offsets_E[-1])
     flat_R = order.order_R[:kept]
@@ -157,7 +157,7 @@ def test_gradient_behind_the_activation(dtype: torch.dtype, tile: Config, gated:
         use(tile)
         h_RF, dpre_RU, dweights_RP = mlp._up_grad(dy, pre_RU, weights, down, *order[::2], kind)
         assert h_RF[kept:].isnan().all() and dpre_RU[kept:].isnan().all() and dweights_RP[kept:].isnan().all()
-        # the pre-activation as the rows, and an identity as the up projection: its gradient is that of the rows
+        # with the pre-activation as rows and the identity as up projection, the rows' gradient is the pre-activation's
         both = pre_RU.shape[1]
         size = max(both, x.shape[1])
         pre_SU = torch.zeros(x.shape[0], size, dtype=torch.float64)
@@ -175,15 +175,15 @@ def test_gradient_behind_the_activation(dtype: torch.dtype, tile: Config, gated:
 
 
 def test_odd_widths_and_addresses_take_a_tile_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever Triton cannot know to be a multiple of 16 makes it load single elements."""
+    """Triton loads single elements if a width or an address is not a multiple of 16."""
     monkeypatch.setattr(gemm, "arch_of", lambda device: "sm_90")
     flat = torch.zeros(16 * 32 + 1, dtype=torch.bfloat16)
     rows, shifted = flat[:-1].view(16, 32), flat[1:].view(16, 32)
-    wide, single = (pick_config("gemm", "sm_90", torch.bfloat16, 0, aligned) for aligned in (True, False))
+    wide, single = (shipped_tile("gemm", "sm_90", torch.bfloat16, 0, aligned) for aligned in (True, False))
     assert wide != single
-    assert gemm.config_for("gemm", rows, 16, 4, rows, 64, 32) == wide
+    assert gemm.tile_for("gemm", rows, 16, 4, rows, 64, 32) == wide
     for operands in ((rows, rows, 64, 33), (rows, rows, 65, 32), (rows, shifted, 64, 32), (shifted, rows, 64, 32)):
-        assert gemm.config_for("gemm", operands[0], 16, 4, *operands[1:]) == single
+        assert gemm.tile_for("gemm", operands[0], 16, 4, *operands[1:]) == single
 
 
 def test_the_table_is_all_covered() -> None:

@@ -14,7 +14,7 @@ BACKENDS = ("reference", "torch", "auto")
 
 
 def check(ids_SK: Tensor, num_experts: int, backend: str) -> None:
-    """The promises of ExpertOrder, stated without sorting."""
+    """Check what ExpertOrder promises, without sorting."""
     order = sort_by_expert(ids_SK, num_experts, backend=backend)
     flat_R = ids_SK.reshape(-1)
     rows = flat_R.numel()

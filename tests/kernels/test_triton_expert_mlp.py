@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "weights", "gate_up", "down")
-#: largest relative error by norm, and of the worst row against the rows' root mean square
+#: largest permitted error: relative by norm, and of the worst row relative to the rows' root mean square
 TOLERANCE = {torch.float32: (5e-6, 5e-5), torch.bfloat16: (2e-2, 1e-1), torch.float16: (2e-3, 1e-2)}
 
 
@@ -53,7 +53,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.
         assert found[name].dtype == (torch.float32 if name == "weights" else dtype), name
         assert got.shape == want.shape and got.isfinite().all(), name
         error_N, scale_N = ((t.reshape(-1, want.shape[-1]).norm(dim=1)) for t in (got - want, want))
-        assert (error_N[scale_N == 0] == 0).all(), f"{name}: exactly zero"
+        assert (error_N[scale_N == 0] == 0).all(), f"{name}: must be exactly zero"
         assert error_N.norm() <= by_norm * scale_N.norm(), name
         if (scale_N > 0).any():
             assert error_N.max() <= by_row * scale_N[scale_N > 0].square().mean().sqrt(), f"{name}: worst row"
@@ -101,7 +101,7 @@ def test_it_keeps_the_pre_activation_and_no_other_rows() -> None:
 
 @pytest.mark.parametrize(("gated", "recompute"), [(True, False), (False, True)])
 def test_compiles_in_one_graph_and_repeats_bit_for_bit(gated: bool, recompute: bool) -> None:
-    """Both ways: the gradients come out of the same compiled graph's backward."""
+    """Both passes: the gradients come from the backward of the same compiled graph."""
     ids_SK, inputs, dy_SD = make(12, 2, 18, 19, ids="some dropped")
     inputs[2] = inputs[2] if gated else inputs[2][:, :19].contiguous()
     order = sort_by_expert(ids_SK, 3)
@@ -120,7 +120,7 @@ def test_compiles_in_one_graph_and_repeats_bit_for_bit(gated: bool, recompute: b
 @pytest.mark.slow
 @pytest.mark.parametrize("gated", [True, False])
 def test_custom_ops(gated: bool) -> None:
-    """Schemas, fakes and autograd registrations agree with what the ops do, with fixed and with symbolic sizes."""
+    """Schemas, fake implementations and autograd agree with the ops, for fixed and symbolic sizes."""
     ids_SK, inputs, dy_SD = make(6, 2, 8, 7, ids="some dropped")
     inputs[2] = inputs[2] if gated else inputs[2][:, :7].contiguous()
     order = sort_by_expert(ids_SK, 3)
@@ -138,7 +138,7 @@ def test_custom_ops(gated: bool) -> None:
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_captured_graph_follows_other_routing(recompute: bool) -> None:
-    """Sorting, both passes and all sizes are the device's own: a CUDA graph is replayed on routing it never saw."""
+    """The host needs no sizes: a captured CUDA graph gives correct results for other routings."""
     sources, experts, dtype = 512, 8, torch.bfloat16
     ids_SK, inputs, dy_SD = make(sources, 2, 256, 128, experts)
     leaves = [t.to(torch.float32 if i == 1 else dtype).requires_grad_() for i, t in enumerate(inputs)]
@@ -178,7 +178,7 @@ def test_strided_inputs_and_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_bad_row_spoils_no_other() -> None:
+def test_nan_stays_within_its_expert() -> None:
     ids_SK, inputs, dy_SD = make(33, 1)
     ids_SK[:] = torch.arange(33, device=DEVICE)[:, None] % 3
     ids_SK[0], ids_SK[1] = -1, 2
@@ -198,7 +198,7 @@ def test_fp64_is_refused() -> None:
 
 
 def test_what_is_kept_of_dropped_rows_is_zero() -> None:
-    """It is an output of a custom op, whose memory must all be written."""
+    """The pre-activation is an output of a custom op, so all of it must be written."""
     ids_SK, inputs, _ = make(ids="some dropped")
     order = sort_by_expert(ids_SK, 3)
     expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton")  # registers the op

@@ -10,17 +10,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from equimoe.kernels.topk_gate import Gate, topk_gate  # noqa: E402
+from equimoe.kernels.topk_gate import GateOutput, topk_gate  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
-#: largest relative error of the worst row in fp32, a fifth of it by norm: gradients that nearly cancel amplify
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
+#: largest permitted relative error of a row in fp32; by norm a fifth of it, since rows may nearly cancel
 TOLERANCE = 1e-5
 SOFTMAX: dict[str, Any] = {}
 MIXTRAL: dict[str, Any] = {"softmax_after_topk": True}
 SIGMOID: dict[str, Any] = {"score": "sigmoid", "scale": 2.5}
 RAW: dict[str, Any] = {"normalize": False}
 
-# tokens, experts, k, sequences, has a bias, share of masked tokens, method
+# tokens, experts, k, sequences, has a bias, share of masked tokens, options
 CASES = {
     "softmax": (37, 12, 3, 1, False, 0.0, SOFTMAX),
     "softmax, masked sequences": (210, 7, 2, 3, False, 0.3, SOFTMAX),
@@ -48,11 +48,11 @@ CASES = {
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """By relative error, as a whole and of the worst row; rows that should be zero are."""
+    """Compare by relative error, as a whole and of the worst row. Rows that should be zero must be zero."""
     assert found.shape == expected.shape and bool(found.isfinite().all())
     found, expected = torch.atleast_2d(found.double(), expected.double())
     error, scale = (found - expected).norm(dim=1), expected.norm(dim=1)
-    # a row of less than a hundredth of the mean is what is left of larger terms
+    # a row smaller than a hundredth of the mean is the difference of larger terms
     floor = 0.01 * scale.mean()
     assert found.numel() == 0 or error.norm() <= tolerance / 5 * scale.norm(), float(error.norm() / scale.norm())
     assert (error <= tolerance * scale.maximum(floor)).all(), float((error / scale.maximum(floor)).max())
@@ -67,7 +67,7 @@ def inputs(
     return logits_TE, {"bias_E": bias_E, "mask_T": mask_T}
 
 
-def with_gradient(logits_TE: Tensor, k: int, dout: list[Tensor], **kwargs: Any) -> tuple[Gate, Tensor]:
+def with_gradient(logits_TE: Tensor, k: int, dout: list[Tensor], **kwargs: Any) -> tuple[GateOutput, Tensor]:
     logits_TE = logits_TE.detach().requires_grad_()
     gate = topk_gate(logits_TE, k, **kwargs)
     outputs = (gate.weights_TK, gate.prob_sums_BE, gate.z_sum)
@@ -84,12 +84,12 @@ def random_gradients(tokens: int, experts: int, k: int, sequences: int) -> list[
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, backend: str) -> None:
-    tokens, experts, k, sequences, bias, masked, method = CASES[case]
+    tokens, experts, k, sequences, bias, masked, options = CASES[case]
     logits_TE, tensors = inputs(tokens, experts, bias, masked)
     dout = random_gradients(tokens, experts, k, sequences)
-    method = method | tensors | {"sequences": sequences}
-    found, dfound_TE = with_gradient(logits_TE, k, dout, backend=backend, **method)
-    expected, dexpected_TE = with_gradient(logits_TE.double(), k, dout, backend="reference", **method)
+    options = options | tensors | {"sequences": sequences}
+    found, dfound_TE = with_gradient(logits_TE, k, dout, backend=backend, **options)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), k, dout, backend="reference", **options)
     for name in ("ids_TK", "counts_BE", "tokens_B"):
         a, b = getattr(found, name), getattr(expected, name)
         assert a.dtype == torch.int64 and torch.equal(a, b), name
@@ -103,23 +103,23 @@ def test_values_and_gradients(case: str, backend: str) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize(
-    "method", [SOFTMAX, RAW, MIXTRAL, SIGMOID | {"groups": 3, "kept_groups": 2}, SIGMOID | MIXTRAL]
+    "options", [SOFTMAX, RAW, MIXTRAL, SIGMOID | {"groups": 3, "kept_groups": 2}, SIGMOID | MIXTRAL]
 )
-def test_a_given_choice_is_weighed_and_counted(method: dict[str, Any], backend: str) -> None:
-    """Whatever it is: none of the best, in any order, even one expert twice."""
+def test_a_given_choice_is_weighed_and_counted(options: dict[str, Any], backend: str) -> None:
+    """The given choice may be any: not the best, in any order, even one expert twice."""
     logits_TE, tensors = inputs(40, 12, True, 0.3)
     ids_TK = torch.randint(0, 12, (3, 40), device=DEVICE).t()
     dout = random_gradients(40, 12, 3, 2)
-    method = method | tensors | {"sequences": 2, "ids_TK": ids_TK}
-    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend=backend, **method)
-    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **method)
+    options = options | tensors | {"sequences": 2, "ids_TK": ids_TK}
+    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend=backend, **options)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **options)
     assert torch.equal(found.ids_TK, ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
     assert (ids_TK.sort(1).values.diff(dim=1) == 0).any(), "no expert twice"
     for name in ("weights_TK", "prob_sums_BE", "z_sum"):
         close(getattr(found, name), getattr(expected, name))
     close(dfound_TE, dexpected_TE)
-    chosen = topk_gate(logits_TE, 3, backend=backend, **method | {"ids_TK": None})
-    repeated = topk_gate(logits_TE, 3, backend=backend, **method | {"ids_TK": chosen.ids_TK})
+    chosen = topk_gate(logits_TE, 3, backend=backend, **options | {"ids_TK": None})
+    repeated = topk_gate(logits_TE, 3, backend=backend, **options | {"ids_TK": chosen.ids_TK})
     assert all(torch.equal(a, b) for a, b in zip(chosen, repeated, strict=True))
 
 
@@ -140,12 +140,12 @@ def test_gradients_that_are_expanded_or_strided() -> None:
 
 
 @pytest.mark.parametrize("output", ["weights_TK", "prob_sums_BE", "z_sum"])
-@pytest.mark.parametrize("method", [SOFTMAX, RAW, MIXTRAL, SIGMOID, SIGMOID | RAW, SIGMOID | MIXTRAL])
-def test_each_gradient_alone(method: dict[str, Any], output: str) -> None:
+@pytest.mark.parametrize("options", [SOFTMAX, RAW, MIXTRAL, SIGMOID, SIGMOID | RAW, SIGMOID | MIXTRAL])
+def test_each_gradient_alone(options: dict[str, Any], output: str) -> None:
     logits_TE, tensors = inputs(18, 10, True, 0.3)
     grads = []
     for logits, backend in ((logits_TE, "triton"), (logits_TE.double(), "reference")):
-        gate = topk_gate(logits.requires_grad_(), 3, backend=backend, sequences=2, **tensors, **method)
+        gate = topk_gate(logits.requires_grad_(), 3, backend=backend, sequences=2, **tensors, **options)
         value = getattr(gate, output)
         weight = torch.linspace(1, 99, value.numel(), device=DEVICE, dtype=torch.float64).cos().view(value.shape)
         grads.append(torch.autograd.grad((value * weight.to(value.dtype)).sum(), logits)[0])
@@ -153,12 +153,12 @@ def test_each_gradient_alone(method: dict[str, Any], output: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", [SOFTMAX, SIGMOID])
-def test_half_precision_logits(dtype: torch.dtype, method: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [SOFTMAX, SIGMOID])
+def test_half_precision_logits(dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits_TE, tensors = inputs(40, 11, False, 0.2, dtype)
     dout = random_gradients(40, 11, 3, 1)
-    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend="triton", **method, **tensors)
-    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **method, **tensors)
+    found, dfound_TE = with_gradient(logits_TE, 3, dout, backend="triton", **options, **tensors)
+    expected, dexpected_TE = with_gradient(logits_TE.double(), 3, dout, backend="reference", **options, **tensors)
     assert torch.equal(found.ids_TK, expected.ids_TK) and found.weights_TK.dtype == torch.float32
     close(found.weights_TK, expected.weights_TK)
     close(found.prob_sums_BE, expected.prob_sums_BE)
@@ -167,13 +167,15 @@ def test_half_precision_logits(dtype: torch.dtype, method: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize(("method", "k"), [(SOFTMAX, 6), (SOFTMAX, 19), (SIGMOID | {"groups": 5, "kept_groups": 2}, 6)])
-def test_ties_go_to_the_lower_index(method: dict[str, Any], k: int, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "k"), [(SOFTMAX, 6), (SOFTMAX, 19), (SIGMOID | {"groups": 5, "kept_groups": 2}, 6)]
+)
+def test_ties_go_to_the_lower_index(options: dict[str, Any], k: int, backend: str) -> None:
     logits_TE = torch.randint(-1, 2, (60, 20), device=DEVICE).float()
     bias_E = -torch.full((20,), 0.5, device=DEVICE)  # negative and zero scores too
     for tensors in ({}, {"bias_E": bias_E}):
-        found = topk_gate(logits_TE, k, backend=backend, **method, **tensors)
-        expected = topk_gate(logits_TE, k, backend="reference", **method, **tensors)
+        found = topk_gate(logits_TE, k, backend=backend, **options, **tensors)
+        expected = topk_gate(logits_TE, k, backend="reference", **options, **tensors)
         assert torch.equal(found.ids_TK, expected.ids_TK) and torch.equal(found.counts_BE, expected.counts_BE)
     flat = topk_gate(torch.zeros(3, 9, device=DEVICE), 4, backend=backend)
     assert torch.equal(flat.ids_TK, torch.arange(4, device=DEVICE).expand(3, 4))
@@ -201,19 +203,19 @@ def test_bad_logits_still_choose_different_experts(value: float, backend: str) -
     logits_TE = torch.randn(4, 6, device=DEVICE)
     logits_TE[1] = value
     logits_TE[2, 3] = value
-    for method in (SOFTMAX, SIGMOID | {"groups": 3, "kept_groups": 2}):
-        ids_TK = topk_gate(logits_TE, 4, backend=backend, **method).ids_TK
+    for options in (SOFTMAX, SIGMOID | {"groups": 3, "kept_groups": 2}):
+        ids_TK = topk_gate(logits_TE, 4, backend=backend, **options).ids_TK
         assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 6 for row in ids_TK.tolist())
-        good = topk_gate(logits_TE[::3], 4, backend=backend, **method).ids_TK
+        good = topk_gate(logits_TE[::3], 4, backend=backend, **options).ids_TK
         assert torch.equal(ids_TK[::3], good)
 
 
 def test_large_and_tiny_logits() -> None:
     logits_TE = torch.randn(6, 8, device=DEVICE) * 100
-    for method in (SOFTMAX, RAW, MIXTRAL):
+    for options in (SOFTMAX, RAW, MIXTRAL):
         dout = random_gradients(6, 8, 2, 1)
-        found, dfound_TE = with_gradient(logits_TE, 2, dout, backend="triton", **method)
-        expected, dexpected_TE = with_gradient(logits_TE.double(), 2, dout, backend="torch", **method)
+        found, dfound_TE = with_gradient(logits_TE, 2, dout, backend="triton", **options)
+        expected, dexpected_TE = with_gradient(logits_TE.double(), 2, dout, backend="torch", **options)
         close(found.weights_TK, expected.weights_TK, 5e-5)
         close(found.z_sum, expected.z_sum, 5e-5)
         close(dfound_TE, dexpected_TE, 5e-5)

@@ -1,4 +1,4 @@
-"""The layer and a training step on the Triton kernels, under the interpreter, beside the torch path."""
+"""The layer and a training step with Triton's kernels, under the interpreter, agree with the torch backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from equimoe.moe import BalanceConfig, MoEConfig
 from equimoe.moe.model import Decoder
 from tests.helpers import oracle
 
-triton = pytest.importorskip("triton", reason="needs triton, which is not to be had on this system")
+triton = pytest.importorskip("triton", reason="needs triton, which is not installed")
 
 CONFIG = MoEConfig(
     hidden_size=16, intermediate_size=24, num_experts=4, top_k=2, balance=BalanceConfig(coefficient=0.1), init_std=0.2
@@ -23,7 +23,7 @@ CONFIG = MoEConfig(
 
 
 def losses(backend: str) -> tuple[list[float], torch.Tensor]:
-    """Three steps of a small model; the losses, and the first expert weights' last gradient."""
+    """Train a small model for three steps. Return the losses and the first layer's last gradient of gate_up_proj."""
     torch.manual_seed(0)
     model = Decoder(
         vocab_size=11,
@@ -71,8 +71,8 @@ print(max(float((a - b).norm() / a.norm()) for a, b in zip(*found)))
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves")
 def test_bf16_is_right_in_a_users_process_too() -> None:
-    """Triton's interpreter multiplies the bits of bf16 as integers unless it is corrected, here or anywhere else."""
+    """Triton's interpreter multiplies the bits of bf16 as integers, unless we correct it also outside of pytest."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", USER], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.05  # the interpreter cuts bf16 off where a GPU rounds
+    assert float(done.stdout) < 0.05  # rounding to bf16

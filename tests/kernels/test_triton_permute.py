@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from equimoe.kernels.permute import combine, permute  # noqa: E402
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
-#: largest relative error of the worst row
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
+#: largest permitted relative error of a row
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -28,7 +28,7 @@ def make(
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert found.dtype == dtype and found.shape == expected.shape
     error, scale = (found.double() - expected.double()).norm(dim=1), expected.double().norm(dim=1)
-    assert (error <= TOLERANCE[dtype] * scale).all()  # so exactly zero where nothing arrives
+    assert (error <= TOLERANCE[dtype] * scale).all()  # so rows without contributions are exactly zero
 
 
 SHAPES = [(63, 2, 3, 31), (1, 1, 1, 8), (0, 2, 4, 8), (17, 5, 5, 33), (9, 1, 4, 1), (11, 3, 4, 1100)]
@@ -52,7 +52,7 @@ def test_both_ways_and_both_gradients(shape: tuple[int, int, int, int], drop: fl
         g_RD = torch.randn(rows_RD.shape, dtype=torch.float64, device=DEVICE).to(dtype)
         wide_RD = torch.zeros(rows + 1, hidden, dtype=torch.float64, device=DEVICE)
         wide_RD[:kept] = g_RD[:kept].double()
-        sums_SD = wide_RD[order.inverse_SK].sum(1)  # -1 takes the last row, which is zero
+        sums_SD = wide_RD[order.inverse_SK].sum(1)  # -1 selects the last row, which is zero
         (dx_SD,) = torch.autograd.grad(rows_RD, x_SD, g_RD)
         close(dx_SD, sums_SD, dtype)
 
@@ -67,7 +67,7 @@ def test_both_ways_and_both_gradients(shape: tuple[int, int, int, int], drop: fl
 
 @pytest.mark.parametrize(("dtype", "choices"), [(torch.bfloat16, 300), (torch.float16, 2065)])
 def test_sums_accumulate_in_fp32(dtype: torch.dtype, choices: int) -> None:
-    """A sum of ones that is kept in 16 bits sticks at 256 (bf16) or 2048 (fp16)."""
+    """Accumulated in 16 bits, a sum of ones would stay at 256 (bf16) or 2048 (fp16)."""
     order = sort_by_expert(torch.zeros(1, choices, dtype=torch.int64, device=DEVICE), 1)
     y_SD = combine(torch.ones(choices, 8, dtype=dtype, device=DEVICE), order, backend="triton")
     assert torch.equal(y_SD[0], torch.full((8,), float(choices), device=DEVICE).to(dtype))
@@ -84,7 +84,7 @@ def test_dropped_rows_may_hold_anything() -> None:
 def test_fewer_rows_than_kept_leave_the_others_without_gradient() -> None:
     x_SD, order = make(12, 2, 3, 8, torch.float32)
     x_SD.requires_grad_()
-    permute(x_SD, order, 10, backend="triton").sum().backward()  # an expanded gradient
+    permute(x_SD, order, 10, backend="triton").sum().backward()  # sum() sends back an expanded gradient
     copies_S = torch.bincount(order.order_R[:10] // 2, minlength=12).float()
     assert torch.equal(x_SD.grad, copies_S[:, None].expand(12, 8))
 
@@ -100,7 +100,7 @@ def test_strides_and_repeats() -> None:
 
 
 def test_second_derivative() -> None:
-    """Both ops are linear and each other's backward, so any number of derivatives exists."""
+    """Both ops are linear and each other's backward, so derivatives of any order exist."""
     x_SD, order = make(3, 2, 3, 2, torch.float64, 0.3)
     assert torch.autograd.gradcheck(lambda x: permute(x, order, backend="triton"), x_SD.requires_grad_())
     assert torch.autograd.gradgradcheck(lambda x: permute(x, order, backend="triton").pow(2), x_SD)

@@ -1,4 +1,4 @@
-"""Random shapes for every Triton op that computes: values and every gradient against fp64, under the interpreter.
+"""Random shapes for every Triton op: values and every gradient against fp64, under the interpreter.
 
 T tokens, E experts, K choices, S source rows, D hidden, F expert width, R routed rows.
 """
@@ -19,7 +19,7 @@ from equimoe.kernels.permute import combine, permute  # noqa: E402
 from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 
 TOLERANCE = 2e-5
 some = settings(
@@ -27,13 +27,13 @@ some = settings(
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # to shrink a failure under the interpreter takes minutes
+    phases=[Phase.generate],  # shrinking a failure under the interpreter would take minutes
 )
 seeds, drops = st.integers(0, 1 << 30), st.sampled_from([0.0, 0.4, 1.0])
 
 
 def both(op, inputs: list[Tensor], grads: list[Tensor] | None = None) -> None:
-    """``op(backend, *inputs)`` by Triton in fp32 and by the reference in fp64: outputs, then gradients of a mix."""
+    """Compare outputs and gradients of ``op(backend, *inputs)``, Triton in fp32 with the reference in fp64."""
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = [t.to(dtype).requires_grad_() for t in inputs]

@@ -17,7 +17,7 @@ from equimoe.kernels.permute import combine  # noqa: E402
 from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU Triton interprets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 
 
 def check(ids_SK: Tensor, num_experts: int) -> None:
@@ -55,7 +55,7 @@ def test_edges(ids: Tensor, num_experts: int) -> None:
     ),
 )
 def test_many_rows(sources: int, choices: int, experts: int) -> None:
-    """Around the edges of a block, a tile of bins and both sizes of block."""
+    """Sizes around the edges of a block and of a tile of bins, for both block sizes."""
     check(torch.randint(-1, experts, (sources, choices), device=DEVICE), experts)
 
 
@@ -63,7 +63,7 @@ def test_many_rows(sources: int, choices: int, experts: int) -> None:
 def test_prefixes_carry_over_their_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from equimoe.kernels.sort_by_expert import triton_ops
 
-    monkeypatch.setattr(triton_ops, "_PREFIX_BLOCKS", 2)  # steps that otherwise take 131073 rows or 1024 experts
+    monkeypatch.setattr(triton_ops, "_PREFIX_BLOCKS", 2)  # otherwise a second step needs 131073 rows or 1024 experts
     monkeypatch.setattr(triton_ops, "_PREFIX_ALL", 4)
     check(torch.randint(-1, 9, (5 * 512 + 3, 1), device=DEVICE), 9)
 
@@ -93,7 +93,7 @@ def test_repeats_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("experts", [1, 4])
 def test_tensors_without_values_are_not_read(experts: int) -> None:
-    """In a dry run or a trace there is nothing to check: ids of one expert are as good as ids of many."""
+    """In a dry run or a trace there are no values, so none are checked."""
     with FakeTensorMode():
         ids_SK = torch.zeros(5, 2, dtype=torch.int64)
         order = sort_by_expert(ids_SK, experts, backend="triton")

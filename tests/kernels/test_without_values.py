@@ -1,4 +1,4 @@
-"""Every public op on tensors without values (meta, FakeTensorMode), and under a default device that is not the input's.
+"""Every public op on tensors without values (meta, FakeTensorMode), and under a default device other than the input's.
 
 S source rows, K choices per row, D hidden, F expert width, E experts.
 """
@@ -22,7 +22,7 @@ from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 
 S, K, D, F, E = 6, 2, 8, 16, 3
-#: makes a tensor of the named inputs that asks for a gradient if it is floating-point
+#: makes the named input; floating-point inputs require gradients
 Inputs = Callable[..., Tensor]
 
 
@@ -61,7 +61,7 @@ OPS["expert_mlp"] = _mlp
 
 
 def results(op: str, backend: str, device: str) -> list[Tensor]:
-    """The outputs and every gradient."""
+    """Return the outputs and every gradient."""
     generator, leaves = torch.Generator().manual_seed(0), []
 
     def make(name: str, *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention against loops over positions and heads, and its copies on several ranks against one process."""
+"""Compares attention with loops over positions and heads, and its split over ranks with one process."""
 
 # B sequences, S positions, D hidden, N query heads, M key/value heads, H head width, R rotated width.
 
@@ -29,7 +29,7 @@ B, S, D, N = 2, 7, 16, 4
 
 
 def rotated(v: Tensor, position: int, base: float) -> Tensor:
-    """Pairs (i, i + R/2) of a vector [R], turned as complex numbers."""
+    """Return a vector [R] whose pairs (i, i + R/2) are rotated as complex numbers."""
     half = v.shape[0] // 2
     angles = torch.tensor([position * base ** (-2 * i / v.shape[0]) for i in range(half)], dtype=torch.float64)
     turned = torch.complex(v[:half], v[half:]) * torch.polar(torch.ones_like(angles), angles)
@@ -117,7 +117,7 @@ def test_values_and_gradients(config: AttentionConfig, slow: Callable[..., Tenso
 
 
 def exact_rotary(module: Any, config: AttentionConfig) -> tuple[Tensor, Tensor]:
-    """The tables are kept in fp32; here they are as exact as the comparison."""
+    """Make the rotary tables, which are fp32, as exact as the comparison."""
     width = 2 * module.cos_SR.shape[1]
     angles = [[s * config.rotary_base ** (-2 * i / width) for i in range(width // 2)] for s in range(S)]
     exact = torch.tensor(angles, dtype=torch.float64)
@@ -126,7 +126,7 @@ def exact_rotary(module: Any, config: AttentionConfig) -> tuple[Tensor, Tensor]:
 
 
 def test_equal_heads_are_what_they_were() -> None:
-    """Bit for bit what multi-head attention gave when it had rows (head, then query, key, value) and no groups."""
+    """Multi-head attention must give the bits of an earlier version, whose weight had no groups."""
     torch.manual_seed(0)
     module = ATTENTION["grouped"](D, N, S, AttentionConfig())
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {

@@ -1,4 +1,4 @@
-"""Estimators of the step's counts against their closed forms, and what is reported of them.  E experts."""
+"""Compares the estimators with their closed forms, and checks what is reported of them.  E experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(**balance: object) -> MoE:
 
 
 def by_domain(sizes: list[int], seed: int = 1) -> list[Tensor]:
-    """Micro-batches whose tokens lie around another point each, so that their loads differ."""
+    """Return micro-batches of different domains, so that their loads differ."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(len(sizes), 1, 6, generator=generator, dtype=torch.float64) * 2
     return [
@@ -36,7 +36,7 @@ def counts_of(layer: MoE, x: Tensor) -> Tensor:
 
 
 def train(layer: MoE, inputs: list[Tensor], ahead: bool = False) -> Tensor:
-    """The router's gradient of one step; its weights stay."""
+    """Return the router's gradient of one step, without changing its weights."""
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     optimizer.zero_grad()
     if ahead:
@@ -68,7 +68,7 @@ def test_carry_is_the_counts_so_far_and_the_step_before_for_the_rest(given: int 
         loss = loss + (load_E * oracle.route(layer, x)[1].sum(0)).sum() / tokens
     want = gradient_of(layer, loss)
     assert oracle.relative_error(train(layer, second), want) < 1e-12
-    # what is carried is the last step's alone
+    # only the previous step is carried over, not earlier ones
     assert oracle.relative_error(train(layer, second), want) > 1e-3
 
 
@@ -83,7 +83,7 @@ def test_carry_begins_as_rolling_and_is_exact_with_one_micro_batch() -> None:
 
 
 def test_carry_of_a_step_with_fewer_micro_batches_is_scaled() -> None:
-    """A step that was broken off after one of two still stands for a whole one: repeated, it is the exact load."""
+    """A previous step that ended after one of two micro-batches is scaled to a whole one."""
     layer = make(estimator="carry", micro_batches=2)
     x = by_domain([7])[0]
     train(layer, [x])
@@ -92,7 +92,7 @@ def test_carry_of_a_step_with_fewer_micro_batches_is_scaled() -> None:
 
 
 def test_carry_is_exact_where_the_step_before_was_the_same() -> None:
-    """On average over what is seen and to come: micro-batches alike, in any order, have the exact gradient."""
+    """If all micro-batches and both steps are alike, carry must give the exact gradient in any order."""
     x = by_domain([6])[0]
     layer = make(estimator="carry", micro_batches=3)
     train(layer, [x] * 3)
@@ -110,7 +110,7 @@ def test_carry_of_a_step_with_more_micro_batches_than_expected_is_rolling() -> N
 
 @pytest.mark.parametrize(("count", "share"), [(2, 0.75), (3, 0.6111), (4, 0.5208)])
 def test_rolling_has_its_closed_expectation_over_orders(count: int, share: float) -> None:
-    """(H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1), over all orders of G equal micro-batches."""
+    """The mean over all orders must be (H_G/G) micro + (1 - H_G/G) (G global - micro) / (G - 1)."""
     inputs = by_domain([6] * count)
     layer = make(micro_batches=count)
     orders = list(permutations(range(count)))
@@ -127,7 +127,7 @@ def test_rolling_has_its_closed_expectation_over_orders(count: int, share: float
 @pytest.mark.parametrize("estimator", ["rolling", "carry", "exact"])
 def test_report_tells_batch_and_error(estimator: str) -> None:
     layer = make(estimator=estimator, micro_batches=3, extra=ExtraLossConfig(micro=0.01))  # the main loss is told of
-    assert layer.balancer.last is None
+    assert layer.balancer.previous_step is None
     steps = [by_domain([5, 9, 4], seed=1), by_domain([8, 3, 7], seed=2)]
     for inputs in steps:
         train(layer, inputs, ahead=estimator == "exact")
@@ -139,7 +139,7 @@ def test_report_tells_batch_and_error(estimator: str) -> None:
         rest = (3 - n) / 3 if estimator == "carry" else 0.0
         tokens.append(18 if estimator == "exact" else seen + rest * 18)
         used.append(load_E if estimator == "exact" else 4 * (seen_E + rest * sum(counts[0])) / (2 * tokens[-1]))
-    report = estimate_quality(layer.balancer.last)
+    report = estimate_quality(layer.balancer.previous_step)
     assert report["balance_tokens"] == pytest.approx(sum(tokens) / 3)
     assert report["balance_sequences"] == pytest.approx(sum(tokens) / 3 / 6)  # sequences of 6 on average
     error = math.sqrt(sum(float((u - load_E).square().sum()) for u in used) / 3) / float(load_E.norm())
@@ -150,12 +150,12 @@ def test_report_tells_batch_and_error(estimator: str) -> None:
 
 
 def test_report_of_scopes_within_a_rank() -> None:
-    """The balance batch of a micro-batch loss is a micro-batch, of a sequence loss a sequence."""
+    """A micro-batch loss counts over a micro-batch, and a sequence loss over a sequence."""
     x_BSD = torch.cat(by_domain([5, 5, 5])).view(3, 5, 6)
     for scope, tokens in (("micro", 15), ("sequence", 5), ("global", 45)):
         layer = make(scope=scope, estimator="exact", micro_batches=3)
         train(layer, [x_BSD] * 3, ahead=True)
-        report = estimate_quality(layer.balancer.last)
+        report = estimate_quality(layer.balancer.previous_step)
         assert report["balance_tokens"] == pytest.approx(tokens) and report["balance_sequences"] == tokens / 5
         assert (report["estimator_error"] > 0.1) == (scope == "sequence"), report
 
@@ -164,17 +164,17 @@ def test_evaluation_and_skipped_steps_leave_no_trace_in_what_is_carried() -> Non
     layer = make(estimator="carry", micro_batches=2)
     inputs = by_domain([5, 9])
     train(layer, inputs)
-    before = layer.balancer.before_X.clone()
+    before = layer.balancer.previous_X.clone()
     layer.eval()
     layer(inputs[0])
     layer.train()
     with torch.no_grad():
         layer(inputs[1])
-    assert torch.equal(layer.balancer.before_X, before) and before.tolist()[-2:] == [14, 2]
+    assert torch.equal(layer.balancer.previous_X, before) and before.tolist()[-2:] == [14, 2]
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
-    """It opened its micro-batch and never counted: the step goes on without it."""
+    """A forward that raises before it has counted must not become part of the step."""
     inputs = by_domain([5, 9, 4])
     want = train(make(micro_batches=2), [inputs[0], inputs[2]])
     layer = make(micro_batches=2)
@@ -188,7 +188,7 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
             (layer(x) * 0).sum().backward()
     assert torch.equal(layer.router.weight.grad, want)
     layer.balancer.step.end(applied=False)
-    assert layer.balancer.last.micro_batches == 2 and int(layer.balancer.last.tokens) == 9
+    assert layer.balancer.previous_step.micro_batches == 2 and int(layer.balancer.previous_step.tokens) == 9
 
 
 def fail(*_: object) -> None:

@@ -1,4 +1,7 @@
-"""Every scope against its definition, several at once, in one process.  E experts, D expert-parallel ranks."""
+"""Compares every scope, alone and with others, with its definition, in one process.
+
+E experts, D expert-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def make(router: RouterConfig | None = None, **balance: Any) -> MoE:
 
 
 def inputs() -> tuple[list[Tensor], list[Tensor]]:
-    """Two micro-batches of three sequences of seven tokens, and masks that leave unequal numbers of them."""
+    """Return two micro-batches of three sequences of seven tokens, and masks that leave different numbers of them."""
     generator = torch.Generator().manual_seed(1)
     centre = torch.tensor([1.0, -1.0])[:, None, None, None]
     x = torch.randn(2, 3, 7, 6, generator=generator, dtype=torch.float64) + centre
@@ -47,7 +50,7 @@ def train(layer: MoE) -> Tensor:
 
 
 def defined(layer: MoE, scope: str) -> Tensor:
-    """The loss of the step as its paper writes it."""
+    """Return the step's loss as its paper defines it."""
     parts = [(x.flatten(0, 1), mask.flatten()) for x, mask in zip(*inputs(), strict=True)]
     whole = torch.cat([x for x, _ in parts]), torch.cat([mask for _, mask in parts])
     if scope == "global":
@@ -87,7 +90,7 @@ SCOPES = ("global", "micro", "sequence", "data_parallel", "device", "communicati
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("beside", [False, True])
 def test_scope_is_its_definition(scope: str, beside: bool) -> None:
-    """As the main loss, and beside a main loss of weight 0."""
+    """Each scope is tested as the main loss, and as an extra loss next to a main loss of weight 0."""
     if beside and scope != "global":
         layer = make(extra=ExtraLossConfig(**{scope: 0.3}))
     else:
@@ -99,7 +102,7 @@ def test_scope_is_its_definition(scope: str, beside: bool) -> None:
 def test_communication_counts_a_token_once_per_rank_and_knows_the_reach() -> None:
     layer = make(RouterConfig(groups=D, kept_groups=2), scope="communication", coefficient=1.0)
     train(layer)
-    arrivals = layer.balancer.last.losses[0].loads.view(D, -1)
+    arrivals = layer.balancer.previous_step.losses[0].loads.view(D, -1)
     assert torch.equal(arrivals[:, 0], arrivals[:, 1])
     assert float(arrivals[:, 0].mean()) == pytest.approx(1.0, abs=0.15)  # nearly all tokens reach both of their ranks
 
@@ -116,7 +119,7 @@ def test_several_losses_add_up_each_with_its_coefficient() -> None:
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_z_loss_is_a_mean_over_the_step_under_every_scope(scope: str) -> None:
-    """Over its tokens, or over its micro-batches where the balance loss is a mean over these."""
+    """The z-loss is a mean over tokens, or over micro-batches if the main loss is a mean over micro-batches."""
     layer = make(RouterConfig(z_loss=0.1), scope=scope)
     valid = [x[mask] for x, mask in zip(*inputs(), strict=True)]
     parts = [torch.cat(valid)] if scope == "global" else valid
@@ -148,7 +151,6 @@ def test_every_scope_can_be_chosen_as_the_main_loss_and_as_an_extra_one() -> Non
         ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, exact"),
         ({"scale_convention": "x"}, "balance.scale_convention='x': use one of exact, megatron"),
         ({"bias_rule": "x"}, "balance.bias_rule='x': use one of sign, proportional"),
-        ({"bias_scope": "x"}, "balance.bias_scope='x': use one of global, micro"),
         ({"bias_update_rate": -1.0}, "balance.bias_update_rate=-1.0: must not be negative"),
     ],
 )

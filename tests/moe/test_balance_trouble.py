@@ -1,5 +1,4 @@
-"""Steps that go wrong or are unusual: broken off, of another length, with layers called twice, nested recomputation,
-copies in between, compiled."""
+"""Checks unusual steps: interrupted, of other lengths, with layers called twice, recomputed, copied or compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def make(**balance: Any) -> MoE:
 
 
 def batches(count: int, seed: int = 1) -> list[Tensor]:
-    """Each of a domain of its own, all of one shape: a decision taken for another batch fits and is wrong."""
+    """Return batches of one shape but different domains, so that another batch's decision fits and is wrong."""
     generator = torch.Generator().manual_seed(seed)
     shape: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     return [torch.randn(7, 6, **shape) + 2 * torch.randn(1, 6, **shape) for _ in range(count)]
@@ -54,14 +53,14 @@ def whole(layer: MoE, inputs: list[Tensor]) -> Tensor:
 
 
 def seen(layer: MoE) -> int:
-    return len(layer.balancer.micro_batches)
+    return len(layer.balancer.visits)
 
 
-# ---- steps of other lengths, and such as are broken off -----------------------------------------------------------
+# ---- steps of other lengths, and interrupted steps ----------------------------------------------------------------
 
 
 def test_exact_whatever_the_number_of_micro_batches() -> None:
-    """Nobody said how many there are; what was counted ahead tells, and not the step before."""
+    """The number of micro-batches is that of the counting pass, not that of the previous step."""
     layer = make(estimator="exact")
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     for number in (4, 2, 3, 1):
@@ -74,7 +73,7 @@ def test_exact_whatever_the_number_of_micro_batches() -> None:
 
 
 def test_an_incomplete_step_weighs_as_configured() -> None:
-    """Two of four micro-batches: each weighs a quarter, as they do in a loss divided by four."""
+    """If only two of four micro-batches are trained, each still has a weight of a quarter."""
     layer, inputs = make(micro_batches=4), batches(2)
     backward(layer, inputs)
     loss, counts_E = torch.zeros(()), torch.zeros(4, dtype=torch.float64)
@@ -107,7 +106,7 @@ BROKEN: dict[str, Callable[[MoE, list[Tensor]], None]] = {
 @pytest.mark.parametrize("given", [None, 3])
 @pytest.mark.parametrize("where", BROKEN)
 def test_decisions_of_a_broken_step_are_not_taken_for_the_next(where: str, given: int | None) -> None:
-    """What was counted ahead and not trained on must not route other tokens."""
+    """Decisions of a counting pass that were not trained must not route other tokens."""
     layer = make(estimator="exact", micro_batches=given)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     BROKEN[where](layer, batches(3))
@@ -117,7 +116,7 @@ def test_decisions_of_a_broken_step_are_not_taken_for_the_next(where: str, given
     for x in inputs:
         fresh = oracle.route(layer, x)[2]
         (layer(x) * 0).sum().backward()
-        used = next(m for m in reversed(layer.balancer.micro_batches) if m.done).decision.chosen_TK
+        used = next(m for m in reversed(layer.balancer.visits) if m.done).decision.chosen_TK
         assert torch.equal(used.sort().values, fresh.sort().values)
     assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
     optimizer.step()
@@ -130,16 +129,16 @@ def test_decisions_of_a_broken_step_are_not_taken_for_the_next(where: str, given
 
 @pytest.mark.parametrize("given", [None, 2])
 def test_gradients_cleared_between_counting_and_training(given: int | None) -> None:
-    """After a skipped step: the window still holds that step while the next is counted."""
+    """The skipped step's visits still exist while the next step is counted ahead."""
     layer = make(estimator="exact", micro_batches=given)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     for seed in (1, 2, 3):
         inputs = batches(2, seed)
         count(layer, inputs)
-        counted = [slot.number for slot in layer.balancer.micro_batches[-2:]]
+        counted = [visit.number for visit in layer.balancer.visits[-2:]]
         optimizer.zero_grad()
         backward(layer, inputs)
-        assert [slot.number for slot in layer.balancer.micro_batches] == counted
+        assert [visit.number for visit in layer.balancer.visits] == counted
         assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
 
 
@@ -155,7 +154,7 @@ def test_a_forward_without_backward_goes_with_the_step_that_is_broken_off() -> N
 
 
 def test_a_recomputation_that_fails() -> None:
-    """Out of memory in the backward: the tokens that come next are routed by themselves."""
+    """After an error in a recomputation, the next tokens must be routed by the router."""
     layer, plain = make(coefficient=0.0), make(coefficient=0.0)
     first, second = batches(2)
 
@@ -175,7 +174,7 @@ def test_a_recomputation_that_fails() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradient_scaler_that_skips_does_not_move_the_bias(fused: bool) -> None:
-    """A fused optimizer is called on overflow, too, and is told to do nothing."""
+    """On overflow, a fused optimizer is called too, and told to do nothing."""
     layer = make(bias_update_rate=0.01).float()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
@@ -204,7 +203,7 @@ def assert_same_gradients(one: nn.Module, two: nn.Module) -> None:
 
 @pytest.mark.parametrize("given", [None, 4])
 def test_a_layer_that_runs_twice_in_a_forward(given: int | None) -> None:
-    """Each time is a micro-batch of its own: two forwards of the model are four of the layer."""
+    """Each run of the layer is a micro-batch: two forwards of the model are four of the layer."""
     layer, inputs = make(estimator="exact", micro_batches=given), batches(4)
     with counting_pass():
         for x in inputs:
@@ -217,7 +216,7 @@ def test_a_layer_that_runs_twice_in_a_forward(given: int | None) -> None:
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("kind", ["non-reentrant", "reentrant", "recompute"])
 def test_a_layer_that_runs_twice_in_a_recomputed_region(kind: str, after: bool) -> None:
-    """``after``: something after the layer is recomputed first, so that the backward has not used its slot yet."""
+    """With ``after``, a later module is recomputed first, before the backward has read the layer's visit."""
     results = []
     for run in (HOW["plain"], HOW[kind]):
         torch.manual_seed(0)
@@ -234,8 +233,8 @@ def test_a_layer_that_runs_twice_in_a_recomputed_region(kind: str, after: bool) 
 
 @pytest.mark.parametrize("kind", ["non-reentrant", "reentrant", "recompute"])
 def test_several_micro_batches_in_one_backward(kind: str) -> None:
-    """No balance loss: the reentrant kind counts in the backward, so its loads are others. What is looked at is that
-    each micro-batch keeps its own routing."""
+    """Each micro-batch must keep its own routing. There is no balance loss, because reentrant checkpointing counts in
+    the backward, with other loads."""
     results = []
     for run in (HOW["plain"], HOW[kind]):
         model = nn.Sequential(make(coefficient=0.0), nn.Tanh(), nn.Linear(6, 6).double())
@@ -249,7 +248,7 @@ def test_several_micro_batches_in_one_backward(kind: str) -> None:
 
 
 def test_our_recomputation_repeats_each_of_several_decisions() -> None:
-    """Even where the router would choose otherwise now."""
+    """Decisions are repeated even if the router would now choose other experts."""
     layer, found = make(coefficient=0.0), []
     layer.router.register_forward_hook(lambda router, args, routing: found.append(str(routing.ids_TK.tolist())))
     outs = [recompute(layer, x.requires_grad_()).square().sum() for x in batches(3)]
@@ -261,7 +260,7 @@ def test_our_recomputation_repeats_each_of_several_decisions() -> None:
 @pytest.mark.parametrize("inner", ["non-reentrant", "recompute"])
 @pytest.mark.parametrize("outer", ["non-reentrant", "reentrant", "recompute"])
 def test_nested_recomputation(outer: str, inner: str) -> None:
-    """Around each layer and around the whole model."""
+    """Checkpointing is nested: around each layer, and around the whole model."""
     results = []
     for kinds in (("plain", "plain"), (outer, inner)):
         layers = nn.ModuleList([make(coefficient=0.1), make(coefficient=0.1)])
@@ -291,7 +290,7 @@ def test_copies_in_the_middle_of_a_step(clone: Callable[[MoE], MoE]) -> None:
     with pytest.raises(RuntimeError, match="no training forward yet"):
         _ = twin.stats
     backward(twin, inputs)
-    optimizer.step()  # of the other
+    optimizer.step()  # the other model's
     assert seen(layer) == 0 and bool(layer.router.bias_E.any())
     torch.optim.SGD(twin.parameters(), lr=0.1).step()
     assert seen(twin) == 0 and torch.equal(twin.router.bias_E, layer.router.bias_E)
@@ -299,7 +298,7 @@ def test_copies_in_the_middle_of_a_step(clone: Callable[[MoE], MoE]) -> None:
 
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_frozen_router(listed: bool) -> None:
-    """Whether the optimizer lists its weight or not: the window ends with the step, and the bias moves."""
+    """The step must end and the bias must move, whether or not the optimizer lists the frozen weight."""
     layer = make(bias_update_rate=0.01)
     layer.router.weight.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in layer.parameters() if listed or p.requires_grad], lr=0.1)
@@ -330,10 +329,10 @@ def test_generation_in_training_mode_leaves_no_trace() -> None:
 
 
 def test_compiled() -> None:
-    """Every micro-batch reads the counts of its own step when its backward comes, not those of the first trace."""
+    """Every backward must read the counts of its own step, not those of the first trace."""
     models = [nn.Sequential(nn.Linear(6, 6).double(), make(bias_update_rate=0.01)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    dispatcher = models[1][1].dispatcher  # slow to trace, and not of interest
+    dispatcher = models[1][1].dispatcher  # slow to trace, and not tested here
     dispatcher.send, dispatcher.finish = map(torch.compiler.disable, (dispatcher.send, dispatcher.finish))
     compiled = torch.compile(models[1], backend="eager")
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]

@@ -1,4 +1,4 @@
-"""Which choices are kept, against a loop over choices and bins as the definition reads."""
+"""Compares the choices that a capacity keeps with a literal loop over choices and bins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
 from equimoe.moe.collectives import Axis
 from equimoe.moe.dispatch import build_capacity
-from equimoe.moe.dispatch.manifest import rows_per_expert
+from equimoe.moe.dispatch.exchange_plan import rows_per_expert
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 
@@ -24,7 +24,7 @@ CONFIG = MoEConfig(
 
 def random_routing(tokens: int, seed: int, sequences: int = 1, ties: bool = False, masked: bool = False) -> Routing:
     generator = torch.Generator().manual_seed(seed)
-    # expert 0 and 1 are wanted most
+    # experts 0 and 1 are chosen most
     scores_TE = torch.rand(tokens, 8, generator=generator) + torch.tensor([0.6, 0.3, 0, 0, 0, 0, 0, 0])
     chosen_TK = scores_TE.argsort(1, descending=True)[:, :3]
     weights_TK = torch.rand(tokens, 3, generator=generator)
@@ -46,7 +46,7 @@ def random_routing(tokens: int, seed: int, sequences: int = 1, ties: bool = Fals
 def keep(
     ids: list[list[int]], weights: list[list[float]], valid: int, capacity: CapacityConfig, bins: int
 ) -> list[list[int]]:
-    """The ids of tokens in order of position, -1 where there is no place."""
+    """Return the ids of tokens in order of position, with -1 for dropped choices."""
     limit = math.ceil(capacity.factor * 3 * valid / bins)
     kept = [[-1] * 3 for _ in ids]
     for full in range(bins):
@@ -59,7 +59,7 @@ def keep(
 
 
 def on(devices: int) -> Placement:
-    """The experts on so many ranks."""
+    """Return the owners of the experts on this number of ranks."""
     return Placement(ep=Axis("ep", size=devices))
 
 
@@ -79,7 +79,7 @@ def test_against_a_loop(drop: Any, level: Any, devices: int, factor: float, kind
 
 
 def test_a_device_keeps_the_highest_weights_of_all_its_experts() -> None:
-    """Two devices of four experts, three places each: what is dropped is worth less than all that is kept."""
+    """With two devices of four experts and three rows each, dropped choices must weigh less than kept ones."""
     routing = random_routing(12, seed=3)
     capacity = CapacityConfig(0.5, level="device")
     ids_TK = build_capacity(replace(CONFIG, capacity=capacity), on(2))(routing).ids_TK
@@ -92,7 +92,7 @@ def test_a_device_keeps_the_highest_weights_of_all_its_experts() -> None:
 
 
 def test_dropping_twice_drops_nothing_more() -> None:
-    """A recomputation applies it to the decision that is kept."""
+    """A recomputation applies the capacity to a decision that has been limited already."""
     capacity = build_capacity(replace(CONFIG, capacity=CapacityConfig(0.5)), Placement())
     once = capacity(random_routing(23, seed=5, ties=True))
     assert torch.equal(capacity(once).ids_TK, once.ids_TK) and int((once.ids_TK < 0).sum()) > 10
@@ -119,7 +119,7 @@ def test_layer_drops_and_balances_before_the_drop(drop: Any) -> None:
 
 
 def test_rows_of_a_padded_exchange() -> None:
-    """ceil(factor K T / E), in the arithmetic of the limit itself, so that a place is never missing."""
+    """There are ceil(factor K T / E) rows, rounded exactly as the limit is, so that every kept choice has one."""
     assert rows_per_expert(CapacityConfig(1.25, pad=True), 1000, 2, 8) == 313
     assert rows_per_expert(CapacityConfig(1.25, pad=True, max_tokens=2000), 1000, 2, 8) == 625
     for factor in (0.1, 0.7, 1.1, 1.3, 3.3):

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, and is data: damage and ill will are found before anything is used."""
+"""Checks that a checkpoint is complete or absent, and that damage is found before anything is used."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_strict_in_both_directions(tmp_path: Path, other: dict[str, torch.Tensor
 def test_resume_is_bit_identical_and_experts_are_all_there(
     tmp_path: Path, world: int, parallel: dict[str, Any]
 ) -> None:
-    """4 steps, and 2 + evaluation + resume + 2, end in the same bits; the file holds each expert's own weights."""
+    """4 steps, and 2 + evaluation + resume + 2, must end with the same bits; all experts must be in the file."""
     config = small.on(small.write_texts(tmp_path / "texts"), steps=4)
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     run = replace(config, parallel=replace(config.parallel, **parallel))
@@ -165,7 +165,7 @@ def test_resume_is_bit_identical_and_experts_are_all_there(
             straight.train_step()
         for _ in range(2):
             first.train_step()
-        first.evaluate()  # which leaves no trace, and no weights gathered
+        first.evaluate()  # changes no state, and leaves no weights gathered
         path = first.save(tmp_path / "run")
         second.resume(path, checkpoint.read_manifest(path))
         for _ in range(2):
@@ -180,7 +180,7 @@ def test_resume_is_bit_identical_and_experts_are_all_there(
 
 
 def test_a_checkpoint_does_not_depend_on_how_the_vocabulary_was_split(tmp_path: Path) -> None:
-    """Saved without tensor parallelism and resumed with it, or the other way round: the same bits, and the same losses.
+    """Saving without tensor parallelism and resuming with it, or vice versa, must keep all bits and losses.
 
     The vocabulary has 257 entries, of which one rank holds 129 and the other 128.
     """

@@ -1,6 +1,6 @@
-"""Checkpoints from someone else: whatever they hold, reading them runs, writes and deletes nothing.
+"""Checks that reading a malicious checkpoint executes, writes and deletes nothing.
 
-Sizes and digests in the manifest always fit, as whoever plants a file can make them.
+Sizes and digests in the manifest always fit, because whoever writes the files can compute them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def test_names_do_not_break_the_line_of_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["new", "old"])
 def test_description_that_the_manifest_does_not_list(tmp_path: Path, kind: str) -> None:
-    """Reading it unchecked could follow a link, or wait for a pipe for ever."""
+    """Reading an unchecked file could follow a link, or wait for a pipe forever."""
     state = {"model.w": torch.ones(5, 3)}
     path = checkpoint.save(tmp_path, 1, state, {}, 1) if kind == "new" else save_old(tmp_path, state)
     file = path / ("tensors.json" if kind == "new" else ".metadata")
@@ -147,7 +147,7 @@ def test_description_that_the_manifest_does_not_list(tmp_path: Path, kind: str) 
 
 
 def header(edit: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
-    """Change the JSON in front of the tensors of a safetensors file."""
+    """Change the JSON header of a safetensors file."""
 
     def change(content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
@@ -224,7 +224,7 @@ def test_sizes_in_the_manifest(path: Path, size: Any) -> None:
 @pytest.mark.parametrize("name", [SHARD, "tensors.json", checkpoint.MANIFEST])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_what_is_no_plain_file(path: Path, name: str, kind: str) -> None:
-    """Reading a pipe would wait for ever."""
+    """Reading a pipe would wait forever."""
     file = path / name
     if kind == "link":
         file.rename(path.parent.parent / "elsewhere")
@@ -237,7 +237,7 @@ def test_what_is_no_plain_file(path: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["new", "old"])
 def test_random_damage_is_refused_or_harmless(tmp_path: Path, kind: str) -> None:
-    """With one line, wherever a parser stumbles."""
+    """Wherever the parser fails, the error must be one line."""
     state = {"model.w": torch.arange(15.0).view(5, 3), "step": torch.tensor(3)}
     path = checkpoint.save(tmp_path, 1, state, {}, 1) if kind == "new" else save_old(tmp_path, state)
     original = {file: file.read_bytes() for file in sorted(path.iterdir())}
@@ -264,7 +264,7 @@ def test_random_damage_is_refused_or_harmless(tmp_path: Path, kind: str) -> None
 
 
 def test_a_link_in_the_run_folder_is_never_followed_to_delete(path: Path) -> None:
-    """Saving removes old and unfinished checkpoints: of a link, the link."""
+    """Saving removes old and unfinished checkpoints; for a link, it must remove only the link."""
     root, victim = path.parent, path.parent.parent / "victim"
     for name in ("step-00000000", "step-00000002.tmp", "step-00000003.tmp", "step-00000002"):
         (root / name).symlink_to(victim)
@@ -274,7 +274,7 @@ def test_a_link_in_the_run_folder_is_never_followed_to_delete(path: Path) -> Non
 
 
 def test_the_watch_notices(tmp_path: Path) -> None:
-    """The tests above would fail if something happened."""
+    """The tests above must be able to fail."""
     import pickle
 
     for act in (

@@ -1,4 +1,4 @@
-"""Checkpoints of equimoe 0.1 are still read, and no opcode of their pickles does anything.
+"""Checks that checkpoints of equimoe 0.1 can be read, and that no opcode of their pickles is executed.
 
 ``checkpoints/`` holds two, of 2 steps on 2 ranks with expert parallelism and with FSDP, and the sha256 of each tensor.
 """
@@ -54,14 +54,14 @@ def test_every_tensor_bit_for_bit(written: tuple[str, Path, dict[str, str]]) -> 
 
 
 def test_resume(written: tuple[str, Path, dict[str, str]]) -> None:
-    """With expert parallelism on the same mesh; what FSDP wrote on 2 ranks, on 1 process."""
+    """Resume the expert-parallel checkpoint on the same mesh, and the FSDP checkpoint of 2 ranks on 1 process."""
     name, path, expected = written
     model = ModelConfig(vocab_size=258, num_layers=1, num_heads=1, intermediate_size=4)
     layer = MoEConfig(4, 4, num_experts=4, top_k=2)
     config = small.on(small.write_texts(path.parent / "texts"), ep=2 if name == "ep2" else 1, model=model, moe=layer)
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     manifest = checkpoint.read_manifest(path)
-    manifest["position"]["data"] = corpus.fingerprint  # the data play no part here
+    manifest["position"]["data"] = corpus.fingerprint  # the data do not matter here
 
     def script(rank: int, world: int) -> tuple[int, dict[str, str]]:
         mesh = build_mesh(config.parallel) if world > 1 else None
@@ -155,7 +155,7 @@ POP = b"0"
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_opcodes_in_the_metadata(tmp_path: Path, opcodes: bytes, words: str) -> None:
-    """In front of metadata that is otherwise right."""
+    """Put opcodes in front of valid metadata."""
     path = save_old(tmp_path, {"model.w": torch.ones(5, 3)})
     file = path / ".metadata"
     good = file.read_bytes()
@@ -192,7 +192,7 @@ def edited(path: Path, edit: Callable[[Metadata, Any, Any], object]) -> None:
 
 
 def doubled(depth: int) -> tuple[Any, ...]:
-    """A few bytes of a pickle, whose hash and text take 2^depth steps."""
+    """Return a short pickle whose value takes 2^depth steps to hash or print."""
     value: tuple[Any, ...] = ()
     for _ in range(depth):
         value = (value, value)
@@ -255,7 +255,7 @@ def archive(pickled: bytes, data: bytes = bytes(60), compression: int = zipfile.
 def tensor(
     count: int = 15, offset: int = 0, sizes: tuple[int, ...] = (5, 3), strides: tuple[int, ...] = (3, 1)
 ) -> bytes:
-    """The pickle of a tensor, as torch.save writes it."""
+    """Return the pickle of a tensor, as torch.save writes it."""
 
     class Storage(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:

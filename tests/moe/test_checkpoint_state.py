@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint holds, on any mesh, and how they come back."""
+"""Checks which tensors a checkpoint holds, and that they are restored, on any mesh."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.fork import run_ranks
 
 
 class Run:
-    """Two layers under AdamW, which may know of frozen weights or not."""
+    """Two layers trained by AdamW, which may or may not hold frozen weights."""
 
     def __init__(self, seed: int, frozen: tuple[str, ...] = (), knows: bool = True) -> None:
         torch.manual_seed(seed)
@@ -138,7 +138,7 @@ def test_a_weight_that_lacks_some_of_its_moments_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {}, {"foreach": True}], ids=str)
 def test_the_step_is_where_the_optimizer_counts_it(options: dict[str, Any]) -> None:
-    """Kernels that update on a GPU read it there; here, memory without data stands for a GPU's."""
+    """Fused updates on a GPU read the step count there. A meta tensor stands in for the GPU."""
     weight = nn.Parameter(torch.ones(3, device="meta"))
     optimizer = torch.optim.AdamW([weight])
     optimizer.param_groups[0].update(options)
@@ -151,7 +151,7 @@ def test_the_step_is_where_the_optimizer_counts_it(options: dict[str, Any]) -> N
 
 
 def test_all_dtypes_and_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several files, as a rank writes them that has much."""
+    """A rank with many tensors writes several files."""
     monkeypatch.setattr("equimoe.moe.checkpoint.reshard.FILE_BYTES", 100)
     shared = torch.arange(6.0).view(2, 3)
     state = {str(dtype): (torch.arange(-3, 9).view(3, 4) % 2).to(dtype) for dtype in DTYPES}
@@ -171,7 +171,7 @@ def test_all_dtypes_and_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_process_writes_plain_safetensors(tmp_path: Path) -> None:
-    """Any tool reads the weights by their names."""
+    """Any tool can read the weights by their names."""
     path = checkpoint.save(tmp_path, 1, {"model.w": torch.arange(6.0).view(2, 3)}, {}, keep_last=1)
     assert torch.equal(load_file(path / "rank00000-000.safetensors")["model.w"], torch.arange(6.0).view(2, 3))
 
@@ -213,7 +213,7 @@ MESHES: dict[str, tuple[tuple[int, ...], dict[str, tuple[Any, ...]]]] = {
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_any_mesh_writes_and_any_mesh_reads(tmp_path: Path, mesh: str) -> None:
-    """Uneven shards, ranks without one, and names that only one rank has."""
+    """Some shards are uneven or empty, and some names exist on only one rank."""
 
     def state(mesh: str, rank: int, fill: bool) -> dict[str, torch.Tensor]:
         sizes, placements = MESHES[mesh]
@@ -247,7 +247,7 @@ def test_any_mesh_writes_and_any_mesh_reads(tmp_path: Path, mesh: str) -> None:
 
 
 def test_a_rank_that_cannot_read_stops_all(tmp_path: Path) -> None:
-    """With the same error, instead of leaving the others to wait for it."""
+    """All ranks must raise the same error, instead of waiting for the one that failed."""
     path = checkpoint.save(tmp_path, 1, {"w": torch.ones(2)}, {}, keep_last=1)
     manifest = checkpoint.read_manifest(path)
 
@@ -264,7 +264,7 @@ REMEDY = "delete this checkpoint to resume from the one before"
 
 
 def test_the_trainer_resumes_on_more_ranks(tmp_path: Path) -> None:
-    """A rank without a generator in the checkpoint keeps its own."""
+    """A rank whose random generator is not in the checkpoint must keep its own."""
     config = small.on(small.write_texts(tmp_path / "texts"))
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     one = Trainer(config, corpus, None, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The bigram model against slow and obvious counting."""
+"""Compares the bigram model with slow and obvious counting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from equimoe.moe.train.data import Corpus, bigram, bigram_loss, heldout_batches
 
 
 def chain(generator, length, vocab_size):
-    """A stream in which the previous token says much about the next."""
+    """Return a stream in which the previous token predicts the next one well."""
     follow = np.random.default_rng(7).dirichlet(np.full(vocab_size, 0.1), vocab_size)
     ids = [0]
     for _ in range(length - 1):
@@ -29,7 +29,7 @@ def make(vocab_size=12, lengths=((300, 40), (160, 23), (50, 1))):
 
 
 def probability(pairs, vocab_size, a, b, discount, strength, continuation):
-    """P(b|a) from a list of training pairs."""
+    """Return P(b|a) from a list of training pairs."""
     count, total = Counter(pairs), sum(first == a for first, _ in pairs)
     followers = len({second for first, second in set(pairs) if first == a})
     weight = Counter(second for _, second in (set(pairs) if continuation else pairs))
@@ -44,7 +44,7 @@ def neighbours(ids):
 
 
 def slow(corpus, tested):
-    """Mean loss per domain of ``tested`` pairs, and the best of all variants on the training tail."""
+    """Return the mean loss per domain of ``tested`` pairs, with the variant that is best on the training tail."""
     vocab_size, head, tail = corpus.vocab_size, [], []
     for stream in corpus.train.values():
         pairs = neighbours(stream)
@@ -61,7 +61,7 @@ def slow(corpus, tested):
 @pytest.mark.parametrize("dense", [4096, 1])
 @pytest.mark.parametrize("chunk", [1 << 24, 7])
 def test_equals_slow_counting(monkeypatch, dense, chunk):
-    monkeypatch.setattr(bigram, "DENSE", dense)
+    monkeypatch.setattr(bigram, "DENSE_UP_TO", dense)
     monkeypatch.setattr(bigram, "CHUNK", chunk)
     corpus = make()
     expected = slow(corpus, {d: neighbours(s) for d, s in corpus.heldout.items() if len(s) > 1})

@@ -1,4 +1,4 @@
-"""What is read, under which domain, and what of it is held out."""
+"""Checks which text is read, its domains, and what is held out."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def load(path, **changes):
 
 
 def documents(tokens):
-    """The set of texts between the end-of-document ids."""
+    """Return the set of texts between the end-of-document ids."""
     pieces = np.split(tokens, np.flatnonzero(tokens == 256))
     return {BYTES.decode(piece) for piece in pieces if len(piece)}
 
 
 def holds(corpus, domain, contents):
-    """Whether the domain has exactly the tokens of these texts, on one side or the other."""
+    """Return whether training and held-out text of the domain have exactly the tokens of these texts."""
     ids = np.concatenate([corpus.train[domain], corpus.heldout[domain]])
     return sorted(ids[ids != 256]) == sorted("".join(contents).encode())
 
@@ -137,7 +137,7 @@ def test_the_asked_share_is_held_out_and_every_token_is_on_one_side(tmp_path_fac
 
 @pytest.mark.parametrize(("count", "size"), [(1, 50_000), (2, 25_000), (3, 10_000), (10, 5_000), (30, 1_000)])
 def test_few_documents_are_cut(tmp_path, count, size):
-    """Two documents and 2 % held out: 2 % of each, not one of the two."""
+    """With two documents and 2 % held out, 2 % of each must be held out, not one of the two."""
     words = {f"{i}.txt": f"{i:02}" + "w" * (size - 2 - i) for i in range(count)}
     corpus = load(write(tmp_path, words), heldout_fraction=0.02)
     train, heldout = (stream["text"] for stream in (corpus.train, corpus.heldout))
@@ -190,7 +190,7 @@ def test_fingerprint_tells_data_apart(tmp_path):
 
 
 def test_the_cap_of_the_built_in_text_does_not_reach_other_text(tmp_path):
-    """Ten files of 10 kB under a cap of 1 kB: all are trained on."""
+    """Under a cap of 1 kB, ten files of 10 kB must all be trained on."""
     write(tmp_path, {f"a/{i:03}.txt": f"{i:03} " + "word " * 2000 for i in range(10)})
     rows = "\n".join(json.dumps({"text": t, "domain": "b"}) for t in texts(200, "row"))
     write(tmp_path, {"b.jsonl": rows})
@@ -397,7 +397,7 @@ def test_the_corpus_is_the_same_in_every_process():
         "print(load_corpus(DataConfig(builtin_bytes_per_domain=200_000), load_tokenizer('bytes')).fingerprint)"
     )
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # text is hashed in another way than here, where the seed is random or 0
+    # Python's hash seed there is random or 0, unlike here
     env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == load_corpus(BUILTIN, BYTES).fingerprint, done.stderr

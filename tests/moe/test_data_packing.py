@@ -1,4 +1,4 @@
-"""Which sequences form a step, and what is evaluated."""
+"""Checks which sequences form a step, and which are evaluated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from equimoe.moe.train.data import Batches, Corpus, heldout_batches
 
 
 def streams(*lengths):
-    """Streams in which every token is different, so that a token tells where it comes from."""
+    """Return streams in which every token is different, so that a token identifies its position."""
     ends = np.cumsum((0, *lengths))
     return {f"d{i}": np.arange(ends[i], ends[i + 1]).astype(np.uint32) for i in range(len(lengths))}
 
@@ -25,7 +25,7 @@ def corpus(*heldout_lengths):
 
 
 def rows(batches, step, data_parallel, micro_batches):
-    """The step's sequences in the order [rank][micro-batch][sequence], as lists of tokens."""
+    """Return the step's sequences as [rank][micro-batch][sequence], lists of tokens."""
     micro_batch = batches.global_batch // (data_parallel * micro_batches)
     out = []
     for rank in range(data_parallel):
@@ -114,7 +114,7 @@ def test_sample_errors():
 
 
 def labels_of(batches):
-    """Evaluated ``(input, label)`` pairs of each domain, in order."""
+    """Return the evaluated ``(input, label)`` pairs of each domain, in order."""
     found = {}
     for domain, inputs, labels, mask in batches:
         assert inputs.shape == labels.shape == mask.shape and mask.dtype == torch.bool

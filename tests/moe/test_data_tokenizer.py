@@ -1,4 +1,4 @@
-"""Tokenizers turn text into ids and back."""
+"""Checks that tokenizers turn text into ids and back."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_hugging_face_tokenizer(tmp_path):
     save(path, {"<unk>": 0, "one": 1, "two": 7}, ["</s>"])
     for name in (path, tmp_path):
         tokenizer = load_tokenizer(str(name))
-        # the ids have a gap: 7 is the largest of the words
+        # the ids have a gap: the largest id of a word is 7
         assert tokenizer.vocab_size > 7
         assert tokenizer.decode([tokenizer.end_of_document]) == ""
         ids = tokenizer.encode("one two three \ud800")

@@ -1,4 +1,4 @@
-"""The layer in one process against the definitions, forward and gradients."""
+"""Compares the layer's output and gradients in one process with the definitions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_forward_and_every_gradient(router: RouterConfig, top_k: int, backend: s
 
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_losses_hang_on_the_output(router: RouterConfig) -> None:
-    """Training on y alone gives the router the gradient of coefficient * balance + z_loss * z."""
+    """Training on y alone must give the router the gradient of coefficient * balance + z_loss * z."""
     layer = make(router=router, balance=BalanceConfig(coefficient=0.3)).double()
     x = torch.randn(9, 12, dtype=torch.float64)
     (layer(x) * 0).sum().backward()
@@ -216,13 +216,13 @@ def test_non_contiguous_input(expanded: bool) -> None:
 def test_passes_that_change_no_statistic() -> None:
     layer, x, other = make(), torch.randn(6, 12), torch.randn(11, 12)
     (layer(x)).sum().backward()
-    stats, seen = layer.stats, layer.balancer.micro_batches
+    stats, seen = layer.stats, layer.balancer.visits
     with torch.no_grad():
         layer(other)
     layer.eval()(other).sum().backward()
     with torch.no_grad():
         layer(other)
-    assert layer.stats is stats and layer.balancer.micro_batches == seen
+    assert layer.stats is stats and layer.balancer.visits == seen
 
 
 @pytest.mark.parametrize("kind", ["reentrant", "non-reentrant", "recompute"])
@@ -242,16 +242,16 @@ def test_recomputation_counts_once_and_changes_no_gradient(kind: str, micro_batc
         plain(x.clone().requires_grad_()).square().sum().backward()
         run(repeated, x.clone().requires_grad_()).square().sum().backward()
     for one, two in zip((plain[0], plain[2]), (repeated[0], repeated[2]), strict=True):
-        assert [s.counts_BE.tolist() for s in one.balancer.micro_batches] == [
-            s.counts_BE.tolist() for s in two.balancer.micro_batches
+        assert [s.counts_BE.tolist() for s in one.balancer.visits] == [
+            s.counts_BE.tolist() for s in two.balancer.visits
         ]
         for name, grad in gradients(one).items():
-            # a reentrant first pass is not counted, so that a layer sees its micro-batch only in the backward: the same
+            # a reentrant region's first forward is not counted; the layer counts its micro-batch only in the backward
             assert torch.equal(grad, two.get_parameter(name).grad), name
 
 
 def test_recompute_with_several_micro_batches_in_flight() -> None:
-    """All forwards before the first backward, which then runs in another order than the forwards."""
+    """All forwards run before the first backward, and the backwards run in another order."""
     config = replace(SMALL, balance=BalanceConfig(coefficient=0.5, micro_batches=3))
     torch.manual_seed(0)
     plain = MoE(config)
@@ -262,17 +262,17 @@ def test_recompute_with_several_micro_batches_in_flight() -> None:
         for i in (1, 0, 2):
             outs[i][0].square().sum().backward()
             outs[i][1].square().sum().backward()
-        assert len(two.balancer.micro_batches) == 3
+        assert len(two.balancer.visits) == 3
         for name, grad in gradients(one).items():
             assert torch.equal(grad, two.get_parameter(name).grad), name
 
 
 def test_recomputation_never_routes_again() -> None:
-    """Even when the router's weight changes between forward and backward, the decision stays."""
+    """The decision must be repeated even if the router's weight changes between forward and backward."""
     layer = make()
     x = torch.randn(9, 12, requires_grad=True)
     y = recompute(layer, x)
-    chosen = layer.balancer.micro_batches[0].decision.chosen_TK
+    chosen = layer.balancer.visits[0].decision.chosen_TK
     routed = []
     layer.router.register_forward_hook(lambda module, args, out: routed.append(out.ids_TK))
     with torch.no_grad():
@@ -285,9 +285,9 @@ def test_deep_copy_is_independent() -> None:
     layer = make()
     layer(torch.randn(5, 12)).sum().backward()
     twin = copy.deepcopy(layer)
-    assert twin.balancer.micro_batches == [] and torch.equal(twin.router.weight, layer.router.weight)
+    assert twin.balancer.visits == [] and torch.equal(twin.router.weight, layer.router.weight)
     twin(torch.randn(3, 12)).sum().backward()
-    assert len(layer.balancer.micro_batches) == 1
+    assert len(layer.balancer.visits) == 1
 
 
 def test_weights_are_laid_out_as_hugging_face_does() -> None:
@@ -305,7 +305,7 @@ def test_weights_are_laid_out_as_hugging_face_does() -> None:
     ids=["normalised", "sigmoid", "softmax after top-k"],
 )
 def test_one_choice_whose_weight_is_always_one_is_refused(router: RouterConfig) -> None:
-    """Such a router would follow the balance loss alone. With one expert there is nothing to learn."""
+    """Only the balance loss would train such a router. With one expert there is nothing to learn."""
     field = "softmax_after_topk" if router.softmax_after_topk else "normalize_weights"
     with pytest.raises(ValueError, match=f"^router.{field}=True: with top_k=1 this makes .*set it to False"):
         make(top_k=1, router=router)

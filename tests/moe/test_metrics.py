@@ -1,4 +1,4 @@
-"""metrics.jsonl, its mirror in TensorBoard, and the lines on the terminal."""
+"""Checks metrics.jsonl, its copy in TensorBoard, and the lines on the terminal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "new" / "run", tensorboard=False) as writer:
         for number, record in enumerate(records, 1):
             writer.write(record)
-            assert len(read_records(writer.path)) == number  # each line is there at once
+            assert len(read_records(writer.path)) == number  # each line is written immediately
     assert read_records(writer.path) == records
 
 

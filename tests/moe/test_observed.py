@@ -1,4 +1,4 @@
-"""What a training step and an evaluation tell of routing, in one process, against values made by hand."""
+"""Compares the routing metrics of a training step and an evaluation with values computed by hand, in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from equimoe.moe.observe import (
     divergences,
     domain_record,
     estimate_quality,
-    expert_share,
+    expert_fraction,
     jensen_shannon,
     mean_divergence,
     metrics,
@@ -49,7 +49,7 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def step(config: TrainConfig) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-    """The second step's record, and what each layer's router did in each of its micro-batches."""
+    """Return the second step's record, and the routings of each layer's micro-batches."""
     trainer = trainer_of(config)
     trainer.train_step()
 
@@ -76,14 +76,14 @@ def test_losses_as_the_backwards_used_them(texts: Path) -> None:
     extra = ExtraLossConfig(micro=0.003, sequence=0.0007)
     balance = BalanceConfig(coefficient=0.05, estimator="rolling", extra=extra)
     record, seen = step(small.on(texts, balance=balance, router=RouterConfig(z_loss=0.02)))
-    passes, tokens = SEQUENCES // MICRO, MICRO * SEQ
+    number_of, tokens = SEQUENCES // MICRO, MICRO * SEQ
     for row, micro_batches in zip(record["layers"], seen, strict=True):
-        assert len(micro_batches) == passes
+        assert len(micro_batches) == number_of
         so_far, rolling = torch.zeros(E, dtype=torch.float64), 0.0
         for number, one in enumerate(micro_batches, 1):
             so_far = so_far + one["counts"].sum(0)
             load = so_far * E / (K * tokens * number)
-            rolling += float((load * one["probs"].sum(0)).sum()) / (tokens * passes)
+            rolling += float((load * one["probs"].sum(0)).sum()) / (tokens * number_of)
         want = {
             "global": rolling,
             "micro": np.mean([micro_loss(m["counts"].sum(0), m["probs"].sum(0), tokens) for m in micro_batches]),
@@ -115,7 +115,7 @@ def test_a_run_on_micro_batches_shows_the_global_loss_too(texts: Path) -> None:
 
 
 def test_what_is_trained_on_and_what_is_watched_agree(texts: Path) -> None:
-    """With a coefficient of zero nothing is added, and "micro" is the same seen from inside and outside."""
+    """A loss with coefficient 0 adds nothing, and "micro" has the same value whether or not it is trained on."""
     silent = BalanceConfig(scope="micro", coefficient=0.0)
     inside, _ = step(small.on(texts, balance=silent))
     outside, _ = step(small.on(texts, balance=replace(silent, scope="global", estimator="exact")))
@@ -134,7 +134,7 @@ def test_estimator_line(texts: Path, estimator: Any, sequences: float) -> None:
     trainer.train_step()
     record = trainer.record(trainer.train_step())
     for row, layer in zip(record["layers"], trainer.layers.values(), strict=True):
-        quality = estimate_quality(layer.balancer.last)
+        quality = estimate_quality(layer.balancer.previous_step)
         assert quality and {name: row[name] for name in quality} == quality
     assert record["balance_sequences"] == pytest.approx(sequences)
     assert record["balance_tokens"] == pytest.approx(sequences * SEQ)
@@ -159,7 +159,7 @@ def test_chosen_probability(score: Any) -> None:
     torch.manual_seed(0)
     x_TD, mask_T = torch.randn(12, 8), torch.rand(12) > 0.3
     router = Router(8, 5, 2, RouterConfig(score=score), 1.0).requires_grad_(False)
-    router.bias_E = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0])  # chooses, and is no part of the probability
+    router.bias_E = torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0])  # affects choices, but not probabilities
     routing = router(x_TD, mask_T, sequences=3)
     want = [0.0] * 3
     for t in range(12):
@@ -196,7 +196,7 @@ def test_possible_degrees(experts: int, degrees: tuple[int, ...]) -> None:
 def test_projection_and_its_cost(texts: Path) -> None:
     config = small.on(texts)
     record, seen = step(config)
-    share = expert_share(trainer_of(config).model)
+    fraction = expert_fraction(trainer_of(config).model)
     for row, micro_batches in zip(record["layers"], seen, strict=True):
         loads = [m["counts"].sum(0) for m in micro_batches]
         pairs = [torch.stack((load[0] + load[1], load[2] + load[3])) for load in loads]
@@ -208,12 +208,12 @@ def test_projection_and_its_cost(texts: Path) -> None:
     for degree in ("2", "4"):
         factors = [row["projected_straggler"][degree] for row in record["layers"]]
         assert record["projected_straggler"][degree] == pytest.approx(np.mean(factors))
-        assert record["projected_waiting"][degree] == pytest.approx(sum((f - 1) * share for f in factors))
+        assert record["projected_waiting"][degree] == pytest.approx(sum((f - 1) * fraction for f in factors))
 
 
 @pytest.mark.parametrize("kind", ["grouped", "latent"])
-def test_expert_share_counts_operations(kind: Any) -> None:
-    """One dense and two MoE blocks: products with weights 2 per weight and token, attention over half a sequence."""
+def test_expert_fraction_counts_operations(kind: Any) -> None:
+    """One dense and two MoE blocks: 2 operations per weight and token, and attention over half a sequence."""
     hidden, width, ffn, vocabulary, seq, heads = 8, 12, 20, 50, 32, 2
     moe = MoEConfig(hidden_size=hidden, intermediate_size=width, num_experts=4, top_k=2, shared_intermediate_size=6)
     latent = AttentionConfig(
@@ -232,7 +232,7 @@ def test_expert_share_counts_operations(kind: Any) -> None:
         projections = hidden * heads * 6 + hidden * (6 + 2) + 6 * heads * (4 + 3) + heads * 3 * hidden
         attended = seq / 2 * 2 * heads * (6 + 3)
     total = 3 * (2 * projections + attended) + 2 * in_layer + 2 * 3 * hidden * ffn + 2 * hidden * vocabulary
-    assert expert_share(model) == pytest.approx(routed / total)
+    assert expert_fraction(model) == pytest.approx(routed / total)
 
 
 def test_evaluation_tells_how_domains_part(texts: Path) -> None:
@@ -299,7 +299,7 @@ def test_a_model_without_moe_layers(texts: Path) -> None:
     trainer = trainer_of(replace(config, model=replace(config.model, moe_every=0)))
     record = trainer.record(trainer.train_step())
     assert record["layers"] == [] and "losses" not in record and record["balance"] == 1.0
-    assert trainer.expert_share == 0.0
+    assert trainer.expert_fraction == 0.0
     assert "divergence" not in trainer.evaluate()
 
 

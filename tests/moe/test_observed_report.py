@@ -1,4 +1,4 @@
-"""What the report shows of balance, stragglers and domains, from runs that have recorded it and runs that have not."""
+"""Checks how the report shows balance, stragglers and domains, also for runs that did not record them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.moe.test_report import NEWER, report, write_run
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without figures, for tests of their words."""
+    """Leave out the figures, for tests of the text."""
     monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", ())
 
 
@@ -36,7 +36,7 @@ def test_an_older_run_is_told_what_it_has_not_recorded(tmp_path: Path, monkeypat
 
 
 def lines(drawn: Any, panel: int) -> dict[str, np.ndarray]:
-    """A panel's labelled lines."""
+    """Return a panel's labelled lines."""
     assert not isinstance(drawn, str), drawn
     found = drawn[0].axes[panel].lines
     return {line.get_label(): np.asarray(line.get_ydata(), float) for line in found if line.get_label()[0] != "_"}
@@ -95,7 +95,7 @@ _TOUCHED = {*NEWER, "divergence"}
 
 @pytest.mark.slow
 def test_bad_values_do_not_break_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever one record holds in place of its numbers, the others are drawn."""
+    """If one record holds bad values, the other records must still be drawn."""
     records = observed(made_up_run(steps=60, every=5, eval_every=20))
     fields = ("losses", "scaled_losses", "balance_sequences", "estimator_error", "straggler", "straggler_max")
     fields += ("waiting", "projected_straggler", "projected_waiting", "score_sum", "max_frequency", "divergence")

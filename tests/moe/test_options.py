@@ -1,4 +1,4 @@
-"""The command line of a training run: recipe, then files, then options, and one line for every mistake."""
+"""Checks the training command's options: they override files, which override the recipe; errors have one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from equimoe.moe.config import CapacityConfig, RouterConfig
 from equimoe.moe.train.config import DataConfig, OptimConfig, TrainConfig
 from tests.helpers.small import changed
 
-#: valid values where the next larger number or the last choice would not be
+#: a valid value for fields where the next larger number or the last choice is not valid
 OTHER_VALUES = {
     **{"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25"},
     **{"model.dense_layers": "2", "attention.num_kv_heads": "3", "attention.rotary_base": "500.0"},
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
 }
 
-#: what must be set first
+#: options that must be set first
 ALSO = {
     "moe.router.kept_groups": ["--moe.router.groups=2"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
@@ -40,7 +40,7 @@ def value_of(config: TrainConfig, name: str) -> Any:
 
 
 def another_value(name: str, hint: Any, current: Any) -> str:
-    """Text for a value of this type that is not ``current``."""
+    """Return the text of a value of this type that differs from ``current``."""
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if get_origin(hint) is not Literal else [hint]
     kind = kinds[0] if kinds else hint
     if name in OTHER_VALUES:
@@ -95,7 +95,7 @@ def test_every_field_can_be_set(name: str, joined: bool) -> None:
 @pytest.mark.parametrize("name", ["recipe", "config", "run-dir"] + [n for n, h in fields_of().items() if is_text(h)])
 @pytest.mark.parametrize("text", ["", " "])
 def test_empty_text_is_refused(name: str, text: str, tmp_path: Path) -> None:
-    """As an unset shell variable gives it."""
+    """An unset shell variable gives an empty text."""
     with pytest.raises(ValueError, match=rf"^--{name}={text}: is empty; give a value, or leave the option out$"):
         parse([f"--{name}", text])
     if "." in name:

@@ -1,4 +1,4 @@
-"""The same weights in another library's block give the same output and gradients."""
+"""Checks that the same weights in another library's block give the same output and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run: one file, every figure with a picture in it, and a sentence where there is none."""
+"""Checks the report of a run: one file, with a picture or a sentence for every figure."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.helpers.slow import slow_but
 
 IDS = ["loss", "domain-loss", "balance", "evenness", "losses", "estimator", "straggler", "load", "routing"]
 IDS += ["divergence", "scores", "optimizer"]
-#: figures of what older runs have not recorded
+#: figures that need records which older runs do not have
 NEWER = {"losses", "estimator", "straggler", "scores"}
 
 
 class Page(HTMLParser):
-    """What a reader gets: the pictures, words and text of each figure, and every address that is asked for."""
+    """The parsed page: the pictures, words and text of each figure, and every address that it requests."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def report(run_dir: Path, records: list[dict[str, Any]], tail: bytes = b"") -> P
 
 
 def draw_all(run: Run, names: Sequence[str] = IDS) -> dict[str, str | Figure]:
-    """The figures laid out as the page would, or its sentence; faster than a page."""
+    """Return the figures, or the sentences in their place, as the page shows them. Faster than writing a page."""
     found: dict[str, str | Figure] = {}
     with warnings.catch_warnings(), matplotlib.rc_context(DARK.rc() | {"savefig.dpi": 30}):
         warnings.simplefilter("error")
@@ -110,7 +110,7 @@ def draw_all(run: Run, names: Sequence[str] = IDS) -> dict[str, str | Figure]:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without figures, for tests of their words."""
+    """Leave out the figures, for tests of the text."""
     monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", ())
 
 
@@ -136,7 +136,7 @@ def test_every_figure_holds_two_pictures_that_are_not_blank(page: Page, name: st
         height, width, _ = pixels.shape
         assert width > 1000
         assert height > 300
-        drawn = pixels[..., 3] > 0  # the ground is transparent: it is the page's
+        drawn = pixels[..., 3] > 0  # the background is transparent
         assert 0.01 < drawn.mean() < 0.999
         rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
         assert np.ptp(rows) > 0.8 * height
@@ -187,7 +187,7 @@ MISSING: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
 }
 
 
-#: between them, every figure is missing once
+#: each figure is missing for at least one of these runs
 FAST = ("no evaluation", "no MoE layer", "only the beginning", "only an evaluation")
 
 

@@ -1,4 +1,4 @@
-"""Models made on the meta device, and modules that start again: the weights of a normal construction."""
+"""Checks that models built on the meta device, and modules that are reset, get the weights of a normal construction."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ WHOLE = ("decoder", "decoder, latent", "layer")
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All that a module holds, the rotary tables among them."""
+    """Return all tensors of a module, including the rotary tables."""
     return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
@@ -91,7 +91,7 @@ def test_meta_then_to_empty_gives_the_weights_of_a_construction(name: str) -> No
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_part_can_start_again(name: str) -> None:
-    """Nothing of what was there before is left, and nothing is left as it was."""
+    """A reset must overwrite every tensor."""
     module = MAKERS[name]()
     spread = {name: t.float().std() for name, t in module.named_parameters()}
     for t in (*module.parameters(), *module.buffers()):

@@ -1,4 +1,4 @@
-"""The router against the definitions.  T tokens, D hidden, E experts, K top-k, G groups."""
+"""Compares the router with the definitions.  T tokens, D hidden, E experts, K top-k, G groups."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def outputs_and_gradients(router: Router, x_TD: Tensor, *args: Any) -> tuple[Rou
 @pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_values_and_gradients(backend: str, config: RouterConfig, masked: bool, replayed: bool) -> None:
-    """In fp64, but for Triton, which has fp32."""
+    """In fp64; Triton in fp32."""
     dtype, tolerance = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-12)
     x_TD = torch.randn(T, D, device=DEVICE)
     args: list[Any] = [torch.rand(T, device=DEVICE) > 0.3, 4] if masked else [None, 1]
-    if replayed:  # what another router chose
+    if replayed:  # the choices of another router
         args.append(make("torch", config)(x_TD.roll(1, 0), *args).decision)
     found, got = outputs_and_gradients(make(backend, config, dtype), x_TD, *args)
     expected, want = outputs_and_gradients(make("reference", config, torch.float64), x_TD, *args)
@@ -74,7 +74,7 @@ def test_values_and_gradients(backend: str, config: RouterConfig, masked: bool, 
 
 @pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS)
 def test_layer_gradients_in_fp64(config: RouterConfig) -> None:
-    """Through experts, masks and the balance loss per sequence."""
+    """Gradients must be right through experts, masks and the balance loss per sequence."""
     results = []
     for backend in ("torch", "reference"):
         torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_layer_gradients_in_fp64(config: RouterConfig) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_choices_stay_in_the_best_groups(backend: str, score: str) -> None:
-    """A group of 3 is worth the sum of its two best biased scores; 2 of 4 are kept."""
+    """The value of a group of 3 is the sum of its two best biased scores; 2 of 4 groups are kept."""
     router = make(backend, RouterConfig(score=score, groups=4, kept_groups=2))  # type: ignore[arg-type]
     router.bias_E = torch.randn(E, device=DEVICE) * 0.2
     x_TD = torch.randn(T, D, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The router's three functions, put together in plain torch, answer what the fused op answers; new ones work alike."""
+"""Checks that the router's three functions in plain torch equal the fused op, and that new functions work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(route: Any, logits_TE: Tensor, **given: Any) -> tuple[Any, Tensor]:
 )
 @pytest.mark.parametrize("score", FUSED_SCORES)
 def test_composed_equals_the_fused_op(score: Any, weights: dict[str, bool], groups: int, low: float) -> None:
-    """With bias, mask, sequences and a choice made before; also where scores of the narrower dtypes underflow."""
+    """With bias, mask, sequences and given choices; also if scores underflow in narrow dtypes."""
     config = RouterConfig(score=score, groups=groups, kept_groups=max(groups // 2, 1), weight_scale=1.5, **weights)
     composed = _composed(K, config)
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_every_score_of_the_configuration_exists() -> None:
 
 @pytest.fixture
 def squared(monkeypatch: pytest.MonkeyPatch) -> RouterConfig:
-    """A router whose scores, squared sigmoids, no kernel knows."""
+    """Register a score that no kernel supports, the squared sigmoid."""
     monkeypatch.setitem(SCORES, "squared", lambda logits_TE: 2 * nn.functional.logsigmoid(logits_TE))
     config = RouterConfig(score="sigmoid")
     object.__setattr__(config, "score", "squared")
@@ -79,14 +79,14 @@ def squared(monkeypatch: pytest.MonkeyPatch) -> RouterConfig:
 
 
 def test_a_new_score_trains_and_balances(squared: RouterConfig) -> None:
-    """One entry in the dict is all that it takes: weights, probabilities and the balance loss are of the new score."""
+    """One entry in the dict must suffice: weights, probabilities and the balance loss use the new score."""
     torch.manual_seed(0)
     config = MoEConfig(D, 8, E, K, router=squared, balance=BalanceConfig(coefficient=0.1, estimator="exact"))
     layer = MoE(config).double()
     x_TD = torch.randn(T, D, dtype=torch.float64)
     with counting_pass():
         layer(x_TD)
-    layer(x_TD).sum().mul(0).backward()  # what is left is the balance loss
+    layer(x_TD).sum().mul(0).backward()  # only the balance loss remains
     weight = layer.router.weight.detach().clone().requires_grad_()
     scores_TE = (x_TD @ weight.T).sigmoid().square()
     ids_TK = scores_TE.topk(K).indices

@@ -1,4 +1,4 @@
-"""Unusual optimizer steps are right, or refused with the call that would make them right."""
+"""Checks that unusual optimizer steps are right, or raise an error that names the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of the training loop, in one process."""
+"""Checks the parts of the training loop in one process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from equimoe.moe import BalanceConfig, checkpoint
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.loop import NonFiniteError, Trainer
 from equimoe.moe.train.optim import learning_rate
-from equimoe.moe.train.step import NonFiniteError
 from tests.helpers import small
 
 CPU = torch.device("cpu")
@@ -73,10 +72,10 @@ def test_evaluation_by_hand_and_without_a_trace(config: TrainConfig) -> None:
     trainer = trainer_of(config)
     trainer.train_step()
     layers = trainer.model.moe_layers()
-    before = [(layer.stats, layer.balancer.last, list(layer.balancer.micro_batches)) for layer in layers]
+    before = [(layer.stats, layer.balancer.previous_step, list(layer.balancer.visits)) for layer in layers]
     result = trainer.evaluate()
     assert trainer.model.training
-    assert before == [(layer.stats, layer.balancer.last, list(layer.balancer.micro_batches)) for layer in layers]
+    assert before == [(layer.stats, layer.balancer.previous_step, list(layer.balancer.visits)) for layer in layers]
 
     sums: dict[str, list[float]] = {}
     with torch.no_grad():
@@ -102,7 +101,7 @@ def test_step_that_is_not_finite_leaves_the_weights(config: TrainConfig) -> None
     handle.remove()
     assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before, strict=True))
     trainer.train_step()
-    assert int(trainer.model.moe_layers()[0].balancer.last.tokens) == 8 * 16
+    assert int(trainer.model.moe_layers()[0].balancer.previous_step.tokens) == 8 * 16
 
 
 @pytest.mark.parametrize(("every", "where"), [(0, []), (1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2])])

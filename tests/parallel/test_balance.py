@@ -127,7 +127,7 @@ def test_rank_without_tokens_and_rank_that_recomputes() -> None:
         x = tokens(rank)[0][: (12, 0, 3, 5)[rank]].clone().requires_grad_()
         y = layer(x) if kind == "plain" else checkpoint(layer, x, use_reentrant=kind == "reentrant")
         (y * 0).sum().backward()
-        return layer.router.weight.grad, layer.balancer.step.layers[0].totals(layer.balancer.micro_batches[0]).tolist()
+        return layer.router.weight.grad, layer.balancer.step.layers[0].totals(layer.balancer.visits[0]).tolist()
 
     plain = run_ranks(script, 4, "plain")
     assert all(total == plain[0][1] and total[-1] == 20 for _, total in plain)

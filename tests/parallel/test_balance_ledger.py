@@ -255,9 +255,9 @@ def test_layers_left_out_two_models_and_passes_without_backward() -> None:
             sum((part * 0).sum() for part in outs).backward()
             of_step = []
             for layer in (*model.layers, *other.layers):
-                before = layer.balancer.last
+                before = layer.balancer.previous_step
                 layer.balancer.step.end(applied=False)
-                last = layer.balancer.last
+                last = layer.balancer.previous_step
                 of_step.append([] if last is before else [*last.counts_E.tolist(), int(last.tokens)])
             found.append(of_step)
         return found
@@ -323,10 +323,10 @@ def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
         mine = [0] * E
         for _ in range(512):
             layer(torch.randn(2 + rank, 8, generator=generator).bfloat16()).sum().backward()
-            for expert in layer.balancer.micro_batches[-1].decision.chosen_TK.flatten().tolist():
+            for expert in layer.balancer.visits[-1].decision.chosen_TK.flatten().tolist():
                 mine[expert] += 1
         optimizer.step()
-        last = layer.balancer.last
+        last = layer.balancer.previous_step
         assert int(last.local_tokens) == 512 * (2 + rank)
         return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), mine
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, ExtraLossConfig, MoEConfig, RouterConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import Mesh, build_mesh, token_nats
+from equimoe.moe.parallel import Mesh, build_mesh, token_losses
 from equimoe.moe.parallel import ParallelConfig as P
 from equimoe.moe.parallel.pipeline import SCHEDULES
 from tests.helpers import oracle
@@ -100,7 +100,7 @@ def train(model: Decoder, mesh: Mesh | None, steps: list[list[Batch]]) -> dict[s
         model,
         mesh,
         optimizer,
-        loss=lambda logits_BSV, labels_BS: token_nats(logits_BSV, labels_BS) / MANY,
+        loss=lambda logits_BSV, labels_BS: token_losses(logits_BSV, labels_BS) / MANY,
         micro_batches=micro_batches,
         shape=shape,
     )

@@ -131,7 +131,7 @@ def test_reach_follows_the_groups() -> None:
         layer = MoE(replace(CONFIG, top_k=4, router=RouterConfig(groups=groups, kept_groups=kept)))
         apply_expert_parallel(layer, build_mesh(ParallelConfig(ep=4)))
         layer(tokens(rank)[0].float()).sum().backward()
-        view = layer.balancer.view(layer.balancer.micro_batches[0])
+        view = layer.balancer.view(layer.balancer.visits[0])
         return view.owners.ranks, view.reach
 
     assert run_ranks(script, 4, 1, 1) == [(4, 4)] * 4
@@ -176,7 +176,7 @@ def test_exact_in_a_troubled_step(kind: str, reduction: str) -> None:
         optimizer.zero_grad()  # skipped, as a gradient scaler does
         backward(first=0)
         layer.balancer.step.end(applied=False)
-        last = layer.balancer.last
+        last = layer.balancer.previous_step
         return layer.router.weight.grad, [*last.counts_E.tolist(), int(last.tokens)]
 
     layer = make()
@@ -275,24 +275,6 @@ def test_bias_moves_alike_on_all_ranks_by_the_load_of_all(wrapper: str, world: i
         moved_E = (second_E - first_E).double() / RATE
         assert torch.allclose(moved_E, moved_E.round(), atol=1e-5) and float(moved_E.abs().max()) <= 1 + 1e-5
         assert torch.equal(second_E, results[0][1])
-
-
-def test_bias_by_micro_batches_of_ranks_is_the_mean_of_their_signs() -> None:
-    def script(rank: int, world: int) -> Tensor:
-        layer = make(bias_update_rate=RATE, bias_scope="micro")
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-        in_ddp(layer, rank, world)
-        optimizer.step()
-        return layer.router.bias_E
-
-    layer, asked = make(), []
-    for m in range(2):
-        for rank in range(4):
-            x, mask = tokens(rank, m)
-            counts_E = torch.bincount(oracle.route(layer, x[mask])[2].flatten(), minlength=E)
-            asked.append((counts_E.double().mean() - counts_E).sign())
-    for bias_E in run_ranks(script, 4):
-        assert torch.allclose(bias_E.double(), RATE * torch.stack(asked).mean(0), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2, "data_parallel": "fsdp"}, {"pp": 2}], ids=str)

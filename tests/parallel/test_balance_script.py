@@ -157,7 +157,7 @@ def test_deepseek_v3s_companions_together(wrapper: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             biases.append(layer.router.bias_E.clone())
-            counts.append(layer.balancer.last.counts_E)
+            counts.append(layer.balancer.previous_step.counts_E)
         assert all("bias" not in name for name, _ in layer.named_parameters())
         assert all(bool(p.grad is None) for p in layer.parameters())
         return biases, counts
@@ -190,7 +190,7 @@ def test_counts_beyond_2_to_the_24_are_exact() -> None:
         for _ in range(3):
             layer(tokens(rank, 0)[0]).sum().backward()
         optimizer.step()
-        last = layer.balancer.last
+        last = layer.balancer.previous_step
         error = estimate_quality(last)["estimator_error"]
         return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), error
 

@@ -6,7 +6,7 @@ B sequences, N query heads, M key/value heads, S positions, H head width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe.collectives import Axis, axis_of, world_axis
 from equimoe.moe.parallel import context
-from equimoe.moe.parallel.context import METHODS, ContextAttention, positions, shard_sequence, unshard
+from equimoe.moe.parallel.context import KV_EXCHANGES, ContextAttention, positions, shard_sequence
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
 SEQ = 48
-LAYOUTS = pytest.mark.parametrize("balanced", [True, False], ids=["balanced", "contiguous"])
-BOTH = pytest.mark.parametrize("method", METHODS)
+BOTH = pytest.mark.parametrize("exchange", KV_EXCHANGES)
 
 #: batch, query heads, key heads, head width, width of v
 SHAPES = {"plain": (2, 2, 2, 4, 4), "grouped": (1, 6, 2, 4, 4), "one_head": (1, 4, 1, 3, 5)}
@@ -46,24 +45,30 @@ def whole(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     return [out.detach(), *(t.grad for t in qkv)]
 
 
-def part(tensors: tuple[Tensor, ...], axis: Axis, balanced: bool) -> list[Tensor]:
-    return [shard_sequence(t, 2, axis.size, axis.rank, balanced) for t in tensors]
+def part(tensors: tuple[Tensor, ...], axis: Axis) -> list[Tensor]:
+    return [shard_sequence(t, 2, axis.size, axis.rank) for t in tensors]
 
 
-def split(tensors: tuple[Tensor, ...], axis: Axis, method: str, balanced: bool, run: Any = None) -> list[Tensor]:
+def unshard(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Assemble whole sequences from the parts of all ranks."""
+    held = torch.cat([positions(SEQ, len(parts), rank) for rank in range(len(parts))])
+    return torch.cat(tuple(parts), dim).index_select(dim, held.argsort())
+
+
+def split(tensors: tuple[Tensor, ...], axis: Axis, exchange: str, run: Any = None) -> list[Tensor]:
     """Return this rank's output and gradients; ``run(attention, q, k, v)`` may wrap the call."""
-    *qkv, grad = part(tensors, axis, balanced)
+    *qkv, grad = part(tensors, axis)
     qkv = [t.requires_grad_() for t in qkv]
-    attention = ContextAttention(axis, method, balanced)
+    attention = ContextAttention(axis, exchange)
     out = run(attention, *qkv) if run else attention(*qkv)
     out.backward(grad)
     return [out.detach(), *(t.grad for t in qkv)]
 
 
-def errors(results: list[list[Tensor]], want: list[Tensor], balanced: bool) -> list[float]:
+def errors(results: list[list[Tensor]], want: list[Tensor]) -> list[float]:
     """Return the relative errors of output, dq, dk, dv, assembled from all ranks."""
     return [
-        oracle.relative_error(unshard(parts, 2, balanced), value)
+        oracle.relative_error(unshard(parts, 2), value)
         for parts, value in zip(zip(*results, strict=True), want, strict=True)
     ]
 
@@ -82,31 +87,28 @@ def counting(module: Any, name: str, note: Callable[..., None]) -> None:
 # ---- the layout
 
 
-@LAYOUTS
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_every_position_is_held_once(size: int, balanced: bool) -> None:
-    held = [positions(SEQ, size, rank, balanced) for rank in range(size)]
+def test_every_position_is_held_once(size: int) -> None:
+    held = [positions(SEQ, size, rank) for rank in range(size)]
     assert all(t.dtype == torch.int64 and len(t) == SEQ // size for t in held)
     assert torch.cat(held).sort().values.tolist() == list(range(SEQ))
     x_BS = torch.randn(3, SEQ)
-    parts = [shard_sequence(x_BS, 1, size, rank, balanced) for rank in range(size)]
+    parts = [shard_sequence(x_BS, 1, size, rank) for rank in range(size)]
     assert all(torch.equal(x_BS[:, ids], own) for ids, own in zip(held, parts, strict=True))
-    assert torch.equal(unshard(parts, 1, balanced), x_BS)
+    assert torch.equal(unshard(parts, 1), x_BS)
 
 
-def test_balanced_rank_holds_one_chunk_of_either_end() -> None:
+def test_rank_holds_one_chunk_of_either_end() -> None:
     assert positions(8, 2, 0).tolist() == [0, 1, 6, 7] and positions(8, 2, 1).tolist() == [2, 3, 4, 5]
-    assert positions(8, 2, 1, balanced=False).tolist() == [4, 5, 6, 7]
     assert positions(7, 1, 0).tolist() == list(range(7))  # one rank has nothing to balance
 
 
 # ---- the mathematics
 
 
-@LAYOUTS
 @BOTH
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
+def test_equals_whole_sequence(size: int, exchange: str) -> None:
     """All shapes must agree, also with query tiles that do not divide a chunk."""
 
     def script(rank: int, world: int) -> list[Any]:
@@ -114,27 +116,27 @@ def test_equals_whole_sequence(size: int, method: str, balanced: bool) -> None:
         for shape in SHAPES:
             for tile in (512, 5):
                 context.TILE = tile
-                results.append(split(inputs(shape), world_axis(), method, balanced))
+                results.append(split(inputs(shape), world_axis(), exchange))
         return results
 
     per_rank = run_ranks(script, size)
     for i, shape in enumerate(shape for shape in SHAPES for _ in range(2)):
-        found = errors([results[i] for results in per_rank], whole(*inputs(shape)), balanced)
+        found = errors([results[i] for results in per_rank], whole(*inputs(shape)))
         assert max(found) < 1e-10, (shape, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @BOTH
-def test_low_precision(method: str, dtype: torch.dtype) -> None:
+def test_low_precision(exchange: str, dtype: torch.dtype) -> None:
     """Compare with fp64 on the same rounded inputs; results keep the dtype, sums and sent gradients are fp32."""
 
     def script(rank: int, world: int) -> list[Tensor]:
-        return split(inputs("grouped", dtype), world_axis(), method, True)
+        return split(inputs("grouped", dtype), world_axis(), exchange)
 
     results = run_ranks(script, 4)
     assert {t.dtype for result in results for t in result} == {dtype}
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    assert max(errors(results, whole(*inputs("grouped", dtype)), True)) < limit
+    assert max(errors(results, whole(*inputs("grouped", dtype)))) < limit
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -142,18 +144,18 @@ def test_large_scores_do_not_overflow() -> None:
     tensors = (tensors[0] * 300, *tensors[1:])
 
     def script(rank: int, world: int) -> list[Tensor]:
-        return split(tensors, world_axis(), "ring", True)
+        return split(tensors, world_axis(), "ring")
 
-    assert max(errors(run_ranks(script, 2), whole(*tensors), True)) < 1e-10
+    assert max(errors(run_ranks(script, 2), whole(*tensors))) < 1e-10
 
 
 @BOTH
-def test_any_strides(method: str) -> None:
+def test_any_strides(exchange: str) -> None:
     """q, k, v may be views of one projection, as in the model, and the gradient may be an expanded tensor."""
 
     def script(rank: int, world: int) -> list[Tensor]:
         dense: list[bool] = []
-        q, k, v, _ = part(inputs("plain"), world_axis(), True)
+        q, k, v, _ = part(inputs("plain"), world_axis())
         batch, heads, length, width = q.shape
         qkv = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).requires_grad_()  # [B, S, 3, N, H]
         views = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -161,17 +163,17 @@ def test_any_strides(method: str) -> None:
         # nccl requires contiguous tensors, gloo does not
         counting(context, "_all_gather", lambda into, t, **_: dense.append(t.is_contiguous()))
         counting(dist, "batch_isend_irecv", lambda ops: dense.extend(op.tensor.is_contiguous() for op in ops))
-        out = ContextAttention(world_axis(), method)(*views)
+        out = ContextAttention(world_axis(), exchange)(*views)
         out.backward(torch.ones(()).double().expand(batch, heads, length, width))
         assert len(dense) >= 4 and all(dense)
         return [out.detach(), *(t.transpose(1, 2) for t in qkv.grad.unbind(2))]
 
     q, k, v, grad = inputs("plain")
-    assert max(errors(run_ranks(script, 2), whole(q, k, v, torch.ones_like(grad)), True)) < 1e-10
+    assert max(errors(run_ranks(script, 2), whole(q, k, v, torch.ones_like(grad)))) < 1e-10
 
 
 @BOTH
-def test_autocast_is_that_of_torch(method: str) -> None:
+def test_autocast_is_that_of_torch(exchange: str) -> None:
     """fp32 arguments become bf16, and nothing else is rounded, in the forward or the backward."""
 
     def script(rank: int, world: int) -> list[Any]:
@@ -179,8 +181,8 @@ def test_autocast_is_that_of_torch(method: str) -> None:
         for dtype, enabled in ((torch.float32, True), (torch.bfloat16, False)):
             tensors = tuple(t.bfloat16().to(dtype) for t in inputs("plain"))
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                *qkv, grad = (t.requires_grad_() for t in part(tensors, world_axis(), True))
-                out = ContextAttention(world_axis(), method)(*qkv)
+                *qkv, grad = (t.requires_grad_() for t in part(tensors, world_axis()))
+                out = ContextAttention(world_axis(), exchange)(*qkv)
                 assert out.dtype == torch.bfloat16
                 out.backward(grad.detach().bfloat16())
             results.append([out.detach(), *(t.grad.bfloat16() for t in qkv)])
@@ -194,23 +196,22 @@ def test_autocast_is_that_of_torch(method: str) -> None:
 
 
 @BOTH
-def test_hidden_blocks_are_not_computed(method: str) -> None:
-    """A rank computes 2P + 1 blocks of (S / 2P)^2 if balanced, else rank r computes r + 1; the backward twice that."""
+def test_hidden_tiles_are_not_computed(exchange: str) -> None:
+    """Every rank computes 2P + 1 tiles of (S / 2P)^2, and twice as many in the backward."""
 
-    def script(rank: int, world: int, balanced: bool) -> tuple[int, int]:
+    def script(rank: int, world: int) -> tuple[int, int]:
         products: list[tuple[int, int]] = []
         counting(context, "_products", lambda q, k, hidden_last=False: products.append((q.shape[3], k.shape[2])))
-        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis(), balanced))
-        out = ContextAttention(world_axis(), method, balanced)(q, k, v)
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis()))
+        out = ContextAttention(world_axis(), exchange)(q, k, v)
         forward = len(products)
         out.backward(grad.detach())
-        chunk = SEQ // (2 * world if balanced else world)
+        chunk = SEQ // (2 * world)
         assert set(products) == {(chunk, chunk)}
         return forward, len(products) - forward
 
     for world in (2, 4):
-        assert run_ranks(script, world, True) == [(2 * world + 1, 4 * world + 2)] * world
-        assert run_ranks(script, world, False) == [(r + 1, 2 * r + 2) for r in range(world)]
+        assert run_ranks(script, world) == [(2 * world + 1, 4 * world + 2)] * world
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -218,19 +219,19 @@ def test_hidden_blocks_are_not_computed(method: str) -> None:
 def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
     """Forward and backward each send K and V P - 1 times; the backward also sends their gradients, in fp32 or wider."""
 
-    def script(rank: int, world: int, method: str) -> list[tuple[int, int]]:
+    def script(rank: int, world: int, exchange: str) -> list[tuple[int, int]]:
         warnings.simplefilter("error")
         sent: list[int] = []
 
-        def exchange(ops: list[dist.P2POp]) -> None:
+        def send(ops: list[dist.P2POp]) -> None:
             sent.append(sum(op.tensor.nbytes for op in ops if op.op is dist.isend))
             assert sent[-1] == sum(op.tensor.nbytes for op in ops if op.op is dist.irecv)
 
-        counting(dist, "batch_isend_irecv", exchange)
+        counting(dist, "batch_isend_irecv", send)
         counting(context, "_all_gather", lambda into, t, **_: sent.append(into.nbytes - t.nbytes))
         counting(context, "_reduce_scatter", lambda into, t, **_: sent.append(t.nbytes - into.nbytes))
-        q, k, v, grad = (t.requires_grad_() for t in part(inputs("one_head", dtype), world_axis(), True))
-        out = ContextAttention(world_axis(), method)(q, k, v)
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("one_head", dtype), world_axis()))
+        out = ContextAttention(world_axis(), exchange)(q, k, v)
         forward = (len(sent), sum(sent))
         out.backward(grad.detach())
         return [forward, (len(sent) - forward[0], sum(sent) - forward[1])]
@@ -254,14 +255,14 @@ def test_ring_computes_while_it_communicates() -> None:
         counting(context, "_products", lambda *_: events.append("block"))
         counting(dist, "batch_isend_irecv", lambda *_: events.append("start"))
         counting(context._Arriving, "get", lambda *_: events.append("wait"))
-        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis(), True))
+        q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis()))
         out = ContextAttention(world_axis())(q, k, v)
         events.append("backward")
         out.backward(grad.detach())
         return events
 
     forward = "start 3 wait start 2 wait 2 backward"
-    # exchanges of K and V, and then those of their gradients, which start as soon as each share is computed
+    # exchanges of K and V, and then those of their gradients, which start as soon as each part is computed
     backward = "start 6 wait start 4 start wait 4 wait start wait"
     numbers = {str(n): ["block"] * n for n in (2, 3, 4, 6)}
     want = [event for word in f"{forward} {backward}".split() for event in numbers.get(word, [word])]
@@ -269,12 +270,12 @@ def test_ring_computes_while_it_communicates() -> None:
 
 
 @BOTH
-def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
+def test_saves_only_arguments_output_and_logsumexp(exchange: str) -> None:
     def script(rank: int, world: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         saved: list[Tensor] = []
-        q, k, v, _ = (t.requires_grad_() for t in part(inputs("grouped", torch.bfloat16), world_axis(), True))
+        q, k, v, _ = (t.requires_grad_() for t in part(inputs("grouped", torch.bfloat16), world_axis()))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            ContextAttention(world_axis(), method)(q, k, v)
+            ContextAttention(world_axis(), exchange)(q, k, v)
         return [(tuple(t.shape), t.dtype) for t in saved]
 
     batch, heads, kv_heads, width, _ = SHAPES["grouped"]
@@ -289,21 +290,21 @@ def test_saves_only_arguments_output_and_logsumexp(method: str) -> None:
 
 
 @BOTH
-def test_same_bits_again_and_under_checkpoint(method: str) -> None:
+def test_same_bits_again_and_under_checkpoint(exchange: str) -> None:
     def script(rank: int, world: int) -> bool:
         def again(attention: ContextAttention, *qkv: Tensor) -> Tensor:
             return checkpoint(attention, *qkv, use_reentrant=False)
 
         tensors = inputs("grouped", torch.float32)
-        first = split(tensors, world_axis(), method, True)
-        others = [split(tensors, world_axis(), method, True, run) for run in (None, None, again)]
+        first = split(tensors, world_axis(), exchange)
+        others = [split(tensors, world_axis(), exchange, run) for run in (None, None, again)]
         return all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
     assert run_ranks(script, 4) == [True] * 4
 
 
 @BOTH
-def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
+def test_axis_of_some_ranks_in_two_layers(exchange: str) -> None:
     """Two groups of two ranks that are not adjacent, each with its own sequence, run two layers."""
 
     def script(rank: int, world: int) -> list[Tensor]:
@@ -314,7 +315,7 @@ def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
         def twice(attention: ContextAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(attention(q, k, v), k, v)
 
-        return split(tensors, axis, method, True, twice)
+        return split(tensors, axis, exchange, twice)
 
     results = run_ranks(script, 4, detail=True)
     for group in range(2):
@@ -323,7 +324,7 @@ def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
         once = F.scaled_dot_product_attention(*qkv, is_causal=True)
         out = F.scaled_dot_product_attention(once, *qkv[1:], is_causal=True)
         out.backward(grad)
-        assert max(errors(results[group::2], [out, *(t.grad for t in qkv)], True)) < 1e-10
+        assert max(errors(results[group::2], [out, *(t.grad for t in qkv)])) < 1e-10
 
 
 # ---- errors
@@ -332,11 +333,11 @@ def test_axis_of_some_ranks_in_two_layers(method: str) -> None:
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="seq_len=12: must be divisible by 8, 2 for each of 4 .* pad"):
         positions(12, 4, 0)
-    with pytest.raises(ValueError, match="seq_len=10: must be divisible by 4, 1 for each of 4 .* pad"):
-        shard_sequence(torch.zeros(3, 10), 1, 4, 0, balanced=False)
+    with pytest.raises(ValueError, match="seq_len=10: must be divisible by 4, 2 for each of 2 .* pad"):
+        shard_sequence(torch.zeros(3, 10), 1, 2, 0)
     with pytest.raises(ValueError, match="rank=2: must be from 0 to 1"):
         positions(8, 2, 2)
-    with pytest.raises(ValueError, match="method='tree': unknown; use one of ring, all_gather"):
+    with pytest.raises(ValueError, match="exchange='tree': unknown; use one of ring, all_gather"):
         ContextAttention(Axis("cp"), "tree")
     two = ContextAttention(Axis("cp", size=2))
     with pytest.raises(ValueError, match="seq_len=6: must be divisible by 4, 2 chunks for each rank of axis 'cp'"):

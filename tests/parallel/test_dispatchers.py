@@ -17,9 +17,9 @@ from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEC
 from equimoe.moe.collectives import (
     LOCAL,
     Axis,
+    all_gather_rows,
     axis_of,
     exchange_sizes,
-    gather_rows,
     record_traffic,
     reduce_scatter_rows,
     split_axis,
@@ -27,7 +27,7 @@ from equimoe.moe.collectives import (
     world_axis,
 )
 from equimoe.moe.dispatch import DISPATCHERS, LocalDispatcher, build_dispatcher
-from equimoe.moe.dispatch.manifest import dropless
+from equimoe.moe.dispatch.exchange_plan import dropless
 from equimoe.moe.placement import Placement
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -188,7 +188,7 @@ def test_gather_and_reduce_scatter() -> None:
         axis = world_axis()
         x = (torch.arange(lengths[rank] * 2).view(-1, 2) + 10.0 * rank).to(dtype).requires_grad_()
         sizes = exchange_sizes(x, axis)
-        whole = gather_rows(x, sizes, axis)
+        whole = all_gather_rows(x, sizes, axis)
         part = reduce_scatter_rows(whole * 1.5**rank, sizes, axis)
         (part * (rank + 1)).sum().backward()
         return {"x": x.detach(), "whole": whole.detach(), "part": part.detach(), "grad": x.grad}
@@ -218,7 +218,7 @@ def test_sums_of_16_bit_rows_are_made_in_fp32() -> None:
 def test_sizes_that_do_not_fit_are_refused_before_anything_moves() -> None:
     def script(rank: int, world: int) -> list[str]:
         errors = []
-        for verb in (gather_rows, reduce_scatter_rows):
+        for verb in (all_gather_rows, reduce_scatter_rows):
             try:
                 verb(torch.zeros(3, 2), [4, 4], world_axis())
             except ValueError as error:
@@ -231,7 +231,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_moves() -> None:
 
 def test_one_rank_is_the_identity() -> None:
     x = torch.ones(3, 2)
-    assert gather_rows(x, [3], LOCAL) is x and reduce_scatter_rows(x, [3], LOCAL) is x
+    assert all_gather_rows(x, [3], LOCAL) is x and reduce_scatter_rows(x, [3], LOCAL) is x
     assert start_exchange(x, [3], [3], LOCAL).wait() is x and exchange_sizes(x, LOCAL) == [3]
 
 

@@ -26,11 +26,10 @@ from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
-from equimoe.moe.plan.record import chosen_share
+from equimoe.moe.plan.record import reached_fraction
 from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from equimoe.moe.train.loop import build_model
+from equimoe.moe.train.loop import build_model, mixed_precision
 from equimoe.moe.train.optim import build_optimizer
-from equimoe.moe.train.step import mixed_precision
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
 from tests.helpers.small import changed
@@ -151,7 +150,7 @@ def test_bytes_and_products_by_hand() -> None:
         SMALL, model=model, shared_intermediate_size=0, attention=AttentionConfig(), parallel=parallel, data=data
     )
     found = dry(config, 8, 5)
-    assert found.blocks == [4, 5] and found.micro_batches == 8 and found.run == 4
+    assert found.blocks == [4, 5] and found.micro_batches == 8 and found.simulated == 4
     tokens, rows, d, f = 8 * 2 * 16, 8 * 2 * 16 * 2, 16, 12
     hidden = 4 * d * tokens
     sent = {(kind.verb, kind.axis): size for kind, _, size in found.traffic}
@@ -206,7 +205,7 @@ def test_share_of_tokens_that_choose_a_place() -> None:
             scores_TE = scores_TE * open_TG.repeat_interleave(16, dim=1)
         chosen_TK = scores_TE.topk(8, dim=1).indices
         want = float((chosen_TK < experts).any(1).float().mean())
-        assert chosen_share(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
+        assert reached_fraction(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
 
 
 def within(found: DryRun, config: TrainConfig) -> None:

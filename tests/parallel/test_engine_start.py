@@ -68,7 +68,7 @@ def test_ranks_that_train_different_weights() -> None:
 
     for degrees in ({}, {"data_parallel": "fsdp"}, {"tp": 2}):
         for text in refused(2, degrees, change):
-            assert text.startswith("blocks.0.mlp_norm.weight: one of the ranks 0 and 1 trains it"), text
+            assert text.startswith("blocks.0.mlp_norm.weight: only one of the ranks 0 and 1 trains it"), text
 
 
 def test_a_rank_without_values() -> None:

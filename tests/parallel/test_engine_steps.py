@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from equimoe.moe.engines import Batch, build_engine
-from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh, token_nats
+from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh, token_losses
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded, full
 from tests.helpers.slow import slow_but
@@ -58,13 +58,13 @@ class Loss:
         self.where, self.left = where, micro_batch + 1
 
     def __call__(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-        nats_BS = token_nats(logits_BSV, labels_BS)
+        losses_BS = token_losses(logits_BSV, labels_BS)
         self.left -= 1
         if self.left == 0 and self.where == "forward":
             raise Broken
         if self.left == 0 and self.where == "backward":
-            return _BreakBackward.apply(nats_BS)
-        return nats_BS * float("nan") if self.left == 0 else nats_BS
+            return _BreakBackward.apply(losses_BS)
+        return losses_BS * float("nan") if self.left == 0 else losses_BS
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def assert_masked(make: Callable[[], Masked], x: Tensor, y: Tensor, want: Tensor
         engine = build_engine(make(), mesh, optimizer, **how)
         rows = slice(rank * 4 // world, (rank + 1) * 4 // world)
         result = engine.step([Batch(x[i : i + 1], y[i : i + 1], MASK[i : i + 1]) for i in range(4)[rows]], lr=0.1)
-        nats = torch.cat(result.nats)
-        assert not nats[~MASK[rows]].any() and nats[MASK[rows]].all()
+        losses = torch.cat(result.losses)
+        assert not losses[~MASK[rows]].any() and losses[MASK[rows]].all()
         return optimizer.gradients[0]
 
     want.backward()

@@ -185,7 +185,7 @@ def test_weights_unfrozen_on_some_ranks_only(degrees: dict[str, Any]) -> None:
         return str(error.value), whole(engine)
 
     (one, got), (other, also) = run_ranks(script, 2)
-    assert one == other and one.startswith("blocks.0.attention_norm.weight: one of the ranks 0 and 1 trains it")
+    assert one == other and one.startswith("blocks.0.attention_norm.weight: only one of the ranks 0 and 1 trains it")
     assert all(torch.equal(got[name], also[name]) for name in got)
 
 

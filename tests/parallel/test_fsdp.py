@@ -42,10 +42,10 @@ def test_router_gradient_and_window() -> None:
                 outs.append(layer(tokens(rank, m)))
                 (outs[-1] * 0).sum().backward()
             gradients.append(layer.router.weight.grad.full_tensor())
-            lengths.append(len(layer.balancer.micro_batches))
+            lengths.append(len(layer.balancer.visits))
             optimizer.step()
             optimizer.zero_grad()
-            lengths.append(len(layer.balancer.micro_batches))
+            lengths.append(len(layer.balancer.visits))
         return gradients, lengths
 
     layer = make()
@@ -72,7 +72,7 @@ def test_a_skipped_step_starts_anew() -> None:
         for skipped in (False, True, False):
             for m in range(2):
                 (layer(tokens(rank, m)) * 0).sum().backward()
-            assert len(layer.balancer.micro_batches) == 2
+            assert len(layer.balancer.visits) == 2
             gradients.append(layer.router.weight.grad.full_tensor())
             if not skipped:
                 optimizer.step()

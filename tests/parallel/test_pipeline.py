@@ -22,8 +22,8 @@ from equimoe.moe.balance import Balancer, counting_pass
 from equimoe.moe.collectives import Axis, world_axis
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import build_mesh, parallelize, pipeline
-from equimoe.moe.parallel.config import ParallelConfig
-from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, split, stage_ids, sum_over_stages
+from equimoe.moe.parallel.degrees import ParallelConfig
+from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, split, stage_ids
 from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -146,15 +146,15 @@ def train(pipeline: Pipeline, between: Any = None) -> list[dict[str, Any]]:
         found.append({"shares": shares, "gradients": {name: p.grad.clone() for name, p in named}})
         optimizer.step()
         optimizer.zero_grad()
-        for balance in pipeline.balance:
-            balance.end()
+        for step in pipeline.steps:
+            step.end()
     return found
 
 
 def begin(pipeline: Pipeline, masks: list[Tensor]) -> None:
     """Start a step as an engine does."""
-    for balance in pipeline.balance:
-        balance.begin(pipeline.micro_batches, torch.stack(masks).sum())
+    for step in pipeline.steps:
+        step.begin(pipeline.micro_batches, torch.stack(masks).sum())
 
 
 def compare(results: list[list[dict[str, Any]]], want: list[dict[str, Any]], tolerance: float = 1e-9) -> None:
@@ -224,17 +224,17 @@ def test_between_steps(schedule: str) -> None:
         inputs, labels, masks = data(4, step=9)
         found = pipeline.evaluate(inputs[:3], labels[:3], masks[:3], shares_of(labels))
         scored.append([part.clone() for part in found])
-        assert all(not layer.balancer.micro_batches for stage in pipeline.stages for layer in experts_of(stage))
+        assert all(not layer.balancer.visits for stage in pipeline.stages for layer in experts_of(stage))
         begin(pipeline, masks)
         pipeline.count(inputs, masks)
         pipeline.step(inputs, labels, masks, shares_of(labels))
-        for stage, balance in zip(pipeline.stages, pipeline.balance, strict=True):
+        for stage, step in zip(pipeline.stages, pipeline.steps, strict=True):
             stage.zero_grad()
-            balance.discard()
+            step.discard()
         begin(pipeline, masks)
         pipeline.count(inputs, masks)
-        for stage, balance in zip(pipeline.stages, pipeline.balance, strict=True):
-            with balance.micro_batch():
+        for stage, step in zip(pipeline.stages, pipeline.steps, strict=True):
+            with step.micro_batch():
                 stage(inputs[0] if stage.embedding is not None else torch.randn(SEQUENCES, SEQ, HIDDEN).double())
 
     scored: list[list[Tensor]] = []
@@ -350,8 +350,8 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
             found.append({"shares": shares, "gradients": gradients})
             optimizer.step()
             optimizer.zero_grad()
-            for balance in pipeline.balance:
-                balance.end()
+            for step in pipeline.steps:
+                step.end()
         return found
 
     results = run_ranks(script, 4)
@@ -535,11 +535,3 @@ def test_stage_that_raises_ends_the_run(schedule: str) -> None:
     with pytest.raises(AssertionError, match="no memory on this rank"):
         run_ranks(script, 2, timeout=30.0)
     assert time.monotonic() - start < 20.0
-
-
-def test_sum_over_stages() -> None:
-    def script(rank: int, world: int) -> tuple[float, float]:
-        mine = torch.tensor(rank + 1.0, requires_grad=True)
-        return float(sum_over_stages(mine, world_axis())), float(mine)
-
-    assert run_ranks(script, 2) == [(3.0, 1.0), (3.0, 2.0)]

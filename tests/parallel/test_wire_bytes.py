@@ -11,10 +11,10 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, DispatchConfig, MoE
 from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, world_axis
 from equimoe.moe.dispatch import DropDuplicates, build_dispatcher
-from equimoe.moe.dispatch.wire import WIRES, BFloat16, Float8
+from equimoe.moe.dispatch.codecs import WIRES, BFloat16, Float8
 from equimoe.moe.placement import Placement
-from equimoe.moe.plan import traffic
-from equimoe.moe.plan.traffic import Load
+from equimoe.moe.plan import traffic_formulas as traffic
+from equimoe.moe.plan.traffic_formulas import RoutedTokens
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -108,7 +108,7 @@ def test_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
 def test_formula_of_the_paper() -> None:
     """Forward sends K T h [2 (e - 1)/e + 2 (g - 1)] values, not counting gate weights and ids."""
     for ep, etp in ((1, 1), (4, 1), (2, 4), (8, 2)):
-        load = Load(tokens=64, hidden=1 << 20, top_k=3, value=2, weight=0)
+        load = RoutedTokens(tokens=64, hidden=1 << 20, top_k=3, value=2, weight=0)
         rows = 3 * 64 * (1 << 20) * (2 * (ep - 1) / ep + 2 * (etp - 1))
         assert traffic.all_to_all(load, ep, etp).forward == pytest.approx(rows * 2, rel=1e-5)
 
@@ -146,18 +146,18 @@ def test_dropped_duplicates_exchange_a_share() -> None:
             own = replace(made, decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(len(ids_TK), K))
             y = dispatcher.finish(dispatcher.send(share, own), lambda rows, plan: rows)
             duplicates.join(y, x.shape).sum().backward()
-        sums = [sum(e.sent for e in entries if e.verb == verb) for verb in ("exchange_rows", "gather_rows")]
+        sums = [sum(e.sent for e in entries if e.verb == verb) for verb in ("exchange_rows", "all_gather_rows")]
         return sums[0], sums[1]
 
     whole, share = run_ranks(script, 4, False), run_ranks(script, 4, True)
-    want = traffic.drop_duplicates(Load(T, D, K, value=4), 4)
+    want = traffic.drop_duplicates(RoutedTokens(T, D, K, value=4), 4)
     for (all_rows, none), (rows, gathered) in zip(whole, share, strict=True):
         assert all_rows == 4 * rows > 0 and none == 0 and gathered == want.forward + want.backward
 
 
 def test_nothing_is_recorded_when_nobody_asks() -> None:
-    from equimoe.moe.collectives import wire
+    from equimoe.moe.collectives import traffic as recorded
 
     with record_traffic() as entries:
         pass
-    assert entries == [] and wire._record is None
+    assert entries == [] and recorded._record is None

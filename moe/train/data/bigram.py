@@ -14,7 +14,7 @@ from .packing import heldout_starts
 from .sources import CHUNK
 
 #: largest vocabulary for which pairs are counted in a dense table
-DENSE = 4096
+DENSE_UP_TO = 4096
 # the hyperparameters to choose from; the first of each is used if there are no tokens to choose with
 #: counts subtracted from each seen pair and given to the back-off (absolute discounting)
 DISCOUNTS = (0.5, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95)
@@ -87,7 +87,7 @@ def _chunks(streams: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarr
 
 
 def _count(streams: Iterable[np.ndarray], vocab_size: int) -> _Pairs:
-    if vocab_size <= DENSE:
+    if vocab_size <= DENSE_UP_TO:
         table = np.zeros(vocab_size**2, np.int64)
         for keys in _chunks(streams, vocab_size):
             table += np.bincount(keys, minlength=vocab_size**2)

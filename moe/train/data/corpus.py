@@ -143,10 +143,10 @@ def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndar
         if i in whole:
             yield array[:0], array
             continue
-        # round the running sum instead of each share, so that the shares add up exactly
-        share = missing * (seen + len(array)) // others - missing * seen // others
+        # round the running sum instead of each part, so that the parts add up exactly
+        tail = missing * (seen + len(array)) // others - missing * seen // others
         seen += len(array)
-        yield array[: len(array) - share], array[len(array) - share :]
+        yield array[: len(array) - tail], array[len(array) - tail :]
 
 
 def _join(arrays: list[np.ndarray], separator: int, dtype: np.dtype) -> np.ndarray:

@@ -85,7 +85,7 @@ class Batches:
 def heldout_starts(tokens: int, seq_len: int, sequences: int | None) -> np.ndarray:
     """Return the start positions of the evaluated sequences, evenly spaced over a held-out stream of ``tokens`` tokens.
 
-    ``sequences=None`` returns all sequences, of which the last may be shorter than ``seq_len``.
+    ``sequences=None`` returns all sequences; the last one may be shorter than ``seq_len``.
     """
     available = -(-max(tokens - 1, 0) // seq_len)
     count = available if sequences is None else min(sequences, available)

@@ -1,0 +1,20 @@
+"""How commands print numbers and option values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def short_count(count: float | None) -> str:
+    """Format a count with three digits and a unit, as in 1.23M; "-" for None."""
+    if count is None:
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:g}"
+
+
+def option_text(value: Any) -> str:
+    """Format the value of an option as the command line takes it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

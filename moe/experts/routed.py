@@ -1,0 +1,55 @@
+"""The routed experts: MLPs on rows of any rank.  E experts, F width, D hidden, S source rows, K choices of a row."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.expert_mlp import expert_mlp
+from ..collectives import fill_normal
+from ..types import DispatchPlan
+
+
+class RoutedExperts(nn.Module):
+    """E MLPs in two stacked weights, in the layout of Hugging Face transformers v5.
+
+    ``gate_up_proj`` is [E, 2F, D] with the gate rows first, or [E, F, D] if the experts are not ``gated``;
+    ``down_proj`` is [E, D, F]. Under expert parallelism both are DTensors sharded over E, and each rank computes with
+    its own experts. Under expert tensor parallelism ``gate_up_proj`` is [E, 2, F, D], sharded over F. See
+    :func:`expert_mlp` for ``activation`` and ``recompute``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        width: int,
+        backend: str,
+        init_std: float,
+        activation: str = "silu",
+        gated: bool = True,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = partial(expert_mlp, backend=backend, activation=activation, gated=gated, recompute=recompute)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width if gated else width, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        self.init_std = init_std
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights with new random values."""
+        for weight in self.parameters():
+            fill_normal(weight, self.init_std)
+
+    def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Return each source row's weighted sum over its experts on this rank, [S, D]."""
+        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
+
+
+def _local(weight: Tensor) -> Tensor:
+    to_local = getattr(weight, "to_local", None)
+    return weight if to_local is None else to_local()

@@ -1,0 +1,74 @@
+"""Takes a rank's part of a micro-batch, and computes the loss on it.  B sequences, S positions, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn import functional as F
+
+from .context import shard_sequence
+from .mesh import Mesh
+
+#: label of a position that the loss ignores
+IGNORED = -100
+
+#: (outputs of the model, labels) of a micro-batch -> loss of each position [B, S]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """One rank's part of a micro-batch."""
+
+    #: int64 [B, S / cp]
+    inputs: Tensor
+    #: int64 [B, S / cp], :data:`IGNORED` where a token is not valid; or floats [B, S / cp, ...], unchanged
+    labels: Tensor
+    #: bool, True where a token is valid; [B, S / cp], or under sequence parallelism [B, S / cp / tp]
+    mask: Tensor | None = None
+
+
+def take_local_batch(
+    inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor | None = None, mesh: Mesh | None = None
+) -> LocalBatch:
+    """Take this rank's part of a micro-batch. All context- and tensor-parallel peers must pass the same sequences.
+
+    Raises ValueError for a sequence length that the degrees do not divide.
+    """
+    if mask_BS is not None and not labels_BS.is_floating_point():
+        labels_BS = labels_BS.masked_fill(~mask_BS, IGNORED)
+    if mesh is None:
+        return LocalBatch(inputs_BS, labels_BS, mask_BS)
+    cp, tp = mesh["cp"], mesh["tp"]
+    pieces = tp.size if mesh.degrees.sequence_parallel else 1
+    if inputs_BS.shape[1] % (cp.size * pieces):
+        degrees = f"parallel.cp * parallel.tp = {cp.size} * {pieces}"
+        raise ValueError(f"data.seq_len={inputs_BS.shape[1]}: must be a multiple of {degrees}; change one of them")
+    if cp.size > 1:
+        inputs_BS, labels_BS = (shard_sequence(t, 1, cp.size, cp.rank) for t in (inputs_BS, labels_BS))
+        mask_BS = None if mask_BS is None else shard_sequence(mask_BS, 1, cp.size, cp.rank)
+    if mask_BS is not None and pieces > 1:
+        mask_BS = mask_BS.chunk(pieces, dim=1)[tp.rank]
+    return LocalBatch(inputs_BS, labels_BS, mask_BS)
+
+
+def vocabulary_parallel(mesh: Mesh | None) -> AbstractContextManager[None]:
+    """Return a context for loss and backward in which logits stay sharded over the vocabulary under tp."""
+    return nullcontext() if mesh is None or mesh["tp"].size == 1 else loss_parallel()
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Compute the cross-entropy of each token [B, S], in nats; zero where the label is :data:`IGNORED`.
+
+    The result is fp32 (fp64 for fp64 logits). If logits are sharded over the vocabulary, call this within
+    :func:`vocabulary_parallel`; all tp ranks then get the same values, which count once in the step's loss.
+    """
+    logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    losses = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none", ignore_index=IGNORED)
+    return (losses.to_local() if isinstance(losses, DTensor) else losses).view(labels_BS.shape)

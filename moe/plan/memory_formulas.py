@@ -1,0 +1,314 @@
+"""Computes the memory of a rank in closed form, from the configuration and the parallel degrees alone.
+
+Weights, gradients and optimizer state are exact. Activations are what a GPU's fused kernels save for the backward pass,
+with balanced routing. Weights gathered by FSDP and temporary tensors are not included;
+:mod:`equimoe.moe.plan.dry_run` measures those as well.
+
+D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch in this
+rank's attention, t tokens that it holds between split layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import ceil, prod
+
+from ..config import require
+from ..parallel.degrees import ParallelConfig
+from ..parallel.mesh import EXPERT_GRID, sizes
+from ..parallel.pipeline import stage_ids
+from ..parallel.torch_stage import FREES_LOGITS
+from ..train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory on one rank, by kind."""
+
+    #: fp32 master weights; under FSDP, this rank's shards
+    parameters: int
+    #: gradients of these parameters
+    gradients: int
+    #: unsharded gradients, which FSDP accumulates until the last micro-batch of a step
+    whole_gradients: int
+    #: AdamW's two moments, and one step counter per weight tensor
+    optimizer_state: int
+    #: activations of all micro-batches that are in flight at the same time
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """This rank's part of a weight under tensor and expert parallelism. FSDP shards its rows."""
+
+    rows: int
+    width: int
+    expert: bool = False
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A rank's position in the mesh, and its part of the model."""
+
+    degrees: ParallelConfig
+    rank: int
+    blocks: tuple[int, ...]
+    stages: tuple[int, ...]
+    num_stages: int
+
+    @property
+    def first(self) -> bool:
+        return 0 in self.stages
+
+    @property
+    def last(self) -> bool:
+        return self.num_stages - 1 in self.stages
+
+    def shard(self, expert: bool) -> tuple[int, int]:
+        """Return the number of ranks over which FSDP shards a weight, and this rank's index among them."""
+        d = self.degrees
+        if d.data_parallel != "fsdp":
+            return 1, 0
+        if expert:
+            lengths = sizes(d)
+            after = prod(lengths[name] for name in EXPERT_GRID[EXPERT_GRID.index("edp_shard") + 1 :])
+            return lengths["edp_shard"], self.rank // after % lengths["edp_shard"]
+        over = d.dp_shard * d.cp
+        return over, self.rank // d.tp % over
+
+
+def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = None) -> Memory:
+    """Return the memory of ``rank`` of ``world``. Raises ValueError if the degrees do not fit or lack a formula."""
+    part = _part_of(config, world, rank)
+    vocabulary = config.model.vocab_size or vocab_size
+    require(vocabulary is not None, "model.vocab_size", vocabulary, "give the tokenizer's vocabulary size")
+    assert vocabulary is not None
+    require(
+        config.dtype == "float32" or part.degrees.data_parallel == "fsdp",
+        "parallel.data_parallel",
+        part.degrees.data_parallel,
+        "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
+    )
+    micro_batches = config.micro_batches(part.degrees.dp)
+    weights = list(_weights(config, part, vocabulary))
+    padded = own = 0
+    for weight in weights:
+        over, number = part.shard(weight.expert)
+        if weight.expert and weight.rows % over:  # sharded within each expert, evenly
+            padded, own = padded + weight.rows * weight.width // over, own + weight.rows * weight.width // over
+            continue
+        rows = ceil(weight.rows / over)
+        padded += rows * weight.width
+        own += min(max(weight.rows - number * rows, 0), rows) * weight.width
+    # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP or the optimizer shards it
+    tp = part.degrees.tp
+    unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if part.first else 0
+    sharded = part.degrees.data_parallel == "fsdp"
+    accumulates = sharded and micro_batches > 1
+    activations = _Activations(config, part, vocabulary)
+    # gradients received from the next stage: the current one, and the previous one, which schedules free late
+    arriving = 0 if part.last else 2 * activations.hidden
+    return Memory(
+        parameters=4 * padded,
+        gradients=4 * padded + (0 if sharded else unsplit),
+        whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
+        optimizer_state=8 * own + 4 * len(weights),
+        activations=_in_flight(config, part, micro_batches) * activations.of_stage() + arriving,
+    )
+
+
+def _part_of(config: TrainConfig, world: int, rank: int) -> RankPart:
+    require(0 <= rank < world, "rank", rank, f"must be from 0 to {world - 1}")
+    degrees = config.degrees(world)
+    if degrees.pp == 1:
+        return RankPart(degrees, rank, tuple(range(config.model.num_layers)), (0,), 1)
+    each = degrees.stages_of_rank
+    stages = stage_ids(degrees.schedule, degrees.pp, rank // (world // degrees.pp), each)
+    number = degrees.pp * each
+    size, more = divmod(config.model.num_layers, number)
+    starts = [s * size + min(s, more) for s in range(number + 1)]
+    blocks = tuple(block for s in stages for block in range(starts[s], starts[s + 1]))
+    return RankPart(degrees, rank, blocks, tuple(stages), number)
+
+
+def _is_moe(config: TrainConfig, block: int) -> bool:
+    model = config.model
+    return block >= model.dense_layers and model.moe_every > 0 and (block + 1) % model.moe_every == 0
+
+
+def _in_flight(config: TrainConfig, part: RankPart, micro_batches: int) -> int:
+    """Return the largest number of micro-batches that are in flight, waiting for their backward pass."""
+    if part.num_stages == 1:
+        return 1
+    schedule = part.degrees.schedule
+    known = {"gpipe": micro_batches, "1f1b": min(micro_batches, part.num_stages - part.stages[0])}
+    require(
+        schedule in known,
+        "parallel.schedule",
+        schedule,
+        f"has no formula; use {' or '.join(known)}, or equimoe.launch.dryrun",
+    )
+    return known[schedule]
+
+
+# ---- weights
+
+
+def _weights(config: TrainConfig, part: RankPart, vocabulary: int) -> Iterator[Weight]:
+    hidden, tp = config.moe.hidden_size, part.degrees.tp
+    if part.first:
+        yield Weight(ceil(vocabulary / tp), hidden)
+    for block in part.blocks:
+        yield from (Weight(hidden, 1), Weight(hidden, 1))
+        yield from _attention_weights(config, tp)
+        if _is_moe(config, block):
+            yield from _moe_weights(config, part.degrees)
+        else:
+            width = config.model.intermediate_size // tp
+            yield from (Weight(width, hidden), Weight(width, hidden), Weight(hidden, width))
+    if part.last:
+        yield from (Weight(hidden, 1), Weight(ceil(vocabulary / tp), hidden))
+
+
+def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
+    hidden, heads, a = config.moe.hidden_size, config.model.num_heads, config.attention
+    if a.kind == "grouped":
+        width, kv_heads = a.head_width or hidden // heads, a.num_kv_heads or heads
+        yield Weight((heads + 2 * kv_heads) * width // tp, hidden)
+        yield Weight(hidden, heads * width // tp)
+        yield from [Weight(width, 1)] * (2 * a.qk_norm)
+        return
+    if a.q_lora_rank:
+        yield from (Weight(a.q_lora_rank, hidden), Weight(a.q_lora_rank, 1))
+    yield Weight(heads * (a.qk_nope_width + a.qk_rope_width) // tp, a.q_lora_rank or hidden)
+    yield from (Weight(a.kv_lora_rank + a.qk_rope_width, hidden), Weight(a.kv_lora_rank, 1))
+    yield Weight(heads * (a.qk_nope_width + a.v_width) // tp, a.kv_lora_rank)
+    yield Weight(hidden, heads * a.v_width // tp)
+
+
+def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
+    moe = config.moe
+    hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, moe.num_experts // degrees.ep
+    yield Weight(moe.num_experts, hidden)
+    yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
+    yield Weight(experts, width * hidden, expert=True)
+    if shared := moe.shared_intermediate_size:
+        yield from (Weight(shared, hidden), Weight(shared, hidden), Weight(hidden, shared))
+        yield from [Weight(1, hidden)] * moe.shared_gate
+
+
+# ---- activations
+
+
+class _Activations:
+    """Computes the bytes that the forward pass of one micro-batch saves for its backward pass."""
+
+    def __init__(self, config: TrainConfig, part: RankPart, vocabulary: int) -> None:
+        d = part.degrees
+        self.config, self.part, self.vocabulary = config, part, vocabulary
+        self.heads, self.tp = config.model.num_heads // d.tp, d.tp
+        #: bytes per value in the computation's dtype
+        self.c = 2 if config.dtype == "bfloat16" else 4
+        self.T = config.data.micro_batch * config.data.seq_len // d.cp
+        self.splits = d.tp > 1 and d.sequence_parallel
+        self.t = self.T // d.tp if self.splits else self.T
+        #: bytes of the hidden states between two blocks
+        self.hidden = self.c * config.moe.hidden_size * self.t
+
+    def of_stage(self) -> int:
+        """Bytes of all blocks of this rank, their inputs, and the head."""
+        inputs, part = len(self.part.blocks), self.part
+        total = sum(self.of_block(block) for block in part.blocks)
+        if part.num_stages > 1:  # a stage keeps its output until the backward pass
+            inputs += len(part.stages) - part.last
+        return total + inputs * self.hidden + part.last * self._head()
+
+    def of_block(self, block: int) -> int:
+        """Bytes of a block without its input: both halves, the hidden states between them, and the norms."""
+        again, is_moe = self._again(block), _is_moe(self.config, block)
+        if again == "block":
+            return self._kept() * is_moe
+        attention = self._grouped() if self.config.attention.kind == "grouped" else self._latent()
+        feed_forward = self._moe() if is_moe else self._dense()
+        halves = {
+            "": attention + feed_forward + 8 * self.t,
+            "attention": feed_forward + 4 * self.t,
+            "feed_forward": attention + 4 * self.t + self._kept() * is_moe,
+        }
+        return self.hidden + halves[again]
+
+    def _again(self, block: int) -> str:
+        """The part of a block that is recomputed, or "" for none."""
+        how = self.config.recompute
+        here = self.config.model.recompute and (how.layers is None or block < how.layers)
+        return how.part if here else ""
+
+    def _kept(self) -> int:
+        """Bytes that a recomputed MoE layer keeps: its routing decisions, and exchanged rows under keep_exchanges."""
+        rows = self.config.moe.top_k * self._moe_tokens()
+        exchanged = 2 * self.c * self.config.moe.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
+        return (8 + exchanged * (self.part.degrees.ep > 1)) * rows
+
+    def _to_split(self, width: int, layers: int = 1) -> int:
+        """Bytes of the input of layers split by tensor parallelism; one per layer under sequence parallelism."""
+        return self.c * width * self.T * (layers if self.splits else 1)
+
+    def _grouped(self) -> int:
+        a, model = self.config.attention, self.config.model
+        width, n = a.head_width or self.config.moe.hidden_size // model.num_heads, self.heads
+        m = (a.num_kv_heads or model.num_heads) // self.tp
+        # the qkv projection; rotated q and k; the output, and its copy with concatenated heads
+        heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
+        rows = 4 * n + 4 * (n + m) * a.qk_norm  # attention's logsumexp; norms
+        return self._to_split(self.config.moe.hidden_size) + (heads + rows + self._tables(width)) * self.T
+
+    def _latent(self) -> int:
+        a, n, c = self.config.attention, self.heads, self.c
+        qk = a.qk_nope_width + a.qk_rope_width
+        outputs = 2 if qk == a.v_width or self.part.degrees.cp > 1 else 1
+        heads = c * n * (a.qk_nope_width + a.v_width + 2 * qk + outputs * a.v_width) + 4 * n
+        latents = c * (a.q_lora_rank + a.kv_lora_rank + a.qk_rope_width) + 8
+        to_split = self._to_split(a.kv_lora_rank) + self._to_split(a.q_lora_rank)
+        if not a.q_lora_rank and self.splits:
+            to_split += self._to_split(self.config.moe.hidden_size)
+        return self.hidden + latents * self.t + to_split + (heads + self._tables(a.qk_rope_width)) * self.T
+
+    def _tables(self, width: int) -> int:
+        """Bytes of sines and cosines per token, cast to bf16 for queries and for keys."""
+        return 2 * self.c * width if self.c == 2 else 0
+
+    def _dense(self) -> int:
+        inside = 4 * self.c * (self.config.model.intermediate_size // self.tp) * self.T
+        return self._to_split(self.config.moe.hidden_size, layers=2) + inside
+
+    def _moe_tokens(self) -> int:
+        return ceil(self.T / self.tp)  # tensor-parallel ranks hold the same tokens and divide them
+
+    def _moe(self) -> int:
+        moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
+        hidden, rows = moe.hidden_size, moe.top_k * t
+        router = 4 * (hidden + moe.num_experts) * t
+        x = c * hidden * t if c < 4 else 0  # in addition to the router's fp32 copy
+        shared = 0
+        if moe.shared_intermediate_size:
+            gate = c * (hidden + 1) * t if moe.shared_gate else 0
+            shared = 4 * c * moe.shared_intermediate_size * t + gate
+        # rows received under ep; without ep, only etp ranks gather tokens
+        arriving = rows if degrees.ep > 1 else t if degrees.etp > 1 else 0
+        sources = c * hidden * arriving * degrees.etp
+        up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
+        experts = sources + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
+        places = 72 * rows  # ids, gate weights and row positions
+        return router + experts + places + shared + (x if shared or degrees.ep * degrees.etp == 1 else 0)
+
+    def _head(self) -> int:
+        """Bytes of the final norm, the logits, and their log-softmax in fp32."""
+        kept = 4 if self.part.num_stages > 1 and FREES_LOGITS else self.c + 4
+        logits = kept * ceil(self.vocabulary / self.tp) * self.T
+        return 4 * self.t + self._to_split(self.config.moe.hidden_size) + logits

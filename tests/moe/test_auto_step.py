@@ -1,0 +1,204 @@
+"""Checks where an optimizer step begins and ends, for several micro-batches in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, counting_pass
+from tests.helpers import oracle
+
+
+def make(**balance: object) -> MoE:
+    torch.manual_seed(0)
+    config = BalanceConfig(**{"coefficient": 1.0, **balance})  # type: ignore[arg-type]
+    return MoE(MoEConfig(hidden_size=6, intermediate_size=8, num_experts=4, top_k=2, balance=config, init_std=0.5))
+
+
+def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(5 + 3 * i, 6, generator=generator) for i in range(count)]
+
+
+def balance_only(layer: MoE, x: torch.Tensor) -> None:
+    (layer(x) * 0).sum().backward()
+
+
+def seen(layer: MoE) -> list[int]:
+    return [int(visit.tokens_B.sum()) for visit in layer.balancer.visits]
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_counts_accumulate_and_start_anew_with_the_optimizer(given: int | None) -> None:
+    layer = make(micro_batches=given)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        for x in batches(3):
+            balance_only(layer, x)
+        assert seen(layer) == [5, 8, 11]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert seen(layer) == []
+        assert layer.balancer.previous_step.micro_batches == 3
+        assert int(layer.balancer.previous_step.tokens) == 24
+
+
+@pytest.mark.parametrize("given", [None, 2])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_skipped_step_ends_the_step(steps_before: int, given: int | None) -> None:
+    """On overflow, a gradient scaler's step is followed by zero_grad without an update."""
+    layer = make(micro_batches=given)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(steps_before):
+        for x in batches(2):
+            balance_only(layer, x)
+        optimizer.step()
+        optimizer.zero_grad()
+    for x in batches(2):
+        balance_only(layer, x)
+    optimizer.zero_grad()  # skipped
+    balance_only(layer, torch.randn(4, 6))
+    assert seen(layer) == [4]
+
+
+def test_gradients_that_an_engine_takes_away_are_no_skipped_step() -> None:
+    """An engine moves param.grad to its main gradients after every micro-batch; the step must go on."""
+    layer = make()
+    layer.router.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    for x in batches(3):
+        balance_only(layer, x)
+    assert seen(layer) == [5, 8, 11]
+
+
+def test_zero_grad_between_forward_and_backward_keeps_the_micro_batch() -> None:
+    layer = make()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = (layer(torch.randn(4, 6)) * 0).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        assert seen(layer) == [4]
+        optimizer.step()
+
+
+def test_another_models_optimizer_changes_nothing() -> None:
+    layer, other = make(), torch.nn.Linear(2, 2)
+    own, foreign = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (layer, other))
+    balance_only(layer, torch.randn(4, 6))
+    own.step()
+    balance_only(layer, torch.randn(4, 6))
+    foreign.step()
+    assert seen(layer) == [4]
+    own.step()
+    assert seen(layer) == []
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_master_weights_in_a_wrapper_are_refused(flat: bool) -> None:
+    """Also in flat buffers. With a given number of micro-batches, or a step that the loop drives, they are accepted."""
+    layer = make()
+    masters = [p.detach().clone() for p in layer.parameters()]
+    if flat:
+        masters = [torch.cat([p.flatten() for p in masters])]
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    optimizer = torch.optim.SGD(masters, lr=0.1)
+    balance_only(layer, torch.randn(4, 6))
+    with pytest.raises(ValueError, match=r"SGD: .* perhaps copies .*set balance.micro_batches .*Step.of\(model\)"):
+        optimizer.step()
+
+
+def router_gradient(layer: MoE) -> torch.Tensor:
+    return layer.router.weight.grad.clone()
+
+
+@pytest.mark.parametrize("given", [None, 4])
+def test_rolling_gradient_is_that_of_the_counts_so_far(given: int | None) -> None:
+    """Each micro-batch's probabilities are multiplied by the counts so far, as in Algorithm 1 of arXiv 2501.11873."""
+    layer = make(micro_batches=given).double()
+    inputs = [torch.randn(7, 6, dtype=torch.float64) for _ in range(4)]
+    if given is None:  # a previous step determines the expected number of micro-batches
+        for x in inputs:
+            balance_only(layer, x)
+        layer.zero_grad()
+    for x in inputs:
+        balance_only(layer, x)
+    got = router_gradient(layer)
+    layer.zero_grad()
+    counts_E = torch.zeros(4, dtype=torch.float64)
+    for i, x in enumerate(inputs):
+        _, probs_TE, ids_TK, _ = oracle.route(layer, x)
+        counts_E += torch.bincount(ids_TK.flatten(), minlength=4)
+        (4 * (counts_E / (2 * 7 * (i + 1)) * probs_TE.mean(0)).sum() / 4).backward()
+    assert oracle.relative_error(got, router_gradient(layer)) < 1e-12
+
+
+def whole_batch_gradient(layer: MoE, inputs: list[torch.Tensor]) -> torch.Tensor:
+    layer.zero_grad()
+    oracle.balance_loss(layer, torch.cat(inputs)).backward()
+    return router_gradient(layer)
+
+
+def test_exact_estimator_equals_the_whole_batch() -> None:
+    layer = make(estimator="exact", micro_batches=3).double()
+    inputs = [x.double() for x in batches(3)]
+    with counting_pass():
+        for x in inputs:
+            layer(x)
+    for x in inputs:
+        balance_only(layer, x)
+    assert seen(layer) == [5, 8, 11]
+    got = router_gradient(layer)
+    assert oracle.relative_error(got, whole_batch_gradient(layer, inputs)) < 1e-12
+
+
+def test_forwards_before_the_first_backward_are_exact_too() -> None:
+    layer = make(micro_batches=3).double()
+    inputs = [x.double() for x in batches(3)]
+    outs = [layer(x) for x in inputs]
+    for out in outs:
+        (out * 0).sum().backward()
+    got = router_gradient(layer)
+    assert oracle.relative_error(got, whole_batch_gradient(layer, inputs)) < 1e-12
+
+
+def test_counts_stay_exact_over_512_micro_batches_in_bf16() -> None:
+    layer = make(micro_batches=512).bfloat16()
+    for _ in range(512):
+        balance_only(layer, torch.randn(3, 6).bfloat16())
+    assert int(layer.balancer.step.layers[0].totals(layer.balancer.visits[0])[-1]) == 512 * 3
+
+
+def test_micro_scope_is_the_mean_of_micro_batch_losses() -> None:
+    layer = make(scope="micro", micro_batches=3).double()
+    inputs = [x.double() for x in batches(3)]
+    for x in inputs:
+        balance_only(layer, x)
+    got = router_gradient(layer)
+    layer.zero_grad()
+    sum(oracle.balance_loss(layer, x) / 3 for x in inputs).backward()
+    assert oracle.relative_error(got, router_gradient(layer)) < 1e-12
+
+
+def test_sequence_scope_is_the_mean_of_sequence_losses() -> None:
+    layer = make(scope="sequence").double()
+    x_BSD = torch.randn(4, 9, 6, dtype=torch.float64)
+    mask_BS = torch.ones(4, 9, dtype=torch.bool)
+    mask_BS[1, 5:] = mask_BS[2] = False
+    (layer(x_BSD, mask_BS) * 0).sum().backward()
+    got = router_gradient(layer)
+    layer.zero_grad()
+    valid = [x[m] for x, m in zip(x_BSD, mask_BS, strict=True) if m.any()]
+    (sum(oracle.balance_loss(layer, x) for x in valid) / len(x_BSD)).backward()  # a sequence without a token has loss 0
+    assert oracle.relative_error(got, router_gradient(layer)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0), lambda: 1024.0])
+def test_gradient_scale_follows_a_gradient_scaler(scale: Any) -> None:
+    layer, scaled, x = make(), make(), batches(1)[0]
+    scaled.place(Placement(gradient_scale=scale))
+    balance_only(layer, x)
+    balance_only(scaled, x)
+    assert torch.equal(router_gradient(scaled), 1024 * router_gradient(layer))
