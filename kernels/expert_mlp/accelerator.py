@@ -39,12 +39,17 @@ def _activate(pre_PU: Tensor, options: MLPOptions, width: int) -> tuple[Tensor, 
 
 def _differentiate(dh_PF: Tensor, s_PF: Tensor, pre_PU: Tensor, options: MLPOptions) -> Tensor:
     """Return the gradient of the pre-activation, [P, U]. Overwrites ``dh_PF``."""
-    width = dh_PF.shape[1]
+    width, gradient = dh_PF.shape[1], ACTIVATIONS[options.activation].gradient
+    z_PF, up_PF = pre_PU[:, :width], pre_PU[:, width:]
+    if torch.compiler.is_compiling():  # dynamo refuses a strided ``out``; the compiler needs none to avoid copies
+        if not options.gated:
+            return gradient(dh_PF, z_PF, out=torch.empty_like(dh_PF))
+        return torch.cat((gradient(dh_PF * up_PF, z_PF, out=torch.empty_like(dh_PF)), dh_PF * s_PF), 1)
     dpre_PU = torch.empty_like(pre_PU)
     if options.gated:
         torch.mul(dh_PF, s_PF, out=dpre_PU[:, width:])
-        dh_PF.mul_(pre_PU[:, width:])
-    ACTIVATIONS[options.activation].gradient(dh_PF, pre_PU[:, :width], out=dpre_PU[:, :width])
+        dh_PF.mul_(up_PF)
+    gradient(dh_PF, z_PF, out=dpre_PU[:, :width])
     return dpre_PU
 
 

@@ -39,7 +39,8 @@ class GroupedLayout:
         return rows
 
     def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
-        return F.grouped_mm(rows_PI, _dense(weight_EIO), offs=self.ends_E)
+        product = _traced_grouped_mm if torch.compiler.is_compiling() else _grouped_mm
+        return product(rows_PI, weight_EIO, self.ends_E)
 
     def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
         """[E, O, I] left.T @ right by expert; zero for experts without rows."""
@@ -54,6 +55,19 @@ def _dense(weight_EIO: Tensor) -> Tensor:
     if dense and weight_EIO.storage_offset() * weight_EIO.element_size() % 16 == 0:
         return weight_EIO
     return weight_EIO.clone(memory_format=torch.contiguous_format)
+
+
+def _grouped_mm(rows_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(rows_PI, _dense(weight_EIO), offs=ends_E)
+
+
+#: an op of its own, because dynamo cannot trace the look at the weight's address
+_traced_grouped_mm = torch.library.custom_op("equimoe::grouped_mm", _grouped_mm, mutates_args=())
+
+
+@_traced_grouped_mm.register_fake
+def _(rows_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_PI.new_empty(rows_PI.shape[0], weight_EIO.shape[2])
 
 
 class BlockLayout:

@@ -95,6 +95,11 @@ def weight_grad(make: Callable[..., Tensor], counts: tuple[int, ...] = (3, 0, 2)
     return make(S, F), make(S, D), bounds, left, right
 
 
+def grouped_mm(make: Callable[..., Tensor]) -> tuple:
+    weight = make(E, 8, 16).bfloat16()
+    return randn(5, 8).bfloat16(), weight, torch.tensor([3, 3, 5], dtype=torch.int32, device=DEVICE)
+
+
 def mlp(
     sources: int = S,
     drop: str = "some",
@@ -136,6 +141,8 @@ CASES: list[Case] = [
     ("topk_gate_backward", "mask", lambda: gate_backward(4, sequences=2)),
     ("topk_gate_backward", "strided", lambda: gate_backward(make=strided, score="softmax")),
     ("topk_gate_backward", "no tokens", lambda: gate_backward(0, mask=False)),
+    ("grouped_mm", "torch's own product", lambda: grouped_mm(randn)),
+    ("grouped_mm", "strided weight", lambda: grouped_mm(strided)),
     ("grouped_gemm", "rows of no expert", lambda: (randn(7, D), randn(E, F, D), offsets(3, 0, 2), None)),
     ("grouped_gemm", "strided", lambda: (strided(S, D), strided(E, F, D), column(offsets(3, 0, 2)), column(index(7)))),
     ("grouped_gemm", "no rows", lambda: (randn(0, D), randn(E, F, D), offsets(0, 0, 0), None)),

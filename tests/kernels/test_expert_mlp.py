@@ -286,8 +286,8 @@ def test_mistakes() -> None:
     case = make(4, 2, 8, 6, 3)
     x, weights, gate_up, down = case.inputs.values()
     wrong = [
-        ((x.float(), weights, case.order, gate_up, down), "one dtype"),
-        ((x.long(), weights, case.order, gate_up.long(), down.long()), "one dtype"),
+        ((x.float(), weights, case.order, gate_up, down), "the same dtype"),
+        ((x.long(), weights, case.order, gate_up.long(), down.long()), "the same dtype"),
         ((x[:3], weights, case.order, gate_up, down), "weights_SK"),
         ((x, weights[:, :1], case.order, gate_up, down), "weights_SK"),
         ((x, weights, case.order, gate_up[:, :-2], down), r"\[3, 2F, 8\]"),

@@ -126,7 +126,7 @@ def test_mistakes() -> None:
     for arguments, message in (
         ((rows, weight[:1], bounds), "needs 2 experts"),
         ((rows[:, :5], weight, bounds), "5 in dimension 2"),
-        ((rows.bfloat16(), weight, bounds), "one dtype"),
+        ((rows.bfloat16(), weight, bounds), "the same dtype"),
         ((rows, weight, bounds.int()), "int64"),
     ):
         with pytest.raises(ValueError, match=message):
