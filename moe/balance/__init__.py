@@ -5,13 +5,14 @@ from .balancer import Balancer, loss_terms
 from .bias import initial_bias
 from .losses import SCOPES, loss_value
 from .recompute import recompute
-from .step import Step, StepTotals, random_state_kept
+from .step import LayerStep, Step, StepTotals, random_state_kept
 from .visit import Visit
 
 __all__ = [
     "SCOPES",
     "AutoStep",
     "Balancer",
+    "LayerStep",
     "Step",
     "StepTotals",
     "Visit",

@@ -44,6 +44,9 @@ class Engine(Protocol):
     Every rank must call every method.
     """
 
+    #: the model, or this rank's pipeline stages of it
+    parts: list[nn.Module]
+
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """Run an optimizer step on ``batches``, this rank's micro-batches.
 

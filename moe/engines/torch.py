@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import expect_moments, restore_optimizer, training_state
 from ..collectives import LOCAL
-from ..parallel import (
-    IGNORED,
-    LocalBatch,
-    Mesh,
-    check_trained_alike,
-    clip_grad_norm_,
-    digest,
-    forget_step,
-    free_gathered,
-    take_local_batch,
-)
+from ..parallel import Mesh, clip_grad_norm_, forget_step, free_gathered
 from .balance import StepBalance
 from .base import Batch, OptimizerFactory, StepResult
+from .inputs import count_tokens, evaluation_mode, local_batches
 from .reduce import Reducer
 from .runners import Runner
 
@@ -59,12 +48,10 @@ class TorchEngine:
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
-        if not batches:
-            raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
         self._adopt_trainable()
         try:
-            local = self._local(batches)
-            tokens, routed = self._tokens(batches, local)
+            local = local_batches(batches, self._mesh, self._device)
+            tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.balance.begin(len(local), routed)
             self._reducer.begin()
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
@@ -88,8 +75,8 @@ class TorchEngine:
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         try:
-            with self._evaluating():
-                return self._runner.evaluate(self._local(batches))
+            with evaluation_mode(self.parts):
+                return self._runner.evaluate(local_batches(batches, self._mesh, self._device))
         except BaseException:
             forget_step(self.parts)
             raise
@@ -141,61 +128,9 @@ class TorchEngine:
             for group in made.param_groups:
                 self.optimizer.add_param_group(group)
 
-    def _local(self, batches: list[Batch]) -> list[LocalBatch]:
-        moved = [
-            (b.inputs.to(self._device), b.labels.to(self._device), None if b.mask is None else b.mask.to(self._device))
-            for b in batches
-        ]
-        return [take_local_batch(*batch, mesh=self._mesh) for batch in moved]
-
-    def _tokens(self, batches: list[Batch], local: list[LocalBatch]) -> tuple[Tensor, Tensor]:
-        """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
-
-        Both are int64 scalars. The same all-reduce checks that all ranks train the same weights: gradients of
-        different weights would be added up otherwise. Raises ValueError, on every rank, if they do not.
-        """
-        mesh = self._mesh
-        counted = torch.stack([_valid(batch) for batch in local]).sum()
-        # all ranks of a tensor-parallel or context-parallel group have the same batches: count them once
-        whole = mesh is None or mesh["tp"].rank == 0
-        first = whole and (mesh is None or mesh["cp"].rank == 0)
-        routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
-        for batch in batches:
-            if batch.mask is not None and first:
-                routed += batch.mask.sum().to(routed.device)
-        if mesh is None or mesh["stage"].size == 1:
-            return counted, routed
-        trained = digest([name for name, p in self.parameters.items() if p.requires_grad])
-        sums = torch.stack([counted * whole, routed, torch.full_like(routed, trained)])
-        dist.all_reduce(sums, group=mesh["stage"].group)
-        if not bool(sums[2] == trained * mesh["stage"].size):
-            check_trained_alike(self.parameters, mesh["stage"])
-        return sums[0], sums[1]
-
     def _update(self, lr: float) -> None:
         if self.optimizer is None:
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Context in which all modules are in evaluation mode; restores each module's mode afterwards."""
-        before = [(module, module.training) for part in self.parts for module in part.modules()]
-        try:
-            for part in self.parts:
-                part.eval()
-            yield
-        finally:
-            for module, training in before:
-                module.training = training
-
-
-def _valid(batch: LocalBatch) -> Tensor:
-    """Return an int64 scalar: the number of positions of a batch that the loss counts."""
-    labels = batch.labels
-    if not labels.is_floating_point():
-        return (labels != IGNORED).sum()
-    valid = batch.mask if batch.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
-    return valid.sum().long()

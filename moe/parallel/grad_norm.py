@@ -13,15 +13,19 @@ from ..collectives import LOCAL, Axis, sum_over
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
-    """Clip all gradients to a joint 2-norm of at most ``max_norm`` (0: do not clip); return the norm before clipping.
+    """Clip the gradients of ``parameters``, see :func:`clip_gradients_`."""
+    parameters = list(parameters)
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return clip_gradients_([p.grad for p in parameters if p.grad is not None], max_norm, device, stages)
+
+
+def clip_gradients_(grads: list[Tensor], max_norm: float, device: torch.device, stages: Axis = LOCAL) -> Tensor:
+    """Clip gradients to a joint 2-norm of at most ``max_norm`` (0: do not clip); return the norm before clipping.
 
     Each element counts once: squares of a sharded gradient are summed over the axes that shard it, those of a
     replicated one are not. The norm includes the parameters of all pipeline ``stages``. If the norm is not finite,
     gradients are left alone; the caller should then skip the step.
     """
-    parameters = list(parameters)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    device = parameters[0].device if parameters else torch.device("cpu")
     by_split: dict[tuple, list[Tensor]] = {(): []}
     for grad in grads:
         by_split.setdefault(_splitting_groups(grad), []).append(local_part(grad))

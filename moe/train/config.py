@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from ..config import (
     AttentionConfig,
@@ -138,6 +140,36 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DeepSpeedConfig:
+    """DeepSpeed, if ``engine`` is "deepspeed"."""
+
+    #: 0: every rank holds everything; 1: shard the optimizer's state over the ranks that hold a weight; 2: shard the
+    #: gradients too
+    zero_stage: int = 1
+    #: a DeepSpeed configuration (JSON) for what has no option here; values that contradict this run are refused
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.zero_stage in (0, 1, 2),
+            "deepspeed.zero_stage",
+            self.zero_stage,
+            "use 0, 1 or 2; stage 3 would overwrite one rank's experts with another's",
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of ``config``. Raises ValueError if it cannot be read."""
+        if self.config is None:
+            return {}
+        try:
+            found = json.loads(Path(self.config).expanduser().read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed.config={self.config}: cannot be read ({error}); give a JSON file") from None
+        require(isinstance(found, dict), "deepspeed.config", self.config, "must hold a JSON object")
+        return found
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are saved, and how many are kept."""
 
@@ -181,6 +213,8 @@ class TrainConfig:
     seed: int = 0
     #: dtype of the computation; "bfloat16" keeps fp32 master weights
     dtype: Literal["float32", "bfloat16"] = "float32"
+    #: who reduces gradients and runs the optimizer: this package (replicated weights or FSDP2), or DeepSpeed
+    engine: Literal["torch", "deepspeed"] = "torch"
     model: ModelConfig = field(default_factory=ModelConfig)
     #: every MoE layer; its ``hidden_size`` and ``init_std`` are those of the whole model
     moe: MoEConfig = field(default_factory=partial(MoEConfig, 256, 256, num_experts=8, top_k=2))
@@ -189,6 +223,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

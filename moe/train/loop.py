@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
-from ..engines import Batch, build_engine
+from ..engines import Batch, Engine, build_engine
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
@@ -87,6 +87,33 @@ def _built(config: TrainConfig, vocab_size: int) -> Decoder:
         ) from None
 
 
+def _engine(config: TrainConfig, model: Decoder, mesh: Mesh | None, device: torch.device, micro_batches: int) -> Engine:
+    def optimizer(trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(trainable.values(), config.optim)
+
+    shared: dict[str, Any] = {
+        "max_norm": config.optim.grad_clip,
+        "micro_batches": micro_batches,
+        "device": device,
+        "precision": partial(mixed_precision, config, device),
+    }
+    if config.engine == "torch":
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        shape = (config.data.micro_batch, config.data.seq_len)
+        return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, **shared)
+    try:
+        from ..engines.deepspeed import build_deepspeed_engine
+    except ImportError as error:
+        raise ValueError(
+            f"engine='deepspeed': cannot be imported ({error}); install it with pip install 'equimoe[deepspeed]'"
+        ) from None
+    settings = config.deepspeed.settings()
+    stage, micro_batch = config.deepspeed.zero_stage, config.data.micro_batch
+    return build_deepspeed_engine(
+        model, mesh, optimizer, zero_stage=stage, settings=settings, micro_batch=micro_batch, **shared
+    )
+
+
 class Trainer:
     """This rank's model, optimizer and data, and what the training loop does with them."""
 
@@ -106,17 +133,7 @@ class Trainer:
         self.expert_fraction = expert_fraction(model)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
-        self.engine = build_engine(
-            model.to(device),
-            mesh,
-            lambda trainable: build_optimizer(trainable.values(), config.optim),
-            max_norm=config.optim.grad_clip,
-            micro_batches=self.micro_batches,
-            shape=(config.data.micro_batch, config.data.seq_len),
-            device=device,
-            dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-            precision=partial(mixed_precision, config, device),
-        )
+        self.engine = _engine(config, model.to(device), mesh, device, self.micro_batches)
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)

@@ -1,0 +1,83 @@
+"""DeepSpeed's configuration: what the engine sets, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...parallel import ParallelConfig
+
+#: sections that would replace what the training loop does
+_OURS = ("optimizer", "scheduler", "pipeline", "tensor_parallel", "expert_parallel")
+
+
+def check_degrees(degrees: ParallelConfig | None) -> None:
+    """Raise ValueError for a mesh that DeepSpeed cannot hold: it does data and expert parallelism here."""
+    if degrees is None:
+        return
+    for name in ("pp", "cp", "tp", "etp"):
+        if (value := getattr(degrees, name)) != 1:
+            raise ValueError(
+                f"parallel.{name}={value}: the DeepSpeed engine splits data and experts only; set parallel.{name}=1, "
+                "or use engine='torch'"
+            )
+    if degrees.data_parallel != "ddp":
+        raise ValueError(
+            f"parallel.data_parallel={degrees.data_parallel!r}: DeepSpeed shards by ZeRO instead; leave it at 'ddp' "
+            "and set deepspeed.zero_stage"
+        )
+
+
+def build_config(
+    settings: dict[str, Any], zero_stage: int, micro_batch: int, micro_batches: int, ranks: int, max_norm: float
+) -> dict[str, Any]:
+    """Return the configuration for ``deepspeed.initialize``: ``settings``, completed.
+
+    Raises ValueError for a field whose value contradicts the arguments, and for what the engine cannot hold.
+    """
+    if zero_stage not in (0, 1, 2):
+        raise ValueError(
+            f"deepspeed.zero_stage={zero_stage}: use 0, 1 or 2; stage 3 shards experts as if all ranks held the same "
+            "ones, and would overwrite one rank's with another's"
+        )
+    own = {
+        "train_batch_size": micro_batch * micro_batches * ranks,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": max_norm if zero_stage else 0.0,
+    }
+    zero = dict(settings.get("zero_optimization") or {})
+    _agree("zero_optimization.stage", zero.get("stage", zero_stage), zero_stage, "deepspeed.zero_stage")
+    for name, value in own.items():
+        expected = max_norm if name == "gradient_clipping" else value
+        _agree(name, settings.get(name, expected), expected, _SOURCES[name])
+    for name in ("fp16", "bf16", "amp"):
+        if (settings.get(name) or {}).get("enabled"):
+            raise ValueError(
+                f"{name}.enabled=True in the DeepSpeed configuration: it would round the routers' weights, which sends "
+                "tokens to other experts; leave it out, and set dtype='bfloat16' for products in bfloat16"
+            )
+    for name in _OURS:
+        if settings.get(name):
+            raise ValueError(f"{name} in the DeepSpeed configuration: the training loop has its own; leave it out")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device", "none") != "none":
+            raise ValueError(f"zero_optimization.{name} in the DeepSpeed configuration: is not supported; leave it out")
+    defaults = {"steps_per_print": 2**31 - 1, "zero_allow_untested_optimizer": True}
+    return {**defaults, **settings, **own, "zero_optimization": {**zero, "stage": zero_stage}}
+
+
+#: where the values of fields come from
+_SOURCES = {
+    "train_batch_size": "data.global_batch",
+    "train_micro_batch_size_per_gpu": "data.micro_batch",
+    "gradient_accumulation_steps": "data.global_batch / (data.micro_batch * ranks)",
+    "gradient_clipping": "optim.grad_clip",
+}
+
+
+def _agree(name: str, found: Any, expected: float, source: str) -> None:
+    if found not in ("auto", expected):
+        raise ValueError(
+            f"{name}={found} in the DeepSpeed configuration: {source} is {expected}; make them equal, or leave "
+            f"{name} out"
+        )

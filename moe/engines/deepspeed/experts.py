@@ -1,0 +1,82 @@
+"""Makes DeepSpeed see the experts of this package's MoE layers, as it sees those of its own."""
+
+# E experts, L experts of a rank.
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed.moe.layer import MoE as DeepSpeedMoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ...layer import MoE
+from ...placement import Placement
+
+#: where DeepSpeed's checkpoints look for the weights of a rank's expert i
+_PREFIX = "deepspeed_moe.experts.deepspeed_experts."
+
+
+def adopt_experts(model: nn.Module, ep: int, ranks: float) -> None:
+    """Turn the MoE layers of a model, whose experts are split over ``ep`` ranks, into layers that DeepSpeed knows.
+
+    Each rank's experts become plain parameters that name the group of ranks with the same experts. DeepSpeed looks for
+    its own class, so each layer gets a class that is both its own and DeepSpeed's. ``ranks`` is the number over which
+    DeepSpeed averages gradients.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        for name, weight in list(layer.experts.named_parameters(recurse=False)):
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            own: Any = nn.Parameter(local.detach(), requires_grad=weight.requires_grad)
+            own.allreduce, own.group_name = False, f"ep_size_{ep}"
+            layer.experts.register_parameter(name, own)
+        layer.place(replace(layer.balancer.placed or Placement(), gradient_scale=ranks))
+        layer.__class__ = _known_class(type(layer))
+        layer.ep_size, layer.expert_group_name = ep, f"ep_size_{ep}"  # type: ignore[assignment]
+        layer.num_experts, layer.num_local_experts = layer.config.num_experts, layer.config.num_experts // ep  # type: ignore[assignment]
+        layer.register_state_dict_post_hook(_split)
+        layer.register_load_state_dict_pre_hook(_stack)
+
+
+def split_groups(optimizer: Optimizer) -> None:
+    """Give experts parameter groups of their own, which DeepSpeed needs, with the settings that they have."""
+    named = [{"name": f"group {i}", **group} for i, group in enumerate(optimizer.param_groups)]
+    optimizer.param_groups[:] = split_params_into_different_moe_groups_for_optimizer(named, max_group_size=None)
+
+
+def _known_class(own: type[MoE]) -> type[MoE]:
+    return type(own.__name__, (Known, own, DeepSpeedMoE), {})
+
+
+class Known:
+    """What DeepSpeed asks of a layer that it knows."""
+
+    ep_size: int
+    expert_group_name: str
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+
+
+def _split(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Replace the stacked experts of a state dict by one entry per expert. DeepSpeed writes each to its own file."""
+    for name, _ in layer.experts.named_parameters(recurse=False):  # type: ignore[union-attr]
+        stacked = state.pop(f"{prefix}experts.{name}")
+        for i, weight in enumerate(stacked):
+            state[f"{prefix}{_PREFIX}{i}.{name}"] = weight
+
+
+def _stack(layer: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Undo :func:`_split`, before a state dict is loaded."""
+    for name, weight in layer.experts.named_parameters(recurse=False):  # type: ignore[union-attr]
+        keys = [f"{prefix}{_PREFIX}{i}.{name}" for i in range(len(weight))]
+        if all(key in state for key in keys):
+            state[f"{prefix}experts.{name}"] = torch.stack([state.pop(key) for key in keys])

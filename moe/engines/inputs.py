@@ -1,0 +1,69 @@
+"""The micro-batches of a step: this rank's part of them, and their tokens on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..parallel import IGNORED, LocalBatch, Mesh, check_trained_alike, digest, take_local_batch
+from .base import Batch
+
+
+def local_batches(batches: Sequence[Batch], mesh: Mesh | None, device: torch.device) -> list[LocalBatch]:
+    """Return this rank's part of each micro-batch, on ``device``."""
+    moved = [(b.inputs.to(device), b.labels.to(device), None if b.mask is None else b.mask.to(device)) for b in batches]
+    return [take_local_batch(*batch, mesh=mesh) for batch in moved]
+
+
+def count_tokens(
+    batches: Sequence[Batch], local: Sequence[LocalBatch], mesh: Mesh | None, parameters: dict[str, nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
+
+    Both are int64 scalars. The same all-reduce checks that all ranks train the same weights: gradients of different
+    weights would be added up otherwise. Raises ValueError, on every rank, if they do not, or without micro-batches.
+    """
+    if not batches:
+        raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
+    counted = torch.stack([_valid(batch) for batch in local]).sum()
+    # all ranks of a tensor-parallel or context-parallel group have the same batches: count them once
+    whole = mesh is None or mesh["tp"].rank == 0
+    first = whole and (mesh is None or mesh["cp"].rank == 0)
+    routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
+    for batch in batches:
+        if batch.mask is not None and first:
+            routed += batch.mask.sum().to(routed.device)
+    if mesh is None or mesh["stage"].size == 1:
+        return counted, routed
+    trained = digest([name for name, p in parameters.items() if p.requires_grad])
+    sums = torch.stack([counted * whole, routed, torch.full_like(routed, trained)])
+    dist.all_reduce(sums, group=mesh["stage"].group)
+    if not bool(sums[2] == trained * mesh["stage"].size):
+        check_trained_alike(parameters, mesh["stage"])
+    return sums[0], sums[1]
+
+
+def _valid(batch: LocalBatch) -> Tensor:
+    """Return an int64 scalar: the number of positions of a batch that the loss counts."""
+    labels = batch.labels
+    if not labels.is_floating_point():
+        return (labels != IGNORED).sum()
+    valid = batch.mask if batch.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
+    return valid.sum().long()
+
+
+@contextmanager
+def evaluation_mode(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which all modules are in evaluation mode; restores each module's mode afterwards."""
+    before = [(module, module.training) for part in parts for module in part.modules()]
+    try:
+        for part in parts:
+            part.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,280 @@
+"""Training with DeepSpeed equals training in one process: ZeRO 0, 1 and 2, experts split or not.
+
+The model has MoE layers with the global-batch loss (estimator "exact") and weight decay, and gradients are clipped.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed", reason="needs DeepSpeed, which `make engines` installs")
+pytestmark = pytest.mark.engines
+
+from equimoe.moe import checkpoint  # noqa: E402
+from equimoe.moe.engines import Engine, build_engine  # noqa: E402
+from equimoe.moe.engines.deepspeed import DeepSpeedEngine, build_deepspeed_engine  # noqa: E402
+from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh  # noqa: E402
+from tests.helpers import trained  # noqa: E402
+from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.recorded import full  # noqa: E402
+
+STEPS, RATE = 3, 0.01
+#: more than fp32 sums in another order differ by
+TOLERANCE = 1e-5
+GRID = [(stage, ep) for stage in (0, 1, 2) for ep in (1, 2)]
+
+
+def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    matrices = [p for p in trainable.values() if p.dim() > 1]
+    rest = [p for p in trainable.values() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.5)
+
+
+def model(**how: Any) -> Any:
+    return trained.make(bias_update_rate=0.01, **how).float()
+
+
+def torch_engine(mesh: Mesh | None = None, **how: Any) -> Engine:
+    return build_engine(model(**how), mesh, adamw, max_norm=1.0)
+
+
+def deepspeed_engine(mesh: Mesh | None, stage: int, micro_batches: int = trained.MICRO_BATCHES, **how: Any) -> Any:
+    ranks = 1 if mesh is None else mesh["dp"].size
+    size = trained.SEQUENCES // ranks // micro_batches
+    return build_deepspeed_engine(
+        model(**how), mesh, adamw, zero_stage=stage, max_norm=1.0, micro_batch=size, micro_batches=micro_batches
+    )
+
+
+def trajectory(engine: Engine, mesh: Mesh | None, steps: int = STEPS, first: int = 0) -> list[tuple[float, float]]:
+    """(sum of this rank's losses, gradient norm) of each step."""
+    results = [engine.step(trained.batches(mesh, first + step), RATE) for step in range(steps)]
+    assert all(result.applied for result in results)
+    return [(float(sum(losses.sum() for losses in result.losses)), float(result.norm)) for result in results]
+
+
+def whole_state(engine: Engine) -> dict[str, Tensor]:
+    return {name: full(value).clone() for name, value in engine.state().items()}
+
+
+@cache
+def one_process(steps: int = STEPS) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    engine = torch_engine()
+    return trajectory(engine, None, steps), whole_state(engine)
+
+
+def check(results: list[Any], steps: int = STEPS) -> None:
+    """The losses of all ranks add up to those of one process; norms, weights, moments and biases equal them."""
+    expected, right = one_process(steps)
+    for step, (loss, norm) in enumerate(expected):
+        assert sum(found[step][0] for found, _ in results) == pytest.approx(loss, rel=TOLERANCE), step
+        assert all(found[step][1] == pytest.approx(norm, rel=TOLERANCE) for found, _ in results), step
+    for _, state in results:
+        assert state.keys() == right.keys()
+        error, name = trained.worst(state, right)
+        assert error < TOLERANCE, name
+
+
+def test_equals_one_process() -> None:
+    """Four ranks, so that experts that are split have replicas too; one launch for all stages."""
+
+    def rank_main(rank: int, world: int) -> list[Any]:
+        found = []
+        for stage, ep in GRID:
+            mesh = build_mesh(ParallelConfig(ep=ep))
+            engine = deepspeed_engine(mesh, stage)
+            found.append((trajectory(engine, mesh), whole_state(engine)))
+        return found
+
+    for results in zip(*run_ranks(rank_main, 4, timeout=110), strict=True):
+        check(list(results))
+
+
+def test_one_rank_needs_no_launcher() -> None:
+    def rank_main(rank: int, world: int) -> Any:
+        torch.distributed.destroy_process_group()
+        engine = deepspeed_engine(None, stage=1)
+        return trajectory(engine, None), whole_state(engine)
+
+    check(run_ranks(rank_main, 1))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_unusual_steps(stage: int) -> None:
+    """An evaluation, a step that raises and one that is not finite leave nothing behind."""
+
+    def rank_main(rank: int, world: int) -> Any:
+        mesh = build_mesh(ParallelConfig(ep=2))
+        engine = deepspeed_engine(mesh, stage)
+        found = trajectory(engine, mesh, 1)
+        engine.evaluate(trained.batches(mesh, 7))
+
+        def broken(module: nn.Module, args: Any, output: Tensor) -> None:
+            broken.calls += 1  # type: ignore[attr-defined]
+            if broken.calls == 4:  # two forwards count ahead, the first trains, the second does not get through
+                raise ArithmeticError("planted")
+
+        broken.calls = 0  # type: ignore[attr-defined]
+        handle = engine.parts[0].register_forward_hook(broken)
+        with pytest.raises(ArithmeticError, match="planted"):
+            engine.step(trained.batches(mesh, 8), RATE)
+        handle.remove()
+
+        before = whole_state(engine)
+        handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
+        result = engine.step(trained.batches(mesh, 9), RATE)
+        handle.remove()
+        after = whole_state(engine)
+        assert not result.applied and not result.norm.isfinite()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+        return found + trajectory(engine, mesh, STEPS - 1, first=1), whole_state(engine)
+
+    check(run_ranks(rank_main, 2))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_may_have_another_number_of_micro_batches(stage: int) -> None:
+    def rank_main(rank: int, world: int) -> Any:
+        mesh = build_mesh(ParallelConfig(ep=2))
+        engine = deepspeed_engine(mesh, stage, micro_batches=1)
+        return trajectory(engine, mesh), whole_state(engine)
+
+    check(run_ranks(rank_main, 2))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_checkpoint_goes_from_one_engine_to_the_other(stage: int, tmp_path: Path) -> None:
+    """A step with DeepSpeed, one with torch, one with DeepSpeed on another number of ranks per expert."""
+
+    def to_next(engine: Engine, step: int) -> None:
+        state = engine.state()
+        engine.expect(list(state))
+        path = checkpoint.save(tmp_path, step, state, {}, keep_last=9)
+        assert path.exists()
+
+    def go_on(engine: Engine) -> Engine:
+        path = checkpoint.newest(tmp_path)
+        manifest = checkpoint.read_manifest(path)
+        engine.expect(checkpoint.contents(path, manifest))
+        state = engine.state()
+        checkpoint.load(path, state, manifest)
+        engine.restore(state)
+        return engine
+
+    def rank_main(rank: int, world: int) -> Any:
+        mesh, flat = build_mesh(ParallelConfig(ep=2)), build_mesh(ParallelConfig(ep=1))
+        first = deepspeed_engine(mesh, stage)
+        found = trajectory(first, mesh, 1)
+        to_next(first, 1)
+        second = go_on(torch_engine(mesh))
+        found += trajectory(second, mesh, 1, first=1)
+        to_next(second, 2)
+        third = go_on(deepspeed_engine(flat, stage))
+        return found + trajectory(third, flat, 1, first=2), whole_state(third)
+
+    check(run_ranks(rank_main, 2))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeeds_own_checkpoint(stage: int, tmp_path: Path) -> None:
+    """Each expert has its file, and every rank gets its own experts and moments back."""
+
+    def rank_main(rank: int, world: int) -> Any:
+        mesh = build_mesh(ParallelConfig(ep=2))
+        engine = deepspeed_engine(mesh, stage)
+        found = trajectory(engine, mesh, 1)
+        engine.deepspeed.save_checkpoint(str(tmp_path), tag="one")
+        trajectory(engine, mesh, 1, first=5)  # is forgotten
+        again: DeepSpeedEngine = deepspeed_engine(mesh, stage)
+        with torch.no_grad():
+            for parameter in again.parameters.values():
+                parameter.mul_(1.5)
+        again.deepspeed.load_checkpoint(str(tmp_path), tag="one")
+        return found + trajectory(again, mesh, STEPS - 1, first=1), whole_state(again)
+
+    check(run_ranks(rank_main, 2))
+    files = {path.name for path in (tmp_path / "one").glob("layer_0_expert_*")}
+    assert files == {f"layer_0_expert_{e}_mp_rank_00_model_states.pt" for e in range(4)}
+    names = torch.load(tmp_path / "one" / sorted(files)[3], weights_only=True).keys()
+    prefix = "blocks.1.mlp.deepspeed_moe.experts.deepspeed_experts.3."
+    assert names == {f"{prefix}gate_up_proj", f"{prefix}down_proj"}
+
+
+def test_frozen_weights_stay_and_their_set_is_fixed() -> None:
+    def rank_main(rank: int, world: int) -> Any:
+        mesh, whole = build_mesh(ParallelConfig(ep=2)), model()
+        trained.freeze(whole, lambda name: "router" in name or "norm" in name)
+        engine = build_deepspeed_engine(whole, mesh, adamw, zero_stage=1, micro_batch=2, micro_batches=2)
+        before = {name: p.clone() for name, p in engine.parameters.items()}
+        trajectory(engine, mesh, 1)
+        moved = {name for name, p in engine.parameters.items() if not torch.equal(p, before[name])}
+        assert moved == {name for name, p in engine.parameters.items() if p.requires_grad}
+        trained.freeze(whole, lambda name: name.endswith("router.weight"), frozen=False)
+        with pytest.raises(ValueError, match="router.weight: was frozen or unfrozen"):
+            engine.step(trained.batches(mesh), RATE)
+
+    run_ranks(rank_main, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "message"),
+    [
+        ({}, {"zero_stage": 3}, "deepspeed.zero_stage=3: use 0, 1 or 2"),
+        ({"train_batch_size": 7}, {}, "train_batch_size=7 .* data.global_batch is 8"),
+        ({"gradient_accumulation_steps": 3}, {}, "gradient_accumulation_steps=3"),
+        ({"train_micro_batch_size_per_gpu": 3}, {}, "train_micro_batch_size_per_gpu=3"),
+        ({"gradient_clipping": 0.5}, {}, "gradient_clipping=0.5 .* optim.grad_clip is 1.0"),
+        ({"zero_optimization": {"stage": 2}}, {}, "zero_optimization.stage=2 .* deepspeed.zero_stage is 1"),
+        ({"fp16": {"enabled": True}}, {}, "fp16.enabled=True"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True .* dtype='bfloat16'"),
+        ({"optimizer": {"type": "Adam"}}, {}, "optimizer in the DeepSpeed configuration"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "offload_optimizer"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings: dict[str, Any], how: dict[str, Any], message: str) -> None:
+    given = {"zero_stage": 1, "max_norm": 1.0, "micro_batch": 4, "micro_batches": 2} | how
+    with pytest.raises(ValueError, match=message):
+        build_deepspeed_engine(model(), None, adamw, settings=settings, **given)
+
+
+def test_meshes_that_deepspeed_cannot_hold_are_refused() -> None:
+    def rank_main(rank: int, world: int) -> None:
+        for degrees, message in (
+            ({"tp": 2}, "parallel.tp=2: the DeepSpeed engine splits data and experts only"),
+            ({"cp": 2}, "parallel.cp=2"),
+            ({"etp": 2}, "parallel.etp=2"),
+            ({"data_parallel": "fsdp"}, "parallel.data_parallel='fsdp': DeepSpeed shards by ZeRO instead"),
+        ):
+            mesh = build_mesh(ParallelConfig(**degrees))  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match=message):
+                build_deepspeed_engine(model(), mesh, adamw)
+
+    run_ranks(rank_main, 2)
+
+
+def test_a_setting_is_passed_on(tmp_path: Path) -> None:
+    """What has no option here reaches DeepSpeed, from a file."""
+    from equimoe.moe.train.config import DeepSpeedConfig
+
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1234}, "gradient_clipping": "auto"}))
+
+    def rank_main(rank: int, world: int) -> int:
+        settings = DeepSpeedConfig(config=str(path)).settings()
+        engine = build_deepspeed_engine(model(), None, adamw, zero_stage=2, settings=settings)
+        return engine.deepspeed.zero_reduce_bucket_size()
+
+    assert run_ranks(rank_main, 1) == [1234]
+    for content, message in (("{", "cannot be read"), ("[]", "must hold a JSON object")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            DeepSpeedConfig(config=str(path)).settings()

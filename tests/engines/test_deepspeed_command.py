@@ -1,0 +1,71 @@
+"""``python -m equimoe.launch.train --engine deepspeed``: the same run as with the engine of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="needs DeepSpeed, which `make engines` installs")
+pytestmark = pytest.mark.engines
+
+from equimoe.launch import env  # noqa: E402
+from equimoe.launch.options import to_yaml  # noqa: E402
+from equimoe.moe.observe.metrics import read_records  # noqa: E402
+from tests.helpers import small  # noqa: E402
+from tests.helpers.command import Ended, launch  # noqa: E402
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=4, ep=2)))
+
+    def command(folder: str, *options: str, world: int = 2) -> Ended:
+        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / folder)]
+        return launch([*base, *options], world, cwd=tmp_path, timeout=100)
+
+    return command
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    records = read_records(folder / "metrics.jsonl")
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_run_under_both_engines_and_on_from_one_to_the_other(run: Run, tmp_path: Path, dtype: str) -> None:
+    for folder, options in (
+        ("torch", []),
+        ("zero", ["--engine", "deepspeed", "--deepspeed.zero_stage", "2"]),
+    ):
+        assert run(folder, "--dtype", dtype, *options).codes == [0, 0]
+    assert run("both", "--dtype", dtype, "--engine", "deepspeed", "--steps", "2").codes == [0, 0]
+    assert run("both", "--dtype", dtype, "--resume").codes == [0, 0]
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    expected = losses(tmp_path / "torch")
+    assert [step for step, *_ in expected] == [1, 2, 3, 4]
+    for folder in ("zero", "both"):
+        for found, right in zip(losses(tmp_path / folder), expected, strict=True):
+            if folder == "zero" or dtype == "float32":
+                assert found == pytest.approx(right, rel=tolerance), folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parallel.tp", "2"], "parallel.tp=2: the DeepSpeed engine splits data and experts only"),
+        (["--deepspeed.zero_stage", "3"], "deepspeed.zero_stage=3: use 0, 1 or 2"),
+        (["--deepspeed.config", "none.json"], "deepspeed.config=none.json: cannot be read"),
+        (["--parallel.ep", "3"], "parallel.ep=3"),
+    ],
+)
+def test_what_cannot_be_is_one_line(run: Run, options: list[str], message: str) -> None:
+    ended = run("run", "--engine", "deepspeed", *options)
+    assert ended.codes == [env.CONFIG] * 2
+    assert [line for line in ended.errors if line.startswith("error: ")] == [
+        next(line for line in ended.errors if message in line)
+    ]
