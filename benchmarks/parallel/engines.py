@@ -1,0 +1,169 @@
+"""Trains one model with every engine, and prints whether each equals one process.
+
+    python benchmarks/parallel/engines.py [WORD ...]
+
+Each engine trains 20 fp32 steps on two forked gloo ranks: the same weights, the same tokens, AdamW, clipping, and the
+global-batch loss with estimator "exact". Words select the engines whose names contain all of them. DeepSpeed takes part
+if it is installed (`make engines` installs it). The exit status is 1 if an engine exceeds the limit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import checkout  # noqa: F401
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.shared.options import Parser
+from benchmarks.shared.records import facts_line
+from equimoe.moe.balance import counting_pass
+from equimoe.moe.engines import Engine, build_engine
+from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh, token_losses
+from tests.helpers import trained
+from tests.helpers.fork import run_ranks
+from tests.helpers.recorded import full
+
+STEPS, RATE, MAX_NORM, LIMIT, WORLD = 20, 0.01, 1.0, 1e-5, 2
+
+#: the loss and the gradient norm of every step, and the parameters after the last one
+Run = tuple[list[float], list[float], dict[str, Tensor]]
+
+
+def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable.values(), lr=RATE, weight_decay=0.1)
+
+
+def mean_over_tokens(losses: list[Tensor]) -> float:
+    """The mean loss per token of a step, over all ranks."""
+    total = torch.stack([part.sum() for part in losses]).sum().double().reshape(1)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total) / (trained.SEQUENCES * trained.LENGTH)
+
+
+def with_engine(build: Callable[[nn.Module, Mesh | None], Engine], ep: int, micro_batches: int, *rank: int) -> Run:
+    trained.MICRO_BATCHES = micro_batches
+    mesh = build_mesh(ParallelConfig(ep=ep)) if rank else None
+    model = trained.make().float()
+    engine = build(model, mesh)
+    results = [engine.step(trained.batches(mesh, step), RATE) for step in range(STEPS)]
+    parameters = {
+        name.removeprefix("model."): full(value) for name, value in engine.state().items() if name.startswith("model.")
+    }
+    return [mean_over_tokens(r.losses) for r in results], [float(r.norm) for r in results], parameters
+
+
+def torch_engine(model: nn.Module, mesh: Mesh | None) -> Engine:
+    return build_engine(model, mesh, adamw, max_norm=MAX_NORM)
+
+
+def fsdp_engine(ep: int, micro_batches: int, rank: int, world: int) -> Run:
+    trained.MICRO_BATCHES = micro_batches
+    mesh = build_mesh(ParallelConfig(ep=ep, data_parallel="fsdp"))
+    return with_engine(lambda model, _: build_engine(model, mesh, adamw, max_norm=MAX_NORM), ep, micro_batches, rank)
+
+
+def deepspeed_engine(stage: int, model: nn.Module, mesh: Mesh | None) -> Engine:
+    from equimoe.moe.engines.deepspeed import build_deepspeed_engine
+
+    passes = trained.MICRO_BATCHES
+    size = trained.SEQUENCES // WORLD // passes
+    return build_deepspeed_engine(
+        model, mesh, adamw, zero_stage=stage, max_norm=MAX_NORM, micro_batch=size, micro_batches=passes
+    )
+
+
+def plain_loop(wrap: Callable[[nn.Module], nn.Module], micro_batches: int, rank: int, world: int) -> Run:
+    """A training loop of torch's own, without an engine of this package."""
+    trained.MICRO_BATCHES = micro_batches
+    warnings.filterwarnings("ignore", message="MoE: the load is counted over all")
+    mesh = build_mesh(ParallelConfig())
+    original = trained.make().float()
+    model = wrap(original)
+    optimizer = adamw(dict(model.named_parameters()))
+    losses, norms = [], []
+    for step in range(STEPS):
+        batches = trained.batches(mesh, step)
+        with counting_pass():
+            for batch in batches:
+                model(batch.inputs)
+        parts = []
+        for batch in batches:
+            parts.append(token_losses(model(batch.inputs), batch.labels))
+            valid = (batch.labels != IGNORED).sum()
+            (parts[-1].sum() / valid / micro_batches).backward()
+        norms.append(float(full(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(mean_over_tokens([part.detach() for part in parts]))
+    return losses, norms, {name: full(p.detach()) for name, p in original.named_parameters()}
+
+
+def engines() -> dict[str, Callable[..., Run]]:
+    """Name -> function of (rank, world)."""
+    found: dict[str, Callable[..., Run]] = {}
+    for passes in (1, 2):
+        found[f"DistributedDataParallel, accumulation {passes}"] = partial(plain_loop, DistributedDataParallel, passes)
+        found[f"FSDP2, accumulation {passes}"] = partial(plain_loop, fully_shard, passes)
+        for ep in (1, 2):
+            where = f"ep {ep}, accumulation {passes}"
+            found[f"this package's engine, ddp, {where}"] = partial(with_engine, torch_engine, ep, passes)
+            found[f"this package's engine, fsdp, {where}"] = partial(fsdp_engine, ep, passes)
+            for stage in (0, 1, 2):
+                build = partial(deepspeed_engine, stage)
+                found[f"DeepSpeed, ZeRO {stage}, {where}"] = partial(with_engine, build, ep, passes)
+    if importlib.util.find_spec("deepspeed") is None:
+        found = {name: run for name, run in found.items() if not name.startswith("DeepSpeed")}
+        print("DeepSpeed is not installed, so it takes no part; `make engines` installs it\n")
+    return dict(sorted(found.items()))
+
+
+def error(found: list[float], right: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; return the number of engines that exceed the limit."""
+    parser = Parser(__doc__)
+    chosen = parser.choose(engines(), argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)
+    print(f"{facts_line()}, gloo\n")
+    print(f"largest relative error compared with one process, {STEPS} steps; limit {LIMIT:.0e}\n")
+    print(f"{'engine':<52} {'loss':>8} {'norm':>8} {'parameters':>10} {'s':>6}")
+    right = {passes: with_engine(torch_engine, 1, passes) for passes in (1, 2)}
+    bad = 0
+    for name, run in chosen.items():
+        start = time.perf_counter()
+        expected = right[int(name[-1])]
+        found: list[Any] = run_ranks(run, WORLD, timeout=300)
+        loss, norm = (max(error(each[part], expected[part]) for each in found) for part in (0, 1))
+        weights = max(trained.worst(each[2], expected[2])[0] for each in found)
+        wrong = not max(loss, norm, weights) < LIMIT
+        bad += wrong
+        seconds = time.perf_counter() - start
+        row = f"{name:<52} {loss:>8.1e} {norm:>8.1e} {weights:>10.1e} {seconds:>6.1f}"
+        print(f"{row}{'  NOT EQUAL' * wrong}", flush=True)
+    print(f"\n{len(chosen) - bad} of {len(chosen)} engines equal one process")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(), 1))
