@@ -24,13 +24,14 @@ SPEC := setup.py pyproject.toml constraints.txt
 # no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow check types kernels bench measure balance clean
+.PHONY: help train test test-slow engines check types kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
 	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
+	@echo "make engines run the tests with DeepSpeed and other foreign engines, about 3 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
 	@echo "make bench   compare one layer with other libraries  [ARGS=...]"
@@ -52,10 +53,13 @@ train: $(VENV)/.stamp-train
 PYTEST = $(PY) $(if $(strip $(ARGS)),-m pytest,tests/side_by_side.py)
 
 test: $(VENV)/.stamp-dev
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not engines" $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev
 	$(PYTEST) -m slow $(ARGS)
+
+engines: $(VENV)/.stamp-engines
+	$(PY) -m pytest tests/engines -m engines $(ARGS)
 
 check: types
 	$(PY) -m ruff check .
@@ -106,6 +110,11 @@ $(VENV)/.stamp-train: $(SPEC) | $(VENV)/bin/python
 $(VENV)/.stamp-dev: $(VENV)/.stamp-train
 	@echo "installing what the tests need (once)"
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.stamp-engines: $(VENV)/.stamp-dev
+	@echo "installing the engines (once)"
+	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev,engines]'
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev

@@ -190,6 +190,9 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
     for document in (*documents, *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
             found = target.startswith("https://arxiv.org/") or (document.parent / target).exists()
+            if target.startswith("#"):
+                titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+                found = target[1:] in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert found, f"{document}: {target}"
 
 
@@ -318,7 +321,7 @@ def make(tmp_path: Path):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     os.symlink("/bin/echo", tmp_path / ".venv" / "bin" / "python")  # shows what would run
-    for stamp in ("train", "dev", "bench"):
+    for stamp in ("train", "dev", "bench", "engines"):
         (tmp_path / ".venv" / f".stamp-{stamp}").touch()
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -344,9 +347,11 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
 
 
 def test_make_runs_fast_and_slow_tests_apart(make) -> None:
-    assert "\n-m pytest -m not slow -k routing\n" in make("test", "ARGS=-k routing")[1]
+    fast = "not slow and not engines"
+    assert f"\n-m pytest -m {fast} -k routing\n" in make("test", "ARGS=-k routing")[1]
     assert "\n-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
-    assert "\ntests/side_by_side.py -m not slow\n" in make("test")[1]
+    assert f"\ntests/side_by_side.py -m {fast}\n" in make("test")[1]
+    assert "\n-m pytest tests/engines -m engines -k zero\n" in make("engines", "ARGS=-k zero")[1]
     assert "\ntests/side_by_side.py -m slow\n" in make("test-slow")[1]
 
 
@@ -377,8 +382,8 @@ def test_either_process_can_fail_the_suite(
     assert verdicts[place] == "FAILED with exit code 3" and verdicts[1 - place] == "passed"
 
 
-@pytest.mark.parametrize("failing", ["nothing", "-m not slow", "-m slow", "ruff", "mypy"])
-def test_a_change_passes_if_both_kinds_of_tests_and_the_checks_do(make, tmp_path: Path, failing: str) -> None:
+@pytest.mark.parametrize("failing", ["nothing", "-m not slow and not engines", "-m slow", "-m engines", "ruff", "mypy"])
+def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path: Path, failing: str) -> None:
     python = tmp_path / ".venv" / "bin" / "python"
     python.unlink()
     python.write_text(f'#!/bin/sh\ncase " $* " in *" {failing} "*) exit 1 ;; esac\n')
@@ -386,9 +391,10 @@ def test_a_change_passes_if_both_kinds_of_tests_and_the_checks_do(make, tmp_path
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
-    lines = done.stdout.splitlines()[-3:]
-    failed = {"-m not slow": "test", "-m slow": "test-slow", "ruff": "check", "mypy": "check"}.get(failing)
-    assert [line.split()[1] for line in lines] == ["test", "test-slow", "check"]
+    lines = done.stdout.splitlines()[-4:]
+    failed = {"-m not slow and not engines": "test", "-m slow": "test-slow", "-m engines": "engines"}.get(failing)
+    failed = "check" if failing in ("ruff", "mypy") else failed
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "check"]
     assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
     assert (done.returncode == 0) == (failed is None)
 
