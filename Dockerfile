@@ -20,7 +20,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 FROM ${DEVICE}
 ARG TORCH=torch==2.13.0
 ARG TORCH_ARGS=
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 \
+    OMP_WAIT_POLICY=passive THP_MEM_ALLOC_ENABLE=1
 
 WORKDIR /opt/equimoe
 # torch is the large layer: it is made again only when the pins change

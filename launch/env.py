@@ -112,6 +112,10 @@ def claim(device: torch.device, process: Process, store: dist.Store) -> None:
         raise ValueError(_too_many(process.local_world, "has one GPU for several of them"))
 
 
+#: for the ranks of a CPU: threads that wait give their core to others, and large tensors use huge pages
+CPU_SETTINGS = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
 def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     """Run a module on ``processes`` local ranks with torchrun, and exit with the code of the rank that failed first.
 
@@ -121,6 +125,8 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    for name, value in CPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
     logging.disable(logging.ERROR)  # torchrun's failure log would follow the rank's own error line
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
