@@ -185,7 +185,10 @@ class DeepSpeedEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers what ZeRO shards."""
         found = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
         found |= self._zero_state() if self._zero else training_state(self._trained_parameters(), self._optimizer, {})
-        found = {key: self._logical(key, value) for key, value in found.items()}
+        for name in self.parameters:
+            for key in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):
+                if key in found:
+                    found[key] = self._logical(name, found[key])
         biases = [(n, b) for n, b in self.parts[0].named_buffers() if n.endswith("router.bias_E")]
         return found | {f"model.{name}": bias_E for name, bias_E in biases}
 
@@ -237,14 +240,11 @@ class DeepSpeedEngine:
     def _trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.parameters.items() if name in self._trained}
 
-    def _logical(self, key: str, value: Tensor) -> Tensor:
-        """A tensor of a rank's experts as part of the whole; any other unchanged."""
-        if self._mesh is None or self._mesh["ep"].size == 1 or value.dim() == 0 or not self._experts(key):
+    def _logical(self, name: str, value: Tensor) -> Tensor:
+        """Return a tensor of the parameter ``name`` as part of the whole: a rank's experts are a shard of all."""
+        if self._mesh is None or self._mesh["ep"].size == 1 or not is_moe_param(self.parameters[name]):
             return value
         return DTensor.from_local(value, self._mesh.expert["ep"], [Shard(0)], run_check=False)
-
-    def _experts(self, key: str) -> bool:
-        return any(name in key for name, p in self.parameters.items() if is_moe_param(p))
 
     def _forget(self) -> None:
         """Drop the gradients of a step that is not taken."""
