@@ -15,9 +15,8 @@ RUN_DIR ?= runs/quickstart
 ARGS ?=
 
 export OMP_NUM_THREADS ?= 1
-# on a CPU: threads that wait give their core to others, and large tensors use huge pages
+# on a CPU, threads that wait give their core to others
 export OMP_WAIT_POLICY ?= passive
-export THP_MEM_ALLOC_ENABLE ?= 1
 export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

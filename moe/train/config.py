@@ -156,6 +156,12 @@ class DeepSpeedConfig:
             self.zero_stage,
             "use 0, 1 or 2; stage 3 would overwrite one rank's experts with another's",
         )
+        require(
+            self.config is None or self.config.strip() != "",
+            "deepspeed.config",
+            self.config,
+            "is empty; give a JSON file, or leave it out",
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the content of ``config``. Raises ValueError if it cannot be read."""
