@@ -173,7 +173,7 @@ def draw_estimator(run: Run, style: Style) -> Drawn | str:
 
 
 def draw_straggler(run: Run, style: Style) -> Drawn | str:
-    """Draw the busiest rank's rows over the mean, measured and projected, and the estimated waiting time."""
+    """Draw the rows of the busiest rank relative to the mean (measured and projected), and the estimated waiting."""
     records = [record for record in run.train if record.get("layers")]
     factor, waiting = numbers(records, "straggler"), numbers(records, "waiting")
     degrees = _names(records, "projected_straggler")

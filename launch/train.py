@@ -100,7 +100,7 @@ def _read_corpus(config: TrainConfig) -> Corpus:
     vocabulary = config.model.vocab_size
     if vocabulary is not None and vocabulary < corpus.vocab_size:
         raise ValueError(
-            f"model.vocab_size={vocabulary}: must be at least the tokenizer's {corpus.vocab_size}; leave it out"
+            f"model.vocab_size={vocabulary}: is less than the tokenizer's {corpus.vocab_size} tokens; leave it out"
         )
     return corpus
 
@@ -151,7 +151,7 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
     print(f"text: {_source(config.data)}")
-    print(f"trained on: {short_count(kept)} tokens ({_sizes(corpus.train)})")
+    print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
     print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
     for note in corpus.notes:
         print(f"note: {note}")
@@ -184,7 +184,7 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     records = read_records(run_dir / METRICS_FILE)
     bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
     trained = [record for record in records if record["kind"] == "train"][-1]
-    print("\nheld-out loss (nats per token), compared with a bigram model of the same training tokens:")
+    print("\nheld-out loss (nats per token), compared with a bigram model of the whole training text:")
     rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
     for domain, loss in rows:
         print(f"  {domain:<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")

@@ -233,7 +233,7 @@ def check_all(bench: Bench, steps: dict[str, Step], context: Context, watch: Wat
 
 
 def gate(shape: Shape, context: Context) -> dict[str, Any]:
-    """Check every op at a reduced size with skewed routing, before time is spent on measurements."""
+    """Check every op at a reduced size with skewed routing, and return the errors; this precedes the measurements."""
     bench = Bench(reduced(shape, context.device), context, routing="zipf")
     return check_all(bench, steps_of(bench, context)[0], context, Watch(bench.inputs()))
 

@@ -177,7 +177,7 @@ def find(given: Sequence[str]) -> dict[str, Callable[..., Contestant]]:
         name, _, text = one.partition("=")
         path = Path(text).expanduser().resolve()
         if not name or not text or not path.exists():
-            raise ValueError(f"--peer {one}: give NAME=PATH, an existing checkout or Python file")
+            raise ValueError(f"--peer {one}: give NAME=PATH with the path of an existing checkout or Python file")
         if path.is_file():
             builders[name] = _from_file(name, path)
         elif any(known.split()[0] == name for known in KNOWN):

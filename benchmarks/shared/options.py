@@ -67,7 +67,7 @@ def _path(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """Parse a writable folder, and create it if it does not exist."""
+    """Parse the path of a folder to write to, and create the folder if it does not exist."""
     path = _path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def folder(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """Parse a writable file, and create its folder if it does not exist."""
+    """Parse the path of a file to write, and create its folder if it does not exist."""
     path = _path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: is a folder; give a file")

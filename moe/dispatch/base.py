@@ -66,9 +66,9 @@ class Dispatcher(ABC):
     ) -> Tensor:
         """Return each row's weighted sum over this rank's experts [S, D].
 
-        ``ids_SK`` are slots of this rank, from 0; -1 is no choice. Under expert tensor parallelism, the rows of all etp
-        ranks are gathered on each, and the partial results are reduce-scattered; ``sizes_of`` returns each rank's
-        number of rows.
+        ``ids_SK`` has this rank's slots, counted from 0; -1 means no choice. Under expert tensor parallelism, the rows
+        of all etp ranks are gathered on each, and the partial results are reduce-scattered; ``sizes_of`` returns each
+        rank's number of rows.
         """
         sizes = sizes_of(rows_SD, self.etp)
         if self.etp.size > 1:

@@ -56,7 +56,7 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
-        """Return the loss of each position [B, S] in this rank's part of each batch; zero where not valid.
+        """Return, for each batch, the loss of every position [B, S] of this rank's part; zero where the mask is False.
 
         Runs forwards only and changes no state.
         """

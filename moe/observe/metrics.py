@@ -156,8 +156,8 @@ def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
 def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """Yield the TensorBoard tags and greyscale pictures (values from 0 to 1) of a record.
 
-    There is one picture per layer. It has a row per domain and a cell per expert, which is black if the domain never
-    chooses the expert and white from four times the uniform share.
+    There is one picture per layer, with a row per domain and a column per expert. A cell is black if the domain never
+    chooses the expert, and white if it does so at least four times as often as with uniform routing.
     """
     routing = record.get("routing") if record["kind"] == "eval" else None
     for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):

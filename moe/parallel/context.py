@@ -222,7 +222,7 @@ class _GradientReturn(Protocol):
 
 @dataclass(frozen=True)
 class _KVExchange:
-    """How K and V reach every rank (own first, then backwards around the ring), and how their gradients return."""
+    """How a rank gets all ranks' K and V (its own, then those of its predecessors), and returns their gradients."""
 
     sources: Callable[[Sequence[Tensor], Axis], Iterator[tuple[int, Sequence[Tensor]]]]
     gradients: Callable[[Axis], _GradientReturn]

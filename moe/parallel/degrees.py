@@ -33,7 +33,7 @@ class ParallelConfig:
     tp: int = 1
     #: replicas of each expert
     edp: int = -1
-    #: ranks that the experts are distributed over; -1 together with edp=-1: see :meth:`resolve`
+    #: ranks that the experts are distributed over; -1 (with edp=-1): as many as divide the experts evenly
     ep: int = 1
     #: ranks that split each expert's width
     etp: int = 1

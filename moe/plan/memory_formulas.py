@@ -222,7 +222,7 @@ class _Activations:
         self.hidden = self.c * config.moe.hidden_size * self.t
 
     def of_stage(self) -> int:
-        """Bytes of all blocks of this rank, their inputs, and the head."""
+        """Bytes that all blocks of this rank save, with their inputs, and those of the head."""
         inputs, part = len(self.part.blocks), self.part
         total = sum(self.of_block(block) for block in part.blocks)
         if part.num_stages > 1:  # a stage keeps its output until the backward pass
@@ -230,7 +230,7 @@ class _Activations:
         return total + inputs * self.hidden + part.last * self._head()
 
     def of_block(self, block: int) -> int:
-        """Bytes of a block without its input: both halves, the hidden states between them, and the norms."""
+        """Bytes that a block saves besides its input: attention, feed-forward, norms and the states between them."""
         again, is_moe = self._again(block), _is_moe(self.config, block)
         if again == "block":
             return self._kept() * is_moe

@@ -199,7 +199,7 @@ class Recorder(TorchDispatchMode):
     # ---- memory
 
     def peak(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the bytes of each kind at the peak of the total, and at the peak of each kind.
+        """Return two dicts of bytes by kind: at the moment when the total peaks, and each kind at its own peak.
 
         Optimizer state is counted as present from the start, although the first step only creates it at its end.
         """

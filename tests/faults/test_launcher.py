@@ -140,4 +140,4 @@ def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -
         (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}" + "many words " * 3000)
     options = ["--data.path", "texts", "--data.builtin_bytes_per_domain", "1000", "--dry-run"]
     out = launch(options, cwd=tmp_path).out[0]
-    assert "text: texts\ntrained on: 64.7k tokens (text 64.7k)\nheld out: 1.32k tokens, 2.0% (text 1.32k)\n" in out
+    assert "text: texts\ntraining: 64.7k tokens (text 64.7k)\nheld out: 1.32k tokens, 2.0% (text 1.32k)\n" in out
