@@ -6,7 +6,7 @@ The model has MoE layers with the global-batch loss (estimator "exact") and weig
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,46 @@ def test_deepspeeds_own_checkpoint(stage: int, tmp_path: Path) -> None:
     assert names == {f"{prefix}gate_up_proj", f"{prefix}down_proj"}
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeeds_own_checkpoint_with_experts_split_otherwise(stage: int, tmp_path: Path) -> None:
+    """The weights load; the optimizer's state, in which each rank would find other experts, is refused."""
+
+    def rank_main(rank: int, world: int) -> None:
+        mesh, flat = build_mesh(ParallelConfig(ep=2)), build_mesh(ParallelConfig(ep=1))
+        engine, again = deepspeed_engine(mesh, stage), deepspeed_engine(flat, stage)
+        trajectory(engine, mesh, 1)
+        engine.deepspeed.save_checkpoint(str(tmp_path), tag="one")
+        with pytest.raises(
+            ValueError, match="saved with experts split as .'ep_size_2'., .*load_optimizer_states=False"
+        ):
+            again.deepspeed.load_checkpoint(str(tmp_path), tag="one")
+        again.deepspeed.load_checkpoint(str(tmp_path), tag="one", load_optimizer_states=False)
+        saved = whole_state(engine)
+        for found in (again.parameters, whole_state(again)):
+            for name, value in found.items():
+                key = name if name.startswith(("model.", "optimizer.")) else f"model.{name}"
+                assert key.startswith("optimizer.") or torch.equal(value, saved[key]), key
+
+    run_ranks(rank_main, 2)
+
+
+def test_zero_refuses_to_save_without_an_optimizers_own_state() -> None:
+    """What it gathers are the moments of AdamW. The momentum of SGD would be missing after a restart."""
+
+    def rank_main(rank: int, world: int) -> None:
+        for momentum, stage in ((0.0, 1), (0.9, 0), (0.9, 1)):
+            sgd = partial(torch.optim.SGD, momentum=momentum)
+            engine = build_deepspeed_engine(model(), None, lambda p, sgd=sgd: sgd(p.values()), zero_stage=stage)
+            trajectory(engine, None, 1)
+            if momentum and stage:
+                with pytest.raises(ValueError, match="SGD: .* would lose momentum_buffer; use AdamW, or zero_stage=0"):
+                    engine.state()
+            else:
+                assert any("momentum_buffer" in key for key in engine.state()) == bool(momentum)
+
+    run_ranks(rank_main, 1)
+
+
 def test_frozen_weights_stay_and_their_set_is_fixed() -> None:
     def rank_main(rank: int, world: int) -> Any:
         mesh, whole = build_mesh(ParallelConfig(ep=2)), model()
@@ -221,6 +261,26 @@ def test_frozen_weights_stay_and_their_set_is_fixed() -> None:
         trained.freeze(whole, lambda name: name.endswith("router.weight"), frozen=False)
         with pytest.raises(ValueError, match="router.weight: was frozen or unfrozen"):
             engine.step(trained.batches(mesh), RATE)
+
+    run_ranks(rank_main, 2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_only_experts_are_frozen(stage: int) -> None:
+    """ZeRO 0 trains the rest; the others need an expert that trains, and say so."""
+
+    def rank_main(rank: int, world: int) -> None:
+        whole, mesh = model(), build_mesh(ParallelConfig(ep=2))
+        trained.freeze(whole, lambda name: "experts" in name)
+        if stage:
+            with pytest.raises(ValueError, match=f"zero_stage={stage}: all experts are frozen.*zero_stage=0"):
+                build_deepspeed_engine(whole, mesh, adamw, zero_stage=stage)
+            return
+        engine = build_deepspeed_engine(whole, mesh, adamw, zero_stage=stage, micro_batch=2, micro_batches=2)
+        before = {name: p.clone() for name, p in engine.parameters.items()}
+        trajectory(engine, mesh, 1)
+        still = {name for name, p in engine.parameters.items() if torch.equal(p, before[name])}
+        assert still == {name for name in before if "experts" in name}
 
     run_ranks(rank_main, 2)
 

@@ -33,7 +33,7 @@ from ..inputs import count_tokens, evaluation_mode, local_batches
 from ..reduce import Reducer
 from ..runners import Precision, WholeModel
 from .config import build_config, check_degrees
-from .experts import adopt_experts, split_groups
+from .experts import adopt_experts, check_experts, refuse_other_ep, split_groups
 
 
 def build_deepspeed_engine(
@@ -75,10 +75,12 @@ def build_deepspeed_engine(
         parallelize(model, mesh)
     adopt_experts(model, 1 if mesh is None else mesh["ep"].size, float(world.size))
     parameters = dict(model.named_parameters())
+    check_experts(parameters.values(), zero_stage)
     made = optimizer({name: p for name, p in parameters.items() if p.requires_grad})
     split_groups(made)
     _join(device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
+    refuse_other_ep(made)
     runner = _Runner(engine, mesh, loss, precision, float(world.size))
     balance = StepBalance([Step.of(model)], exact)
     return DeepSpeedEngine(model, parameters, mesh, engine, made, runner, balance, device, zero_stage, max_norm)
@@ -196,6 +198,7 @@ class DeepSpeedEngine:
         """The fp32 weights and AdamW's moments of which every rank holds a part, whole."""
         found: dict[str, Tensor] = {}
         steps = self._steps()
+        self._check_moments()
         if steps:
             self._link()
         for name, parameter in self._trained_parameters().items():
@@ -211,6 +214,15 @@ class DeepSpeedEngine:
         the other groups have no moments yet."""
         self.deepspeed.optimizer._hp_optimizer_states_linked = False
         self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _check_moments(self) -> None:
+        """Raise ValueError if the optimizer keeps something else than AdamW's moments."""
+        kept = {key for state in self._optimizer.state.values() for key, value in state.items() if value is not None}
+        if other := sorted(kept - {"step", "exp_avg", "exp_avg_sq"}):
+            raise ValueError(
+                f"{type(self._optimizer).__name__}: a checkpoint with ZeRO holds the moments of AdamW, and would lose "
+                f"{other[0]}; use AdamW, or zero_stage=0"
+            )
 
     def _steps(self) -> int:
         """How many updates the optimizer has made."""

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -43,6 +44,16 @@ def adopt_experts(model: nn.Module, ep: int, ranks: float) -> None:
         layer.register_load_state_dict_pre_hook(_stack)
 
 
+def check_experts(parameters: Iterable[nn.Parameter], zero_stage: int) -> None:
+    """Raise ValueError if ZeRO would have no expert to train: it needs a parameter group of experts."""
+    experts = [p for p in parameters if is_moe_param(p)]
+    if zero_stage and experts and not any(p.requires_grad for p in experts):
+        raise ValueError(
+            f"deepspeed.zero_stage={zero_stage}: all experts are frozen, and DeepSpeed's ZeRO cannot hold a model with "
+            "experts of which it trains none; set deepspeed.zero_stage=0, or use engine='torch'"
+        )
+
+
 def split_groups(optimizer: Optimizer) -> None:
     """Give experts parameter groups of their own, which DeepSpeed needs, with the settings that they have."""
     named = [{"name": f"group {i}", **group} for i, group in enumerate(optimizer.param_groups)]
@@ -64,6 +75,26 @@ class Known:
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )
+
+
+def refuse_other_ep(optimizer: Optimizer) -> None:
+    """Have ``optimizer`` refuse the state of a checkpoint whose experts were split over another number of ranks.
+
+    DeepSpeed would give each rank the weights and moments that the rank of the same number saved: of other experts.
+    """
+
+    def check(optimizer: Optimizer, state: dict[str, Any]) -> None:
+        found, own = (
+            {g["name"] for g in groups if g.get("moe")} for groups in (state["param_groups"], optimizer.param_groups)
+        )
+        if found != own:
+            raise ValueError(
+                f"load_checkpoint: saved with experts split as {sorted(found)}, but here they are {sorted(own)}, "
+                "and DeepSpeed cannot split the optimizer's state again; keep the expert parallelism, or load only the "
+                "weights: load_checkpoint(..., load_optimizer_states=False)"
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
 
 
 def _split(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
