@@ -81,10 +81,13 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
 
     def torchrun(arguments: list[str]) -> None:
         assert arguments == ["--standalone", "--nproc-per-node=2", "-m", "some.module", "--steps", "3"]
+        assert os.environ["OMP_WAIT_POLICY"] == "active" and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
         found = {rank: ProcessFailure(rank, 1, code, "<N/A>") for rank, code in failures.items()}
         if found:
             raise ChildFailedError("some.module", found)
 
+    # a copy, which the settings of the ranks may change; the user's own setting is kept
+    monkeypatch.setattr("os.environ", {**os.environ, "OMP_WAIT_POLICY": "active"})
     monkeypatch.setattr("torch.distributed.run.main", torchrun)
     monkeypatch.setattr("logging.disable", lambda level: None)
     with pytest.raises(SystemExit) as stop:
