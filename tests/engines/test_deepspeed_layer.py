@@ -170,3 +170,11 @@ def test_what_the_layer_lacks_is_refused(how: dict[str, Any], message: str) -> N
         MoE(D, nn.Linear(D, D), **{"num_experts": E} | how)
     with pytest.raises(ValueError, match="call deepspeed.initialize first"):
         MoE(D, nn.Linear(D, D), num_experts=E, ep_size=2)(data(0))
+
+
+def test_experts_that_the_ranks_cannot_split_are_refused() -> None:
+    def rank_main(rank: int, world: int) -> None:
+        with pytest.raises(ValueError, match="ep_size=2: must divide the number of ranks, 1"):
+            train(MoE, rank, world, stage=1, ep=2, passes=1, k=1)
+
+    run_ranks(rank_main, 1)

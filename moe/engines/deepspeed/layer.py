@@ -206,9 +206,11 @@ class MoE(Known, EquiMoE, _NotBuilt):
             self.balancer.step.engine = weakref.ref(caller)  # type: ignore[attr-defined]
         if groups.mpu is not None:
             raise ValueError("mpu: this layer has no tensor parallelism of DeepSpeed's; leave mpu out")
+        tokens = world_axis()
+        if tokens.size % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size}: must divide the number of ranks, {tokens.size}; change either")
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         ep = axis_of("ep", groups._get_expert_parallel_group(self.expert_group_name))
-        tokens = world_axis()
         self.place(Placement(tokens=tokens, ep=ep, gradient_scale=float(tokens.size)))
 
     def forward(  # type: ignore[override]
