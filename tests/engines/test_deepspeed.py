@@ -297,7 +297,15 @@ def test_only_experts_are_frozen(stage: int) -> None:
         ({"fp16": {"enabled": True}}, {}, "fp16.enabled=True"),
         ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True .* dtype='bfloat16'"),
         ({"optimizer": {"type": "Adam"}}, {}, "optimizer in the DeepSpeed configuration"),
+        ({"bfloat16": {"enabled": True}}, {}, "bfloat16.enabled=True"),
+        ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast in the DeepSpeed configuration: the training loop"),
+        ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size=2"),
+        ({"zero_optimization": True}, {}, "zero_optimization=True .* must be an object"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, "offload_optimizer"),
+        ({"zero_optimization": {"cpu_offload": True}}, {}, "zero_optimization.cpu_offload=True .* leave it out"),
+        ({"zero_optimization": {"contiguous_gradients": False}}, {}, "contiguous_gradients=False .* set it to True"),
+        ({"zero_optimization": {"reduce_scatter": False}}, {}, "reduce_scatter=False .* set it to True"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, {}, "round_robin_gradients=True .* set it to False"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings: dict[str, Any], how: dict[str, Any], message: str) -> None:
@@ -326,7 +334,9 @@ def test_a_setting_is_passed_on(tmp_path: Path) -> None:
     from equimoe.moe.train.config import DeepSpeedConfig
 
     path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1234}, "gradient_clipping": "auto"}))
+    auto = {"gradient_clipping": "auto", "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}
+    passed = {"zero_optimization": {"reduce_bucket_size": 1234, "contiguous_gradients": "auto"}, **auto}
+    path.write_text(json.dumps(passed))
 
     def rank_main(rank: int, world: int) -> int:
         settings = DeepSpeedConfig(config=str(path)).settings()

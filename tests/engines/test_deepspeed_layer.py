@@ -170,3 +170,28 @@ def test_what_the_layer_lacks_is_refused(how: dict[str, Any], message: str) -> N
         MoE(D, nn.Linear(D, D), **{"num_experts": E} | how)
     with pytest.raises(ValueError, match="call deepspeed.initialize first"):
         MoE(D, nn.Linear(D, D), num_experts=E, ep_size=2)(data(0))
+
+
+def test_experts_that_the_ranks_cannot_split_are_refused() -> None:
+    def rank_main(rank: int, world: int) -> None:
+        with pytest.raises(ValueError, match="ep_size=2: must divide the number of ranks, 1"):
+            train(MoE, rank, world, stage=1, ep=2, passes=1, k=1)
+
+    run_ranks(rank_main, 1)
+
+
+@pytest.mark.parametrize(("factor", "least", "rows"), [(0.01, 4, 4), (1.0, 1, 63)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_capacity_is_deepspeeds(factor: float, least: int, rows: int, masked: bool) -> None:
+    """Masked tokens count, as in DeepSpeed, and ``min_capacity`` is not rounded up."""
+
+    def rank_main(rank: int, world: int) -> int:
+        experts, tokens = 3, 187
+        layer = MoE(D, nn.Identity(), experts, k=1, capacity_factor=factor, min_capacity=least)
+        nn.init.zeros_(layer.router.weight)
+        with torch.no_grad():
+            layer.router.weight[0] = 1.0
+        used = torch.arange(tokens) < 100 if masked else None
+        return int(layer(torch.ones(tokens, D), used)[0].any(1).sum())
+
+    assert run_ranks(rank_main, 1) == [rows]

@@ -7,7 +7,17 @@ from typing import Any
 from ...parallel import ParallelConfig
 
 #: sections that would replace what the training loop does
-_OURS = ("optimizer", "scheduler", "pipeline", "tensor_parallel", "expert_parallel")
+_OURS = ("optimizer", "scheduler", "pipeline", "tensor_parallel", "expert_parallel", "torch_autocast")
+#: precisions of DeepSpeed's; "bfloat16" is an old name of "bf16"
+_PRECISIONS = ("fp16", "bf16", "bfloat16", "amp")
+#: the only value of fields of ``zero_optimization`` with which ZeRO handles experts and their moments correctly
+_ZERO = {
+    "contiguous_gradients": True,
+    "reduce_scatter": True,
+    "round_robin_gradients": False,
+    "cpu_offload": False,
+    "cpu_offload_params": False,
+}
 
 
 def check_degrees(degrees: ParallelConfig | None) -> None:
@@ -45,25 +55,41 @@ def build_config(
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": max_norm if zero_stage else 0.0,
     }
-    zero = dict(settings.get("zero_optimization") or {})
+    given = settings.get("zero_optimization") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"zero_optimization={given} in the DeepSpeed configuration: must be an object, or left out")
+    zero = dict(given)
+    _check_zero(zero)
     _agree("zero_optimization.stage", zero.get("stage", zero_stage), zero_stage, "deepspeed.zero_stage")
     for name, value in own.items():
         expected = max_norm if name == "gradient_clipping" else value
         _agree(name, settings.get(name, expected), expected, _SOURCES[name])
-    for name in ("fp16", "bf16", "amp"):
-        if (settings.get(name) or {}).get("enabled"):
+    for name in _PRECISIONS:
+        if (settings.get(name) or {}).get("enabled") not in (None, False, "auto"):
             raise ValueError(
                 f"{name}.enabled=True in the DeepSpeed configuration: it would round the routers' weights, which sends "
                 "tokens to other experts; leave it out, and set dtype='bfloat16' for products in bfloat16"
             )
+    settings = {name: value for name, value in settings.items() if name not in _PRECISIONS}
+    _agree("sequence_parallel_size", settings.get("sequence_parallel_size", 1), 1, "the DeepSpeed engine's")
     for name in _OURS:
         if settings.get(name):
             raise ValueError(f"{name} in the DeepSpeed configuration: the training loop has its own; leave it out")
+    defaults = {"steps_per_print": 2**31 - 1, "zero_allow_untested_optimizer": True}
+    return {**defaults, **settings, **own, "zero_optimization": {**zero, "stage": zero_stage}}
+
+
+def _check_zero(zero: dict[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device", "none") != "none":
             raise ValueError(f"zero_optimization.{name} in the DeepSpeed configuration: is not supported; leave it out")
-    defaults = {"steps_per_print": 2**31 - 1, "zero_allow_untested_optimizer": True}
-    return {**defaults, **settings, **own, "zero_optimization": {**zero, "stage": zero_stage}}
+    for name, value in _ZERO.items():
+        if (found := zero.get(name, value)) not in ("auto", value):
+            raise ValueError(
+                f"zero_optimization.{name}={found} in the DeepSpeed configuration: is not supported for models with "
+                f"experts; set it to {value}, or leave it out"
+            )
+        zero.pop(name, None)
 
 
 #: where the values of fields come from

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -206,9 +207,11 @@ class MoE(Known, EquiMoE, _NotBuilt):
             self.balancer.step.engine = weakref.ref(caller)  # type: ignore[attr-defined]
         if groups.mpu is not None:
             raise ValueError("mpu: this layer has no tensor parallelism of DeepSpeed's; leave mpu out")
+        tokens = world_axis()
+        if tokens.size % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size}: must divide the number of ranks, {tokens.size}; change either")
         super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
         ep = axis_of("ep", groups._get_expert_parallel_group(self.expert_group_name))
-        tokens = world_axis()
         self.place(Placement(tokens=tokens, ep=ep, gradient_scale=float(tokens.size)))
 
     def forward(  # type: ignore[override]
@@ -217,11 +220,9 @@ class MoE(Known, EquiMoE, _NotBuilt):
         """Return (output, l_aux, exp_counts)."""
         if self.ep_size > 1 and self.balancer.placed is None:
             raise ValueError(f"ep_size={self.ep_size}: the layer has no groups yet; call deepspeed.initialize first")
-        tokens, k = max(hidden_states.shape[:-1].numel(), 1), self.config.top_k
-        if self.capacity is not None:
-            least = self._min_capacity * self.num_experts / (k * tokens)
-            self.capacity.factor = max(self._capacities[self.training], least)
         mask = None if used_token is None else used_token.bool().view(hidden_states.shape[:-1])
+        if self.capacity is not None:
+            self.capacity.factor = self._factor(hidden_states.shape[:-1].numel(), mask)
         output = super().forward(hidden_states, mask)
         (l_aux, exp_counts), self.balancer.outputs = self.balancer.outputs, None  # type: ignore[attr-defined]
         if self.use_residual:
@@ -229,6 +230,13 @@ class MoE(Known, EquiMoE, _NotBuilt):
             share = F.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * share[..., :1] + other * share[..., 1:]
         return output, l_aux, exp_counts
+
+    def _factor(self, tokens: int, mask: Tensor | None) -> Any:
+        """Return the factor with which experts get the rows that DeepSpeed gives them: masked tokens count."""
+        choices = self.config.top_k / self.num_experts
+        rows = max(math.ceil(self._capacities[self.training] * tokens * choices), self._min_capacity)
+        valid = max(tokens, 1) if mask is None else mask.sum().clamp_min(1)
+        return (rows - 0.5) / (valid * choices)  # the capacity rounds up
 
 
 def _with_deepspeeds_names(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
