@@ -57,7 +57,7 @@ class ModuleExperts(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    """An expert's output, without the bias that some return beside it."""
+    """Return an expert's output; some experts return a tuple of it and a bias."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -86,7 +86,7 @@ class _LossOutput(torch.autograd.Function):
 
 
 class _Balancer(Balancer):
-    """Returns the balance loss beside the layer's output, instead of attaching it to the output."""
+    """Returns the balance loss separately, instead of attaching it to the layer's output."""
 
     #: the loss, and int64 [E] the choices of each expert, of the last forward
     outputs: tuple[Tensor, Tensor] | None = None
