@@ -18,6 +18,7 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo.trace_rules  # noqa: E402, F401  (records torch's functions before a test replaces some)
 import torch.distributed._functional_collectives  # noqa: E402, F401  (forked ranks inherit it)
 
 torch.set_num_threads(1)  # a forked child hangs if the parent has run OpenMP threads
@@ -59,7 +60,7 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make ``torch.empty``, ``torch.empty_like`` and ``Tensor.new_empty`` return poisoned memory.
+    """Make ``torch.empty``, ``torch.empty_like``, ``Tensor.new_empty`` and ``torch.frombuffer`` return poisoned memory.
 
     Uninitialised memory is often zero, so code that reads it can pass its tests by luck. Returns the function that
     poisons one tensor in place.
@@ -77,4 +78,5 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Te
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "frombuffer", poisoned(torch.frombuffer))  # the CPU path's large buffers
     return poison_

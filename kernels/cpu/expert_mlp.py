@@ -20,6 +20,7 @@ from ..activations import ACTIVATIONS
 from ..permute.torch_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
 from .grouped_gemm import rows_of_experts
+from .memory import empty
 
 if TYPE_CHECKING:
     from ..expert_mlp.types import MLPOptions
@@ -55,7 +56,7 @@ class _Rows:
         return F.pad(x_SD, (0, 0, 0, 1)) if self.padded else x_SD
 
     def buffer(self, width: int) -> Tensor:
-        return self.like.new_empty(self.size, width)
+        return empty(self.size, width, like=self.like)
 
     def sum(self, rows_PD: Tensor) -> Tensor:
         """[S, D] the sum over each source row's kept rows."""
@@ -69,7 +70,7 @@ class _Rows:
 
     def new_gradient(self, weight: Tensor) -> Tensor:
         """Memory for the gradient of a stacked weight; zero for experts without rows, else undefined."""
-        grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        grad = empty(*weight.shape, like=weight)
         for expert in set(range(weight.shape[0])) - {expert for expert, _ in self.spans}:
             grad[expert].zero_()
         return grad

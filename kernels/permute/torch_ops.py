@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import readable
+from ..cpu.memory import empty
 from ..sort_by_expert import ExpertOrder
 
 
 def _permute(x_SD: Tensor, order: ExpertOrder, num_rows: int) -> Tensor:
     """Return the source row of each sorted row, [num_rows, D]; zero for dropped rows."""
     choices = max(order.inverse_SK.shape[1], 1)
-    rows_RD = x_SD.new_empty(num_rows, x_SD.shape[1])
+    rows_RD = empty(num_rows, x_SD.shape[1], like=x_SD)
     if num_rows == 0:
         return rows_RD
     torch.index_select(x_SD, 0, order.order_R[:num_rows] // choices, out=rows_RD)
