@@ -1,6 +1,6 @@
 """Load balancing: counts the load of an optimizer step, and computes the balance losses from it."""
 
-from .auto import AutoStep, counting_pass
+from .auto import AutoStep, OwnStep, counting_pass
 from .balancer import Balancer, loss_terms
 from .bias import initial_bias
 from .losses import SCOPES, loss_value
@@ -13,6 +13,7 @@ __all__ = [
     "AutoStep",
     "Balancer",
     "LayerStep",
+    "OwnStep",
     "Step",
     "StepTotals",
     "Visit",

@@ -32,7 +32,7 @@ _REMEDY = (
 )
 
 #: the steps that take part in the current counting pass; None outside of one
-_counting: ContextVar[weakref.WeakSet[AutoStep] | None] = ContextVar("equimoe_counting_pass", default=None)
+_counting: ContextVar[weakref.WeakSet[OwnStep] | None] = ContextVar("equimoe_counting_pass", default=None)
 
 
 class Registry:
@@ -62,7 +62,7 @@ class Registry:
         gc.collect()  # deleted layers that wait for garbage collection would be in every sum
         rows = []
         for number, balancer in sorted(self.layers.items()):
-            widths = balancer.widths(axis) if isinstance(balancer.step, AutoStep) else {}
+            widths = balancer.widths(axis) if isinstance(balancer.step, OwnStep) else {}
             if widths and axis not in balancer.shared:
                 rows.append((number, self._copies[number[0]] if number[1] else 0, widths))
         own = private_axis(axis)  # collectives of other libraries cannot come between ours
@@ -84,7 +84,7 @@ def counting_pass() -> Iterator[None]:
     restores the random state at its end, so that dropout is repeated in training. Counts are discarded if the block
     raises, or if a new counting pass starts before every counted micro-batch has been trained.
     """
-    steps: weakref.WeakSet[AutoStep] = weakref.WeakSet()
+    steps: weakref.WeakSet[OwnStep] = weakref.WeakSet()
     token = _counting.set(steps)
     try:
         with random_state_kept(), torch.no_grad():
@@ -97,42 +97,14 @@ def counting_pass() -> Iterator[None]:
         _counting.reset(token)
 
 
-class AutoStep(Step):
-    """The step of one layer whose training loop does not drive it.
-
-    It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
-
-    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen);
-    - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
-    - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
-      forward. Then the update was skipped, or was made by hand if the weight has changed in place.
-
-    A micro-batch counts if its backward has run or can still run; forwards without a backward do not count. Other loops
-    raise before their update, and the error names the remedy: optimizers of copies of the weights, gradients that are
-    removed and restored, and training forwards without a backward.
-
-    Every rank must run some layer in every forward pass, unlike with a step that the training loop drives.
-    """
+class OwnStep(Step):
+    """The step of one layer that numbers its training forwards itself. Subclasses know where the step ends."""
 
     def __init__(self, balancer: Balancer) -> None:
         super().__init__()
         self.layers = [LayerStep(balancer, balancer.number)]
         self._number = itertools.count()
         self._axis: Axis | None = None
-        #: weak references to the watched weight and the gradient that the last backward left on it, and its version
-        self._left: tuple[Any, Any, int] | None = None
-        #: a weak reference to the watched weight, and its version, when the step began
-        self._at_start: tuple[Any, int] = (lambda: None, 0)
-        #: whether an optimizer that holds the watched weight has ever stepped, and whether the previous step ended
-        #: without an update
-        self._optimized = self._skipped = False
-        for register, hook in (
-            (register_optimizer_step_pre_hook, self.before_optimizer_step),
-            (register_optimizer_step_post_hook, self.after_optimizer_step),
-        ):
-            weakref.finalize(self, register(_weak(hook)).remove)
-
-    # ---- the forward
 
     @property
     def counting(self) -> bool:
@@ -140,11 +112,19 @@ class AutoStep(Step):
 
     def visit(self, layer: LayerStep, module: nn.Module) -> Visit:
         layer.module = weakref.ref(module)
-        self._end_if_over(layer)
+        axis, counting = layer.balancer.counting_axis, _counting.get()
+        if axis != self._axis:  # the process group was created again
+            self.discard()
+            self._axis = axis
+        if counting is not None and self not in counting:  # a counting pass begins a step
+            counting.add(self)
+            self.discard_counted_ahead()
+            self.end(applied=self._changed())
+        else:
+            self._end_if_over(layer)
         layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
         if not layer.visits:
-            weight = self._watched()
-            self._at_start = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
+            self._begins()
         waiting = [v for v in layer.visits.values() if v.ahead]
         if waiting and not self.counting:
             return waiting[0]
@@ -166,19 +146,61 @@ class AutoStep(Step):
             )
         return balancer.shared[axis]
 
-    # ---- where the step ends
+    def discard_counted_ahead(self) -> None:
+        """Discard visits that were counted ahead and have not been trained."""
+        layer = self.layers[0]
+        layer.visits = {key: v for key, v in layer.visits.items() if not v.ahead}
+
+    def _begins(self) -> None:
+        """Called before the first visit of a step."""
 
     def _end_if_over(self, layer: LayerStep) -> None:
         """End the current step if the forward that now starts does not belong to it."""
-        axis, counting = layer.balancer.counting_axis, _counting.get()
-        if axis != self._axis:  # the process group was created again
-            self.discard()
-            self._axis = axis
-        if counting is not None and self not in counting:  # a counting pass begins a step
-            counting.add(self)
-            self.discard_counted_ahead()
-            self.end(applied=self._changed())
-            return
+
+    def _changed(self) -> bool:
+        """Return whether the layer's weights have been updated since the step began."""
+        return False
+
+
+class AutoStep(OwnStep):
+    """The step of one layer whose training loop does not drive it.
+
+    It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
+
+    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen);
+    - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
+    - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
+      forward. Then the update was skipped, or was made by hand if the weight has changed in place.
+
+    A micro-batch counts if its backward has run or can still run; forwards without a backward do not count. Other loops
+    raise before their update, and the error names the remedy: optimizers of copies of the weights, gradients that are
+    removed and restored, and training forwards without a backward.
+
+    Every rank must run some layer in every forward pass, unlike with a step that the training loop drives.
+    """
+
+    def __init__(self, balancer: Balancer) -> None:
+        super().__init__(balancer)
+        #: weak references to the watched weight and the gradient that the last backward left on it, and its version
+        self._left: tuple[Any, Any, int] | None = None
+        #: a weak reference to the watched weight, and its version, when the step began
+        self._at_start: tuple[Any, int] = (lambda: None, 0)
+        #: whether an optimizer that holds the watched weight has ever stepped, and whether the previous step ended
+        #: without an update
+        self._optimized = self._skipped = False
+        for register, hook in (
+            (register_optimizer_step_pre_hook, self.before_optimizer_step),
+            (register_optimizer_step_post_hook, self.after_optimizer_step),
+        ):
+            weakref.finalize(self, register(_weak(hook)).remove)
+
+    # ---- where the step ends
+
+    def _begins(self) -> None:
+        weight = self._watched()
+        self._at_start = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
+
+    def _end_if_over(self, layer: LayerStep) -> None:
         visits, announced = layer.visits.values(), self.announced(layer)
         gone, changed = self._gradient_is_gone(), self._changed()
         done = sum(v.done for v in visits)
@@ -202,16 +224,10 @@ class AutoStep(Step):
         self._left = None
         super().end(applied, overflow)
 
-    def discard_counted_ahead(self) -> None:
-        """Discard visits that were counted ahead and have not been trained."""
-        layer = self.layers[0]
-        layer.visits = {key: v for key, v in layer.visits.items() if not v.ahead}
-
     def _watched(self) -> nn.Parameter | None:
         return next((p for p in self.layers[0].weights() if p.requires_grad), None)
 
     def _changed(self) -> bool:
-        """Return whether the watched weight was changed in place since the step began."""
         (at_start, version), weight = self._at_start, self._watched()
         return weight is not None and weight is at_start() and weight._version != version
 

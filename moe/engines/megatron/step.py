@@ -1,0 +1,67 @@
+"""The step of a layer under Megatron-Core, which says where the step ends and how gradients are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+
+from ...balance import Balancer, LayerStep, OwnStep, Visit
+
+#: number of micro-batches after which a step that nobody ends raises
+_MOST = 65536
+
+
+class MegatronStep(OwnStep):
+    """Counts the micro-batches of one layer until Megatron-Core has finished the step's gradients.
+
+    ``finalize_model_grads`` tells every router so if ``global_aux_loss`` is on. Other losses need no end of the step:
+    their micro-batches are forgotten after the backward. ``log`` is called with every micro-batch whose backward has
+    run, and with the number that its losses were divided by.
+    """
+
+    def __init__(self, balancer: Balancer, per_token: bool, log: Callable[[Visit, int], None]) -> None:
+        super().__init__(balancer)
+        self._per_token, self._log = per_token, log
+        self._needs_end = balancer.config.scope == "global"
+
+    def _end_if_over(self, layer: LayerStep) -> None:
+        if not self._needs_end:
+            layer.visits = {key: v for key, v in layer.visits.items() if not v.done}
+        elif len(layer.visits) >= _MOST:
+            raise ValueError(
+                f"config.finalize_model_grads_func: {len(layer.visits)} micro-batches without a call of it, so the step "
+                "did not end; set it to megatron.core.distributed.finalize_model_grads"
+            )
+
+    def expected(self, layer: LayerStep) -> int:
+        """Return the number of micro-batches by which losses are divided; :meth:`scale` undoes it."""
+        carried = layer.balancer.config.estimator == "carry" and layer.previous_step is not None
+        previous = layer.previous_step.micro_batches if carried and layer.previous_step is not None else 0
+        return max(len(layer.known), previous)
+
+    def scale(self) -> Tensor:
+        """Return the factor of the gradients of this layer's losses, during a backward.
+
+        This package divides a micro-batch's losses by the number of micro-batches, and by the ranks that hold different
+        sequences. Megatron-Core's factor contains one over the number of micro-batches, the context-parallel size and
+        the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks. With
+        ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by the
+        tokens of the step, which are taken to be this micro-batch's times the number of micro-batches.
+        """
+        layer = self.layers[0]
+        visit, placement = layer.last_read, layer.balancer.placement
+        assert visit is not None
+        ranks = placement.tokens.size // placement.sequence.size
+        found = MoEAuxLossAutoScaler.main_loss_backward_scale
+        scale = (torch.ones(1) if found is None else found).reshape(()) * self.expected(layer)
+        if not self._per_token:
+            return scale * ranks
+        of_all = layer.balancer.counting_axis == placement.tokens
+        return scale * visit.total[-1] * (1 if of_all else ranks)
+
+    def _finished(self, visit: Visit) -> None:
+        super()._finished(visit)
+        self._log(visit, self.expected(self.layers[0]))

@@ -1,0 +1,64 @@
+"""Lets Megatron-Core run on a machine without a GPU: device queries only, no numbers change.
+
+Megatron-Core asks for CUDA devices in places where any device would do. Inside :func:`megatron_on_cpu`,
+
+- ``device="cuda"`` and ``torch.cuda.current_device()`` mean the CPU, and ``tensor.cuda()`` returns the tensor;
+- ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
+- the random state of the CUDA device is that of the CPU;
+- waiting for the device and emptying its cache do nothing;
+- a name that Megatron-Core misses if TransformerEngine is not installed (``te_general_gemm``) is None, as it tests for.
+
+On a GPU, it does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Context in which Megatron-Core's models, optimizers and schedules run on a CPU."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+
+    replaced = {
+        (torch.cuda, "current_device"): lambda: torch.device("cpu"),
+        (torch.cuda, "synchronize"): lambda *_: None,
+        (torch.cuda, "empty_cache"): lambda: None,
+        (torch.cuda, "get_rng_state"): lambda *_: torch.get_rng_state(),
+        (torch.cuda, "manual_seed"): torch.manual_seed,
+        (random, "_set_cuda_rng_state"): lambda state, *_, **__: torch.set_rng_state(state),
+        (random, "_get_cuda_rng_state"): lambda *_, **__: torch.get_rng_state(),
+        (moe_utils, "te_general_gemm"): None,
+    }
+    patches = [mock.patch.object(where, name, value, create=True) for (where, name), value in replaced.items()]
+    for patch in patches:
+        patch.start()
+    try:
+        with _CudaIsCpu():
+            yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
