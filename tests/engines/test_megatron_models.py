@@ -1,0 +1,69 @@
+"""Whole GPTModels of Megatron-Core on several ranks equal one process: losses, gradients, weights and Adam's moments."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make engines` installs")
+pytestmark = pytest.mark.engines
+
+from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.megatron_models import Run, Whole, assert_same_training, joined, run  # noqa: E402
+
+
+@cache
+def one_process(micro_batches: int = 4, **how: Any) -> list[Run]:
+    return run_ranks(partial(run, micro_batches=micro_batches, **how), 1)
+
+
+def initial(**how: Any) -> Whole:
+    return joined([r.parts["initial"] for r in one_process(**how)])
+
+
+TP, PP, VPP, EP, ETP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp": (2, {}),
+    "ep": (2, {EP: 2}),
+    "ep, distributed optimizer": (2, {EP: 2, "distributed_optimizer": True}),
+    "tp": (2, {TP: 2}),
+    "tp, sequence parallel": (2, {TP: 2, "sequence_parallel": True}),
+    "tp and ep folded": (2, {TP: 2, EP: 2}),
+    "tp and ep folded, sequence parallel": (2, {TP: 2, EP: 2, "sequence_parallel": True}),
+    "etp": (2, {ETP: 2}),
+    "tp and etp": (2, {TP: 2, ETP: 2, "sequence_parallel": True}),
+    "pp": (2, {PP: 2, "micro_batches": 4}),
+    "pp, distributed optimizer": (2, {PP: 2, "micro_batches": 4, "distributed_optimizer": True}),
+    "pp, virtual stages": (2, {PP: 2, VPP: 2, "num_layers": 4, "micro_batches": 4}),
+    "pp and dp": (4, {PP: 2}),
+    "tp and ep": (4, {TP: 2, EP: 2, "sequence_parallel": True, "distributed_optimizer": True}),
+    "tp without sequence parallelism, ep": (4, {TP: 2, EP: 4, "micro_batches": 1}),
+    "recompute": (2, {EP: 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    "recompute, tp and pp": (
+        4,
+        {TP: 2, PP: 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "recompute the layer": (2, {TP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    "recompute the layer, pp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    "recompute the norm": (2, {EP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"]}),
+    "recompute the activation": (
+        2,
+        {EP: 2, "moe_grouped_gemm": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process(case: str) -> None:
+    world, how = CASES[case]
+    model = {"num_layers": how["num_layers"]} if "num_layers" in how else {}
+    runs = run_ranks(partial(run, initial=initial(**model), **how), world)
+    assert_same_training(runs, one_process(**model))
