@@ -66,4 +66,6 @@ def test_equals_one_process(case: str) -> None:
     world, how = CASES[case]
     model = {"num_layers": how["num_layers"]} if "num_layers" in how else {}
     runs = run_ranks(partial(run, initial=initial(**model), **how), world)
-    assert_same_training(runs, one_process(**model))
+    # of gradients, a rank's part of a distributed optimizer holds only its own
+    kinds = ("weights", "exp_avg", "exp_avg_sq") if how.get("distributed_optimizer") else None
+    assert_same_training(runs, one_process(**model), kinds)
