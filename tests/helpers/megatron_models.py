@@ -17,16 +17,19 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from equimoe.moe import counting_pass
@@ -45,6 +48,8 @@ _SIZES = {
 }
 #: key -> whole tensor
 Whole = dict[str, Tensor]
+#: name of a loss -> its values by layer
+Logged = dict[str, Tensor]
 
 
 class Norm(nn.Module):
@@ -65,7 +70,7 @@ class Layers(nn.Module):
 
     def __init__(self, config: TransformerConfig, spec: ModuleSpec) -> None:
         super().__init__()
-        self.config, self.vp_stage = config, None
+        self.config, self.vp_stage, self.model_type = config, None, ModelType.encoder_or_decoder
         self.layers = nn.ModuleList(build_module(spec, config=config) for _ in range(config.num_layers))
         for number, layer in enumerate(self.layers, 1):
             layer.set_layer_number(number)
@@ -219,27 +224,130 @@ def assert_equal(found: Whole, wanted: Whole, rtol: float = 1e-5, atol: float = 
 # ---- training
 
 
-@dataclass
-class Run:
-    """What one rank's training gave. ``parts`` has gradients of the first step, and the final weights and moments."""
-
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    logged: list[dict[str, Tensor]] = field(default_factory=list)
-    parts: dict[str, list[Any]] = field(default_factory=dict)
-
-
 def sequences(step: int, number: int = 4) -> Tensor:
     """Return the token ids of a step, [number, S + 1]."""
     return torch.randint(0, VOCAB, (number, S + 1), generator=torch.Generator().manual_seed(step))
 
 
 def forward_step(iterator: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """Run a micro-batch, as Megatron-Core's schedules ask for it."""
+    """Run a micro-batch. Reports the numerator and denominator of the mean loss."""
     ids_BS = next(iterator)
     positions = torch.arange(S)[None].expand(len(ids_BS), -1)
     out = model(ids_BS[:, :-1], positions, None, labels=ids_BS[:, 1:])
-    return out, lambda losses: (losses.float().mean(), losses.detach().float().mean())
+    return out, lambda losses: (losses.float().mean(), torch.stack((losses.detach().float().mean(), torch.ones(()))))
+
+
+def lengths(ids_BS: Tensor) -> Tensor:
+    """Return the number of valid positions of each sequence, 3 to 7."""
+    return 3 + ids_BS[:, 0] % 5
+
+
+def forward_layers(padded: bool, iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    """Run a micro-batch through :class:`Layers`. ``padded``: only some positions of each sequence are valid."""
+    ids_BS = next(iterator)[:, :S]
+    table = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(9))
+    valid_BS = torch.arange(S) < lengths(ids_BS)[:, None] if padded else torch.ones_like(ids_BS, dtype=torch.bool)
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    x_SBD, own_BS = table[ids_BS].transpose(0, 1).chunk(ranks)[rank], valid_BS.chunk(ranks, 1)[rank]
+    x_SBD = x_SBD.to(get_attr_wrapped_model(model, "config").params_dtype).requires_grad_()
+    out = model(x_SBD, padding_mask=~own_BS if padded else None)
+    losses_SB = (out.float() - x_SBD.detach().flip(-1)).square().mean(-1) * own_BS.T
+
+    def loss(_: Tensor) -> tuple[Tensor, ...]:
+        total = losses_SB.sum()
+        if get_attr_wrapped_model(model, "config").calculate_per_token_loss:
+            return total, own_BS.sum().int(), torch.stack((total.detach(), own_BS.sum()))
+        mean = total / valid_BS.sum()
+        return mean, torch.stack((mean.detach(), torch.tensor(1 / ranks)))
+
+    return losses_SB.sum(), loss
+
+
+class Trainer:
+    """Chunks of a model with Megatron-Core's DDP, optimizer and schedule."""
+
+    def __init__(
+        self,
+        chunks: list[nn.Module],
+        forward: Callable[..., Any] = forward_step,
+        micro_batches: int = 2,
+        exact: bool = True,
+        distributed_optimizer: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        self.chunks, self.forward, self.micro_batches, self.exact = chunks, forward, micro_batches, exact
+        self.config: TransformerConfig = chunks[0].config  # type: ignore[assignment]
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=bf16)
+        wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if bf16 else chunks
+        self.ddp = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+        ]
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=bf16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(options, self.ddp)
+
+    def schedule(self, mine: Tensor, forward_only: bool = False) -> list[Tensor]:
+        """Run micro-batches [M, B, S + 1], and return the losses on the last stage."""
+        several = len(self.ddp) > 1
+        return get_forward_backward_func()(
+            forward_step_func=self.forward,
+            data_iterator=[iter(mine) for _ in self.ddp] if several else iter(mine),
+            model=self.ddp if several else self.ddp[0],
+            num_microbatches=len(mine),
+            seq_length=S,
+            micro_batch_size=mine.shape[1],
+            forward_only=forward_only,
+        )
+
+    def backward(self, step: int) -> list[Tensor]:
+        """Compute a step's gradients, and return the losses on the last stage."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        mine = self.data(step)
+        if self.exact:
+            with counting_pass():
+                self.schedule(mine, forward_only=True)
+        return self.schedule(mine)
+
+    def data(self, step: int) -> Tensor:
+        """Return this rank's micro-batches of a step, [M, B, S + 1]."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        return sequences(step)[rank::ranks].unflatten(0, (self.micro_batches, -1))
+
+    def gradients(self) -> list[Any]:
+        """Return this rank's parts of the gradients."""
+        return parts(self.chunks, lambda p: getattr(p, "main_grad", None))
+
+    def update(self) -> float:
+        """Update the weights, and return the norm of the gradients."""
+        return float(self.optimizer.step()[1])
+
+
+def logged() -> Logged:
+    """Return the losses that Megatron-Core would log, [layers] each, and forget them."""
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    moe_utils.reduce_aux_losses_tracker_across_ranks()
+    found = {name: entry["values"].clone() for name, entry in tracker.items()}
+    moe_utils.clear_aux_losses_tracker()
+    return found
+
+
+@dataclass
+class Run:
+    """What one rank's training gave. ``parts`` has gradients of the first step, and the final weights and moments."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    logged: list[Logged] = field(default_factory=list)
+    parts: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def run(
@@ -247,90 +355,39 @@ def run(
     world: int,
     initial: Whole | None = None,
     *,
-    router: str | None = "equimoe",
-    estimator: str = "exact",
+    router: Any = "equimoe",
+    estimator: Any = "exact",
+    alone: bool = False,
+    padded: bool = False,
     micro_batches: int = 2,
     steps: int = 3,
     distributed_optimizer: bool = False,
     **how: Any,
 ) -> Run:
-    """Train a GPTModel from the ``initial`` tensors. ``router=None`` is Megatron-Core's own layer."""
+    """Train a GPTModel, or ``alone`` MoE layers, from ``initial`` tensors. ``router=None``: Megatron-Core's layer."""
     with megatron(**how):
         config = config_of(**how)
-        spec = None if router is None else moe_layer_spec(config, router=router, estimator=estimator)  # type: ignore[arg-type]
-        chunks = chunks_of(config, spec)
+        spec = None if router is None else moe_layer_spec(config, router=router, estimator=estimator)
+        chunks = chunks_of(config, spec, alone)
         if initial is not None:
             fill(chunks, initial)
-        ddp = [
-            DistributedDataParallel(
-                config,
-                DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer),
-                chunk,
-                disable_bucketing=bool(i),
-            )
-            for i, chunk in enumerate(chunks)
-        ]
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=1e-2,
-                weight_decay=0.1,
-                clip_grad=1.0,
-                use_distributed_optimizer=distributed_optimizer,
-            ),
-            ddp,
-        )
+        forward = partial(forward_layers, padded) if alone else forward_step
+        trainer = Trainer(chunks, forward, micro_batches, estimator == "exact", distributed_optimizer)
         found = Run(parts={"initial": parts(chunks)})
         for step in range(steps):
-            _step(step, found, chunks, ddp, optimizer, config, micro_batches, estimator)
+            losses = trainer.backward(step)
+            if step == 0:
+                found.parts["gradients"] = trainer.gradients()
+            found.logged.append(logged())
+            found.norms.append(trainer.update())
+            loss = torch.stack(losses).sum(0) if losses else torch.zeros(2)
+            dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+            found.losses.append(float(loss[0] / loss[1]))
         found.parts["weights"] = parts(chunks)
         for name in ("exp_avg", "exp_avg_sq"):
-            found.parts[name] = parts(chunks, partial(moment, optimizer, name))
+            found.parts[name] = parts(chunks, partial(moment, trainer.optimizer, name))
         return found
-
-
-def _step(
-    step: int,
-    found: Run,
-    chunks: list[nn.Module],
-    ddp: list[Any],
-    optimizer: Any,
-    config: TransformerConfig,
-    micro_batches: int,
-    estimator: str,
-) -> None:
-    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    for chunk in ddp:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    mine = sequences(step)[rank::ranks].unflatten(0, (micro_batches, -1))
-    schedule = partial(
-        get_forward_backward_func(),
-        forward_step_func=forward_step,
-        model=ddp if len(ddp) > 1 else ddp[0],
-        num_microbatches=micro_batches,
-        seq_length=S,
-        micro_batch_size=mine.shape[1],
-    )
-
-    def data() -> Any:
-        return [iter(mine) for _ in ddp] if len(ddp) > 1 else iter(mine)
-
-    if estimator == "exact":
-        with counting_pass():
-            schedule(data_iterator=data(), forward_only=True)
-    losses = schedule(data_iterator=data(), forward_only=False)
-    if step == 0:
-        found.parts["gradients"] = parts(chunks, lambda p: getattr(p, "main_grad", None))
-    logged = moe_utils.get_moe_layer_wise_logging_tracker()
-    moe_utils.reduce_aux_losses_tracker_across_ranks()
-    found.logged.append({name: entry["values"].clone() for name, entry in logged.items()})
-    moe_utils.clear_aux_losses_tracker()
-    found.norms.append(float(optimizer.step()[1]))
-    loss = torch.stack(losses).mean() if losses else torch.zeros(())
-    dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
-    found.losses.append(float(loss) / ranks)
 
 
 def moment(optimizer: Any, name: str, parameter: Tensor) -> Tensor | None:
@@ -359,4 +416,6 @@ def assert_same_training(runs: list[Run], wanted: list[Run], kinds: tuple[str, .
         torch.testing.assert_close(got.norms, wanted[0].norms, rtol=1e-5, atol=1e-6)
     for kind in kinds or wanted[0].parts:
         found = joined([r.parts[kind] for r in runs])
-        assert_equal(found, joined([r.parts[kind] for r in wanted]), rtol=2e-4 if kind == "weights" else 1e-4, atol=2e-6)
+        assert_equal(
+            found, joined([r.parts[kind] for r in wanted]), rtol=2e-4 if kind == "weights" else 1e-4, atol=2e-6
+        )

@@ -47,20 +47,23 @@ class MegatronStep(OwnStep):
 
         This package divides a micro-batch's losses by the number of micro-batches, and by the ranks that hold different
         sequences. Megatron-Core's factor contains one over the number of micro-batches, the context-parallel size and
-        the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks. With
-        ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by the
-        tokens of the step, which are taken to be this micro-batch's times the number of micro-batches.
+        the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks.
+
+        With ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by the
+        step's tokens that have a label. They are taken to be the tokens that were routed. If all losses count only the
+        ranks of a sequence, the step's tokens are unknown, and each micro-batch is weighted by its tokens.
         """
         layer = self.layers[0]
-        visit, placement = layer.last_read, layer.balancer.placement
+        visit, placement, known, expected = layer.last_read, layer.balancer.placement, layer.known, self.expected(layer)
         assert visit is not None
         ranks = placement.tokens.size // placement.sequence.size
         found = MoEAuxLossAutoScaler.main_loss_backward_scale
-        scale = (torch.ones(1) if found is None else found).reshape(()) * self.expected(layer)
+        scale = (torch.ones(1) if found is None else found).reshape(())
         if not self._per_token:
-            return scale * ranks
-        of_all = layer.balancer.counting_axis == placement.tokens
-        return scale * visit.total[-1] * (1 if of_all else ranks)
+            return scale * (expected * ranks)
+        if self._needs_end:
+            return scale * layer.totals(visit)[-1] * (expected / len(known))
+        return scale * visit.total[-1] * (expected * ranks)
 
     def _finished(self, visit: Visit) -> None:
         super()._finished(visit)
