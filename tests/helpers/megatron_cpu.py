@@ -5,6 +5,7 @@ Megatron-Core asks for CUDA devices in places where any device would do. Inside 
 - ``device="cuda"`` and ``torch.cuda.current_device()`` mean the CPU, and ``tensor.cuda()`` returns the tensor;
 - ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
 - the random state of the CUDA device is that of the CPU;
+- functions that Megatron-Core compiles run as they are;
 - waiting for the device and emptying its cache do nothing;
 - names that Megatron-Core misses if TransformerEngine is not installed exist: ``te_general_gemm`` is None, as it tests
   for, ``FP8GlobalStateManager`` says that FP8 is off, and its contexts for FP8 do nothing.
@@ -69,7 +70,7 @@ def megatron_on_cpu() -> Iterator[None]:
     for patch in patches:
         patch.start()
     try:
-        with mode:
+        with torch.compiler.set_stance("force_eager"), mode:
             yield
     finally:
         for patch in reversed(patches):

@@ -249,7 +249,7 @@ def forward_layers(padded: bool, iterator: Iterator[Tensor], model: Any) -> tupl
     valid_BS = torch.arange(S) < lengths(ids_BS)[:, None] if padded else torch.ones_like(ids_BS, dtype=torch.bool)
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     x_SBD, own_BS = table[ids_BS].transpose(0, 1).chunk(ranks)[rank], valid_BS.chunk(ranks, 1)[rank]
-    x_SBD = x_SBD.to(get_attr_wrapped_model(model, "config").params_dtype).requires_grad_()
+    x_SBD = x_SBD.contiguous().to(get_attr_wrapped_model(model, "config").params_dtype).requires_grad_()
     out = model(x_SBD, padding_mask=~own_BS if padded else None)
     losses_SB = (out.float() - x_SBD.detach().flip(-1)).square().mean(-1) * own_BS.T
 
