@@ -154,7 +154,9 @@ def assert_gradients(found: Whole, wanted: Whole) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert value.any()
-        torch.testing.assert_close(found[key], value, rtol=0, atol=4e-6 * float(value.abs().max()), msg=partial("{}: {}".format, key))
+        torch.testing.assert_close(
+            found[key], value, rtol=0, atol=4e-6 * float(value.abs().max()), msg=partial("{}: {}".format, key)
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -201,7 +203,8 @@ def counted_loss(how: dict[str, Any], rank: int, world: int) -> tuple[float, flo
     """Return the logged loss of our layer and Megatron-Core's router, and those of actual and of plain choices."""
     with megatron():
         config = config_of(
-            **{"num_moe_experts": 16, "hidden_size": D, "moe_router_load_balancing_type": "aux_loss"} | how, num_layers=1
+            **{"num_moe_experts": 16, "hidden_size": D, "moe_router_load_balancing_type": "aux_loss"} | how,
+            num_layers=1,
         )
         layer, theirs = MoELayer(config, layer_number=1), TopKRouter(config, get_default_pg_collection())
         theirs.set_layer_number(1)

@@ -115,9 +115,7 @@ class MegatronRouter(TopKRouter):
         x_SBD = x_TD.unflatten(0, (sequences, -1)).transpose(0, 1).contiguous()
         padding_SB = None if mask_T is None else ~mask_T.view(sequences, -1).transpose(0, 1)
         probs, chosen = super().forward(x_SBD, padding_SB)
-        probs_TE, chosen_TE = (
-            t.unflatten(0, x_SBD.shape[:2]).transpose(0, 1).flatten(0, 1) for t in (probs, chosen)
-        )
+        probs_TE, chosen_TE = (t.unflatten(0, x_SBD.shape[:2]).transpose(0, 1).flatten(0, 1) for t in (probs, chosen))
         if mask_T is not None:
             chosen_TE = chosen_TE & mask_T[:, None]
         asked_TK, best_TK = chosen_TE.to(torch.int8).topk(self.top_k, dim=-1)
