@@ -1,4 +1,4 @@
-"""The router equals Megatron-Core's TopKRouter bit for bit, and so do the gradients of its auxiliary losses, but for one.
+"""The router equals Megatron-Core's TopKRouter bit for bit; the exceptions of its losses are measured.
 
 T tokens, E experts, K top-k.
 """

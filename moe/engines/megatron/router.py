@@ -63,6 +63,11 @@ class ExactRouter(Router):
         if self.bias_E is not None:
             self.local_tokens_per_expert += counts_E
 
+    def forget(self) -> None:
+        """Forget the choices since the last update, because their step broke off."""
+        if self.bias_E is not None:
+            self.local_tokens_per_expert.zero_()
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Called by Megatron-Core when the gradients of a step are complete."""
         self.end_step()
@@ -107,6 +112,9 @@ class MegatronRouter(TopKRouter):
     def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config, pg_collection=groups)
         self.top_k = config.moe_router_topk
+
+    def forget(self) -> None:
+        """Do nothing: Megatron-Core keeps the counts of a step that broke off."""
 
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
