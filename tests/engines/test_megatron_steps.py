@@ -59,27 +59,34 @@ class Broken(Exception):
     pass
 
 
-def breaking(trainer: Trainer, at: int, after: bool) -> Any:
-    """Return a forward that raises at micro-batch ``at`` of the training forwards, before or after the model has run."""
+def break_at(trainer: Trainer, at: int, where: str) -> Any:
+    """Make training forward ``at`` raise before, within (between two layers) or after the model. Returns the undo."""
     real, count = trainer.forward, 0
+
+    def raises(place: str) -> None:
+        if place == where and count == at and torch.is_grad_enabled():
+            raise Broken
 
     def forward(iterator: Any, model: Any) -> Any:
         nonlocal count
-        now = count == at
-        count += torch.is_grad_enabled()
-        if now and not after and torch.is_grad_enabled():
-            raise Broken
+        raises("before")
         found = real(iterator, model)
-        if now and after and torch.is_grad_enabled():
-            raise Broken
+        raises("after")
+        count += torch.is_grad_enabled()
         return found
 
-    return forward
+    def undo() -> None:
+        trainer.forward = real
+        hook.remove()
+
+    hook = layers(trainer)[1].register_forward_pre_hook(lambda *_: raises("within"))
+    trainer.forward = forward
+    return undo
 
 
 @pytest.mark.parametrize("estimator", ["rolling", "carry", "exact"])
-@pytest.mark.parametrize(("at", "after"), [(0, True), (1, False), (1, True)])
-def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, at: int, after: bool) -> None:
+@pytest.mark.parametrize(("at", "where"), [(0, "after"), (1, "before"), (1, "within"), (1, "after")])
+def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, at: int, where: str) -> None:
     def body(rank: int, world: int) -> None:
         with megatron():
             trainer = trainer_of(estimator, **BIAS)
@@ -89,20 +96,20 @@ def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, 
             for layer, bias in zip(layers(trainer), before, strict=True):
                 layer.router.expert_bias.copy_(bias)
                 layer.balancer.previous_X = layer.balancer.layer.previous_step = None
-            whole, trainer.forward = trainer.forward, breaking(trainer, at, after)
+            undo = break_at(trainer, at, where)
             try:
                 trainer.backward(1)
             except Broken as broken:
                 held = broken  # its traceback keeps graphs alive
             logged()
-            trainer.forward = whole
+            undo()
             trainer.backward(0)
             assert_equal(gradients(trainer), wanted)
             assert all(torch.equal(*pair) for pair in zip(biases(trainer), moved, strict=True))
             torch.testing.assert_close(logged(), losses)
             assert isinstance(held, Broken)
 
-    run_ranks(body, 1)
+    run_ranks(body, 2 if estimator == "rolling" else 1)
 
 
 def test_evaluation_between_micro_batches_changes_nothing() -> None:

@@ -83,10 +83,10 @@ class Layers(nn.Module):
             x_SBD = x_SBD + layer(x_SBD, padding_mask=padding_mask)[0]
         return x_SBD
 
-    def sharded_state_dict(self) -> dict[str, Any]:
+    def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for number, layer in enumerate(self.layers):
-            found |= layer.sharded_state_dict(f"layers.{number}.")
+            found |= layer.sharded_state_dict(f"layers.{number}.", metadata=metadata)
         return found
 
 
