@@ -60,9 +60,7 @@ def _experts(
     names = ["_w", "_v"] if singleton and halves == 2 else [""] * halves
     replica = (0, 0, torch.distributed.get_rank(layer.groups.expt_dp))
 
-    def build(
-        key: str, stacked: Tensor, replica: Any, flattened_range: Any
-    ) -> list[ShardedTensor | ShardedObject]:
+    def build(key: str, stacked: Tensor, replica: Any, flattened_range: Any) -> list[ShardedTensor | ShardedObject]:
         parts: list[ShardedTensor | ShardedObject] = []
         states: list[ShardedTensor | ShardedObject] = []
         for expert, of_expert in zip(owned, stacked, strict=True):
