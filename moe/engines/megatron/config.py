@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -19,11 +20,28 @@ SCOPES = {"aux_loss": "micro", "seq_aux_loss": "sequence", "global_aux_loss": "g
 #: Megatron's activation function -> this package's
 _ACTIVATIONS: dict[Callable[..., Any], str] = {F.silu: "silu", F.gelu: "gelu", squared_relu: "relu2"}
 _DROP = {"probs": "probability", "position": "position"}
+_DISPATCHERS = {"allgather": "all_gather", "alltoall": "all_to_all", "flex": "deepep"}
+#: parts of a transformer layer that CUDA graphs and activation offloading may cover
+_GRAPHED, _OFFLOADED = {"attn", "mlp", "mamba"}, {"attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"}
+#: what errors call a setting -> Megatron's name
+_NAMES = {
+    "top_k": "moe_router_topk",
+    "num_experts": "num_moe_experts",
+    "intermediate_size": "moe_ffn_hidden_size",
+    "balance.coefficient": "moe_aux_loss_coeff",
+    "balance.extra.micro": "moe_aux_loss_coeff",
+    "balance.extra.sequence": "moe_aux_loss_coeff",
+    "router.z_loss": "moe_z_loss_coeff",
+    "router.groups": "moe_router_num_groups",
+    "router.kept_groups": "moe_router_group_topk",
+    "router.score": "moe_router_score_function",
+    "router.weight_scale": "moe_router_topk_scaling_factor",
+    "capacity.factor": "moe_expert_capacity_factor",
+}
 
 #: (field, values that this layer has, remedy)
 _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
     ("add_bias_linear", (False,), "the experts have no biases; set it to False (--disable-bias-linear)"),
-    ("moe_router_dtype", (None, "fp32"), "the router always computes in fp32; use 'fp32'"),
     ("moe_apply_probs_on_input", (False,), "gate weights are applied to the experts' outputs; set it to False"),
     ("moe_latent_size", (None,), "there are no latent projections; leave it out"),
     ("moe_token_dropping", (False,), "Megatron-Core does not implement it; use moe_expert_capacity_factor"),
@@ -38,6 +56,7 @@ _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
 ]
 #: the same, for settings that Megatron's own router has
 _ONLY_OUR_ROUTER: list[tuple[str, tuple[Any, ...], str]] = [
+    ("moe_router_dtype", (None, "fp32"), "this router always computes in fp32; use 'fp32'"),
     ("moe_input_jitter_eps", (None,), "this router adds no noise; leave it out"),
     ("moe_router_force_load_balancing", (False,), "this router does not draw random experts; set it to False"),
     ("moe_enable_routing_replay", (False,), "this router cannot replay; set it to False"),
@@ -51,10 +70,20 @@ def moe_config(
     for name, value, allowed in (("router", router, RouterName), ("estimator", estimator, Estimator)):
         if value not in get_args(allowed):
             raise ValueError(f"{name}={value!r}: use one of {', '.join(get_args(allowed))}")
+    try:
+        return _moe_config(config, router, estimator)
+    except ValueError as error:
+        text = str(error)
+        for ours, theirs in _NAMES.items():
+            text = re.sub(rf"(?<![\w.]){re.escape(ours)}(?!\w)", theirs, text)
+        raise ValueError(text) from None
+
+
+def _moe_config(config: TransformerConfig, router: RouterName, estimator: Estimator) -> MoEConfig:
     if config.num_moe_experts is None:
         raise ValueError("num_moe_experts=None: an MoE layer needs experts; set it, or use a dense layer spec")
     _check(config, _ONLY)
-    _check_recompute(config)
+    _check_parts(config)
     if router == "equimoe":
         _check(config, _ONLY_OUR_ROUTER, " here, or use router='megatron'")
         balance, routing = _balance(config, estimator), _router(config)
@@ -94,10 +123,14 @@ def _check(config: TransformerConfig, table: list[tuple[str, tuple[Any, ...], st
             raise ValueError(f"{name}={value!r}: {remedy}{end}")
 
 
-def _check_recompute(config: TransformerConfig) -> None:
-    graphed = [str(scope) for scope in getattr(config, "cuda_graph_scope", None) or [] if "moe" in str(scope)]
-    if config.cuda_graph_impl != "none" and graphed:
-        raise ValueError(f"cuda_graph_scope={graphed[0]}: this layer cannot be captured in part; use 'attn'")
+def _check_parts(config: TransformerConfig) -> None:
+    """Raise ValueError if CUDA graphs or activation offloading cover a part of this layer."""
+    captured = [getattr(scope, "name", str(scope)) for scope in config.cuda_graph_scope or []]
+    if config.cuda_graph_impl != "none" and (not captured or set(captured) - _GRAPHED):
+        raise ValueError(f"cuda_graph_scope={captured}: this layer cannot be captured; use ['attn']")
+    offloaded = config.offload_modules if config.fine_grained_activation_offloading else None
+    if set(offloaded or []) - _OFFLOADED:
+        raise ValueError(f"offload_modules={offloaded}: the experts offload nothing; leave out expert_fc1 and moe_act")
 
 
 def loss_types(config: TransformerConfig) -> dict[str, float]:
@@ -110,11 +143,13 @@ def loss_types(config: TransformerConfig) -> dict[str, float]:
 
 
 def _balance(config: TransformerConfig, estimator: Estimator) -> BalanceConfig:
-    if "sinkhorn" in config.moe_router_load_balancing_type:
-        raise ValueError(
-            "moe_router_load_balancing_type='sinkhorn': this router has no such loss; use router='megatron', or "
-            "'global_aux_loss'"
-        )
+    names = config.moe_router_load_balancing_type
+    for name in [names] if isinstance(names, str) else names:
+        if name not in SCOPES and name != "none":
+            raise ValueError(
+                f"moe_router_load_balancing_type={name!r}: use {', '.join(SCOPES)} or none; router='megatron' also has "
+                "sinkhorn"
+            )
     losses = {SCOPES[name]: coefficient for name, coefficient in loss_types(config).items()}
     if not losses:
         return BalanceConfig("micro", 0.0, estimator)
@@ -140,6 +175,13 @@ def _router(config: TransformerConfig) -> RouterConfig:
 def _capacity(config: TransformerConfig) -> CapacityConfig | None:
     if config.moe_expert_capacity_factor is None:
         return None
+    if config.moe_token_drop_policy not in _DROP:
+        raise ValueError(f"moe_token_drop_policy={config.moe_token_drop_policy!r}: use one of {', '.join(_DROP)}")
+    if config.moe_pad_expert_input_to_capacity and config.moe_token_dispatcher_type != "alltoall":
+        raise ValueError(
+            f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}: it does not pad, and "
+            "moe_pad_expert_input_to_capacity=True; use 'alltoall'"
+        )
     return CapacityConfig(
         factor=config.moe_expert_capacity_factor,
         drop=_DROP[config.moe_token_drop_policy],  # type: ignore[arg-type]
@@ -154,10 +196,9 @@ def _dispatcher(config: TransformerConfig) -> str:
             f"moe_flex_dispatcher_backend={config.moe_flex_dispatcher_backend!r}: only 'deepep' is available; use it, "
             "or moe_token_dispatcher_type='alltoall'"
         )
-    names = {"allgather": "all_gather", "alltoall": "all_to_all", "flex": "deepep"}
-    if kind not in names:
-        raise ValueError(f"moe_token_dispatcher_type={kind!r}: use one of {', '.join(names)}")
-    return names[kind]
+    if kind not in _DISPATCHERS:
+        raise ValueError(f"moe_token_dispatcher_type={kind!r}: use one of {', '.join(_DISPATCHERS)}")
+    return _DISPATCHERS[kind]
 
 
 def _activation(config: TransformerConfig) -> str:
