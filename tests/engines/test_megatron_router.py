@@ -66,38 +66,42 @@ def scattered(router: Any, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return zeros_TE.scatter(1, ids_TK, routing.weights_TK), zeros_TE.scatter(1, ids_TK, 1).bool()
 
 
-def outputs(how: dict[str, Any], dtype: torch.dtype, rank: int, world: int) -> list[dict[str, Tensor]]:
-    """Return what our router and Megatron-Core's give for the same weights and tokens."""
+def outputs(how: dict[str, Any], rank: int, world: int) -> list[list[dict[str, Tensor]]]:
+    """Return what our router and Megatron-Core's give for the same weights and tokens, in fp32 and bf16."""
     with megatron():
-        config = config_of(
-            **{"num_moe_experts": 16, "hidden_size": D, "moe_router_load_balancing_type": "none"} | how,
-            moe_router_dtype="fp32",
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-        )
-        theirs = TopKRouter(config, get_default_pg_collection())
-        ours: Any = MoELayer(config).router
-        x_TD, push_TE = torch.randn(T, D, dtype=dtype), torch.randn(T, 16)
-        found = []
-        with torch.no_grad():
-            ours.weight.copy_(theirs.weight)
-            if theirs.expert_bias is not None:
-                theirs.expert_bias.normal_(0.0, 0.1)
-                ours.expert_bias.copy_(theirs.expert_bias)
-        for router in (ours, theirs):
-            x_TD = x_TD.detach().requires_grad_()
-            probs_TE, map_TE = scattered(router, x_TD) if router is ours else router(x_TD[:, None])
-            (probs_TE * push_TE).sum().backward()
-            found.append({"probs": probs_TE, "map": map_TE, "x": x_TD.grad, "weight": router.weight.grad})
-        return found
+        return [_outputs(how, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def _outputs(how: dict[str, Any], dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    config = config_of(
+        **{"num_moe_experts": 16, "hidden_size": D, "moe_router_load_balancing_type": "none"} | how,
+        moe_router_dtype="fp32",
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+    theirs = TopKRouter(config, get_default_pg_collection())
+    ours: Any = MoELayer(config).router
+    x_TD, push_TE = torch.randn(T, D, dtype=dtype), torch.randn(T, 16)
+    found = []
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        if theirs.expert_bias is not None:
+            theirs.expert_bias.normal_(0.0, 0.1)
+            ours.expert_bias.copy_(theirs.expert_bias)
+    for router in (ours, theirs):
+        x_TD = x_TD.detach().requires_grad_()
+        probs_TE, map_TE = scattered(router, x_TD) if router is ours else router(x_TD[:, None])
+        (probs_TE * push_TE).sum().backward()
+        found.append({"probs": probs_TE, "map": map_TE, "x": x_TD.grad, "weight": router.weight.grad})
+    return found
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_bit_for_bit(name: str, dtype: torch.dtype) -> None:
-    [[ours, theirs]] = run_ranks(partial(outputs, SETTINGS[name], dtype), 1)
-    for part, value in theirs.items():
-        assert torch.equal(ours[part], value), f"{part}: {(ours[part].float() - value.float()).abs().max()}"
+def test_bit_for_bit(name: str) -> None:
+    [of_dtypes] = run_ranks(partial(outputs, SETTINGS[name]), 1)
+    for ours, theirs in of_dtypes:
+        for part, value in theirs.items():
+            assert torch.equal(ours[part], value), f"{part}: {(ours[part].float() - value.float()).abs().max()}"
 
 
 # ---- auxiliary losses
@@ -135,18 +139,15 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(world: int = 1, initial: Whole | None = None, **how: Any) -> list[Run]:
+def trained(rank: int = 0, world: int = 1, initial: Whole | None = None, **how: Any) -> Run:
     """Take one step with MoE layers alone. Without a GPU, Megatron-Core's layer runs with its all-gather only."""
     how = {"estimator": "rolling", "alone": True, "steps": 1, "moe_token_dispatcher_type": "allgather"} | how
-    return run_ranks(partial(run, initial=initial, **how), world)
-
-
-def gradients(runs: list[Run]) -> Whole:
-    return joined([r.parts["gradients"] for r in runs])
+    return run(rank, world, initial, **how)
 
 
 def start(**how: Any) -> Whole:
-    return joined([r.parts["initial"] for r in trained(**how, steps=0)])
+    """Return initial weights, from within one rank."""
+    return joined([trained(**how, steps=0).parts["initial"]])
 
 
 def assert_gradients(found: Whole, wanted: Whole) -> None:
@@ -162,41 +163,62 @@ def assert_gradients(found: Whole, wanted: Whole) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_and_log_of_auxiliary_losses_are_megatrons(name: str) -> None:
     how = LOSSES[name]
-    initial = start(**how)
-    ours, theirs = trained(initial=initial, **how), trained(initial=initial, router=None, **how)
-    assert_gradients(gradients(ours), gradients(theirs))
-    assert ours[0].logged[0].keys() == theirs[0].logged[0].keys()
-    for loss, value in theirs[0].logged[0].items():
-        torch.testing.assert_close(ours[0].logged[0][loss], value, rtol=1e-6, atol=1e-6, msg=loss)
+
+    def body(rank: int, world: int) -> list[Run]:
+        initial = start(**how)
+        return [trained(initial=initial, router=router, **how) for router in ("equimoe", None)]
+
+    [(ours, theirs)] = run_ranks(body, 1)
+    assert_gradients(*(joined([r.parts["gradients"]]) for r in (ours, theirs)))
+    assert ours.logged[0].keys() == theirs.logged[0].keys()
+    for loss, value in theirs.logged[0].items():
+        torch.testing.assert_close(ours.logged[0][loss], value, rtol=1e-6, atol=1e-6, msg=loss)
 
 
 # ---- where Megatron-Core's numbers differ
 
 
-def of_loss(world: int, initial: Whole, **how: Any) -> Whole:
-    """Return the part of the routers' gradients that comes from the auxiliary loss."""
-    whole, main = (
-        gradients(trained(world, initial, **(how | {"moe_aux_loss_coeff": coefficient}))) for coefficient in (20.0, 0.0)
+def of_loss(rank: int, world: int, initial: Whole, **how: Any) -> Whole:
+    """Return the part of the routers' gradients that comes from the auxiliary loss, from within a rank."""
+    with_loss, without = (
+        joined([trained(rank, world, initial, **(how | {"moe_aux_loss_coeff": c})).parts["gradients"]])
+        for c in (20.0, 0.0)
     )
-    return {key: value - main[key] for key, value in whole.items() if key.endswith("router.weight")}
+    return {key: value - without[key] for key, value in with_loss.items() if key.endswith("router.weight")}
+
+
+def twice(gradients: Whole) -> Whole:
+    return {key: value * 2 for key, value in gradients.items()}
 
 
 def test_megatrons_global_aux_loss_has_half_the_gradient_on_two_data_parallel_ranks() -> None:
-    initial = start()
-    whole_batch, ours, theirs = of_loss(1, initial), of_loss(2, initial), of_loss(2, initial, router=None)
+    def alone(rank: int, world: int) -> tuple[Whole, Whole]:
+        initial = start()
+        return initial, of_loss(rank, world, initial)
+
+    def together(rank: int, world: int) -> list[Whole]:
+        return [of_loss(rank, world, initial, router=router) for router in ("equimoe", None, "megatron")]
+
+    [(initial, whole_batch)] = run_ranks(alone, 1)
+    ours, theirs, by_name = run_ranks(together, 2)[0]
     assert_gradients(ours, whole_batch)
-    assert_gradients({key: value * 2 for key, value in theirs.items()}, whole_batch)
-    assert_gradients(of_loss(2, initial, router="megatron"), theirs)
+    assert_gradients(twice(theirs), whole_batch)
+    assert_gradients(by_name, theirs)
 
 
 def test_megatrons_sequence_loss_per_token_is_divided_by_the_sequences_of_a_micro_batch() -> None:
-    initial = start(**SEQUENCE_PER_TOKEN)
-    of_each, ours, theirs = (
-        of_loss(1, initial, **SEQUENCE_PER_TOKEN, **how)
-        for how in ({"micro_batches": 4}, {"micro_batches": 2}, {"micro_batches": 2, "router": None})
-    )
+    how = SEQUENCE_PER_TOKEN
+
+    def body(rank: int, world: int) -> list[Whole]:
+        initial = start(**how)
+        return [
+            of_loss(rank, world, initial, **how, micro_batches=number, router=router)
+            for number, router in ((4, "equimoe"), (2, "equimoe"), (2, None))
+        ]
+
+    [(of_each, ours, theirs)] = run_ranks(body, 1)
     assert_gradients(ours, of_each)
-    assert_gradients({key: value * 2 for key, value in theirs.items()}, of_each)
+    assert_gradients(twice(theirs), of_each)
 
 
 def counted_loss(how: dict[str, Any], rank: int, world: int) -> tuple[float, float, float, float]:
