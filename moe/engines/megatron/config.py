@@ -137,7 +137,7 @@ def loss_types(config: TransformerConfig) -> dict[str, float]:
     """Return Megatron's name and coefficient of each balance loss that is switched on."""
     names, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     if isinstance(names, str):
-        names, coefficients = [names], [coefficients]  # type: ignore[list-item]
+        names, coefficients = [names], [coefficients]
     assert isinstance(coefficients, list), "TransformerConfig checks it"
     return {name: float(c) for name, c in zip(names, coefficients, strict=True) if c and name != "none"}
 
@@ -167,7 +167,7 @@ def _router(config: TransformerConfig) -> RouterConfig:
         softmax_after_topk=after,
         weight_scale=config.moe_router_topk_scaling_factor or 1.0,
         z_loss=config.moe_z_loss_coeff or 0.0,
-        groups=config.moe_router_num_groups if config.moe_router_group_topk else 1,  # type: ignore[arg-type]
+        groups=config.moe_router_num_groups if config.moe_router_group_topk else 1,
         kept_groups=config.moe_router_group_topk or 1,
     )
 

@@ -6,6 +6,7 @@ S positions, B sequences, D hidden, E experts, F expert width.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -111,7 +112,8 @@ class MoELayer(MoE):
             self.router: Any = ExactRouter(moe, config) if router == "equimoe" else MegatronRouter(config, groups)
             self._place()
             self._create_weights()
-        self.router.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.router.weight
+        weight.sequence_parallel = config.sequence_parallel
         self.shared_experts: nn.Module | None = None
         if config.moe_shared_expert_intermediate_size is not None:
             assert submodules is not None, "the spec has them"
@@ -140,19 +142,16 @@ class MoELayer(MoE):
             raise ValueError("intermediate_tensors: this layer cannot be captured in part; leave it out")
         x_BSD = hidden_states.transpose(0, 1)
         mask_BS = None if padding_mask is None else ~padding_mask.bool()
-        run = super().forward
+        run, shared = super().forward, self.shared_experts
         if self._recompute and self.training:
             # Megatron's router counts whenever gradients are enabled, so its first pass must be without
-            run = (
-                partial(checkpoint, run, False) if isinstance(self.router, MegatronRouter) else partial(recompute, run)
-            )
+            of_megatron = isinstance(self.router, MegatronRouter)
+            run = partial(checkpoint, run, False) if of_megatron else partial(recompute, run)
         y_SBD = run(x_BSD, mask_BS).transpose(0, 1)
-        if self.shared_experts is not None:
-            again = self._recompute_shared and self.training
-            shared = (
-                checkpoint(self.shared_experts, False, hidden_states) if again else self.shared_experts(hidden_states)
-            )
-            y_SBD = y_SBD + shared
+        if shared is not None and self._recompute_shared and self.training:
+            y_SBD = y_SBD + checkpoint(shared, False, hidden_states)
+        elif shared is not None:
+            y_SBD = y_SBD + shared(hidden_states)
         return y_SBD, None
 
     def sharded_state_dict(
@@ -186,17 +185,14 @@ class MoELayer(MoE):
     @torch.no_grad()
     def _create_weights(self) -> None:
         config, moe, placement = self.megatron, self.config, self.balancer.placement
-        owned, etp = self.balancer.owners.experts_of(placement.ep.rank), placement.etp
-        halves, width, hidden = 2 if moe.gated else 1, moe.intermediate_size, moe.hidden_size
-        # of one expert; the width is split over etp
-        shapes = {"gate_up_proj": (halves, width, hidden), "down_proj": (hidden, width)}
+        owned, width, hidden = len(self._owned), moe.intermediate_size, moe.hidden_size
+        # of one expert; the second axis is split over etp
+        shapes = {"gate_up_proj": (2 if moe.gated else 1, width, hidden), "down_proj": (hidden, width)}
         draws = {"gate_up_proj": config.init_method, "down_proj": config.output_layer_init_method}
         for name, shape in shapes.items():
-            width_dim = shape.index(width, 1)
-            own_shape = [length // etp.size if i == width_dim else length for i, length in enumerate(shape)]
-            weight = torch.empty(len(owned), *own_shape, dtype=config.params_dtype)
+            weight = torch.empty(owned, shape[0], width // placement.etp.size, *shape[2:], dtype=config.params_dtype)
             if config.perform_initialization:
-                _initialise(weight, shape, width_dim, owned, moe.num_experts, etp, draws[name], config)
+                self._draw(weight, shape, draws[name])
             parameter: Any = nn.Parameter(weight.flatten(1, 2) if name == "gate_up_proj" else weight)
             parameter.allreduce = False  # tells Megatron that it is a weight of experts
             # else the gradient norm would leave it out on all tp ranks but the first
@@ -206,6 +202,25 @@ class MoELayer(MoE):
             if config.perform_initialization:
                 config.init_method(self.router.weight)
             self.router.to(config.params_dtype)
+
+    def _draw(self, weight: Tensor, shape: tuple[int, ...], draw: Callable[[Tensor], Any]) -> None:
+        """Draw this rank's part of the experts' weights. On a CPU, it depends on neither the rank nor their number."""
+        if not self.megatron.use_cpu_initialization:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                for of_expert in weight:
+                    draw(of_expert.flatten(0, -2))
+            return
+        etp, owned = self.balancer.placement.etp, self._owned
+        for expert in range(self.config.num_experts):
+            whole = torch.empty(shape, dtype=torch.float32)
+            draw(whole.flatten(0, -2))
+            if expert in owned:
+                weight[owned.index(expert)] = whole.chunk(etp.size, 1)[etp.rank]
+
+    @property
+    def _owned(self) -> list[int]:
+        """This rank's experts."""
+        return self.balancer.owners.experts_of(self.balancer.placement.ep.rank)
 
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:
         super()._keep_stats(routing, visit)
@@ -241,29 +256,6 @@ class MoELayer(MoE):
                 "moe_layer_spec(config, router='megatron') keeps Megatron's gradient",
                 stacklevel=2,
             )
-
-
-def _initialise(
-    weight: Tensor,
-    shape: tuple[int, ...],
-    width_dim: int,
-    owned: list[int],
-    number: int,
-    etp: Axis,
-    draw: Any,
-    config: TransformerConfig,
-) -> None:
-    """Draw this rank's part of the experts: on a CPU from all ``number`` experts, so that ranks need not matter."""
-    if not config.use_cpu_initialization:
-        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-            for of_expert in weight:
-                draw(of_expert.view(-1, shape[-1] if width_dim != len(shape) - 1 else of_expert.shape[-1]))
-        return
-    for expert in range(number):
-        whole = torch.empty(shape, dtype=torch.float32)
-        draw(whole.view(-1, shape[-1]))
-        if expert in owned:
-            weight[owned.index(expert)] = whole.chunk(etp.size, width_dim)[etp.rank]
 
 
 def _summed(axis: Axis, grad: Tensor) -> Tensor:

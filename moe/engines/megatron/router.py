@@ -116,7 +116,7 @@ class MegatronRouter(TopKRouter):
     def forget(self) -> None:
         """Do nothing: Megatron-Core keeps the counts of a step that broke off."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
     ) -> Routing:
         """Route T tokens: ``sequences`` sequences of equal length. A ``decision`` is not kept but made again."""

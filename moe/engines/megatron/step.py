@@ -32,20 +32,12 @@ class MegatronStep(OwnStep):
         self._needs_end = balancer.config.scope == "global"
 
     def visit(self, layer: LayerStep, module: Any) -> Visit:
-        # DDP.zero_grad_buffer() sets this attribute of every weight to False. 0 means the same to DDP
-        if getattr(module.router.weight, "grad_added_to_main_grad", None) is False:
+        if _zeroed(module.router.weight):
             layer.visits = {key: v for key, v in layer.visits.items() if v.ahead}
             module.router.forget()
         found = super().visit(layer, module)
-        self._mark(layer)
+        _watch(module.router.weight)
         return found
-
-    def _mark(self, layer: LayerStep) -> None:
-        """Make the next ``zero_grad_buffer`` of Megatron's DDP noticeable."""
-        module = layer.module()
-        weight = None if module is None else module.router.weight
-        if getattr(weight, "grad_added_to_main_grad", None) is False:
-            weight.grad_added_to_main_grad = 0
 
     def _end_if_over(self, layer: LayerStep) -> None:
         if not self._needs_end:
@@ -86,6 +78,20 @@ class MegatronStep(OwnStep):
         return scale * visit.total[-1] * (expected * ranks)
 
     def _finished(self, visit: Visit) -> None:
+        layer, first = self.layers[0], not visit.done
         super()._finished(visit)
-        self._mark(self.layers[0])
-        self._log(visit, self.expected(self.layers[0]))
+        for weight in layer.weights()[:1]:
+            _watch(weight)
+        if first:
+            self._log(visit, self.expected(layer))
+
+
+def _zeroed(weight: Any) -> bool:
+    """Return whether Megatron's DDP has set the gradients to zero since the last :func:`_watch`."""
+    return getattr(weight, "grad_added_to_main_grad", None) is False
+
+
+def _watch(weight: Any) -> None:
+    """Make the next ``zero_grad_buffer`` noticeable. It sets this attribute to False, and 0 means the same to DDP."""
+    if _zeroed(weight):
+        weight.grad_added_to_main_grad = 0
