@@ -23,13 +23,25 @@ from ...balance import Step, random_state_kept
 from ...collectives import global_ranks, world_axis
 from ...layer import MoE
 from ...model import Decoder
-from ...parallel import LocalBatch, LossFunction, Mesh, check_alike, token_losses, vocabulary_parallel
+from ...parallel import (
+    LocalBatch,
+    LossFunction,
+    Mesh,
+    ParallelConfig,
+    build_mesh,
+    check_alike,
+    token_losses,
+    vocabulary_parallel,
+)
 from ..balance import StepBalance
 from ..base import Batch, OptimizerFactory, StepResult
 from ..inputs import count_tokens, evaluation_mode, local_batches, valid_positions
 from ..runners import Precision
 from .model import GPTStage, Weight, build_stage, copy_weights, transformer_config, weights
 from .moments import Moments
+
+#: maps logits [B, S, V] to (sum of the losses, number of positions that count, the losses by name)
+LossOf = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 def build_megatron_engine(
@@ -47,21 +59,20 @@ def build_megatron_engine(
 
     The arguments are those of :func:`equimoe.moe.engines.build_engine`, and ``distributed_optimizer``, which shards the
     optimizer's state over the ranks that hold a weight. ``model`` must be a :class:`equimoe.moe.model.Decoder`;
-    ``optimizer`` must make AdamW, whose settings Megatron-Core's optimizer then gets. Megatron-Core's process groups are
-    created from ``mesh`` if there are none.
+    ``optimizer`` must make AdamW, whose settings Megatron-Core's optimizer then gets. If Megatron-Core has no process
+    groups yet, they are created from ``mesh``.
 
     Raises ValueError for a model, a mesh or an optimizer that Megatron-Core cannot hold.
     """
-    if mesh is None:
-        raise ValueError("mesh=None: Megatron-Core needs process groups, also on one rank; pass build_mesh(...)")
     if not isinstance(model, Decoder):
         raise ValueError(f"model: a {type(model).__name__}; the Megatron engine trains only a Decoder")
-    _check_degrees(mesh)
     device = device or next(model.parameters()).device
+    mesh = _mesh_of_one(device) if mesh is None else mesh
+    _check_degrees(mesh)
     _join(mesh, device)
     check_alike(model, world_axis())
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
-    whole = {name: p for name, p in model.named_parameters() if ".experts." not in name}
+    whole: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if ".experts." not in name}
     config = transformer_config(model, mesh, device)
     config.finalize_model_grads_func = finalize_model_grads
     tokens = _Tokens()
@@ -76,6 +87,16 @@ def build_megatron_engine(
     adam = _optimizer(made, wrapped, distributed_optimizer, max_norm)
     balance = StepBalance([Step.of(stage)], exact)
     return MegatronEngine(stage, held, mesh, wrapped, adam, balance, tokens, loss, precision, device)
+
+
+def _mesh_of_one(device: torch.device) -> Mesh:
+    """Return the mesh of a single process: Megatron-Core needs process groups also there."""
+    if (size := world_axis().size) > 1:
+        raise ValueError(f"mesh=None: {size} ranks would train separate models; pass build_mesh(...)")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return build_mesh(ParallelConfig(sequence_parallel=False), device.type)
 
 
 class _Tokens:
@@ -106,7 +127,8 @@ def _check_degrees(mesh: Mesh) -> None:
             )
     if degrees.stages_per_rank not in (None, 1):
         raise ValueError(
-            f"parallel.stages_per_rank={degrees.stages_per_rank}: the Megatron engine has one stage per rank; leave it out"
+            f"parallel.stages_per_rank={degrees.stages_per_rank}: the Megatron engine has one stage per rank; leave it "
+            "out"
         )
 
 
@@ -142,8 +164,8 @@ def _join(mesh: Mesh, device: torch.device) -> None:
         own = global_ranks(axis) if axis.size > 1 else [dist.get_rank()]
         if (theirs := dist.get_process_group_ranks(group)) != own:
             raise ValueError(
-                f"parallel.{'dp' if name == 'dense' else name}: the mesh has ranks {own}, but parallel_state has {theirs}; "
-                "give initialize_model_parallel() the degrees of the mesh, or leave it to the engine"
+                f"parallel.{'dp' if name == 'dense' else name}: the mesh has ranks {own}, but parallel_state has "
+                f"{theirs}; give initialize_model_parallel() the degrees of the mesh, or leave it to the engine"
             )
 
 
@@ -207,8 +229,8 @@ class MegatronEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         if changed := sorted(self._trainable() ^ self._trained):
             raise ValueError(
-                f"{changed[0]}: was frozen or unfrozen after the Megatron engine was built, whose buffers cannot take it "
-                "in; freeze weights before, or build a new engine"
+                f"{changed[0]}: was frozen or unfrozen after the Megatron engine was built, whose buffers cannot take "
+                "it in; freeze weights before, or build a new engine"
             )
         parameters = {name: weight.parameter for name, weight in self._held.items()}
         try:
@@ -247,7 +269,7 @@ class MegatronEngine:
         ``around`` returns the context of a micro-batch's forward.
         """
 
-        def forward(source: Iterator[tuple[int, LocalBatch]], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        def forward(source: Iterator[tuple[int, LocalBatch]], model: nn.Module) -> tuple[Tensor, LossOf]:
             m, batch = next(source)
             positions = torch.arange(batch.inputs.shape[1], device=self._device).expand(batch.inputs.shape)
             padding = None if batch.mask is None else ~batch.mask
@@ -332,4 +354,3 @@ class MegatronEngine:
 
     def _trainable(self) -> set[str]:
         return {name for name, weight in self._held.items() if weight.parameter.requires_grad}
-

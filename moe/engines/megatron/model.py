@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from ...experts import SwiGLU
 from ...layer import MoE
 from ...model import Decoder
-from ...model.attention import EPS, GroupedAttention
+from ...model.attention import EPS, Attention, GroupedAttention
 from ...parallel import Mesh
 from ...parallel.expert import apply_expert_parallel
 from ...placement import Placement
@@ -93,10 +94,10 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
         )
     if attention.split_heads % degrees.tp:
         raise ValueError(
-            f"attention.num_kv_heads={attention.split_heads}: must be divisible by parallel.tp={degrees.tp}; change one "
-            "of them"
+            f"attention.num_kv_heads={attention.split_heads}: must be divisible by parallel.tp={degrees.tp}; change "
+            "one of them"
         )
-    dense = [b.mlp for b in model.blocks.values() if not isinstance(b.mlp, MoE)]
+    dense = [b.mlp for b in model.blocks.values() if isinstance(b.mlp, SwiGLU)]
     layers = model.moe_layers()
     wide = dense[0].gate_proj.out_features if dense else model.hidden_size
     experts = {}
@@ -149,19 +150,22 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
         if isinstance(model.blocks[str(number)].mlp, MoE):
             spec.submodules.mlp = ModuleSpec(module=_Later)
         specs.append(spec)
-    attention = next(iter(model.blocks.values())).attention
+    attention = cast(Attention, next(iter(model.blocks.values())).attention)
     head, embedding = model.head, model.embedding
     assert isinstance(head, nn.Linear) and isinstance(embedding, nn.Embedding)
     if head.weight is embedding.weight:
-        raise ValueError("model.head: shares its weight with the embedding, which the Megatron engine cannot hold; untie")
+        raise ValueError(
+            "model.head: shares its weight with the embedding, which the Megatron engine cannot hold; untie"
+        )
     if head.out_features % mesh["tp"].size:
         raise ValueError(
-            f"model.vocab_size={head.out_features}: must be divisible by parallel.tp={mesh['tp'].size}; change one of them"
+            f"model.vocab_size={head.out_features}: must be divisible by parallel.tp={mesh['tp'].size}; change one of "
+            "them"
         )
     norm = specs[0].submodules.input_layernorm
     stage = GPTStage(
         config,
-        TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),  # type: ignore[arg-type]
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm),
         vocab_size=head.out_features,
         max_sequence_length=attention.cos_SR.shape[0],
         pre_process=pp.rank == 0,
@@ -170,8 +174,8 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
         rotary_base=attention.rotary_base,
         share_embeddings_and_output_weights=False,
     )
-    for number, block in stage.blocks.items():
-        layer = model.blocks[number].mlp
+    for name, block in stage.blocks.items():
+        layer = model.blocks[name].mlp
         if isinstance(layer, MoE):
             block.mlp = layer
             _adopt(layer, mesh, gradient_scale)
