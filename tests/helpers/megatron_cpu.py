@@ -4,7 +4,8 @@ Megatron-Core asks for CUDA devices in places where any device would do. Inside 
 
 - ``device="cuda"`` and ``torch.cuda.current_device()`` mean the CPU, and ``tensor.cuda()`` returns the tensor;
 - ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
-- the random state of the CUDA device is that of the CPU;
+- the random state of the CUDA device is that of the CPU, and autocast for CUDA in its linear layers is that for the
+  CPU;
 - waiting for the device and emptying its cache do nothing;
 - a name that Megatron-Core misses if TransformerEngine is not installed (``te_general_gemm``) is None, as it tests for.
 
@@ -40,10 +41,10 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import moe_utils
 
-    replaced = {
+    replaced: dict[tuple[Any, str], Any] = {
         (torch.cuda, "current_device"): lambda: torch.device("cpu"),
         (torch.cuda, "synchronize"): lambda *_: None,
         (torch.cuda, "empty_cache"): lambda: None,
@@ -53,6 +54,9 @@ def megatron_on_cpu() -> Iterator[None]:
         (random, "_get_cuda_rng_state"): lambda *_, **__: torch.get_rng_state(),
         (moe_utils, "te_general_gemm"): None,
     }
+    for kind in (layers.LinearWithFrozenWeight, layers.LinearWithGradAccumulationAndAsyncCommunication):
+        for name, autocast in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
+            replaced[kind, name] = staticmethod(autocast(getattr(kind, name).__wrapped__, device_type="cpu"))
     patches = [mock.patch.object(where, name, value, create=True) for (where, name), value in replaced.items()]
     for patch in patches:
         patch.start()

@@ -67,7 +67,7 @@ class SequenceFirst(MoE):
     def forward(self, x_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
         """Return the output and None for a bias. ``padding_mask`` [B, S] is True where a position is padding."""
         mask_BS = None if padding_mask is None else ~padding_mask
-        return super().forward(x_SBD.transpose(0, 1), mask_BS).transpose(0, 1), None
+        return super().forward(x_SBD.transpose(0, 1), mask_BS).transpose(0, 1).contiguous(), None  # it may be sent on
 
 
 class _Later(nn.Module):
@@ -260,8 +260,11 @@ def _half(i: int, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(into: dict[str, Weight], whole: dict[str, Tensor], mesh: Mesh) -> None:
-    """Copy this rank's parts of the decoder's ``whole`` weights. Those of MoE layers are there already."""
-    tp = mesh["tp"]
+    """Copy this rank's parts of the decoder's ``whole`` weights, and which of them are trained.
+
+    The weights of experts are there already. Raises ValueError if only one half of a parameter is trained.
+    """
+    tp, trained = mesh["tp"], {}
     for name, weight in into.items():
         if name not in whole:
             continue
@@ -269,3 +272,8 @@ def copy_weights(into: dict[str, Weight], whole: dict[str, Tensor], mesh: Mesh) 
         for _, dim in weight.splits:
             value = value.chunk(tp.size, dim)[tp.rank]
         weight.view(weight.parameter).copy_(value)
+        weight.parameter.requires_grad_(value.requires_grad)
+        if trained.setdefault(weight.parameter, value.requires_grad) != value.requires_grad:
+            raise ValueError(
+                f"{name}: Megatron-Core holds gate_proj and up_proj in one parameter; freeze both of them, or neither"
+            )
