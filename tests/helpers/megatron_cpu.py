@@ -6,7 +6,7 @@ Megatron-Core asks for CUDA devices in places where any device would do. Inside 
 - ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
 - the random state of the CUDA device is that of the CPU, and autocast for CUDA in its linear layers is that for the
   CPU;
-- waiting for the device and emptying its cache do nothing;
+- choosing a device, waiting for it and emptying its cache do nothing;
 - a name that Megatron-Core misses if TransformerEngine is not installed (``te_general_gemm``) is None, as it tests for.
 
 On a GPU, it does nothing.
@@ -46,6 +46,7 @@ def megatron_on_cpu() -> Iterator[None]:
 
     replaced: dict[tuple[Any, str], Any] = {
         (torch.cuda, "current_device"): lambda: torch.device("cpu"),
+        (torch.cuda, "set_device"): lambda *_: None,
         (torch.cuda, "synchronize"): lambda *_: None,
         (torch.cuda, "empty_cache"): lambda: None,
         (torch.cuda, "get_rng_state"): lambda *_: torch.get_rng_state(),
