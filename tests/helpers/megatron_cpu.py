@@ -6,8 +6,10 @@ Megatron-Core asks for CUDA devices in places where any device would do. Inside 
 - ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
 - the random state of the CUDA device is that of the CPU, and autocast for CUDA in its linear layers is that for the
   CPU;
+- functions that Megatron-Core compiles run as they are;
 - choosing a device, waiting for it and emptying its cache do nothing;
-- a name that Megatron-Core misses if TransformerEngine is not installed (``te_general_gemm``) is None, as it tests for.
+- names that Megatron-Core misses if TransformerEngine is not installed exist: ``te_general_gemm`` is None, as it tests
+  for, ``FP8GlobalStateManager`` says that FP8 is off, and its contexts for FP8 do nothing.
 
 On a GPU, it does nothing.
 """
@@ -15,7 +17,8 @@ On a GPU, it does nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -44,6 +47,12 @@ def megatron_on_cpu() -> Iterator[None]:
     from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import moe_utils
 
+    mode, run_backward = _CudaIsCpu(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:  # a mode is off while it handles a call, here that of Tensor.backward, which may recompute
+            return run_backward(*args, **kwargs)
+
     replaced: dict[tuple[Any, str], Any] = {
         (torch.cuda, "current_device"): lambda: torch.device("cpu"),
         (torch.cuda, "set_device"): lambda *_: None,
@@ -53,7 +62,11 @@ def megatron_on_cpu() -> Iterator[None]:
         (torch.cuda, "manual_seed"): torch.manual_seed,
         (random, "_set_cuda_rng_state"): lambda state, *_, **__: torch.set_rng_state(state),
         (random, "_get_cuda_rng_state"): lambda *_, **__: torch.get_rng_state(),
+        (torch.autograd, "_engine_run_backward"): backward,
         (moe_utils, "te_general_gemm"): None,
+        (random, "FP8GlobalStateManager"): SimpleNamespace(is_fp8_enabled=lambda: False),
+        (random, "activation_recompute_forward"): lambda **_: nullcontext(),
+        (random, "fp8_autocast"): lambda **_: nullcontext(),
     }
     for kind in (layers.LinearWithFrozenWeight, layers.LinearWithGradAccumulationAndAsyncCommunication):
         for name, autocast in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
@@ -62,7 +75,7 @@ def megatron_on_cpu() -> Iterator[None]:
     for patch in patches:
         patch.start()
     try:
-        with _CudaIsCpu():
+        with torch.compiler.set_stance("force_eager"), mode:
             yield
     finally:
         for patch in reversed(patches):

@@ -62,7 +62,9 @@ def _experts(
                 part, pieces = half * etp.size + etp.rank, halves * etp.size
                 name = key
                 if singleton:
-                    name = key.replace(".experts.linear", f".experts.{expert}.linear") + ("_w", "_v")[half] * (halves > 1)
+                    name = key.replace(".experts.linear", f".experts.{expert}.linear") + ("_w", "_v")[half] * (
+                        halves > 1
+                    )
                     part, pieces = etp.rank, etp.size
                 split = (len(where) + axis, part, pieces)
                 parts.append(

@@ -44,7 +44,9 @@ _ONLY_OUR_ROUTER: list[tuple[str, tuple[Any, ...], str]] = [
 ]
 
 
-def moe_config(config: TransformerConfig, router: RouterName = "equimoe", estimator: Estimator = "rolling") -> MoEConfig:
+def moe_config(
+    config: TransformerConfig, router: RouterName = "equimoe", estimator: Estimator = "rolling"
+) -> MoEConfig:
     """Return the layer that ``config`` describes. Raises ValueError for a setting that this layer does not have."""
     for name, value, allowed in (("router", router, RouterName), ("estimator", estimator, Estimator)):
         if value not in get_args(allowed):
@@ -59,7 +61,9 @@ def moe_config(config: TransformerConfig, router: RouterName = "equimoe", estima
         capacity = _capacity(config)
     else:  # Megatron's router scores, selects, drops and balances
         if estimator != "rolling":
-            raise ValueError(f"estimator={estimator!r}: Megatron-Core's router has only 'rolling'; use router='equimoe'")
+            raise ValueError(
+                f"estimator={estimator!r}: Megatron-Core's router has only 'rolling'; use router='equimoe'"
+            )
         balance, routing, capacity = BalanceConfig("micro", 0.0), RouterConfig(normalize_weights=False), None
         if config.moe_pad_expert_input_to_capacity:
             raise ValueError(

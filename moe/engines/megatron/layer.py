@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,9 @@ class MoELayer(MoE):
         estimator: Estimator = "rolling",
     ) -> None:
         if pg_collection is None and not parallel_state.is_initialized():
-            raise ValueError("parallel_state: not initialised; call initialize_model_parallel() before building a model")
+            raise ValueError(
+                "parallel_state: not initialised; call initialize_model_parallel() before building a model"
+            )
         groups = get_default_pg_collection() if pg_collection is None else pg_collection
         _check_groups(config, groups)
         moe = moe_config(config, router, estimator)
@@ -106,9 +108,7 @@ class MoELayer(MoE):
             super().__init__(moe)
         self.megatron, self.groups, self.layer_number = config, groups, layer_number
         with torch.device("cpu" if config.use_cpu_initialization else "cuda"):
-            self.router: Any = (
-                ExactRouter(moe, config) if router == "equimoe" else MegatronRouter(config, groups)
-            )
+            self.router: Any = ExactRouter(moe, config) if router == "equimoe" else MegatronRouter(config, groups)
             self._place()
             self._create_weights()
         self.router.weight.sequence_parallel = config.sequence_parallel
@@ -140,11 +140,18 @@ class MoELayer(MoE):
             raise ValueError("intermediate_tensors: this layer cannot be captured in part; leave it out")
         x_BSD = hidden_states.transpose(0, 1)
         mask_BS = None if padding_mask is None else ~padding_mask.bool()
-        run = partial(recompute, super().forward) if self._recompute and self.training else super().forward
+        run = super().forward
+        if self._recompute and self.training:
+            # Megatron's router counts whenever gradients are enabled, so its first pass must be without
+            run = (
+                partial(checkpoint, run, False) if isinstance(self.router, MegatronRouter) else partial(recompute, run)
+            )
         y_SBD = run(x_BSD, mask_BS).transpose(0, 1)
         if self.shared_experts is not None:
             again = self._recompute_shared and self.training
-            shared = checkpoint(self.shared_experts, False, hidden_states) if again else self.shared_experts(hidden_states)
+            shared = (
+                checkpoint(self.shared_experts, False, hidden_states) if again else self.shared_experts(hidden_states)
+            )
             y_SBD = y_SBD + shared
         return y_SBD, None
 

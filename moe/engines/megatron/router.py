@@ -63,6 +63,11 @@ class ExactRouter(Router):
         if self.bias_E is not None:
             self.local_tokens_per_expert += counts_E
 
+    def forget(self) -> None:
+        """Forget the choices since the last update, because their step broke off."""
+        if self.bias_E is not None:
+            self.local_tokens_per_expert.zero_()
+
     def reset_global_aux_loss_tracker(self) -> None:
         """Called by Megatron-Core when the gradients of a step are complete."""
         self.end_step()
@@ -108,6 +113,9 @@ class MegatronRouter(TopKRouter):
         super().__init__(config=config, pg_collection=groups)
         self.top_k = config.moe_router_topk
 
+    def forget(self) -> None:
+        """Do nothing: Megatron-Core keeps the counts of a step that broke off."""
+
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
     ) -> Routing:
@@ -115,9 +123,7 @@ class MegatronRouter(TopKRouter):
         x_SBD = x_TD.unflatten(0, (sequences, -1)).transpose(0, 1).contiguous()
         padding_SB = None if mask_T is None else ~mask_T.view(sequences, -1).transpose(0, 1)
         probs, chosen = super().forward(x_SBD, padding_SB)
-        probs_TE, chosen_TE = (
-            t.unflatten(0, x_SBD.shape[:2]).transpose(0, 1).flatten(0, 1) for t in (probs, chosen)
-        )
+        probs_TE, chosen_TE = (t.unflatten(0, x_SBD.shape[:2]).transpose(0, 1).flatten(0, 1) for t in (probs, chosen))
         if mask_T is not None:
             chosen_TE = chosen_TE & mask_T[:, None]
         asked_TK, best_TK = chosen_TE.to(torch.int8).topk(self.top_k, dim=-1)

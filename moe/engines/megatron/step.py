@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -18,8 +19,11 @@ class MegatronStep(OwnStep):
     """Counts the micro-batches of one layer until Megatron-Core has finished the step's gradients.
 
     ``finalize_model_grads`` tells every router so if ``global_aux_loss`` is on. Other losses need no end of the step:
-    their micro-batches are forgotten after the backward. ``log`` is called with every micro-batch whose backward has
-    run, and with the number that its losses were divided by.
+    their micro-batches are forgotten after the backward. A step that broke off is forgotten when Megatron's DDP has set
+    its gradients to zero.
+
+    ``log`` is called with every micro-batch whose backward has run, and with the number that its losses were divided
+    by.
     """
 
     def __init__(self, balancer: Balancer, per_token: bool, log: Callable[[Visit, int], None]) -> None:
@@ -27,13 +31,29 @@ class MegatronStep(OwnStep):
         self._per_token, self._log = per_token, log
         self._needs_end = balancer.config.scope == "global"
 
+    def visit(self, layer: LayerStep, module: Any) -> Visit:
+        # DDP.zero_grad_buffer() sets this attribute of every weight to False. 0 means the same to DDP
+        if getattr(module.router.weight, "grad_added_to_main_grad", None) is False:
+            layer.visits = {key: v for key, v in layer.visits.items() if v.ahead}
+            module.router.forget()
+        found = super().visit(layer, module)
+        self._mark(layer)
+        return found
+
+    def _mark(self, layer: LayerStep) -> None:
+        """Make the next ``zero_grad_buffer`` of Megatron's DDP noticeable."""
+        module = layer.module()
+        weight = None if module is None else module.router.weight
+        if getattr(weight, "grad_added_to_main_grad", None) is False:
+            weight.grad_added_to_main_grad = 0
+
     def _end_if_over(self, layer: LayerStep) -> None:
         if not self._needs_end:
             layer.visits = {key: v for key, v in layer.visits.items() if not v.done}
         elif len(layer.visits) >= _MOST:
             raise ValueError(
-                f"config.finalize_model_grads_func: {len(layer.visits)} micro-batches without a call of it, so the step "
-                "did not end; set it to megatron.core.distributed.finalize_model_grads"
+                f"config.finalize_model_grads_func: {len(layer.visits)} micro-batches without a call of it, so the "
+                "step did not end; set it to megatron.core.distributed.finalize_model_grads"
             )
 
     def expected(self, layer: LayerStep) -> int:
@@ -47,21 +67,25 @@ class MegatronStep(OwnStep):
 
         This package divides a micro-batch's losses by the number of micro-batches, and by the ranks that hold different
         sequences. Megatron-Core's factor contains one over the number of micro-batches, the context-parallel size and
-        the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks. With
-        ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by the
-        tokens of the step, which are taken to be this micro-batch's times the number of micro-batches.
+        the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks.
+
+        With ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by
+        the step's tokens that have a label. They are taken to be the tokens that were routed. If all losses count only
+        the ranks of a sequence, the step's tokens are unknown, and each micro-batch is weighted by its tokens.
         """
         layer = self.layers[0]
-        visit, placement = layer.last_read, layer.balancer.placement
+        visit, placement, known, expected = layer.last_read, layer.balancer.placement, layer.known, self.expected(layer)
         assert visit is not None
         ranks = placement.tokens.size // placement.sequence.size
         found = MoEAuxLossAutoScaler.main_loss_backward_scale
-        scale = (torch.ones(1) if found is None else found).reshape(()) * self.expected(layer)
+        scale = (torch.ones(1) if found is None else found).reshape(())
         if not self._per_token:
-            return scale * ranks
-        of_all = layer.balancer.counting_axis == placement.tokens
-        return scale * visit.total[-1] * (1 if of_all else ranks)
+            return scale * (expected * ranks)
+        if self._needs_end:
+            return scale * layer.totals(visit)[-1] * (expected / len(known))
+        return scale * visit.total[-1] * (expected * ranks)
 
     def _finished(self, visit: Visit) -> None:
         super()._finished(visit)
+        self._mark(self.layers[0])
         self._log(visit, self.expected(self.layers[0]))

@@ -1,0 +1,251 @@
+"""Steps of Megatron-Core's training loop: broken ones, evaluation in between, several models, bf16, gradient scaling."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make engines` installs")
+pytestmark = pytest.mark.engines
+
+from equimoe.moe.engines.megatron import moe_layer_spec  # noqa: E402
+from equimoe.moe.engines.megatron import step as steps  # noqa: E402
+from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.megatron_models import (  # noqa: E402
+    Trainer,
+    Whole,
+    assert_equal,
+    assert_same_training,
+    chunks_of,
+    config_of,
+    forward_layers,
+    joined,
+    logged,
+    megatron,
+    run,
+)
+
+EP = "expert_model_parallel_size"
+BIAS = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
+
+def trainer_of(estimator: Any = "rolling", bf16: bool = False, **how: Any) -> Trainer:
+    config = config_of(**how, bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32)
+    chunks = chunks_of(config, moe_layer_spec(config, estimator=estimator), alone=True)
+    return Trainer(chunks, partial(forward_layers, False), exact=estimator == "exact", bf16=bf16)
+
+
+def layers(trainer: Trainer) -> list[Any]:
+    return list(trainer.chunks[0].layers)  # type: ignore[arg-type]
+
+
+def gradients(trainer: Trainer) -> Whole:
+    return joined([trainer.gradients()])
+
+
+def biases(trainer: Trainer) -> list[Tensor]:
+    return [layer.router.expert_bias.clone() for layer in layers(trainer)]
+
+
+class Broken(Exception):
+    pass
+
+
+def break_at(trainer: Trainer, at: int, where: str) -> Any:
+    """Make training forward ``at`` raise before, within (between two layers) or after the model. Returns the undo."""
+    real, count = trainer.forward, 0
+
+    def raises(place: str) -> None:
+        if place == where and count == at and torch.is_grad_enabled():
+            raise Broken
+
+    def forward(iterator: Any, model: Any) -> Any:
+        nonlocal count
+        raises("before")
+        found = real(iterator, model)
+        raises("after")
+        count += torch.is_grad_enabled()
+        return found
+
+    def undo() -> None:
+        trainer.forward = real
+        hook.remove()
+
+    hook = layers(trainer)[1].register_forward_pre_hook(lambda *_: raises("within"))
+    trainer.forward = forward
+    return undo
+
+
+@pytest.mark.parametrize("estimator", ["rolling", "carry", "exact"])
+@pytest.mark.parametrize(("at", "where"), [(0, "after"), (1, "before"), (1, "within"), (1, "after")])
+def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, at: int, where: str) -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            trainer = trainer_of(estimator, **BIAS)
+            before = biases(trainer)
+            trainer.backward(0)
+            wanted, moved, losses = gradients(trainer), biases(trainer), logged()
+            for layer, bias in zip(layers(trainer), before, strict=True):
+                layer.router.expert_bias.copy_(bias)
+                layer.balancer.previous_X = layer.balancer.layer.previous_step = None
+            undo = break_at(trainer, at, where)
+            try:
+                trainer.backward(1)
+            except Broken as broken:
+                held = broken  # its traceback keeps graphs alive
+            logged()
+            undo()
+            trainer.backward(0)
+            assert_equal(gradients(trainer), wanted)
+            assert all(torch.equal(*pair) for pair in zip(biases(trainer), moved, strict=True))
+            torch.testing.assert_close(logged(), losses)
+            assert isinstance(held, Broken)
+
+    run_ranks(body, 2 if estimator == "rolling" else 1)
+
+
+def test_evaluation_between_micro_batches_changes_nothing() -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            found = []
+            for evaluates in (False, True):
+                torch.manual_seed(0)
+                trainer = trainer_of(**BIAS)
+                real = trainer.forward
+
+                def forward(iterator: Any, model: Any, real: Any = real, evaluates: bool = evaluates) -> Any:
+                    ids = next(iterator)
+                    if evaluates:
+                        with torch.no_grad():
+                            real(iter([ids.flip(1)]), model)
+                            real(iter([ids.flip(0)]), model.eval())
+                        model.train()
+                    return real(iter([ids]), model)
+
+                trainer.forward = forward
+                trainer.backward(0)
+                if evaluates:
+                    trainer.forward = real
+                    trainer.schedule(trainer.data(3), forward_only=True)
+                found.append((gradients(trainer), biases(trainer), logged()))
+            (wanted, moved, losses), (got, moved_too, losses_too) = found
+            assert_equal(got, wanted, rtol=0, atol=0)
+            assert all(torch.equal(*pair) for pair in zip(moved, moved_too, strict=True))
+            torch.testing.assert_close(losses_too, losses, rtol=0, atol=0)
+
+    run_ranks(body, 1)
+
+
+def test_two_models_train_as_each_alone() -> None:
+    def body(rank: int, world: int) -> list[list[Any]]:
+        with megatron(**{EP: 2}):
+            torch.manual_seed(0)
+            models = [trainer_of(**{EP: 2}), trainer_of(estimator="exact", num_layers=1, **{EP: 2})]
+            copies = [[p.detach().clone() for p in m.chunks[0].parameters()] for m in models]
+            found = []
+            for step in range(2):
+                for model in models:
+                    model.backward(step)
+                    model.update()
+            found = [[p.detach().clone() for p in m.chunks[0].parameters()] for m in models]
+            for number, (model, weights) in enumerate(zip(models, copies, strict=True)):
+                alone = trainer_of("exact" if number else "rolling", num_layers=2 - number, **{EP: 2})
+                with torch.no_grad():
+                    for p, value in zip(alone.chunks[0].parameters(), weights, strict=True):
+                        p.copy_(value)
+                for step in range(2):
+                    alone.backward(step)
+                    alone.update()
+                for p, value in zip(alone.chunks[0].parameters(), found[number], strict=True):
+                    assert torch.equal(p, value)
+
+    run_ranks(body, 2)
+
+
+def test_bf16_trains_and_keeps_the_bias_in_fp32() -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            trainer = trainer_of(bf16=True, **BIAS)
+            assert {p.dtype for p in trainer.chunks[0].parameters()} == {torch.bfloat16}
+            losses = []
+            for _ in range(12):
+                losses.append(float(torch.stack(trainer.backward(0)).sum(0)[0]))
+                trainer.update()
+            assert losses[-1] < 0.7 * losses[0]
+            for bias in biases(trainer):
+                assert bias.dtype == torch.float32
+                steps_taken = bias / 0.1
+                torch.testing.assert_close(steps_taken, steps_taken.round(), rtol=0, atol=1e-4)
+                assert bias.any()
+
+    run_ranks(body, 1)
+
+
+def test_a_gradient_scaler_scales_the_losses_gradients_too() -> None:
+    def body(rank: int, world: int) -> tuple[Any, Any]:
+        with megatron():
+            found = []
+            for how in ({}, {"grad_scale_func": lambda loss: loss * 8}):
+                for per_token in (False, True):
+                    torch.manual_seed(0)
+                    trainer = trainer_of(moe_z_loss_coeff=0.1, calculate_per_token_loss=per_token, **how)
+                    trainer.backward(0)
+                    found.append(gradients(trainer))
+            for plain, scaled in zip(found[:2], found[2:], strict=True):
+                assert_equal({key: value / 8 for key, value in scaled.items()}, plain, rtol=1e-6)
+
+    run_ranks(body, 1)
+
+
+def test_experts_without_tokens() -> None:
+    how = BIAS | {"alone": True, "moe_router_load_balancing_type": "seq_aux_loss"}
+    initial = joined([run_ranks(partial(run, steps=0, **how), 1)[0].parts["initial"]])
+    for key, value in initial.items():
+        if key.endswith("expert_bias"):
+            value[2:] = -100  # those of the second rank
+    one, ep = (
+        run_ranks(partial(run, initial=initial, **(how | more)), world)
+        for world, more in ((1, {"micro_batches": 4}), (2, {EP: 2}))
+    )
+    assert_same_training(ep, one)
+    whole = joined([r.parts["gradients"] for r in ep])
+    experts = {key: value for key, value in whole.items() if "experts" in key}
+    assert experts
+    assert all(value[:2].any() and not value[2:].any() for value in experts.values())
+
+
+def test_the_end_of_a_step_is_seen_without_finalize_model_grads() -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            trainer = trainer_of(finalize_model_grads_func=None)
+            trainer.backward(0)
+            wanted = gradients(trainer)
+            trainer.backward(1)
+            trainer.backward(0)
+            assert_equal(gradients(trainer), wanted)
+
+    run_ranks(body, 1)
+
+
+def test_a_loop_that_never_ends_a_step_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_MOST", 5)
+
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            config = config_of()
+            [model] = chunks_of(config, moe_layer_spec(config), alone=True)
+            with pytest.raises(
+                ValueError, match="config.finalize_model_grads_func: 5 micro-batches without a call of it"
+            ):
+                for _ in range(6):
+                    model(torch.randn(4, 1, 16))[0].sum().backward()
+
+    run_ranks(body, 1)

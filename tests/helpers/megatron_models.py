@@ -1,0 +1,421 @@
+"""Small models of Megatron-Core that contain MoE layers, trained on a CPU, and their tensors as whole tensors.
+
+S positions, B sequences, M micro-batches, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor, nn
+
+from equimoe.moe import counting_pass
+from equimoe.moe.engines.megatron import moe_layer_spec
+
+from .megatron_cpu import megatron_on_cpu
+
+D, E, S, VOCAB = 16, 4, 8, 32
+_SIZES = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+}
+#: key -> whole tensor
+Whole = dict[str, Tensor]
+#: name of a loss -> its values by layer
+Logged = dict[str, Tensor]
+
+
+class Norm(nn.Module):
+    """An RMSNorm for sequence parallelism, which Megatron-Core refuses for torch's."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt().to(x.dtype) * self.weight
+
+
+class Layers(nn.Module):
+    """MoE layers without attention, which context parallelism needs a GPU for. Maps [S, B, D] to the same shape."""
+
+    def __init__(self, config: TransformerConfig, spec: ModuleSpec) -> None:
+        super().__init__()
+        self.config, self.vp_stage, self.model_type = config, None, ModelType.encoder_or_decoder
+        self.layers = nn.ModuleList(build_module(spec, config=config) for _ in range(config.num_layers))
+        for number, layer in enumerate(self.layers, 1):
+            layer.set_layer_number(number)
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Called by Megatron-Core's schedules."""
+
+    def forward(self, x_SBD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x_SBD = x_SBD + layer(x_SBD, padding_mask=padding_mask)[0]
+        return x_SBD
+
+    def sharded_state_dict(self, metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for number, layer in enumerate(self.layers):
+            found |= layer.sharded_state_dict(f"layers.{number}.", metadata=metadata)
+        return found
+
+
+@contextmanager
+def megatron(**sizes: Any) -> Iterator[None]:
+    """Context with initialised process groups of these sizes."""
+    sizes = {name: size for name, size in (_SIZES | sizes).items() if name in _SIZES}
+    with megatron_on_cpu():
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        parallel_state.initialize_model_parallel(**sizes)
+        try:
+            model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+            torch.manual_seed(0)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def config_of(**how: Any) -> TransformerConfig:
+    """Return a small config; ``how`` overrides fields."""
+    fields: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": D,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 2 * D,
+        "num_moe_experts": E,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+        "moe_token_dispatcher_type": "alltoall",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "normalization": "RMSNorm",
+        "persist_layer_norm": False,
+        "bias_activation_fusion": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "init_method_std": 0.3,
+        "pipeline_dtype": torch.float32,
+        "batch_p2p_comm": False,
+        "attention_softmax_in_fp32": True,
+        "finalize_model_grads_func": finalize_model_grads,
+    }
+    return TransformerConfig(**(fields | _SIZES | how))
+
+
+def chunks_of(config: TransformerConfig, spec: ModuleSpec | None = None, alone: bool = False) -> list[nn.Module]:
+    """Build this rank's parts of a model; ``spec`` is that of the MoE layer, None: Megatron-Core's own."""
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+    if alone:
+        return [Layers(config, spec or layer.submodules.mlp)]
+    layer.submodules.mlp = spec or layer.submodules.mlp
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    virtual = config.virtual_pipeline_model_parallel_size
+    each = config.num_layers // config.pipeline_model_parallel_size // (virtual or 1)
+    chunks = []
+    for stage in range(virtual or 1):
+        place = {"vp_stage": stage if virtual else None, "ignore_virtual": False}
+        model = GPTModel(
+            config,
+            TransformerBlockSubmodules([layer] * each, layer_norm=Norm),
+            vocab_size=VOCAB,
+            max_sequence_length=S,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+            vp_stage=place["vp_stage"],
+        )
+        chunks.append(model)
+    return chunks
+
+
+# ---- tensors
+
+
+def shards(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] = lambda p: p) -> list[ShardedTensor]:
+    """Return this rank's parts of all tensors, with ``value_of`` each in its place (None: without it)."""
+    found = []
+    for model in chunks:
+        for item in nested_values(model.sharded_state_dict()):
+            if isinstance(item, ShardedTensor | ShardedTensorFactory):
+                item.data = value_of(item.data)
+                if item.data is not None:
+                    found.append(item)
+    state = dict(enumerate(found))
+    apply_factories(state)
+    return list(nested_values(state))
+
+
+def _where(shard: ShardedTensor) -> tuple[Any, ...]:
+    lead = shard.prepend_axis_num
+    sizes = zip(shard.global_offset[lead:], shard.local_shape[-len(shard.global_shape) + lead :], strict=True)
+    return (*shard.global_offset[:lead], *(slice(start, start + length) for start, length in sizes))
+
+
+def parts(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] = lambda p: p) -> list[Any]:
+    """Return this rank's parts, to be joined by :func:`joined`."""
+    return [(s.key, s.global_shape, _where(s), s.data.detach().clone()) for s in shards(chunks, value_of)]
+
+
+def joined(parts_of_ranks: list[list[Any]], tolerance: float = 1e-6) -> Whole:
+    """Return whole tensors. Parts that several ranks hold must be equal, and no element may be missing."""
+    whole: Whole = {}
+    for key, shape, where, value in (part for rank in parts_of_ranks for part in rank):
+        tensor = whole.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
+        known = tensor[where]
+        filled = ~known.isnan()
+        torch.testing.assert_close(known[filled], value.double()[filled], rtol=tolerance, atol=tolerance, msg=key)
+        tensor[where] = value.double()
+    for key, tensor in whole.items():
+        assert not tensor.isnan().any(), f"{key}: no rank has all of it"
+    return whole
+
+
+@torch.no_grad()
+def fill(chunks: list[nn.Module], whole: Whole) -> None:
+    """Copy whole tensors into this rank's parts."""
+    for shard in shards(chunks):
+        shard.data.copy_(whole[shard.key][_where(shard)])
+
+
+def assert_equal(found: Whole, wanted: Whole, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ---- training
+
+
+def sequences(step: int, number: int = 4) -> Tensor:
+    """Return the token ids of a step, [number, S + 1]."""
+    return torch.randint(0, VOCAB, (number, S + 1), generator=torch.Generator().manual_seed(step))
+
+
+def forward_step(iterator: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    """Run a micro-batch. Reports the numerator and denominator of the mean loss."""
+    ids_BS = next(iterator)
+    positions = torch.arange(S)[None].expand(len(ids_BS), -1)
+    out = model(ids_BS[:, :-1], positions, None, labels=ids_BS[:, 1:])
+    return out, lambda losses: (losses.float().mean(), torch.stack((losses.detach().float().mean(), torch.ones(()))))
+
+
+def lengths(ids_BS: Tensor) -> Tensor:
+    """Return the number of valid positions of each sequence, 3 to 7."""
+    return 3 + ids_BS[:, 0] % 5
+
+
+def forward_layers(padded: bool, iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    """Run a micro-batch through :class:`Layers`. ``padded``: only some positions of each sequence are valid."""
+    ids_BS = next(iterator)[:, :S]
+    table = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(9))
+    valid_BS = torch.arange(S) < lengths(ids_BS)[:, None] if padded else torch.ones_like(ids_BS, dtype=torch.bool)
+    ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    x_SBD, own_BS = table[ids_BS].transpose(0, 1).chunk(ranks)[rank], valid_BS.chunk(ranks, 1)[rank]
+    x_SBD = x_SBD.contiguous().to(get_attr_wrapped_model(model, "config").params_dtype).requires_grad_()
+    out = model(x_SBD, padding_mask=~own_BS if padded else None)
+    losses_SB = (out.float() - x_SBD.detach().flip(-1)).square().mean(-1) * own_BS.T
+
+    def loss(_: Tensor) -> tuple[Tensor, ...]:
+        total = losses_SB.sum()
+        if get_attr_wrapped_model(model, "config").calculate_per_token_loss:
+            return total, own_BS.sum().int(), torch.stack((total.detach(), own_BS.sum()))
+        mean = total / valid_BS.sum()
+        return mean, torch.stack((mean.detach(), torch.tensor(1 / ranks)))
+
+    return losses_SB.sum(), loss
+
+
+class Trainer:
+    """Chunks of a model with Megatron-Core's DDP, optimizer and schedule."""
+
+    def __init__(
+        self,
+        chunks: list[nn.Module],
+        forward: Callable[..., Any] = forward_step,
+        micro_batches: int = 2,
+        exact: bool = True,
+        distributed_optimizer: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        self.chunks, self.forward, self.micro_batches, self.exact = chunks, forward, micro_batches, exact
+        self.config: TransformerConfig = chunks[0].config  # type: ignore[assignment]
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=bf16)
+        wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if bf16 else chunks
+        self.ddp = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
+        ]
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=bf16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=distributed_optimizer,
+        )
+        self.optimizer = get_megatron_optimizer(options, self.ddp)
+
+    def schedule(self, mine: Tensor, forward_only: bool = False) -> list[Tensor]:
+        """Run micro-batches [M, B, S + 1], and return the losses on the last stage."""
+        several = len(self.ddp) > 1
+        return get_forward_backward_func()(
+            forward_step_func=self.forward,
+            data_iterator=[iter(mine) for _ in self.ddp] if several else iter(mine),
+            model=self.ddp if several else self.ddp[0],
+            num_microbatches=len(mine),
+            seq_length=S,
+            micro_batch_size=mine.shape[1],
+            forward_only=forward_only,
+        )
+
+    def backward(self, step: int) -> list[Tensor]:
+        """Compute a step's gradients, and return the losses on the last stage."""
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        mine = self.data(step)
+        if self.exact:
+            with counting_pass():
+                self.schedule(mine, forward_only=True)
+        return self.schedule(mine)
+
+    def data(self, step: int) -> Tensor:
+        """Return this rank's micro-batches of a step, [M, B, S + 1]."""
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        return sequences(step)[rank::ranks].unflatten(0, (self.micro_batches, -1))
+
+    def gradients(self) -> list[Any]:
+        """Return this rank's parts of the gradients."""
+        return parts(self.chunks, lambda p: getattr(p, "main_grad", None))
+
+    def update(self) -> float:
+        """Update the weights, and return the norm of the gradients."""
+        return float(self.optimizer.step()[1])
+
+
+def logged() -> Logged:
+    """Return the losses that Megatron-Core would log, [layers] each, and forget them."""
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    moe_utils.reduce_aux_losses_tracker_across_ranks()
+    found = {name: entry["values"].clone() for name, entry in tracker.items()}
+    moe_utils.clear_aux_losses_tracker()
+    return found
+
+
+@dataclass
+class Run:
+    """What one rank's training gave. ``parts`` has gradients of the first step, and the final weights and moments."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    logged: list[Logged] = field(default_factory=list)
+    parts: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def run(
+    rank: int,
+    world: int,
+    initial: Whole | None = None,
+    *,
+    router: Any = "equimoe",
+    estimator: Any = "exact",
+    alone: bool = False,
+    padded: bool = False,
+    micro_batches: int = 2,
+    steps: int = 3,
+    distributed_optimizer: bool = False,
+    **how: Any,
+) -> Run:
+    """Train a GPTModel, or ``alone`` MoE layers, from ``initial`` tensors. ``router=None``: Megatron-Core's layer."""
+    with megatron(**how):
+        config = config_of(**how)
+        spec = None if router is None else moe_layer_spec(config, router=router, estimator=estimator)
+        chunks = chunks_of(config, spec, alone)
+        if initial is not None:
+            fill(chunks, initial)
+        forward = partial(forward_layers, padded) if alone else forward_step
+        trainer = Trainer(chunks, forward, micro_batches, estimator == "exact", distributed_optimizer)
+        found = Run(parts={"initial": parts(chunks)})
+        for step in range(steps):
+            losses = trainer.backward(step)
+            if step == 0:
+                found.parts["gradients"] = trainer.gradients()
+            found.logged.append(logged())
+            found.norms.append(trainer.update())
+            loss = torch.stack(losses).sum(0) if losses else torch.zeros(2)
+            dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+            found.losses.append(float(loss[0] / loss[1]))
+        found.parts["weights"] = parts(chunks)
+        for name in ("exp_avg", "exp_avg_sq"):
+            found.parts[name] = parts(chunks, partial(moment, trainer.optimizer, name))
+        return found
+
+
+def moment(optimizer: Any, name: str, parameter: Tensor) -> Tensor | None:
+    """Return a whole moment of a parameter from this rank's part of the optimizer; None of a buffer."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if hasattr(part, "model_param_gbuf_map"):
+            if all(parameter is not of_part for buffer in part.buffers for of_part in buffer.params):
+                continue
+            whole = torch.zeros(parameter.numel())
+            if parameter in part.model_param_group_index_map:
+                group, order = part.model_param_group_index_map[parameter]
+                held = part.optimizer.param_groups[group]["params"][order]
+                held_range = part._get_model_param_range_map(parameter)["param"]
+                whole[held_range.start : held_range.end] = part.optimizer.state[held][name]
+            dist.all_reduce(whole, group=part.data_parallel_group)
+            return whole.view_as(parameter)
+        if parameter in part.optimizer.state:
+            return part.optimizer.state[parameter][name]
+    return None
+
+
+def assert_same_training(runs: list[Run], wanted: list[Run], kinds: tuple[str, ...] | None = None) -> None:
+    """Assert equal losses, norms and whole tensors."""
+    for got in runs:
+        torch.testing.assert_close(got.losses, wanted[0].losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.norms, wanted[0].norms, rtol=1e-5, atol=1e-6)
+    for kind in kinds or wanted[0].parts:
+        found = joined([r.parts[kind] for r in runs])
+        assert_equal(
+            found, joined([r.parts[kind] for r in wanted]), rtol=2e-4 if kind == "weights" else 1e-4, atol=2e-6
+        )
