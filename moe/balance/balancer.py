@@ -162,7 +162,7 @@ class Balancer:
         if trained and trained.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
             return  # it trains another model
         raise ValueError(
-            f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would therefore "
+            f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would "
             f"be {scaler.get_scale():g} times too small; call equimoe.moe.use_gradient_scaler(model, scaler) once, "
             "before training"
         )

@@ -15,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, counting_pass
 from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_
 from tests.helpers import oracle, trained
 from tests.helpers.fork import run_ranks
@@ -128,6 +128,23 @@ def test_flat_parameters_are_refused(around: bool) -> None:
             optimizer.step()
 
     run_ranks(script, WORLD)
+
+
+def test_the_default_group_is_none() -> None:
+    """As in torch, and as for ``MoE(config, group=None)``; here with gradients that are summed."""
+
+    def script(rank: int, world: int) -> Tensor:
+        model = make(estimator="rolling")
+        model[1].place(Placement.of_group(None, gradient_scale=1.0))
+        (model(tokens(0, 0, rank)) * 0).sum().backward()
+        grad = model[1].router.weight.grad
+        torch.distributed.all_reduce(grad)
+        return grad
+
+    model = make()
+    (model(torch.cat([tokens(0, 0, rank) for rank in range(WORLD)])) * 0).sum().backward()
+    for found in run_ranks(script, WORLD):
+        assert oracle.relative_error(found, model[1].router.weight.grad) < 1e-10
 
 
 # ---- clipping
