@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engines
 import lightning  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass, use_gradient_scaler  # noqa: E402
 from tests.helpers import oracle  # noqa: E402
@@ -148,8 +148,8 @@ def test_lightnings_scaler_is_refused_if_unknown(tmp_path: Path) -> None:
         fit(tmp_path, scaler(), known=False)
 
 
-def trained(folder: Path, scaler: torch.amp.GradScaler | None) -> list[Tensor]:
-    arguments = TrainingArguments(
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    return TrainingArguments(
         str(folder),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=MICRO_BATCHES,
@@ -161,11 +161,15 @@ def trained(folder: Path, scaler: torch.amp.GradScaler | None) -> list[Tensor]:
         disable_tqdm=True,
         use_cpu=True,
         train_sampling_strategy="sequential",
+        **more,
     )
+
+
+def trained(folder: Path, scaler: torch.amp.GradScaler | None) -> list[Tensor]:
     model = Model("rolling", MICRO_BATCHES)
     data = [{"x": x} for step in range(STEPS) for m in range(MICRO_BATCHES) for x in tokens(step, m, 0)]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer = Trainer(model, arguments(folder), train_dataset=data, optimizers=(optimizer, None))
     if scaler is not None:
         trainer.accelerator.scaler = scaler
         use_gradient_scaler(model, scaler)
@@ -177,3 +181,49 @@ def trained(folder: Path, scaler: torch.amp.GradScaler | None) -> list[Tensor]:
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_trainer(scaled: bool, tmp_path: Path) -> None:
     assert_equal(trained(tmp_path, scaler() if scaled else None), alone(1, "rolling"))
+
+
+def llama() -> nn.Module:
+    """A model of Transformers' whose feed-forwards are experts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, use_cache=False, **sizes))
+    balance = BalanceConfig(coefficient=0.5, micro_batches=MICRO_BATCHES)
+    for block in model.model.layers:
+        block.mlp = MoE(MoEConfig(16, 16, 4, 2, init_std=0.5, balance=balance))
+    return model
+
+
+def ids(step: int, m: int, rank: int) -> Tensor:
+    return torch.randint(32, (2, 8), generator=torch.Generator().manual_seed(100 * step + 10 * m + rank))
+
+
+def llama_alone(world: int) -> list[Tensor]:
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for step in range(STEPS):
+        for m in range(MICRO_BATCHES):
+            x = torch.cat([ids(step, m, rank) for rank in range(world)])
+            (model(x, labels=x).loss / MICRO_BATCHES).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+def llama_trained(rank: int, world: int, folder: Path, reentrant: bool) -> list[Tensor]:
+    warnings.simplefilter("ignore")
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    model, batches = (
+        llama(),
+        [(step, m, r) for step in range(STEPS) for m in range(MICRO_BATCHES) for r in range(world)],
+    )
+    data = [{"input_ids": row, "labels": row} for batch in batches for row in ids(*batch)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    Trainer(model, arguments(folder, **how), train_dataset=data, optimizers=(optimizer, None)).train()
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_of_transformers_with_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
+    for found in run_ranks(llama_trained, WORLD, tmp_path, reentrant):
+        assert_equal(found, llama_alone(WORLD))

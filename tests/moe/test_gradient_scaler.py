@@ -140,15 +140,10 @@ def test_a_copy_does_not_know_the_scaler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "scaler"),
-    [
-        (make(), scaler(enabled=False)),
-        (make(coefficient=0.0, z_loss=0.0), scaler()),
-    ],
-    ids=["a scaler that is switched off", "no losses"],
+    ("losses", "enabled"), [({}, False), ({"coefficient": 0.0, "z_loss": 0.0}, True)], ids=["switched off", "no losses"]
 )
-def test_nothing_to_refuse(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    update(model, scaler)
+def test_nothing_to_refuse(losses: dict[str, float], enabled: bool) -> None:
+    update(make(**losses), scaler(enabled=enabled))
 
 
 def test_whoever_gives_a_function_knows_the_scale() -> None:
