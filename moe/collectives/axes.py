@@ -27,7 +27,11 @@ LOCAL = Axis("local")
 
 
 def axis_of(name: str, group: Any) -> Axis:
-    """Return the axis of a process group; a group of one rank gets no group, since it needs no communication."""
+    """Return the axis of a process group; a group of one rank gets no group, since it needs no communication.
+
+    None is the default group, as in torch.
+    """
+    group = dist.group.WORLD if group is None else group
     size = dist.get_world_size(group)
     return Axis(name, group, size, dist.get_rank(group)) if size > 1 else Axis(name)
 
