@@ -264,7 +264,7 @@ def copy_weights(into: dict[str, Weight], whole: dict[str, Tensor], mesh: Mesh) 
 
     The weights of experts are there already. Raises ValueError if only one half of a parameter is trained.
     """
-    tp, trained = mesh["tp"], {}
+    tp, trained = mesh["tp"], dict[nn.Parameter, bool]()
     for name, weight in into.items():
         if name not in whole:
             continue
