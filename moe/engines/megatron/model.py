@@ -27,6 +27,7 @@ from ...experts import SwiGLU
 from ...layer import MoE
 from ...model import Decoder
 from ...model.attention import EPS, Attention, GroupedAttention
+from ...model.decoder import Caller, _run
 from ...parallel import Mesh
 from ...parallel.expert import apply_expert_parallel
 from ...placement import Placement
@@ -86,8 +87,8 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
             "attention.kind='latent': the Megatron engine builds grouped-query attention only; use 'grouped', or "
             "engine='torch'"
         )
-    if model.recomputes:
-        raise ValueError("model.recompute=True: the Megatron engine does not recompute; set it to False")
+    if any(part is not _run for b in model.blocks.values() for part in (b.run_attention, b.run_feed_forward)):
+        raise ValueError("recompute.part: the Megatron engine recomputes whole blocks only; use 'block'")
     if model.num_layers % degrees.pp:
         raise ValueError(
             f"model.num_layers={model.num_layers}: must be divisible by parallel.pp={degrees.pp}; change one of them"
@@ -175,11 +176,17 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
         share_embeddings_and_output_weights=False,
     )
     for name, block in stage.blocks.items():
+        if model.blocks[name].run_block is not _run:
+            block.forward = partial(_recomputed, model.blocks[name].run_block, block.forward)
         layer = model.blocks[name].mlp
         if isinstance(layer, MoE):
             block.mlp = layer
             _adopt(layer, mesh, gradient_scale)
     return stage
+
+
+def _recomputed(recompute: Caller, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return recompute(partial(forward, **kwargs), *args)
 
 
 def _adopt(layer: MoE, mesh: Mesh, gradient_scale: Any) -> None:
