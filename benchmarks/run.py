@@ -36,6 +36,7 @@ from benchmarks.shared.options import CORES, Parser, positive, threads
 from benchmarks.shared.records import OURS, facts, load_averages, slug
 from benchmarks.shared.shapes import Shape
 from benchmarks.shared.timing import Context, Timer, yardstick
+from equimoe.launch.env import command
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SUITES = ("kernels", "layer")
@@ -192,6 +193,7 @@ def _quick(args: argparse.Namespace) -> bool:
     return all(shape in shapes.TINY for shape in args.chosen)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.against:

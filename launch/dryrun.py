@@ -101,6 +101,7 @@ def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -
     return int(text)
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with code 64 for a wrong option or configuration, 73 if the file cannot be written."""
     arguments = sys.argv[1:] if argv is None else argv

@@ -8,6 +8,7 @@ import sys
 from ..moe.parallel import ParallelConfig
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.mesh import groups_of
+from . import env
 
 #: axis -> what the ranks of one group do together
 MEANING = {
@@ -25,6 +26,7 @@ MEANING = {
 }
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with code 64 if the degrees do not fit."""
     arguments = _parser().parse_args(argv)

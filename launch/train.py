@@ -30,6 +30,7 @@ from .report import write_report
 from .text import short_count
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with the codes of :mod:`equimoe.launch.env`."""
     arguments = sys.argv[1:] if argv is None else argv

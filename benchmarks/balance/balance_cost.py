@@ -39,6 +39,7 @@ import torch
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from benchmarks.shared.timing import Step, Timer, interleave, summary
+from equimoe.launch.env import command
 from equimoe.launch.recipes.quickstart import quickstart
 from equimoe.moe import BalanceConfig, ExtraLossConfig
 from equimoe.moe.collectives import LOCAL, record_traffic, sum_over, world_axis
@@ -289,6 +290,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -35,6 +35,7 @@ from benchmarks.balance.arms import ARMS, Size, build, configure, measure, obser
 from benchmarks.checkout import ROOT
 from benchmarks.shared.options import CORES, Parser, positive
 from benchmarks.shared.records import facts
+from equimoe.launch.env import command
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -165,6 +166,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield json.loads(path.read_text())
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     failed = 0

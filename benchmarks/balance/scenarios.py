@@ -23,9 +23,11 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
+from equimoe.launch.env import command
 from tests.helpers.scenarios import SCENARIOS, outcome
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of scenarios with an unexpected outcome."""
     parser = Parser(__doc__)

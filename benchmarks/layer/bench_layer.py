@@ -39,6 +39,7 @@ from benchmarks.shared.options import CORES, Parser, file, positive, threads
 from benchmarks.shared.records import OURS, facts
 from benchmarks.shared.shapes import Batch, Shape
 from benchmarks.shared.timing import Timer, interleave
+from equimoe.launch.env import command
 from equimoe.moe import MoE, MoEConfig
 
 DENSE = "dense"
@@ -251,6 +252,7 @@ def summary(ratios: dict[str, dict[str, float]]) -> str:
     return f"ratio to fastest peer: {peers}; to dense: {denses}"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=positive, default=15, help="timed rounds per dtype (default %(default)s)")

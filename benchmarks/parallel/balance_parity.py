@@ -26,12 +26,14 @@ import torch
 
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
 from equimoe.moe.parallel import ParallelConfig
 from tests.parallel.test_balance_matrix import worst_error
 
 LIMIT = 1e-6
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of mappings that exceed the limit."""
     parser = Parser(__doc__)

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
 from equimoe.moe.balance import counting_pass
 from equimoe.moe.engines import Engine, build_engine
 from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh, token_losses
@@ -139,6 +140,7 @@ def error(found: list[float], right: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of engines that exceed the limit."""
     parser = Parser(__doc__)

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
 from tests.helpers.compositions import COMPOSITIONS
 from tests.helpers.parity import compare
 
@@ -31,6 +32,7 @@ COLUMNS = (("loss", 8), ("gradients", 9), ("norm", 8), ("parameters", 10))
 HEADER = f"{'composition':<44} ranks {' '.join(f'{name:>{width}}' for name, width in COLUMNS)}   limit     s"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of compositions that exceed their limit."""
     parser = Parser(__doc__)

@@ -23,6 +23,7 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
+from equimoe.launch.env import command
 from equimoe.moe import DispatchConfig
 from tests.helpers.fork import run_ranks
 from tests.helpers.wire import SPREADS, D, K, T, cases, measure
@@ -41,6 +42,7 @@ def count(rank: int, world: int, made: list, spread: str) -> list[tuple[int, int
     return [measure(rank, world, *case, spread) for case in made]
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of rows that differ from their formula."""
     Parser(__doc__).parse_args(argv)
