@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--only={only}: no fault has this text in its description; the first is {' '.join(next(cases()))!r}"
         )
-    print(f"{found} of {total} planted faults seen")
+    print(f"planted faults seen: {found} of {total}")
     return total - found
 
 

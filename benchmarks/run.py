@@ -148,7 +148,7 @@ def run_all(args: argparse.Namespace, context: Context, result: dict[str, Any], 
     for index, shape in enumerate(args.chosen):
         passed = time.monotonic() - begin
         if index and passed + 0.7 * usual > 60 * args.minutes:
-            result["left_out"][shape.name] = f"would exceed the limit of {args.minutes:g} minutes"
+            result["left_out"][shape.name] = f"would take longer than --minutes={args.minutes:g}"
             continue
         needed = needed_bytes(sized(shape, args.device), context.dtype.itemsize, context.device)
         free = free_bytes(context.device)
@@ -158,7 +158,7 @@ def run_all(args: argparse.Namespace, context: Context, result: dict[str, Any], 
         use_compiled = compiled < args.compiled
         compiled += 1
         context.builders = builders(args, use_compiled)
-        context.absent = {} if use_compiled else {peers.COMPILED: f"measured for {args.compiled} shapes (--compiled)"}
+        context.absent = {} if use_compiled else {peers.COMPILED: f"--compiled={args.compiled} shapes only"}
         print(f"{shape.name} ...", end=" ", flush=True)
         start = time.monotonic()
         result["shapes"][shape.name] = run_shape(shape, args, context)

@@ -22,7 +22,7 @@ import numpy as np
 from ..moe.observe.metrics import duration, write_atomically
 from . import env, figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
-from .text import option_text, short_count
+from .text import counted, option_text, short_count
 
 REPORT_FILE = "report.html"
 
@@ -220,10 +220,10 @@ def _subtitle(run: Run) -> str:
     if (elapsed := _last(numbers(run.train, "elapsed_s"))) is not None:
         parts.append(duration(elapsed))
     if world := run.run.get("world_size"):
-        parts.append(f"{world} process" + ("es" if world > 1 else ""))
+        parts.append(counted(world, "process"))
     broken = sum(bool(record.get("nonfinite")) for record in run.train)
     if broken:
-        parts.append(f"{broken} records contain numbers that are not finite")
+        parts.append(f"{counted(broken, 'record')} with numbers that are not finite")
     return " | ".join(parts)
 
 

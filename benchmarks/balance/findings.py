@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.balance.arms import ARMS, BATCH, RANK
 from benchmarks.shared.records import rounded
 from equimoe.launch.figures import COLORS
+from equimoe.launch.text import counted
 
 Record = dict[str, Any]
 MICRO, GLOBAL = "sync-4", "sync-512"
@@ -53,7 +54,7 @@ class Finding(NamedTuple):
     @property
     def verdict(self) -> str:
         word = "yes" if all(self.holds) else "not always" if any(self.holds) else "NO"
-        return f"{word}, {sum(self.holds)} of {len(self.holds)} seeds"
+        return f"{word}, {sum(self.holds)} of {counted(len(self.holds), 'seed')}"
 
 
 class Runs:
@@ -199,8 +200,8 @@ def markdown(runs: Runs, facts: dict[str, Any]) -> str:
         "",
         f"{some['parameters']:,} parameters, of which {some['active_parameters']:,} are active per token; "
         f"{size['layers']} MoE layers of {size['experts']} experts, top-{size['top_k']}. {size['steps']} steps of "
-        f"{BATCH} sequences of {size['seq_len']} bytes ({tokens:.1f}M tokens), {seeds} seeds. {facts['cpu']}, torch "
-        f"{facts['versions']['torch']}, Python {facts['python']}, commit {facts['commit']}.",
+        f"{BATCH} sequences of {size['seq_len']} bytes ({tokens:.1f}M tokens), {counted(seeds, 'seed')}. "
+        f"{facts['cpu']}, torch {facts['versions']['torch']}, Python {facts['python']}, commit {facts['commit']}.",
         "",
         f"Loss in nats per byte of held-out text, mean over domains ({domains}), \u00b1 standard deviation over seeds. "
         "Differences are computed per seed. The paper's column has differences of the logarithms of its perplexities "

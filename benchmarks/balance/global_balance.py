@@ -36,6 +36,7 @@ from benchmarks.checkout import ROOT
 from benchmarks.shared.options import CORES, Parser, positive
 from benchmarks.shared.records import facts
 from equimoe.launch.env import command
+from equimoe.launch.text import counted
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -133,7 +134,10 @@ def run_all(args: argparse.Namespace) -> int:
         for name in args.arms
         if not (folder_of(args.runs, args.size, name, seed) / "result.json").exists()
     ]
-    print(f"{len(args.arms)} arms x {args.seeds} seeds: {len(missing)} runs are missing", flush=True)
+    print(
+        f"{counted(len(args.arms), 'arm')} x {counted(args.seeds, 'seed')}; {counted(len(missing), 'run')} to do",
+        flush=True,
+    )
 
     def start(job: tuple[str, int]) -> int:
         name, seed = job

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<48} {kind:<9} {'' if kind == 'refused' else f'{error:9.1e}'}", flush=True)
         if message:
             print(textwrap.fill(message, 112, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    print(f"{len(chosen) - wrong} of {len(chosen)} as they should be")
+    print(f"as they should be: {len(chosen) - wrong} of {len(chosen)}")
     return wrong
 
 

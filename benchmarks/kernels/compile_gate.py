@@ -67,7 +67,7 @@ class Report(NamedTuple):
     def faults(self, chip: Chip, is_matrix: bool) -> list[str]:
         found = []
         if self.spills:
-            found.append(f"{self.spills} spills")
+            found.append(f"{self.spills} spilled")
         if self.stack:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > chip.shared:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
                 counted, formula = (f"{int(a):>6} + {int(b):>6}" for a, b in (results[0][i], want))
                 row = f"{label(dispatch, capacity is not None, etp):<28} {wire:<12} {spread:<15}"
                 print(f"{row}  {counted:>15}  {formula:>15}{'' if equal else '  NOT EQUAL'}")
-    print(f"\n{wrong} rows differ from their formula")
+    print(f"\nrows that differ from their formula: {wrong}")
     return wrong
 
 

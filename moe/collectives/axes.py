@@ -83,7 +83,7 @@ def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
     All ranks of the axis must call this. Raises ValueError if ``inner`` does not divide the size.
     """
     if inner < 1 or axis.size % inner:
-        raise ValueError(f"inner={inner}: must divide the {axis.size} ranks of axis {axis.name!r}; use a divisor")
+        raise ValueError(f"inner={inner}: must divide the size of axis {axis.name!r}, {axis.size}; use a divisor")
     if (axis.group, inner) not in _halves:
         ranks, block = global_ranks(axis), axis.rank // inner
         lengths = {"across": ranks[axis.rank % inner :: inner], "within": ranks[block * inner : (block + 1) * inner]}

@@ -117,7 +117,7 @@ def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path, monkeypat
     sizes = ["--moe.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
     alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
     assert alone.codes == [0], alone
-    assert "1 ranks, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
+    assert "1 rank, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
     two = launch([*texts, *sizes, "--dry-run"], 2, cwd=tmp_path)
     assert two.codes == [0, 0] and "2 ranks (ddp, dp_shard 2, ep 2)" in two.out[0], two
 

@@ -218,7 +218,7 @@ def test_files_outside_the_folder(path: Path, name: str) -> None:
 @pytest.mark.parametrize("size", [-1, 1e9, "100", None, 10**3000])
 def test_sizes_in_the_manifest(path: Path, size: Any) -> None:
     forge(path, files={SHARD: {"bytes": size, "sha256": "0"}})
-    refused(path, "bytes instead of")
+    refused(path, "instead of")
 
 
 @pytest.mark.parametrize("name", [SHARD, "tensors.json", checkpoint.MANIFEST])
