@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
 import shutil
 import stat
 import subprocess
@@ -19,8 +17,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from equimoe.launch.options import parse
 from tests import side_by_side
+from tests.helpers.fresh import python
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
@@ -32,16 +30,6 @@ for module in (equimoe.moe, equimoe.kernels, equimoe.launch):
     print(module.__file__)
 print(getattr(equimoe, "__file__", None))
 """
-
-
-def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
-    """Run ``code`` in a process that knows nothing of this one; returns its lines."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    if path is not None:
-        env["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 def pip(*arguments: object) -> None:
@@ -156,53 +144,6 @@ def test_an_editable_installation_uses_the_files_of_the_checkout(tmp_path: Path)
     if ROOT.as_uri() not in found:
         pytest.skip("this checkout is not installed as editable in this environment (`pip install -e .`)")
     assert found[1] == str(ROOT / "moe" / "__init__.py")
-
-
-def examples(document: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
-
-
-def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    counts = " ".join(python(examples("README.md")[0], tmp_path, ROOT)).split("]")[0]
-    assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
-
-
-@pytest.mark.slow
-def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(examples("README.md")[1])
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    norms = [float(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(norms) == 10 and all(0 < norm < 10 for norm in norms)
-
-
-@pytest.mark.slow
-def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
-    watched, driven = examples("docs/balance.md")
-    report = ast.literal_eval(python(watched, tmp_path, ROOT)[-1])
-    assert report["balance_sequences"] == 16 and report["estimator_error"] == 0
-    assert python(driven, tmp_path, ROOT)[-1] == "4"
-
-
-def test_options_of_the_balance_page_exist() -> None:
-    (options,) = re.findall(r"`(--moe.balance[^`]+)`", (ROOT / "docs/balance.md").read_text())
-    balance = parse(["--recipe", "quickstart", *options.split()]).config.moe.balance
-    assert balance.estimator == "exact" and balance.extra.micro == 1e-4
-
-
-def test_every_link_of_the_documents_leads_somewhere() -> None:
-    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
-    for document in (*documents, *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
-            found = target.startswith("https://arxiv.org/") or (document.parent / target).exists()
-            if target.startswith("#"):
-                titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-                found = target[1:] in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert found, f"{document}: {target}"
 
 
 def test_every_dependency_has_a_pin_for_every_python() -> None:
