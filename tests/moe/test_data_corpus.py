@@ -219,11 +219,15 @@ def test_empty_documents_are_passed_over(tmp_path):
     ("files", "changes", "message"),
     [
         ({}, {}, r"data\.path='.*': has no files"),
-        ({"a.png": b"\0\1", "b.txt": ""}, {}, r"data\.path='.*': no text found; 1 of 2 files are not UTF-8 .*; give"),
+        (
+            {"a.png": b"\0\1", "b.txt": ""},
+            {},
+            r"data\.path='.*': no text found; files skipped because they are not UTF-8 text: 1 of 2; give",
+        ),
         (
             {"a.bin": b"\1\0\2"},
             {},
-            r"data\.path='.*a\.bin': 3 bytes is not a multiple of the size of uint16.*set data\.token_dtype",
+            r"data\.path='.*a\.bin': its size, 3, is not a multiple of that of uint16.*set data\.token_dtype",
         ),
         (
             {"a.bin": np.array([5, 6, 300, 400], "<u2").tobytes()},
