@@ -8,7 +8,7 @@ ours is wrong, the command prints no measurements and exits with 1. Inputs are r
 or Zipf-skewed, and contestants take turns in one process. The lower bounds ("floors") follow from the matrix-product
 and copy rates that the machine reaches in this process. On a CPU, shapes have fewer tokens and experts.
 
-The command writes a .json file, its tables (.md), and a picture (.png) of time relative to the floors.
+The command writes a .json file and its tables (.md), with times relative to the floors.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(json.dumps(result, indent=1) + "\n")
     partial.unlink(missing_ok=True)
     print("\n" + report.markdown(result))
-    print("written:", path, *report.write(result, path))
+    print("written:", path, report.write(result, path))
     return 0
 
 

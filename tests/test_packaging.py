@@ -315,7 +315,10 @@ def test_two_processes_run_every_test_once(tmp_path: Path) -> None:
     command = [sys.executable, "tests/side_by_side.py", "-q"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert [line.split(" in ")[0] for line in lines if " in " in line] == [f"{len(side_by_side.FOLDERS)} passed", "1 passed"]
+    assert [line.split(" in ")[0] for line in lines if " in " in line] == [
+        f"{len(side_by_side.FOLDERS)} passed",
+        "1 passed",
+    ]
     assert done.returncode == 0 and lines[-2:] == ["library and training: passed", "kernels and all else: passed"]
 
 

@@ -1,4 +1,4 @@
-"""Turns the records of ``global_balance.py`` into a table, a list of the paper's findings, and a picture.
+"""Turns the records of ``global_balance.py`` into a table and a list of the paper's findings.
 
 "The paper" is arXiv 2501.11873.
 """
@@ -14,13 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from benchmarks.balance.arms import ARMS, BATCH, RANK
 from benchmarks.shared.records import rounded
-from equimoe.launch.figures import COLORS
 from equimoe.launch.text import counted
 
 Record = dict[str, Any]
@@ -38,8 +33,6 @@ PAPER = {
     "micro-half": 8.154,
     "micro-eighth": 8.159,
 }
-#: the same after 400B tokens, by number of sequences (Tables 1 and 3)
-PAPER_LONGER = {2: 7.383, 4: 7.347, 128: 7.214, 512: 7.198}
 
 
 class Finding(NamedTuple):
@@ -229,130 +222,13 @@ def markdown(runs: Runs, facts: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- picture
-
-#: arms that are drawn as points next to the curve of ranks, and their markers
-POINTS = {
-    "shuffled": "s",
-    "rolling": "^",
-    "carry": "v",
-    "exact": "x",
-    "with-micro": "D",
-    "micro-half": "<",
-    "micro-eighth": ">",
-}
-
-
-def draw(runs: Runs, path: Path) -> None:
-    """Write the picture. It needs the arms MICRO and GLOBAL."""
-    panels: dict[str, Callable[[Axes], None]] = {
-        "Held-out loss": lambda axes: _losses(runs, axes),
-        "Held-out loss compared with the paper": lambda axes: _paper(runs, axes),
-        "Balance loss during training": lambda axes: _balance(runs, axes),
-        "Straggler": lambda axes: _stragglers(runs, axes),
-        "Divergence between domains": lambda axes: _bars(runs, axes, "divergence", "Jensen-Shannon divergence, bits"),
-        "Score sum of the chosen experts": lambda axes: _bars(runs, axes, "score_sum", "mean over tokens"),
-        f"Experts by domain, {MICRO}": lambda axes: _routing(runs, axes, MICRO),
-        f"Experts by domain, {GLOBAL}": lambda axes: _routing(runs, axes, GLOBAL),
-    }
-    figure = Figure(figsize=(20, 9), layout="constrained", dpi=110)
-    for axes, (title, panel) in zip(figure.subplots(2, 4).flat, panels.items(), strict=True):
-        axes.set_title(title)
-        axes.grid(alpha=0.25)
-        if runs.have(MICRO, GLOBAL):
-            panel(axes)
-        else:
-            axes.text(0.5, 0.5, f"needs {MICRO} and {GLOBAL}", ha="center", transform=axes.transAxes)
-    figure.savefig(path)
-
-
-def _spread(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def _curve(axes: Axes, x: Sequence[int], values: Sequence[Sequence[float]], **style: Any) -> None:
-    axes.errorbar(x, [mean(v) for v in values], [_spread(v) for v in values], marker="o", capsize=3, **style)
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.legend(fontsize=8)
-
-
-def _losses(runs: Runs, axes: Axes) -> None:
-    arms = runs.synchronised()
-    _curve(axes, [ARMS[arm].sequences for arm in arms], [runs.values(arm, "loss") for arm in arms], label="ranks")
-    for color, (arm, marker) in zip(COLORS[1:], POINTS.items(), strict=False):
-        if arm in runs.by_arm:
-            label = arm if arm in ("rolling", "carry", "exact") else ARMS[arm].label
-            axes.plot(ARMS[arm].sequences, mean(runs.values(arm, "loss")), marker, color=color, label=label)
-    _finish(axes, "sequences balanced together", "nats per byte")
-
-
-def _paper(runs: Runs, axes: Axes) -> None:
-    arms = runs.synchronised()
-    _curve(axes, [ARMS[a].sequences for a in arms], [runs.differences(a, MICRO, "loss") for a in arms], label="here")
-    theirs = {ARMS[arm].sequences: paper_difference(arm) for arm in SYNCHRONISED if arm in PAPER}
-    axes.plot(list(theirs), list(theirs.values()), "--s", label="paper, 3.4B-A0.6B, 120B tokens")
-    longer = {b: math.log(p / PAPER_LONGER[RANK]) for b, p in PAPER_LONGER.items()}
-    axes.plot(list(longer), list(longer.values()), ":d", label="paper, 3.4B-A0.6B, 400B tokens")
-    _finish(axes, "sequences balanced together", f"nats per byte minus those at {RANK}")
-
-
-def _balance(runs: Runs, axes: Axes) -> None:
-    for color, arm in zip(COLORS, (MICRO, GLOBAL, "to-global", "to-micro"), strict=False):
-        if arm not in runs.by_arm:
-            continue
-        of_seeds = [runs.by_arm[arm][seed]["evaluations"] for seed in runs.have(arm)]
-        for over, line in ((RANK, "-"), (BATCH, "--")):
-            curve = np.mean([[one["balance"][str(over)] for one in of_seed] for of_seed in of_seeds], axis=0)
-            label = ARMS[arm].label if line == "-" else None
-            axes.plot([one["step"] for one in of_seeds[0]], curve, line, color=color, label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"balance loss over {RANK} (solid) and {BATCH} (dashed)")
-    axes.margins(y=0.3)
-    axes.legend(fontsize=8, loc="upper right")
-
-
-def _stragglers(runs: Runs, axes: Axes) -> None:
-    for color, arm in zip(COLORS, (MICRO, "sync-32", "with-micro", GLOBAL), strict=False):
-        if arm in runs.by_arm:
-            degrees = list(runs.by_arm[arm][runs.have(arm)[0]]["evaluations"][-1]["straggler"])
-            found = [runs.values(arm, "straggler", degree) for degree in degrees]
-            _curve(axes, [int(d) for d in degrees], found, color=color, label=ARMS[arm].label)
-    _finish(axes, "expert-parallel ranks", "rows of the busiest rank / mean")
-
-
-def _bars(runs: Runs, axes: Axes, key: str, label: str) -> None:
-    arms = [arm for arm in runs.by_arm if ARMS[arm].then is None]
-    values = [runs.values(arm, key) for arm in arms]
-    colors = [COLORS[1] if "sync" in arm else COLORS[0] for arm in arms]
-    axes.barh(arms, [mean(v) for v in values], xerr=[_spread(v) for v in values], color=colors, capsize=2)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
-
-
-def _routing(runs: Runs, axes: Axes, arm: str) -> None:
-    """Draw the share of each domain's choices by expert, in the last layer of the first seed."""
-    routing = runs.by_arm[arm][runs.have(arm)[0]]["evaluations"][-1]["routing"]
-    shares = np.array([of_layer[-1] for of_layer in routing.values()])
-    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=0.15)
-    axes.set_yticks(range(len(routing)), list(routing))
-    axes.set_xlabel("expert")
-    axes.grid(False)
-    axes.figure.colorbar(image, ax=axes, fraction=0.04)
-
-
 def write(found: Sequence[Record], facts: dict[str, Any], stem: Path) -> str:
-    """Write ``stem``.json, .md and .png; return the text."""
+    """Write ``stem``.json and .md; return the text."""
     runs = Runs(found)
     text = markdown(runs, facts)
     result = {"facts": facts, "runs": [_without_routing(record) for record in found]}
     stem.with_suffix(".json").write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
     stem.with_suffix(".md").write_text(text)
-    draw(runs, stem.with_suffix(".png"))
     return text
 
 

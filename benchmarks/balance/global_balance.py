@@ -4,23 +4,21 @@
 
 A small model is trained once for each arm (see arms.py) and seed, on the text that comes with Python. Each sequence is
 from one of five domains. Runs of one seed start with the same weights and see the same sequences in the same order. If
-the command is interrupted, the same command continues; other arms or more seeds are added to the existing runs. It
-writes a table (.md), a picture (.png) and all numbers (.json) into DIR.
+the command is interrupted, the same command does the missing runs; other arms or more seeds are added to the existing
+runs. It writes a table (.md) and all numbers (.json) into DIR.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from benchmarks.shared.options import CORES, Parser, positive
 from benchmarks.shared.records import facts
 from equimoe.launch.env import command
 from equimoe.launch.text import counted
-from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 
@@ -58,9 +55,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, help="(default 3; quick 1)")
     parser.add_argument("--steps", type=int, help=f"(default {FULL.steps}; quick {QUICK.steps})")
     parser.add_argument("--jobs", type=positive, default=CORES, help="runs at the same time (default %(default)s)")
-    parser.add_argument("--runs", type=Path, help="folder for unfinished runs (default runs/global_balance)")
+    parser.add_argument("--runs", type=Path, help="folder for the runs (default runs/global_balance)")
     parser.add_out()
-    parser.add_argument("--one", metavar="ARM:SEED", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.size = QUICK if args.quick else FULL
     if args.steps is not None:
@@ -76,31 +72,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-# ---- one run
-
-
-def train(name: str, seed: int, size: Size, folder: Path) -> None:
-    """Train one run, or the rest of it. ``folder``/result.json exists only if the run is complete."""
+def train(name: str, seed: int, size: Size, folder: Path) -> dict[str, Any]:
+    """Train one run and return its record, which is also written to ``folder``/result.json."""
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed command may have left this run's process running
-        if not (folder / "result.json").exists():
-            _train(name, seed, size, folder)
-
-
-def _train(name: str, seed: int, size: Size, folder: Path) -> None:
-    arm, progress = ARMS[name], folder / "progress.json"
+    start, arm = time.perf_counter(), ARMS[name]
     corpus = load_corpus(configure(arm, size, seed).data, load_tokenizer("bytes"))
     trainer, ranks = build(arm, size, seed, corpus)
-    record: dict[str, Any] = {"arm": name, "seed": seed, "size": asdict(size), "evaluations": [], "seconds": 0.0}
+    record: dict[str, Any] = {"arm": name, "seed": seed, "size": asdict(size), "evaluations": []}
     record |= {"parameters": trainer.parameters, "active_parameters": trainer.active_parameters}
-    if progress.exists() and checkpoint.complete(folder / "checkpoints"):
-        path = checkpoint.newest(folder / "checkpoints")
-        trainer.resume(path, checkpoint.read_manifest(path))
-        record = json.loads(progress.read_text())
-        record["evaluations"] = [one for one in record["evaluations"] if one["step"] <= trainer.step]
-    every, start = size.steps // EVALUATIONS, time.perf_counter()
+    every = size.steps // EVALUATIONS
     while trainer.step < size.steps:
         if arm.then is not None and trainer.step >= size.steps // 2:
             ranks.together = arm.then
@@ -110,62 +90,46 @@ def _train(name: str, seed: int, size: Size, folder: Path) -> None:
             trained = trainer.record(norm)
             figures = {"step": trainer.step, "training_loss": trained["loss"], "grad_norm": trained["grad_norm"]}
             record["evaluations"].append(figures | measure(observe(trainer, size)))
-            record["seconds"] += time.perf_counter() - start
-            start = time.perf_counter()
-            write_atomically(progress, json.dumps(record).encode())
-            trainer.save(folder / "checkpoints")
+    record["seconds"] = time.perf_counter() - start
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "result.json", json.dumps(record).encode())
-    progress.unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return record
 
 
-# ---- all runs
-
-
-def folder_of(runs: Path, size: Size, name: str, seed: int) -> Path:
-    return runs / f"{size.steps}-steps" / f"{name}-{seed}"
+def folder_of(args: argparse.Namespace, name: str, seed: int) -> Path:
+    return args.runs / f"{args.size.steps}-steps" / f"{name}-{seed}"
 
 
 def run_all(args: argparse.Namespace) -> int:
     """Train the missing runs seed by seed, ``jobs`` at a time; return the number of failed runs."""
-    missing = [
-        (name, seed)
-        for seed in range(args.seeds)
-        for name in args.arms
-        if not (folder_of(args.runs, args.size, name, seed) / "result.json").exists()
-    ]
-    print(
-        f"{counted(len(args.arms), 'arm')} x {counted(args.seeds, 'seed')}; {counted(len(missing), 'run')} to do",
-        flush=True,
-    )
-
-    def start(job: tuple[str, int]) -> int:
-        name, seed = job
-        own = ["--one", f"{name}:{seed}", "--runs", str(args.runs), "--steps", str(args.size.steps)]
-        command = [sys.executable, __file__, *own, *(["--quick"] if args.quick else [])]
-        began = time.perf_counter()
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        if done.returncode:
-            if done.returncode != STOPPED:
-                print(f"{name} seed {seed} failed:\n{done.stderr}", file=sys.stderr, flush=True)
-            return 1
-        result = json.loads((folder_of(args.runs, args.size, name, seed) / "result.json").read_text())
-        last = result["evaluations"][-1]
-        print(
-            f"{name:<14} seed {seed}  held-out loss {last['loss']:.4f}  divergence {last['divergence']:.3f} bits  "
-            f"{time.perf_counter() - began:4.0f} s",
-            flush=True,
-        )
-        return 0
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        return sum(pool.map(start, missing))
+    wanted = [(name, seed) for seed in range(args.seeds) for name in args.arms]
+    missing = [run for run in wanted if not (folder_of(args, *run) / "result.json").exists()]
+    arms, seeds = counted(len(args.arms), "arm"), counted(args.seeds, "seed")
+    print(f"{arms} x {seeds}; {counted(len(missing), 'run')} to do", flush=True)
+    failed = 0
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(train, *run, args.size, folder_of(args, *run)): run for run in missing}
+        try:
+            for job in as_completed(jobs):
+                text = "{:<14} seed {}".format(*jobs[job])
+                if error := job.exception():
+                    failed += 1
+                    print(f"{text}  failed:", *traceback.format_exception(error), sep="\n", file=sys.stderr, flush=True)
+                else:
+                    record = job.result()
+                    last = record["evaluations"][-1]
+                    text += f"  held-out loss {last['loss']:.4f}  divergence {last['divergence']:.3f} bits"
+                    print(f"{text}  {record['seconds']:4.0f} s", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
 
 
 def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in range(args.seeds):
         for name in args.arms:
-            path = folder_of(args.runs, args.size, name, seed) / "result.json"
+            path = folder_of(args, name, seed) / "result.json"
             if path.exists():
                 yield json.loads(path.read_text())
 
@@ -173,12 +137,7 @@ def results(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    failed = 0
     try:
-        if args.one:
-            name, seed = args.one.split(":")
-            train(name, int(seed), args.size, folder_of(args.runs, args.size, name, int(seed)))
-            return 0
         failed = run_all(args)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
