@@ -19,7 +19,6 @@ micro-batch balance sums counts too, over the ranks that hold parts of the same 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -27,8 +26,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])

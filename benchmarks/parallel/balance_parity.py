@@ -10,13 +10,10 @@ six balance scopes at once, and with different numbers of tokens per rank. The e
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])

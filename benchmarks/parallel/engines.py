@@ -10,7 +10,6 @@ if it is installed (`make engines` installs it). The exit status is 1 if an engi
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import time
 import warnings
@@ -18,8 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])

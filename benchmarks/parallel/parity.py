@@ -8,13 +8,10 @@ all of them. The exit status is 1 if a composition exceeds its limit.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])

@@ -9,12 +9,9 @@ The exit status is 1 if a row differs from its formula.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
