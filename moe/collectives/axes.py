@@ -78,7 +78,7 @@ def _new_group_like(group: Any, members: list[int]) -> Any:
 
 
 def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
-    """Split an axis into a grid; return (the axis across blocks, the axis within a block of ``inner`` adjacent ranks).
+    """Divide an axis into blocks of ``inner`` adjacent ranks; return the axis across blocks and that within a block.
 
     All ranks of the axis must call this. Raises ValueError if ``inner`` does not divide the size.
     """
