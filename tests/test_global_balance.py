@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.balance import findings, global_balance
+from benchmarks.balance import global_balance
 from benchmarks.balance.arms import ARMS, BATCH, BIAS_RATE, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
@@ -132,19 +132,14 @@ def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_findings_are_judged_by_seed(tmp_path: Path) -> None:
-    losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "shuffled": (1.91, 2.08)}
+def test_the_table_compares_runs_of_the_same_seed(tmp_path: Path) -> None:
+    losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "exact": (1.903, 2.004)}
     found = [record(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)]
-    by_claim = {o.claim: o for o in findings.findings(findings.Runs(found))}
-    assert by_claim["held-out loss: global is below micro-batch"].holds == [True, True]
-    assert by_claim["shuffled control is closer to global than to micro-batch"].holds == [True, False]
-    (saturates,) = [o for claim, o in by_claim.items() if claim.startswith("the gain saturates")]
-    assert saturates.holds == [True, False] and saturates.verdict == "not always, 1 of 2 seeds"
     facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3", "commit": "c"}
-    found += [record("exact", seed, loss) for seed, loss in enumerate((1.903, 2.004))]
-    text = findings.write(found, facts, tmp_path / "result")
+    text = global_balance.write([*found, record("shuffled", 1, 2.08)], facts, tmp_path / "result")
     assert "they end 0.0035 apart" in text
     assert "| sync-32: 8 ranks | 32 | 2.0050 " in text and "-0.0450 \u00b1 0.0212" in text
+    assert "Arms with fewer than 2 seeds: shuffled (1)." in text and text == (tmp_path / "result.md").read_text()
     assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["arm"] == "sync-4"
 
 
