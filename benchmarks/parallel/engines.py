@@ -11,7 +11,6 @@ the limit.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import time
 import warnings
@@ -20,8 +19,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
+from equimoe.launch.text import counted
 from equimoe.moe.balance import counting_pass
 from equimoe.moe.engines import Engine, build_engine
 from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh, token_losses
@@ -168,6 +167,7 @@ def error(found: list[float], right: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of engines that exceed the limit."""
     parser = Parser(__doc__)
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         row = f"{name:<60} {loss:>8.1e} {norm:>8.1e} {weights:>10.1e} {seconds:>6.1f}"
         print(f"{row}{'  NOT EQUAL' * wrong}", flush=True)
-    print(f"\n{len(chosen) - bad} of {len(chosen)} engines equal one process")
+    print(f"\nequal to one process: {len(chosen) - bad} of {counted(len(chosen), 'engine')}")
     return bad
 
 

@@ -283,8 +283,8 @@ class AutoStep(OwnStep):
             )
         if self._skipped and announced not in (0, done):
             raise ValueError(
-                f"balance.micro_batches={announced}: an update after {done} backward passes, and before it {announced} "
-                f"without an update; if a step was broken off, drive the steps: {_REMEDY}"
+                f"balance.micro_batches={announced}: no update came after that many backward passes, but one after "
+                f"{done} more; if a step was broken off, drive the steps: {_REMEDY}"
             )
         if any(v.counted and v.lives and not v.done for v in visits):
             raise ValueError(

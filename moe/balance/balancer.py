@@ -252,8 +252,8 @@ class Balancer:
         """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]) and z_sum."""
         if visit not in self.layer.visits.values():
             raise ValueError(
-                "MoE: a backward of a forward whose step has ended, or was discarded; run it before the update, and "
-                "before Step.end() or Step.discard()"
+                "MoE: this backward pass comes too late, its step has ended or was discarded; run it before the "
+                "optimizer's update, and before Step.end() or Step.discard()"
             )
         self.step.read(self.layer, visit)
         self._check_counts()

@@ -75,7 +75,7 @@ class Placement:
         owners = self.owners or Owners.consecutive(num_experts, self.ep.size)
         if (owners.num_experts, owners.ranks) != (num_experts, self.ep.size):
             raise ValueError(
-                f"placement.owners: has {owners.num_experts} experts on {owners.ranks} ranks; this layer has "
-                f"{num_experts} experts on {self.ep.size} expert-parallel ranks"
+                f"placement.owners: is for num_experts={owners.num_experts} and ranks={owners.ranks}; this layer has "
+                f"num_experts={num_experts} and expert-parallel size {self.ep.size}; build the owners for these"
             )
         return owners

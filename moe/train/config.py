@@ -268,7 +268,7 @@ class TrainConfig:
             self.moe.num_experts % found.ep == 0,
             "parallel.ep",
             found.ep,
-            f"the value resolved for {world} processes must divide moe.num_experts={self.moe.num_experts}; "
+            f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "
             "set parallel.ep or change the number of processes",
         )
         return found
@@ -288,7 +288,7 @@ class TrainConfig:
             self.moe.balance.micro_batches in (None, micro_batches),
             "moe.balance.micro_batches",
             self.moe.balance.micro_batches,
-            f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {micro_batches}; "
+            f"data.global_batch, data.micro_batch and data-parallel size {data_parallel} give {micro_batches}; "
             "leave it out",
         )
         return micro_batches

@@ -134,7 +134,7 @@ def _named_extra(engine: str) -> Iterator[None]:
 
 
 class Trainer:
-    """This rank's model, optimizer and data, and what the training loop does with them."""
+    """Trains, evaluates, saves and resumes the model of this rank."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
         self.config, self.corpus, self.device, self.mesh = config, corpus, device, mesh
