@@ -24,7 +24,6 @@ import torch
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import facts_line
 from equimoe.launch.env import command
-from equimoe.launch.text import counted
 from equimoe.moe.parallel import ParallelConfig
 from tests.parallel.test_balance_matrix import worst_error
 
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             good, bad = good + (not wrong), bad + wrong
             name, seconds = schedule if pp > 1 else "-", time.perf_counter() - start
             print(f"{row} {name:<8} {error:7.0e} {seconds:8.1f}{'  NOT EQUAL' * wrong}", flush=True)
-    print(f"\nequal to one process: {good} of {counted(good + bad, 'mapping')}")
+    print(f"\n{good} of {good + bad} mappings equal one process")
     return bad
 
 

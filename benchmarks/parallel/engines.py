@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
 from equimoe.launch.env import command
-from equimoe.launch.text import counted
 from equimoe.moe.balance import counting_pass
 from equimoe.moe.engines import Engine, build_engine
 from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh, token_losses
@@ -190,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         row = f"{name:<60} {loss:>8.1e} {norm:>8.1e} {weights:>10.1e} {seconds:>6.1f}"
         print(f"{row}{'  NOT EQUAL' * wrong}", flush=True)
-    print(f"\nequal to one process: {len(chosen) - bad} of {counted(len(chosen), 'engine')}")
+    print(f"\n{len(chosen) - bad} of {len(chosen)} engines equal one process")
     return bad
 
 

@@ -22,7 +22,6 @@ import torch
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
 from equimoe.launch.env import command
-from equimoe.launch.text import counted
 from tests.helpers.compositions import COMPOSITIONS
 from tests.helpers.parity import compare
 
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         bad += wrong
         seconds = time.perf_counter() - start
         print(f"{name:<44} {of.world:>5} {row} {of.limit:>7.0e} {seconds:>5.1f}{'  NOT EQUAL' * wrong}", flush=True)
-    print(f"\nequal to one process: {len(chosen) - bad} of {counted(len(chosen), 'composition')}")
+    print(f"\n{len(chosen) - bad} of {len(chosen)} compositions equal one process")
     return bad
 
 

@@ -5,6 +5,8 @@ The model has MoE layers with the global-batch loss (estimator "exact") and weig
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from megatron.core import parallel_state  # noqa: E402
 
 from equimoe.launch import env  # noqa: E402
 from equimoe.launch.options import to_yaml  # noqa: E402
+from equimoe.launch.recipes import RECIPES  # noqa: E402
 from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig, checkpoint  # noqa: E402
 from equimoe.moe.config import AttentionConfig, CapacityConfig  # noqa: E402
 from equimoe.moe.engines import Batch, Engine, build_engine  # noqa: E402
 from equimoe.moe.engines.megatron import build_megatron_engine  # noqa: E402
+from equimoe.moe.engines.megatron.engine import check_degrees  # noqa: E402
 from equimoe.moe.model import Decoder  # noqa: E402
 from equimoe.moe.observe.metrics import read_records  # noqa: E402
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh  # noqa: E402
@@ -352,6 +356,19 @@ def test_the_command_and_back_to_our_engine(tmp_path: Path, monkeypatch: pytest.
         command("both", "--engine", "megatron", "--steps", "2")
         for got, right in zip(command("both", "--resume"), expected, strict=True):
             assert got == pytest.approx(right, rel=1e-5)
+
+
+def test_which_recipes_the_engine_holds() -> None:
+    """The page of engines names them."""
+    held = set()
+    for name, recipe in RECIPES.items():
+        with suppress(ValueError):
+            config = recipe()
+            check_degrees(config.degrees(1024 if name in ("deepseek_v3", "qwen3_235b") else 8))
+            held |= {name} if config.attention.kind == "grouped" else set()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    (named,) = re.findall(r"`--engine megatron` trains a recipe \(([^)]*)\)", page)
+    assert held == set(re.findall(r"`(\w+)`", named))
 
 
 def test_the_command_names_what_it_cannot_hold(tmp_path: Path) -> None:

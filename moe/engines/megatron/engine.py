@@ -68,7 +68,7 @@ def build_megatron_engine(
         raise ValueError(f"model: a {type(model).__name__}; the Megatron engine trains only a Decoder")
     device = device or next(model.parameters()).device
     mesh = _mesh_of_one(device) if mesh is None else mesh
-    _check_degrees(mesh)
+    check_degrees(mesh.degrees)
     _join(mesh, device)
     check_alike(model, world_axis())
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
@@ -108,8 +108,8 @@ class _Tokens:
         return self.value
 
 
-def _check_degrees(mesh: Mesh) -> None:
-    degrees = mesh.degrees
+def check_degrees(degrees: ParallelConfig) -> None:
+    """Raise ValueError for a mesh that Megatron-Core cannot hold here."""
     wanted = {
         "cp": (1, "its attention needs TransformerEngine for that"),
         "data_parallel": ("ddp", "use distributed_optimizer"),

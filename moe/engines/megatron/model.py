@@ -177,7 +177,8 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
     )
     for name, block in stage.blocks.items():
         if model.blocks[name].run_block is not _run:
-            block.forward = partial(_recomputed, model.blocks[name].run_block, block.forward)
+            run = cast(Caller, model.blocks[name].run_block)
+            block.forward = partial(_recomputed, run, block.forward)
         layer = model.blocks[name].mlp
         if isinstance(layer, MoE):
             block.mlp = layer
