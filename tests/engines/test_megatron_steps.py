@@ -1,4 +1,4 @@
-"""Steps of Megatron-Core's training loop: broken ones, evaluation in between, several models, bf16, gradient scaling."""
+"""Steps of Megatron-Core: broken ones, evaluation in between, several models, bf16, and gradient scaling."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_two_models_train_as_each_alone() -> None:
                     model.backward(step)
                     model.update()
             found = [[p.detach().clone() for p in m.chunks[0].parameters()] for m in models]
-            for number, (model, weights) in enumerate(zip(models, copies, strict=True)):
+            for number, weights in enumerate(copies):
                 alone = trainer_of("exact" if number else "rolling", num_layers=2 - number, **{EP: 2})
                 with torch.no_grad():
                     for p, value in zip(alone.chunks[0].parameters(), weights, strict=True):

@@ -180,7 +180,7 @@ def shards(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] 
                     found.append(item)
     state = dict(enumerate(found))
     apply_factories(state)
-    return list(nested_values(state))
+    return [s for s in nested_values(state) if isinstance(s, ShardedTensor)]
 
 
 def _where(shard: ShardedTensor) -> tuple[Any, ...]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
+    make_sharded_object_for_checkpoint,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
@@ -50,33 +51,36 @@ def sharded_layer(layer: MoELayer, prefix: str, offsets: Offsets, metadata: dict
 def _experts(
     layer: MoELayer, weight: nn.Parameter, key: str, axis: int, halves: int, offsets: Offsets, singleton: bool
 ) -> ShardedTensorFactory:
-    """Return a stacked weight as one tensor per expert and half (gate, up), as Megatron stores them."""
+    """Return a stacked weight as one tensor per expert and half (gate, up), as Megatron stores them.
+
+    Each expert also has an empty ``_extra_state``, without which Megatron's own layer would not load.
+    """
     placement, number = layer.balancer.placement, layer.config.num_experts
     owned, etp = layer.balancer.owners.experts_of(placement.ep.rank), placement.etp
+    names = ["_w", "_v"] if singleton and halves == 2 else [""] * halves
+    replica = (0, 0, torch.distributed.get_rank(layer.groups.expt_dp))
 
-    def build(key: str, stacked: Tensor, replica: Any, flattened_range: Any) -> list[ShardedTensor]:
-        parts = []
+    def build(key: str, stacked: Tensor, replica: Any, flattened_range: Any) -> list[ShardedTensor | ShardedObject]:
+        parts: list[ShardedTensor | ShardedObject] = []
+        states: list[ShardedTensor | ShardedObject] = []
         for expert, of_expert in zip(owned, stacked, strict=True):
+            where = offsets if singleton else (*offsets, (len(offsets), expert, number))
+            name = key.replace(".experts.linear", f".experts.{expert}.linear") if singleton else key
             for half, tensor in enumerate(of_expert.chunk(halves, axis)):
-                where = offsets if singleton else (*offsets, (len(offsets), expert, number))
-                part, pieces = half * etp.size + etp.rank, halves * etp.size
-                name = key
-                if singleton:
-                    name = key.replace(".experts.linear", f".experts.{expert}.linear") + ("_w", "_v")[half] * (
-                        halves > 1
-                    )
-                    part, pieces = etp.rank, etp.size
-                split = (len(where) + axis, part, pieces)
+                # halves are two tensors if singleton, else the two parts of one tensor
+                part, pieces = (0, 1) if singleton else (half, halves)
+                split = (len(where) + axis, part * etp.size + etp.rank, pieces * etp.size)
                 parts.append(
                     ShardedTensor.from_rank_offsets(
-                        name, tensor, *where, split, replica_id=replica, prepend_axis_num=len(where)
+                        name + names[half], tensor, *where, split, replica_id=replica, prepend_axis_num=len(where)
                     )
                 )
-        return parts
+            state = name.removesuffix("weight") + "_extra_state"
+            states.append(make_sharded_object_for_checkpoint(None, state, where, (0, etp.rank, replica[-1])))
+        return parts + states if isinstance(stacked, nn.Parameter) else parts  # an optimizer's state has none
 
     def merge(parts: list[Tensor]) -> Tensor:
-        whole = [torch.cat(parts[i : i + halves], axis) for i in range(0, len(parts), halves)]
+        whole = [torch.cat(parts[i : i + halves], axis) for i in range(0, len(owned) * halves, halves)]
         return torch.stack(whole)
 
-    replica = (0, 0, torch.distributed.get_rank(layer.groups.expt_dp))
     return ShardedTensorFactory(key, weight, build, merge, replica)
