@@ -33,7 +33,7 @@ help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
 	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
-	@echo "make engines run the tests with DeepSpeed and other foreign engines, about 3 minutes   [ARGS=\"-k zero\"]"
+	@echo "make engines run the tests with DeepSpeed, Megatron-Core and others, about 6 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
 	@echo "make bench   compare one layer with other libraries  [ARGS=...]"

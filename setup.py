@@ -17,7 +17,13 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     # what `make engines` tests
-    "engines": ["accelerate>=1.15", "deepspeed>=0.19", "lightning>=2.6"],
+    "engines": [
+        "accelerate>=1.15",
+        "deepspeed>=0.19",
+        "lightning>=2.6",
+        "megatron-core>=0.16",
+        "transformers>=5",
+    ],
     "hf": ["transformers>=5", "tokenizers>=0.22"],
     "dev": [
         "build",

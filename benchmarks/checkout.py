@@ -10,6 +10,7 @@ imports this module first if it is run as a file:
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -32,6 +33,7 @@ def _use(name: str, folder: Path) -> None:
         sys.exit(f"{name} is already imported from {found}, but this script belongs to {ROOT}: run it on its own")
 
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch loads; its warnings would disturb the tables
 for _name, _folder in PACKAGES.items():
     _use(_name, _folder)
 # our folders must not hide installed packages: Hugging Face has one called `kernels`

@@ -31,6 +31,7 @@ from benchmarks.kernels import kernel_suite
 from benchmarks.layer import layer_suite, peers
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import OURS
+from equimoe.launch.env import command
 
 #: the fault of the compile gate
 SPILLING = "a tile that spills"
@@ -211,6 +212,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
                     yield suite, op, name
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--only", default="", help="plant only faults whose description contains this text")
@@ -231,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--only={only}: no fault has this text in its description; the first is {' '.join(next(cases()))!r}"
         )
-    print(f"{found} of {total} planted faults seen")
+    print(f"planted faults seen: {found} of {total}")
     return total - found
 
 

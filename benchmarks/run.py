@@ -8,7 +8,7 @@ ours is wrong, the command prints no measurements and exits with 1. Inputs are r
 or Zipf-skewed, and contestants take turns in one process. The lower bounds ("floors") follow from the matrix-product
 and copy rates that the machine reaches in this process. On a CPU, shapes have fewer tokens and experts.
 
-The command writes a .json file, its tables (.md), and a picture (.png) of time relative to the floors.
+The command writes a .json file and its tables (.md), with times relative to the floors.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from benchmarks.shared.options import CORES, Parser, positive, threads
 from benchmarks.shared.records import OURS, facts, load_averages, slug
 from benchmarks.shared.shapes import Shape
 from benchmarks.shared.timing import Context, Timer, yardstick
+from equimoe.launch.env import command
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SUITES = ("kernels", "layer")
@@ -147,7 +148,7 @@ def run_all(args: argparse.Namespace, context: Context, result: dict[str, Any], 
     for index, shape in enumerate(args.chosen):
         passed = time.monotonic() - begin
         if index and passed + 0.7 * usual > 60 * args.minutes:
-            result["left_out"][shape.name] = f"would exceed the limit of {args.minutes:g} minutes"
+            result["left_out"][shape.name] = f"would take longer than --minutes={args.minutes:g}"
             continue
         needed = needed_bytes(sized(shape, args.device), context.dtype.itemsize, context.device)
         free = free_bytes(context.device)
@@ -157,7 +158,7 @@ def run_all(args: argparse.Namespace, context: Context, result: dict[str, Any], 
         use_compiled = compiled < args.compiled
         compiled += 1
         context.builders = builders(args, use_compiled)
-        context.absent = {} if use_compiled else {peers.COMPILED: f"measured for {args.compiled} shapes (--compiled)"}
+        context.absent = {} if use_compiled else {peers.COMPILED: f"--compiled={args.compiled} shapes only"}
         print(f"{shape.name} ...", end=" ", flush=True)
         start = time.monotonic()
         result["shapes"][shape.name] = run_shape(shape, args, context)
@@ -192,6 +193,7 @@ def _quick(args: argparse.Namespace) -> bool:
     return all(shape in shapes.TINY for shape in args.chosen)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.against:
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(json.dumps(result, indent=1) + "\n")
     partial.unlink(missing_ok=True)
     print("\n" + report.markdown(result))
-    print("written:", path, *report.write(result, path))
+    print("written:", path, report.write(result, path))
     return 0
 
 

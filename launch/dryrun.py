@@ -16,6 +16,7 @@ from ..moe.plan import DryRun, dry_run
 from ..moe.train.config import TrainConfig
 from . import env
 from .options import parse
+from .text import counted
 
 USAGE = """usage: python -m equimoe.launch.dryrun --world N [--rank R] [--node N] [--json FILE] [--recipe NAME] ...
 
@@ -33,7 +34,7 @@ def describe(found: DryRun, config: TrainConfig) -> str:
     lines = [
         f"rank {found.rank} of {found.world}: blocks {_ranges(found.blocks)} of {config.model.num_layers}, "
         f"with {_amount(found.parameters, 1000)} parameters, which may be sharded over several ranks",
-        f"simulated {found.simulated} of {found.micro_batches} micro-batches in {found.seconds:.0f} s; "
+        f"simulated {found.simulated} of {counted(found.micro_batches, 'micro-batch')} in {found.seconds:.0f} s; "
         "all numbers are for one whole step",
         *found.notes,
         "",
@@ -101,6 +102,7 @@ def _number(own: dict[str, str], name: str, low: int, high: int | None = None) -
     return int(text)
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with code 64 for a wrong option or configuration, 73 if the file cannot be written."""
     arguments = sys.argv[1:] if argv is None else argv

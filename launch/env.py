@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -13,20 +14,51 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-#: exit codes, following sysexits.h
-OWN = CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
+#: exit code that shells use if nobody reads the output: 128 + SIGPIPE
+UNREAD = 141
+
+#: exit codes, following sysexits.h, of processes that have said why they end, or need not
+CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
+OWN = CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, UNREAD
 
 #: exit code that shells use after SIGINT: 128 + 2
 INTERRUPTED = 130
+
+
+def command(main: Callable[P, T]) -> Callable[P, T]:
+    """Let a command's ``main`` end quietly when nobody reads its output any more, as in ``... --help | head``."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not _is_unread():
+                raise  # another pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+            sys.exit(UNREAD)
+
+    return run
+
+
+def _is_unread() -> bool:
+    output = select.poll()
+    output.register(sys.stdout, 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 @dataclass(frozen=True)

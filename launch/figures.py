@@ -300,7 +300,7 @@ def draw_load(run: Run, style: Style) -> Drawn | str:
         axes.locator_params(axis="x", nbins=6)
     _label_below(panels, 2, "step")
     _heat_scale(figure, panels, image)
-    return figure, f"Load of {experts} experts over the steps, in each of {layers} MoE layers."
+    return figure, f"Load of {experts} experts over the steps, by MoE layer ({layers})."
 
 
 def draw_routing(run: Run, style: Style) -> Drawn | str:
@@ -326,4 +326,4 @@ def draw_routing(run: Run, style: Style) -> Drawn | str:
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
     _label_below(panels, columns, "expert")
     _heat_scale(figure, panels, image)
-    return figure, f"How often {', '.join(domains)} choose each of {experts} experts, in each of {layers} MoE layers."
+    return figure, f"How often {', '.join(domains)} choose each of {experts} experts, by MoE layer ({layers})."

@@ -8,6 +8,8 @@ import sys
 from ..moe.parallel import ParallelConfig
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.mesh import groups_of
+from . import env
+from .text import counted
 
 #: axis -> what the ranks of one group do together
 MEANING = {
@@ -25,6 +27,7 @@ MEANING = {
 }
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with code 64 if the degrees do not fit."""
     arguments = _parser().parse_args(argv)
@@ -46,7 +49,7 @@ def describe(degrees: ParallelConfig, node: int, everything: bool = False) -> st
     """
     dense = " * ".join(f"{name} {getattr(degrees, name)}" for name in DENSE_DEGREES)
     expert = " * ".join(f"{name} {getattr(degrees, name)}" for name in EXPERT_DEGREES)
-    lines = [f"dense:   {dense}", f"experts: pp {degrees.pp} * {expert}", f"{node} ranks per node", ""]
+    lines = [f"dense:   {dense}", f"experts: pp {degrees.pp} * {expert}", f"{counted(node, 'rank')} per node", ""]
     lines.append(f"{'axis':<10} {'ranks':>5} {'groups':>6} {'within a node':>13}   what they do")
     for axis, meaning in MEANING.items():
         groups = groups_of(axis, degrees).tolist()

@@ -20,12 +20,11 @@ import matplotlib
 import numpy as np
 
 from ..moe.observe.metrics import duration, write_atomically
-from . import figures, routing_figures
+from . import env, figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
-from .text import option_text, short_count
+from .text import counted, option_text, short_count
 
 REPORT_FILE = "report.html"
-EX_USAGE, EX_NOINPUT, EX_CANTCREAT = 64, 66, 73
 
 CSS = """
 :root {
@@ -221,10 +220,10 @@ def _subtitle(run: Run) -> str:
     if (elapsed := _last(numbers(run.train, "elapsed_s"))) is not None:
         parts.append(duration(elapsed))
     if world := run.run.get("world_size"):
-        parts.append(f"{world} process" + ("es" if world > 1 else ""))
+        parts.append(counted(world, "process"))
     broken = sum(bool(record.get("nonfinite")) for record in run.train)
     if broken:
-        parts.append(f"{broken} records contain numbers that are not finite")
+        parts.append(f"{counted(broken, 'record')} with numbers that are not finite")
     return " | ".join(parts)
 
 
@@ -347,6 +346,7 @@ def _image(run: Run, plot: Plot, style: Style) -> tuple[str, str] | str:
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}", alt
 
 
+@env.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 64 for wrong usage, 66 for no metrics, 73 if the page cannot be written."""
     argv = sys.argv[1:] if argv is None else argv
@@ -355,15 +355,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if len(argv) != 1 or argv[0].startswith("-"):
         print("report: give one folder of a run: python -m equimoe.launch.report RUN_DIR", file=sys.stderr)
-        return EX_USAGE
+        return env.CONFIG
     try:
         print(f"report: {write_report(Path(argv[0]))}")
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
-        return EX_NOINPUT
+        return env.DATA
     except OSError as error:
         print(f"report: {error.filename or argv[0]}: cannot be written ({error.strerror})", file=sys.stderr)
-        return EX_CANTCREAT
+        return env.CANNOT_WRITE
     return 0
 
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ..moe.observe import divergences, mean_divergence
 from ..moe.observe.metrics import Record
 from .figures import COLORS, MAX_PANELS, Array, Drawn, Run, Style, draw_line, finish, new_panels, numbers
+from .text import counted
 
 #: most entries in one column of a legend
 MAX_NAMED = 16
@@ -165,7 +166,7 @@ def draw_estimator(run: Run, style: Style) -> Drawn | str:
     _legend(panels[0], loc="lower right")
     finish(panels[0], "balance batch size", "sequences")
     finish(panels[1], "error of the load that was used", "relative to the step's load")
-    text = f"The load was counted over {_last(sequences, '.3g')} sequences at the end, with an error of {_last(error)}."
+    text = f"Balance batch size at the end: {_last(sequences, '.3g')}; error of the load that was used: {_last(error)}."
     return figure, text
 
 
@@ -231,7 +232,8 @@ def draw_scores(run: Run, style: Style) -> Drawn | str:
     panels[1].set_xlabel("MoE layer")
     panels[1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     layers = max([len(values_LN), *(len(values) for values in last.values() if isinstance(values, list))])
-    return figure, f"Probability of the chosen experts in {layers} MoE layers: {_last(mean)} at the end of training."
+    text = f"Probability of the chosen experts, mean of {counted(layers, 'MoE layer')}"
+    return figure, f"{text}: {_last(mean)} at the end of training."
 
 
 def draw_divergence(run: Run, style: Style) -> Drawn | str:
@@ -262,10 +264,8 @@ def draw_divergence(run: Run, style: Style) -> Drawn | str:
     panels[1].axhline(1 / experts, color=style.faint, linestyle="--", linewidth=1.2)
     figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside lower left", ncols=6)
     _draw_pairs(panels[2], found[-1][1], style)
-    text = (
-        f"Divergence between the domains' use of experts in {layers} MoE layers: {_last(_mean(bits_NL.T), '.3f')} bits"
-    )
-    return figure, f"{text} on average at the last evaluation."
+    text = f"Divergence between the domains' use of experts, mean of {counted(layers, 'MoE layer')}"
+    return figure, f"{text}: {_last(_mean(bits_NL.T), '.3f')} bits at the last evaluation."
 
 
 def _draw_pairs(axes: Axes, routing: dict[str, Array], style: Style) -> None:

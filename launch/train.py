@@ -27,9 +27,10 @@ from ..moe.train.loop import NonFiniteError, Trainer, run
 from . import env
 from .options import Launch, parse, to_yaml
 from .report import write_report
-from .text import short_count
+from .text import counted, short_count
 
 
+@env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with the codes of :mod:`equimoe.launch.env`."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         started = env.started()
         if started and launch.processes not in (None, process.local_world):
-            has = f"torchrun has already started {process.local_world} processes on this machine"
+            has = f"torchrun has already started {counted(process.local_world, 'process')} on this machine"
             raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
         world = process.world if started else launch.processes or 1
         degrees = config.degrees(world)
@@ -146,8 +147,9 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
     corpus, config = trainer.corpus, trainer.config
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
     print(
-        f"{len(trainer.moe_numbers)} MoE layers of {config.moe.num_experts} experts, top-{config.moe.top_k}; "
-        f"{trainer.axis.size} ranks{_degrees(trainer)}, {trainer.micro_batches} micro-batches per step"
+        f"{counted(len(trainer.moe_numbers), 'MoE layer')} of {counted(config.moe.num_experts, 'expert')}, "
+        f"top-{config.moe.top_k}; {counted(trainer.axis.size, 'rank')}{_degrees(trainer)}, "
+        f"{counted(trainer.micro_batches, 'micro-batch')} per step"
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
     print(f"text: {_source(config.data)}")

@@ -4,7 +4,7 @@
 >>> layer = MoE(MoEConfig(hidden_size=512, intermediate_size=1024, num_experts=16, top_k=2))
 """
 
-from .balance import Step, counting_pass, recompute
+from .balance import Step, counting_pass, recompute, use_gradient_scaler
 from .config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig
 from .layer import MoE
 from .placement import Owners, Placement
@@ -27,4 +27,5 @@ __all__ = [
     "__version__",
     "counting_pass",
     "recompute",
+    "use_gradient_scaler",
 ]

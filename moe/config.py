@@ -341,7 +341,7 @@ class MoEConfig:
             self.top_k <= held,
             "router.kept_groups",
             kept,
-            f"the kept groups hold only {held} experts, fewer than top_k={self.top_k}; keep more groups",
+            f"the number of experts in the kept groups, {held}, is less than top_k={self.top_k}; keep more groups",
         )
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),

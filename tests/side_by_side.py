@@ -1,8 +1,8 @@
 """Runs the whole suite as two pytest processes at once, which keeps both cores of a small machine busy.
 
-From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; both get the arguments. One runs the
-folders where ranks wait for each other much of the time. The other, mostly kernels, needs one core, of which the ranks
-leave it a little more than half; so it has less to do.
+From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; both get the arguments. The first runs
+the folders whose ranks wait for each other much of the time, and the library's tests. The second, mostly kernels, keeps
+one core busy, of which the ranks of the first take some; so it has less to do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-FOLDERS = ["tests/parallel", "tests/faults", "tests/devices", "tests/moe"]
+FOLDERS = ["tests/parallel", "tests/faults", "tests/moe"]
 #: name -> which tests; the second leaves out what the first names, so every test runs once
 HALVES = {
     "library and training": FOLDERS,

@@ -47,7 +47,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
     "safetensors": ("moe/checkpoint/",),
     "deepspeed": ("moe/engines/deepspeed/",),
-    **dict.fromkeys(("megatron", "transformers"), ()),
+    "megatron": ("moe/engines/megatron/",),
+    "transformers": (),
     # the reader of old checkpoints: zipfile and pickletools parse, and run nothing
     **dict.fromkeys(("pickletools", "zipfile"), ("moe/checkpoint/legacy.py",)),
     **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "copyreg", "dill", "joblib", "marshal", "shelve"), ()),

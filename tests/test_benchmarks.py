@@ -48,7 +48,6 @@ def test_the_command_measures_and_writes_everything(tmp_path: Path) -> None:
     done = python("benchmarks/run.py", *TINY, "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.json")
-    assert path.with_suffix(".png").stat().st_size > 10_000
     text = path.with_suffix(".md").read_text()
     assert text in done.stdout
     result = json.loads(path.read_text())

@@ -1,18 +1,20 @@
-"""Tests the balance experiment: the ranks that one process simulates, its measurements, and how it resumes."""
+"""Tests the balance experiment: the ranks that one process simulates, and its measurements."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.balance import findings, global_balance
+from benchmarks.balance import global_balance
 from benchmarks.balance.arms import ARMS, BATCH, BIAS_RATE, RANK, Arm, Heldout, Ranks, Size, build, configure, measure
 from equimoe.moe import Step
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
+from tests.helpers.slow import slow_but
 
 SIZE = Size(steps=10, seq_len=8, hidden=16, layers=2, experts=4, heldout=128, bytes_per_domain=60_000)
 
@@ -104,30 +106,21 @@ def test_figures_of_uniform_routing() -> None:
     assert all(value == pytest.approx(1.0) for value in [*found["balance"].values(), *found["straggler"].values()])
 
 
-def test_a_run_that_was_stopped_goes_on_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Corpus) -> None:
+@pytest.mark.parametrize("pool", slow_but(["threads"], ["threads", "processes"]))
+def test_only_missing_runs_are_trained(
+    pool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, corpus: Corpus
+) -> None:
+    if pool == "threads":  # without seconds of imports
+        monkeypatch.setattr(global_balance, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(global_balance, "load_corpus", lambda *of: corpus)
-    global_balance.train("to-global", 0, SIZE, tmp_path / "whole")
-    seen = 0
-
-    def stop_at_seventh(*of: Any) -> Heldout:
-        nonlocal seen
-        seen += 1
-        if seen == 7:
-            raise KeyboardInterrupt
-        return observe(*of)
-
-    observe = global_balance.observe
-    monkeypatch.setattr(global_balance, "observe", stop_at_seventh)
-    with pytest.raises(KeyboardInterrupt):
-        global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert not (tmp_path / "parts" / "result.json").exists()
-    global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # six evaluations were saved
-    whole, parts = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts"))
-    assert parts["evaluations"] == whole["evaluations"] and len(whole["evaluations"]) == 10
-    assert not (tmp_path / "parts" / "checkpoints").exists()
-    global_balance.train("to-global", 0, SIZE, tmp_path / "parts")
-    assert seen == 6 + 1 + 4  # the run is complete, so nothing is evaluated
+    arguments = ["--quick", "--arms", "sync-4", "--jobs", "1", "--runs", str(tmp_path), "--out", str(tmp_path)]
+    args = global_balance.arguments(arguments)
+    args.size, args.seeds = SIZE, 2
+    complete = global_balance.train("sync-4", 1, SIZE, global_balance.folder_of(args, "sync-4", 1))
+    assert len(complete["evaluations"]) == 10
+    assert global_balance.run_all(args) == 0
+    assert "1 arm x 2 seeds; 1 run to do" in capsys.readouterr().out
+    assert [record["seed"] for record in global_balance.results(args)] == [0, 1]
 
 
 def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
@@ -139,27 +132,18 @@ def record(arm: str, seed: int, loss: float, steps: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_findings_are_judged_by_seed(tmp_path: Path) -> None:
-    losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "shuffled": (1.91, 2.08)}
+def test_the_table_compares_runs_of_the_same_seed(tmp_path: Path) -> None:
+    losses = {"sync-4": (2.0, 2.1), "sync-32": (1.94, 2.07), "sync-512": (1.9, 2.0), "exact": (1.903, 2.004)}
     found = [record(arm, seed, loss) for arm, of in losses.items() for seed, loss in enumerate(of)]
-    by_claim = {o.claim: o for o in findings.findings(findings.Runs(found))}
-    assert by_claim["held-out loss: global is below micro-batch"].holds == [True, True]
-    assert by_claim["shuffled control is closer to global than to micro-batch"].holds == [True, False]
-    (saturates,) = [o for claim, o in by_claim.items() if claim.startswith("the gain saturates")]
-    assert saturates.holds == [True, False] and saturates.verdict == "not always, 1 of 2 seeds"
     facts = {"cpu": "a CPU", "versions": {"torch": "2"}, "python": "3", "commit": "c"}
-    found += [record("exact", seed, loss) for seed, loss in enumerate((1.903, 2.004))]
-    text = findings.write(found, facts, tmp_path / "result")
+    text = global_balance.write([*found, record("shuffled", 1, 2.08)], facts, tmp_path / "result")
     assert "they end 0.0035 apart" in text
     assert "| sync-32: 8 ranks | 32 | 2.0050 " in text and "-0.0450 \u00b1 0.0212" in text
+    assert "Arms with fewer than 2 seeds: shuffled (1)." in text and text == (tmp_path / "result.md").read_text()
     assert json.loads((tmp_path / "result.json").read_text())["runs"][0]["arm"] == "sync-4"
-    assert (tmp_path / "result.png").stat().st_size > 20_000
 
 
-def test_every_arm_can_be_drawn_and_unknown_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = findings.Runs([record(arm, 0, 2.0) for arm in ARMS])
-    findings.draw(runs, tmp_path / "all.png")
-    findings.draw(findings.Runs([record("rolling", 0, 2.0)]), tmp_path / "one.png")
+def test_unknown_arms_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         global_balance.arguments(["--arms", "sync-4,sink"])
     assert "--arms=sink: choose from sync-4" in capsys.readouterr().err

@@ -170,7 +170,7 @@ class MicroBatchBias(BiasRule):
 
 
 class Ranks:
-    """Makes MoE layers see ``together`` sequences as one during training."""
+    """Simulates ranks: in training, each MoE layer gets every ``together`` sequences joined into one long sequence."""
 
     def __init__(self, layers: list[MoE], together: int | None, mixed: bool, seed: int) -> None:
         self.together = together

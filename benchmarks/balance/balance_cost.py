@@ -19,7 +19,6 @@ micro-batch balance sums counts too, over the ranks that hold parts of the same 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import warnings
@@ -27,8 +26,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,7 +36,9 @@ import torch
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from benchmarks.shared.timing import Step, Timer, interleave, summary
+from equimoe.launch.env import command
 from equimoe.launch.recipes.quickstart import quickstart
+from equimoe.launch.text import counted
 from equimoe.moe import BalanceConfig, ExtraLossConfig
 from equimoe.moe.collectives import LOCAL, record_traffic, sum_over, world_axis
 from equimoe.moe.parallel import Mesh, build_mesh
@@ -188,10 +187,6 @@ def time_steps(
     return seconds, {name: sent(name, made[name]) for name in SCOPES}, made[MICRO].parameters
 
 
-def ranks_of(world: int | str) -> str:
-    return "1 rank" if int(world) == 1 else f"{world} ranks"
-
-
 def figures(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Summarise each scope: median and spread of its steps, median and quartiles of the ratios to micro per round."""
     rows = {}
@@ -210,7 +205,7 @@ def measure_time(world: int, corpus: Corpus, args: argparse.Namespace) -> tuple[
     gradients = ring(4 * found[0][2], world)
     times = {"scopes": figures(slowest), "seconds": slowest, "gradient_bytes": gradients, "rounds": args.rounds}
     times |= {"load_before": before, "load_after": load_averages()}
-    return times, byte_rows(ranks_of(world), [one[1] for one in found])
+    return times, byte_rows(counted(world, "rank"), [one[1] for one in found])
 
 
 def measure_bytes(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -218,11 +213,11 @@ def measure_bytes(corpus: Corpus, args: argparse.Namespace) -> list[dict[str, An
     rows = []
     for world in args.ranks:
         found = run_ranks(count_bytes, world, corpus, 2 * args.seq_len, {}, timeout=TIMEOUT_S)
-        rows += byte_rows(f"{ranks_of(world)}, twice the tokens", found)
+        rows += byte_rows(f"{counted(world, 'rank')}, twice the tokens", found)
     for world, parallel in MIXES:
         if world in args.ranks:
             found = run_ranks(count_bytes, world, corpus, args.seq_len, parallel, timeout=TIMEOUT_S)
-            rows += byte_rows(f"{ranks_of(world)}, " + ", ".join(f"{k} {v}" for k, v in parallel.items()), found)
+            rows += byte_rows(f"{counted(world, 'rank')}, " + ", ".join(f"{k} {v}" for k, v in parallel.items()), found)
     return rows
 
 
@@ -263,7 +258,7 @@ def markdown(result: dict[str, Any]) -> str:
     for world, times in result["times"].items():
         loads = f"load average before: {times['load_before']}, after: {times['load_after']}"
         gradients = f"for comparison, gradients of a step: {times['gradient_bytes']:,} bytes per rank"
-        lines.append(f"{ranks_of(world)}: {loads}; {gradients}  ")
+        lines.append(f"{counted(int(world), 'rank')}: {loads}; {gradients}  ")
     lines += ["", "## Bytes per step and rank beyond micro-batch balance", ""]
     lines += [f"{MICRO_BATCHES} micro-batches. Only what layers send is counted, not gradients. The formula is that of"]
     lines += ["the first scope. Last column: token rows that the counting pass of `exact` sends a second time.", ""]
@@ -289,6 +284,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -305,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     for world in args.ranks:
         result["times"][str(world)], rows = measure_time(world, corpus, args)
         result["bytes"] += rows
-        print(f"{ranks_of(world)} timed", file=sys.stderr, flush=True)
+        print(f"{counted(world, 'rank')} timed", file=sys.stderr, flush=True)
     result["bytes"] += measure_bytes(corpus, args)
     result["wrong"] = wrong(result["bytes"])
     result |= spent(begin, before)

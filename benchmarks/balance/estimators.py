@@ -36,6 +36,7 @@ from torch import Tensor
 
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
+from equimoe.launch.env import command
 from equimoe.moe import BalanceConfig, MoEConfig, counting_pass
 from equimoe.moe.balance import Balancer
 from equimoe.moe.model import Decoder
@@ -365,6 +366,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smaller model, fewer steps, M up to 8: half a minute")

@@ -8,13 +8,10 @@ the scenarios whose names contain all of them. The exit status is 1 if a scenari
 
 from __future__ import annotations
 
-import os
 import sys
 import textwrap
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,9 +20,11 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
+from equimoe.launch.env import command
 from tests.helpers.scenarios import SCENARIOS, outcome
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of scenarios with an unexpected outcome."""
     parser = Parser(__doc__)
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<48} {kind:<9} {'' if kind == 'refused' else f'{error:9.1e}'}", flush=True)
         if message:
             print(textwrap.fill(message, 112, initial_indent=" " * 8, subsequent_indent=" " * 8))
-    print(f"{len(chosen) - wrong} of {len(chosen)} as they should be")
+    print(f"as they should be: {len(chosen) - wrong} of {len(chosen)}")
     return wrong
 
 

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from benchmarks.kernels.gate_cases import works
 from benchmarks.kernels.launches import Launch, compiled, on_chip, recorded
 from benchmarks.shared.options import Parser
+from equimoe.launch.env import command
 
 
 class Chip(NamedTuple):
@@ -66,7 +67,7 @@ class Report(NamedTuple):
     def faults(self, chip: Chip, is_matrix: bool) -> list[str]:
         found = []
         if self.spills:
-            found.append(f"{self.spills} spills")
+            found.append(f"{self.spills} spilled")
         if self.stack:
             found.append(f"{self.stack} bytes of stack")
         if self.shared > chip.shared:
@@ -150,6 +151,7 @@ def gate_all(chips: Sequence[str], only: str, jobs: int) -> bool:
     return done > 0 and not faulty
 
 
+@command
 def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="(default: all)")

@@ -32,18 +32,16 @@ if not __package__:
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layer.layer_suite import ONE, decided, expected_dense, expected_layer, make_step
-from benchmarks.layer.peers import Contestant, build_all
-from benchmarks.shared.agreement import Errors, WrongResult, check_dtype, checking, compare
+from benchmarks.layer.layer_suite import ONE, check_all, decided, make_step
+from benchmarks.layer.peers import DENSE, Contestant, build_all
+from benchmarks.shared.agreement import WrongResult
 from benchmarks.shared.options import CORES, Parser, file, positive, threads
 from benchmarks.shared.records import OURS, facts
 from benchmarks.shared.shapes import Batch, Shape
 from benchmarks.shared.timing import Timer, interleave
+from equimoe.launch.env import command
 from equimoe.moe import MoE, MoEConfig
 
-DENSE = "dense"
-#: factor on the tolerance of peers, because they may compute router logits in 16 bits
-PEERS_SLACK = 5.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"T": (4096, "tokens"), "D": (512, "hidden size"), "F": (1024, "expert width"), "E": (16, "experts")}
 SIZES["K"] = (2, "experts per token")
@@ -170,39 +168,7 @@ def make_batch(size: Shape, dtype: torch.dtype, router_ED: Tensor, seed: int) ->
     """Return tokens whose routing does not depend on rounding, and the gradient of the output."""
     torch.manual_seed(seed)
     x_TD = decided(router_ED, size, dtype).requires_grad_()
-    return Batch(x_TD, x_TD.new_empty(0), x_TD.new_empty(0), torch.randn(size.T, size.D).to(dtype))
-
-
-def check(
-    layers: dict[str, Contestant], size: Shape, dtype: torch.dtype, batches: Sequence[Batch]
-) -> tuple[Errors, dict[str, str]]:
-    """Check all contestants; return our errors, and peers with wrong results and the reasons."""
-    errors: Errors = {}
-    wrong: dict[str, str] = {}
-    for batch in batches:
-        for name, one in layers.items():
-            is_dense = name.startswith(DENSE)
-            names = ("output", "x", "gate_up", "down") if is_dense else ("output", "x", "router", "gate_up", "down")
-            slack = 1.0 if is_dense or name == OURS else PEERS_SLACK
-            try:
-                with checking(name, "auto", size, dtype):
-                    if is_dense:
-                        right = expected_dense(batch, one.restore(one.leaves))
-                    else:  # only our layer has a balance loss
-                        coefficient = ONE.coefficient if name == OURS else 0.0
-                        right = expected_layer(batch, layers[OURS].leaves, size.K, coefficient)
-                    made = one.step(batch)
-                    if name == OURS:
-                        check_dtype(made[0], dtype)
-                    seen = compare(made, right, names, dtype, slack)
-            except WrongResult as error:
-                if name == OURS:
-                    raise
-                wrong[name] = f"disagrees: {error}"
-            else:
-                if name == OURS:
-                    errors |= {kind: max(pair, errors.get(kind, pair)) for kind, pair in seen.items()}
-    return errors, wrong
+    return Batch(x_TD, x_TD.new_zeros(1), x_TD.new_zeros(1), torch.randn(size.T, size.D).to(dtype))
 
 
 def bench(size: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -211,7 +177,8 @@ def bench(size: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     others, missing = build_all(BUILDERS, size, ours)
     layers = {OURS: ours, **others}
     batches = [make_batch(size, dtype, ours.leaves[0], seed) for seed in range(WARMUP + rounds)]
-    errors, wrong = check(layers, size, dtype, (batches[WARMUP], batches[-1]))
+    checked = {name: (one, [batches[WARMUP], batches[-1]]) for name, one in layers.items()}
+    errors, wrong = check_all(checked, size, dtype, "auto")
     steps = {name: make_step(one, batches) for name, one in layers.items() if name not in wrong}
     runs, failed = interleave(Timer(torch.device("cpu")), steps, rounds, 0.0, must=(OURS,))
     seconds = {name: [sum(parts) for parts in each] for name, each in runs.items()}
@@ -251,6 +218,7 @@ def summary(ratios: dict[str, dict[str, float]]) -> str:
     return f"ratio to fastest peer: {peers}; to dense: {denses}"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=positive, default=15, help="timed rounds per dtype (default %(default)s)")

@@ -16,8 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernels.cost import floor, kept_bytes, layer_backward, layer_forward, path_backward, path_forward
-from benchmarks.layer.peers import Contestant, build_all
-from benchmarks.shared.agreement import NAMES, Watch, WrongResult, check_dtype, checking, compare, reduced, reference
+from benchmarks.layer.peers import DENSE, Contestant, build_all
+from benchmarks.shared.agreement import (
+    NAMES,
+    Errors,
+    Watch,
+    WrongResult,
+    check_dtype,
+    checking,
+    compare,
+    reduced,
+    reference,
+)
 from benchmarks.shared.records import LAYER, OURS
 from benchmarks.shared.shapes import ROUTINGS, Batch, Shape, expert_weights, make_batch, unit_random
 from benchmarks.shared.timing import Context, Rates, Step, interleave, kept_for_backward, peak_bytes, summary
@@ -28,6 +38,8 @@ _BATCHES = 2
 #: number of weights in the check of the whole layer on a CPU; the expert path is checked at full width
 _CPU_WEIGHTS = 1e7
 
+#: factor on the tolerance of peers that route, because they may compute router logits in 16 bits
+PEERS_SLACK = 5.0
 #: no optimizer runs here, so every backward is a step of its own
 ONE = BalanceConfig(micro_batches=1)
 
@@ -43,25 +55,10 @@ def gate(shape: Shape, context: Context) -> tuple[dict[str, Any], dict[str, str]
     found: dict[str, Any] = {"size": [small.T, small.D, small.F, small.E, small.K]}
     for routing in ROUTINGS:
         batch = make_batch(small, routing, dtype, device)
-        expected = reference(batch, gate_up, down)
-        for name, one in contestants.items():
-            if not one.routed or name in refused:
-                continue
-            try:
-                with checking(name, context.backend, small, dtype):
-                    watch = Watch({**batch.tensors(), "gate_up": gate_up, "down": down})
-                    made = one.step(batch)
-                    watch.see(name, made)
-                    watch.check_inputs(name)
-                    check_dtype(made[0], dtype)
-                    seen = compare(made, expected, NAMES, dtype)
-            except WrongResult as error:
-                if name == OURS:
-                    raise
-                refused[name] = f"disagrees: {error}"
-                continue
-            if name == OURS:
-                found[routing] = {key: list(pair) for key, pair in seen.items()}
+        chosen = {name: (one, [batch]) for name, one in contestants.items() if one.routed and name not in refused}
+        errors, wrong = check_all(chosen, small, dtype, context.backend)
+        found[routing] = {key: list(pair) for key, pair in errors.items()}
+        refused |= wrong
     with checking(LAYER, context.backend, small, torch.float32):
         found["layer"] = gate_layer(small, context)
     return found, refused
@@ -145,43 +142,53 @@ def expected_dense(batch: Batch, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def right_results(name: str, one: Contestant, batch: Batch, shape: Shape) -> tuple[Sequence[str], Sequence[Tensor]]:
     """Return the names of the parts of ``one.step(batch)``, and their right values in fp64."""
-    if name == LAYER:
-        expected = expected_layer(batch, one.leaves, shape.K, ONE.coefficient)
-        return ("output", "x", "router", "gate_up", "down"), expected
+    leaves = one.restore(one.leaves)
     if one.routed:
-        return NAMES, reference(batch, *one.leaves)
-    return ("output", "x", "gate_up", "down"), expected_dense(batch, one.leaves)
+        return NAMES, reference(batch, *leaves)
+    if name.startswith(DENSE):
+        return ("output", "x", "gate_up", "down"), expected_dense(batch, leaves)
+    expected = expected_layer(batch, leaves, shape.K, ONE.coefficient if name in (OURS, LAYER) else 0.0)
+    return ("output", "x", "router", "gate_up", "down"), expected
 
 
 def check_all(
-    chosen: dict[str, tuple[Contestant, list[Batch]]], shape: Shape, context: Context, watch: Watch
-) -> dict[str, str]:
-    """Check every contestant on the inputs that were timed; return peers with wrong results, and the reasons.
+    chosen: dict[str, tuple[Contestant, list[Batch]]],
+    shape: Shape,
+    dtype: torch.dtype,
+    backend: str,
+    watch: Watch | None = None,
+) -> tuple[Errors, dict[str, str]]:
+    """Check every contestant on its batches; return our largest errors, and peers with wrong results and the reasons.
 
     ``watch`` recorded our timed runs, which must have returned the checked results. Raise WrongResult if ours is wrong.
     """
+    watch = watch or Watch(all_inputs(chosen))
+    errors: Errors = {}
     refused: dict[str, str] = {}
     shared: dict[int, tuple[Sequence[str], Sequence[Tensor]]] = {}  # right results per batch, for given routing
     for name, (one, batches) in chosen.items():
         ours = name in (OURS, LAYER)
+        routes = not (ours or one.routed or name.startswith(DENSE))
         try:
-            with checking(name, context.backend, shape, context.dtype):
+            with checking(name, backend, shape, dtype):
                 for index, batch in enumerate(batches):
                     made = one.step(batch)
-                    if ours:
+                    if not routes:
                         watch.see(name, made)
-                        check_dtype(made[0], context.dtype)
+                        check_dtype(made[0], dtype)
                     if one.routed and index not in shared:
                         shared[index] = right_results(OURS, chosen[OURS][0], batch, shape)
                     names, expected = shared[index] if one.routed else right_results(name, one, batch, shape)
-                    compare(made, expected, names, context.dtype)
+                    seen = compare(made, expected, names, dtype, PEERS_SLACK if routes else 1.0)
+                    if ours:
+                        errors |= {kind: max(pair, errors.get(kind, pair)) for kind, pair in seen.items()}
                 watch.check_inputs(name)
                 watch.check_results(name, last=len(batches))
         except WrongResult as error:
             if ours:
                 raise
             refused[name] = f"disagrees: {error}"
-    return refused
+    return errors, refused
 
 
 def make_step(one: Contestant, batches: list[Batch]) -> Step:
@@ -234,7 +241,8 @@ def measure(shape: Shape, context: Context, refused: dict[str, str]) -> dict[str
         seconds, failed = interleave(
             context.timer, steps, context.rounds, context.seconds_each, must=(OURS, LAYER), see=watch.see
         )
-        failed |= check_all({name: chosen[name] for name in seconds}, shape, context, watch)
+        timed = {name: chosen[name] for name in seconds}
+        failed |= check_all(timed, shape, context.dtype, context.backend, watch)[1]
         absent.update(failed)
         result[routing] = {}
         for name, parts in seconds.items():

@@ -10,13 +10,10 @@ six balance scopes at once, and with different numbers of tokens per rank. The e
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,12 +23,14 @@ import torch
 
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
 from equimoe.moe.parallel import ParallelConfig
 from tests.parallel.test_balance_matrix import worst_error
 
 LIMIT = 1e-6
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of mappings that exceed the limit."""
     parser = Parser(__doc__)

@@ -8,13 +8,10 @@ all of them. The exit status is 1 if a composition exceeds its limit.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,6 +21,7 @@ import torch
 
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
+from equimoe.launch.env import command
 from tests.helpers.compositions import COMPOSITIONS
 from tests.helpers.parity import compare
 
@@ -31,6 +29,7 @@ COLUMNS = (("loss", 8), ("gradients", 9), ("norm", 8), ("parameters", 10))
 HEADER = f"{'composition':<44} ranks {' '.join(f'{name:>{width}}' for name, width in COLUMNS)}   limit     s"
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of compositions that exceed their limit."""
     parser = Parser(__doc__)

@@ -9,12 +9,9 @@ The exit status is 1 if a row differs from its formula.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
-
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,6 +20,7 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
+from equimoe.launch.env import command
 from equimoe.moe import DispatchConfig
 from tests.helpers.fork import run_ranks
 from tests.helpers.wire import SPREADS, D, K, T, cases, measure
@@ -41,6 +39,7 @@ def count(rank: int, world: int, made: list, spread: str) -> list[tuple[int, int
     return [measure(rank, world, *case, spread) for case in made]
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Print the table; return the number of rows that differ from their formula."""
     Parser(__doc__).parse_args(argv)
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 counted, formula = (f"{int(a):>6} + {int(b):>6}" for a, b in (results[0][i], want))
                 row = f"{label(dispatch, capacity is not None, etp):<28} {wire:<12} {spread:<15}"
                 print(f"{row}  {counted:>15}  {formula:>15}{'' if equal else '  NOT EQUAL'}")
-    print(f"\n{wrong} rows differ from their formula")
+    print(f"\nrows that differ from their formula: {wrong}")
     return wrong
 
 

@@ -56,7 +56,7 @@ def threads(text: str) -> int:
     """Parse a number of threads. More threads than cores would measure the operating system's scheduler."""
     number = positive(text)
     if number > CORES:
-        raise argparse.ArgumentTypeError(f"{number}: this process has {CORES} cores; give 1 to {CORES}")
+        raise argparse.ArgumentTypeError(f"{number}: more threads than this process has cores; give at most {CORES}")
     return number
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkout import ROOT
+from equimoe.launch.text import counted
 
 #: the names of our contestants in results: the experts with given routing, and the whole layer with its router
 OURS, LAYER = "equimoe", "equimoe with router"
@@ -36,8 +37,9 @@ def facts(*packages: str) -> dict[str, Any]:
 def facts_line() -> str:
     """Return the most important facts in one line."""
     found = facts()
-    machine = f"{found['cpu']}, {found['cores']} cores, Python {found['python']}, torch {found['versions']['torch']}"
-    return f"{machine}, commit {found['commit']}, {found['date']}"
+    machine = f"{found['cpu']}, {counted(found['cores'], 'core')}"
+    software = f"Python {found['python']}, torch {found['versions']['torch']}"
+    return f"{machine}, {software}, commit {found['commit']}, {found['date']}"
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Turns a result of run.py into tables and a picture, and judges it by our aims."""
+"""Turns a result of run.py into tables, and judges it by our aims."""
 
 from __future__ import annotations
 
@@ -173,49 +173,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw floor / time: for the layer by shape, and for each op one point per shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    layers, kernels = list(_layers(result)), list(_ops(result))
-    figure, panels = pyplot.subplots(1, 2, figsize=(14, max(4, 0.5 * len(result["shapes"]) + 2)))
-    for offset, (part, color) in enumerate((("forward", "tab:blue"), ("backward", "tab:orange"))):
-        for mark, who, kind in (("o", OURS, "path"), ("x", LAYER, "layer"), ("|", "grouped_mm", "path")):
-            points = [
-                (layer["floor"][f"{kind}_{part}_us"] / layer["uniform"][who][part]["median_us"], row + 0.2 * offset)
-                for row, (_, layer) in enumerate(layers)
-                if who in layer["uniform"]
-            ]
-            if points:
-                panels[0].plot(*zip(*points, strict=True), mark, color=color, label=f"{who}, {part}", markersize=8)
-    panels[0].set_yticks(range(len(layers)), [name for name, _ in layers])
-    names = list(dict.fromkeys(op for _, each in kernels for op in each))
-    for row, op in enumerate(names):
-        points = [each[op]["fraction"] for _, each in kernels if op in each]
-        panels[1].plot(points, [row] * len(points), "o", color="tab:green", alpha=0.6)
-    panels[1].set_yticks(range(len(names)), names)
-    titles = ("expert path and layer, uniform routing", "ops, one point per shape")
-    for panel, title, rows in zip(panels, titles, (len(layers), len(names)), strict=True):
-        panel.set_title(title)
-        panel.set_xlabel("floor / time")
-        panel.set_xlim(0, 1.05)
-        panel.set_ylim(max(rows, 1) - 0.5, -0.5)
-        panel.axvline(1, color="grey", linewidth=1)
-        panel.grid(axis="x", alpha=0.3)
-    if layers:
-        panels[0].legend(fontsize=8, loc="upper right")
-    figure.suptitle(f"{result['facts']['device']}, {result['arguments']['backend']}, {result['arguments']['dtype']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def write(result: dict[str, Any], path: Path) -> list[Path]:
-    """Write the tables and the picture next to the result file."""
-    text, picture = path.with_suffix(".md"), path.with_suffix(".png")
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write the tables next to the result file."""
+    text = path.with_suffix(".md")
     text.write_text(markdown(result))
-    plot(result, picture)
-    return [text, picture]
+    return text

@@ -5,6 +5,7 @@ from .balancer import Balancer, loss_terms
 from .bias import initial_bias
 from .losses import SCOPES, loss_value
 from .recompute import recompute
+from .scaler import use_gradient_scaler
 from .step import LayerStep, Step, StepTotals, random_state_kept
 from .visit import Visit
 
@@ -23,4 +24,5 @@ __all__ = [
     "loss_value",
     "random_state_kept",
     "recompute",
+    "use_gradient_scaler",
 ]

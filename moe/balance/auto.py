@@ -7,7 +7,7 @@ import itertools
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..collectives import Axis, held_by_all, private_axis
+from .hooks import register_while_alive
 from .step import LayerStep, Step, random_state_kept
 from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
@@ -188,11 +189,8 @@ class AutoStep(OwnStep):
         #: whether an optimizer that holds the watched weight has ever stepped, and whether the previous step ended
         #: without an update
         self._optimized = self._skipped = False
-        for register, hook in (
-            (register_optimizer_step_pre_hook, self.before_optimizer_step),
-            (register_optimizer_step_post_hook, self.after_optimizer_step),
-        ):
-            weakref.finalize(self, register(_weak(hook)).remove)
+        register_while_alive(register_optimizer_step_pre_hook, self.before_optimizer_step)
+        register_while_alive(register_optimizer_step_post_hook, self.after_optimizer_step)
 
     # ---- where the step ends
 
@@ -264,6 +262,11 @@ class AutoStep(OwnStep):
         done = sum(v.done for v in visits)
         if not done:
             return
+        if weight is not None and not weight.is_leaf and not announced:
+            raise ValueError(
+                "MoE: its weights are views of a flat parameter, so the end of a step is unknown; use "
+                f"FullyShardedDataParallel(..., use_orig_params=True), or fully_shard, or {_REMEDY}"
+            )
         if not self._trained_by(optimizer):
             if not (announced or self._optimized) and self._may_hold_copies(optimizer):
                 raise ValueError(
@@ -280,8 +283,8 @@ class AutoStep(OwnStep):
             )
         if self._skipped and announced not in (0, done):
             raise ValueError(
-                f"balance.micro_batches={announced}: an update after {done} backward passes, and before it {announced} "
-                f"without an update; if a step was broken off, drive the steps: {_REMEDY}"
+                f"balance.micro_batches={announced}: no update came after that many backward passes, but one after "
+                f"{done} more; if a step was broken off, drive the steps: {_REMEDY}"
             )
         if any(v.counted and v.lives and not v.done for v in visits):
             raise ValueError(
@@ -320,15 +323,3 @@ class AutoStep(OwnStep):
         largest_flat = max((p.numel() for p in held if p.dim() == 1), default=0)
         one_by_one = {p.shape for p in trained} <= {p.shape for p in held}
         return largest_flat >= sum(p.numel() for p in trained) or one_by_one
-
-
-def _weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
-    """Return an optimizer hook that calls ``method`` as long as its object exists."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        call = reference()
-        if call is not None:
-            call(optimizer)
-
-    return hook

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..collectives import LOCAL, Axis, world_axis
 from ..config import BalanceConfig
@@ -22,14 +23,16 @@ from .attach import attach
 from .auto import AutoStep, registry
 from .bias import bias_rule
 from .estimators import ESTIMATORS
+from .hooks import register_while_alive, untraced
 from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
 from .recompute import remember, visit_being_recomputed
+from .scaler import current_scale, updating_scaler
 from .step import LayerStep, Step, StepTotals
 from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
 
 #: attributes that a copy does not take over
-_NOT_COPIED = ("step", "layer", "shared")
+_NOT_COPIED = ("step", "layer", "shared", "scaler")
 
 
 def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
@@ -46,6 +49,9 @@ class Balancer:
 
     ``reach`` maps a number of expert-parallel ranks to the number of them that the router can send a token to.
     """
+
+    #: whether the losses are attached to the output, and not a part of the user's loss
+    attached = True
 
     def __init__(
         self,
@@ -78,6 +84,9 @@ class Balancer:
         self.layer: LayerStep = self.step.layers[0]
         #: sums shared with other layers that no training loop drives
         self.shared: dict[Axis, Sums] = {}
+        #: the training loop's gradient scaler, see :func:`equimoe.moe.use_gradient_scaler`
+        self.scaler: torch.amp.GradScaler | None = None
+        register_while_alive(register_optimizer_step_pre_hook, self.refuse_unknown_scaler)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
@@ -140,8 +149,27 @@ class Balancer:
             found["all"] = self.num_experts + 1 + (placement.ep.size if self._sent else 0)
         return found
 
+    def refuse_unknown_scaler(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before every optimizer step. Raises ValueError if a gradient scaler divides this layer's losses."""
+        has_losses = self.z_coefficient or any(coefficient for _, coefficient in self._terms)
+        pending = self.attached and has_losses and any(v.done for v in self.layer.visits.values())
+        if not pending or callable(self.placement.gradient_scale):
+            return
+        scaler = updating_scaler()
+        if scaler is None or scaler is self.scaler:
+            return
+        trained = {p for p in self.layer.weights() if p.requires_grad}
+        if trained and trained.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+            return  # it trains another model
+        raise ValueError(
+            f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would "
+            f"be {scaler.get_scale():g} times too small; call equimoe.moe.use_gradient_scaler(model, scaler) once, "
+            "before training"
+        )
+
     # ---- the forward
 
+    @untraced
     def begin(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit | None, Decision | None]:
         """Return the visit of a forward, and the routing decision to repeat if the forward recomputes another.
 
@@ -149,7 +177,9 @@ class Balancer:
         """
         if not module.training or not (torch.is_grad_enabled() or self.step.counting):
             return None, None
-        trained = x_TD.requires_grad or any(p.requires_grad for p in module.parameters())
+        # FSDP1 makes weights views of a flat parameter, so the router's is not among the module's parameters
+        weights = (module.router.weight, *module.parameters())  # type: ignore[union-attr]
+        trained = x_TD.requires_grad or any(weight.requires_grad for weight in weights)
         # a counting pass has no gradients, so it cannot tell whether x is trained
         if not trained and not self.step.counting:
             return None, None  # a frozen model, such as a teacher in distillation
@@ -159,6 +189,7 @@ class Balancer:
         remember(visit)
         return visit, visit.decision if certain else None
 
+    @untraced
     def count(self, visit: Visit, routing: Routing, mask_T: Tensor | None = None) -> bool:
         """Store a visit's decision and counts, and start to sum them. Returns False in a recomputation."""
         if visit.counted and not visit.ahead:
@@ -182,6 +213,7 @@ class Balancer:
             visit.batch = self.step.sum_row(self.layer, "all", total_1X, placement.tokens)
         return True
 
+    @untraced
     def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
         """Attach a visit's losses to ``carrier``, and return it. ``weight`` is the router's."""
         if visit is None or not carrier.requires_grad:
@@ -220,12 +252,14 @@ class Balancer:
         """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]) and z_sum."""
         if visit not in self.layer.visits.values():
             raise ValueError(
-                "MoE: a backward of a forward whose step has ended, or was discarded; run it before the update, and "
-                "before Step.end() or Step.discard()"
+                "MoE: this backward pass comes too late, its step has ended or was discarded; run it before the "
+                "optimizer's update, and before Step.end() or Step.discard()"
             )
         self.step.read(self.layer, visit)
         self._check_counts()
         view, scale = self.view(visit), self.placement.scale
+        if self.scaler is not None and self.attached:
+            scale = scale * current_scale(self.scaler, visit.prob_sums_BE.device)
         losses = [SCOPES[scope].loss(view) for scope, _ in self._terms]
         visit.loss = losses[0]
         visit.terms = [

@@ -26,18 +26,21 @@ class Estimate(NamedTuple):
     #: [E] and scalar: choices, and the tokens that made them
     counts_E: Tensor
     tokens: Tensor
-    #: scalar, tokens that the whole step is expected to have
+    #: scalar, the expected number of tokens in the whole step
     step_tokens: Tensor
 
 
 def rolling(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
-    """Use the known micro-batches. The others are expected to have as many tokens."""
+    """Take the load of the micro-batches that are known. The others count as having the same load and length."""
     counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
     return Estimate(counts_E, tokens, tokens * (max(micro_batches, seen) / seen))
 
 
 def carry(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
-    """Use the known micro-batches, and the previous step's for the others; :func:`rolling` in the first step."""
+    """Take the load of the micro-batches that are known, and the previous step's load for the others.
+
+    In the first step, this is :func:`rolling`.
+    """
     so_far = rolling(known_X, seen, micro_batches, previous_X)
     if previous_X is None or seen >= micro_batches:
         return so_far

@@ -273,7 +273,7 @@ def _read_chunk(stream: BinaryIO, chunk: Chunk) -> Tensor:
     with zipfile.ZipFile(io.BytesIO(stream.read(length))) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
-            raise ValueError("the archive has a repeated name")
+            raise ValueError("two entries of the archive have the same name")
         for entry in entries.values():
             if entry.compress_type != zipfile.ZIP_STORED or not entry.file_size == entry.compress_size <= length:
                 raise ValueError("the archive is not one that torch writes")

@@ -50,7 +50,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if not _FILES[schema].fullmatch(name) or not is_plain(part):
             raise CheckpointError(f"{path}: {short(name)}: missing, or not a plain file of a checkpoint; {REMEDY}")
         if part.stat().st_size != size:
-            raise CheckpointError(f"{part}: {part.stat().st_size} bytes instead of {short(size)}; {REMEDY}")
+            raise CheckpointError(f"{part}: {part.stat().st_size} instead of {short(size)} bytes; {REMEDY}")
         if sha256(part) != digest:
             raise CheckpointError(f"{part}: sha256 differs from the manifest's, the file is damaged; {REMEDY}")
     return {"schema": schema, "step": step, "position": position, "files": manifest["files"]}

@@ -75,7 +75,7 @@ def _saved(name: str, entry: Any) -> Saved:
     chunks = []
     for file, offsets, sizes in entry["chunks"]:
         if type(file) is not str:
-            raise ValueError("a chunk's file is not a name")
+            raise ValueError(f"a chunk has file={short(file)}, which is not text")
         key = key_of(name, tuple(offsets), tuple(sizes) == shape)
         chunks.append(Chunk(tuple(offsets), tuple(sizes), file, key))
     if entry["dtype"] not in DTYPE_OF_NAME:

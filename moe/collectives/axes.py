@@ -27,7 +27,11 @@ LOCAL = Axis("local")
 
 
 def axis_of(name: str, group: Any) -> Axis:
-    """Return the axis of a process group; a group of one rank gets no group, since it needs no communication."""
+    """Return the axis of a process group; a group of one rank gets no group, since it needs no communication.
+
+    None is the default group, as in torch.
+    """
+    group = dist.group.WORLD if group is None else group
     size = dist.get_world_size(group)
     return Axis(name, group, size, dist.get_rank(group)) if size > 1 else Axis(name)
 
@@ -78,12 +82,12 @@ def _new_group_like(group: Any, members: list[int]) -> Any:
 
 
 def split_axis(axis: Axis, inner: int) -> tuple[Axis, Axis]:
-    """Split an axis into a grid; return (the axis across blocks, the axis within a block of ``inner`` adjacent ranks).
+    """Divide an axis into blocks of ``inner`` adjacent ranks; return the axis across blocks and that within a block.
 
     All ranks of the axis must call this. Raises ValueError if ``inner`` does not divide the size.
     """
     if inner < 1 or axis.size % inner:
-        raise ValueError(f"inner={inner}: must divide the {axis.size} ranks of axis {axis.name!r}; use a divisor")
+        raise ValueError(f"inner={inner}: must divide the size of axis {axis.name!r}, {axis.size}; use a divisor")
     if (axis.group, inner) not in _halves:
         ranks, block = global_ranks(axis), axis.rank // inner
         lengths = {"across": ranks[axis.rank % inner :: inner], "within": ranks[block * inner : (block + 1) * inner]}

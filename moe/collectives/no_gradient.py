@@ -43,7 +43,7 @@ def exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
     """Send row p to rank p; row p of the result is from rank p. No gradient."""
     if counts_PX.shape[0] != axis.size:
         raise ValueError(
-            f"counts_PX.shape={tuple(counts_PX.shape)}: axis {axis.name!r} has {axis.size} ranks; pass one row for each"
+            f"counts_PX.shape={tuple(counts_PX.shape)}: axis {axis.name!r} has size {axis.size}; pass one row per rank"
         )
     return counts_PX if axis.size == 1 else once(lambda: _exchange_counts(counts_PX, axis))
 

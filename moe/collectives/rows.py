@@ -130,8 +130,8 @@ def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axi
     """
     if len(sent) != axis.size or len(received) != axis.size or sum(sent) != rows.shape[0]:
         raise ValueError(
-            f"sent={sent}, received={received}: do not fit {rows.shape[0]} rows and the {axis.size} ranks of axis "
-            f"{axis.name!r}; give one size per rank, and sizes sent that add up to the rows"
+            f"sent={sent}, received={received}: do not fit rows.shape={tuple(rows.shape)} and axis {axis.name!r} of "
+            f"size {axis.size}; give one size per rank, and sizes sent that add up to the rows"
         )
     name = "exchange_rows"
     return PendingRows(
@@ -170,7 +170,7 @@ def reduce_scatter_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire =
 def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> None:
     if len(sizes) != axis.size or sum(counted) != rows:
         raise ValueError(
-            f"sizes={sizes}: do not fit {rows} rows and the {axis.size} ranks of axis {axis.name!r}; "
+            f"sizes={sizes}: do not fit axis {axis.name!r} of size {axis.size} and rows={rows}; "
             "give each rank's number of rows"
         )
 

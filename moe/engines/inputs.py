@@ -29,7 +29,7 @@ def count_tokens(
     """
     if not batches:
         raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
-    counted = torch.stack([_valid(batch) for batch in local]).sum()
+    counted = torch.stack([valid_positions(batch) for batch in local]).sum()
     # all ranks of a tensor-parallel or context-parallel group have the same batches: count them once
     whole = mesh is None or mesh["tp"].rank == 0
     first = whole and (mesh is None or mesh["cp"].rank == 0)
@@ -47,7 +47,7 @@ def count_tokens(
     return sums[0], sums[1]
 
 
-def _valid(batch: LocalBatch) -> Tensor:
+def valid_positions(batch: LocalBatch) -> Tensor:
     """Return an int64 scalar: the number of positions of a batch that the loss counts."""
     labels = batch.labels
     if not labels.is_floating_point():

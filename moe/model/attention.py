@@ -38,6 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self, seq_len: int, rotated: int, base: float, split_heads: int) -> None:
         super().__init__()
+        self.rotary_base = base
         self._angles = partial(_rotary, seq_len, rotated, base)
         self._positions_S: Tensor | None = None
         cos_SR, sin_SR = self._angles()

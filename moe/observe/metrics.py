@@ -100,7 +100,7 @@ def read_records(path: Path) -> list[Record]:
         elif line.strip() and number < len(lines) - 1:
             bad += 1
     if bad:
-        warnings.warn(f"{path}: skipped {bad} unreadable lines", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{path}: skipped unreadable lines: {bad}", RuntimeWarning, stacklevel=2)
     return records
 
 

@@ -27,8 +27,8 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     pipeline stage of one; FSDP2 wraps its blocks one by one. ``dtype`` is FSDP2's compute dtype. A weight that the
     model uses in several places stays one weight. Raises ValueError if the split makes that impossible.
 
-    Gradients are sums over ranks, not means. :func:`equimoe.moe.engines.build_engine` calls this function and sets up
-    the reduction of gradients.
+    Gradients are sums over ranks, not means. Clip them with :func:`clip_grad_norm_`; torch's own function raises.
+    :func:`equimoe.moe.engines.build_engine` calls this function and sets up the reduction of gradients.
     """
     degrees, tied = mesh.degrees, tied_weights(model)
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None

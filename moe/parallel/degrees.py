@@ -89,7 +89,7 @@ class ParallelConfig:
             fitting = known
             if self.pp != -1:
                 fitting = self.pp * math.lcm(self._known(DENSE_DEGREES[1:]), self._known(EXPERT_DEGREES))
-            remedy = f"start a multiple of {fitting} processes, or change the degrees"
+            remedy = f"make the number of processes a multiple of {fitting}, or change the degrees"
             raise ValueError(f"{text or 'parallel'}: {must} {what}, which is {total}; {remedy}")
         return degrees
 

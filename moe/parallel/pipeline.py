@@ -259,7 +259,7 @@ class Pipeline:
                 len(shapes) == self.micro_batches and all(shape == want for shape in shapes),
                 f"{name}.shape",
                 shapes,
-                f"pass {self.micro_batches} micro-batches of shape {want}",
+                f"pass one of shape {want} for each micro-batch ({self.micro_batches})",
             )
         args = (torch.cat(inputs),) if self.holds_first else ()
         target = torch.cat(labels) if self.holds_last else None

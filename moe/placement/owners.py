@@ -21,11 +21,13 @@ class Owners:
         self.ranks, self.num_experts = ranks, len(rank_of_E)
         self.rank_of_E, self.slot_of_E = tuple(rank_of_E), tuple(slot_of_E)
         if len(slot_of_E) != self.num_experts:
-            raise ValueError(f"slot_of_E: has {len(slot_of_E)} entries; give {self.num_experts}, one for each expert")
+            raise ValueError(
+                f"slot_of_E: has length {len(slot_of_E)}; give one slot for each expert, {self.num_experts} in all"
+            )
         self._experts_of: list[list[int]] = [[] for _ in range(ranks)]
         for expert, rank in enumerate(self.rank_of_E):
             if not 0 <= rank < ranks:
-                raise ValueError(f"rank_of_E[{expert}]={rank}: must be at least 0 and less than {ranks} ranks")
+                raise ValueError(f"rank_of_E[{expert}]={rank}: must be at least 0 and less than ranks={ranks}")
             self._experts_of[rank].append(expert)
         for rank, experts in enumerate(self._experts_of):
             experts.sort(key=lambda expert: self.slot_of_E[expert])
@@ -33,7 +35,7 @@ class Owners:
             if taken != list(range(len(taken))):
                 raise ValueError(f"slot_of_E: rank {rank} has slots {taken}; number them from 0, each once")
             if not taken:
-                raise ValueError(f"rank_of_E: rank {rank} owns no expert; give each of the {ranks} ranks at least one")
+                raise ValueError(f"rank_of_E: rank {rank} owns no expert; give each rank at least one")
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod

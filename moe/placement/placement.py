@@ -11,7 +11,7 @@ from torch import Tensor
 from ..collectives import LOCAL, Axis, axis_of
 from .owners import Owners
 
-#: a factor, or a function that returns it during the backward (a gradient scaler's scale)
+#: a factor, or a function that returns it during the backward
 Scale = float | Tensor | Callable[[], "float | Tensor"]
 
 
@@ -28,8 +28,10 @@ class Placement:
     sums gradients over the ranks                   1 (our engine)
     averages over n ranks (DDP, FSDP)               n
     divides by the step's tokens T in the end       T, or n T if it also averages over n ranks
-    multiplies losses by a gradient scaler's scale  the scale, or n times the scale; a function
+    multiplies losses by a scale of its own         the scale, or n times the scale; a function
     ==============================================  =============================================
+
+    For a gradient scaler of torch's, call :func:`equimoe.moe.use_gradient_scaler` instead.
     """
 
     #: ranks that hold different tokens
@@ -60,7 +62,7 @@ class Placement:
         return self.tokens, self.sequence
 
     def __deepcopy__(self, memo: dict) -> Placement:
-        return self  # a copied layer uses the same ranks and the same gradient scaler
+        return self  # a copied layer uses the same ranks
 
     @property
     def scale(self) -> float | Tensor:
@@ -73,7 +75,7 @@ class Placement:
         owners = self.owners or Owners.consecutive(num_experts, self.ep.size)
         if (owners.num_experts, owners.ranks) != (num_experts, self.ep.size):
             raise ValueError(
-                f"placement.owners: has {owners.num_experts} experts on {owners.ranks} ranks; this layer has "
-                f"{num_experts} experts on {self.ep.size} expert-parallel ranks"
+                f"placement.owners: is for num_experts={owners.num_experts} and ranks={owners.ranks}; this layer has "
+                f"num_experts={num_experts} and expert-parallel size {self.ep.size}; build the owners for these"
             )
         return owners

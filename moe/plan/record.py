@@ -170,7 +170,7 @@ class Recorder(TorchDispatchMode):
                 module.register_forward_hook(self._leave, always_call=True)
 
     def name(self, kind: str, tensors: Iterator[Tensor]) -> None:
-        """Set the kind of these tensors' memory. Memory not seen before is recorded from now on."""
+        """Label the memory of these tensors with ``kind``, and record it from now on if it is new."""
         for t in tensors:
             local = t.to_local() if isinstance(t, DTensor) else t
             self._seen(local).kind = kind

@@ -176,6 +176,17 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
+class MegatronConfig:
+    """Megatron-Core, if ``engine`` is "megatron"."""
+
+    #: shard the optimizer's state over the ranks that hold a weight
+    distributed_optimizer: bool = True
+
+    def __post_init__(self) -> None:
+        check_literals(self, "megatron.")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are saved, and how many are kept."""
 
@@ -219,8 +230,9 @@ class TrainConfig:
     seed: int = 0
     #: dtype of the computation; "bfloat16" keeps fp32 master weights
     dtype: Literal["float32", "bfloat16"] = "float32"
-    #: who reduces gradients and runs the optimizer: this package (replicated weights or FSDP2), or DeepSpeed
-    engine: Literal["torch", "deepspeed"] = "torch"
+    #: who reduces gradients and runs the optimizer: this package (replicated weights or FSDP2), DeepSpeed, or
+    #: Megatron-Core
+    engine: Literal["torch", "deepspeed", "megatron"] = "torch"
     model: ModelConfig = field(default_factory=ModelConfig)
     #: every MoE layer; its ``hidden_size`` and ``init_std`` are those of the whole model
     moe: MoEConfig = field(default_factory=partial(MoEConfig, 256, 256, num_experts=8, top_k=2))
@@ -230,6 +242,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -255,7 +268,7 @@ class TrainConfig:
             self.moe.num_experts % found.ep == 0,
             "parallel.ep",
             found.ep,
-            f"the value resolved for {world} processes must divide moe.num_experts={self.moe.num_experts}; "
+            f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "
             "set parallel.ep or change the number of processes",
         )
         return found
@@ -275,7 +288,7 @@ class TrainConfig:
             self.moe.balance.micro_batches in (None, micro_batches),
             "moe.balance.micro_batches",
             self.moe.balance.micro_batches,
-            f"data.global_batch, data.micro_batch and {data_parallel} data-parallel ranks give {micro_batches}; "
+            f"data.global_batch, data.micro_batch and data-parallel size {data_parallel} give {micro_batches}; "
             "leave it out",
         )
         return micro_batches

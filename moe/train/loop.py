@@ -93,29 +93,48 @@ def _engine(config: TrainConfig, model: Decoder, mesh: Mesh | None, device: torc
 
     shared: dict[str, Any] = {
         "max_norm": config.optim.grad_clip,
-        "micro_batches": micro_batches,
         "device": device,
         "precision": partial(mixed_precision, config, device),
     }
     if config.engine == "torch":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         shape = (config.data.micro_batch, config.data.seq_len)
-        return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, **shared)
-    try:
-        from ..engines.deepspeed import build_deepspeed_engine
-    except ImportError as error:
-        raise ValueError(
-            f"engine='deepspeed': cannot be imported ({error}); install it with pip install 'equimoe[deepspeed]'"
-        ) from None
+        return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, micro_batches=micro_batches, **shared)
+    with _named_extra(config.engine):
+        if config.engine == "megatron":
+            from ..engines.megatron import build_megatron_engine
+        else:
+            from ..engines.deepspeed import build_deepspeed_engine
+    if config.engine == "megatron":
+        sharded = config.megatron.distributed_optimizer
+        return build_megatron_engine(model, mesh, optimizer, distributed_optimizer=sharded, **shared)
     settings = config.deepspeed.settings()
     stage, micro_batch = config.deepspeed.zero_stage, config.data.micro_batch
     return build_deepspeed_engine(
-        model, mesh, optimizer, zero_stage=stage, settings=settings, micro_batch=micro_batch, **shared
+        model,
+        mesh,
+        optimizer,
+        zero_stage=stage,
+        settings=settings,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        **shared,
     )
 
 
+@contextmanager
+def _named_extra(engine: str) -> Iterator[None]:
+    """Turn an ImportError into a ValueError that names the extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"engine={engine!r}: cannot be imported ({error}); install it with pip install 'equimoe[{engine}]'"
+        ) from None
+
+
 class Trainer:
-    """This rank's model, optimizer and data, and what the training loop does with them."""
+    """Trains, evaluates, saves and resumes the model of this rank."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
         self.config, self.corpus, self.device, self.mesh = config, corpus, device, mesh

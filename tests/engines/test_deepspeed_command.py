@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,8 @@ pytestmark = pytest.mark.engines
 
 from equimoe.launch import env  # noqa: E402
 from equimoe.launch.options import to_yaml  # noqa: E402
+from equimoe.launch.recipes import RECIPES  # noqa: E402
+from equimoe.moe.engines.deepspeed.config import check_degrees  # noqa: E402
 from equimoe.moe.observe.metrics import read_records  # noqa: E402
 from tests.helpers import small  # noqa: E402
 from tests.helpers.command import Ended, launch  # noqa: E402
@@ -69,3 +76,28 @@ def test_what_cannot_be_is_one_line(run: Run, options: list[str], message: str) 
     assert [line for line in ended.errors if line.startswith("error: ")] == [
         next(line for line in ended.errors if message in line)
     ]
+
+
+def test_which_recipes_the_engine_holds() -> None:
+    """The page of engines names them."""
+    held = set()
+    for name, recipe in RECIPES.items():
+        with suppress(ValueError):
+            check_degrees(recipe().degrees(1024 if name in ("deepseek_v3", "qwen3_235b") else 8))
+            held.add(name)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "engines.md").read_text()
+    (named,) = re.findall(r"whose mesh has data and expert parallelism only \(([^)]*)\)", page)
+    assert held == set(re.findall(r"`(\w+)`", named))
+
+
+@pytest.mark.timeout(220)
+def test_deepspeeds_launcher_starts_our_command(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2, ep=2)))
+    command = ["equimoe.launch.train", "--config", "small.yaml", "--run-dir", "run", "--engine", "deepspeed"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "DS_ACCELERATOR": "cpu"}
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"]
+    done = subprocess.run(
+        [sys.executable, *launcher, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2]

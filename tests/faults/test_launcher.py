@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path, monkeypat
     sizes = ["--moe.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
     alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
     assert alone.codes == [0], alone
-    assert "1 ranks, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
+    assert "1 rank, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
     two = launch([*texts, *sizes, "--dry-run"], 2, cwd=tmp_path)
     assert two.codes == [0, 0] and "2 ranks (ddp, dp_shard 2, ep 2)" in two.out[0], two
 
@@ -144,3 +145,41 @@ def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -
     options = ["--data.path", "texts", "--data.builtin_bytes_per_domain", "1000", "--dry-run"]
     out = launch(options, cwd=tmp_path).out[0]
     assert "text: texts\ntraining: 64.7k tokens (text 64.7k)\nheld out: 1.32k tokens, 2.0% (text 1.32k)\n" in out
+
+
+COMMANDS = [
+    path
+    for folder in ("launch", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=[path.relative_to(ROOT).as_posix() for path in COMMANDS])
+def test_every_command_may_lose_its_reader(path: Path) -> None:
+    assert re.search(r"^@(env\.)?command\ndef main\(", path.read_text(), flags=re.MULTILINE), "main needs @command"
+
+
+def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
+    """As after ``| head -3``; here the reader has gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "equimoe.launch.mesh", "--world", "4"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (env.UNREAD, "")
+
+
+def test_another_broken_pipe_is_an_error() -> None:
+    @env.command
+    def main() -> None:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main()

@@ -9,12 +9,16 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import equimoe.launch.train as train
+
+Within = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,18 @@ class Ended:
         return [line for text in self.err for line in text.splitlines()]
 
 
-def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0) -> Ended:
-    """Call the command's main on ``world`` ranks. A rank that does not finish in time gets the exit code -9."""
+def launch(
+    argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0, within: Within = nullcontext
+) -> Ended:
+    """Call the command's main on ``world`` ranks, in the context that ``within`` returns.
+
+    A rank that does not finish in time gets the exit code -9.
+    """
     fork, start, port = multiprocessing.get_context("fork"), time.monotonic(), _free_port()
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
-        ranks = [fork.Process(target=_main, args=(argv, rank, world, port, folder, cwd)) for rank in range(world)]
+        ranks = [
+            fork.Process(target=_main, args=(argv, rank, world, port, folder, cwd, within)) for rank in range(world)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
@@ -48,7 +59,7 @@ def launch(argv: list[str], world: int = 1, cwd: Path | None = None, timeout: fl
     return Ended([rank.exitcode for rank in ranks], time.monotonic() - start, *texts)
 
 
-def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None) -> None:
+def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None, within: Within) -> None:
     gc.freeze()
     torch.set_num_threads(1)
     place = {
@@ -67,7 +78,8 @@ def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: P
     sys.stdout, sys.stderr = (os.fdopen(d, "w", buffering=1) for d in (1, 2))
     if cwd is not None:
         os.chdir(cwd)
-    train.main(argv)
+    with within():
+        train.main(argv)
 
 
 def _free_port() -> int:

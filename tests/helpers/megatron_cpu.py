@@ -4,9 +4,10 @@ Megatron-Core asks for CUDA devices in places where any device would do. Inside 
 
 - ``device="cuda"`` and ``torch.cuda.current_device()`` mean the CPU, and ``tensor.cuda()`` returns the tensor;
 - ``tensor.type()`` of a CPU tensor has the name of the same CUDA type, by which its optimizers sort parameters;
-- the random state of the CUDA device is that of the CPU;
+- the random state of the CUDA device is that of the CPU, and autocast for CUDA in its linear layers is that for the
+  CPU;
 - functions that Megatron-Core compiles run as they are;
-- waiting for the device and emptying its cache do nothing;
+- choosing a device, waiting for it and emptying its cache do nothing;
 - names that Megatron-Core misses if TransformerEngine is not installed exist: ``te_general_gemm`` is None, as it tests
   for, ``FP8GlobalStateManager`` says that FP8 is off, and its contexts for FP8 do nothing.
 
@@ -43,7 +44,7 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import layers, random
     from megatron.core.transformer.moe import moe_utils
 
     mode, run_backward = _CudaIsCpu(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
@@ -52,8 +53,9 @@ def megatron_on_cpu() -> Iterator[None]:
         with mode:  # a mode is off while it handles a call, here that of Tensor.backward, which may recompute
             return run_backward(*args, **kwargs)
 
-    replaced = {
+    replaced: dict[tuple[Any, str], Any] = {
         (torch.cuda, "current_device"): lambda: torch.device("cpu"),
+        (torch.cuda, "set_device"): lambda *_: None,
         (torch.cuda, "synchronize"): lambda *_: None,
         (torch.cuda, "empty_cache"): lambda: None,
         (torch.cuda, "get_rng_state"): lambda *_: torch.get_rng_state(),
@@ -66,6 +68,9 @@ def megatron_on_cpu() -> Iterator[None]:
         (random, "activation_recompute_forward"): lambda **_: nullcontext(),
         (random, "fp8_autocast"): lambda **_: nullcontext(),
     }
+    for kind in (layers.LinearWithFrozenWeight, layers.LinearWithGradAccumulationAndAsyncCommunication):
+        for name, autocast in (("forward", torch.amp.custom_fwd), ("backward", torch.amp.custom_bwd)):
+            replaced[kind, name] = staticmethod(autocast(getattr(kind, name).__wrapped__, device_type="cpu"))
     patches = [mock.patch.object(where, name, value, create=True) for (where, name), value in replaced.items()]
     for patch in patches:
         patch.start()

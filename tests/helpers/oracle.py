@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,7 +54,11 @@ def balance_loss(layer: MoE, x_TD: Tensor, mask_T: Tensor | None = None) -> Tens
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the norm of the difference over that of ``want``; the plain norm if ``want`` is zero up to rounding."""
+    """Return the norm of the difference over that of ``want``; the plain norm if ``want`` is zero up to rounding.
+
+    If it is not a number, the error is infinite, because ``max`` would ignore a NaN.
+    """
     got, want = got.detach().double(), want.detach().double()
     scale = float(want.norm())
-    return float((got - want).norm()) / (scale if scale > 1e-12 else 1.0)
+    error = float((got - want).norm()) / (scale if scale > 1e-12 else 1.0)
+    return math.inf if math.isnan(error) else error

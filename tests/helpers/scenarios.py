@@ -21,7 +21,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, RouterConfig, Step, counting_pass, recompute
+from equimoe.moe import (
+    BalanceConfig,
+    MoE,
+    MoEConfig,
+    Placement,
+    RouterConfig,
+    Step,
+    counting_pass,
+    recompute,
+    use_gradient_scaler,
+)
 from equimoe.moe.balance.bias import sign
 from equimoe.moe.collectives import world_axis
 from tests.helpers import oracle
@@ -258,7 +268,7 @@ def a_gradient_scaler(overflows: Sequence[bool]) -> float:
     """The layer knows the gradient scaler's scale, and every overflow skips a step. In fp32."""
     layer, worst = make(bias_update_rate=0.01).float(), 0.0
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    layer.place(Placement(gradient_scale=scaler.get_scale))
+    use_gradient_scaler(layer, scaler)
     for step, overflow in enumerate(overflows):
         x, before = tokens(step), layer.router.bias_E.clone()
         own = copy.deepcopy(layer).double()

@@ -202,3 +202,45 @@ def test_gradient_scale_follows_a_gradient_scaler(scale: Any) -> None:
     balance_only(layer, x)
     balance_only(scaled, x)
     assert torch.equal(router_gradient(scaled), 1024 * router_gradient(layer))
+
+
+def test_optimizers_within_the_backward() -> None:
+    """Each weight has an optimizer of its own, which steps as soon as the weight's gradient is complete."""
+    layer = make(bias_update_rate=0.01)
+    optimizers = {p: torch.optim.SGD([p], lr=0.0) for p in layer.parameters()}
+    gradients = []
+
+    def update(p: torch.Tensor) -> None:
+        if p is layer.router.weight:
+            gradients.append(p.grad.clone())
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    hooks = [p.register_post_accumulate_grad_hook(update) for p in layer.parameters()]
+    for x in batches(3):
+        layer.router.bias_E.zero_()  # the oracle chooses without it
+        balance_only(layer, x)
+        assert oracle.relative_error(gradients[-1], whole_batch_gradient_of_a_copy(layer, x)) < 1e-6
+        assert layer.balancer.previous_step.micro_batches == 1
+        assert bool(layer.router.bias_E.any())
+    for hook in hooks:
+        hook.remove()  # garbage collection does not see that they refer to the layer
+
+
+def whole_batch_gradient_of_a_copy(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    own = make()
+    own.load_state_dict(layer.state_dict(), strict=False)
+    return whole_batch_gradient(own, [x])
+
+
+def test_a_compiled_update_ends_the_step() -> None:
+    layer = make()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    update = torch.compile(optimizer.step, backend="eager")
+    for _ in range(2):
+        for x in batches(2):
+            balance_only(layer, x)
+        update()
+        optimizer.zero_grad()
+        assert layer.balancer.previous_step.micro_batches == 2 and seen(layer) == []
+    torch.compiler.reset()  # it keeps the optimizer, and so the layer, for whatever runs next

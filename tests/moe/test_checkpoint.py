@@ -89,7 +89,7 @@ def test_truncated_or_missing_file(tmp_path: Path, cut: int) -> None:
     path = save(tmp_path)
     file = path / "rank00000-000.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="bytes instead of"):
+    with pytest.raises(CheckpointError, match="instead of .* bytes"):
         load(path)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing, or not a plain file"):

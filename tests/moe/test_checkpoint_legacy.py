@@ -310,7 +310,7 @@ def with_archive(tmp_path: Path, content: bytes) -> Path:
         (archive(tensor(), compression=zipfile.ZIP_DEFLATED), "not one that torch writes"),
         (archive(tensor(), byteorder=b"big"), "not little-endian"),
         (archive(tensor()).replace(b"data/0", b"data/1"), "KeyError"),
-        (archive(tensor(), **{"data/1": bytes(60)}).replace(b"data/1", b"data/0"), "a repeated name"),
+        (archive(tensor(), **{"data/1": bytes(60)}).replace(b"data/1", b"data/0"), "have the same name"),
         (archive(tensor())[:-30], "not a zip file"),
     ],
 )

@@ -65,7 +65,7 @@ def test_kinds_hidden_binary_and_empty_files(tmp_path):
     assert list(corpus.train) == list(corpus.heldout) == list(corpus.domains)
     assert holds(corpus, "python", ["print('a')", "print('b')"])
     assert holds(corpus, "text", ["read me", "marked"])
-    assert "2 of 9 files are not UTF-8 text and were skipped" in corpus.notes
+    assert "files skipped because they are not UTF-8 text: 2 of 9" in corpus.notes
 
 
 def test_folders_name_domains_and_the_kind_can_be_asked_for(tmp_path):
@@ -177,7 +177,7 @@ def test_copies_never_stand_on_both_sides(tmp_path):
     train = set().union(*map(documents, corpus.train.values()))
     heldout = set().union(*map(documents, corpus.heldout.values()))
     assert heldout and not train & heldout
-    assert "30 documents are copies of others and were skipped" in corpus.notes
+    assert "documents skipped because they are copies of others: 30" in corpus.notes
 
 
 def test_fingerprint_tells_data_apart(tmp_path):
@@ -219,11 +219,15 @@ def test_empty_documents_are_passed_over(tmp_path):
     ("files", "changes", "message"),
     [
         ({}, {}, r"data\.path='.*': has no files"),
-        ({"a.png": b"\0\1", "b.txt": ""}, {}, r"data\.path='.*': no text found; 1 of 2 files are not UTF-8 .*; give"),
+        (
+            {"a.png": b"\0\1", "b.txt": ""},
+            {},
+            r"data\.path='.*': no text found; files skipped because they are not UTF-8 text: 1 of 2; give",
+        ),
         (
             {"a.bin": b"\1\0\2"},
             {},
-            r"data\.path='.*a\.bin': 3 bytes is not a multiple of the size of uint16.*set data\.token_dtype",
+            r"data\.path='.*a\.bin': its size, 3, is not a multiple of that of uint16.*set data\.token_dtype",
         ),
         (
             {"a.bin": np.array([5, 6, 300, 400], "<u2").tobytes()},

@@ -99,16 +99,14 @@ def test_a_step_needs_no_history_and_epochs_and_seeds_differ():
 def test_sample_errors():
     batches = Batches(streams(100), 4, 8, 0)
     with pytest.raises(
-        ValueError, match=r"^data\.global_batch=8: 2 ranks \* 2 micro-batches \* 4 sequences = 16; make"
+        ValueError, match=r"^data\.global_batch=8: data_parallel=2 \* micro_batches=2 \* micro_batch=4 is 16; make"
     ):
         batches.sample(0, 0, 2, 2, 4)
     with pytest.raises(ValueError, match=r"^rank=2: must lie in \[0, 2\)"):
         batches.sample(0, 2, 2, 1, 4)
     with pytest.raises(ValueError, match=r"^step=-1: "):
         batches.sample(-1, 0, 2, 1, 4)
-    message = (
-        r"^data\.global_batch=8: 22 training tokens give only 4 sequences of data\.seq_len=4; give more text or lower"
-    )
+    message = r"^data\.global_batch=8: the training text has fewer sequences of data\.seq_len=4, 4 from 22 tokens"
     with pytest.raises(ValueError, match=message):
         Batches(streams(20, 2), 4, 8, 0)
 

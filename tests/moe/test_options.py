@@ -332,7 +332,9 @@ def test_recipes(recipe: str) -> None:
     scope = {"mixtral": "micro", "deepseek_v3": "sequence"}.get(recipe, "global")
     assert config.moe.balance.scope == scope
     if recipe in ("deepseek_v3", "qwen3_235b"):
-        with pytest.raises(ValueError, match="processes, which is 1; start a multiple of [0-9]+ processes"):
+        with pytest.raises(
+            ValueError, match="processes, which is 1; make the number of processes a multiple of [0-9]+,"
+        ):
             config.degrees(1)
     else:
         assert config.micro_batches(config.degrees(1).dp) >= 1

@@ -23,6 +23,7 @@ from PIL import Image
 
 from equimoe.launch.figures import DARK, LIGHT, Run, draw_load, draw_loss, draw_routing
 from equimoe.launch.report import PLOTS, main, write_report
+from equimoe.launch.text import counted
 from equimoe.moe.observe.metrics import to_line
 from tests.helpers.runs import made_up_run, observed
 from tests.helpers.slow import slow_but
@@ -221,7 +222,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path, no_plots: None
     assert isinstance(drawn, Figure)
     losses = np.asarray(drawn.axes[0].lines[0].get_ydata(), float)
     assert list(np.flatnonzero(np.isnan(losses))) == list(range(20, 30))
-    assert "10 records contain numbers that are not finite" in report(tmp_path, records).words
+    assert "10 records with numbers that are not finite" in report(tmp_path, records).words
 
 
 def test_names_of_domains_cannot_break_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,3 +319,16 @@ def test_it_runs_as_a_module(
     assert stop.value.code == 66
     error = capsys.readouterr().err
     assert error.startswith("report: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (1, "rank", "1 rank"),
+        (0, "rank", "0 ranks"),
+        (1000, "process", "1,000 processes"),
+        (2, "micro-batch", "2 micro-batches"),
+    ],
+)
+def test_counts_with_nouns(count: int, noun: str, text: str) -> None:
+    assert counted(count, noun) == text

@@ -183,7 +183,7 @@ def test_bias_is_saved_when_used_and_stays_in_fp32() -> None:
         ({"groups": 2.0}, r"router.groups=2.0"),
         ({"groups": 2, "kept_groups": 3}, r"router.kept_groups=3: must be at most router.groups=2"),
         ({"groups": 5}, r"router.groups=5: must divide num_experts=12"),
-        ({"groups": 6}, r"router.kept_groups=1: the kept groups hold only 2 experts, fewer than top_k=3"),
+        ({"groups": 6}, r"router.kept_groups=1: the number of experts in the kept groups, 2, is less than top_k=3"),
     ],
 )
 def test_mistakes_with_groups(wrong: dict[str, Any], message: str) -> None:

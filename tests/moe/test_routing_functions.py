@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ from equimoe.moe.routing.router import _composed
 from equimoe.moe.routing.score import SCORES
 
 T, E, K, D = 12, 8, 3, 6
+#: a score that only these tests know
+SQUARED = "squared"
 
 
 def run(route: Any, logits_TE: Tensor, **given: Any) -> tuple[Any, Tensor]:
@@ -65,36 +68,66 @@ def test_composed_equals_the_fused_op(score: Any, weights: dict[str, bool], grou
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
 
 
-def test_every_score_of_the_configuration_exists() -> None:
-    assert set(SCORES) == set(get_args(Score))
+#: score -> its formula, exact in fp64: one row for each score of the configuration
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.exp() / logits_TE.exp().sum(-1, keepdim=True),
+    "sigmoid": lambda logits_TE: 1 / (1 + (-logits_TE).exp()),
+    SQUARED: lambda logits_TE: 1 / (1 + (-logits_TE).exp()) ** 2,
+}
 
 
-@pytest.fixture
-def squared(monkeypatch: pytest.MonkeyPatch) -> RouterConfig:
-    """Register a score that no kernel supports, the squared sigmoid."""
-    monkeypatch.setitem(SCORES, "squared", lambda logits_TE: 2 * nn.functional.logsigmoid(logits_TE))
-    config = RouterConfig(score="sigmoid")
-    object.__setattr__(config, "score", "squared")
-    return config
+@pytest.fixture(autouse=True)
+def squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a score that no kernel supports, the squared sigmoid. One entry in the dict must suffice."""
+    monkeypatch.setitem(SCORES, SQUARED, lambda logits_TE: 2 * nn.functional.logsigmoid(logits_TE))
 
 
-def test_a_new_score_trains_and_balances(squared: RouterConfig) -> None:
-    """One entry in the dict must suffice: weights, probabilities and the balance loss use the new score."""
+def test_every_score_of_the_configuration_exists_and_has_a_formula() -> None:
+    assert set(SCORES) == set(FORMULAS) == {*get_args(Score), SQUARED}
+
+
+@pytest.mark.parametrize("score", FORMULAS)
+def test_a_score_is_its_formula(score: str) -> None:
+    logits_TE = torch.tensor([[-40.0, -1.5, 0.0, 0.7, 3.0]], dtype=torch.float64)
+    torch.testing.assert_close(SCORES[score](logits_TE).exp(), FORMULAS[score](logits_TE), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("score", FORMULAS)
+def test_a_tiny_score_does_not_underflow(score: str) -> None:
+    """In fp32, these scores would be 0, and their quotient NaN."""
+    logits_E = torch.tensor([-150.0, -151.0, 2.0], requires_grad=True)
+    logs_E = SCORES[score](logits_E[None])[0]
+    logs_E[:2].softmax(-1)[0].backward()
+    exact_E = logits_E.detach().double().requires_grad_()
+    scores_E = FORMULAS[score](exact_E[None])[0]
+    (scores_E[0] / scores_E[:2].sum()).backward()
+    torch.testing.assert_close(logs_E.detach(), scores_E.detach().log().float())
+    torch.testing.assert_close(logits_E.grad, exact_E.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", FORMULAS)
+def test_a_score_trains_and_balances(score: str) -> None:
+    """Weights, probabilities and the balance loss use the score, whether or not the fused op supports it."""
     torch.manual_seed(0)
-    config = MoEConfig(D, 8, E, K, router=squared, balance=BalanceConfig(coefficient=0.1, estimator="exact"))
+    router = RouterConfig()
+    object.__setattr__(router, "score", score)  # the configuration allows only the names in Score
+    config = MoEConfig(D, 8, E, K, router=router, balance=BalanceConfig(coefficient=0.1, estimator="exact"))
     layer = MoE(config).double()
     x_TD = torch.randn(T, D, dtype=torch.float64)
     with counting_pass():
         layer(x_TD)
     layer(x_TD).sum().mul(0).backward()  # only the balance loss remains
     weight = layer.router.weight.detach().clone().requires_grad_()
-    scores_TE = (x_TD @ weight.T).sigmoid().square()
+    scores_TE = FORMULAS[score](x_TD @ weight.T)
     ids_TK = scores_TE.topk(K).indices
     load_E = torch.zeros(E, dtype=torch.float64).scatter_add_(0, ids_TK.flatten(), torch.ones(T * K).double()) / (T * K)
     probabilities_TE = scores_TE / scores_TE.sum(1, keepdim=True)
     (0.1 * E * (load_E * probabilities_TE.mean(0)).sum()).backward()
     torch.testing.assert_close(layer.router.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer.router.probabilities(x_TD), probabilities_TE.detach(), rtol=1e-10, atol=1e-12)
+    routing = layer.router(x_TD)
+    chosen_TK = scores_TE.detach().gather(1, ids_TK)
+    torch.testing.assert_close(routing.weights_TK, chosen_TK / chosen_TK.sum(1, keepdim=True), check_dtype=False)
 
 
 @pytest.mark.parametrize("score", FUSED_SCORES)

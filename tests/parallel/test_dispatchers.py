@@ -225,7 +225,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_moves() -> None:
                 errors.append(str(error))
         return errors
 
-    want = ["sizes=[4, 4]: do not fit 3 rows and the 2 ranks of axis 'world'; give each rank's number of rows"] * 2
+    want = ["sizes=[4, 4]: do not fit axis 'world' of size 2 and rows=3; give each rank's number of rows"] * 2
     assert run_ranks(script, 2) == [want, want]
 
 

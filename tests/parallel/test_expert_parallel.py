@@ -142,7 +142,7 @@ def test_split_that_does_not_fit_is_refused_before_the_exchange() -> None:
             return str(error)
         return ""
 
-    assert all("sent=[1, 1], received=[1, 1]: do not fit 3 rows" in text for text in run_ranks(script, 2))
+    assert all("sent=[1, 1], received=[1, 1]: do not fit rows.shape=(3, " in text for text in run_ranks(script, 2))
 
 
 def test_same_collectives_on_every_rank() -> None:

@@ -31,7 +31,7 @@ def test_part_of_the_groups_within_a_node(capsys: pytest.CaptureFixture[str]) ->
         (
             "--world 64 --tp 3",
             "error: parallel.tp=3: must divide the number of processes, which is 64; "
-            "start a multiple of 3 processes, or change the degrees",
+            "make the number of processes a multiple of 3, or change the degrees",
         ),
         ("--world 0", "error: --world=0: must be at least 1"),
         ("--world 8 --ep 0", "error: parallel.ep=0: must be at least 1, or -1 for the rest"),

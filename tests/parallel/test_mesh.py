@@ -101,7 +101,7 @@ def test_experts_over_as_many_ranks_as_divide_them(
 
 def test_a_remedy_that_fits_dense_part_and_experts() -> None:
     config = ParallelConfig(pp=2, tp=3, ep=4)
-    with pytest.raises(ValueError, match="start a multiple of 24 processes, or change the degrees$"):
+    with pytest.raises(ValueError, match="make the number of processes a multiple of 24, or change the degrees$"):
         config.resolve(1)
     assert config.resolve(24).dp_shard == 4
 

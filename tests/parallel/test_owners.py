@@ -122,11 +122,11 @@ def test_owners() -> None:
 @pytest.mark.parametrize(
     ("rank_of_E", "slot_of_E", "message"),
     [
-        ((0, 0, 2), (0, 1, 0), r"rank_of_E\[2\]=2: must be at least 0 and less than 2 ranks"),
+        ((0, 0, 2), (0, 1, 0), r"rank_of_E\[2\]=2: must be at least 0 and less than ranks=2"),
         ((0, 0, 1), (0, 2, 0), r"slot_of_E: rank 0 has slots \[0, 2\]; number them from 0, each once"),
         ((0, 0, 1), (0, 0, 0), r"slot_of_E: rank 0 has slots \[0, 0\]"),
-        ((0, 0, 0), (0, 1, 2), r"rank_of_E: rank 1 owns no expert; give each of the 2 ranks at least one"),
-        ((0, 0, 1), (0, 1), r"slot_of_E: has 2 entries; give 3, one for each expert"),
+        ((0, 0, 0), (0, 1, 2), r"rank_of_E: rank 1 owns no expert; give each rank at least one"),
+        ((0, 0, 1), (0, 1), r"slot_of_E: has length 2; give one slot for each expert, 3 in all"),
     ],
 )
 def test_mistakes(rank_of_E: tuple[int, ...], slot_of_E: tuple[int, ...], message: str) -> None:
@@ -135,5 +135,5 @@ def test_mistakes(rank_of_E: tuple[int, ...], slot_of_E: tuple[int, ...], messag
 
 
 def test_owners_that_do_not_fit_the_layer() -> None:
-    with pytest.raises(ValueError, match=r"placement.owners: has 3 experts on 1 ranks; this layer has 8 experts on 1"):
+    with pytest.raises(ValueError, match=r"placement.owners: is for num_experts=3 and ranks=1; this layer has num_e"):
         make().place(Placement(owners=Owners.consecutive(3, 1)))

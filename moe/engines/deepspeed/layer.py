@@ -88,6 +88,7 @@ class _LossOutput(torch.autograd.Function):
 class _Balancer(Balancer):
     """Returns the balance loss separately, instead of attaching it to the layer's output."""
 
+    attached = False
     #: the loss, and int64 [E] the choices of each expert, of the last forward
     outputs: tuple[Tensor, Tensor] | None = None
 

@@ -104,7 +104,7 @@ def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[st
         if len(part.tokens):
             parts.setdefault(document.domain, []).append(part)
     if twice and config.path is not None:
-        notes.append(f"{twice} documents are copies of others and were skipped")
+        notes.append(f"documents skipped because they are copies of others: {twice}")
     return parts
 
 

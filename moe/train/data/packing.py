@@ -41,7 +41,7 @@ class Batches:
         self.sequences = int(self._bounds[-1])
         tokens = sum(map(len, self._streams))
         remedy = (
-            f"{tokens} training tokens give only {self.sequences} sequences of data.seq_len={seq_len}; "
+            f"the training text has fewer sequences of data.seq_len={seq_len}, {self.sequences} from {tokens} tokens; "
             "give more text or lower data.global_batch"
         )
         require(self.sequences >= global_batch, "data.global_batch", global_batch, remedy)
@@ -57,7 +57,7 @@ class Batches:
         the global batch.
         """
         asked = data_parallel * micro_batches * micro_batch
-        remedy = f"{data_parallel} ranks * {micro_batches} micro-batches * {micro_batch} sequences = {asked}"
+        remedy = f"data_parallel={data_parallel} * micro_batches={micro_batches} * micro_batch={micro_batch} is {asked}"
         require(asked == self.global_batch, "data.global_batch", self.global_batch, remedy + "; make them equal")
         require(0 <= rank < data_parallel, "rank", rank, f"must lie in [0, {data_parallel})")
         require(step >= 0, "step", step, "must not be negative")

@@ -70,7 +70,7 @@ def file_documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
         else:
             yield Document(domain, name, text)
     if skipped:
-        notes.append(f"{skipped} of {len(files)} files are not UTF-8 text and were skipped")
+        notes.append(f"files skipped because they are not UTF-8 text: {skipped} of {len(files)}")
 
 
 def _walk(root: Path) -> list[tuple[Path, str]]:
@@ -175,7 +175,7 @@ def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Docum
 def _flat(path: Path, config: DataConfig) -> np.ndarray:
     dtype = np.dtype(config.token_dtype).newbyteorder("<")
     size = path.stat().st_size
-    remedy = f"{size} bytes is not a multiple of the size of {config.token_dtype}; set data.token_dtype to the file's"
+    remedy = f"its size, {size}, is not a multiple of that of {config.token_dtype}; set data.token_dtype to the file's"
     require(size % dtype.itemsize == 0, "data.path", str(path), remedy)
     return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
 

@@ -1,0 +1,39 @@
+"""Hooks into torch: calls before and after every optimizer step, and bookkeeping that torch.compile must not trace."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def register_while_alive(register: Callable[..., Any], method: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Register an optimizer hook that calls ``method`` as long as its object exists."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        call = reference()
+        if call is not None:
+            call(optimizer)
+
+    weakref.finalize(method.__self__, register(hook).remove)  # type: ignore[attr-defined]
+
+
+def untraced(method: Callable[P, R]) -> Callable[P, R]:
+    """Make torch.compile break the graph around ``method`` and run it as it is.
+
+    What it does depends on the step and not only on its arguments, and it may create process groups.
+    """
+    outside = torch._disable_dynamo(method)  # unlike torch.compiler.disable, it does not import the compiler yet
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (outside if torch.compiler.is_compiling() else method)(*args, **kwargs)
+
+    return call

@@ -1,0 +1,18 @@
+"""Runs Python code in a new process, as users do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
+    """Run ``code`` in a process that knows nothing of this one; return its lines. ``path``: its PYTHONPATH."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -1,0 +1,172 @@
+"""Checks that training with a gradient scaler equals training without one, or is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, RouterConfig, Step, counting_pass, use_gradient_scaler
+from tests.helpers import oracle
+from tests.helpers.fork import run_ranks
+
+STEPS, MICRO_BATCHES, WORLD = 4, 2, 2
+REMEDY = r"^GradScaler: .* times too small; call equimoe.moe.use_gradient_scaler\(model, scaler\) once"
+
+
+def make(coefficient: float = 0.5, z_loss: float = 0.1) -> nn.Sequential:
+    torch.manual_seed(0)
+    balance = BalanceConfig(coefficient=coefficient, estimator="exact", bias_update_rate=0.01)
+    moe = MoEConfig(8, 8, 8, 2, RouterConfig(z_loss=z_loss), balance=balance, init_std=0.6)
+    return nn.Sequential(nn.Linear(8, 8), MoE(moe), nn.Linear(8, 8))
+
+
+def scaler(**how: Any) -> torch.amp.GradScaler:
+    """A scaler whose scale doubles after every other step."""
+    return torch.amp.GradScaler("cpu", **{"init_scale": 1024.0, "growth_interval": 2, **how})
+
+
+def tokens(step: int, m: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + 10 * m + rank)
+    return torch.randn(2, 6, 8, generator=generator) + 2 * torch.randn(8, generator=generator)
+
+
+def train(
+    model: nn.Module, inputs: Callable[[int, int], Tensor], micro_batches: int, scaler: torch.amp.GradScaler | None
+) -> list[Tensor]:
+    """Train as one would with a gradient scaler: accumulation, clipping of unscaled gradients, an overflow."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for step in range(STEPS):
+        batches = [inputs(step, m) for m in range(micro_batches)]
+        with counting_pass():
+            for x in batches:
+                model(x)
+        for x in batches:
+            loss = model(x).square().mean() / micro_batches
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        overflow = step == 1
+        if scaler is None:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            if not overflow:
+                optimizer.step()
+        else:
+            if overflow:
+                next(model.parameters()).grad[0] = torch.inf  # type: ignore[index]
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+    return [*(p.detach() for p in model.parameters()), *model.buffers()]
+
+
+def alone() -> list[Tensor]:
+    """One process with the whole batch of each step, without a scaler."""
+
+    def inputs(step: int, _: int) -> Tensor:
+        return torch.cat([tokens(step, m, rank) for m in range(MICRO_BATCHES) for rank in range(WORLD)])
+
+    return train(make(), inputs, 1, None)
+
+
+def test_two_ranks_with_a_scaler_equal_one_process_without() -> None:
+    def script(rank: int, world: int) -> list[Tensor]:
+        warnings.simplefilter("ignore")
+        model, own = DistributedDataParallel(make()), scaler()
+        use_gradient_scaler(model, own)
+        found = train(model, lambda step, m: tokens(step, m, rank), MICRO_BATCHES, own)
+        assert own.get_scale() == 1024.0, "halved by the overflow, then doubled"
+        return found
+
+    for found in run_ranks(script, WORLD):
+        for value, right in zip(found, alone(), strict=True):
+            assert oracle.relative_error(value, right) < 1e-6
+
+
+def test_a_scaler_that_the_layer_does_not_know_is_refused_before_the_update() -> None:
+    model = make()
+    before = copy.deepcopy(list(model.parameters()))
+    with pytest.raises(ValueError, match=REMEDY) as refused:
+        train(model, lambda step, m: tokens(step, m, 0), MICRO_BATCHES, scaler())
+    assert "1024 times" in str(refused.value) and "\n" not in str(refused.value)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def update(model: nn.Module, scaler: torch.amp.GradScaler, fused: bool = False) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, fused=fused)
+    scaler.scale(model(tokens(0, 0, 0)).square().mean()).backward()
+    scaler.step(optimizer)
+
+
+def frozen_experts(model: nn.Sequential) -> None:
+    model[1].requires_grad_(False)
+
+
+def another_scaler(model: nn.Sequential) -> None:
+    use_gradient_scaler(model, scaler())
+
+
+def a_number(model: nn.Sequential) -> None:
+    model[1].place(Placement(gradient_scale=1024.0))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("prepare", [lambda model: None, frozen_experts, another_scaler, a_number])
+def test_refused_also(prepare: Callable[[nn.Sequential], None], fused: bool) -> None:
+    model = make()
+    prepare(model)
+    with pytest.raises(ValueError, match=REMEDY):
+        update(model, scaler(), fused)
+
+
+def test_refused_in_a_step_that_the_loop_drives() -> None:
+    model = make()
+    with Step.of(model).micro_batch(), pytest.raises(ValueError, match=REMEDY):
+        update(model, scaler())
+
+
+def test_a_copy_does_not_know_the_scaler() -> None:
+    model, own = make(), scaler()
+    use_gradient_scaler(model, own)
+    with pytest.raises(ValueError, match=REMEDY):
+        update(copy.deepcopy(model), own)
+
+
+@pytest.mark.parametrize(
+    ("losses", "enabled"), [({}, False), ({"coefficient": 0.0, "z_loss": 0.0}, True)], ids=["switched off", "no losses"]
+)
+def test_nothing_to_refuse(losses: dict[str, float], enabled: bool) -> None:
+    update(make(**losses), scaler(enabled=enabled))
+
+
+def test_whoever_gives_a_function_knows_the_scale() -> None:
+    model = make()
+    model[1].place(Placement(gradient_scale=lambda: 1024.0))  # type: ignore[operator]
+    update(model, scaler())
+
+
+def test_another_models_scaler_is_not_refused() -> None:
+    """As of a discriminator in 16 bits, between the backward and the update of a generator in fp32."""
+    model, other = make(), nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model(tokens(0, 0, 0)).square().mean().backward()
+    update(other, scaler())
+    optimizer.step()
+
+
+def test_a_scaler_that_is_switched_off_changes_nothing() -> None:
+    gradients = []
+    for known in (False, True):
+        model = make()
+        if known:
+            use_gradient_scaler(model, scaler(enabled=False))
+        (model(tokens(0, 0, 0)) * 0).sum().backward()
+        gradients.append(model[1].router.weight.grad)
+    assert torch.equal(*gradients) and bool(gradients[0].any())

@@ -1,0 +1,95 @@
+"""Every command line of the documents and cluster files is accepted by the parser of its command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from equimoe.launch import dryrun, mesh, options
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/engines.md", "docs/balance.md", "launch/slurm/train.sbatch")
+#: options of DeepSpeed's launcher that the documents use, with the number of their values
+DEEPSPEED = {"--hostfile": 1, "--no_local_rank": 0, "--module": 0}
+STARTS = r"(?:\.venv/bin/)?(?:python -m|torchrun|deepspeed)|make train|[A-Z_]+=\S+ sbatch"
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (document, command) for every command in an indented block, a comment or a code span."""
+    found = []
+    for document in DOCUMENTS:
+        text = re.sub(r"\\\n#?\s*", "", (ROOT / document).read_text())
+        spans = re.findall(rf"^(?:    |#   )((?:{STARTS}) .*)$|`((?:{STARTS}) [^`]*)`", text, re.MULTILINE)
+        found += [(document, " ".join((block or span).split("#")[0].split())) for block, span in spans]
+    return list(dict.fromkeys(found))
+
+
+def parse(words: list[str], world: int = 1) -> None:
+    """Parse a command for ``world`` ranks, and the command that it starts. Raises what its parser raises."""
+    program, *rest = words
+    name = program.removeprefix(".venv/bin/")
+    if name == "make":
+        given = dict(word.partition("=")[::2] for word in rest[1:])
+        ours("equimoe.launch.train", shlex.split(given.get("ARGS", "")), 2)
+    elif "=" in name:  # the environment of sbatch
+        parse(rest)
+    elif name == "sbatch":
+        script = rest.index("launch/slurm/train.sbatch")
+        ours("equimoe.launch.train", rest[script + 1 :], 8 * int(rest[rest.index("--nodes") + 1]))
+    elif name == "torchrun":
+        started = get_args_parser().parse_args(rest)
+        if started.module:
+            ranks = int(started.nnodes.split(":")[0]) * int(started.nproc_per_node)
+            ours(started.training_script, started.training_script_args, ranks)
+    elif name == "deepspeed":
+        while rest[0] in DEEPSPEED and rest[0] != "--module":
+            rest = rest[1 + DEEPSPEED[rest[0]] :]
+        if rest[0] == "--module":
+            ours(rest[1], rest[2:], 16)
+        else:
+            assert not rest[0].startswith("-"), f"add {rest[0]} to DEEPSPEED"
+    else:
+        assert name == "python", name
+        ours(rest[1], rest[2:], world)
+
+
+def ours(module: str, arguments: list[str], world: int) -> None:
+    if module == "equimoe.launch.train":
+        if arguments != ["--help"]:
+            launch = options.parse(arguments)
+            degrees = launch.config.degrees(launch.processes or world)
+            assert launch.config.micro_batches(degrees.dp) > 0
+    elif module == "equimoe.launch.dryrun":
+        own, rest = dryrun._own(arguments)
+        options.parse(rest).config.degrees(int(own["world"]))
+    elif module == "equimoe.launch.mesh":
+        mesh._parser().parse_args(arguments)
+    else:
+        raise AssertionError(f"test the arguments of {module} here")
+
+
+@pytest.mark.parametrize(("document", "command"), commands())
+def test_parses(document: str, command: str) -> None:
+    parse(shlex.split(command))
+
+
+def test_the_example_for_kubernetes() -> None:
+    text = (ROOT / "launch/k8s/train.yaml").read_text()
+    (recipe,), (extra,) = re.findall(r"name: RECIPE\n +value: (\w+)", text), re.findall(r'such as "([^"]+)"', text)
+    ours("equimoe.launch.train", ["--recipe", recipe, *extra.split()], 16)
+
+
+def test_a_wrong_option_is_found() -> None:
+    for command in ("torchrun --nnodes 2 -m equimoe.launch.train --engine dspeed", "make train ARGS=--no.such"):
+        with pytest.raises(ValueError):
+            parse(shlex.split(command))
+
+
+def test_commands_are_found() -> None:
+    found = commands()
+    assert {document for document, _ in found} == set(DOCUMENTS) - {"CONTRIBUTING.md", "docs/balance.md"}
+    assert {"python", "torchrun", "deepspeed"} <= {re.split(r"[ /]", command)[0] for _, command in found}

@@ -1,0 +1,91 @@
+"""The documents: their examples run, and their links and paths lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equimoe.launch.options import parse
+from tests.helpers.fresh import python
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("moe", "kernels", "launch")
+
+
+def examples(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+
+
+def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    counts = " ".join(python(examples("README.md")[0], tmp_path, ROOT)).split("]")[0]
+    assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
+
+
+@pytest.mark.slow
+def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(examples("README.md")[1])
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    norms = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(norms) == 10 and all(0 < norm < 10 for norm in norms)
+
+
+@pytest.mark.slow
+def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
+    watched, driven = examples("docs/balance.md")
+    report = ast.literal_eval(python(watched, tmp_path, ROOT)[-1])
+    assert report["balance_sequences"] == 16 and report["estimator_error"] == 0
+    assert python(driven, tmp_path, ROOT)[-1] == "4"
+
+
+def test_options_of_the_balance_page_exist() -> None:
+    (options,) = re.findall(r"`(--moe.balance[^`]+)`", (ROOT / "docs/balance.md").read_text())
+    balance = parse(["--recipe", "quickstart", *options.split()]).config.moe.balance
+    assert balance.estimator == "exact" and balance.extra.micro == 1e-4
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+    for document in (*documents, *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            found = target.startswith("https://arxiv.org/") or (document.parent / target).exists()
+            if target.startswith("#"):
+                titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+                found = target[1:] in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert found, f"{document}: {target}"
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "NOTES.md"]
+#: scripts that the reader has
+READERS = {"pretrain.py", "pretrain_gpt.py"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[document.name for document in DOCUMENTS])
+def test_every_path_in_a_document_exists(document: Path) -> None:
+    """Paths start at the root, in moe/ or next to the document. The name of a file alone may be that of any file."""
+    text, places = document.read_text(), (ROOT, ROOT / "moe", document.parent)
+    folders = [*FOLDERS, "benchmarks", "tests", "docs", *(path.parent.name for path in (ROOT / "moe").glob("*/*.py"))]
+    named = set(re.findall(rf"(?<![\w./-])(?:{'|'.join(folders)})/[\w./-]*\w", text))
+    named |= set(re.findall(r"(?<![\w./-])[\w/]+\.(?:py|md)\b", text))
+    files = {path.name for folder in (*FOLDERS, "tests", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
+    assert not [name for name in named - files - READERS if not any((place / name).exists() for place in places)]
+
+
+def test_the_map_of_the_code_names_what_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    lines = text[text.index("## Map of the code") : text.index("Imports have one direction")].splitlines()
+    found: list[str] = []
+    for indent, name in re.findall(r"^ {4}((?: {2})?)(\w+/|\w+\.py)", "\n".join(lines), flags=re.MULTILINE):
+        top = "" if not indent else next(each for each in reversed(found) if each.count("/") == 1 and each[-1] == "/")
+        found.append(top + name)
+    assert len(found) > 20 and not [name for name in found if not (ROOT / name).exists()]
