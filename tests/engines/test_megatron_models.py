@@ -124,3 +124,12 @@ def test_layers_alone_equal_one_process(case: str) -> None:
     model = model | {"alone": True}
     runs = run_ranks(partial(run, initial=initial(**model), **(model | how)), 2)
     assert_same_training(runs, one_process(**model))
+
+
+@pytest.mark.parametrize("estimator", ["rolling", "carry"])
+@pytest.mark.parametrize("how", [{EP: 2}, {TP: 2}], ids=["ep", "tp"])
+def test_estimates_equal_one_process(estimator: str, how: dict[str, Any]) -> None:
+    """With as many micro-batches, each of which has the same sequences."""
+    same = {"estimator": estimator, "micro_batches": 2}
+    runs = run_ranks(partial(run, initial=initial(), **same, **how), 2)
+    assert_same_training(runs, one_process(**same))

@@ -112,6 +112,27 @@ def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, 
     run_ranks(body, 2 if estimator == "rolling" else 1)
 
 
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize("estimator", ["rolling", "exact"])
+@pytest.mark.parametrize("how", [{}, SELECTIVE, FULL], ids=["plain", "recompute the layer", "recompute all"])
+def test_choices_that_move_the_bias_count_once(estimator: str, how: dict[str, Any]) -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            config = config_of(**BIAS, **how, finalize_model_grads_func=None)
+            chunks = chunks_of(config, moe_layer_spec(config, estimator=estimator))
+            trainer = Trainer(chunks, exact=estimator == "exact")
+            trainer.backward(0)
+            for layer in chunks[0].decoder.layers:  # type: ignore[union-attr]
+                counts = layer.mlp.router.local_tokens_per_expert
+                assert counts.dtype == torch.int64
+                assert counts.sum() == 2 * trainer.data(0)[..., 1:].numel()
+
+    run_ranks(body, 1)
+
+
 def test_evaluation_between_micro_batches_changes_nothing() -> None:
     def body(rank: int, world: int) -> None:
         with megatron():
