@@ -147,7 +147,7 @@ class MoELayer(MoE):
             # Megatron's router counts whenever gradients are enabled, so its first pass must be without
             of_megatron = isinstance(self.router, MegatronRouter)
             run = partial(checkpoint, run, False) if of_megatron else partial(recompute, run)
-        y_SBD = run(x_BSD, mask_BS).transpose(0, 1)
+        y_SBD = run(x_BSD, mask_BS).transpose(0, 1).contiguous()  # it may be sent on
         if shared is not None and self._recompute_shared and self.training:
             y_SBD = y_SBD + checkpoint(shared, False, hidden_states)
         elif shared is not None:
