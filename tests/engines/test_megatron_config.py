@@ -63,7 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
-        "moe_router_group_topk=1: the kept groups hold only 1 experts, fewer than moe_router_topk=2; keep more groups",
+        "moe_router_group_topk=1: the number of experts in the kept groups, 1, is less than moe_router_topk=2; keep",
     ),
     ({"moe_router_score_function": "tanh"}, "moe_router_score_function='tanh': use one of softmax, sigmoid"),
     ({"moe_token_dispatcher_type": "x"}, "moe_token_dispatcher_type='x': use one of allgather, alltoall, flex"),
