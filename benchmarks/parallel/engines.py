@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     print(f"{facts_line()}, gloo\n")
     print(f"largest relative error compared with one process, {STEPS} steps; limit {LIMIT:.0e}\n")
-    print(f"{'engine':<60} {'loss':>8} {'norm':>8} {'parameters':>10} {'s':>6}")
+    print(f"{'engine':<66} {'loss':>8} {'norm':>8} {'parameters':>10} {'s':>6}")
     right = {passes: with_engine(torch_engine, ParallelConfig(), passes) for passes in (1, 2)}
     bad = 0
     for name, run in chosen.items():
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         wrong = not max(loss, norm, weights) < LIMIT
         bad += wrong
         seconds = time.perf_counter() - start
-        row = f"{name:<60} {loss:>8.1e} {norm:>8.1e} {weights:>10.1e} {seconds:>6.1f}"
+        row = f"{name:<66} {loss:>8.1e} {norm:>8.1e} {weights:>10.1e} {seconds:>6.1f}"
         print(f"{row}{'  NOT EQUAL' * wrong}", flush=True)
     print(f"\n{len(chosen) - bad} of {len(chosen)} engines equal one process")
     return bad
