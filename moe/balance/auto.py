@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import itertools
 import warnings
@@ -43,6 +44,13 @@ class Registry:
         self._new = itertools.count()
         self._copies: Counter[int] = Counter()
         self.layers: weakref.WeakValueDictionary[LayerNumber, Balancer] = weakref.WeakValueDictionary()
+        atexit.register(self.forget_sums)
+
+    def forget_sums(self) -> None:
+        """Let go of process groups. Gloo aborts the process if one is destroyed while the interpreter shuts down."""
+        for balancer in list(self.layers.values()):
+            balancer.shared.clear()
+            balancer.step.discard()
 
     def add(self, balancer: Balancer, copy_of: LayerNumber | None) -> LayerNumber:
         """Return the number of a new layer, or of a copy of another one."""
