@@ -46,6 +46,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"moe_enable_routing_replay": True},
         "moe_enable_routing_replay=True: this router cannot replay; set it to False",
     ),
+    ({"activation_func_fp8_input_store": True}, "activation_func_fp8_input_store=True: activations are kept in"),
+    ({"quant_recipe": "x"}, "quant_recipe='x': the experts compute in the dtype of their weights; leave it out"),
+    ({"use_kitchen": True}, "use_kitchen=True: the experts compute in the dtype of their weights; set it to False"),
     ({"num_moe_experts": None}, "num_moe_experts=None: an MoE layer needs experts; set it, or use a dense layer spec"),
     ({"moe_router_topk": 5}, "moe_router_topk=5: must be at most num_moe_experts=4"),
     ({"moe_router_topk": 0}, "moe_router_topk=0: must be an integer of at least 1"),
@@ -75,7 +78,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe_expert_capacity_factor": 0.0}, "moe_expert_capacity_factor=0.0: must be positive; 1.25 is usual"),
     (
         {"moe_expert_capacity_factor": 1.0, "moe_token_drop_policy": "last"},
-        "moe_token_drop_policy='last': use one of probs, position",
+        "moe_token_drop_policy='last': this layer would keep the tokens of the first sequences, and Megatron-Core",
     ),
     (
         {
@@ -163,7 +166,7 @@ def test_settings_arrive() -> None:
                 "moe_z_loss_coeff": 0.01,
                 "moe_router_topk_scaling_factor": 2.5,
                 "moe_expert_capacity_factor": 1.5,
-                "moe_token_drop_policy": "position",
+                "moe_token_drop_policy": "probs",
                 "moe_pad_expert_input_to_capacity": True,
             }
         ),
@@ -172,7 +175,7 @@ def test_settings_arrive() -> None:
     assert (moe.balance.scope, moe.balance.coefficient, moe.balance.extra.sequence) == ("global", 0.2, 0.1)
     assert (moe.balance.estimator, moe.router.z_loss, moe.router.weight_scale) == ("carry", 0.01, 2.5)
     assert moe.capacity is not None
-    assert (moe.capacity.factor, moe.capacity.drop, moe.capacity.pad) == (1.5, "position", True)
+    assert (moe.capacity.factor, moe.capacity.drop, moe.capacity.pad) == (1.5, "probability", True)
     assert moe_config(with_fields({"moe_router_load_balancing_type": "none"})).balance.coefficient == 0
 
 
@@ -239,3 +242,11 @@ def test_users_are_told_of_the_exact_gradient() -> None:
         for found in run_ranks(body, world):
             assert len(found) == (1 if world == 2 else 0)
             assert all("divides it by the 2 data-parallel ranks" in text for text in found)
+
+
+@pytest.mark.parametrize("name", ["attention_dropout", "hidden_dropout"])
+def test_an_exact_estimate_needs_no_dropout(name: str) -> None:
+    config = with_fields({name: 0.1, "moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1})
+    text = error_of(lambda: moe_config(config, estimator="exact"))
+    assert text.startswith(f"{name}=0.1: with estimator='exact', the counting pass would draw another dropout")
+    moe_config(config, estimator="rolling")

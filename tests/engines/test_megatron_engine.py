@@ -57,7 +57,7 @@ def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.5)
 
 
-def model(layers: int = 4, **how: Any) -> Any:
+def model(layers: int = 4, wide: int = 24, **how: Any) -> Any:
     """Grouped-query attention with norms of queries and keys, dense and MoE blocks, shared experts, a bias."""
     torch.manual_seed(0)
     balance = BalanceConfig(coefficient=0.1, estimator="exact", bias_update_rate=0.01)
@@ -78,7 +78,7 @@ def model(layers: int = 4, **how: Any) -> Any:
         seq_len=trained.LENGTH,
         num_layers=layers,
         num_heads=4,
-        intermediate_size=24,
+        intermediate_size=wide,
         moe=moe,
         moe_every=2,
         attention=attention,
@@ -266,10 +266,11 @@ def test_half_of_a_parameter_cannot_be_frozen() -> None:
     refused("blocks.0.mlp.up_proj.weight: Megatron-Core holds gate_proj and up_proj in one", {}, model=half)
 
 
-def test_frozen_weights_stay() -> None:
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2}])
+def test_frozen_weights_stay(degrees: dict[str, int]) -> None:
     def rank_main(rank: int, world: int) -> Any:
         with megatron_on_cpu():
-            mesh, frozen = mesh_of(ep=2), model()
+            mesh, frozen = mesh_of(**degrees), model()
             trained.freeze(frozen, lambda name: "attention" in name or "router" in name)
             before = {n: p.detach().clone() for n, p in frozen.named_parameters() if not p.requires_grad}
             engine = megatron_engine(mesh, model=frozen)
@@ -282,6 +283,16 @@ def test_frozen_weights_stay() -> None:
                 engine.step(batches(mesh, 5), RATE)
 
     run_ranks(rank_main, 2)
+
+
+def all_but_the_head(named: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for name, p in named.items() if name != "head.weight"])
+
+
+def half_frozen() -> Decoder:
+    frozen = model()
+    trained.freeze(frozen, lambda name: name.startswith(("embedding", "blocks.0", "blocks.1")))
+    return frozen
 
 
 def refused(message: str, mesh: dict[str, Any], **how: Any) -> None:
@@ -302,6 +313,14 @@ def refused(message: str, mesh: dict[str, Any], **how: Any) -> None:
         ("parallel.sequence_parallel=True", {"tp": 2, "sequence_parallel": True}, {}),
         ("parallel.schedule='gpipe'", {"pp": 2, "schedule": "gpipe"}, {}),
         ("model.num_layers=3: must be divisible by parallel.pp=2", {"pp": 2}, {"model": partial(model, 3)}),
+        ("optimizer: does not hold head.weight", {}, {"optimizer": all_but_the_head}),
+        ("embedding.weight: is torch.bfloat16, but", {}, {"model": lambda: model().bfloat16()}),
+        (
+            "model.intermediate_size=25: must be divisible by parallel.tp=2",
+            {"tp": 2},
+            {"model": partial(model, wide=25)},
+        ),
+        ("on some rank .a pipeline stage. all weights are frozen", {"pp": 2}, {"model": half_frozen}),
         ("model: a Linear; the Megatron engine trains only a Decoder", {}, {"model": lambda: nn.Linear(2, 2)}),
         (
             "optimizer=SGD: Megatron-Core's optimizer is AdamW",

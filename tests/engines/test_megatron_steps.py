@@ -270,3 +270,34 @@ def test_a_loop_that_never_ends_a_step_is_told_so(monkeypatch: pytest.MonkeyPatc
                     model(torch.randn(4, 1, 16))[0].sum().backward()
 
     run_ranks(body, 1)
+
+
+def test_a_plain_loop_that_updates_without_ending_the_step_is_told_so() -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            config = config_of()
+            [model] = chunks_of(config, moe_layer_spec(config), alone=True)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                model(torch.randn(4, 1, 16))[0].sum().backward()
+            optimizer.step()
+            with pytest.raises(
+                ValueError, match="config.finalize_model_grads_func: 2 micro-batches without a call of it"
+            ):
+                model(torch.randn(4, 1, 16))
+
+    run_ranks(body, 1)
+
+
+def test_experts_are_drawn_as_in_megatrons_own_layer() -> None:
+    """``down_proj`` adds to the residual stream, so its standard deviation is smaller."""
+
+    def body(rank: int, world: int) -> list[float]:
+        with megatron():
+            config = config_of(hidden_size=64, moe_ffn_hidden_size=64, init_method_std=0.02, num_layers=8)
+            [model] = chunks_of(config, moe_layer_spec(config), alone=True)
+            experts = next(m for m in model.modules() if hasattr(m, "down_proj"))
+            return [float(experts.gate_up_proj.std()), float(experts.down_proj.std())]
+
+    [(up, down)] = run_ranks(body, 1)
+    assert up == pytest.approx(0.02, rel=0.05) and down == pytest.approx(0.02 / 4, rel=0.05)

@@ -19,7 +19,6 @@ RouterName = Literal["equimoe", "megatron"]
 SCOPES = {"aux_loss": "micro", "seq_aux_loss": "sequence", "global_aux_loss": "global"}
 #: Megatron's activation function -> this package's
 _ACTIVATIONS: dict[Callable[..., Any], str] = {F.silu: "silu", F.gelu: "gelu", squared_relu: "relu2"}
-_DROP = {"probs": "probability", "position": "position"}
 _DISPATCHERS = {"allgather": "all_gather", "alltoall": "all_to_all", "flex": "deepep"}
 #: parts of a transformer layer that CUDA graphs and activation offloading may cover
 _GRAPHED, _OFFLOADED = {"attn", "mlp", "mamba"}, {"attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm"}
@@ -53,6 +52,9 @@ _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
     ("glu_linear_offset", (0.0,), "the experts' GLU has no offset; set it to 0"),
     ("activation_func_clamp_value", (None,), "the experts' activation is not clamped; leave it out"),
     ("use_te_activation_func", (False,), "the activation is fused into the experts; set it to False"),
+    ("activation_func_fp8_input_store", (False,), "activations are kept in the dtype of the rows; set it to False"),
+    ("quant_recipe", (None,), "the experts compute in the dtype of their weights; leave it out"),
+    ("use_kitchen", (False,), "the experts compute in the dtype of their weights; set it to False"),
 ]
 #: the same, for settings that Megatron's own router has
 _ONLY_OUR_ROUTER: list[tuple[str, tuple[Any, ...], str]] = [
@@ -60,6 +62,11 @@ _ONLY_OUR_ROUTER: list[tuple[str, tuple[Any, ...], str]] = [
     ("moe_input_jitter_eps", (None,), "this router adds no noise; leave it out"),
     ("moe_router_force_load_balancing", (False,), "this router does not draw random experts; set it to False"),
     ("moe_enable_routing_replay", (False,), "this router cannot replay; set it to False"),
+]
+#: the same, for estimator "exact": Megatron draws dropout from random states of its own
+_ONLY_EXACT: list[tuple[str, tuple[Any, ...], str]] = [
+    (name, (0.0,), "with estimator='exact', the counting pass would draw another dropout than the training; use 0.0")
+    for name in ("attention_dropout", "hidden_dropout")
 ]
 
 
@@ -86,6 +93,8 @@ def _moe_config(config: TransformerConfig, router: RouterName, estimator: Estima
     _check_parts(config)
     if router == "equimoe":
         _check(config, _ONLY_OUR_ROUTER, " here, or use router='megatron'")
+        if estimator == "exact":
+            _check(config, _ONLY_EXACT, ", or use estimator='rolling'")
         balance, routing = _balance(config, estimator), _router(config)
         capacity = _capacity(config)
     else:  # Megatron's router scores, selects, drops and balances
@@ -173,20 +182,20 @@ def _router(config: TransformerConfig) -> RouterConfig:
 
 
 def _capacity(config: TransformerConfig) -> CapacityConfig | None:
-    if config.moe_expert_capacity_factor is None:
+    factor, policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
+    if factor is None:
         return None
-    if config.moe_token_drop_policy not in _DROP:
-        raise ValueError(f"moe_token_drop_policy={config.moe_token_drop_policy!r}: use one of {', '.join(_DROP)}")
+    if policy != "probs":
+        raise ValueError(
+            f"moe_token_drop_policy={policy!r}: this layer would keep the tokens of the first sequences, and "
+            "Megatron-Core keeps those of the first positions; use 'probs' here, or use router='megatron'"
+        )
     if config.moe_pad_expert_input_to_capacity and config.moe_token_dispatcher_type != "alltoall":
         raise ValueError(
             f"moe_token_dispatcher_type={config.moe_token_dispatcher_type!r}: it does not pad, and "
             "moe_pad_expert_input_to_capacity=True; use 'alltoall'"
         )
-    return CapacityConfig(
-        factor=config.moe_expert_capacity_factor,
-        drop=_DROP[config.moe_token_drop_policy],  # type: ignore[arg-type]
-        pad=config.moe_pad_expert_input_to_capacity,
-    )
+    return CapacityConfig(factor, "probability", pad=config.moe_pad_expert_input_to_capacity)
 
 
 def _dispatcher(config: TransformerConfig) -> str:

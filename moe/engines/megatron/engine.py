@@ -83,10 +83,27 @@ def build_megatron_engine(
     wrapped = DistributedDataParallel(config, ddp_config, stage)
     # halves of one parameter have two names
     named = {w.parameter: name for name, w in held.items() if w.parameter.requires_grad}
+    _check_trained(len(named), device)
     made = optimizer({name: parameter for parameter, name in named.items()})
+    given = {p for group in made.param_groups for p in group["params"]}
+    if left_out := [name for parameter, name in named.items() if parameter not in given]:
+        raise ValueError(
+            f"optimizer: does not hold {left_out[0]}, which Megatron-Core's would train; freeze it before, or add it"
+        )
     adam = _optimizer(made, wrapped, distributed_optimizer, max_norm)
     balance = StepBalance([Step.of(stage)], exact)
     return MegatronEngine(stage, held, mesh, wrapped, adam, balance, tokens, loss, precision, device)
+
+
+def _check_trained(number: int, device: torch.device) -> None:
+    """Raise ValueError on every rank if some rank trains no weight: Megatron-Core's optimizer cannot be empty."""
+    least = torch.tensor([number], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    if not int(least):
+        raise ValueError(
+            "model: on some rank (a pipeline stage) all weights are frozen, and Megatron-Core's optimizer cannot be "
+            "empty; train a weight of each stage, or use engine='torch'"
+        )
 
 
 def _mesh_of_one(device: torch.device) -> Mesh:
@@ -165,7 +182,8 @@ def _join(mesh: Mesh, device: torch.device) -> None:
         if (theirs := dist.get_process_group_ranks(group)) != own:
             raise ValueError(
                 f"parallel.{'dp' if name == 'dense' else name}: the mesh has ranks {own}, but parallel_state has "
-                f"{theirs}; give initialize_model_parallel() the degrees of the mesh, or leave it to the engine"
+                f"{theirs}; give initialize_model_parallel() the same degrees; if an earlier engine made the groups, "
+                "call parallel_state.destroy_model_parallel() first"
             )
 
 
@@ -177,7 +195,10 @@ def _optimizer(made: Any, wrapped: Any, distributed: bool, max_norm: float) -> A
     for group in made.param_groups:
         for name in ("lr", "betas", "eps", "amsgrad", "maximize"):
             if group[name] != first[name] or (name in ("amsgrad", "maximize") and group[name]):
-                raise ValueError(f"optimizer: its groups have {name}={group[name]}, which Megatron-Core's cannot hold")
+                raise ValueError(
+                    f"optimizer: a group has {name}={group[name]}, another {first[name]}; Megatron-Core's groups may "
+                    "only differ in weight decay, and cannot have amsgrad or maximize"
+                )
     decays = sorted({group["weight_decay"] for group in made.param_groups})
     if len(decays) > 1 and (len(decays) > 2 or decays[0] != 0.0):
         raise ValueError(f"optimizer: weight decays {decays}; Megatron-Core's optimizer can hold one, and zero")

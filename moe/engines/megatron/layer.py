@@ -53,6 +53,7 @@ def moe_layer_spec(
     router: RouterName = "equimoe",
     estimator: Estimator = "rolling",
     shared_experts: ModuleSpec | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
 ) -> ModuleSpec:
     """Return the spec of the MoE layer that ``config`` describes, for the ``mlp`` of a transformer layer's spec:
 
@@ -66,6 +67,8 @@ def moe_layer_spec(
     * ``estimator``: see :class:`equimoe.moe.config.BalanceConfig`. "rolling" is Megatron's. "exact" needs a
       ``counting_pass`` around a ``forward_only`` run of the step's micro-batches.
     * ``shared_experts``: their spec; None: Megatron's SharedExpertMLP with its plain linear layers.
+    * ``pg_collection``: the model's process groups; None: those of ``parallel_state``. A transformer layer gives its
+      own only to Megatron's layers, and logs "Unknown MLP type" for others.
 
     Raises ValueError for a setting that this layer does not have.
     """
@@ -76,7 +79,7 @@ def moe_layer_spec(
         shared_experts = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts).submodules.shared_experts
     return ModuleSpec(
         module=MoELayer,
-        params={"router": router, "estimator": estimator},
+        params={"router": router, "estimator": estimator, "pg_collection": pg_collection},
         submodules=MoESubmodules(shared_experts=shared_experts),
         metainfo={"fuse_pre_mlp_layernorm": False},
     )

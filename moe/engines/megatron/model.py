@@ -101,6 +101,16 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
     dense = [b.mlp for b in model.blocks.values() if isinstance(b.mlp, SwiGLU)]
     layers = model.moe_layers()
     wide = dense[0].gate_proj.out_features if dense else model.hidden_size
+    if dense and wide % degrees.tp:
+        raise ValueError(
+            f"model.intermediate_size={wide}: must be divisible by parallel.tp={degrees.tp}; change one of them"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: is {parameter.dtype}, but the Megatron engine trains fp32 weights; call model.float(), and "
+                "give the engine precision=lambda: torch.autocast(...) to compute in 16 bits"
+            )
     experts = {}
     if layers:
         experts = {"num_moe_experts": layers[0].config.num_experts, "moe_ffn_hidden_size": 1}
@@ -203,7 +213,8 @@ def _adopt(layer: MoE, mesh: Mesh, gradient_scale: Any) -> None:
         layer.experts.register_parameter(name, own)
     tp = mesh["tp"]
     if tp.size > 1:  # each tp rank routes its part of the tokens, and has the gradient of that part
-        dense = [p for name, p in layer.named_parameters() if not name.startswith("experts.")]
+        named = layer.named_parameters()
+        dense = [p for name, p in named if p.requires_grad and not name.startswith("experts.")]
         for weight in dense:
             weight.register_hook(partial(_summed, tp.group))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ class MegatronStep(OwnStep):
         super().__init__(balancer)
         self._per_token, self._log = per_token, log
         self._needs_end = balancer.config.scope == "global"
+        #: a weak reference to the router's weight, and its version, when the step began
+        self._at_start: tuple[Any, int] = (lambda: None, 0)
 
     def visit(self, layer: LayerStep, module: Any) -> Visit:
         if _zeroed(module.router.weight):
@@ -42,11 +45,19 @@ class MegatronStep(OwnStep):
     def _end_if_over(self, layer: LayerStep) -> None:
         if not self._needs_end:
             layer.visits = {key: v for key, v in layer.visits.items() if not v.done}
-        elif len(layer.visits) >= _MOST:
+        elif any(v.done for v in layer.visits.values()) and (self._changed() or len(layer.visits) >= _MOST):
             raise ValueError(
                 f"config.finalize_model_grads_func: {len(layer.visits)} micro-batches without a call of it, so the "
                 "step did not end; set it to megatron.core.distributed.finalize_model_grads"
             )
+
+    def _begins(self) -> None:
+        weight = self.layers[0].weights()[0]
+        self._at_start = weakref.ref(weight), weight._version
+
+    def _changed(self) -> bool:
+        (at_start, version), weight = self._at_start, self.layers[0].weights()[0]
+        return weight is at_start() and weight._version != version
 
     def expected(self, layer: LayerStep) -> int:
         """Return the number of micro-batches by which losses are divided; :meth:`scale` undoes it."""
