@@ -47,10 +47,14 @@ class Registry:
         atexit.register(self.forget_sums)
 
     def forget_sums(self) -> None:
-        """Let go of process groups. Gloo aborts the process if one is destroyed while the interpreter shuts down."""
+        """Let go of process groups. Gloo's threads abort the process if they outlive the interpreter."""
         for balancer in list(self.layers.values()):
+            for sums in balancer.shared.values():
+                sums.close()
             balancer.shared.clear()
-            balancer.step.discard()
+            if isinstance(balancer.step, OwnStep):
+                balancer.step.forget_axis()
+        gc.collect()
 
     def add(self, balancer: Balancer, copy_of: LayerNumber | None) -> LayerNumber:
         """Return the number of a new layer, or of a copy of another one."""
@@ -154,6 +158,10 @@ class OwnStep(Step):
                 "the ranks that have it, MoE(config, group=...), or drive the step: Step.of(model)"
             )
         return balancer.shared[axis]
+
+    def forget_axis(self) -> None:
+        """Forget the ranks that counted together."""
+        self._axis = None
 
     def discard_counted_ahead(self) -> None:
         """Discard visits that were counted ahead and have not been trained."""

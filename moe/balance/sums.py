@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..collectives import Axis, Pending, device_of, sum_over
+from ..collectives import LOCAL, Axis, Pending, device_of, sum_over
 
 #: identifies a layer on all ranks: its position in the order in which layers are built, and the number of the copy (0:
 #: the original). So a copy on one rank does not change the numbers of other layers
@@ -82,3 +82,8 @@ class Sums:
     def discard(self) -> None:
         """Discard the waiting rows, because their forward pass was interrupted."""
         self._waiting = {}
+
+    def close(self) -> None:
+        """Let go of the axis's process group. Nothing can be summed afterwards."""
+        self.discard()
+        self.axis = LOCAL
