@@ -26,7 +26,7 @@ def register_while_alive(register: Callable[..., Any], method: Callable[[torch.o
 
 
 def untraced(method: Callable[P, R]) -> Callable[P, R]:
-    """Make torch.compile break the graph around ``method`` and run it as it is.
+    """Make torch.compile break the graph around ``method`` and run it as plain Python.
 
     What it does depends on the step and not only on its arguments, and it may create process groups.
     """
