@@ -306,12 +306,13 @@ class AutoStep(OwnStep):
             self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether the optimizer holds the watched weight.
+        """Return whether the optimizer holds the watched weight, or the flat parameter that it is a view of.
 
         If the whole layer is frozen, any optimizer may train what precedes it.
         """
         weight = self._watched()
-        return weight is None or any(p is weight for group in optimizer.param_groups for p in group["params"])
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        return weight is None or any(p is weight or p is weight._base for p in held)
 
 
 def _is_leaf(weight: Tensor) -> bool:

@@ -32,7 +32,8 @@ def use_gradient_scaler(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
             f"use_gradient_scaler: scaler is a {type(scaler).__name__}; pass the torch.amp.GradScaler that your loop "
             "uses, or for another kind give its scale: MoE.place(Placement(..., gradient_scale=function))"
         )
-    balancers = [m.balancer for m in model.modules() if getattr(m, "balancer", None) is not None]
+    found: list[Balancer | None] = [getattr(module, "balancer", None) for module in model.modules()]
+    balancers = [balancer for balancer in found if balancer is not None]
     if not balancers:
         raise ValueError(f"use_gradient_scaler: {type(model).__name__} has no MoE layer; pass the model that has them")
     for balancer in balancers:
@@ -84,7 +85,8 @@ def _codes_of_methods(kind: type) -> Iterator[CodeType]:
     for method in vars(kind).values():
         if isinstance(method, FunctionType) and method.__code__.co_argcount:
             yield method.__code__
-    for subclass in type.__subclasses__(kind):
+    subclasses: list[type] = kind.__subclasses__()
+    for subclass in subclasses:
         yield from _codes_of_methods(subclass)
 
 
