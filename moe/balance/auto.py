@@ -111,7 +111,7 @@ def counting_pass() -> Iterator[None]:
 
 
 class OwnStep(Step):
-    """The step of one layer that numbers its training forwards itself. Subclasses know where the step ends."""
+    """The step of one layer, which numbers the layer's training forwards itself. Subclasses know where it ends."""
 
     def __init__(self, balancer: Balancer) -> None:
         super().__init__()
@@ -278,13 +278,13 @@ class AutoStep(OwnStep):
         done = sum(v.done for v in visits)
         if not done:
             return
-        if weight is not None and not weight.is_leaf and not announced:
+        if not announced and weight is not None and not _is_leaf(weight):
             raise ValueError(
                 "MoE: its weights are views of a flat parameter, so the end of a step is unknown; use "
                 f"FullyShardedDataParallel(..., use_orig_params=True), or fully_shard, or {_REMEDY}"
             )
         if not self._trained_by(optimizer):
-            if not (announced or self._optimized) and self._may_hold_copies(optimizer):
+            if not (announced or self._optimized) and may_hold_copies(layer, optimizer):
                 raise ValueError(
                     f"{type(optimizer).__name__}: it holds no weight of this MoE layer, but perhaps copies of them, so "
                     f"the end of a step is unknown; {_REMEDY}"
@@ -322,20 +322,29 @@ class AutoStep(OwnStep):
             self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether the optimizer holds the watched weight.
+        """Return whether the optimizer holds the watched weight, or the flat parameter that it is a view of.
 
         If the whole layer is frozen, any optimizer may train what precedes it.
         """
         weight = self._watched()
-        return weight is None or any(p is weight for group in optimizer.param_groups for p in group["params"])
-
-    def _may_hold_copies(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether an optimizer may hold copies of all weights of this layer, one by one or in flat buffers."""
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
-        if any(id(p) in of_layers for p in held):  # it trains another model
-            return False
-        trained = [p for p in self.layers[0].weights() if p.requires_grad]
-        largest_flat = max((p.numel() for p in held if p.dim() == 1), default=0)
-        one_by_one = {p.shape for p in trained} <= {p.shape for p in held}
-        return largest_flat >= sum(p.numel() for p in trained) or one_by_one
+        return weight is None or any(p is weight or p is weight._base for p in held)
+
+
+def _is_leaf(weight: Tensor) -> bool:
+    try:
+        return weight.is_leaf
+    except RuntimeError:  # a view whose flat parameter has changed in place
+        return False
+
+
+def may_hold_copies(layer: LayerStep, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer may hold copies of all weights of a layer, one by one or in flat buffers."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
+    if any(id(p) in of_layers for p in held):  # it trains another model
+        return False
+    trained = [p for p in layer.weights() if p.requires_grad]
+    largest_flat = max((p.numel() for p in held if p.dim() == 1), default=0)
+    one_by_one = {p.shape for p in trained} <= {p.shape for p in held}
+    return largest_flat >= sum(p.numel() for p in trained) or one_by_one

@@ -20,13 +20,13 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, registry
+from .auto import AutoStep, may_hold_copies, registry
 from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .hooks import register_while_alive, untraced
 from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
 from .recompute import remember, visit_being_recomputed
-from .scaler import current_scale, updating_scaler
+from .scaler import current_scale, refuse_two_scales, updating_scaler
 from .step import LayerStep, Step, StepTotals
 from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
@@ -99,6 +99,7 @@ class Balancer:
 
     def place(self, placement: Placement) -> None:
         """Balance over the ranks of ``placement``."""
+        refuse_two_scales(self.scaler, placement.gradient_scale)
         self.placed, self.owners = placement, placement.owners_of(self.num_experts)
 
     def join(self, step: Step) -> None:
@@ -149,22 +150,29 @@ class Balancer:
             found["all"] = self.num_experts + 1 + (placement.ep.size if self._sent else 0)
         return found
 
+    @property
+    def has_attached_losses(self) -> bool:
+        """Whether the backward adds gradients that no value of a loss shows."""
+        return self.attached and bool(self.z_coefficient or any(coefficient for _, coefficient in self._terms))
+
     def refuse_unknown_scaler(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step. Raises ValueError if a gradient scaler divides this layer's losses."""
-        has_losses = self.z_coefficient or any(coefficient for _, coefficient in self._terms)
-        pending = self.attached and has_losses and any(v.done for v in self.layer.visits.values())
+        pending = self.has_attached_losses and any(v.done for v in self.layer.visits.values())
         if not pending or callable(self.placement.gradient_scale):
             return
         scaler = updating_scaler()
         if scaler is None or scaler is self.scaler:
             return
         trained = {p for p in self.layer.weights() if p.requires_grad}
-        if trained and trained.isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if trained and trained.isdisjoint(held) and not may_hold_copies(self.layer, optimizer):
             return  # it trains another model
+        remedy = "call equimoe.moe.use_gradient_scaler(model, scaler) once, before training"
+        if not trained:  # what precedes the layer is trained, and it is unknown by which optimizers
+            remedy += "; or if it scales another model only, update this one first, as its MoE layer is frozen"
         raise ValueError(
             f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would "
-            f"be {scaler.get_scale():g} times too small; call equimoe.moe.use_gradient_scaler(model, scaler) once, "
-            "before training"
+            f"be {scaler.get_scale():g} times too small; {remedy}"
         )
 
     # ---- the forward

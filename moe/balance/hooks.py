@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -26,14 +27,22 @@ def register_while_alive(register: Callable[..., Any], method: Callable[[torch.o
 
 
 def untraced(method: Callable[P, R]) -> Callable[P, R]:
-    """Make torch.compile break the graph around ``method`` and run it as it is.
+    """Make torch.compile break the graph around ``method`` and run it as plain Python.
 
     What it does depends on the step and not only on its arguments, and it may create process groups.
     """
-    outside = torch._disable_dynamo(method)  # unlike torch.compiler.disable, it does not import the compiler yet
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        # all methods share the code of call: if it were compiled too, it would soon reach the limit of recompilations
+        torch._dynamo.eval_frame.skip_code(call.__code__)  # type: ignore[attr-defined]
+        return method(*args, **kwargs)
+
+    outside = torch._disable_dynamo(run)  # unlike torch.compiler.disable, it does not import the compiler yet
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (outside if torch.compiler.is_compiling() else method)(*args, **kwargs)
+        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+            return outside(*args, **kwargs)
+        return method(*args, **kwargs)
 
     return call

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass, recompute, use_gradient_scaler
+from equimoe.moe.balance.hooks import untraced
 from tests.helpers import oracle
 
 Run = Callable[..., Any]
@@ -347,3 +348,21 @@ def test_compiled() -> None:
     biases = [model[1].router.bias_E for model in models]
     assert torch.equal(*biases) and bool(biases[0].any())
     torch.compiler.reset()  # it keeps the layers for whatever runs next
+
+
+def test_what_is_untraced_reaches_no_limit_of_recompilations() -> None:
+    sums: list[float] = []
+
+    def run(x: Tensor, *more: Tensor) -> Tensor:
+        assert not torch.compiler.is_compiling()
+        sums.append(x.sum().item())  # torch.compile cannot trace this into a graph
+        return x + len(more)
+
+    first, second = untraced(lambda x, *more: run(x, *more)), untraced(run)
+    compiled = torch.compile(lambda x, *more: second(first(x, *more) * 2, *more) * 2, backend="eager", dynamic=True)
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for number in range(4):
+            x = torch.ones(2 + number)
+            assert torch.equal(compiled(x, *[x] * number), 4 * x + 6 * number)
+    assert sums == [value for n in range(4) for value in (2.0 + n, (2 + 2 * n) * (2.0 + n))]
+    torch.compiler.reset()

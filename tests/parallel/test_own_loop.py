@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, counting_pass
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, Step, counting_pass
 from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_
 from tests.helpers import oracle, trained
 from tests.helpers.fork import run_ranks
@@ -128,6 +129,34 @@ def test_flat_parameters_are_refused(around: bool) -> None:
             optimizer.step()
 
     run_ranks(script, WORLD)
+
+
+@pytest.mark.parametrize("driven", [False, True])
+def test_flat_parameters_balance_if_the_number_of_backwards_is_known(driven: bool) -> None:
+    """The update changes the flat parameter, after which torch answers few questions about a view of it."""
+
+    def script(rank: int, world: int) -> list[float]:
+        warnings.simplefilter("ignore")
+        layer, moved = make(estimator="rolling", bias_update_rate=0.01, micro_batches=None if driven else 1)[1], []
+        driver = Step.of(layer) if driven else None
+        model = FullyShardedDataParallel(layer, device_id=torch.device("cpu"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.01)
+        for step in range(3):
+            before = layer.router.bias_E.clone()
+            with driver.micro_batch() if driver else contextlib.nullcontext():
+                out = model(tokens(step, 0, rank))
+            out.square().sum().backward()
+            optimizer.step()
+            other.step()
+            if driver:
+                driver.end()
+            optimizer.zero_grad()
+            moved.append(float((layer.router.bias_E - before).abs().max()))
+        return moved
+
+    for moved in run_ranks(script, WORLD):
+        assert moved == pytest.approx([0.01] * 3)
 
 
 def test_the_default_group_is_none() -> None:
