@@ -83,6 +83,14 @@ def test_the_version_is_said_once(imported: list[str]) -> None:
     assert f"## {ours} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_no_link_is_tracked() -> None:
+    """A link named .venv once replaced the folder of that name in every checkout."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+
+
 def test_the_source_distribution_holds_all_that_is_tracked(tmp_path: Path) -> None:
     """Tests, documents and benchmarks too, so that whoever has only the archive can run ``make test``."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:  # `git` alone would find a repository around ROOT

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, Step, counting_pass
+from equimoe.moe.balance.auto import registry
 from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_
 from tests.helpers import oracle, trained
 from tests.helpers.fork import run_ranks
@@ -211,3 +214,20 @@ def test_only_our_clipping_knows_several_meshes(world: int, parallel: dict[str, 
     for raised, norm, after in run_ranks(script, world):
         assert error in raised
         assert norm == pytest.approx(right, rel=1e-6) and after == pytest.approx(max_norm, rel=1e-5)
+
+
+def test_groups_are_let_go_at_the_end() -> None:
+    """Also while a loss of the last step is alive: gloo's threads abort the process if they outlive the interpreter."""
+
+    def rank_main(rank: int, world: int) -> None:
+        layer = MoE(MoEConfig(8, 8, num_experts=4, top_k=2))
+        loss = layer(torch.randn(4, 8)).sum()
+        loss.backward()
+        (sums,) = layer.balancer.shared.values()
+        group = weakref.ref(sums.axis.group)
+        dist.destroy_process_group()
+        assert group() is not None
+        registry.forget_sums()
+        assert group() is None and loss.requires_grad
+
+    run_ranks(rank_main, 2)
