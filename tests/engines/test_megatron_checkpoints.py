@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make en
 pytestmark = pytest.mark.engines
 
 from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
 from equimoe.moe.engines.megatron import moe_layer_spec  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.megatron_cpu import save as write  # noqa: E402
 from tests.helpers.megatron_models import (  # noqa: E402
     Trainer,
     assert_equal,
@@ -54,13 +53,6 @@ def state_of(trainer: Trainer, metadata: dict[str, Any] | None) -> dict[str, Any
     return {"model": chunk.sharded_state_dict(metadata=metadata)}
 
 
-def written(state: dict[str, Any], path: Path) -> None:
-    """Save a state. Megatron-Core would start a process by "spawn", which takes seconds."""
-    fork = multiprocessing.get_context("fork")
-    with mock.patch.object(filesystem_async.mp, "get_context", lambda _: fork):
-        dist_checkpointing.save(state, str(path))
-
-
 def save(path: Path, metadata: Any, own: bool, how: dict[str, Any], rank: int, world: int) -> Any:
     """Save random weights, different on every rank. Returns them, and the losses of some sequences."""
     with megatron(**how):
@@ -70,7 +62,7 @@ def save(path: Path, metadata: Any, own: bool, how: dict[str, Any], rank: int, w
                 if "bias" in name:
                     buffer.normal_()
         losses = trainer.schedule(trainer.data(0), forward_only=True)
-        written(state_of(trainer, metadata), path)
+        write(state_of(trainer, metadata), path)
         return parts(trainer.chunks), losses
 
 
@@ -154,7 +146,7 @@ def resume(
         optimizer = trainer.optimizer.sharded_state_dict(model, is_loading=not saves, metadata=metadata)
         model = chunk.sharded_state_dict(metadata=metadata)
         if saves:
-            written({"model": model, "optimizer": optimizer}, path)
+            write({"model": model, "optimizer": optimizer}, path)
         else:
             found = dist_checkpointing.load({"model": model, "optimizer": optimizer}, str(path))
             chunk.load_state_dict(found["model"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make engines` installs")
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore")]  # of what it would use on a GPU
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
 from equimoe.launch import env  # noqa: E402
 from equimoe.launch.options import to_yaml  # noqa: E402
@@ -35,6 +35,7 @@ from tests.helpers import small, trained  # noqa: E402
 from tests.helpers.command import launch  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_cpu import megatron_on_cpu  # noqa: E402
+from tests.helpers.megatron_cpu import save as write  # noqa: E402
 from tests.helpers.recorded import full  # noqa: E402
 
 STEPS, RATE = 3, 0.01
@@ -264,6 +265,33 @@ def test_half_of_a_parameter_cannot_be_frozen() -> None:
         return frozen
 
     refused("blocks.0.mlp.up_proj.weight: Megatron-Core holds gate_proj and up_proj in one", {}, model=half)
+
+
+@pytest.mark.parametrize(("first", "then"), [("ep 2", "pp 2, tp 2"), ("tp 2, etp 2, ep 2", "ep 2")])
+def test_megatrons_checkpoint_goes_from_one_mesh_to_another(tmp_path: Path, first: str, then: str) -> None:
+    """Each rank holds other experts, and none is lost."""
+
+    def save(rank: int, world: int) -> dict[str, Tensor]:
+        with megatron_on_cpu():
+            mesh = mesh_of(**MESHES[first])
+            engine = megatron_engine(mesh)
+            trajectory(engine, mesh, 1)
+            write(engine.parts[0].sharded_state_dict(), tmp_path)
+            return whole_state(engine)
+
+    def load(rank: int, world: int) -> dict[str, Tensor]:
+        with megatron_on_cpu():
+            engine = megatron_engine(mesh_of(**MESHES[then]))
+            found = dist_checkpointing.load(engine.parts[0].sharded_state_dict(), str(tmp_path))
+            engine.parts[0].load_state_dict(found)
+            return whole_state(engine)
+
+    (saved, *_), loaded = run_ranks(save, 4, timeout=100), run_ranks(load, 4, timeout=100)
+    weights = {name: value for name, value in saved.items() if name.startswith("model.")}
+    assert {name for state in loaded for name in state if name.startswith("model.")} == weights.keys()
+    for state in loaded:
+        for name in state.keys() & weights.keys():
+            assert torch.equal(state[name].view_as(weights[name]), weights[name]), name
 
 
 @pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2}])

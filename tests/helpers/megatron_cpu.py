@@ -16,8 +16,10 @@ On a GPU, it does nothing.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -80,3 +82,13 @@ def megatron_on_cpu() -> Iterator[None]:
     finally:
         for patch in reversed(patches):
             patch.stop()
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Save a sharded state. Megatron-Core would start a process by "spawn", which takes seconds."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    fork = multiprocessing.get_context("fork")
+    with mock.patch.object(filesystem_async.mp, "get_context", lambda _: fork):
+        dist_checkpointing.save(state, str(path))

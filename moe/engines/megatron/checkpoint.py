@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .layer import MoELayer
+    from .model import SequenceFirst
+
+    Layer = MoELayer | SequenceFirst
 
 #: where earlier axes, such as the layer's number, are sharded: (axis, this rank's part, number of parts)
 Offsets = tuple[tuple[int, int, int], ...]
@@ -27,7 +30,9 @@ Offsets = tuple[tuple[int, int, int], ...]
 _EXPERTS = {"gate_up_proj": ("linear_fc1.weight", 0), "down_proj": ("linear_fc2.weight", 1)}
 
 
-def sharded_layer(layer: MoELayer, prefix: str, offsets: Offsets, metadata: dict[str, Any] | None) -> dict[str, Any]:
+def sharded_layer(
+    layer: MoELayer | SequenceFirst, prefix: str, offsets: Offsets, metadata: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the sharded state dict of a layer, keyed by the names of its own state dict."""
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     groups = {"tp_group": layer.groups.tp, "dp_cp_group": metadata["dp_cp_group"]}
@@ -45,11 +50,20 @@ def sharded_layer(layer: MoELayer, prefix: str, offsets: Offsets, metadata: dict
         found |= sharded_state_dict_default(
             layer.shared_experts, f"{prefix}shared_experts.", offsets, metadata, tp_group=layer.groups.tp
         )
+    if layer.shared is not None:  # this package's, which every tp rank holds whole
+        shared = layer.shared.state_dict(keep_vars=True)
+        found |= make_sharded_tensors_for_checkpoint(shared, f"{prefix}shared.", {}, offsets, **groups)
     return found
 
 
 def _experts(
-    layer: MoELayer, weight: nn.Parameter, key: str, axis: int, halves: int, offsets: Offsets, singleton: bool
+    layer: MoELayer | SequenceFirst,
+    weight: nn.Parameter,
+    key: str,
+    axis: int,
+    halves: int,
+    offsets: Offsets,
+    singleton: bool,
 ) -> ShardedTensorFactory:
     """Return a stacked weight as one tensor per expert and half (gate, up), as Megatron stores them.
 
@@ -63,7 +77,8 @@ def _experts(
     def build(key: str, stacked: Tensor, replica: Any, flattened_range: Any) -> list[ShardedTensor | ShardedObject]:
         parts: list[ShardedTensor | ShardedObject] = []
         states: list[ShardedTensor | ShardedObject] = []
-        for expert, of_expert in zip(owned, stacked, strict=True):
+        # with expert tensor parallelism, the engine keeps gate and up apart: [L, 2, F, D]
+        for expert, of_expert in zip(owned, stacked.flatten(1, -2) if stacked.dim() > 3 else stacked, strict=True):
             where = offsets if singleton else (*offsets, (len(offsets), expert, number))
             name = key.replace(".experts.linear", f".experts.{expert}.linear") if singleton else key
             for half, tensor in enumerate(of_expert.chunk(halves, axis)):
@@ -81,6 +96,6 @@ def _experts(
 
     def merge(parts: list[Tensor]) -> Tensor:
         whole = [torch.cat(parts[i : i + halves], axis) for i in range(0, len(owned) * halves, halves)]
-        return torch.stack(whole)
+        return torch.stack(whole).view(weight.shape)
 
     return ShardedTensorFactory(key, weight, build, merge, replica)

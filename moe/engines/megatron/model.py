@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from ...model.decoder import Caller, _run
 from ...parallel import Mesh
 from ...parallel.expert import apply_expert_parallel
 from ...placement import Placement
+from .checkpoint import Offsets, sharded_layer
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,22 @@ class GPTStage(GPTModel):
 
 
 class SequenceFirst(MoE):
-    """An MoE layer whose input and output are [S, B, D], as Megatron-Core's layers expect them."""
+    """An MoE layer of a decoder in a GPTModel: its input and output are [S, B, D]."""
+
+    groups: ProcessGroupCollection
+    #: Megatron's own; those of the decoder are in ``shared``
+    shared_experts = None
 
     def forward(self, x_SBD: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:  # type: ignore[override]
         """Return the output and None for a bias. ``padding_mask`` [B, S] is True where a position is padding."""
         mask_BS = None if padding_mask is None else ~padding_mask
         return super().forward(x_SBD.transpose(0, 1), mask_BS).transpose(0, 1).contiguous(), None  # it may be sent on
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the weights for Megatron-Core's ``dist_checkpointing``."""
+        return sharded_layer(self, prefix, sharded_offsets, metadata)
 
 
 class _Later(nn.Module):
@@ -111,9 +124,15 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
                 f"{name}: is {parameter.dtype}, but the Megatron engine trains fp32 weights; call model.float(), and "
                 "give the engine precision=lambda: torch.autocast(...) to compute in 16 bits"
             )
-    experts = {}
+    experts: dict[str, Any] = {}
     if layers:
-        experts = {"num_moe_experts": layers[0].config.num_experts, "moe_ffn_hidden_size": 1}
+        # as a list, it tells Megatron's checkpoints that layers differ
+        which = [int(isinstance(b.mlp, MoE)) for b in model.blocks.values()]
+        experts = {
+            "num_moe_experts": layers[0].config.num_experts,
+            "moe_ffn_hidden_size": 1,
+            "moe_layer_freq": 1 if all(which) else which,
+        }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -205,6 +224,7 @@ def _adopt(layer: MoE, mesh: Mesh, gradient_scale: Any) -> None:
     apply_expert_parallel(layer, mesh)
     layer.place(replace(layer.balancer.placed or Placement(), gradient_scale=gradient_scale))
     layer.__class__ = SequenceFirst
+    layer.groups = get_default_pg_collection()
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         own: Any = nn.Parameter(local.detach().clone(), requires_grad=weight.requires_grad)
