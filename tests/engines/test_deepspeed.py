@@ -115,27 +115,7 @@ def test_unusual_steps(stage: int) -> None:
         mesh = build_mesh(ParallelConfig(ep=2))
         engine = deepspeed_engine(mesh, stage)
         found = trajectory(engine, mesh, 1)
-        engine.evaluate(trained.batches(mesh, 7))
-
-        def broken(module: nn.Module, args: Any, output: Tensor) -> None:
-            broken.calls += 1  # type: ignore[attr-defined]
-            if broken.calls == 4:  # two forwards count ahead, the first trains, the second does not get through
-                raise ArithmeticError("planted")
-
-        broken.calls = 0  # type: ignore[attr-defined]
-        handle = engine.parts[0].register_forward_hook(broken)
-        with pytest.raises(ArithmeticError, match="planted"):
-            engine.step(trained.batches(mesh, 8), RATE)
-        handle.remove()
-
-        before = whole_state(engine)
-        handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
-        result = engine.step(trained.batches(mesh, 9), RATE)
-        handle.remove()
-        after = whole_state(engine)
-        assert not result.applied and not result.norm.isfinite()
-        assert all(torch.equal(after[name], value) for name, value in before.items())
-
+        trained.disturb(engine, partial(trained.batches, mesh), whole_state)
         return found + trajectory(engine, mesh, STEPS - 1, first=1), whole_state(engine)
 
     check(run_ranks(rank_main, 2))

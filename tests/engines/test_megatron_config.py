@@ -28,7 +28,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe_apply_probs_on_input": True}, "moe_apply_probs_on_input=True: gate weights are applied to the experts'"),
     ({"moe_latent_size": 8}, "moe_latent_size=8: there are no latent projections; leave it out"),
     ({"moe_token_dropping": True}, "moe_token_dropping=True: Megatron-Core does not implement it; use moe_expert_cap"),
-    ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap=True: shared experts run beside the exchange"),
+    (
+        {"moe_shared_expert_overlap": True},
+        "moe_shared_expert_overlap=True: shared experts are computed after the exchange",
+    ),
     ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm=True: layers cannot be split"),
     ({"delay_wgrad_compute": True}, "delay_wgrad_compute=True: weight gradients are computed in the backward; set it"),
     ({"fp8": "e4m3"}, "fp8='e4m3': the experts compute in the dtype of their weights; leave it out"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -74,3 +75,28 @@ def freeze(engine_or_model: TorchEngine | nn.Module, which: Callable[[str], bool
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
     """Return the largest relative error among the tensors of ``got``, and its name."""
     return max((oracle.relative_error(value.view_as(want[name]), want[name]), name) for name, value in got.items())
+
+
+def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]) -> None:
+    """Run an evaluation, a step that raises, and one that is not finite. All must leave nothing behind.
+
+    The step that raises has two micro-batches, which are counted ahead, and breaks in the second training forward.
+    """
+    engine.evaluate(batches_of(7))
+    calls = iter(range(4))
+
+    def broken(module: nn.Module, args: Any, output: Tensor) -> None:
+        if next(calls) == 3:
+            raise ArithmeticError("planted")
+
+    handle = engine.parts[0].register_forward_hook(broken)
+    with pytest.raises(ArithmeticError, match="planted"):
+        engine.step(batches_of(8), 0.01)
+    handle.remove()
+    before = state(engine)
+    handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
+    result = engine.step(batches_of(9), 0.01)
+    handle.remove()
+    after = state(engine)
+    assert not result.applied and not result.norm.isfinite()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

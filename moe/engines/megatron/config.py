@@ -44,7 +44,7 @@ _ONLY: list[tuple[str, tuple[Any, ...], str]] = [
     ("moe_apply_probs_on_input", (False,), "gate weights are applied to the experts' outputs; set it to False"),
     ("moe_latent_size", (None,), "there are no latent projections; leave it out"),
     ("moe_token_dropping", (False,), "Megatron-Core does not implement it; use moe_expert_capacity_factor"),
-    ("moe_shared_expert_overlap", (False,), "shared experts run beside the exchange without it; set it to False"),
+    ("moe_shared_expert_overlap", (False,), "shared experts are computed after the exchange of rows; set it to False"),
     ("overlap_moe_expert_parallel_comm", (False,), "layers cannot be split between micro-batches; set it to False"),
     ("delay_wgrad_compute", (False,), "weight gradients are computed in the backward; set it to False"),
     ("fp8", (None,), "the experts compute in the dtype of their weights; leave it out"),
