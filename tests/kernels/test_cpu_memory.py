@@ -104,9 +104,10 @@ def test_no_memory_left_gives_the_free_blocks_up(pool: memory._Pool, monkeypatch
     assert (memory.empty(128 * MIB, like=LIKE).fill_(1.0) == 1.0).all(), "PyTorch's own memory"
 
 
-def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_huge_pages(pool: memory._Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", -1, raising=False)
     assert (memory.empty(4 * MIB, like=LIKE).fill_(1.0) == 1.0).all()
+    assert held(pool) >= 4 << 20, "from the pool, though in small pages"
 
 
 def test_a_forked_child_has_its_own_pool(pool: memory._Pool) -> None:
