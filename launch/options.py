@@ -37,6 +37,8 @@ class Launch:
     processes: int | None = None
     #: resume from the newest checkpoint in ``run_dir``
     resume: bool = False
+    #: fields and sections of the configuration that may differ from the resumed run's
+    allow_change: tuple[str, ...] = ()
     #: check everything, but do not train
     dry_run: bool = False
     #: print the configuration (:func:`to_yaml`), but do not train
@@ -50,6 +52,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "run_dir": (str, "folder for metrics, checkpoints and report; default runs/RECIPE"),
     "processes": (int, "ranks to start on this machine; default 1"),
     "resume": (bool, "resume from the newest checkpoint in the run folder"),
+    "allow_change": (str, "setting that a resumed run may change although it changes what is trained; repeatable"),
     "dry_run": (bool, "check configuration and data and build the model, but do not train"),
     "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
     "help": (bool, "print this text"),
@@ -90,6 +93,7 @@ def parse(argv: list[str]) -> Launch:
         run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
         processes=run["processes"],
         resume=run["resume"],
+        allow_change=tuple(_known(text) for name, text in given if name == "allow_change"),
         dry_run=run["dry_run"],
         print_config=run["print_config"],
     )
@@ -123,6 +127,16 @@ def fields_of(cls: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
         if section is not None:
             found |= fields_of(section, f"{prefix}{name}.")
     return found
+
+
+def _known(text: str | None) -> str:
+    """Return the dotted name of a field or section as it is in the configuration."""
+    names = fields_of()
+    sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    name = str(text).replace("-", "_")
+    if name not in names and name not in sections:
+        raise ValueError(f"--allow-change={text}: no such setting{_suggest(name, [*names, *sorted(sections)])}")
+    return name
 
 
 def _suggest(name: str, names: list[str], mark: str = "") -> str:

@@ -21,9 +21,13 @@ from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_re
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.pipeline import check_pipeline
-from ..moe.train.config import DataConfig, TrainConfig
+from ..moe.train.config import DataConfig, OptimConfig, TrainConfig
+from ..moe.train.contract import DATA, check_resumed
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
-from ..moe.train.loop import NonFiniteError, Trainer, run
+from ..moe.train.judge import NonFiniteError
+from ..moe.train.loop import Trainer, run
+from ..moe.train.optim import rise_on_resume
+from ..moe.train.replay import DisagreementError
 from . import env
 from .options import Launch, parse, to_yaml
 from .report import write_report
@@ -70,10 +74,11 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
     found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, process))
     mesh = build_mesh(degrees, process.device.type) if process.world > 1 else None
     trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
+    notes = [] if found is None else env.together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
     if found is not None:
-        env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found))
+        env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
     if process.rank == 0:
-        _introduce(trainer, launch)
+        _introduce(trainer, launch, notes)
     if launch.dry_run:
         return
     metrics = env.together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
@@ -82,6 +87,8 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         result = run(trainer, run_dir, metrics, progress)
     except NonFiniteError as error:
         env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
+    except DisagreementError as error:
+        env.stop(process, env.DISAGREEMENT, f"step {trainer.step}: {error}")
     finally:
         if progress is not None:
             progress.close()
@@ -143,7 +150,35 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
     return metrics
 
 
-def _introduce(trainer: Trainer, launch: Launch) -> None:
+def _check_resumed(launch: Launch, manifest: dict[str, Any]) -> list[str]:
+    """Return what the user should know about settings that differ from those of the checkpoint, in sentences.
+
+    Raises ValueError if the resumed run would train something else.
+    """
+    position, config = manifest["position"], launch.config
+    if "config" not in position:  # saved by an older version
+        return []
+    try:
+        saved, optim = position["config"], OptimConfig(**position["config"]["optim"])
+        changes = check_resumed(saved, config, launch.allow_change)
+        rise = rise_on_resume(optim, int(saved["steps"]), config, manifest["step"])
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the configuration in the checkpoint cannot be read ({type(error).__name__})") from None
+    notes = [f"resumed with {name} changed from {old!r} to {new!r}" for name, (old, new) in changes.items()]
+    if rise is not None:
+        last, now = rise
+        notes.append(
+            f"the changed schedule raises the learning rate from {last:.3g} to {now:.3g} at once; "
+            f"to go on with the last one, add {_constant(last)}"
+        )
+    return notes
+
+
+def _constant(rate: float) -> str:
+    return f"--optim.schedule constant --optim.lr {rate:.4g}"
+
+
+def _introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
     corpus, config = trainer.corpus, trainer.config
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
     print(
@@ -155,7 +190,7 @@ def _introduce(trainer: Trainer, launch: Launch) -> None:
     print(f"text: {_source(config.data)}")
     print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
     print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
-    for note in corpus.notes:
+    for note in (*corpus.notes, *notes):
         print(f"note: {note}")
     sys.stdout.flush()
 
@@ -195,7 +230,9 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
     print(f"report:     {write_report(run_dir)}")
-    print(f"continue:   {_command(arguments, env.this_process(), 2 * config.steps)}", flush=True)
+    print(f"continue:   {_command(arguments, env.this_process(), 2 * config.steps)} {_constant(trainer.rate)}")
+    print("            (with the last learning rate; without the last two options, the longer schedule would raise it)")
+    sys.stdout.flush()
 
 
 def _command(arguments: list[str], process: env.Process, steps: int) -> str:

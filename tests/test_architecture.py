@@ -16,7 +16,7 @@ STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
 MODEL = ("moe.model", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
-TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", *PARALLEL)
+TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.health", "moe.observe", *PARALLEL)
 
 #: part -> the parts that it may import (besides itself); what is not listed may not exist
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.model": LAYER,
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,
+    "moe.health": PARALLEL,
     "moe.observe": PARALLEL,
     "moe.engines": TRAIN,
     "moe.train": TRAIN,
@@ -41,6 +42,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "moe/collectives/",
         "moe/parallel/",
         "moe/engines/",
+        "moe/health/",
         "moe/checkpoint/",
         "moe/plan/",
         "launch/env.py",

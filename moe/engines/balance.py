@@ -46,6 +46,6 @@ class StepBalance:
             step.discard()
 
     def end(self, applied: bool) -> None:
-        """End the step. ``applied`` says whether the optimizer updated the weights."""
+        """End the step. If the optimizer did not update the weights, it leaves nothing behind."""
         for step in self._steps:
-            step.end(applied)
+            step.end() if applied else step.discard()

@@ -26,6 +26,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """What a step has computed before it updates the weights."""
+
+    #: as in :class:`StepResult`
+    losses: list[Tensor]
+    norm: Tensor
+    #: returns this rank's part of the gradient, complete and clipped or not, as the engine has it
+    gradient: Callable[[], list[Tensor]]
+
+
+#: decides whether a step updates the weights; it must return the same answer on every rank
+Accept = Callable[[Computed], bool]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The outcome of an optimizer step."""
 
@@ -34,7 +49,7 @@ class StepResult:
     losses: list[Tensor]
     #: fp32 scalar, 2-norm of the whole model's gradient before clipping
     norm: Tensor
-    #: False if the norm was not finite; the weights are then unchanged
+    #: False if the update was not made; weights, moments and the state of load balancing are then unchanged
     applied: bool
 
 
@@ -47,11 +62,12 @@ class Engine(Protocol):
     #: the model, or this rank's pipeline stages of it
     parts: list[nn.Module]
 
-    def step(self, batches: list[Batch], lr: float) -> StepResult:
+    def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """Run an optimizer step on ``batches``, this rank's micro-batches.
 
-        The loss is the mean over the valid positions of all micro-batches on all ranks. If the step raises, its
-        gradients are dropped and the next step is not affected.
+        The loss is the mean over the valid positions of all micro-batches on all ranks. The weights are updated if
+        ``accept`` says so; by default, if losses and norm are finite on every rank. If the step raises, its gradients
+        are dropped and the next step is not affected.
         """
         ...
 
@@ -60,6 +76,11 @@ class Engine(Protocol):
 
         Runs forwards only and changes no state.
         """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return this rank's weights and router biases by their names in the whole model: the tensors themselves, as
+        DTensors where ranks hold different parts."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The micro-batches of a step: this rank's part of them, and their tokens on all ranks."""
+"""What all engines do at both ends of a step: prepare its micro-batches, and decide whether to update the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..collectives import LOCAL, world_axis
+from ..health import finite_everywhere
 from ..parallel import IGNORED, LocalBatch, Mesh, check_trained_alike, digest, take_local_batch
-from .base import Batch
+from .base import Accept, Batch, Computed
 
 
 def local_batches(batches: Sequence[Batch], mesh: Mesh | None, device: torch.device) -> list[LocalBatch]:
@@ -54,6 +56,13 @@ def valid_positions(batch: LocalBatch) -> Tensor:
         return (labels != IGNORED).sum()
     valid = batch.mask if batch.mask is not None else torch.ones(labels.shape[:2], device=labels.device)
     return valid.sum().long()
+
+
+def accepted(accept: Accept | None, computed: Computed, mesh: Mesh | None) -> bool:
+    """Return whether to update the weights: what ``accept`` says, or whether all numbers are finite on all ranks."""
+    if accept is not None:
+        return accept(computed)
+    return finite_everywhere(computed.losses, computed.norm, LOCAL if mesh is None else world_axis())
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from ..checkpoint import expect_moments, restore_optimizer, training_state
 from ..collectives import LOCAL
 from ..parallel import Mesh, clip_grad_norm_, forget_step, free_gathered
+from ..parallel.grad_norm import local_part
 from .balance import StepBalance
-from .base import Batch, OptimizerFactory, StepResult
-from .inputs import count_tokens, evaluation_mode, local_batches
+from .base import Accept, Batch, Computed, OptimizerFactory, StepResult
+from .inputs import accepted, count_tokens, evaluation_mode, local_batches
 from .reduce import Reducer
 from .runners import Runner
 
@@ -46,7 +47,7 @@ class TorchEngine:
         self._make_optimizer, self._device, self._max_norm = optimizer, device, max_norm
         self._adopt_trainable()
 
-    def step(self, batches: list[Batch], lr: float) -> StepResult:
+    def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         self._adopt_trainable()
         try:
@@ -58,7 +59,7 @@ class TorchEngine:
             self._reducer.finish()
             stages = LOCAL if self._mesh is None else self._mesh["pp"]
             norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
-            applied = bool(norm.isfinite())
+            applied = accepted(accept, Computed(losses, norm, self._gradient), self._mesh)
             if applied:
                 self._update(lr)
         except BaseException:
@@ -70,6 +71,9 @@ class TorchEngine:
                 parameter.grad = None
         self.balance.end(applied)
         return StepResult(losses, norm, applied)
+
+    def _gradient(self) -> list[Tensor]:
+        return [local_part(p.grad) for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
@@ -83,14 +87,18 @@ class TorchEngine:
         finally:
             free_gathered(self.parts)
 
+    def weights(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.weights`."""
+        # the balancer moves router biases without a gradient; all other buffers are constants
+        biases = {n: b for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")}
+        return {name: p.detach() for name, p in self.parameters.items()} | biases
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`."""
-        state = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        state = {f"model.{name}": weight for name, weight in self.weights().items()}
         if self.optimizer is not None:
             state |= training_state(self._trained(), self.optimizer, {})
-        # the balancer moves router biases without a gradient; all other buffers are constants
-        biases = [(n, b) for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")]
-        return state | {f"model.{name}": bias_E for name, bias_E in biases}
+        return state
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`."""

@@ -4,8 +4,11 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 
 * ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
-* ``train``: step, loss (nats per token), grad_norm, lr, tokens (since step 0, over all ranks), tokens_per_s (over all
-  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer.
+* ``train``: step, loss (nats per token, mean since the last record), grad_norm, lr, tokens (since step 0, over all
+  ranks), skipped (steps that were skipped so far), tokens_per_s (over all ranks), elapsed_s (of training since step 0),
+  domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer.
+* ``skip``: a step that was skipped. step (steps taken so far), reason, loss, grad_norm, sequences, and postponed: how
+  many of these sequences will be read once more.
 * ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
   max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
   divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),
@@ -365,7 +368,7 @@ class Progress:
             print(text, file=self.stream, flush=True)
 
     def show(self, record: Record) -> None:
-        """Print a ``train`` or ``eval`` record as one line. Other kinds are ignored."""
+        """Print a ``train``, ``eval`` or ``skip`` record as one line. Other kinds are ignored."""
         if record["kind"] == "train":
             note = balance_note(record)
             due = note != self._said or self._since >= NOTE_EVERY
@@ -373,6 +376,9 @@ class Progress:
             self._said, self._since = (note, 1) if due else (self._said, self._since + 1)
         elif record["kind"] == "eval":
             self.say(eval_line(record))
+        elif record["kind"] == "skip":
+            later = f"; {record['postponed']} sequences will be read again" if record["postponed"] else ""
+            self.say(f"skipped a step after step {record['step']}: {record['reason']}{later}")
 
     def close(self) -> None:
         """Remove the progress bar."""

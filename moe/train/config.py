@@ -117,8 +117,8 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    #: learning rate after warm-up: cosine decay, or warmup-stable-decay ("wsd")
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    #: learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     #: steps of linear warm-up
     warmup_steps: int = 20
     #: for "wsd": share of the steps, at the end of the run, in which the learning rate decays
@@ -201,6 +201,32 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What to do about steps whose numbers are wrong, and how to find numbers that are silently wrong."""
+
+    #: if a loss or gradient norm is not finite: end the run; skip the update and go on; or skip it, and read the batch
+    #: once more later. All ranks do the same. A skipped step does not count as a step
+    nonfinite: Literal["stop", "skip", "revisit"] = "stop"
+    #: the same for a loss that is far above the last 128 losses; "ignore": do nothing
+    spike: Literal["ignore", "stop", "skip", "revisit"] = "ignore"
+    #: standard deviations above the mean of these losses that make a spike
+    spike_sigmas: float = 6.0
+    #: end the run if more than n of 100 steps in a row had to be skipped
+    max_skipped: int = 10
+    #: every n steps, and before every checkpoint, compare the copies of each weight on different ranks; 0: never
+    replicas_every: int = 100
+    #: compute every n-th step twice before the update, and end the run if the bits of loss or gradient differ, as after
+    #: a hardware fault; 0: never. Needs kernels that are deterministic
+    replay_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_literals(self, "health.")
+        require(self.spike_sigmas > 0, "health.spike_sigmas", self.spike_sigmas, "must be positive; 6 is usual")
+        for name in ("max_skipped", "replicas_every", "replay_every"):
+            require(getattr(self, name) >= 0, f"health.{name}", getattr(self, name), "must not be negative")
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """How often the run is measured, and what it records."""
 
@@ -244,6 +270,7 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:

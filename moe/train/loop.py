@@ -20,19 +20,22 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
-from ..engines import Batch, Engine, build_engine
+from ..engines import Accept, Batch, Engine, StepResult, build_engine
+from ..health import Replicas
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
 from ..parallel import Mesh
 from .config import TrainConfig
-from .data import Batches, Corpus
+from .contract import DATA
+from .data import Batches, Corpus, Cursor
 from .evaluate import evaluate
+from .judge import Judge, NonFiniteError
 from .optim import build_optimizer, learning_rate
+from .replay import DisagreementError, replayed
 
-
-class NonFiniteError(RuntimeError):
-    """Raised if a gradient is not finite. The step was not applied."""
+#: optimizer steps after which a postponed batch is read again
+REVISIT_AFTER = 20
 
 
 class DomainLosses:
@@ -161,12 +164,27 @@ class Trainer:
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0
+        #: position in the data, and the tokens of all steps taken
+        self.cursor, self.tokens = Cursor(), 0
+        #: whether this rank's losses count: all ranks of a tensor-parallel group have the same ones
+        self.counts = mesh is None or mesh["tp"].rank == 0
+        self.judge = Judge(config.health, self.axis, self.counts)
+        #: a record of each step that was skipped since the loop last took them
+        self.skipped: list[dict[str, Any]] = []
+        self._replicas: Replicas | None = None
+        #: seconds of training before this process, and when it started to train
+        self._earlier_s, self.started = 0.0, time.perf_counter()
         torch.manual_seed(config.seed + 1 + self.axis.rank)
 
     @property
     def model(self) -> Decoder:
         """The decoder, or this rank's first stage of it under pipeline parallelism."""
         return cast(Decoder, self.engine.parts[0])
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training since step 0, without the time between an interrupted run and its resume."""
+        return self._earlier_s + time.perf_counter() - self.started
 
     @property
     def rate(self) -> float:
@@ -177,25 +195,68 @@ class Trainer:
         """Run the next optimizer step and return the gradient norm.
 
         ``observed`` also collects the router's scores for :meth:`record`, at the cost of one more product with the
-        router's weight. Raises NonFiniteError on every rank if the norm is not finite; the weights are then unchanged.
+        router's weight. A step that may not update the weights is skipped, and the next batch takes its place, as far
+        as section ``health`` allows; else raises NonFiniteError on every rank, and the weights are unchanged.
         """
+        while True:
+            numbers = self.cursor.batch(self.step, self.config.data.global_batch)
+            result = self._attempt(numbers, observed)
+            if result.applied:
+                self.cursor.advance(numbers)
+                self.step += 1
+                self.tokens += len(numbers) * self.config.data.seq_len
+                return result.norm
+            self._skip(numbers)
+
+    def _attempt(self, numbers: list[int], observed: bool) -> StepResult:
+        """Run a step on these sequences."""
         config = self.config
-        sampled = self.batches.sample(
-            self.step, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
+        sampled = self.batches.read(
+            numbers, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
         batches = [Batch(inputs_BS, labels_BS) for inputs_BS, labels_BS, _ in sampled]
+        rate = learning_rate(config.optim, self.step, config.steps)
+        accept: Accept = self.judge
+        if config.health.replay_every and (self.step + 1) % config.health.replay_every == 0:
+            accept = replayed(self.engine, batches, rate, self.axis, self.judge)
         self.scores = [None] * len(self.layers)
         with self._observed_scores() if observed else nullcontext():
-            result = self.engine.step(batches, learning_rate(config.optim, self.step, config.steps))
-        if self.mesh is None or self.mesh["tp"].rank == 0:  # all ranks of a tensor-parallel group have the same losses
+            result = self.engine.step(batches, rate, accept)
+        if self.counts and result.applied:
             for losses_BS, (_, _, domain_B) in zip(result.losses, sampled, strict=False):  # empty before the last stage
                 self.losses.add(losses_BS, domain_B.to(self.device))
-        if not result.applied:
-            raise NonFiniteError(
-                f"grad_norm={float(result.norm)}: is not finite; lower optim.lr, or resume from an earlier checkpoint"
-            )
-        self.step += 1
-        return result.norm
+        return result
+
+    def _skip(self, numbers: list[int]) -> None:
+        """Go on without the refused step of these sequences, or raise NonFiniteError."""
+        why = self.judge.stop(self.step)
+        if why is not None:
+            raise NonFiniteError(why)
+        fault, postpone_to = self.judge.fault, None
+        assert fault is not None
+        if self.judge.revisits:
+            postpone_to = min(self.step + REVISIT_AFTER, self.config.steps - 1)
+        again = self.cursor.advance(numbers, postpone_to)
+        self.skipped.append(
+            {
+                "kind": "skip",
+                "step": self.step,
+                "reason": fault.what,
+                "loss": fault.loss,
+                "grad_norm": fault.norm,
+                "sequences": len(numbers),
+                "postponed": again,
+            }
+        )
+
+    def check_replicas(self) -> None:
+        """Raise DisagreementError, on every rank, if ranks hold different copies of a weight."""
+        weights = self.engine.weights()
+        if self._replicas is None:
+            self._replicas = Replicas(weights, self.axis)
+        found = self._replicas.difference(weights)
+        if found is not None:
+            raise DisagreementError(f"{found}; a bit flipped, or only some ranks changed it: resume from a checkpoint")
 
     @contextmanager
     def _observed_scores(self) -> Iterator[None]:
@@ -229,7 +290,8 @@ class Trainer:
             "loss": loss / max(tokens, 1.0),
             "grad_norm": float(norm),
             "lr": self.rate,
-            "tokens": self.step * self.config.data.global_batch * self.config.data.seq_len,
+            "tokens": self.tokens,
+            "skipped": self.judge.skips,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
             **step_record(rows, self.expert_fraction),
             "layers": rows,
@@ -248,20 +310,41 @@ class Trainer:
 
     def save(self, root: Path) -> Path:
         """Save a checkpoint of the current step and return its path. Every rank must call it."""
-        degrees = {} if self.mesh is None else asdict(self.mesh.degrees)
-        position = {"world": self.axis.size, "parallel": degrees, "data": self.corpus.fingerprint}
-        return checkpoint.save(root, self.step, self.state(), position, self.config.checkpoint.keep_last)
+        return checkpoint.save(root, self.step, self.state(), self.position(), self.config.checkpoint.keep_last)
 
-    def resume(self, path: Path, manifest: dict[str, Any]) -> None:
+    def position(self) -> dict[str, Any]:
+        """Return, as JSON, what a resume needs besides tensors. Every rank must call it."""
+        losses_PN2 = self.losses.sums_N2.new_zeros(self.axis.size, *self.losses.sums_N2.shape)
+        losses_PN2[self.axis.rank] = self.losses.sums_N2
+        of_rank = enumerate(sum_over(losses_PN2, self.axis).get().tolist())
+        return {
+            "world": self.axis.size,
+            "parallel": {} if self.mesh is None else asdict(self.mesh.degrees),
+            "data": self.corpus.fingerprint,
+            "config": asdict(self.config),
+            "cursor": self.cursor.state(),
+            "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s,
+            "health": self.judge.state(),
+            # of the steps since the last record; ranks stay apart, because a sum in another order has other bits
+            "losses": {str(rank): rows for rank, rows in of_rank if any(map(any, rows))},
+        }
+
+    def resume(self, path: Path, manifest: dict[str, Any], other_data: bool = False) -> None:
         """Restore the state of a checkpoint, so that training continues exactly. Every rank must call it.
 
-        Raises CheckpointError if the checkpoint was trained on other data.
+        Raises CheckpointError if the checkpoint was trained on other data, unless ``other_data`` allows it.
         """
         position = manifest["position"]
-        if position.get("data") != self.corpus.fingerprint:
+        if position.get("data") != self.corpus.fingerprint and not other_data:
             raise checkpoint.CheckpointError(
-                f"{path}: was trained on other data; use the same data.path, tokenizer and sizes, or a new --run-dir"
+                f"{path}: was trained on other data; use the same data.path, tokenizer and sizes, a new --run-dir, or "
+                f"add --allow-change {DATA}"
             )
+        try:
+            self._restore_position(int(manifest["step"]), position)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+            raise checkpoint.CheckpointError(f"{path}: its position cannot be read ({error!r})") from None
         self.engine.expect(checkpoint.contents(path, manifest))
         state = self.state()
         checkpoint.load(path, state, manifest)
@@ -275,7 +358,19 @@ class Trainer:
                 torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
         except RuntimeError as error:
             raise checkpoint.CheckpointError(f"{path}: a random generator's state is refused: {error}") from None
-        self.step = int(manifest["step"])
+
+    def _restore_position(self, step: int, position: dict[str, Any]) -> None:
+        self.step = step
+        sequences = step * self.config.data.global_batch
+        self.cursor = Cursor.restored(position["cursor"]) if "cursor" in position else Cursor(sequences)
+        self.tokens = int(position.get("tokens", sequences * self.config.data.seq_len))
+        self._earlier_s = float(position.get("elapsed_s", 0.0))
+        if "health" in position:
+            self.judge.restore(position["health"])
+        self.losses = DomainLosses(len(self.corpus.domains), self.device)
+        for rank, rows in position.get("losses", {}).items():
+            if int(rank) % self.axis.size == self.axis.rank and len(rows) == len(self.corpus.domains):
+                self.losses.sums_N2 += torch.tensor(rows, dtype=torch.float64, device=self.device)
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return a ``run`` record that contains ``config``."""
@@ -295,8 +390,8 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
 
     Rank 0 passes ``metrics`` and ``progress``; other ranks pass None.
     """
-    config, start = trainer.config, time.perf_counter()
-    since, tokens_per_step = (trainer.step, start), config.data.global_batch * config.data.seq_len
+    config, trainer.started = trainer.config, time.perf_counter()
+    since = trainer.tokens, trainer.started
     last_eval: dict[str, Any] = {}
 
     def publish(record: dict[str, Any]) -> None:
@@ -309,19 +404,25 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
         step, last = trainer.step + 1, trainer.step + 1 == config.steps
         logged = last or step % config.log.every == 0
         norm = trainer.train_step(observed=logged)
+        for skip in trainer.skipped:
+            publish(skip)
+        trainer.skipped.clear()
         if progress is not None:
             progress.advance(step)
         if logged:
             record, now = trainer.record(norm), time.perf_counter()
-            record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
-            record["elapsed_s"] = now - start
+            record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
+            record["elapsed_s"] = trainer.elapsed_s
             publish(record)
-            since = (step, time.perf_counter())
+            since = trainer.tokens, time.perf_counter()
         busy = time.perf_counter()
         if last or (config.log.eval_every and step % config.log.eval_every == 0):
             last_eval = trainer.evaluate()
             publish(last_eval)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
+            trainer.check_replicas()
+        if saves:
             trainer.save(run_dir / "checkpoints")
         since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
     return last_eval

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import OptimConfig
+from .config import OptimConfig, TrainConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -33,6 +33,16 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     )
 
 
+def rise_on_resume(saved: OptimConfig, saved_steps: int, config: TrainConfig, step: int) -> tuple[float, float] | None:
+    """Return the learning rates of the last step and of the next one, ``step``, if a changed schedule raises it.
+
+    Else return None, also if the rate would have risen with the ``saved`` schedule.
+    """
+    last, now = learning_rate(saved, step - 1, saved_steps), learning_rate(config.optim, step, config.steps)
+    planned = max(last, learning_rate(saved, min(step, saved_steps - 1), saved_steps))
+    return (last, now) if now > 1.1 * planned else None
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of ``step`` (from 0) in a run of ``steps``: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
@@ -40,7 +50,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     start = config.warmup_steps
     if config.schedule == "wsd":
         start = max(start, steps - math.ceil(config.decay_fraction * steps))
-    if step < start:
+    if step < start or config.schedule == "constant":
         return config.lr
     progress = (step - start + 1) / max(steps - start, 1)
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress

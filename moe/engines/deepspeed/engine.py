@@ -28,8 +28,8 @@ from ...layer import MoE
 from ...parallel import LocalBatch, LossFunction, Mesh, check_alike, parallelize, token_losses
 from ...parallel.grad_norm import clip_gradients_
 from ..balance import StepBalance
-from ..base import Batch, OptimizerFactory, StepResult
-from ..inputs import count_tokens, evaluation_mode, local_batches
+from ..base import Accept, Batch, Computed, OptimizerFactory, StepResult
+from ..inputs import accepted, count_tokens, evaluation_mode, local_batches
 from ..reduce import Reducer
 from ..runners import Precision, WholeModel
 from .config import build_config, check_degrees
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
         self._device, self._zero, self._max_norm = device, zero_stage > 0, max_norm
         self._trained = {name for name, p in parameters.items() if p.requires_grad}
 
-    def step(self, batches: list[Batch], lr: float) -> StepResult:
+    def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         self._check_trained()
         try:
@@ -152,7 +152,7 @@ class DeepSpeedEngine:
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.balance.begin(len(local), routed)
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
-            norm, applied = self._update(lr)
+            norm, applied = self._update(lr, losses, accept)
         except BaseException:
             self.balance.discard()
             self._forget()
@@ -160,22 +160,27 @@ class DeepSpeedEngine:
         self.balance.end(applied)
         return StepResult(losses, norm, applied)
 
-    def _update(self, lr: float) -> tuple[Tensor, bool]:
-        """Update the weights; returns the gradient's norm, and whether it was finite, else nothing changes."""
+    def _update(self, lr: float, losses: list[Tensor], accept: Accept | None) -> tuple[Tensor, bool]:
+        """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        if self._zero:
-            self.deepspeed.step()
-            norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32)
-            return norm, bool(self.deepspeed.was_step_applied())
-        grads = [self._logical(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
-        norm = clip_gradients_(grads, self._max_norm, self._device)
-        applied = bool(norm.isfinite())
-        if applied:
-            self.deepspeed.step()
+        if self._zero:  # clips in its own step
+            norm = torch.as_tensor(self.deepspeed.optimizer.scaled_global_norm(), dtype=torch.float32)
+            norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed's sign of a norm that is not finite
         else:
-            self._forget()
-        return norm, applied
+            grads = [self._logical(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
+            norm = clip_gradients_(grads, self._max_norm, self._device)
+        if accepted(accept, Computed(losses, norm, self._gradient), self._mesh):
+            self.deepspeed.step()
+            return norm, not self._zero or bool(self.deepspeed.was_step_applied())
+        self._forget()
+        return norm, False
+
+    def _gradient(self) -> list[Tensor]:
+        if self._zero:
+            parts = self.deepspeed.optimizer.averaged_gradients.values()
+            return [part for group in parts for part in group if part is not None]
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
@@ -183,16 +188,20 @@ class DeepSpeedEngine:
         with evaluation_mode(self.parts):
             return self._runner.evaluate(local_batches(batches, self._mesh, self._device))
 
+    def weights(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.weights`."""
+        biases = {n: b for n, b in self.parts[0].named_buffers() if n.endswith("router.bias_E")}
+        return {name: self._logical(name, p.detach()) for name, p in self.parameters.items()} | biases
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers what ZeRO shards."""
-        found = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
+        found = {f"model.{name}": weight for name, weight in self.weights().items()}
         found |= self._zero_state() if self._zero else training_state(self._trained_parameters(), self._optimizer, {})
         for name in self.parameters:
             for key in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):
-                if key in found:
+                if key in found and not isinstance(found[key], DTensor):
                     found[key] = self._logical(name, found[key])
-        biases = [(n, b) for n, b in self.parts[0].named_buffers() if n.endswith("router.bias_E")]
-        return found | {f"model.{name}": bias_E for name, bias_E in biases}
+        return found
 
     def _zero_state(self) -> dict[str, Tensor]:
         """The fp32 weights and AdamW's moments of which every rank holds a part, whole."""

@@ -34,8 +34,8 @@ from ...parallel import (
     vocabulary_parallel,
 )
 from ..balance import StepBalance
-from ..base import Batch, OptimizerFactory, StepResult
-from ..inputs import count_tokens, evaluation_mode, local_batches, valid_positions
+from ..base import Accept, Batch, Computed, OptimizerFactory, StepResult
+from ..inputs import accepted, count_tokens, evaluation_mode, local_batches, valid_positions
 from ..runners import Precision
 from .model import GPTStage, Weight, build_stage, copy_weights, transformer_config, weights
 from .moments import Moments
@@ -246,7 +246,7 @@ class MegatronEngine:
         self._moments = Moments(optimizer)
         self._trained = self._trainable()
 
-    def step(self, batches: list[Batch], lr: float) -> StepResult:
+    def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         if changed := sorted(self._trainable() ^ self._trained):
             raise ValueError(
@@ -264,7 +264,7 @@ class MegatronEngine:
                 with random_state_kept(), torch.no_grad():
                     self._run(local, lambda m: self.balance.micro_batch(m, ahead=True), forward_only=True)
             losses = self._run(local, self.balance.micro_batch, forward_only=False)
-            norm, applied = self._update(lr)
+            norm, applied = self._update(lr, losses, accept)
         except BaseException:
             self.balance.discard()
             raise
@@ -321,16 +321,19 @@ class MegatronEngine:
         valid = valid_positions(batch).to(torch.int)
         return losses_BS.sum(), valid, {"losses": losses_BS.detach()}
 
-    def _update(self, lr: float) -> tuple[Tensor, bool]:
-        """Update the weights; return the gradient's norm, and whether it is finite (else nothing changes)."""
+    def _update(self, lr: float, losses: list[Tensor], accept: Accept | None) -> tuple[Tensor, bool]:
+        """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
         norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float32, device=self._device).reshape(())
-        applied = bool(norm.isfinite())
+        applied = accepted(accept, Computed(losses, norm, self._gradient), self._mesh)
         if applied:
             self.optimizer.step()
         return norm, applied
+
+    def _gradient(self) -> list[Tensor]:
+        return [p.main_grad for p in self.megatron.parameters() if getattr(p, "main_grad", None) is not None]
 
     def _zero_grad(self) -> None:
         self.megatron.zero_grad_buffer()
@@ -338,15 +341,20 @@ class MegatronEngine:
 
     # ---- checkpoints
 
+    def weights(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.weights`."""
+        biases = {n: layer.router.bias_E for n, layer in self._layers().items() if layer.router.bias_E is not None}
+        found = {name: weight.logical(weight.parameter.detach()) for name, weight in self._held.items()}
+        return found | {f"blocks.{n}.mlp.router.bias_E": bias_E for n, bias_E in biases.items()}
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers sharded moments."""
-        found = {f"model.{name}": weight.logical(weight.parameter.detach()) for name, weight in self._held.items()}
+        found = {f"model.{name}": weight for name, weight in self.weights().items()}
         for name, moments in self._whole_moments().items():
             for key, value in moments.items():
                 logical = value.clone() if key == "step" else self._held[name].logical(value)
                 found[f"optimizer.{name}.{key}"] = logical
-        biases = {n: layer.router.bias_E for n, layer in self._layers().items() if layer.router.bias_E is not None}
-        return found | {f"model.blocks.{n}.mlp.router.bias_E": bias_E for n, bias_E in biases.items()}
+        return found
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`. Frozen weights have no moments here."""

@@ -6,7 +6,17 @@ and builds the same corpus, and the sequences of a step depend only on the step 
 
 from .bigram import bigram_loss
 from .corpus import Corpus, load_corpus
+from .cursor import Cursor
 from .packing import Batches, heldout_batches
 from .tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Batches", "Corpus", "Tokenizer", "bigram_loss", "heldout_batches", "load_corpus", "load_tokenizer"]
+__all__ = [
+    "Batches",
+    "Corpus",
+    "Cursor",
+    "Tokenizer",
+    "bigram_loss",
+    "heldout_batches",
+    "load_corpus",
+    "load_tokenizer",
+]

@@ -5,7 +5,7 @@ B sequences, S tokens per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ class Batches:
 
     Each domain's stream is split into sequences of ``seq_len`` labels; their inputs are the tokens one position
     earlier. Every token is thus a label once per epoch, except a stream's first token and a rest at its end that does
-    not fill a sequence. Sequence i of a step has the index ``g = step * global_batch + i``; it is entry
-    ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: to resume, only the step is
+    not fill a sequence. Sequence i of a step has the number ``g = step * global_batch + i``; it is entry
+    ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: to resume, only the numbers are
     needed.
 
     ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does. Raises ``ValueError`` if
@@ -50,7 +50,15 @@ class Batches:
     def sample(
         self, step: int, rank: int, data_parallel: int, micro_batches: int, micro_batch: int
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the micro-batches that ``rank`` of ``data_parallel`` reads in ``step``.
+        """Return the micro-batches that ``rank`` of ``data_parallel`` reads in ``step``, see :meth:`read`."""
+        require(step >= 0, "step", step, "must not be negative")
+        first = step * self.global_batch
+        return self.read(range(first, first + self.global_batch), rank, data_parallel, micro_batches, micro_batch)
+
+    def read(
+        self, numbers: Sequence[int], rank: int, data_parallel: int, micro_batches: int, micro_batch: int
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the micro-batches that ``rank`` of ``data_parallel`` reads of a step with these sequence ``numbers``.
 
         Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``. The sequences of a step are ordered as
         [rank][micro-batch][sequence]. Raises ``ValueError`` if ``data_parallel * micro_batches * micro_batch`` is not
@@ -60,12 +68,12 @@ class Batches:
         remedy = f"data_parallel={data_parallel} * micro_batches={micro_batches} * micro_batch={micro_batch} is {asked}"
         require(asked == self.global_batch, "data.global_batch", self.global_batch, remedy + "; make them equal")
         require(0 <= rank < data_parallel, "rank", rank, f"must lie in [0, {data_parallel})")
-        require(step >= 0, "step", step, "must not be negative")
-        first = step * self.global_batch + rank * micro_batches * micro_batch
-        return [self._gather(first + i * micro_batch, micro_batch) for i in range(micro_batches)]
+        require(len(numbers) == asked, "numbers", len(numbers), f"must be the {asked} sequences of a step")
+        mine = numbers[rank * micro_batches * micro_batch : (rank + 1) * micro_batches * micro_batch]
+        return [self._gather(mine[i * micro_batch : (i + 1) * micro_batch]) for i in range(micro_batches)]
 
-    def _gather(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        places = (divmod(g, self.sequences) for g in range(first, first + count))
+    def _gather(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        places = (divmod(g, self.sequences) for g in numbers)
         sequence_B = np.array([self._order(epoch)[place] for epoch, place in places])
         domain_B = np.searchsorted(self._bounds, sequence_B, side="right") - 1
         start_B = (sequence_B - self._bounds[domain_B]) * self.seq_len

@@ -1,0 +1,55 @@
+"""The position of a run in its data, counted in sequences, so that it does not depend on the size of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Cursor:
+    """Says which sequences the next step reads: new ones in order, and earlier ones whose step was not taken.
+
+    Sequences are numbered from 0 over all epochs, as in :meth:`Batches.read`. Each is used for one update, unless its
+    step is left out for good.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        #: the first sequence that no step has read
+        self.first = first
+        #: sequences to read once more, in runs: (step from which to read them, first sequence, number)
+        self.postponed: list[tuple[int, int, int]] = []
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """Return the sequences of a batch of ``size`` in optimizer step ``step`` (from 0). Changes nothing."""
+        due = [s for when, first, count in self.postponed if when <= step for s in range(first, first + count)][:size]
+        return due + list(range(self.first, self.first + size - len(due)))
+
+    def advance(self, batch: Sequence[int], postpone_to: int | None = None) -> int:
+        """Go on after ``batch``, which :meth:`batch` returned.
+
+        With ``postpone_to``, its new sequences are read again from that step on; those that were already read for the
+        second time are not. Returns how many sequences will be read again.
+        """
+        seen = set(batch)
+        left = []
+        for when, first, count in self.postponed:
+            unread = [s for s in range(first, first + count) if s not in seen]  # the end of the run
+            if unread:
+                left.append((when, unread[0], len(unread)))
+        new = [s for s in batch if s >= self.first]
+        if new and postpone_to is not None:
+            left.append((postpone_to, new[0], len(new)))
+        self.first += len(new)
+        self.postponed = left
+        return len(new) if postpone_to is not None else 0
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as JSON."""
+        return {"first": self.first, "postponed": [list(run) for run in self.postponed]}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Cursor:
+        """Return a cursor at the position that :meth:`state` described."""
+        cursor = cls(int(state["first"]))
+        cursor.postponed = [(int(when), int(first), int(count)) for when, first, count in state["postponed"]]
+        return cursor

@@ -1,0 +1,49 @@
+"""Computes a step twice, to find hardware that calculates wrongly without an error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..balance import random_state_kept
+from ..collectives import Axis, sum_over
+from ..engines import Accept, Batch, Computed, Engine
+from ..parallel.alike import content_hash
+
+
+class DisagreementError(RuntimeError):
+    """Raised, on every rank, if numbers that must be equal are not."""
+
+
+def replayed(engine: Engine, batches: list[Batch], lr: float, axis: Axis, accept: Accept) -> Accept:
+    """Compute the step of ``batches`` without its update, and return the ``accept`` with which to run it.
+
+    The step then raises DisagreementError on every rank of ``axis`` if the bits of its losses or gradients are not the
+    same. Every rank must call this. Leaves nothing behind, and costs as much as a step.
+    """
+    first: list[Tensor] = []
+
+    def record(computed: Computed) -> bool:
+        first.append(_hashes(computed))
+        return False
+
+    with random_state_kept():
+        engine.step(batches, lr, record)
+
+    def compare(computed: Computed) -> bool:
+        different_P = torch.zeros(axis.size, dtype=torch.int64, device=computed.norm.device)
+        different_P[axis.rank] = int(not torch.equal(first[0], _hashes(computed)))
+        ranks = sum_over(different_P, axis).get().nonzero().flatten().tolist()
+        if ranks:
+            raise DisagreementError(
+                f"computing the step twice gave different losses or gradients on ranks {ranks}; if its kernels are "
+                "deterministic, their hardware is at fault: leave it out, and resume"
+            )
+        return accept(computed)
+
+    return compare
+
+
+def _hashes(computed: Computed) -> Tensor:
+    found = [content_hash(part) for part in (*computed.losses, computed.norm, *computed.gradient())]
+    return torch.stack([value.cpu() for value in found])
