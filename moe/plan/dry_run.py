@@ -22,9 +22,9 @@ from ..engines import Batch, build_engine
 from ..engines.torch import TorchEngine
 from ..parallel import Mesh, build_mesh
 from ..parallel.pipeline import check_pipeline
+from ..train.build import build_model, mixed_precision
 from ..train.config import TrainConfig
 from ..train.data import load_tokenizer
-from ..train.loop import build_model, mixed_precision
 from ..train.optim import build_optimizer
 from .record import Collective, Recorder
 

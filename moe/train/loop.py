@@ -8,30 +8,30 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
-from ..engines import Accept, Batch, Engine, StepResult, build_engine
+from ..engines import Accept, Batch, StepResult
 from ..health import Replicas
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
 from ..parallel import Mesh
+from .build import built, engine_of
 from .config import TrainConfig
 from .contract import DATA
 from .data import Batches, Corpus, Cursor
 from .evaluate import evaluate
 from .judge import Judge, NonFiniteError
-from .optim import build_optimizer, learning_rate
+from .optim import learning_rate
 from .replay import DisagreementError, replayed
 
 #: optimizer steps after which a postponed batch is read again
@@ -53,89 +53,6 @@ class DomainLosses:
         self.sums_N2.index_add_(0, domain_B, rows_B2)
 
 
-def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
-    """Return an autocast context that computes in bf16 if ``config.dtype`` is bfloat16, and else does nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-
-def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
-    """Build the complete model of ``config``. Its weights depend only on the seed, so all ranks build the same."""
-    torch.manual_seed(config.seed)
-    return Decoder(
-        vocab_size=vocab_size,
-        seq_len=config.data.seq_len,
-        num_layers=config.model.num_layers,
-        num_heads=config.model.num_heads,
-        intermediate_size=config.model.intermediate_size,
-        moe=config.moe,
-        moe_every=config.model.moe_every,
-        dense_layers=config.model.dense_layers,
-        attention=config.attention,
-        recompute_blocks=config.model.recompute,
-        recompute_how=config.recompute,
-    )
-
-
-def _built(config: TrainConfig, vocab_size: int) -> Decoder:
-    """Run :func:`build_model`; if there is not enough memory, raise a ValueError that says so in one line."""
-    try:
-        return build_model(config, vocab_size)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).split("\n")[0] or "out of memory"
-        if not isinstance(error, MemoryError) and "alloc" not in reason and "overflow" not in reason.lower():
-            raise
-        raise ValueError(
-            f"model.num_layers={config.model.num_layers}, moe.hidden_size={config.moe.hidden_size}: the model does "
-            f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun shows what it needs"
-        ) from None
-
-
-def _engine(config: TrainConfig, model: Decoder, mesh: Mesh | None, device: torch.device, micro_batches: int) -> Engine:
-    def optimizer(trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(trainable.values(), config.optim)
-
-    shared: dict[str, Any] = {
-        "max_norm": config.optim.grad_clip,
-        "device": device,
-        "precision": partial(mixed_precision, config, device),
-    }
-    if config.engine == "torch":
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
-        shape = (config.data.micro_batch, config.data.seq_len)
-        return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, micro_batches=micro_batches, **shared)
-    with _named_extra(config.engine):
-        if config.engine == "megatron":
-            from ..engines.megatron import build_megatron_engine
-        else:
-            from ..engines.deepspeed import build_deepspeed_engine
-    if config.engine == "megatron":
-        sharded = config.megatron.distributed_optimizer
-        return build_megatron_engine(model, mesh, optimizer, distributed_optimizer=sharded, **shared)
-    settings = config.deepspeed.settings()
-    stage, micro_batch = config.deepspeed.zero_stage, config.data.micro_batch
-    return build_deepspeed_engine(
-        model,
-        mesh,
-        optimizer,
-        zero_stage=stage,
-        settings=settings,
-        micro_batch=micro_batch,
-        micro_batches=micro_batches,
-        **shared,
-    )
-
-
-@contextmanager
-def _named_extra(engine: str) -> Iterator[None]:
-    """Turn an ImportError into a ValueError that names the extra to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f"engine={engine!r}: cannot be imported ({error}); install it with pip install 'equimoe[{engine}]'"
-        ) from None
-
-
 class Trainer:
     """Trains, evaluates, saves and resumes the model of this rank."""
 
@@ -145,7 +62,7 @@ class Trainer:
         #: mesh axis whose ranks read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
-        model = _built(config, config.model.vocab_size or corpus.vocab_size)
+        model = built(config, config.model.vocab_size or corpus.vocab_size)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
             w.numel() * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
@@ -155,7 +72,7 @@ class Trainer:
         self.expert_fraction = expert_fraction(model)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
-        self.engine = _engine(config, model.to(device), mesh, device, self.micro_batches)
+        self.engine = engine_of(config, model.to(device), mesh, device, self.micro_batches)
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)

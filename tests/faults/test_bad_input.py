@@ -185,7 +185,9 @@ def test_missing_and_damaged_checkpoint(run: Callable[..., Ended], tmp_path: Pat
 
 def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
     assert run().codes == [0, 0]
-    other = run("--resume", "--steps", "4", "--moe.intermediate_size", "8")
+    change = ("--resume", "--steps", "4", "--moe.intermediate_size", "8")
+    refused(run(*change), env.CONFIG, "moe.intermediate_size from 12 to 8", "--allow-change moe.intermediate_size")
+    other = run(*change, "--allow-change", "moe.intermediate_size")
     refused(other, env.CHECKPOINT, "experts.down_proj: this run wants", "resume with the config")
 
 

@@ -78,7 +78,7 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
 
 
 def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]) -> None:
-    """Run an evaluation, a step that raises, and one that is not finite. All must leave nothing behind.
+    """Run an evaluation, a step that raises, one that is not finite, and one that is refused. All leave nothing behind.
 
     The step that raises has two micro-batches, which are counted ahead, and breaks in the second training forward.
     """
@@ -99,4 +99,9 @@ def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callab
     handle.remove()
     after = state(engine)
     assert not result.applied and not result.norm.isfinite()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    seen: list[Any] = []
+    result = engine.step(batches_of(9), 0.01, lambda computed: bool(seen.append(computed)))
+    after = state(engine)
+    assert not result.applied and len(seen) == 1 and float(seen[0].norm) == float(result.norm) > 0
     assert all(torch.equal(after[name], value) for name, value in before.items())

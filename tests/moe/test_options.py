@@ -315,7 +315,9 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
 
 def test_help_is_read_from_the_source() -> None:
     comments = field_comments(OptimConfig)
-    assert comments["schedule"] == 'learning rate after warm-up: cosine decay, or warmup-stable-decay ("wsd")'
+    assert (
+        comments["schedule"] == 'learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"'
+    )
     assert comments["beta1"] == ""
     assert "chosen logits (Mixtral) instead of taking" in field_comments(RouterConfig)["softmax_after_topk"]
     assert field_comments(type("Made", (), {})) == {}

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from equimoe.moe import BalanceConfig, checkpoint
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import NonFiniteError, Trainer
+from equimoe.moe.train.judge import NonFiniteError
+from equimoe.moe.train.loop import Trainer
 from equimoe.moe.train.optim import learning_rate
 from tests.helpers import small
 

@@ -27,8 +27,8 @@ from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
 from equimoe.moe.plan.record import reached_fraction
+from equimoe.moe.train.build import build_model, mixed_precision
 from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from equimoe.moe.train.loop import build_model, mixed_precision
 from equimoe.moe.train.optim import build_optimizer
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
