@@ -9,7 +9,7 @@ import hashlib
 import os
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +230,13 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
     print(f"report:     {write_report(run_dir)}")
-    print(f"continue:   {_command(arguments, env.this_process(), 2 * config.steps)} {_constant(trainer.rate)}")
-    print("            (with the last learning rate; without the last two options, the longer schedule would raise it)")
-    sys.stdout.flush()
+    longer = replace(config, steps=2 * config.steps)
+    command = _command(arguments, env.this_process(), longer.steps)
+    if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:
+        print(f"continue:   {command}", flush=True)
+    else:
+        print(f"continue:   {command} {_constant(rise[0])}")
+        print(f"            without the last two options, the learning rate would rise to {rise[1]:.2g}", flush=True)
 
 
 def _command(arguments: list[str], process: env.Process, steps: int) -> str:
