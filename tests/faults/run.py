@@ -1,0 +1,89 @@
+"""Runs all tests of faults, and prints the fault table: ``make faults``.
+
+The last line is ``N of N rows hold``. A row holds if tests have reported it, and no test of their files has failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.faults.rows import ELSEWHERE, NOT_APPLICABLE, ROWS  # noqa: E402
+
+
+class Outcomes:
+    """Remembers the files with a test that failed, and the tests that passed."""
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+        self.passed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid.split("::")[0])
+        elif report.when == "call" and report.passed:
+            self.passed.append(report.nodeid)
+
+    def elsewhere(self) -> list[dict[str, Any]]:
+        """Return a report for every row that tests of other folders hold."""
+        found = []
+        for row, functions in ELSEWHERE.items():
+            tests = [test for test in self.passed if test.startswith(functions)]
+            if tests:
+                found += [{"row": row, "outcome": f"{len(tests)} tests passed", "test": test} for test in tests]
+        return found
+
+
+def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], int]:
+    """Return the lines of the table, and how many rows hold."""
+    lines, holding = [], 0
+    for row, title in ROWS.items():
+        found = [report for report in reports if report["row"] == row]
+        if row in NOT_APPLICABLE:
+            state = f"does not apply: {NOT_APPLICABLE[row]}"
+        elif not found:
+            state = "MISSING: no test has reported it"
+        elif broken := sorted({report["test"].split("::")[0] for report in found} & failed):
+            state = f"FAILED: see {', '.join(broken)}"
+        else:
+            holding += 1
+            state = "; ".join(dict.fromkeys(map(_words, found)))
+        lines.append(f"{row:>3}  {title}\n     {state}")
+    return lines, holding
+
+
+def _words(report: dict[str, Any]) -> str:
+    figures = {name: value for name, value in report.items() if name not in ("row", "outcome", "test")}
+    shown = [f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+             for name, value in figures.items()]  # fmt: skip
+    return report["outcome"] + (f" ({', '.join(shown)})" if shown else "")
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest with ``arguments`` on all tests of faults; return its exit code, or 1 if a row does not hold."""
+    os.chdir(ROOT)
+    outcomes = Outcomes()
+    others = sorted({function for functions in ELSEWHERE.values() for function in functions})
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        file = Path(folder, "table.jsonl")
+        file.touch()
+        os.environ["EQUIMOE_FAULTS_TABLE"] = str(file)
+        code = int(pytest.main(["-q", "tests/faults", *others, "-m", "faults or not slow", *arguments], [outcomes]))
+        reports = [json.loads(line) for line in file.read_text().splitlines()] + outcomes.elsewhere()
+    lines, holding = table(reports, outcomes.failed)
+    applicable = len(ROWS.keys() - NOT_APPLICABLE.keys())
+    print("\n" + "\n".join(lines) + f"\n\n{holding} of {applicable} rows hold")
+    return code or int(holding < applicable)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
