@@ -63,8 +63,8 @@ def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], i
 
 def _words(report: dict[str, Any]) -> str:
     figures = {name: value for name, value in report.items() if name not in ("row", "outcome", "test")}
-    shown = [f"{name.replace('_', ' ')} {value:.3g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
-             for name, value in figures.items()]  # fmt: skip
+    numbers = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in figures.items()}
+    shown = [f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()]
     return report["outcome"] + (f" ({', '.join(shown)})" if shown else "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 def report(row: str, outcome: str, **figures: Any) -> None:
     """Say that a row of ``tests/faults/rows.py`` holds, with figures.
 
-    Call it at the end of a test. Appends one line of JSON to the file that ``EQUIMOE_FAULTS_TABLE`` names, if it is set.
+    Call it at the end of a test. Appends a line of JSON to the file that ``EQUIMOE_FAULTS_TABLE`` names, if it is set.
     """
     if path := os.environ.get("EQUIMOE_FAULTS_TABLE"):
         with open(path, "a") as file:

@@ -23,6 +23,7 @@ from equimoe.moe.train.judge import NonFiniteError
 from equimoe.moe.train.loop import Trainer
 from equimoe.moe.train.optim import learning_rate, rise_on_resume
 from equimoe.moe.train.replay import DisagreementError
+from tests.faults.table import report
 from tests.helpers import small
 
 CPU = torch.device("cpu")
@@ -101,6 +102,7 @@ def test_batch_is_revisited_only_once_and_then_left_out(texts: Path) -> None:
     assert spoiler.read[4] == spoiler.read[1] and len(spoiler.read) == 6
     assert [r["postponed"] for r in trainer.skipped] == [trainer.config.data.global_batch, 0]
     assert trainer.cursor.postponed == []
+    report("55", "its sequences are read once more, and then left out")
 
 
 def test_too_many_skips_end_the_run(texts: Path) -> None:
@@ -209,6 +211,7 @@ def test_another_global_batch_goes_on_where_the_last_one_stopped(texts: Path, tm
     resumed.train_step()
     assert spoiler.read == [list(range(3 * size, 5 * size))]
     assert resumed.tokens == 5 * size * config.data.seq_len
+    report("20", "another global batch continues at the next sequence")
 
 
 # ---- replays

@@ -21,6 +21,7 @@ from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.judge import NonFiniteError
 from equimoe.moe.train.loop import Trainer
 from equimoe.moe.train.replay import DisagreementError
+from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 
@@ -98,6 +99,7 @@ def test_a_flipped_bit_in_any_copy_is_found_and_named(texts: Path, mesh: str) ->
     assert ("embedding.weight" in names) == (mesh not in ("fsdp", "tp"))  # both shard it
     assert any("experts" in name for name in names) == (mesh not in ("ep", "etp", "fsdp"))
     assert any("bias_E" in name for name in names)
+    report("40", f"the weight and the ranks are named ({mesh})", copies=len(results[0]), found=len(results[0]))
 
 
 def lone_nan(rank: int, world: int, config: TrainConfig) -> tuple[str, bool, list[int]]:
@@ -149,6 +151,7 @@ def test_spike_of_one_rank_is_skipped_by_all(texts: Path) -> None:
     first, second = run_ranks(lone_spike, 2, config_of(texts, ParallelConfig(), spike="revisit"))
     assert first == second and first[0] == 1
     assert first[1][0]["postponed"] == 8 and first[1][0]["step"] == 1
+    report("56", "all ranks skip it, and read the batch again later", ranks=2)
 
 
 def replay(rank: int, world: int, config: TrainConfig) -> str:
@@ -173,6 +176,7 @@ def replay(rank: int, world: int, config: TrainConfig) -> str:
 def test_replay_names_the_rank_that_calculates_wrongly(texts: Path) -> None:
     for message in run_ranks(replay, 2, config_of(texts, ParallelConfig(ep=2), replay_every=1)):
         assert "different losses or gradients on ranks [" in message
+    report("41", "a step that is computed twice differs; the ranks are named")
 
 
 def finite(rank: int, world: int) -> list[bool]:

@@ -11,6 +11,7 @@ from equimoe.launch import env
 from equimoe.launch.options import to_yaml
 from equimoe.moe.observe.metrics import read_records
 from equimoe.moe.train.config import OptimConfig
+from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.command import Ended, launch
 
@@ -47,6 +48,7 @@ def test_change_of_meaning_is_refused_and_can_be_allowed(run: Run, tmp_path: Pat
     assert "note: resumed with seed changed from 0 to 7\n" in allowed.out[0]
     unknown = run("--steps", "6", "--allow-change", "moe.topk")
     assert unknown.errors == ["error: --allow-change=moe.topk: no such setting; did you mean moe.top_k?"]
+    report("54", "refused by name until allowed by name", exit_code=env.CONFIG)
 
 
 def test_longer_schedule_is_announced_and_the_printed_command_keeps_the_rate(run: Run, tmp_path: Path) -> None:
