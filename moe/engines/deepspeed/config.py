@@ -62,17 +62,14 @@ def build_config(
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": max_norm if zero_stage else 0.0,
     }
-    given = settings.get("zero_optimization") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"zero_optimization={given} in the DeepSpeed configuration: must be an object, or left out")
-    zero = dict(given)
+    zero = dict(_section(settings, "zero_optimization"))
     _check_zero(zero, _ZERO | _ZERO3 if zero_stage == 3 else _ZERO)
     _agree("zero_optimization.stage", zero.get("stage", zero_stage), zero_stage, "deepspeed.zero_stage")
     for name, value in own.items():
         expected = max_norm if name == "gradient_clipping" else value
         _agree(name, settings.get(name, expected), expected, _SOURCES[name])
     for name in _PRECISIONS:
-        if (settings.get(name) or {}).get("enabled") not in (None, False, "auto"):
+        if _section(settings, name).get("enabled") not in (None, False, "auto"):
             raise ValueError(
                 f"{name}.enabled=True in the DeepSpeed configuration: it would round the routers' weights, which sends "
                 "tokens to other experts; leave it out, and set dtype='bfloat16' for products in bfloat16"
@@ -88,9 +85,17 @@ def build_config(
     return {**defaults, **settings, **own, "zero_optimization": {**zero, "stage": zero_stage}}
 
 
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object of the configuration; an empty one if it is left out."""
+    found = settings.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={found} in the DeepSpeed configuration: must be an object, or left out")
+    return found
+
+
 def _check_zero(zero: dict[str, Any], only: dict[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device", "none") != "none":
+        if _section(zero, name).get("device", "none") != "none":
             raise ValueError(f"zero_optimization.{name} in the DeepSpeed configuration: is not supported; leave it out")
     for name, value in only.items():
         if (found := zero.get(name, value)) not in ("auto", value):
