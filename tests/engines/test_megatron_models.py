@@ -55,6 +55,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "recompute the layer": (2, {TP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
     "recompute the layer, pp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    "recompute MLPs, pp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    "recompute MLPs and the layer": (
+        2,
+        {TP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    ),
     "recompute the norm": (2, {EP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"]}),
     "recompute the activation": (
         2,

@@ -113,11 +113,17 @@ def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, 
 
 
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+#: the transformer layer recomputes each MLP that is not Megatron-Core's own MoE layer
+MLPS = SELECTIVE | {"recompute_modules": ["mlp"]}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 @pytest.mark.parametrize("estimator", ["rolling", "exact"])
-@pytest.mark.parametrize("how", [{}, SELECTIVE, FULL], ids=["plain", "recompute the layer", "recompute all"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, SELECTIVE, MLPS, FULL],
+    ids=["plain", "recompute the layer", "recompute MLPs", "recompute all"],
+)
 def test_choices_that_move_the_bias_count_once(estimator: str, how: dict[str, Any]) -> None:
     def body(rank: int, world: int) -> None:
         with megatron():
