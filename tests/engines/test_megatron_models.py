@@ -11,7 +11,8 @@ pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make en
 pytestmark = pytest.mark.engines
 
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.megatron_models import Run, Whole, assert_same_training, joined, run  # noqa: E402
+from tests.helpers.megatron_models import Run, assert_same_training, run  # noqa: E402
+from tests.helpers.megatron_tensors import Whole, joined  # noqa: E402
 
 _known: dict[str, list[Run]] = {}
 

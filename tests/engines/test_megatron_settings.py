@@ -12,7 +12,8 @@ pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make en
 pytestmark = pytest.mark.engines
 
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.megatron_models import Run, assert_same_training, joined, run  # noqa: E402
+from tests.helpers.megatron_models import Run, assert_same_training, run  # noqa: E402
+from tests.helpers.megatron_tensors import joined  # noqa: E402
 
 TP, EP, ETP = "tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 #: with one expert-tensor-parallel rank, Megatron-Core would not sum the gradients of its experts over these ranks

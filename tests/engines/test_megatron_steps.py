@@ -17,17 +17,15 @@ from equimoe.moe.engines.megatron import step as steps  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_models import (  # noqa: E402
     Trainer,
-    Whole,
-    assert_equal,
     assert_same_training,
     chunks_of,
     config_of,
     forward_layers,
-    joined,
     logged,
     megatron,
     run,
 )
+from tests.helpers.megatron_tensors import Whole, assert_equal, joined  # noqa: E402
 
 EP = "expert_model_parallel_size"
 BIAS = {
