@@ -111,6 +111,11 @@ def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, 
 
 
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+SHARED = {
+    "moe_shared_expert_intermediate_size": 16,
+    "recompute_granularity": "selective",
+    "recompute_modules": ["moe", "shared_experts"],
+}
 #: the transformer layer recomputes each MLP that is not Megatron-Core's own MoE layer
 MLPS = SELECTIVE | {"recompute_modules": ["mlp"]}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -119,8 +124,8 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 @pytest.mark.parametrize("estimator", ["rolling", "exact"])
 @pytest.mark.parametrize(
     "how",
-    [{}, SELECTIVE, MLPS, FULL],
-    ids=["plain", "recompute the layer", "recompute MLPs", "recompute all"],
+    [{}, SELECTIVE, SHARED, MLPS, FULL],
+    ids=["plain", "recompute the layer", "recompute shared experts", "recompute MLPs", "recompute all"],
 )
 def test_choices_that_move_the_bias_count_once(estimator: str, how: dict[str, Any]) -> None:
     def body(rank: int, world: int) -> None:
