@@ -93,8 +93,17 @@ def deepspeed_engine(stage: int, model: nn.Module, mesh: Mesh | None) -> Engine:
 
     passes = trained.MICRO_BATCHES
     size = trained.SEQUENCES // WORLD // passes
+    # by default ZeRO 3 keeps weights as small as these whole
+    settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return build_deepspeed_engine(
-        model, mesh, adamw, zero_stage=stage, max_norm=MAX_NORM, micro_batch=size, micro_batches=passes
+        model,
+        mesh,
+        adamw,
+        zero_stage=stage,
+        settings=settings,
+        max_norm=MAX_NORM,
+        micro_batch=size,
+        micro_batches=passes,
     )
 
 
@@ -146,7 +155,7 @@ def engines() -> dict[str, Callable[..., Run]]:
             sharded = replace(degrees, data_parallel="fsdp")
             found[f"this package's engine, ddp, {where}"] = partial(with_engine, torch_engine, degrees, passes)
             found[f"this package's engine, fsdp, {where}"] = partial(with_engine, torch_engine, sharded, passes)
-            for stage in (0, 1, 2):
+            for stage in (0, 1, 2, 3):
                 build = partial(deepspeed_engine, stage)
                 found[f"DeepSpeed, ZeRO {stage}, {where}"] = partial(with_engine, build, degrees, passes)
         for what, given in MEGATRON.items():

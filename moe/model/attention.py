@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self, seq_len: int, rotated: int, base: float, split_heads: int) -> None:
         super().__init__()
-        self.rotary_base = base
+        self.rotary_base, self.seq_len = base, seq_len
         self._angles = partial(_rotary, seq_len, rotated, base)
         self._positions_S: Tensor | None = None
         cos_SR, sin_SR = self._angles()
@@ -63,6 +63,14 @@ class Attention(nn.Module):
 
     def _rotate(self, t: Tensor) -> Tensor:
         """Rotate each channel pair (i, i + R/2) of [..., S, R] by the angle of its position."""
+        length, held = t.shape[-2], self.cos_SR.shape[0]
+        split = self._positions_S is not None
+        if length > held or (split and length < held):
+            parts = self.seq_len // held
+            raise ValueError(
+                f"x: sequences of {length * parts} positions, but the model has seq_len={self.seq_len}; give it "
+                f"sequences of {'exactly' if split else 'at most'} that length, or build it with another seq_len"
+            )
         first, second = t.chunk(2, dim=-1)
         cos_SR = self.cos_SR[: t.shape[-2]].to(t.dtype)
         sin_SR = self.sin_SR[: t.shape[-2]].to(t.dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -69,11 +68,13 @@ def engine_of(
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         shape = (config.data.micro_batch, config.data.seq_len)
         return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, micro_batches=micro_batches, **shared)
-    with _named_extra(config.engine):
+    try:
         if config.engine == "megatron":
             from ..engines.megatron import build_megatron_engine
         else:
             from ..engines.deepspeed import build_deepspeed_engine
+    except ImportError as error:  # it names the extra to install
+        raise ValueError(f"engine={config.engine!r}: cannot be imported: {error}") from None
     if config.engine == "megatron":
         sharded = config.megatron.distributed_optimizer
         return build_megatron_engine(model, mesh, optimizer, distributed_optimizer=sharded, **shared)
@@ -89,14 +90,3 @@ def engine_of(
         micro_batches=micro_batches,
         **shared,
     )
-
-
-@contextmanager
-def _named_extra(engine: str) -> Iterator[None]:
-    """Turn an ImportError into a ValueError that names the extra to install."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(
-            f"engine={engine!r}: cannot be imported ({error}); install it with pip install 'equimoe[{engine}]'"
-        ) from None

@@ -144,18 +144,13 @@ class DeepSpeedConfig:
     """DeepSpeed, if ``engine`` is "deepspeed"."""
 
     #: 0: every rank holds everything; 1: shard the optimizer's state over the ranks that hold a weight; 2: shard the
-    #: gradients too
+    #: gradients too; 3: shard the weights too
     zero_stage: int = 1
     #: a DeepSpeed configuration (JSON) for what has no option here; values that contradict this run are refused
     config: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.zero_stage in (0, 1, 2),
-            "deepspeed.zero_stage",
-            self.zero_stage,
-            "use 0, 1 or 2; stage 3 would overwrite one rank's experts with another's",
-        )
+        require(self.zero_stage in (0, 1, 2, 3), "deepspeed.zero_stage", self.zero_stage, "use 0, 1, 2 or 3")
         require(
             self.config is None or self.config.strip() != "",
             "deepspeed.config",

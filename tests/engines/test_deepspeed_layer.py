@@ -15,8 +15,10 @@ from torch import Tensor, nn
 deepspeed = pytest.importorskip("deepspeed", reason="needs DeepSpeed, which `make engines` installs")
 pytestmark = pytest.mark.engines
 
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.moe.layer import MoE as DeepSpeedMoE  # noqa: E402
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 
 from equimoe.moe.engines.deepspeed import MoE  # noqa: E402
 from tests.helpers import trained  # noqa: E402
@@ -46,18 +48,18 @@ def data(step: int) -> Tensor:
     return torch.randn(T, D, generator=torch.Generator().manual_seed(step))
 
 
-def loss_of(model: Any, x_TD: Tensor) -> Tensor:
+def loss_of(model: Any, x_TD: Tensor, coefficient: float = COEFFICIENT) -> Tensor:
     y_TD, l_aux, _ = model(x_TD)
-    return (y_TD - x_TD.flip(1)).square().mean() + COEFFICIENT * l_aux
+    return (y_TD - x_TD.flip(1)).square().mean() + coefficient * l_aux
 
 
 @cache
-def one_process(k: int) -> dict[str, Tensor]:
+def one_process(k: int, steps: tuple[int, ...] = (*range(STEPS),), coefficient: float = COEFFICIENT) -> Any:
     """The names are those of DeepSpeed's layer."""
     model = Toy(MoE, 1, k)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
-    for step in range(STEPS):
-        loss_of(model, data(step)).backward()
+    for step in steps:
+        loss_of(model, data(step), coefficient).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.clone() for name, value in model.state_dict().items()}
@@ -119,6 +121,46 @@ def test_the_script_equals_one_process(stage: int, k: int) -> None:
         assert joined.keys() == right.keys()
         error, name = trained.worst(joined, right)
         assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "section", "skipped", "tolerance"),
+    [
+        (torch.bfloat16, {"bf16": {"enabled": True}}, 0, 0.03),
+        (torch.float16, {"fp16": {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}}, 2, 0.01),
+    ],
+)
+def test_weights_of_16_bits(stage: int, dtype: torch.dtype, section: Any, skipped: int, tolerance: float) -> None:
+    """DeepSpeed keeps fp32 copies, which train as in fp32. ``l_aux`` is scaled with the loss, and after updates that
+    overflow skips, a new step begins."""
+
+    def rank_main(rank: int, world: int) -> Any:
+        get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks whether the CPU is fast at it
+        model = Toy(MoE, 2, 2)
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": ""})
+        optimizer = torch.optim.AdamW(groups, lr=0.02)
+        how = config(stage, 2, world) | section
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=how)
+        applied = []
+        for step in range(5):
+            for _ in range(2):
+                engine.backward(loss_of(engine, data(step).chunk(world)[rank].to(dtype)))
+                engine.step()
+            applied += [step] * engine.was_step_applied()
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        for parameter in model.parameters():
+            parameter.data = safe_get_full_fp32_param(parameter)
+        return tuple(applied), globally(model.state_dict(), rank * E // 2)
+
+    (applied, first), (_, second) = run_ranks(rank_main, 2)
+    assert applied == (*range(skipped, 5),)
+    joined = first | second
+    error, name = trained.worst(joined, one_process(2, applied))
+    assert error < tolerance, (name, error)
+    gate = {name: value for name, value in joined.items() if "gate" in name}
+    errors = [trained.worst(gate, one_process(2, applied, factor))[0] for factor in (COEFFICIENT, 0.0)]
+    assert errors[1] > 2 * errors[0]
 
 
 def test_only_the_import_changes() -> None:

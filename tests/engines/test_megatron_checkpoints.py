@@ -19,16 +19,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # no
 from equimoe.moe.engines.megatron import moe_layer_spec  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_cpu import save as write  # noqa: E402
-from tests.helpers.megatron_models import (  # noqa: E402
-    Trainer,
-    assert_equal,
-    chunks_of,
-    config_of,
-    joined,
-    megatron,
-    moment,
-    parts,
-)
+from tests.helpers.megatron_models import Trainer, chunks_of, config_of, megatron  # noqa: E402
+from tests.helpers.megatron_tensors import assert_equal, joined, moment, parts  # noqa: E402
 
 TP, PP, EP, ETP = (
     "tensor_model_parallel_size",

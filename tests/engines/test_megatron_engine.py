@@ -55,7 +55,8 @@ def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
     matrices = [p for p in trainable.values() if p.dim() > 1]
     rest = [p for p in trainable.values() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.5)
+    used = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(used, weight_decay=0.5, eps=1e-3, betas=(0.8, 0.95))
 
 
 def model(layers: int = 4, wide: int = 24, **how: Any) -> Any:

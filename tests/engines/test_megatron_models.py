@@ -11,7 +11,8 @@ pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make en
 pytestmark = pytest.mark.engines
 
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.megatron_models import Run, Whole, assert_same_training, joined, run  # noqa: E402
+from tests.helpers.megatron_models import Run, assert_same_training, run  # noqa: E402
+from tests.helpers.megatron_tensors import Whole, joined  # noqa: E402
 
 _known: dict[str, list[Run]] = {}
 
@@ -55,6 +56,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "recompute the layer": (2, {TP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
     "recompute the layer, pp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    "recompute MLPs, pp": (2, {PP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+    "recompute MLPs and the layer": (
+        2,
+        {TP: 2, "recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    ),
     "recompute the norm": (2, {EP: 2, "recompute_granularity": "selective", "recompute_modules": ["moe", "layernorm"]}),
     "recompute the activation": (
         2,

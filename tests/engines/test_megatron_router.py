@@ -20,7 +20,8 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 from equimoe.moe.engines.megatron import MoELayer  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.megatron_models import Run, Whole, config_of, joined, logged, megatron, run  # noqa: E402
+from tests.helpers.megatron_models import Run, config_of, logged, megatron, run  # noqa: E402
+from tests.helpers.megatron_tensors import Whole, joined  # noqa: E402
 
 T, D = 67, 32
 SIGMOID = {"moe_router_score_function": "sigmoid"}

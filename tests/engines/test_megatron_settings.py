@@ -12,7 +12,8 @@ pytest.importorskip("megatron.core", reason="needs Megatron-Core, which `make en
 pytestmark = pytest.mark.engines
 
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.megatron_models import Run, assert_same_training, joined, run  # noqa: E402
+from tests.helpers.megatron_models import Run, assert_same_training, run  # noqa: E402
+from tests.helpers.megatron_tensors import joined  # noqa: E402
 
 TP, EP, ETP = "tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"
 #: with one expert-tensor-parallel rank, Megatron-Core would not sum the gradients of its experts over these ranks
@@ -20,6 +21,7 @@ SEQUENCE = {TP: 2, ETP: 2, "sequence_parallel": True}
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 BIAS = SIGMOID | {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.1}
 RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+MLPS = RECOMPUTE | {"recompute_modules": ["mlp"]}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -51,6 +53,7 @@ MEGATRON: dict[str, tuple[int, dict[str, Any]]] = {
     "sequence parallel": (2, SEQUENCE),
     "bias, recompute": (2, BIAS | RECOMPUTE),
     "global, recompute": (2, RECOMPUTE),
+    "bias, recompute MLPs": (2, BIAS | MLPS),
     "bias, recompute all": (2, BIAS | FULL),
     "groups, bias": (1, BIAS | {"moe_router_num_groups": 2, "moe_router_group_topk": 1}),
     "sinkhorn": (1, {"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}),

@@ -17,17 +17,15 @@ from equimoe.moe.engines.megatron import step as steps  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_models import (  # noqa: E402
     Trainer,
-    Whole,
-    assert_equal,
     assert_same_training,
     chunks_of,
     config_of,
     forward_layers,
-    joined,
     logged,
     megatron,
     run,
 )
+from tests.helpers.megatron_tensors import Whole, assert_equal, joined  # noqa: E402
 
 EP = "expert_model_parallel_size"
 BIAS = {
@@ -113,11 +111,22 @@ def test_a_step_after_a_broken_one_is_as_if_there_had_been_none(estimator: str, 
 
 
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+SHARED = {
+    "moe_shared_expert_intermediate_size": 16,
+    "recompute_granularity": "selective",
+    "recompute_modules": ["moe", "shared_experts"],
+}
+#: the transformer layer recomputes each MLP that is not Megatron-Core's own MoE layer
+MLPS = SELECTIVE | {"recompute_modules": ["mlp"]}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 @pytest.mark.parametrize("estimator", ["rolling", "exact"])
-@pytest.mark.parametrize("how", [{}, SELECTIVE, FULL], ids=["plain", "recompute the layer", "recompute all"])
+@pytest.mark.parametrize(
+    "how",
+    [{}, SELECTIVE, SHARED, MLPS, FULL],
+    ids=["plain", "recompute the layer", "recompute shared experts", "recompute MLPs", "recompute all"],
+)
 def test_choices_that_move_the_bias_count_once(estimator: str, how: dict[str, Any]) -> None:
     def body(rank: int, world: int) -> None:
         with megatron():

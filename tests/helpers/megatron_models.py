@@ -1,4 +1,4 @@
-"""Small models of Megatron-Core that contain MoE layers, trained on a CPU, and their tensors as whole tensors.
+"""Small models of Megatron-Core that contain MoE layers, and their training.
 
 S positions, B sequences, M micro-batches, D hidden.
 """
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -36,6 +34,7 @@ from equimoe.moe import counting_pass
 from equimoe.moe.engines.megatron import moe_layer_spec
 
 from .megatron_cpu import megatron_on_cpu
+from .megatron_tensors import Whole, assert_equal, fill, joined, moment, parts
 
 D, E, S, VOCAB = 16, 4, 8, 32
 _SIZES = {
@@ -46,8 +45,6 @@ _SIZES = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
 }
-#: key -> whole tensor
-Whole = dict[str, Tensor]
 #: name of a loss -> its values by layer
 Logged = dict[str, Tensor]
 
@@ -164,64 +161,6 @@ def chunks_of(config: TransformerConfig, spec: ModuleSpec | None = None, alone: 
         )
         chunks.append(model)
     return chunks
-
-
-# ---- tensors
-
-
-def shards(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] = lambda p: p) -> list[ShardedTensor]:
-    """Return this rank's parts of all tensors, with ``value_of`` each in its place (None: without it)."""
-    found = []
-    for model in chunks:
-        for item in nested_values(model.sharded_state_dict()):
-            if isinstance(item, ShardedTensor | ShardedTensorFactory):
-                item.data = value_of(item.data)
-                if item.data is not None:
-                    found.append(item)
-    state = dict(enumerate(found))
-    apply_factories(state)
-    return [s for s in nested_values(state) if isinstance(s, ShardedTensor)]
-
-
-def _where(shard: ShardedTensor) -> tuple[Any, ...]:
-    lead = shard.prepend_axis_num
-    sizes = zip(shard.global_offset[lead:], shard.local_shape[-len(shard.global_shape) + lead :], strict=True)
-    return (*shard.global_offset[:lead], *(slice(start, start + length) for start, length in sizes))
-
-
-def parts(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] = lambda p: p) -> list[Any]:
-    """Return this rank's parts, to be joined by :func:`joined`."""
-    return [(s.key, s.global_shape, _where(s), s.data.detach().clone()) for s in shards(chunks, value_of)]
-
-
-def joined(parts_of_ranks: list[list[Any]], tolerance: float = 1e-6) -> Whole:
-    """Return whole tensors. Parts that several ranks hold must be equal, and no element may be missing."""
-    whole: Whole = {}
-    for key, shape, where, value in (part for rank in parts_of_ranks for part in rank):
-        tensor = whole.setdefault(key, torch.full(shape, torch.nan, dtype=torch.float64))
-        known = tensor[where]
-        filled = ~known.isnan()
-        torch.testing.assert_close(known[filled], value.double()[filled], rtol=tolerance, atol=tolerance, msg=key)
-        tensor[where] = value.double()
-    for key, tensor in whole.items():
-        assert not tensor.isnan().any(), f"{key}: no rank has all of it"
-    return whole
-
-
-@torch.no_grad()
-def fill(chunks: list[nn.Module], whole: Whole) -> None:
-    """Copy whole tensors into this rank's parts."""
-    for shard in shards(chunks):
-        shard.data.copy_(whole[shard.key][_where(shard)])
-
-
-def assert_equal(found: Whole, wanted: Whole, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
-
-
-# ---- training
 
 
 def sequences(step: int, number: int = 4) -> Tensor:
@@ -388,25 +327,6 @@ def run(
         for name in ("exp_avg", "exp_avg_sq"):
             found.parts[name] = parts(chunks, partial(moment, trainer.optimizer, name))
         return found
-
-
-def moment(optimizer: Any, name: str, parameter: Tensor) -> Tensor | None:
-    """Return a whole moment of a parameter from this rank's part of the optimizer; None of a buffer."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if hasattr(part, "model_param_gbuf_map"):
-            if all(parameter is not of_part for buffer in part.buffers for of_part in buffer.params):
-                continue
-            whole = torch.zeros(parameter.numel())
-            if parameter in part.model_param_group_index_map:
-                group, order = part.model_param_group_index_map[parameter]
-                held = part.optimizer.param_groups[group]["params"][order]
-                held_range = part._get_model_param_range_map(parameter)["param"]
-                whole[held_range.start : held_range.end] = part.optimizer.state[held][name]
-            dist.all_reduce(whole, group=part.data_parallel_group)
-            return whole.view_as(parameter)
-        if parameter in part.optimizer.state:
-            return part.optimizer.state[parameter][name]
-    return None
 
 
 def assert_same_training(runs: list[Run], wanted: list[Run], kinds: tuple[str, ...] | None = None) -> None:

@@ -78,21 +78,24 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
 
 
 def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]) -> None:
-    """Run an evaluation, a step that raises, one that is not finite, and one that is refused. All leave nothing behind.
+    """Run an evaluation, steps that raise, one that is not finite, and one that is refused. All leave nothing behind.
 
-    The step that raises has two micro-batches, which are counted ahead, and breaks in the second training forward.
+    The steps that raise have two micro-batches, which are counted ahead, and break in the second training forward, or
+    in its backward.
     """
     engine.evaluate(batches_of(7))
-    calls = iter(range(4))
 
-    def broken(module: nn.Module, args: Any, output: Tensor) -> None:
-        if next(calls) == 3:
-            raise ArithmeticError("planted")
+    def planted(*_: Any) -> None:
+        raise ArithmeticError("planted")
 
-    handle = engine.parts[0].register_forward_hook(broken)
-    with pytest.raises(ArithmeticError, match="planted"):
-        engine.step(batches_of(8), 0.01)
-    handle.remove()
+    for broken in (planted, lambda module, args, output: output.register_hook(planted) and None):
+        calls = iter(range(4))
+        handle = engine.parts[0].register_forward_hook(
+            lambda *given, calls=calls, broken=broken: broken(*given) if next(calls) == 3 else None
+        )
+        with pytest.raises(ArithmeticError, match="planted"):
+            engine.step(batches_of(8), 0.01)
+        handle.remove()
     before = state(engine)
     handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
     result = engine.step(batches_of(9), 0.01)

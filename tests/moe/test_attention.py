@@ -199,3 +199,17 @@ def test_tensor_parallelism_refuses_heads_that_do_not_divide() -> None:
     of = parity.Composition(4, ParallelConfig(tp=4), attention=GROUPED)
     with pytest.raises(Exception, match=r"parallel.tp=4: must divide attention.num_kv_heads=2"):
         parity.on_ranks(of)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_that_the_rotary_tables_lack_are_refused(kind: str) -> None:
+    """Shorter sequences are correct, unless context parallelism has given this rank some positions of whole ones."""
+    module = ATTENTION[KINDS[kind].kind](D, N, 8, KINDS[kind])
+    assert module(torch.randn(B, 3, D)).shape == (B, 3, D)
+    with pytest.raises(ValueError, match="sequences of 9 positions, .* seq_len=8; give it sequences of at most that"):
+        module(torch.randn(B, 9, D))
+    module.hold(torch.tensor([0, 1, 6, 7]))
+    assert module(torch.randn(B, 4, D)).shape == (B, 4, D)
+    for length in (2, 5):
+        with pytest.raises(ValueError, match=f"of {2 * length} positions, .* seq_len=8; .* exactly that length"):
+            module(torch.randn(B, length, D))

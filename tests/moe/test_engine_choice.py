@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,31 @@ from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 
 
-def test_without_its_package_an_engine_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("equimoe.moe.engines.deepspeed")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    config = small.on(small.write_texts(tmp_path), engine="deepspeed")
+@pytest.fixture(params=["deepspeed", "megatron"])
+def missing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package that cannot be imported."""
+    package: str = request.param
+    for name in list(sys.modules):
+        if name.startswith(f"equimoe.moe.engines.{package}"):
+            monkeypatch.delitem(sys.modules, name)
+        if name.startswith(f"{package}."):
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    return package
+
+
+def test_without_its_package_an_engine_names_the_extra(tmp_path: Path, missing: str) -> None:
+    config = small.on(small.write_texts(tmp_path), engine=missing)
     corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
-    with pytest.raises(ValueError, match=r"engine='deepspeed'.*pip install 'equimoe\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=rf"engine='{missing}'.*pip install 'equimoe\[{missing}\]'") as raised:
         Trainer(config, corpus, None, torch.device("cpu"))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_its_package_an_import_names_the_extra(missing: str) -> None:
+    with pytest.raises(ImportError, match=rf"{missing}.*pip install 'equimoe\[{missing}\]'") as raised:
+        importlib.import_module(f"equimoe.moe.engines.{missing}")
+    assert "\n" not in str(raised.value) and raised.value.__suppress_context__
 
 
 def test_the_core_imports_no_foreign_engine() -> None:

@@ -18,6 +18,16 @@ _ZERO = {
     "cpu_offload": False,
     "cpu_offload_params": False,
 }
+#: more of them, for stage 3, which would otherwise gather weights over the wrong ranks, or export one rank's experts
+_ZERO3 = {
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "stage3_gather_16bit_weights_on_model_save": False,
+    "stage3_gather_fp16_weights_on_model_save": False,
+}
 
 
 def check_degrees(degrees: ParallelConfig | None) -> None:
@@ -44,34 +54,30 @@ def build_config(
 
     Raises ValueError for a field whose value contradicts the arguments, and for what the engine cannot hold.
     """
-    if zero_stage not in (0, 1, 2):
-        raise ValueError(
-            f"deepspeed.zero_stage={zero_stage}: use 0, 1 or 2; stage 3 shards experts as if all ranks held the same "
-            "ones, and would overwrite one rank's with another's"
-        )
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_stage={zero_stage}: use 0, 1, 2 or 3")
     own = {
         "train_batch_size": micro_batch * micro_batches * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": max_norm if zero_stage else 0.0,
     }
-    given = settings.get("zero_optimization") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"zero_optimization={given} in the DeepSpeed configuration: must be an object, or left out")
-    zero = dict(given)
-    _check_zero(zero)
+    zero = dict(_section(settings, "zero_optimization"))
+    _check_zero(zero, _ZERO | _ZERO3 if zero_stage == 3 else _ZERO)
     _agree("zero_optimization.stage", zero.get("stage", zero_stage), zero_stage, "deepspeed.zero_stage")
     for name, value in own.items():
         expected = max_norm if name == "gradient_clipping" else value
         _agree(name, settings.get(name, expected), expected, _SOURCES[name])
     for name in _PRECISIONS:
-        if (settings.get(name) or {}).get("enabled") not in (None, False, "auto"):
+        if _section(settings, name).get("enabled") not in (None, False, "auto"):
             raise ValueError(
                 f"{name}.enabled=True in the DeepSpeed configuration: it would round the routers' weights, which sends "
                 "tokens to other experts; leave it out, and set dtype='bfloat16' for products in bfloat16"
             )
     settings = {name: value for name, value in settings.items() if name not in _PRECISIONS}
     _agree("sequence_parallel_size", settings.get("sequence_parallel_size", 1), 1, "the DeepSpeed engine's")
+    order = "use_data_before_expert_parallelism"
+    _agree(order, settings.get(order, False), False, "the mesh's order of ranks")
     for name in _OURS:
         if settings.get(name):
             raise ValueError(f"{name} in the DeepSpeed configuration: the training loop has its own; leave it out")
@@ -79,11 +85,19 @@ def build_config(
     return {**defaults, **settings, **own, "zero_optimization": {**zero, "stage": zero_stage}}
 
 
-def _check_zero(zero: dict[str, Any]) -> None:
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object of the configuration; an empty one if it is left out."""
+    found = settings.get(name) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={found} in the DeepSpeed configuration: must be an object, or left out")
+    return found
+
+
+def _check_zero(zero: dict[str, Any], only: dict[str, Any]) -> None:
     for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device", "none") != "none":
+        if _section(zero, name).get("device", "none") != "none":
             raise ValueError(f"zero_optimization.{name} in the DeepSpeed configuration: is not supported; leave it out")
-    for name, value in _ZERO.items():
+    for name, value in only.items():
         if (found := zero.get(name, value)) not in ("auto", value):
             raise ValueError(
                 f"zero_optimization.{name}={found} in the DeepSpeed configuration: is not supported for models with "

@@ -1,4 +1,4 @@
-"""The engine that trains with DeepSpeed (0.19): ZeRO 0, 1 and 2, together with this package's expert parallelism."""
+"""The engine that trains with DeepSpeed (0.19): ZeRO 0 to 3, together with this package's expert parallelism."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.optim import Optimizer
 
 from ...balance import Step
-from ...checkpoint import restore_optimizer, training_state
 from ...collectives import world_axis
 from ...layer import MoE
 from ...parallel import LocalBatch, LossFunction, Mesh, check_alike, parallelize, token_losses
@@ -34,6 +26,7 @@ from ..reduce import Reducer
 from ..runners import Precision, WholeModel
 from .config import build_config, check_degrees
 from .experts import adopt_experts, check_experts, refuse_other_ep, split_groups
+from .shards import SHARDS, Replicated, Sharded
 
 
 def build_deepspeed_engine(
@@ -55,7 +48,7 @@ def build_deepspeed_engine(
     The arguments are those of :func:`equimoe.moe.engines.build_engine`, and these:
 
     * ``zero_stage``: 0 replicates everything; 1 shards the optimizer's state over the ranks that hold a weight, 2 the
-      gradients too.
+      gradients too, 3 the weights too.
     * ``settings``: a DeepSpeed configuration, for what is not set here. A field that contradicts the other arguments
       is refused.
     * ``micro_batch``, ``micro_batches``: sequences per forward on a rank, and forwards per step, for DeepSpeed's own
@@ -73,17 +66,19 @@ def build_deepspeed_engine(
     check_alike(model, world)
     if mesh is not None:
         parallelize(model, mesh)
-    adopt_experts(model, 1 if mesh is None else mesh["ep"].size, float(world.size))
+    _join(device)
+    adopt_experts(model, 1 if mesh is None else mesh["ep"].size, float(world.size), zero_stage)
     parameters = dict(model.named_parameters())
     check_experts(parameters.values(), zero_stage)
-    made = optimizer({name: p for name, p in parameters.items() if p.requires_grad})
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    made = optimizer(trained)
     split_groups(made)
-    _join(device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
     refuse_other_ep(made)
+    shards = SHARDS[zero_stage](engine, parameters, trained, made)
     runner = _Runner(engine, mesh, loss, precision, float(world.size))
     balance = StepBalance([Step.of(model)], exact)
-    return DeepSpeedEngine(model, parameters, mesh, engine, made, runner, balance, device, zero_stage, max_norm)
+    return DeepSpeedEngine(model, parameters, mesh, engine, shards, runner, balance, device, max_norm)
 
 
 def _join(device: torch.device) -> None:
@@ -130,19 +125,17 @@ class DeepSpeedEngine:
         parameters: dict[str, nn.Parameter],
         mesh: Mesh | None,
         engine: Any,
-        optimizer: Optimizer,
+        shards: Replicated,
         runner: _Runner,
         balance: StepBalance,
         device: torch.device,
-        zero_stage: int,
         max_norm: float,
     ) -> None:
         self.parts, self.parameters, self.balance = [model], parameters, balance
         #: DeepSpeed's own engine, for example for its checkpoints
         self.deepspeed = engine
-        self._optimizer, self._mesh, self._runner = optimizer, mesh, runner
-        self._device, self._zero, self._max_norm = device, zero_stage > 0, max_norm
-        self._trained = {name for name, p in parameters.items() if p.requires_grad}
+        self._shards, self._mesh, self._runner = shards, mesh, runner
+        self._device, self._max_norm = device, max_norm
 
     def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
@@ -155,32 +148,25 @@ class DeepSpeedEngine:
             norm, applied = self._update(lr, losses, accept)
         except BaseException:
             self.balance.discard()
-            self._forget()
+            self._shards.forget()
             raise
         self.balance.end(applied)
         return StepResult(losses, norm, applied)
 
     def _update(self, lr: float, losses: list[Tensor], accept: Accept | None) -> tuple[Tensor, bool]:
         """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
-        for group in self._optimizer.param_groups:
+        for group in self._shards.optimizer.param_groups:
             group["lr"] = lr
-        if self._zero:  # clips in its own step
-            norm = torch.as_tensor(self.deepspeed.optimizer.scaled_global_norm(), dtype=torch.float32)
-            norm = torch.where(norm < 0, torch.inf, norm)  # DeepSpeed's sign of a norm that is not finite
+        if sharded := isinstance(self._shards, Sharded):  # clips in its own step
+            norm = self._shards.norm()
         else:
             grads = [self._logical(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
             norm = clip_gradients_(grads, self._max_norm, self._device)
-        if accepted(accept, Computed(losses, norm, self._gradient), self._mesh):
+        if accepted(accept, Computed(losses, norm, self._shards.gradient), self._mesh):
             self.deepspeed.step()
-            return norm, not self._zero or bool(self.deepspeed.was_step_applied())
-        self._forget()
+            return norm, not sharded or bool(self.deepspeed.was_step_applied())
+        self._shards.forget()
         return norm, False
-
-    def _gradient(self) -> list[Tensor]:
-        if self._zero:
-            parts = self.deepspeed.optimizer.averaged_gradients.values()
-            return [part for group in parts for part in group if part is not None]
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
@@ -190,52 +176,16 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.weights`."""
-        biases = {n: b for n, b in self.parts[0].named_buffers() if n.endswith("router.bias_E")}
-        return {name: self._logical(name, p.detach()) for name, p in self.parameters.items()} | biases
+        return {name: self._logical(name, p.detach()) for name, p in self.parameters.items()} | self._biases()
 
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers what ZeRO shards."""
-        found = {f"model.{name}": weight for name, weight in self.weights().items()}
-        found |= self._zero_state() if self._zero else training_state(self._trained_parameters(), self._optimizer, {})
+        found = self._shards.state()
         for name in self.parameters:
             for key in (f"model.{name}", f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"):
-                if key in found and not isinstance(found[key], DTensor):
+                if key in found:
                     found[key] = self._logical(name, found[key])
-        return found
-
-    def _zero_state(self) -> dict[str, Tensor]:
-        """The fp32 weights and AdamW's moments of which every rank holds a part, whole."""
-        found: dict[str, Tensor] = {}
-        steps = self._steps()
-        self._check_moments()
-        if steps:
-            self._link()
-        for name, parameter in self._trained_parameters().items():
-            found[f"model.{name}"] = safe_get_full_fp32_param(parameter)
-            for key in ("exp_avg", "exp_avg_sq"):
-                full = safe_get_full_optimizer_state(parameter, key) if steps else torch.zeros_like(parameter)
-                found[f"optimizer.{name}.{key}"] = full.detach()
-            found[f"optimizer.{name}.step"] = torch.tensor(float(steps))
-        return found
-
-    def _link(self) -> None:
-        """Let each parameter know its moments. DeepSpeed does it after the update of the first parameter group, when
-        the other groups have no moments yet."""
-        self.deepspeed.optimizer._hp_optimizer_states_linked = False
-        self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _check_moments(self) -> None:
-        """Raise ValueError if the optimizer keeps something else than AdamW's moments."""
-        kept = {key for state in self._optimizer.state.values() for key, value in state.items() if value is not None}
-        if other := sorted(kept - {"step", "exp_avg", "exp_avg_sq"}):
-            raise ValueError(
-                f"{type(self._optimizer).__name__}: a checkpoint with ZeRO holds the moments of AdamW, and would lose "
-                f"{other[0]}; use AdamW, or zero_stage=0"
-            )
-
-    def _steps(self) -> int:
-        """How many updates the optimizer has made."""
-        return max((int(state["step"]) for state in self._optimizer.state.values() if "step" in state), default=0)
+        return found | {f"model.{name}": bias_E for name, bias_E in self._biases().items()}
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`. Frozen weights have no moments here."""
@@ -243,23 +193,10 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
-        own = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
-        if not self._zero:
-            restore_optimizer(self._trained_parameters(), self._optimizer, own)
-            return
-        steps = [float(own[f"optimizer.{name}.step"]) for name in self._trained_parameters()]
-        for flat in (p for group in self._optimizer.param_groups for p in group["params"]):
-            moments = {key: torch.zeros_like(flat) for key in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[flat] = {"step": torch.tensor(max(steps, default=0.0)), **moments}
-        self._link()
-        for name, parameter in self._trained_parameters().items():
-            parameter.copy_(own[f"model.{name}"])
-            safe_set_full_fp32_param(parameter, own[f"model.{name}"])
-            for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, own[f"optimizer.{name}.{key}"], key)
+        self._shards.restore({key: v.to_local() if isinstance(v, DTensor) else v for key, v in state.items()})
 
-    def _trained_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.parameters.items() if name in self._trained}
+    def _biases(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self.parts[0].named_buffers() if name.endswith("router.bias_E")}
 
     def _logical(self, name: str, value: Tensor) -> Tensor:
         """Return a tensor of the parameter ``name`` as part of the whole: a rank's experts are a shard of all."""
@@ -267,23 +204,9 @@ class DeepSpeedEngine:
             return value
         return DTensor.from_local(value, self._mesh.expert["ep"], [Shard(0)], run_check=False)
 
-    def _forget(self) -> None:
-        """Drop the gradients of a step that is not taken."""
-        self.deepspeed.zero_grad()
-        if not self._zero:
-            return
-        zero = self.deepspeed.optimizer
-        zero.zero_grad(set_to_none=True)
-        for key in zero.averaged_gradients:
-            zero.averaged_gradients[key] = None
-            zero.all_grad_tensors[key] = None
-        for bucket in zero.ipg_buckets.values():
-            bucket.clear()
-        zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
-
     def _check_trained(self) -> None:
         now = {name for name, p in self.parameters.items() if p.requires_grad}
-        if changed := sorted(now ^ self._trained):
+        if changed := sorted(now ^ self._shards.trained.keys()):
             raise ValueError(
                 f"{changed[0]}: was frozen or unfrozen after the DeepSpeed engine was built, whose optimizer cannot "
                 "take it in; freeze weights before, or build a new engine"

@@ -23,20 +23,26 @@ from ...placement import Placement
 _PREFIX = "deepspeed_moe.experts.deepspeed_experts."
 
 
-def adopt_experts(model: nn.Module, ep: int, ranks: float) -> None:
+def adopt_experts(model: nn.Module, ep: int, ranks: float, zero_stage: int) -> None:
     """Turn the MoE layers of a model, whose experts are split over ``ep`` ranks, into layers that DeepSpeed knows.
 
     Each rank's experts become plain parameters that name the group of ranks with the same experts. DeepSpeed looks for
-    its own class, so each layer gets a class that is both its own and DeepSpeed's. ``ranks`` is the number over which
-    DeepSpeed averages gradients.
+    its own class, so each layer gets a class that is both its own and DeepSpeed's. ZeRO 3 refuses that class, and looks
+    at the parameters instead. ``ranks`` is the number over which DeepSpeed averages gradients.
     """
+    if zero_stage == 3:
+        create_groups(ep)
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         for name, weight in list(layer.experts.named_parameters(recurse=False)):
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             own: Any = nn.Parameter(local.detach(), requires_grad=weight.requires_grad)
             own.allreduce, own.group_name = False, f"ep_size_{ep}"
+            if zero_stage == 3:
+                _shard_over_replicas(own)
             layer.experts.register_parameter(name, own)
         layer.place(replace(layer.balancer.placed or Placement(), gradient_scale=ranks))
+        if zero_stage == 3:
+            continue
         layer.__class__ = _known_class(type(layer))
         layer.ep_size, layer.expert_group_name = ep, f"ep_size_{ep}"  # type: ignore[assignment]
         layer.num_experts, layer.num_local_experts = layer.config.num_experts, layer.config.num_experts // ep  # type: ignore[assignment]
@@ -44,10 +50,26 @@ def adopt_experts(model: nn.Module, ep: int, ranks: float) -> None:
         layer.register_load_state_dict_pre_hook(_stack)
 
 
+def _shard_over_replicas(weight: Any) -> None:
+    """Have ZeRO 3 shard an expert's ``weight`` over the ranks that hold the same experts, instead of over all ranks.
+
+    These are the marks of DeepSpeed's own experts ("AutoEP"): it averages their gradients over all ranks, and counts
+    the experts of every rank in the norm.
+    """
+    weight.ds_zero_placement_family, weight.ds_zero_partition_group_name = "autoep_expert", weight.group_name
+    weight.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(weight.group_name)
+
+
+def create_groups(ep: int, data_before_experts: bool = False) -> None:
+    """Create DeepSpeed's groups of ``ep`` ranks that share a layer's experts, and of ranks with the same experts."""
+    if f"ep_size_{ep}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep, use_data_before_expert_parallel_=data_before_experts)
+
+
 def check_experts(parameters: Iterable[nn.Parameter], zero_stage: int) -> None:
-    """Raise ValueError if ZeRO would have no expert to train: it needs a parameter group of experts."""
+    """Raise ValueError if ZeRO 1 or 2 would have no expert to train: they need a parameter group of experts."""
     experts = [p for p in parameters if is_moe_param(p)]
-    if zero_stage and experts and not any(p.requires_grad for p in experts):
+    if zero_stage in (1, 2) and experts and not any(p.requires_grad for p in experts):
         raise ValueError(
             f"deepspeed.zero_stage={zero_stage}: all experts are frozen, and DeepSpeed's ZeRO cannot hold a model with "
             "experts of which it trains none; set deepspeed.zero_stage=0, or use engine='torch'"
@@ -71,10 +93,7 @@ class Known:
     expert_group_name: str
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
+        create_groups(self.ep_size, use_data_before_expert_parallel_)
 
 
 def refuse_other_ep(optimizer: Optimizer) -> None:

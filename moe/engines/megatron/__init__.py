@@ -4,8 +4,11 @@
 this package with Megatron-Core.
 """
 
-from .config import moe_config
-from .engine import MegatronEngine, build_megatron_engine
-from .layer import MoELayer, moe_layer_spec
+try:
+    from .config import moe_config
+    from .engine import MegatronEngine, build_megatron_engine
+    from .layer import MoELayer, moe_layer_spec
+except ImportError as error:
+    raise ImportError(f"{__name__}: {error}; install Megatron-Core with pip install 'equimoe[megatron]'") from None
 
 __all__ = ["MegatronEngine", "MoELayer", "build_megatron_engine", "moe_config", "moe_layer_spec"]
