@@ -5,6 +5,7 @@ B sequences, S tokens per sequence, N domains, L MoE layers.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ class DomainLosses:
 def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
     """Return an autocast context that computes in bf16 if ``config.dtype`` is bfloat16, and else does nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set the random generators of a step. They depend on nothing else, so a run can resume on any mesh."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
@@ -161,7 +168,7 @@ class Trainer:
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
         self.scores: list[Tensor | None] = [None] * len(self.layers)
         self.step = 0
-        torch.manual_seed(config.seed + 1 + self.axis.rank)
+        self.saver = checkpoint.Saver(config.checkpoint.keep_last)
 
     @property
     def model(self) -> Decoder:
@@ -180,6 +187,7 @@ class Trainer:
         router's weight. Raises NonFiniteError on every rank if the norm is not finite; the weights are then unchanged.
         """
         config = self.config
+        seed_step(config.seed, self.step, self.axis.rank)
         sampled = self.batches.sample(
             self.step, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
@@ -236,21 +244,30 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return all tensors that a resume needs, including the state of load balancing and of random generators."""
+        """Return all tensors that a resume needs, including the state of load balancing.
+
+        Random generators are not among them: :func:`seed_step` sets them in every step.
+        """
         state = self.engine.state()
         for number, layer in self.layers.items():
             balance = layer.balancer.state(self.device)
             state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
-        state[f"generator.cpu.{self.axis.rank}"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state[f"generator.cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def save(self, root: Path) -> Path:
-        """Save a checkpoint of the current step and return its path. Every rank must call it."""
+    def start_saving(self, root: Path) -> Path:
+        """Begin to save a checkpoint of the current step, and return its path. Every rank must call it.
+
+        Training may go on at once; ``saver`` tells how the save ends.
+        """
         degrees = {} if self.mesh is None else asdict(self.mesh.degrees)
         position = {"world": self.axis.size, "parallel": degrees, "data": self.corpus.fingerprint}
-        return checkpoint.save(root, self.step, self.state(), position, self.config.checkpoint.keep_last)
+        return self.saver.start(root, self.step, self.state(), position)
+
+    def save(self, root: Path) -> Path:
+        """Save a checkpoint of the current step, and return its path when it is complete. Every rank must call it."""
+        path = self.start_saving(root)
+        self.saver.wait()
+        return path
 
     def resume(self, path: Path, manifest: dict[str, Any]) -> None:
         """Restore the state of a checkpoint, so that training continues exactly. Every rank must call it.
@@ -269,12 +286,6 @@ class Trainer:
         for number, layer in self.layers.items():
             own = f"balance.{number}."
             layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
-        try:
-            torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"{path}: a random generator's state is refused: {error}") from None
         self.step = int(manifest["step"])
 
     def describe(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -305,23 +316,29 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
         if progress is not None:
             progress.show(record)
 
-    while trainer.step < config.steps:
-        step, last = trainer.step + 1, trainer.step + 1 == config.steps
-        logged = last or step % config.log.every == 0
-        norm = trainer.train_step(observed=logged)
-        if progress is not None:
-            progress.advance(step)
-        if logged:
-            record, now = trainer.record(norm), time.perf_counter()
-            record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
-            record["elapsed_s"] = now - start
-            publish(record)
-            since = (step, time.perf_counter())
-        busy = time.perf_counter()
-        if last or (config.log.eval_every and step % config.log.eval_every == 0):
-            last_eval = trainer.evaluate()
-            publish(last_eval)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            trainer.save(run_dir / "checkpoints")
-        since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
+    try:
+        while trainer.step < config.steps:
+            trainer.saver.check()
+            step, last = trainer.step + 1, trainer.step + 1 == config.steps
+            logged = last or step % config.log.every == 0
+            norm = trainer.train_step(observed=logged)
+            if progress is not None:
+                progress.advance(step)
+            if logged:
+                record, now = trainer.record(norm), time.perf_counter()
+                record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
+                record["elapsed_s"] = now - start
+                publish(record)
+                since = (step, time.perf_counter())
+            busy = time.perf_counter()
+            if last or (config.log.eval_every and step % config.log.eval_every == 0):
+                last_eval = trainer.evaluate()
+                publish(last_eval)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                trainer.start_saving(run_dir / "checkpoints")
+            since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
+        trainer.saver.wait()
+    except BaseException:
+        trainer.saver.settle(config.parallel.timeout_s)
+        raise
     return last_eval
