@@ -221,7 +221,10 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
-    print(f"report:     {write_report(run_dir)}")
+    try:
+        print(f"report:     {write_report(run_dir)}")
+    except OSError as error:
+        print(f"report:     cannot be written ({error.strerror}); python -m equimoe.launch.report writes it later")
     print(f"continue:   {_command(arguments, env.this_process(), 2 * config.steps)}", flush=True)
 
 

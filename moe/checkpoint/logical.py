@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 _STACKED = "gate_up_proj"
 
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """A rank's part of a tensor, as several boxes. Implements the protocol by which DCP reads and writes a DTensor."""
+    """A rank's part of a tensor, as several boxes. Implements the protocol by which DCP plans DTensors."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -31,7 +32,7 @@ class Boxes:
         return self.shape
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(at), view.shape) for at, view in self.views.items()]
+        return [ChunkStorageMetadata(torch.Size(at), view.shape) for at, view in self.views.items() if view.numel()]
 
     def __create_write_items__(self, name: str, _value: object) -> list[WriteItem]:
         properties = TensorProperties(self.dtype)
@@ -41,26 +42,45 @@ class Boxes:
             items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
         return items
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.views[tuple(index.offset or ())]
-
 
 def logical(name: str, value: Tensor) -> Tensor | Boxes:
-    """Return ``value`` with its shape on any mesh. The result shares its memory."""
-    if not isinstance(value, DTensor) or value.dim() != 4 or _STACKED not in name:
+    """Return ``value`` with its shape on any mesh, and this rank's part of it. The result shares its memory."""
+    if not isinstance(value, DTensor):
         return value
+    offsets, local = _offsets(name, value), value.to_local()
+    if value.dim() != 4 or _STACKED not in name:
+        return Boxes(value.shape, value.dtype, {offsets: local})
     experts, halves, width, hidden = value.shape
-    local = value.to_local()
-    views: dict[tuple[int, ...], Tensor] = {}
-    for chunk in value.__create_chunk_list__():
-        expert, half, row, column = chunk.offsets
-        for i in range(local.shape[1] if local.numel() else 0):
-            views[expert, (half + i) * width + row, column] = local[:, i]
+    expert, half, row, column = offsets
+    views: dict[tuple[int, ...], Tensor] = {
+        (expert, (half + i) * width + row, column): local[:, i] for i in range(local.shape[1])
+    }
     return Boxes(torch.Size((experts, halves * width, hidden)), value.dtype, views)
 
 
 def view_of(value: Tensor | Boxes, index: MetadataIndex) -> Tensor:
     """Return the part of this rank's ``value`` that ``index`` names."""
-    if isinstance(value, Boxes):
-        return value.__get_tensor_shard__(index)
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.views[tuple(index.offset or ())] if isinstance(value, Boxes) else value
+
+
+def _offsets(name: str, value: DTensor) -> tuple[int, ...]:
+    """Return where this rank's part of ``value`` begins.
+
+    FSDP splits what other parallelism has left of a dimension. torch's own function for this is wrong if the parts are
+    uneven.
+    """
+    begin, size = [0] * value.dim(), list(value.shape)
+    coordinate = value.device_mesh.get_coordinate()
+    assert coordinate is not None, f"{name}: this rank is not in the mesh"
+    splits = list(zip(value.placements, value.device_mesh.shape, coordinate, strict=True))
+    for placement, ranks, index in sorted(splits, key=lambda split: isinstance(split[0], _StridedShard)):
+        if isinstance(placement, (Shard, _StridedShard)):
+            dim = placement.dim
+            part = -(-size[dim] // ranks)
+            first = min(index * part, size[dim])
+            begin[dim] += first
+            size[dim] = min(part, size[dim] - first)
+    local = value.to_local().shape
+    if tuple(size) != tuple(local):
+        raise ValueError(f"{name}: this rank holds {tuple(local)}, where {value.placements} give {tuple(size)}")
+    return tuple(begin)

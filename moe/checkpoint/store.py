@@ -62,10 +62,8 @@ def _wait_for(folder: Path, sizes: dict[str, int]) -> None:
         if not lacking:
             return
         if time.monotonic() > until:
-            size = sizes[lacking[0]]
-            what = (
-                f"{lacking[0]} of {size} bytes was written, but rank 0 sees {there.get(lacking[0], 'no')} bytes of it"
-            )
+            written, seen = sizes[lacking[0]], there.get(lacking[0], 0)
+            what = f"of {lacking[0]}, {written} bytes were written, but rank 0 sees {seen}"
             raise OSError(f"{what}; all ranks must share this folder")
         time.sleep(0.05)
 

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from . import ranks
@@ -189,7 +188,7 @@ def _signature(value: Tensor | Boxes) -> object:
     """Return what the plan depends on."""
     if isinstance(value, Boxes):
         return value.shape, value.dtype, tuple(value.views)
-    return value.shape, value.dtype, value.device, value.placements if isinstance(value, DTensor) else None
+    return value.shape, value.dtype
 
 
 def _check_finite(name: str, value: Tensor) -> None:
