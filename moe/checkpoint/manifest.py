@@ -78,7 +78,7 @@ def parse_manifest(path: Path) -> dict[str, Any]:
         if type(step) is not int or not 0 <= step <= _MAX_STEP:
             raise ValueError("step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a readable manifest ({type(error).__name__}); {REMEDY}") from None
+        raise CheckpointError(f"{file}: not a readable manifest ({reason(error)}); {REMEDY}") from None
     if type(schema) is not int or schema not in _FILES:
         known = " and ".join(map(str, sorted(_FILES)))
         raise CheckpointError(

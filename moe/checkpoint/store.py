@@ -24,7 +24,7 @@ from .manifest import FOLDER, LEGACY_SCHEMA, MANIFEST, TENSORS, CheckpointError,
 from .ranks import gather
 from .reshard import fill
 from .state import MOMENTS
-from .tensors import Saved
+from .tensors import Opened, Saved
 
 #: how long rank 0 waits until it sees the files of all ranks; network file systems may take seconds
 _VISIBLE_S = 10.0
@@ -121,7 +121,7 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
         if ours != theirs and not _may_lack(name, want, have):
             what = f"{printable(name)}: this run wants {ours}, the checkpoint has {theirs}"
             raise CheckpointError(f"{path}: {what}; resume with the config that saved it")
-    fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, _format(manifest).opened)
+    fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opener(manifest))
 
 
 def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
@@ -135,6 +135,12 @@ def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
         none = not any(f"optimizer.{weight}.{moment}" in lacking for moment in MOMENTS)
         return none and f"model.{weight}" in lacking
     return kind == "generator"
+
+
+def opener(manifest: dict[str, Any]) -> Opened:
+    """Return the function that opens the files of a checkpoint."""
+    opened: Opened = _format(manifest).opened
+    return opened
 
 
 def _format(manifest: dict[str, Any]) -> Any:
