@@ -71,7 +71,13 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
     config, run_dir = launch.config, launch.run_dir
     env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
     corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
-    found = env.together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, process))
+    found = _find_checkpoint(launch, process)
+    if found is not None and found[1]["step"] >= config.steps:
+        if process.rank == 0:
+            print(
+                f"{run_dir}: is finished, as {found[0].name} has reached --steps={config.steps}; raise it to train on"
+            )
+        return
     mesh = build_mesh(degrees, process.device.type) if process.world > 1 else None
     trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     notes = [] if found is None else env.together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
@@ -81,6 +87,10 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         _introduce(trainer, launch, notes)
     if launch.dry_run:
         return
+    try:
+        checkpoint.probe(run_dir / "checkpoints")
+    except OSError as error:
+        env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = env.together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
     try:
@@ -89,6 +99,10 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
     except DisagreementError as error:
         env.stop(process, env.DISAGREEMENT, f"step {trainer.step}: {error}")
+    except checkpoint.NonFiniteStateError as error:
+        env.stop(process, env.NON_FINITE, str(error))
+    except checkpoint.SaveError as error:
+        env.stop(process, env.CANNOT_WRITE, str(error))
     finally:
         if progress is not None:
             progress.close()
@@ -116,24 +130,37 @@ def _read_corpus(config: TrainConfig) -> Corpus:
 def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[str, Any]] | None:
     """Return the path and manifest of the checkpoint to resume from, or None to start a new run.
 
-    After torchrun restarts a failed run, that is the run's newest checkpoint, or None if there is none yet. Raises
-    ValueError if the folder of a new run already holds a run.
+    After torchrun restarts a failed run, that is the run's newest valid checkpoint, or None if there is none yet.
     """
-    root = launch.run_dir / "checkpoints"
-    again = process.restarts > 0
-    if again and not checkpoint.complete(root):
-        return None
+    root, choice, note = launch.run_dir / "checkpoints", None, ""
+    if launch.resume or process.restarts > 0:
+        try:
+            choice = checkpoint.choose(root)
+        except checkpoint.ViewError as error:
+            env.stop(process, env.DISAGREEMENT, str(error))
+        except checkpoint.CheckpointError as error:
+            env.stop(process, env.CHECKPOINT, str(error))
+        note = "" if choice is None else checkpoint.describe(choice)
+    begun = env.together(process, env.CHECKPOINT, lambda: _begun(launch, process.restarts > 0, choice is not None))
+    if begun and choice is None:
+        note = f"{root} has no checkpoint yet, so the run starts from step 0"
+    if note and process.rank == 0:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    return None if choice is None else (choice.path, choice.manifest)
+
+
+def _begun(launch: Launch, again: bool, found: bool) -> bool:
+    """Return whether the run has begun before. Raises ValueError if the run folder and the options do not fit."""
+    run_dir, begun = launch.run_dir, (launch.run_dir / METRICS_FILE).exists()
     if not launch.resume and not again:
-        if (launch.run_dir / METRICS_FILE).exists() or checkpoint.complete(root):
+        if begun or checkpoint.complete(run_dir / "checkpoints"):
             raise ValueError(
-                f"run_dir={str(launch.run_dir)!r}: already holds a run; add --resume, or choose another --run-dir"
+                f"run_dir={str(run_dir)!r}: already holds a run; add --resume, or choose another --run-dir"
             )
-        return None
-    path = checkpoint.newest(root)
-    manifest = checkpoint.read_manifest(path)
-    if manifest["step"] >= launch.config.steps:
-        raise ValueError(f"steps={launch.config.steps}: {path} is already at step {manifest['step']}; raise --steps")
-    return path, manifest
+    elif launch.resume and not found and not begun:
+        what = "no complete checkpoint; start without --resume, or give the run's own folder"
+        raise ValueError(f"{run_dir / 'checkpoints'}: {what}")
+    return begun
 
 
 def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> MetricsWriter | None:
@@ -229,7 +256,10 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
     print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
     print(f"metrics:    {run_dir / METRICS_FILE}")
-    print(f"report:     {write_report(run_dir)}")
+    try:
+        print(f"report:     {write_report(run_dir)}")
+    except OSError as error:
+        print(f"report:     cannot be written ({error.strerror}); python -m equimoe.launch.report writes it later")
     longer = replace(config, steps=2 * config.steps)
     command = _command(arguments, env.this_process(), longer.steps)
     if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:

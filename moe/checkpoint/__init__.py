@@ -1,21 +1,32 @@
 """Checkpoints, which are complete or absent, do not depend on the mesh, and contain only data.
 
 Every rank must call :func:`save` and :func:`load`. :func:`training_state` collects the tensors that they write and
-fill.
+fill. A :class:`Saver` saves while training goes on.
 """
 
+from .agreement import Choice, ViewError, choose, describe, probe
 from .manifest import MANIFEST, CheckpointError, read_manifest
+from .saver import SaveError, Saver, save
 from .state import expect_moments, restore_optimizer, training_state
-from .store import complete, contents, load, newest, save
+from .store import complete, contents, load, newest
+from .writer import NonFiniteStateError
 
 __all__ = [
     "MANIFEST",
     "CheckpointError",
+    "Choice",
+    "NonFiniteStateError",
+    "SaveError",
+    "Saver",
+    "ViewError",
+    "choose",
     "complete",
     "contents",
+    "describe",
     "expect_moments",
     "load",
     "newest",
+    "probe",
     "read_manifest",
     "restore_optimizer",
     "save",

@@ -24,10 +24,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .manifest import REMEDY, CheckpointError, reason, short
+from .manifest import METADATA, REMEDY, CheckpointError, reason, short
 from .tensors import DTYPE_OF_NAME, Chunk, Saved
 
-METADATA = ".metadata"
 _MAX_METADATA_BYTES = 32 << 20
 _MAX_TENSOR_PICKLE_BYTES = 4096
 

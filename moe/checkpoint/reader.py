@@ -10,10 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .manifest import REMEDY, CheckpointError, read_json, reason, short
+from .manifest import REMEDY, TENSORS, CheckpointError, read_json, reason, short
 from .tensors import DTYPE_OF_NAME, DTYPES, Chunk, Saved
 
-TENSORS = "tensors.json"
 MAX_TENSORS_BYTES = 1 << 30
 
 

@@ -1,65 +1,75 @@
-"""Saves, lists and loads checkpoints. A checkpoint is complete or absent.
+"""Completes, lists and loads checkpoints. A checkpoint is complete or absent.
 
 A checkpoint is a folder ``step-00000100`` with safetensors files, with ``tensors.json``, which describes the tensors,
-and with ``manifest.json``, which holds the run's position, and the size and sha256 of every file. The folder is written
-under a temporary name, flushed to disk, and renamed. So a folder with the final name is complete, however the run
-ended. Reading first checks every byte against the manifest, and never runs code from the files: see ``SECURITY.md``.
+and with ``manifest.json``, which holds the run's position, the size and sha256 of every file, and its own sha256. The
+folder is written under a temporary name, flushed to disk, checked, and renamed. So a folder with the final name is
+complete, however the run ended. Reading first checks every byte against the manifest, and never runs code from the
+files: see ``SECURITY.md``.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
+import os
+import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from . import legacy, reader
-from .manifest import LEGACY_SCHEMA, MANIFEST, SCHEMA, CheckpointError, printable, sha256
-from .reshard import distributed, fill, sync, write
+from .files import remove, sync, write_durably
+from .logical import logical
+from .manifest import FOLDER, LEGACY_SCHEMA, MANIFEST, TENSORS, CheckpointError, encode, printable
+from .ranks import gather
+from .reshard import fill
 from .state import MOMENTS
-from .tensors import DTYPES, Saved
+from .tensors import Opened, Saved
 
-_NAME = re.compile(r"step-(\d{8})", re.ASCII)
+#: how long rank 0 waits until it sees the files of all ranks; network file systems may take seconds
+_VISIBLE_S = 10.0
 
 
-def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any], keep_last: int) -> Path:
-    """Write ``state`` (logical name -> tensor or DTensor) and ``position`` (JSON) as ``root/step-...``.
+def commit(
+    partial: Path,
+    final: Path,
+    step: int,
+    position: dict[str, Any],
+    tensors: dict[str, Saved],
+    files: dict[str, dict[str, Any]],
+) -> None:
+    """Turn the folder ``partial`` into the checkpoint ``final``. ``files`` gives the size and sha256 of each file.
 
-    Every rank must call this. Keeps the newest ``keep_last`` complete checkpoints, and deletes older ones.
+    Raises OSError if a file is not there with its size.
     """
-    for name, value in state.items():
-        if value.dtype not in DTYPES:
-            raise ValueError(f"{name}: a checkpoint cannot hold {value.dtype}; convert it first")
-    final = root / f"step-{step:08d}"
-    partial = root / f"{final.name}.tmp"
-    if _rank() == 0:
-        _remove(partial)
-        partial.mkdir(parents=True)
-    _barrier()
-    tensors = write(partial, state)
-    if _rank() == 0:
-        text = json.dumps(reader.to_json(tensors), separators=(",", ":")).encode()
-        if len(text) > reader.MAX_TENSORS_BYTES:
-            raise ValueError(f"{reader.TENSORS}: {len(text)} bytes are too many to load; shard over fewer ranks")
-        _write_durably(partial / reader.TENSORS, text)
-    files = {name: entry for part in _gather(_digest_own(partial)) for name, entry in part.items()}
-    if _rank() == 0:
-        manifest = {"schema": SCHEMA, "step": step, "position": position, "files": files}
-        _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _remove(final)  # a step is saved twice only when the first one was found damaged
-        partial.rename(final)
-        sync(root)
-        _retire(root, keep_last)
-    _barrier()
-    return final
+    text = json.dumps(reader.to_json(tensors), separators=(",", ":")).encode()
+    if len(text) > reader.MAX_TENSORS_BYTES:
+        raise ValueError(f"{TENSORS}: {len(text)} bytes are too many to load; shard over fewer ranks")
+    files = files | {TENSORS: write_durably(partial / TENSORS, [text])}
+    _wait_for(partial, {name: entry["bytes"] for name, entry in files.items()})
+    write_durably(partial / MANIFEST, [encode(step, position, files)])
+    remove(final)  # a step is saved twice only when the first one was found damaged
+    partial.rename(final)
+    sync(final.parent)
+
+
+def _wait_for(folder: Path, sizes: dict[str, int]) -> None:
+    """Wait until all files are there with their sizes."""
+    until = time.monotonic() + _VISIBLE_S
+    while True:
+        there = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in os.scandir(folder)}
+        lacking = [name for name, size in sizes.items() if there.get(name) != size]
+        if not lacking:
+            return
+        if time.monotonic() > until:
+            written, seen = sizes[lacking[0]], there.get(lacking[0], 0)
+            what = f"of {lacking[0]}, {written} bytes were written, but rank 0 sees {seen}"
+            raise OSError(f"{what}; all ranks must share this folder")
+        time.sleep(0.05)
 
 
 def newest(root: Path) -> Path:
-    """Return the complete checkpoint of the latest step."""
+    """Return the complete checkpoint of the latest step. It may be damaged; :func:`choose` finds the newest valid."""
     found = complete(root)
     if not found:
         raise CheckpointError(f"{root}: no complete checkpoint; start without --resume, or give the run's own folder")
@@ -68,7 +78,16 @@ def newest(root: Path) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """List the folders of complete checkpoints by name, oldest first. Their content is checked when one is read."""
-    return sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return [path for path in candidates(root) if path.is_dir()]
+
+
+def candidates(root: Path) -> list[Path]:
+    """List all entries of a folder that have the name of a checkpoint, sorted by step."""
+    try:
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [root / name for name in sorted(names) if FOLDER.fullmatch(name)]
 
 
 def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
@@ -89,8 +108,9 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
         saved = contents(path, manifest)
     except CheckpointError as error:
         refusal = str(error)
-    own = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
-    parts = _gather((own, refusal))  # pipeline stages have different names
+    parts_of = {name: logical(name, value) for name, value in state.items()}
+    own = {name: [str(value.dtype), list(value.shape)] for name, value in parts_of.items()}
+    parts = gather((own, refusal))  # pipeline stages have different names
     refusals = [refusal for _, refusal in parts if refusal]
     if refusals:
         raise CheckpointError(refusals[0])
@@ -101,7 +121,7 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
         if ours != theirs and not _may_lack(name, want, have):
             what = f"{printable(name)}: this run wants {ours}, the checkpoint has {theirs}"
             raise CheckpointError(f"{path}: {what}; resume with the config that saved it")
-    fill(path, {name: value for name, value in state.items() if name in saved}, saved, _format(manifest).opened)
+    fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opener(manifest))
 
 
 def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
@@ -117,50 +137,11 @@ def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
     return kind == "generator"
 
 
+def opener(manifest: dict[str, Any]) -> Opened:
+    """Return the function that opens the files of a checkpoint."""
+    opened: Opened = _format(manifest).opened
+    return opened
+
+
 def _format(manifest: dict[str, Any]) -> Any:
     return legacy if manifest["schema"] == LEGACY_SCHEMA else reader
-
-
-def _retire(root: Path, keep_last: int) -> None:
-    for old in complete(root)[:-keep_last]:
-        _remove(old)
-    for abandoned in root.glob("step-*.tmp"):
-        _remove(abandoned)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder if it exists. If it is a symbolic link, delete only the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
-
-
-def _digest_own(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the size and sha256 of the files that this rank has written."""
-    own = sorted(folder.glob(f"rank{_rank():05d}-*.safetensors"))
-    own += [folder / reader.TENSORS] if _rank() == 0 else []
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in own}
-
-
-def _write_durably(file: Path, content: bytes) -> None:
-    file.write_bytes(content)
-    sync(file)
-    sync(file.parent)
-
-
-def _rank() -> int:
-    return dist.get_rank() if distributed() else 0
-
-
-def _barrier() -> None:
-    if distributed():
-        dist.barrier()
-
-
-def _gather(value: Any) -> list[Any]:
-    if not distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

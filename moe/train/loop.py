@@ -5,6 +5,7 @@ B sequences, S tokens per sequence, N domains, L MoE layers.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ class DomainLosses:
         self.sums_N2.index_add_(0, domain_B, rows_B2)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set the random generators of a step. They depend on nothing else, so a run can resume on any mesh."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 class Trainer:
     """Trains, evaluates, saves and resumes the model of this rank."""
 
@@ -91,7 +98,7 @@ class Trainer:
         self._replicas: Replicas | None = None
         #: seconds of training before this process, and when it started to train
         self._earlier_s, self.started = 0.0, time.perf_counter()
-        torch.manual_seed(config.seed + 1 + self.axis.rank)
+        self.saver = checkpoint.Saver(config.checkpoint.keep_last)
 
     @property
     def model(self) -> Decoder:
@@ -128,6 +135,7 @@ class Trainer:
     def _attempt(self, numbers: list[int], observed: bool) -> StepResult:
         """Run a step on these sequences."""
         config = self.config
+        seed_step(config.seed, self.step, self.axis.rank)
         sampled = self.batches.read(
             numbers, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
@@ -215,19 +223,28 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return all tensors that a resume needs, including the state of load balancing and of random generators."""
+        """Return all tensors that a resume needs, including the state of load balancing.
+
+        Random generators are not among them: :func:`seed_step` sets them in every step.
+        """
         state = self.engine.state()
         for number, layer in self.layers.items():
             balance = layer.balancer.state(self.device)
             state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
-        state[f"generator.cpu.{self.axis.rank}"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            state[f"generator.cuda.{self.axis.rank}"] = torch.cuda.get_rng_state(self.device)
         return state
 
+    def start_saving(self, root: Path) -> Path:
+        """Begin to save a checkpoint of the current step, and return its path. Every rank must call it.
+
+        Training may go on at once; ``saver`` tells how the save ends.
+        """
+        return self.saver.start(root, self.step, self.state(), self.position())
+
     def save(self, root: Path) -> Path:
-        """Save a checkpoint of the current step and return its path. Every rank must call it."""
-        return checkpoint.save(root, self.step, self.state(), self.position(), self.config.checkpoint.keep_last)
+        """Save a checkpoint of the current step, and return its path when it is complete. Every rank must call it."""
+        path = self.start_saving(root)
+        self.saver.wait()
+        return path
 
     def position(self) -> dict[str, Any]:
         """Return, as JSON, what a resume needs besides tensors. Every rank must call it."""
@@ -269,12 +286,6 @@ class Trainer:
         for number, layer in self.layers.items():
             own = f"balance.{number}."
             layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
-        try:
-            torch.set_rng_state(state[f"generator.cpu.{self.axis.rank}"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state[f"generator.cuda.{self.axis.rank}"], self.device)
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"{path}: a random generator's state is refused: {error}") from None
 
     def _restore_position(self, step: int, position: dict[str, Any]) -> None:
         self.step = step
@@ -317,29 +328,35 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
         if progress is not None:
             progress.show(record)
 
-    while trainer.step < config.steps:
-        step, last = trainer.step + 1, trainer.step + 1 == config.steps
-        logged = last or step % config.log.every == 0
-        norm = trainer.train_step(observed=logged)
-        for skip in trainer.skipped:
-            publish(skip)
-        trainer.skipped.clear()
-        if progress is not None:
-            progress.advance(step)
-        if logged:
-            record, now = trainer.record(norm), time.perf_counter()
-            record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
-            record["elapsed_s"] = trainer.elapsed_s
-            publish(record)
-            since = trainer.tokens, time.perf_counter()
-        busy = time.perf_counter()
-        if last or (config.log.eval_every and step % config.log.eval_every == 0):
-            last_eval = trainer.evaluate()
-            publish(last_eval)
-        saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
-        if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
-            trainer.check_replicas()
-        if saves:
-            trainer.save(run_dir / "checkpoints")
-        since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
+    try:
+        while trainer.step < config.steps:
+            trainer.saver.check()
+            step, last = trainer.step + 1, trainer.step + 1 == config.steps
+            logged = last or step % config.log.every == 0
+            norm = trainer.train_step(observed=logged)
+            for skip in trainer.skipped:
+                publish(skip)
+            trainer.skipped.clear()
+            if progress is not None:
+                progress.advance(step)
+            if logged:
+                record, now = trainer.record(norm), time.perf_counter()
+                record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
+                record["elapsed_s"] = trainer.elapsed_s
+                publish(record)
+                since = trainer.tokens, time.perf_counter()
+            busy = time.perf_counter()
+            if last or (config.log.eval_every and step % config.log.eval_every == 0):
+                last_eval = trainer.evaluate()
+                publish(last_eval)
+            saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
+                trainer.check_replicas()
+            if saves:
+                trainer.start_saving(run_dir / "checkpoints")
+            since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
+        trainer.saver.wait()
+    except BaseException:
+        trainer.saver.settle(config.parallel.timeout_s)
+        raise
     return last_eval

@@ -150,7 +150,9 @@ def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_pa
     assert run().codes == [0, 0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     refused(run(), env.CHECKPOINT, "run_dir=", "already holds a run", "--resume")
-    refused(run("--resume"), env.CHECKPOINT, "steps=2", "raise --steps")
+    finished = run("--resume")
+    assert finished.codes == [0, 0] and finished.errors == [] and finished.out[1] == ""
+    assert finished.out[0].endswith("is finished, as step-00000002 has reached --steps=2; raise it to train on\n")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert run("--resume", "--steps", "4").codes == [0, 0]
 

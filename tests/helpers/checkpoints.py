@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from equimoe.moe import checkpoint
+from equimoe.moe.checkpoint.manifest import seal
 
 #: Python audit events that reading a checkpoint must not cause
 _ACTIONS = (
@@ -34,7 +35,8 @@ def forge(path: Path, without: str = "", **changes: Any) -> None:
         content = (path / name).read_bytes()
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest |= changes
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    content = json.dumps(manifest, indent=1).encode()
+    (path / checkpoint.MANIFEST).write_bytes(seal(content) if "sha256" in manifest else content)
 
 
 def save_old(root: Path, state: dict[str, torch.Tensor]) -> Path:

@@ -42,28 +42,31 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], value) for name, value in state(5.0).items())
 
 
-@pytest.mark.parametrize("failing", ["shard", "tensors.json", "manifest.json"])
-def test_interrupted_save_is_ignored_and_removed_by_the_next(
+@pytest.mark.parametrize("failing", ["rank00000-000.safetensors", "tensors.json", "manifest.json"])
+def test_a_failed_save_leaves_nothing_and_an_interrupted_one_is_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     first = save(tmp_path, 1)
-    write = Path.write_bytes
-    if failing == "shard":
-        monkeypatch.setattr("equimoe.moe.checkpoint.reshard.save_file", _fail)
-    else:
-        monkeypatch.setattr(
-            Path, "write_bytes", lambda file, data: (_fail if file.name == failing else write)(file, data)
-        )
-    with pytest.raises((OSError, CheckpointError), match="No space left"):
+    monkeypatch.setattr("equimoe.moe.checkpoint.files.open", refusing(failing), raising=False)
+    with pytest.raises(checkpoint.SaveError, match="step-00000002: cannot be written: No space left .* bytes, .* free"):
         save(tmp_path, 2)
     monkeypatch.undo()
-    assert checkpoint.newest(tmp_path) == first and (tmp_path / "step-00000002.tmp").exists()
+    assert list(tmp_path.iterdir()) == [first]
+    (tmp_path / "step-00000002.tmp").mkdir()  # left by a run that was killed
+    assert checkpoint.newest(tmp_path) == first
     save(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-def _fail(*args: Any, **kwargs: Any) -> None:
-    raise OSError(28, "No space left on device")
+def refusing(failing: str) -> Any:
+    """Return a function that opens files, except those of the name ``failing``."""
+
+    def opened(file: Path, *args: Any, **kwargs: Any) -> Any:
+        if file.name == failing:
+            raise OSError(28, "No space left on device")
+        return open(file, *args, **kwargs)
+
+    return opened
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path, seed: int) -> None:
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{file.name}: sha256 differs.*delete this checkpoint to resume"):
+    with pytest.raises(CheckpointError, match=f"{file.name}: sha256 differs.*restore it or delete this checkpoint"):
         load(path)
 
 

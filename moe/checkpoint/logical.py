@@ -1,0 +1,86 @@
+"""Gives every tensor of a state the shape that it has on any mesh.
+
+E experts, F expert width, D hidden. Expert tensor parallelism keeps ``gate_up_proj`` as [E, 2, F, D], because a slice
+of F then contains the gate and the up half. Everywhere else, and in a checkpoint, it is [E, 2F, D].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+_STACKED = "gate_up_proj"
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """A rank's part of a tensor, as several boxes. Implements the protocol by which DCP plans DTensors."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    #: offsets of each box -> view of its values
+    views: dict[tuple[int, ...], Tensor]
+
+    def size(self) -> torch.Size:
+        """Return the shape of the whole tensor."""
+        return self.shape
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(at), view.shape) for at, view in self.views.items() if view.numel()]
+
+    def __create_write_items__(self, name: str, _value: object) -> list[WriteItem]:
+        properties = TensorProperties(self.dtype)
+        items = []
+        for chunk in self.__create_chunk_list__():
+            data = TensorWriteData(chunk, properties, self.shape)
+            items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        return items
+
+
+def logical(name: str, value: Tensor) -> Tensor | Boxes:
+    """Return ``value`` with its shape on any mesh, and this rank's part of it. The result shares its memory."""
+    if not isinstance(value, DTensor):
+        return value
+    offsets, local = _offsets(name, value), value.to_local()
+    if value.dim() != 4 or _STACKED not in name:
+        return Boxes(value.shape, value.dtype, {offsets: local})
+    experts, halves, width, hidden = value.shape
+    expert, half, row, column = offsets
+    views: dict[tuple[int, ...], Tensor] = {
+        (expert, (half + i) * width + row, column): local[:, i] for i in range(local.shape[1])
+    }
+    return Boxes(torch.Size((experts, halves * width, hidden)), value.dtype, views)
+
+
+def view_of(value: Tensor | Boxes, index: MetadataIndex) -> Tensor:
+    """Return the part of this rank's ``value`` that ``index`` names."""
+    return value.views[tuple(index.offset or ())] if isinstance(value, Boxes) else value
+
+
+def _offsets(name: str, value: DTensor) -> tuple[int, ...]:
+    """Return where this rank's part of ``value`` begins.
+
+    FSDP splits what other parallelism has left of a dimension. torch's own function for this is wrong if the parts are
+    uneven.
+    """
+    begin, size = [0] * value.dim(), list(value.shape)
+    coordinate = value.device_mesh.get_coordinate()
+    assert coordinate is not None, f"{name}: this rank is not in the mesh"
+    splits = list(zip(value.placements, value.device_mesh.shape, coordinate, strict=True))
+    for placement, ranks, index in sorted(splits, key=lambda split: isinstance(split[0], _StridedShard)):
+        if isinstance(placement, (Shard, _StridedShard)):
+            dim = placement.dim
+            part = -(-size[dim] // ranks)
+            first = min(index * part, size[dim])
+            begin[dim] += first
+            size[dim] = min(part, size[dim] - first)
+    local = value.to_local().shape
+    if tuple(size) != tuple(local):
+        raise ValueError(f"{name}: this rank holds {tuple(local)}, where {value.placements} give {tuple(size)}")
+    return tuple(begin)

@@ -1,0 +1,177 @@
+"""Rewrites checkpoints in one process: the same state in other files, and the model's weights for other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import choose
+from .files import remove, sync, write_durably, write_tensors
+from .manifest import MANIFEST, CheckpointError, read_manifest
+from .reader import key_of
+from .store import candidates, commit, contents, opener
+from .tensors import Chunk, Saved
+
+#: prefix of the names of weights, among those of moments and other state
+WEIGHTS = "model."
+INDEX = "model.safetensors.index.json"
+
+
+def find(folder: Path) -> list[Path]:
+    """List the checkpoints that ``folder`` means: itself, or those of a run, oldest first."""
+    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+        return [folder]
+    found = candidates(folder) or candidates(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{folder}: no checkpoint; give the folder of a checkpoint or of a run")
+    return found
+
+
+def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that ``folder`` means, verified, and its manifest: itself, or a run's newest valid one."""
+    first = find(folder)[0]
+    if first == folder:
+        return folder, read_manifest(folder)
+    choice = choose(first.parent)
+    assert choice is not None, "there is a candidate"
+    return choice.path, choice.manifest
+
+
+def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Path:
+    """Write the state of a checkpoint as a new one in folder ``out``, in ``files`` files of about equal size.
+
+    Each tensor is split along its first dimension. No process group is needed. Returns the new checkpoint's path.
+    """
+    final = out / f"step-{manifest['step']:08d}"
+    if final.exists():
+        raise ValueError(f"--out={out}: already contains {final.name}; choose another folder")
+    partial = final.with_name(f"{final.name}.tmp")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        saved = contents(source, manifest)
+        names = [f"rank{number:05d}-000.safetensors" for number in range(files)]
+        boxes: dict[str, list[tuple[str, Chunk]]] = {name: [] for name in names}
+        tensors = {}
+        for index, (name, entry) in enumerate(saved.items()):
+            chunks = list(_divided(name, entry, names, index))
+            tensors[name] = Saved(entry.dtype, entry.shape, tuple(chunks))
+            for chunk in chunks:
+                boxes[chunk.file].append((name, chunk))
+        written = {}
+        with Reader(source, manifest, saved) as reader:
+            for file, of_file in boxes.items():
+                if of_file:
+                    values = {str(c.place): reader.box(name, c.offsets, c.sizes) for name, c in of_file}
+                    written[file] = write_tensors(partial / file, values)
+        commit(partial, final, manifest["step"], manifest["position"], tensors, written)
+    except BaseException:
+        remove(partial)
+        raise
+    return final
+
+
+def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -> list[Path]:
+    """Write the model's weights to the new folder ``out``, as safetensors files of at most ``file_bytes`` each.
+
+    Names are those of the model's parameters. A JSON index names the file of each weight. A larger weight gets its own
+    file. Returns the files.
+    """
+    if out.exists():
+        raise ValueError(f"--out={out}: exists already; choose another folder")
+    saved = contents(source, manifest)
+    weights = {name.removeprefix(WEIGHTS): name for name in saved if name.startswith(WEIGHTS)}
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, full in weights.items():
+        nbytes = _bytes_of(saved[full])
+        if groups[-1] and size + nbytes > file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    partial = out.with_name(f"{out.name}.tmp")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        places: dict[str, str] = {}
+        with Reader(source, manifest, saved) as reader:
+            for number, names in enumerate(groups, 1):
+                file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+                write_tensors(partial / file, {name: reader.whole(weights[name]) for name in names})
+                places |= dict.fromkeys(names, file)
+        total = sum(_bytes_of(saved[full]) for full in weights.values())
+        index = {"metadata": {"total_size": total, "step": manifest["step"]}, "weight_map": places}
+        write_durably(partial / INDEX, [json.dumps(index, indent=1).encode()])
+        partial.rename(out)
+        sync(out.absolute().parent)
+    except BaseException:
+        remove(partial)
+        raise
+    return sorted(out.iterdir())
+
+
+class Reader:
+    """Reads any box of any tensor of a checkpoint. A context manager, which keeps files open."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], saved: dict[str, Saved]) -> None:
+        self._path, self._saved = path, saved
+        self._opened, self._open = opener(manifest), ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._open.close()
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self.box(name, (0,) * len(self._saved[name].shape), self._saved[name].shape)
+
+    def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """Return a box of a tensor."""
+        saved = self._saved[name]
+        found = torch.empty(sizes, dtype=saved.dtype)
+        for chunk in saved.chunks:
+            first = tuple(map(max, offsets, chunk.offsets))
+            last = tuple(
+                min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+            )
+            if all(begin < end for begin, end in zip(first, last, strict=True)):
+                into = tuple(slice(b - o, e - o) for b, e, o in zip(first, last, offsets, strict=True))
+                within = tuple(slice(b - c, e - c) for b, e, c in zip(first, last, chunk.offsets, strict=True))
+                found[into] = self._read(chunk, within)
+        return found
+
+    def _read(self, chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
+        if chunk.file not in self._files:
+            self._files[chunk.file] = self._open.enter_context(self._opened(self._path / chunk.file))
+        value: Tensor = self._files[chunk.file](chunk, box)
+        return value
+
+
+def _divided(name: str, saved: Saved, files: list[str], index: int) -> Iterator[Chunk]:
+    """Split a tensor along its first dimension over ``files``; a shorter one goes whole to one file after another."""
+    count = len(files) if saved.shape and saved.shape[0] >= len(files) else 1
+    if not math.prod(saved.shape):
+        return
+    first, rest = 0, saved.shape[1:]
+    for part in range(count):
+        offsets, sizes = (0,) * len(saved.shape), saved.shape
+        if count > 1:
+            last = saved.shape[0] * (part + 1) // count
+            offsets, sizes, first = (first, *offsets[1:]), (last - first, *rest), last
+        file = files[part] if count > 1 else files[index % len(files)]
+        yield Chunk(offsets, sizes, file, key_of(name, offsets, sizes == saved.shape))
+
+
+def _bytes_of(saved: Saved) -> int:
+    return math.prod(saved.shape) * saved.dtype.itemsize

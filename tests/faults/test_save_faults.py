@@ -1,0 +1,423 @@
+"""Checks that a save that fails or is interrupted loses no older checkpoint, and ends all ranks alike with one line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from equimoe.launch import env
+from equimoe.launch.options import to_yaml
+from equimoe.moe import checkpoint
+from equimoe.moe.checkpoint import SaveError
+from equimoe.moe.train.config import CheckpointConfig
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
+from tests.faults.table import report
+from tests.helpers import small
+from tests.helpers.checkpoints import load_all
+from tests.helpers.command import Ended, launch
+from tests.helpers.fork import run_ranks
+
+FILES = "equimoe.moe.checkpoint.files"
+
+
+def state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {f"model.w{i}": torch.full((50, 3), value + i) for i in range(4)}
+
+
+class Disk:
+    """A disk with room for some bytes. Patches what the library opens for writing."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.written = room, 0
+
+    def open(self, file: Path, mode: str, buffering: int = -1) -> io.FileIO:
+        disk = self
+
+        class Full(io.FileIO):
+            def write(self, block: Any) -> int:
+                if disk.written == disk.room:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+                part = bytes(block[: disk.room - disk.written])
+                disk.written += len(part)
+                return super().write(part) or 0  # may be less than was asked for, as on a real disk
+
+        return Full(file, "xb")
+
+    @contextmanager
+    def mounted(self) -> Iterator[None]:
+        with mock.patch(f"{FILES}.open", self.open, create=True):
+            yield
+
+
+@contextmanager
+def free(count: int | None) -> Iterator[None]:
+    """Let file systems report ``count`` free bytes; None: they report nothing, as some network file systems do."""
+    real = os.statvfs
+
+    def statvfs(path: Any) -> os.statvfs_result:
+        found = list(real(path))
+        found[2:5] = [0, 0, 0] if count is None else [found[2], count // found[1], count // found[1]]
+        return os.statvfs_result(found)
+
+    with mock.patch("os.statvfs", statvfs):
+        yield
+
+
+def cut_points(folder: Path, count: int) -> list[int]:
+    size = sum(file.stat().st_size for file in checkpoint.save(folder, 1, state(), {}, 1).iterdir())
+    return [size * i // count for i in range(count)]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_full_disk_loses_no_checkpoint(tmp_path: Path, number: int) -> None:
+    room = cut_points(tmp_path / "sizes", 20)[number]
+    root = tmp_path / "run"
+    checkpoint.save(root, 1, state(1.0), {}, keep_last=1)
+    with Disk(room).mounted(), pytest.raises(SaveError) as caught:
+        checkpoint.save(root, 2, state(2.0), {}, keep_last=1)
+    line = str(caught.value)
+    assert line.startswith(f"{root}/step-00000002: cannot be written: No space left on device; it needs 2400 bytes, ")
+    assert re.search(r", \d+ are free; make room there or choose another --run-dir", line) and "\n" not in line
+    assert [path.name for path in root.iterdir()] == ["step-00000001"]
+    assert torch.equal(load_all(root / "step-00000001")["model.w3"], state(1.0)["model.w3"])
+    report("10 full disk", "older checkpoint whole", cut=room)
+
+
+@pytest.mark.parametrize("rank_of_fault", [0, 1])
+def test_a_full_disk_on_one_rank_ends_all_ranks_alike(tmp_path: Path, rank_of_fault: int) -> None:
+    def script(rank: int, world: int) -> str:
+        room = 700 if rank == rank_of_fault else 10**9
+        with Disk(room).mounted(), pytest.raises(SaveError) as caught:
+            checkpoint.save(tmp_path, 1, state(), {}, keep_last=1)
+        assert f"rank {rank_of_fault}: No space left on device; it needs 2400 bytes" in str(caught.value)
+        dist.barrier()
+        return ",".join(path.name for path in tmp_path.iterdir())
+
+    assert run_ranks(script, 2) == ["", ""]
+
+
+@pytest.mark.parametrize(("count", "fits"), [(2400, False), (1000, False), (4096, True), (None, True)])
+def test_free_space_is_checked_before_anything_is_written(tmp_path: Path, count: int | None, fits: bool) -> None:
+    """2400 bytes need 1.2 times as many."""
+    opened = mock.patch(f"{FILES}.open", side_effect=AssertionError("opened a file"), create=True)
+    with free(count), opened, pytest.raises(SaveError) as caught:
+        checkpoint.save(tmp_path / "run", 1, state(), {}, keep_last=1)
+    assert ("opened a file" in str(caught.value)) == fits
+    if not fits:
+        assert "less than 1.2 times its size is free; it needs 2400 bytes, " in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    """Even in a row that is never used: it would push the good checkpoints out."""
+    checkpoint.save(tmp_path, 1, state(), {}, keep_last=1)
+    bad = {"model.w": torch.ones(2, 3), "model.unused": torch.ones(9, 2)}
+    bad["model.unused"][7, 1] = value
+    bad["model.unused"] = bad["model.unused"].to(dtype)
+    with pytest.raises(checkpoint.NonFiniteStateError, match="not saved: model.unused: is not finite; resume from an"):
+        checkpoint.save(tmp_path, 2, bad, {}, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_rank_0_must_see_the_files_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two node-local folders of the same name: the folder of rank 0 lacks the files of rank 1."""
+    monkeypatch.setattr("equimoe.moe.checkpoint.store._VISIBLE_S", 0.2)
+
+    def script(rank: int, world: int) -> str:
+        local = tmp_path / str(rank)
+        (local / "step-00000001.tmp").mkdir(parents=True)
+        with pytest.raises(SaveError) as caught:
+            checkpoint.save(local, 1, state(), {}, keep_last=1)
+        return str(caught.value)
+
+    lines = run_ranks(script, 2)
+    assert re.search(r"rank 0: of rank00001-000.safetensors, \d+ bytes were written, but rank 0 sees 0; all", lines[0])
+    assert not (tmp_path / "0" / "step-00000001").exists()
+
+
+# ---- while training goes on
+
+
+def slow_disk(gate: threading.Event) -> Callable[..., Any]:
+    """Return a function that opens files once ``gate`` is set."""
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        gate.wait(20)
+        return open(*args, **kwargs)
+
+    return opened
+
+
+def test_the_values_saved_are_those_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer goes on before a byte is written."""
+
+    def script(rank: int, world: int) -> tuple[bool, bool]:
+        gate = threading.Event()
+        monkeypatch.setattr(f"{FILES}.open", slow_disk(gate), raising=False)
+        config = small.on(tmp_path / "texts", ep=2)
+        corpus = load_corpus(config.data, load_tokenizer("bytes"))
+        trainer = Trainer(config, corpus, small_mesh(config), torch.device("cpu"))
+        trainer.train_step()
+        before = {name: _whole(value).clone() for name, value in trainer.state().items()}
+        path = trainer.start_saving(tmp_path / "run")
+        trainer.train_step()
+        trainer.saver.check()
+        unfinished = not path.exists()
+        gate.set()
+        trainer.saver.wait()
+        saved = load_all(path)
+        after = {name: _whole(value) for name, value in trainer.state().items()}
+        assert not torch.equal(saved["model.head.weight"], after["model.head.weight"])
+        return unfinished, saved.keys() == before.keys() and all(torch.equal(saved[n], before[n]) for n in before)
+
+    small.write_texts(tmp_path / "texts")
+    assert run_ranks(script, 2) == [(True, True)] * 2
+    report("43 save and optimizer step at once", "file holds the values of the step")
+
+
+def small_mesh(config: Any) -> Any:
+    from equimoe.moe.parallel import build_mesh
+
+    return build_mesh(config.parallel)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor()
+
+
+def test_saves_wait_for_each_other_and_reuse_their_buffers(tmp_path: Path) -> None:
+    def script(rank: int, world: int) -> list[str]:
+        saver, values = checkpoint.Saver(keep_last=9), state()
+        for step in range(1, 6):
+            for value in values.values():
+                value.fill_(step)
+            saver.start(tmp_path, step, values, {"step": step})
+        values["model.new"] = torch.ones(3)  # a new plan
+        saver.start(tmp_path, 6, values, {})
+        saver.close()
+        for step in range(1, 6):
+            saved = load_all(tmp_path / f"step-{step:08d}")
+            assert all(torch.equal(value, torch.full((50, 3), float(step))) for value in saved.values()), step
+        return sorted(load_all(tmp_path / "step-00000006"))
+
+    assert run_ranks(script, 2) == [[*state(), "model.new"][4:] + list(state())] * 2
+
+
+def test_ranks_share_the_work_of_replicated_tensors(tmp_path: Path) -> None:
+    def script(rank: int, world: int) -> int:
+        saver = checkpoint.Saver(keep_last=1)
+        saver.start(tmp_path, 1, state(), {})
+        saver.wait()
+        assert saver._stager is not None
+        return len(saver._stager._buffers)
+
+    assert run_ranks(script, 2) == [2, 2]
+
+
+def test_a_failed_save_is_reported_on_all_ranks_in_the_same_step(tmp_path: Path) -> None:
+    """The ranks notice at different times that the save has failed."""
+
+    def script(rank: int, world: int) -> int:
+        gate = threading.Event()
+        saver = checkpoint.Saver(keep_last=1)
+        with mock.patch(f"{FILES}.open", side_effect=OSError(28, "No space left on device"), create=True):
+            saver.start(tmp_path, 1, state(), {})
+            assert saver._flight is not None
+            saver._flight[0].exception(20)
+        late = saver._flight[0].done if rank == 0 else gate.is_set
+        for step in range(9):
+            if step == 4:
+                gate.set()
+            try:
+                with mock.patch.object(saver._flight[0], "done", late):
+                    saver.check()
+            except SaveError:
+                return step
+        return -1
+
+    assert run_ranks(script, 2) == [4, 4]
+
+
+# ---- the command
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Return a function that runs the small run, with a save in every step, in a context."""
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    config = small.on(small.write_texts(tmp_path / "texts"), steps=5, checkpoint=CheckpointConfig(1, keep_last=2))
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+
+    def command(within: Callable[[], AbstractContextManager[None]], *options: str, world: int = 2) -> Ended:
+        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
+        return launch([*base, *options], world, cwd=tmp_path, within=within)
+
+    return command
+
+
+def one_line(ended: Ended, code: int, *words: str) -> None:
+    assert ended.codes == [code] * len(ended.codes), ended
+    assert len(ended.errors) == 1 and all(word in ended.errors[0] for word in words), ended.errors
+    assert ended.seconds < 30
+
+
+@pytest.mark.parametrize("room", [200, 30_000])
+def test_a_run_on_a_full_disk_ends_with_73_and_resumes(tmp_path: Path, run: Callable[..., Ended], room: int) -> None:
+    """Either the first save fails, or a later one."""
+
+    @contextmanager
+    def full() -> Iterator[None]:
+        per_save = Disk(room)
+        with per_save.mounted():
+            yield
+
+    one_line(
+        run(full), env.CANNOT_WRITE, "cannot be written: rank ", "No space left on device; it needs ", " are free;"
+    )
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
+        load_all(path)
+    ended = run(lambda: free(None), "--resume")
+    assert ended.codes == [0, 0], ended
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_with_70(tmp_path: Path, run: Callable[..., Ended]) -> None:
+    """The weight takes no part in the step, so that no gradient tells."""
+
+    @contextmanager
+    def poisoned() -> Iterator[None]:
+        real = Trainer.state
+
+        def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+            found = real(trainer)
+            if trainer.step == 3 and trainer.axis.rank == 1:
+                found = found | {"model.unused": torch.full((3,), float("nan"))}
+            return found
+
+        with mock.patch.object(Trainer, "state", state):
+            yield
+
+    ended = run(poisoned)
+    one_line(ended, env.NON_FINITE, "step-00000003: not saved: rank 1: model.unused: is not finite; resume from an ")
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("how", ["file", "read-only"])
+def test_a_folder_that_cannot_be_written_ends_the_run_before_training(
+    tmp_path: Path, run: Callable[..., Ended], how: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    if how == "file":
+        (tmp_path / "run" / "checkpoints").write_text("a file")
+    else:
+        (tmp_path / "run" / "checkpoints").symlink_to("/proc/self")  # nobody can make a file there, not even root
+    since = time.monotonic()
+    one_line(run(lambda: free(None)), env.CANNOT_WRITE, "run_dir=", "cannot be written: ", "choose another --run-dir")
+    report("11 folder that cannot be written", "exit 73 before training", seconds=time.monotonic() - since)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_two_folders_of_the_same_name_end_the_run_before_training(
+    tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks start in different folders and are given a relative path, as with node-local disks."""
+    monkeypatch.setattr("equimoe.moe.checkpoint.agreement._VISIBLE_S", 0.2)
+
+    @contextmanager
+    def on_own_disk() -> Iterator[None]:
+        folder = tmp_path / f"node{os.environ['RANK']}"
+        folder.mkdir()
+        os.chdir(folder)
+        yield
+
+    ended = run(on_own_disk, "--run-dir", "run")
+    one_line(ended, env.CANNOT_WRITE, "run_dir='run': is another folder than rank 0 on ", "for rank 1 on ", "share")
+    assert not list(tmp_path.rglob("metrics.jsonl")) and not list(tmp_path.rglob("probe-*"))
+
+
+def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
+    tmp_path: Path, run: Callable[..., Ended]
+) -> None:
+    @contextmanager
+    def slow(stops: bool = False) -> Iterator[None]:
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.3)
+            return open(*args, **kwargs)
+
+        real = Trainer.train_step
+
+        def step(trainer: Trainer, observed: bool = True) -> torch.Tensor:
+            if stops and trainer.step == 2:
+                raise KeyboardInterrupt
+            return real(trainer, observed)
+
+        with mock.patch(f"{FILES}.open", opened, create=True), mock.patch.object(Trainer, "train_step", step):
+            yield
+
+    assert run(lambda: slow(True)).codes == [env.INTERRUPTED] * 2
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["1", "2"]
+    assert run(slow, "--resume").codes == [0, 0]
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["4", "5"]
+
+
+def test_odd_paths(tmp_path: Path, run: Callable[..., Ended]) -> None:
+    """Spaces, other scripts, a line break; a path that is relative; files for the owner only."""
+
+    @contextmanager
+    def odd() -> Iterator[None]:
+        os.umask(0o077)
+        yield
+
+    for number, name in enumerate((" a b\u00e9 \u6587", "line\nbreak")):
+        ended = run(odd, "--run-dir", name)
+        assert ended.codes == [0, 0], ended
+        (path, _) = sorted((tmp_path / name / "checkpoints").iterdir(), reverse=True)
+        assert load_all(path) and path.stat().st_mode & 0o777 == 0o700
+        report("46 odd paths", "works", number=number)
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, run: Callable[..., Ended]) -> None:
+    @contextmanager
+    def unwritable() -> Iterator[None]:
+        def opened(*args: Any, **kwargs: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        real = Trainer.train_step
+
+        def step(trainer: Trainer, observed: bool = True) -> torch.Tensor:
+            if trainer.step == 2:
+                mock.patch("equimoe.moe.observe.metrics.open", opened, create=True).start()
+            return real(trainer, observed)
+
+        with mock.patch.object(Trainer, "train_step", step), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            yield
+        for warning in seen:
+            print(warning.message, file=sys.stderr)
+
+    ended = run(unwritable)
+    assert ended.codes == [0, 0], ended
+    warned = [line for line in ended.errors if "metrics.jsonl cannot be written" in line]
+    assert len(warned) == 1 and "training continues without metrics" in warned[0]
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000005"
+    report("49 metrics that cannot be written", "training goes on, one warning", steps=5)
