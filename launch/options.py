@@ -37,6 +37,8 @@ class Launch:
     processes: int | None = None
     #: resume from the newest checkpoint in ``run_dir``
     resume: bool = False
+    #: resume if ``run_dir`` holds a checkpoint, and start a new run otherwise
+    requeue: bool = False
     #: check everything, but do not train
     dry_run: bool = False
     #: print the configuration (:func:`to_yaml`), but do not train
@@ -50,6 +52,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "run_dir": (str, "folder for metrics, checkpoints and report; default runs/RECIPE"),
     "processes": (int, "ranks to start on this machine; default 1"),
     "resume": (bool, "resume from the newest checkpoint in the run folder"),
+    "requeue": (bool, "for schedulers: resume if the run folder has a checkpoint, else start"),
     "dry_run": (bool, "check configuration and data and build the model, but do not train"),
     "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
     "help": (bool, "print this text"),
@@ -90,6 +93,7 @@ def parse(argv: list[str]) -> Launch:
         run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
         processes=run["processes"],
         resume=run["resume"],
+        requeue=run["requeue"],
         dry_run=run["dry_run"],
         print_config=run["print_config"],
     )

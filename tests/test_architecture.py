@@ -16,7 +16,7 @@ STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", *STAGES, *BASE)
 MODEL = ("moe.model", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
-TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", *PARALLEL)
+TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.observe", "moe.health", *PARALLEL)
 
 #: part -> the parts that it may import (besides itself); what is not listed may not exist
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,
     "moe.observe": PARALLEL,
+    "moe.health": BASE,
     "moe.engines": TRAIN,
     "moe.train": TRAIN,
     "moe.plan": TRAIN,
@@ -44,6 +45,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "moe/checkpoint/",
         "moe/plan/",
         "launch/env.py",
+        "launch/joining.py",
+        "launch/failing.py",
     ),
     "safetensors": ("moe/checkpoint/",),
     "deepspeed": ("moe/engines/deepspeed/",),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Batch, Engine, build_engine
+from ..health import Heartbeat, Pulse
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
@@ -33,6 +34,14 @@ from .optim import build_optimizer, learning_rate
 
 class NonFiniteError(RuntimeError):
     """Raised if a gradient is not finite. The step was not applied."""
+
+
+class Stopped(Exception):  # noqa: N818  (nothing is wrong)
+    """Raised after a checkpoint was saved because a rank got a signal."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
 
 
 class DomainLosses:
@@ -290,14 +299,23 @@ class Trainer:
         }
 
 
-def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress: Progress | None) -> dict[str, Any]:
+def run(
+    trainer: Trainer,
+    run_dir: Path,
+    metrics: MetricsWriter | None,
+    progress: Progress | None,
+    heartbeat: Heartbeat | None = None,
+    signal: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
     """Train to the last configured step, evaluating and saving checkpoints, and return the last ``eval`` record.
 
-    Rank 0 passes ``metrics`` and ``progress``; other ranks pass None.
+    Rank 0 passes ``metrics`` and ``progress``; other ranks pass None. ``signal`` returns the signal that asked this
+    rank to stop, or 0. If any rank got one, all save after the same step, and raise Stopped.
     """
     config, start = trainer.config, time.perf_counter()
     since, tokens_per_step = (trainer.step, start), config.data.global_batch * config.data.seq_len
     last_eval: dict[str, Any] = {}
+    pulse = Pulse(trainer.axis, heartbeat)
 
     def publish(record: dict[str, Any]) -> None:
         if metrics is not None:
@@ -308,20 +326,26 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
     while trainer.step < config.steps:
         step, last = trainer.step + 1, trainer.step + 1 == config.steps
         logged = last or step % config.log.every == 0
+        pulse.begin(step)
         norm = trainer.train_step(observed=logged)
+        stop = pulse.end(signal(), logged)
         if progress is not None:
             progress.advance(step)
         if logged:
-            record, now = trainer.record(norm), time.perf_counter()
+            record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
             record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
             record["elapsed_s"] = now - start
             publish(record)
             since = (step, time.perf_counter())
         busy = time.perf_counter()
         if last or (config.log.eval_every and step % config.log.eval_every == 0):
+            pulse.enter("evaluate")
             last_eval = trainer.evaluate()
             publish(last_eval)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        if last or stop or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            pulse.enter("save")
             trainer.save(run_dir / "checkpoints")
+        if stop and not last:
+            raise Stopped(stop)
         since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
     return last_eval
