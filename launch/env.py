@@ -1,4 +1,4 @@
-"""The process environment: ranks, devices, the process group, and exit codes."""
+"""The process environment: a rank's place, its device, torchrun, and exit codes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
-import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,11 +25,12 @@ T = TypeVar("T")
 UNREAD = 141
 
 #: exit codes, following sysexits.h, of processes that have said why they end, or need not
-CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE = 64, 65, 66, 67, 70, 73
-OWN = CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, UNREAD
-
-#: exit code that shells use after SIGINT: 128 + 2
-INTERRUPTED = 130
+CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, HANG, MEMORY = 64, 65, 66, 67, 70, 73, 75, 77
+#: exit codes after a signal, as shells use them: 128 + its number
+STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+#: after these, the same command would fail again or was asked to end, so torchrun must not restart the run
+FINAL = (CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, MEMORY, *STOPPED)
+OWN = (*FINAL, HANG, UNREAD)
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
@@ -70,8 +67,11 @@ class Process:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    #: torchrun's restart count
+    #: torchrun's restart count on this node, and its limit
     restarts: int = 0
+    max_restarts: int = 0
+    #: files that receive the exit code if the run fails, because torchrun always exits with 1
+    exit_files: tuple[Path, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -85,11 +85,12 @@ class Process:
         if visible == 1:  # some schedulers show each rank only its own GPU
             return torch.device("cuda", 0)
         if visible < self.local_world or visible <= self.local_rank:
-            raise ValueError(_too_many(self.local_world, f"sees {visible} GPUs"))
+            raise ValueError(too_many(self.local_world, f"sees {visible} GPUs"))
         return torch.device("cuda", self.local_rank)
 
 
-def _too_many(processes: int, why: str) -> str:
+def too_many(processes: int, why: str) -> str:
+    """Return the message about a machine with more processes than GPUs."""
     return (
         f"{processes} processes on a machine that {why}: start one process per GPU (--nproc-per-node), "
         "or train on the CPU (CUDA_VISIBLE_DEVICES='')"
@@ -101,52 +102,88 @@ def started() -> bool:
     return "RANK" in os.environ
 
 
+#: the variables of a rank, and the launchers' names for the optional one
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
+
 def this_process() -> Process:
-    """Read this process's place from torchrun's environment variables."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
-    alone = ("0", "1", "0", "1", "0")
-    return Process(*(int(os.environ.get(name, value)) for name, value in zip(names, alone, strict=True)))
+    """Read this process's place from torchrun's environment variables.
 
-
-@contextmanager
-def joined(process: Process, timeout_s: float) -> Iterator[None]:
-    """Within the block, join the default process group if there is more than one process."""
-    if process.world == 1:
-        yield
-        return
-    timeout = timedelta(seconds=timeout_s)
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
-    # a restarted attempt must not read the addresses that the previous attempt left in the store
-    store = dist.PrefixStore(f"attempt{process.restarts}", store)
-    try:
-        device = process.device
-        cuda = device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(device)
-            claim(device, process, store)
-    except ValueError as problem:  # machines may have different GPUs, so local rank 0 of each prints its own error
-        stop(Process(rank=process.local_rank), CONFIG, str(problem))
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def claim(device: torch.device, process: Process, store: dist.Store) -> None:
-    """Reserve a GPU for this rank. Raises ValueError if another rank of the machine has reserved the same one.
-
-    This happens if every rank sees a single GPU, and it is the same GPU for all.
+    Raises ValueError if they are incomplete or contradict each other, as those of an earlier session do.
     """
-    properties = torch.cuda.get_device_properties(device)
-    name = f"gpu/{socket.gethostname()}/{getattr(properties, 'uuid', process.rank)}"
-    if store.add(name, 1) > 1:
-        raise ValueError(_too_many(process.local_world, "has one GPU for several of them"))
+    files = tuple(Path(file) for file in [os.environ.get("EQUIMOE_EXIT_FILE")] if file)
+    given = [name for name in PLACE[:3] if name in os.environ]
+    if not given:
+        return Process(exit_files=files)
+    lacking = [name for name in PLACE if name not in os.environ]
+    if lacking:
+        raise ValueError(
+            f"{given[0]}={os.environ[given[0]]}: is set, but {', '.join(lacking)} not; start ranks with torchrun, "
+            f"which sets all of them, or unset {', '.join(given)}"
+        )
+    local_name = next((name for name in LOCAL_WORLD if name in os.environ), None)
+    rank, world, local_rank, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    local_world = 1 if local_name is None else _number(local_name)
+    # (variable, its value, whether it fits, what it must be)
+    checks = [
+        ("WORLD_SIZE", world, world >= 1, "at least 1"),
+        ("RANK", rank, 0 <= rank < world, f"in 0..{world - 1}, because WORLD_SIZE={world}"),
+        ("MASTER_PORT", port, 1 <= port < 1 << 16, "in 1..65535"),
+    ]
+    if local_name is not None:
+        last = f"in 0..{local_world - 1}, because {local_name}={local_world}"
+        checks.append(
+            (local_name, local_world, 1 <= local_world <= world, f"in 1..{world}, because WORLD_SIZE={world}")
+        )
+        checks.append(("LOCAL_RANK", local_rank, 0 <= local_rank < local_world, last))
+    for name, value, fits, must in checks:
+        if not fits:
+            raise ValueError(f"{name}={value}: must be {must}; start ranks with torchrun, or unset {', '.join(PLACE)}")
+    restarts, most = (_number(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return Process(rank, world, local_rank, local_world, restarts, most, files)
+
+
+def _number(name: str, default: str | None = None) -> int:
+    text = os.environ[name] if default is None else os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text}: must be a whole number; start ranks with torchrun, or unset it") from None
+
+
+#: launcher -> its variables with the number of processes that it started
+LAUNCHERS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE",),
+    "mpiexec": ("PMI_SIZE",),
+}
+
+
+def check_launcher(processes: int | None) -> None:
+    """Raise ValueError if another launcher has started several processes, which would all train the same run.
+
+    ``processes`` is the option of that name. A batch script of Slurm may use it; there, SLURM_NTASKS is only what the
+    job has asked for.
+    """
+    for launcher, names in LAUNCHERS.items():
+        name = next((name for name in names if os.environ.get(name, "").isdigit()), None)
+        if name is None or int(os.environ[name]) < 2:
+            continue
+        in_step = "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
+        if launcher == "srun" and ("SLURM_PROCID" not in os.environ or (processes and not in_step)):
+            continue
+        raise ValueError(
+            f"{name}={os.environ[name]}: {launcher} starts the training command itself; let it start one torchrun per "
+            "node, as launch/slurm/train.sbatch does, or add --processes to a command of the batch script"
+        )
 
 
 #: for the ranks of a CPU: threads that wait give their core to others, and large tensors use huge pages
 CPU_SETTINGS = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
+
+#: for torchrun: every attempt gets a store of its own, and ranks get this many seconds to save after a signal
+AGENT_SETTINGS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
 
 
 def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
@@ -158,7 +195,7 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for name, value in CPU_SETTINGS.items():
+    for name, value in (CPU_SETTINGS | AGENT_SETTINGS).items():
         os.environ.setdefault(name, value)
     logging.disable(logging.ERROR)  # torchrun's failure log would follow the rank's own error line
     try:
@@ -179,39 +216,58 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     sys.exit(0)
 
 
-def stop(process: Process, code: int, message: str) -> NoReturn:
-    """Print one line to stderr on rank 0 and exit with ``code``. For errors that every rank has detected."""
-    if process.rank == 0:
+def stop(process: Process, code: int, message: str, printer: int = 0) -> NoReturn:
+    """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this."""
+    if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    elif process.world > 1:
+        time.sleep(0.3)  # torchrun ends all ranks when the first one exits, and the printer must come before that
+    leave(process, code, message)
+
+
+def leave(process: Process, code: int, message: str) -> NoReturn:
+    """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed."""
+    record_exit(process, code)
+    if process.world > 1:  # torchrun sends a signal when another rank has ended already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows this message at the end of its report
-        report = {"message": f"error: {message}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
+    if code in FINAL and process.restarts < process.max_restarts:
+        end_agent(process)
     sys.exit(code)
 
 
-def together(process: Process, code: int, work: Callable[[], T], fingerprint: Callable[[T], str] = lambda _: "") -> T:
-    """Run ``work`` on every rank; return its result if it succeeded everywhere with the same fingerprint.
+def record_exit(process: Process, code: int) -> None:
+    """Write the exit code to the files that were asked for."""
+    for file in process.exit_files:
+        with suppress(OSError):  # nothing may hide the error itself
+            file.write_text(f"{code}\n")
 
-    A ValueError or OSError on any rank makes all ranks exit with ``code`` and that rank's message. Different
-    fingerprints make them exit with :data:`DISAGREEMENT`.
-    """
-    error, result = "", None
+
+def end_agent(process: Process) -> None:
+    """Ask this node's torchrun to end, instead of restarting a run that would fail again."""
+    if process.local_rank == 0 and is_launcher(os.getppid()):
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(1.0)  # until torchrun has the signal: it would restart all ranks if this one exited first
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, because numbers of processes are used again; empty if unknown."""
     try:
-        result = work()
-    except (ValueError, OSError) as problem:
-        error = " ".join(str(problem).split())
-    reports: list[tuple[str, str]] = [("", "")] * process.world
-    mine = (error, "" if error else fingerprint(result))  # type: ignore[arg-type]
-    if process.world > 1:
-        dist.all_gather_object(reports, mine)
-    else:
-        reports = [mine]
-    failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]
-    if failed:
-        everywhere = len(failed) == process.world and len({text for _, text in failed}) == 1
-        stop(process, code, failed[0][1] if everywhere else f"rank {failed[0][0]}: {failed[0][1]}")
-    others = [rank for rank, (_, seen) in enumerate(reports) if seen != reports[0][1]]
-    if others:
-        stop(process, DISAGREEMENT, f"ranks {others}: data or configuration differ from rank 0; give all the same")
-    return result  # type: ignore[return-value]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def is_launcher(pid: int) -> bool:
+    """Return whether a process is one that starts ranks; True if its command line is unknown.
+
+    A rank that has lost its torchrun belongs to another process, usually the system's first.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"torch" in command or b"equimoe" in command

@@ -39,6 +39,8 @@ class Launch:
     resume: bool = False
     #: fields and sections of the configuration that may differ from the resumed run's
     allow_change: tuple[str, ...] = ()
+    #: resume if ``run_dir`` holds a checkpoint, and start a new run otherwise
+    requeue: bool = False
     #: check everything, but do not train
     dry_run: bool = False
     #: print the configuration (:func:`to_yaml`), but do not train
@@ -53,6 +55,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "processes": (int, "ranks to start on this machine; default 1"),
     "resume": (bool, "resume from the newest checkpoint in the run folder"),
     "allow_change": (str, "setting that a resumed run may change although it changes what is trained; repeatable"),
+    "requeue": (bool, "for schedulers: resume if the run folder has a checkpoint, else start"),
     "dry_run": (bool, "check configuration and data and build the model, but do not train"),
     "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
     "help": (bool, "print this text"),
@@ -94,6 +97,7 @@ def parse(argv: list[str]) -> Launch:
         processes=run["processes"],
         resume=run["resume"],
         allow_change=tuple(_known(text) for name, text in given if name == "allow_change"),
+        requeue=run["requeue"],
         dry_run=run["dry_run"],
         print_config=run["print_config"],
     )

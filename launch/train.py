@@ -5,11 +5,12 @@ On several machines, start this command with torchrun.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
+import signal
 import sys
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from ..moe import checkpoint
+from ..moe.health import PATIENCE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
@@ -25,76 +27,156 @@ from ..moe.train.config import DataConfig, OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.judge import NonFiniteError
-from ..moe.train.loop import Trainer, run
+from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
-from . import env
+from . import env, joining
+from .failing import Failure
+from .folder import RunLock
+from .joining import gathered, together
 from .options import Launch, parse, to_yaml
 from .report import write_report
+from .signals import Signals
 from .text import counted, short_count
+
+#: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
+EXIT_FILE = "exit_code"
+#: how many times as long as a step may last ranks may wait for each other at the start
+JOIN = 3.0
 
 
 @env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with the codes of :mod:`equimoe.launch.env`."""
     arguments = sys.argv[1:] if argv is None else argv
-    process = env.this_process()
+    process, launch, refused = env.Process(), None, None
     try:
+        process = env.this_process()
         launch = parse(arguments)
-        config = launch.config
         if launch.print_config:
-            print(to_yaml(config), end="") if process.rank == 0 else None
+            print(to_yaml(launch.config), end="") if process.rank == 0 else None
             return
-        started = env.started()
-        if started and launch.processes not in (None, process.local_world):
-            has = f"torchrun has already started {counted(process.local_world, 'process')} on this machine"
-            raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
-        world = process.world if started else launch.processes or 1
-        degrees = config.degrees(world)
-        micro_batches = config.micro_batches(degrees.dp)
-        if degrees.pp > 1:
-            layers, micro_batch = config.model.num_layers, config.data.micro_batch
-            check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, micro_batches, layers, micro_batch)
+        degrees = _degrees_of(launch, process)
     except ValueError as error:
-        env.stop(process, env.CONFIG, str(error))
-    if world > process.world:
-        env.start(world, "equimoe.launch.train", arguments)
+        refused = (env.CONFIG, str(error))
+    if refused is not None and process.world == 1:
+        env.stop(process, *refused)
+    if launch is not None and not env.started() and (launch.processes or 1) > 1:
+        env.start(launch.processes or 1, "equimoe.launch.train", arguments)
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
+    own = joining.introduce(process, {} if launch is None else _facts(launch), refused)
+    if process.world == 1:
+        if own.error:
+            env.stop(process, own.code, own.error)
+        assert launch is not None
+        with Signals(process) as signals:
+            _train(Attempt(launch, degrees, process, joining.alone(own), signals, arguments))
+        return
+    timeout_s = 60.0 if launch is None else launch.config.parallel.timeout_s
+    with (
+        Signals(process) as signals,
+        joining.joined(process, own, JOIN * timeout_s, PATIENCE["setup"] * timeout_s) as meeting,
+    ):
+        assert launch is not None
+        _train(Attempt(launch, degrees, process, meeting, signals, arguments))
+
+
+def _degrees_of(launch: Launch, process: env.Process) -> ParallelConfig:
+    """Return the parallel degrees of the run; raise ValueError if the ranks cannot form them."""
+    config, started = launch.config, env.started()
+    if started and launch.processes not in (None, process.local_world):
+        has = f"torchrun has already started {counted(process.local_world, 'process')} on this machine"
+        raise ValueError(f"--processes={launch.processes}: {has}; leave the option out")
+    if not started:
+        env.check_launcher(launch.processes)
+    degrees = config.degrees(process.world if started else launch.processes or 1)
+    micro_batches = config.micro_batches(degrees.dp)
+    if degrees.pp > 1:
+        layers, micro_batch = config.model.num_layers, config.data.micro_batch
+        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, micro_batches, layers, micro_batch)
+    return degrees
+
+
+def _facts(launch: Launch) -> dict[str, str]:
+    """Return what must be the same on all ranks before they start."""
+    options = {
+        "resume": launch.resume,
+        "requeue": launch.requeue,
+        "dry-run": launch.dry_run,
+        "run-dir": os.path.abspath(launch.run_dir),
+    }
+    return joining.flat(asdict(launch.config) | options) | joining.versions()
+
+
+@dataclass
+class Attempt:
+    """What a rank knows of this attempt at the run."""
+
+    launch: Launch
+    degrees: ParallelConfig
+    process: env.Process
+    meeting: joining.Meeting
+    signals: Signals
+    #: of this rank, for the command that continues the run
+    arguments: list[str]
+
+
+def _train(attempt: Attempt) -> None:
+    """Run the command on this rank, watched by the others."""
+    process, meeting = attempt.process, attempt.meeting
+    failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
+    store, holder = meeting.second, meeting.holder
     try:
-        with env.joined(process, config.parallel.timeout_s):
-            _train(launch, degrees, process, arguments)
-    except KeyboardInterrupt:
-        sys.exit(env.INTERRUPTED) if started else env.stop(process, env.INTERRUPTED, "stopped by SIGINT")
+        with (
+            Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
+            ExitStack() as held,
+        ):
+            _run(attempt, failure.heartbeat, held)
+    except Exception as problem:
+        if process.world == 1:
+            raise
+        failure.error(problem)
 
 
-def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, arguments: list[str]) -> None:
+def _run(attempt: Attempt, heartbeat: Heartbeat, held: ExitStack) -> None:
+    launch, process = attempt.launch, attempt.process
     config, run_dir = launch.config, launch.run_dir
-    env.together(process, env.CONFIG, lambda: None, lambda _: _digest(config))
-    corpus = env.together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
-    found = _find_checkpoint(launch, process)
+    exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
+    lock = _lock(attempt, held) if exists else None
+    again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
+    corpus = together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
+    found = _find_checkpoint(launch, process, again)
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
-            print(
-                f"{run_dir}: is finished, as {found[0].name} has reached --steps={config.steps}; raise it to train on"
-            )
+            reached = f"{found[0].name} has reached --steps={config.steps}"
+            print(f"{run_dir}: is finished, as {reached}; raise it to train on")
         return
-    mesh = build_mesh(degrees, process.device.type) if process.world > 1 else None
-    trainer = env.together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
-    notes = [] if found is None else env.together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
+    notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
+    # a collective may take longer than a step in which nothing moves, which the heartbeats find
+    patient = replace(attempt.degrees, timeout_s=PATIENCE["setup"] * config.parallel.timeout_s)
+    mesh = build_mesh(patient, process.device.type) if process.world > 1 else None
+    trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
-        env.together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
+        together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
     if process.rank == 0:
         _introduce(trainer, launch, notes)
     if launch.dry_run:
         return
+    if not exists:
+        lock = _lock(attempt, held)
+    if lock is not None:
+        lock.confirm()
     try:
         checkpoint.probe(run_dir / "checkpoints")
     except OSError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
-    metrics = env.together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
+    metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
+    attempt.process = process = replace(process, exit_files=(*process.exit_files, run_dir / EXIT_FILE))
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
+    attempt.signals.graceful = True
+    stopped, result = 0, {}
     try:
-        result = run(trainer, run_dir, metrics, progress)
+        result = run(trainer, run_dir, metrics, progress, heartbeat, lambda: attempt.signals.number)
     except NonFiniteError as error:
         env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
     except DisagreementError as error:
@@ -103,18 +185,38 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         env.stop(process, env.NON_FINITE, str(error))
     except checkpoint.SaveError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
+    except Stopped as request:
+        stopped = request.signal
     finally:
         if progress is not None:
             progress.close()
         if metrics is not None:
             metrics.close()
+    heartbeat.enter("end", trainer.step)
     if process.rank == 0:
-        _conclude(trainer, launch, result, arguments)
+        _conclude_early(trainer, attempt, stopped) if stopped else _conclude(trainer, launch, result, attempt.arguments)
+    if stopped:
+        gathered(process, None)  # torchrun ends all ranks when the first one exits
+        held.close()
+        env.leave(process, 128 + stopped, f"stopped by {signal.Signals(stopped).name} after step {trainer.step}")
 
 
-def _digest(config: TrainConfig) -> str:
-    versions = f"{sys.version_info[:2]} {torch.__version__}"
-    return hashlib.sha256(f"{to_yaml(config)}{versions}".encode()).hexdigest()
+def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:
+    """Take the run folder until ``held`` ends, on rank 0; all ranks exit if another job has it."""
+
+    def take() -> RunLock | None:
+        if attempt.process.rank > 0:
+            return None
+        lock = RunLock(attempt.launch.run_dir, attempt.meeting.agents)
+        held.callback(lock.release)
+        return lock
+
+    return together(attempt.process, env.CANNOT_WRITE, take)
+
+
+def _restarted(lock: RunLock, meeting: joining.Meeting) -> bool:
+    """Return whether torchrun has restarted this very job. One that was refused has not held the folder."""
+    return lock.continues and (meeting.restarted or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
 def _read_corpus(config: TrainConfig) -> Corpus:
@@ -127,13 +229,15 @@ def _read_corpus(config: TrainConfig) -> Corpus:
     return corpus
 
 
-def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[str, Any]] | None:
+def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple[Path, dict[str, Any]] | None:
     """Return the path and manifest of the checkpoint to resume from, or None to start a new run.
 
-    After torchrun restarts a failed run, that is the run's newest valid checkpoint, or None if there is none yet.
+    After torchrun has restarted a failed run (``again``), with --resume, or under --requeue, that is the run's newest
+    valid checkpoint. Exits if the folder of a new run already holds a run.
     """
     root, choice, note = launch.run_dir / "checkpoints", None, ""
-    if launch.resume or process.restarts > 0:
+    resuming = launch.resume or launch.requeue or again
+    if resuming:
         try:
             choice = checkpoint.choose(root)
         except checkpoint.ViewError as error:
@@ -141,23 +245,20 @@ def _find_checkpoint(launch: Launch, process: env.Process) -> tuple[Path, dict[s
         except checkpoint.CheckpointError as error:
             env.stop(process, env.CHECKPOINT, str(error))
         note = "" if choice is None else checkpoint.describe(choice)
-    begun = env.together(process, env.CHECKPOINT, lambda: _begun(launch, process.restarts > 0, choice is not None))
+    begun = together(process, env.CHECKPOINT, lambda: _begun(launch, resuming, again, choice is not None))
     if begun and choice is None:
-        note = f"{root} has no checkpoint yet, so the run starts from step 0"
+        note = f"{launch.run_dir}: the earlier attempt ended before its first checkpoint; starting again from step 0"
     if note and process.rank == 0:
         print(f"note: {note}", file=sys.stderr, flush=True)
     return None if choice is None else (choice.path, choice.manifest)
 
 
-def _begun(launch: Launch, again: bool, found: bool) -> bool:
+def _begun(launch: Launch, resuming: bool, again: bool, found: bool) -> bool:
     """Return whether the run has begun before. Raises ValueError if the run folder and the options do not fit."""
     run_dir, begun = launch.run_dir, (launch.run_dir / METRICS_FILE).exists()
-    if not launch.resume and not again:
-        if begun or checkpoint.complete(run_dir / "checkpoints"):
-            raise ValueError(
-                f"run_dir={str(run_dir)!r}: already holds a run; add --resume, or choose another --run-dir"
-            )
-    elif launch.resume and not found and not begun:
+    if not resuming and checkpoint.complete(run_dir / "checkpoints"):
+        raise ValueError(f"run_dir={str(run_dir)!r}: already holds a run; add --resume, or choose another --run-dir")
+    if launch.resume and not (found or begun or again or launch.requeue):
         what = "no complete checkpoint; start without --resume, or give the run's own folder"
         raise ValueError(f"{run_dir / 'checkpoints'}: {what}")
     return begun
@@ -168,6 +269,7 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
         return None
     new = trainer.step == 0
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
+    (launch.run_dir / EXIT_FILE).unlink(missing_ok=True)
     write_atomically(launch.run_dir / "config.yaml", to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if new:
@@ -267,6 +369,19 @@ def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], argument
     else:
         print(f"continue:   {command} {_constant(rise[0])}")
         print(f"            without the last two options, the learning rate would rise to {rise[1]:.2g}", flush=True)
+
+
+def _conclude_early(trainer: Trainer, attempt: Attempt, number: int) -> None:
+    """Say where a run that was asked to stop is, and how to continue it."""
+    run_dir, steps = attempt.launch.run_dir, trainer.config.steps
+    print(f"\nstopped by {signal.Signals(number).name} after step {trainer.step} of {steps}; no step is lost")
+    print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
+    print(f"metrics:    {run_dir / METRICS_FILE}")
+    try:
+        print(f"report:     {write_report(run_dir)}")
+    except (ValueError, OSError) as problem:  # no record yet, or a full disk
+        print(f"report:     not written: {problem}")
+    print(f"continue:   {_command(attempt.arguments, attempt.process, steps)}", flush=True)
 
 
 def _command(arguments: list[str], process: env.Process, steps: int) -> str:

@@ -46,6 +46,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         "moe/checkpoint/",
         "moe/plan/",
         "launch/env.py",
+        "launch/joining.py",
+        "launch/failing.py",
     ),
     "safetensors": ("moe/checkpoint/",),
     "deepspeed": ("moe/engines/deepspeed/",),

@@ -47,8 +47,9 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"] = "1f1b"
     #: pipeline stages per rank; None: the fewest that the schedule accepts
     stages_per_rank: int | None = None
-    #: seconds that a collective may take before the run fails
-    timeout_s: float = 300.0
+    #: seconds in which a step may make no progress before the run ends and names the silent ranks; ranks get three
+    #: times as long to join, and ten times for setup, evaluation and saving. In your own loop: a collective's limit
+    timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         for names in (DENSE_DEGREES, EXPERT_DEGREES):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Accept, Batch, StepResult
-from ..health import Replicas
+from ..health import Heartbeat, Pulse, Replicas
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
@@ -37,6 +37,14 @@ from .replay import DisagreementError, replayed
 
 #: optimizer steps after which a postponed batch is read again
 REVISIT_AFTER = 20
+
+
+class Stopped(Exception):  # noqa: N818  (nothing is wrong)
+    """Raised after a checkpoint was saved because a rank got a signal."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
 
 
 class DomainLosses:
@@ -313,14 +321,23 @@ class Trainer:
         }
 
 
-def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress: Progress | None) -> dict[str, Any]:
+def run(
+    trainer: Trainer,
+    run_dir: Path,
+    metrics: MetricsWriter | None,
+    progress: Progress | None,
+    heartbeat: Heartbeat | None = None,
+    signal: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
     """Train to the last configured step, evaluating and saving checkpoints, and return the last ``eval`` record.
 
-    Rank 0 passes ``metrics`` and ``progress``; other ranks pass None.
+    Rank 0 passes ``metrics`` and ``progress``; other ranks pass None. ``signal`` returns the signal that asked this
+    rank to stop, or 0. If any rank got one, all save after the same step, and raise Stopped.
     """
     config, trainer.started = trainer.config, time.perf_counter()
     since = trainer.tokens, trainer.started
     last_eval: dict[str, Any] = {}
+    pulse = Pulse(trainer.axis, heartbeat)
 
     def publish(record: dict[str, Any]) -> None:
         if metrics is not None:
@@ -328,35 +345,43 @@ def run(trainer: Trainer, run_dir: Path, metrics: MetricsWriter | None, progress
         if progress is not None:
             progress.show(record)
 
+    stop = 0
     try:
-        while trainer.step < config.steps:
+        while trainer.step < config.steps and not stop:
             trainer.saver.check()
             step, last = trainer.step + 1, trainer.step + 1 == config.steps
             logged = last or step % config.log.every == 0
+            pulse.begin(step)
             norm = trainer.train_step(observed=logged)
+            stop = pulse.end(signal(), logged)
             for skip in trainer.skipped:
                 publish(skip)
             trainer.skipped.clear()
             if progress is not None:
                 progress.advance(step)
             if logged:
-                record, now = trainer.record(norm), time.perf_counter()
+                record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
                 record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
                 record["elapsed_s"] = trainer.elapsed_s
                 publish(record)
                 since = trainer.tokens, time.perf_counter()
             busy = time.perf_counter()
             if last or (config.log.eval_every and step % config.log.eval_every == 0):
+                pulse.enter("evaluate")
                 last_eval = trainer.evaluate()
                 publish(last_eval)
-            saves = last or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            saves = last or stop or (config.checkpoint.every and step % config.checkpoint.every == 0)
             if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
                 trainer.check_replicas()
             if saves:
+                pulse.enter("save")
                 trainer.start_saving(run_dir / "checkpoints")
             since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
+        pulse.enter("save")
         trainer.saver.wait()
     except BaseException:
         trainer.saver.settle(config.parallel.timeout_s)
         raise
+    if stop and trainer.step < config.steps:
+        raise Stopped(stop)
     return last_eval

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from equimoe.launch import env
-from equimoe.launch.env import CONFIG, Process, claim, joined
+from equimoe.launch import joining
+from equimoe.launch.env import CONFIG, DISAGREEMENT, Process
 
 
 @pytest.fixture
@@ -56,32 +55,33 @@ def test_fewer_gpus_than_ranks_are_refused(visible: int, local_rank: int, local_
         _ = of(local_rank, local_world).device
 
 
-def test_ranks_that_see_the_same_gpu_are_refused(gpus: Callable) -> None:
-    store = dist.HashStore()
-    for rank in range(2):
-        gpus(1, uuid=f"GPU-{rank}")
-        claim(of(rank, 3).device, of(rank, 3), store)
-    with pytest.raises(ValueError, match="^3 processes on a machine that has one GPU for several of them: start"):
-        claim(of(2, 3).device, of(2, 3), store)
+def introduced(rank: int, world: int, host: str, monkeypatch: pytest.MonkeyPatch) -> joining.Introduction:
+    monkeypatch.setattr(joining.socket, "gethostname", lambda: host)
+    return joining.introduce(of(rank, world), {})
+
+
+def test_ranks_that_see_the_same_gpu_are_refused(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for rank, uuid in enumerate(("GPU-0", "GPU-1", "GPU-1")):
+        gpus(1, uuid=uuid)
+        found[rank] = introduced(rank, 3, "a", monkeypatch)
+    assert joining._refusal({rank: found[rank] for rank in range(2)}, 2, 0.0) is None
+    refusal = joining._refusal(found, 3, 0.0)
+    assert refusal is not None and refusal.code == CONFIG
+    assert refusal.message.startswith("3 processes on a machine that has one GPU for several of them: start")
 
 
 def test_the_same_gpu_on_another_machine_is_another(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
-    for host in ("a", "b"):
-        monkeypatch.setattr(env.socket, "gethostname", lambda host=host: host)
-        gpus(1)
-        claim(of(0, 1).device, of(0, 1), store)
-
-
-def test_a_rank_ends_with_one_line(
-    gpus: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
     gpus(1)
-    store = dist.HashStore()
-    claim(torch.device("cuda", 0), of(1, 2), store)
-    monkeypatch.setattr(env, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    monkeypatch.setattr(env.dist, "PrefixStore", lambda _, inner: inner)
-    with pytest.raises(SystemExit) as ended, joined(of(0, 2), timeout_s=5):
-        pass
-    printed = capsys.readouterr().err
-    assert ended.value.code == CONFIG and printed.startswith("error: 2 processes") and printed.count("\n") == 1
+    found = {rank: introduced(rank, 2, host, monkeypatch) for rank, host in enumerate("ab")}
+    assert joining._refusal(found, 2, 0.0) is None
+
+
+def test_a_machine_without_gpus_among_others_is_refused(gpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for rank, count in enumerate((1, 0)):
+        gpus(count)
+        found[rank] = introduced(rank, 2, "ab"[rank], monkeypatch)
+    refusal = joining._refusal(found, 2, 0.0)
+    assert refusal is not None and refusal.code == DISAGREEMENT
+    assert refusal.message.startswith("device: rank 0 has cuda, rank 1 has cpu; start all ranks with the same")

@@ -24,7 +24,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -222,6 +223,14 @@ def _watch_files(injector: Injector) -> Callable[..., None]:
                 injector.reach("save:manifest", int(found[1]))
 
     return hook
+
+
+@contextmanager
+def injected(faults: str, run_dir: Path) -> Iterator[None]:
+    """Install faults in a forked rank; a ``within`` of ``tests.helpers.command.launch``. They stay installed."""
+    parsed = [Fault.parse(text) for text in faults.split(";") if text.strip()]
+    install(Injector(parsed, int(os.environ["RANK"]), Path(f"{run_dir}.faults")))
+    yield
 
 
 def main() -> None:

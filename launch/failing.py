@@ -1,0 +1,174 @@
+"""Decides what a rank prints and returns when a run fails, so that the rank with the cause says it, and only once.
+
+When a rank fails, the others lose their connection to it a moment later. They stay quiet: their errors are only a
+consequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..moe.health import Heartbeat
+from .env import HANG, MEMORY, Process, leave, record_exit
+from .joining import Meeting
+
+T = TypeVar("T")
+
+#: parts of the messages with which backends report that another rank has gone
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "connectFullMesh",
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+#: seconds for the rank with the cause to report it, before another one says that it has lost a rank
+PATIENCE_S = 2.0
+#: exit code of a rank that ends with a traceback
+FAILED = 1
+
+
+class Failure:
+    """What happens on this rank when the run fails. ``heartbeat`` knows the step and the phase."""
+
+    def __init__(self, process: Process, meeting: Meeting) -> None:
+        self.process, self.meeting = process, meeting
+        self.heartbeat: Heartbeat | None = None
+        #: whether this rank has reported the cause
+        self._claimed = False
+
+    def hang(self, line: str, silent: list[int]) -> None:
+        """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""
+        self._kill(silent)
+        others = [rank for rank in range(self.process.world) if rank not in silent]
+        if self.process.rank == min(others):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        else:  # torchrun ends all ranks when the first one exits
+            time.sleep(1.0)
+        record_exit(self.process, HANG)
+        _end(HANG)
+
+    def error(self, problem: Exception) -> NoReturn:
+        """End this rank after an exception."""
+        place = "" if self.heartbeat is None else f", step {self.heartbeat.step}, phase {self.heartbeat.phase}"
+        text = " ".join(str(problem).split())
+        if _is_lost(problem):
+            self._lost(place, text)
+        memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+        code = MEMORY if memory else FAILED
+        cause = self._claim(code)
+        if cause != code:
+            _end(cause)
+        what = f"ran out of memory ({text})" if memory else f"{type(problem).__name__}: {text}"
+        line = f"rank {self.process.rank}{place}: {what}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        traceback.print_exception(problem, file=sys.stderr)
+        _end(code, self.process, line)
+
+    def _lost(self, place: str, text: str) -> NoReturn:
+        """End this rank because another one has gone: quietly, if that one has said why."""
+        if self.heartbeat is not None and self.heartbeat.stalled > self.heartbeat.limit("step") / 2:
+            _end(HANG)  # the others have ended the hang
+        deadline, gone = time.monotonic() + PATIENCE_S, []
+        while time.monotonic() < deadline:
+            cause = self._cause()
+            if cause is not None:
+                _end(cause)
+            gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
+            time.sleep(0.1)
+        alive = [rank for rank in range(self.process.world) if rank not in gone]
+        cause = self._claim(FAILED)
+        if cause == FAILED and (self._claimed or (0 in gone and self.process.rank == min(alive))):
+            line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
+            line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
+            print(f"error: rank {self.process.rank}{place}: {line}", file=sys.stderr, flush=True)
+        _end(FAILED)
+
+    def _kill(self, silent: list[int]) -> None:
+        """Kill the ranks of this machine that do not react, for which torchrun would wait half a minute."""
+        for rank in silent:
+            host, pid = self.meeting.places[rank]
+            if host == socket.gethostname() and rank != self.process.rank:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+    # ---- the cause, in the store that all ranks share
+
+    def _claim(self, code: int) -> int:
+        """Report this rank as the cause; return its exit code, or that of the rank which was first."""
+        store, own = self.meeting.store, json.dumps([self.process.rank, code])
+        if store is None:
+            self._claimed = True
+            return code
+        found = _within(PATIENCE_S, lambda: store.compare_set("cause", "", own))
+        self._claimed = found is not None and found.decode() == own
+        return code if found is None else json.loads(found)[1]
+
+    def _cause(self) -> int | None:
+        store = self.meeting.store
+        if store is None:
+            return None
+        found = _within(PATIENCE_S, lambda: store.get("cause") if store.check(["cause"]) else None)
+        return None if found is None else json.loads(found)[1]
+
+
+def _end(code: int, process: Process | None = None, line: str = "") -> NoReturn:
+    """End the process at once, so that the other ranks notice. Leaving torch's groups would wait for them."""
+    try:
+        if process is not None:
+            leave(process, code, line)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _within(limit_s: float, work: Callable[[], T]) -> T | None:
+    """Return the result of ``work``; None if it fails or takes too long, as a store does that has ended."""
+    found: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    return found[0] if found else None
+
+
+def _is_lost(problem: Exception) -> bool:
+    return isinstance(problem, dist.DistError) or (
+        isinstance(problem, RuntimeError) and any(part in str(problem) for part in LOST)
+    )
+
+
+def _has_ended(host: str, pid: int) -> bool:
+    """Return whether a process of this machine has ended; False for those of other machines."""
+    if host != socket.gethostname():
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()
+    except OSError:
+        return False

@@ -1,0 +1,108 @@
+"""Signals that ask a rank to stop, and the death of its torchrun."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from types import TracebackType
+
+from .env import Process, is_launcher, record_exit
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
+REPEATED_S = 1.0
+#: seconds between looks at the parent process
+LOOK_S = 1.0
+#: prctl's option for the signal that a process gets when its parent ends
+PR_SET_PDEATHSIG = 1
+
+
+class Signals:
+    """Records the first signal, so that the loop can save and stop; ends the process at the second.
+
+    Before training (``graceful`` is False) there is nothing to save, and the first signal ends the process. A thread
+    receives the signals, because Python runs no handler while the main thread waits in a collective.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.process, self.graceful = process, False
+        #: the signal that asked this rank to stop; 0: none
+        self.number = 0
+        self._since = 0.0
+        self._parent = _bind_to_parent()
+
+    def __enter__(self) -> Signals:
+        self._before: dict[int, object] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as after nohup
+                self._before[number] = signal.signal(number, lambda *_: None)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # the process is about to end
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _listen(self) -> None:
+        while True:
+            if select.select([self._reader], [], [], LOOK_S)[0]:
+                for number in os.read(self._reader, 64):
+                    if not number:
+                        return
+                    if number in self._before:
+                        self._receive(number)
+            elif self._parent and os.getppid() != self._parent:
+                os._exit(128 + signal.SIGKILL)  # torchrun was killed
+
+    def _receive(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            if self.graceful:
+                self._say(f"{name}: saving after this step, then stopping; send it again to end at once")
+            else:
+                self._end(number, f"error: stopped by {name} before the first step; nothing is lost")
+        elif time.monotonic() - self._since > REPEATED_S:
+            self._end(number, f"error: ended at once by a second {name}; the newest checkpoint is the last one saved")
+
+    def _say(self, text: str) -> None:
+        if self.process.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def _end(self, number: int, text: str) -> None:
+        self._say(text)
+        record_exit(self.process, 128 + number)
+        os._exit(128 + number)
+
+
+def _bind_to_parent() -> int:
+    """Make this rank end when its torchrun does; return torchrun's process id, or 0 without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    parent = os.getppid()
+    if sys.platform == "linux":  # reaches also a rank that is stopped
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or not is_launcher(parent):
+        os._exit(128 + signal.SIGKILL)  # torchrun was killed while this process started
+    return parent

@@ -1,0 +1,64 @@
+"""One small sum at the end of every step, from which all ranks take the same decisions.  P ranks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..collectives import Axis, sum_over
+from .heartbeat import Heartbeat
+from .stragglers import stragglers
+
+
+class Pulse:
+    """Tells all ranks of ``axis`` after each step whether one was asked to stop, and how long each one worked.
+
+    The sum runs on the CPU, so no GPU has to be waited for. ``heartbeat`` gets the step and the phase.
+    """
+
+    def __init__(self, axis: Axis, heartbeat: Heartbeat | None = None) -> None:
+        self.axis, self.heartbeat = axis, heartbeat
+        self.step, self._began = 0, 0.0
+        #: since the last record: seconds in steps, and their number
+        self._took, self._steps, self._steps_done = 0.0, 0, 0
+        #: seconds per step in which each rank worked instead of waiting for others
+        self.busy_P: list[float] = []
+
+    def enter(self, phase: str) -> None:
+        """Say which phase begins."""
+        if self.heartbeat is not None:
+            self.heartbeat.enter(phase, self.step)
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self.step, self._began = step, time.perf_counter()
+        # the first step may have to compile
+        self.enter("step" if self._steps_done else "first step")
+
+    def end(self, signal: int, logged: bool) -> int:
+        """End a step; return the signal that any rank got, or 0. Every rank must call this.
+
+        ``logged`` also measures the time since the last step with it, for :meth:`record`.
+        """
+        self._steps_done += 1
+        if self.axis.size == 1:
+            return signal
+        took = self._took + time.perf_counter() - self._began
+        waited = None if self.heartbeat is None or not logged else self.heartbeat.waited()
+        busy_s = 0.0 if waited is None else (1 - waited) * took / (self._steps + 1)
+        table_P2 = torch.zeros(self.axis.size, 2, dtype=torch.float64)
+        table_P2[self.axis.rank] = torch.tensor((float(signal), busy_s), dtype=torch.float64)
+        signals, busy_P = sum_over(table_P2, self.axis).get().T.tolist()
+        self._took, self._steps = self._took + time.perf_counter() - self._began, self._steps + 1
+        if logged:
+            self.busy_P, self._took, self._steps = busy_P, 0.0, 0
+            self.enter("record")
+        return int(max(signals))
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields of a ``train`` record about the ranks' times; empty if they were not measured."""
+        if not any(self.busy_P):
+            return {}
+        return {"busy_s": [round(busy, 5) for busy in self.busy_P], "stragglers": stragglers(self.busy_P)}
