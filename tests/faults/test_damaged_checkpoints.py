@@ -388,8 +388,10 @@ def test_a_run_that_has_no_checkpoint_yet_starts_and_says_so(
     assert missing.codes == [env.CHECKPOINT] * 2 and "no complete checkpoint" in missing.errors[0]
     assert run("--steps", "1").codes == [0, 0]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    refused = run("--steps", "1")
-    assert refused.codes == [env.CHECKPOINT] * 2 and "add --resume" in refused.errors[0]
+    corrected = run("--steps", "1", "--optim.lr", "0.02")
+    assert corrected.codes == [0, 0] and "ended before its first checkpoint; starting again" in corrected.errors[0]
+    assert (tmp_path / "run" / "metrics.previous.jsonl").exists()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     begun = run("--resume", "--steps", "1")
     assert begun.codes == [0, 0] and len(begun.errors) == 1
-    assert "has no checkpoint yet, so the run starts from step 0" in begun.errors[0]
+    assert "ended before its first checkpoint; starting again from step 0" in begun.errors[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from equimoe.launch import env
 from tests.faults import inject
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
@@ -23,6 +24,8 @@ def small_run(folder: Path, faults: str, steps: int = 2, seen: list[str] | None 
     config = small.on(texts, steps=steps, checkpoint=CheckpointConfig(every=1, keep_last=9))
     (folder / "small.yaml").write_text(to_yaml(config))
     os.environ["MOE_FAULT"] = faults
+    for name in env.PLACE:  # a process of its own
+        os.environ.pop(name, None)
     inject.sys.argv = ["inject", "--config", str(folder / "small.yaml"), "--run-dir", str(folder / "run")]
     if seen is not None:
         real = inject.Injector.reach

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from equimoe.launch import env
+from equimoe.launch.failing import FAILED
 from equimoe.launch.options import to_yaml
 from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import SaveError
@@ -348,7 +349,9 @@ def test_two_folders_of_the_same_name_end_the_run_before_training(
         folder = tmp_path / f"node{os.environ['RANK']}"
         folder.mkdir()
         os.chdir(folder)
-        yield
+        # on two machines, the path would be the same
+        with mock.patch("equimoe.launch.train.os.path.abspath", lambda path: str(path)):
+            yield
 
     ended = run(on_own_disk, "--run-dir", "run")
     one_line(ended, env.CANNOT_WRITE, "run_dir='run': is another folder than rank 0 on ", "for rank 1 on ", "share")
@@ -368,13 +371,13 @@ def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
 
         def step(trainer: Trainer, observed: bool = True) -> torch.Tensor:
             if stops and trainer.step == 2:
-                raise KeyboardInterrupt
+                raise ArithmeticError("planted")
             return real(trainer, observed)
 
         with mock.patch(f"{FILES}.open", opened, create=True), mock.patch.object(Trainer, "train_step", step):
             yield
 
-    assert run(lambda: slow(True)).codes == [env.INTERRUPTED] * 2
+    assert run(lambda: slow(True)).codes == [FAILED] * 2
     assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["1", "2"]
     assert run(slow, "--resume").codes == [0, 0]
     assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["4", "5"]
