@@ -44,8 +44,8 @@ def random_fault(rng: random.Random, steps: int, start: int) -> inject.Fault:
     """Choose a fault of the next few steps."""
     step, rank = start + rng.randint(1, 2 * EVERY), rng.randrange(WORLD)
     if rng.random() < 0.3:
-        save = (start // EVERY + 1) * EVERY
-        return inject.Fault("kill", 0 if rng.random() < 0.5 else rank, save, rng.choice(inject.SAVES))
+        save, phase = (start // EVERY + 1) * EVERY, rng.choice(inject.SAVES)
+        return inject.Fault("kill", rank if phase == "save:shard" else 0, save, phase)  # rank 0 does the rest
     kind = rng.choice(RUNNING)
     phase = "optim" if kind == "flip" else rng.choice(("forward", "dispatch", "backward"))
     # the highest bit of the exponent: a gradient that is silently wrong on one replica only
