@@ -146,8 +146,8 @@ def sent(name: str, trainer: Trainer) -> Sent:
     with record_traffic() as record:
         trainer.train_step(observed=False)
     of_tokens, of_sequence = (1, 1) if trainer.mesh is None else (trainer.mesh[a].size for a in ("stage", "sequence"))
-    # sums over pipeline stages are for the gradient norm
-    counts = sum(entry.sent for entry in record if entry.verb == "sum_over" and entry.axis != "pp")
+    # sums over pipeline stages are for the gradient norm, those over all ranks for the check of the step's numbers
+    counts = sum(entry.sent for entry in record if entry.verb == "sum_over" and entry.axis not in ("pp", "world"))
     want = formula(name, trainer.config.moe.num_experts, len(trainer.layers), of_tokens, of_sequence)
     return Sent(counts, sum(entry.sent for entry in record) - counts, MICRO_BATCHES * want)
 
