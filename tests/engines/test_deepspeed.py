@@ -30,8 +30,8 @@ STEPS, RATE = 3, 0.01
 TOLERANCE = 1e-5
 STAGES = (0, 1, 2, 3)
 GRID = [(stage, ep) for stage in STAGES for ep in (1, 2)]
-#: ZeRO 3 partitions weights of more elements than this, and frees gathered ones at once; by default, this model would be
-#: too small for either
+#: ZeRO 3 partitions weights of more elements than this, and frees gathered ones at once; by default, this model is too
+#: small for either
 PARTS = {"stage3_param_persistence_threshold": 8, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 SETTINGS = {"zero_optimization": PARTS}
 
