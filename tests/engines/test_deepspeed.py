@@ -139,7 +139,9 @@ def test_unusual_steps(stage: int) -> None:
         engine = deepspeed_engine(mesh, stage)
         found = trajectory(engine, mesh, 1)
         trained.disturb(engine, partial(trained.batches, mesh), whole_state)
-        return found + trajectory(engine, mesh, STEPS - 1, first=1), whole_state(engine)
+        found += trajectory(engine, mesh, 1, first=1)
+        trained.disturb(engine, partial(trained.batches, mesh), whole_state, last="raises")
+        return found + trajectory(engine, mesh, STEPS - 2, first=2), whole_state(engine)
 
     check(run_ranks(rank_main, 2))
 
