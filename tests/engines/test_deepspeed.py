@@ -30,8 +30,10 @@ STEPS, RATE = 3, 0.01
 TOLERANCE = 1e-5
 STAGES = (0, 1, 2, 3)
 GRID = [(stage, ep) for stage in STAGES for ep in (1, 2)]
-#: ZeRO 3 partitions weights of more elements than this; DeepSpeed's default would keep all of this model's whole
-WHOLE = {"zero_optimization": {"stage3_param_persistence_threshold": 40}}
+#: ZeRO 3 partitions weights of more elements than this, and frees gathered ones at once; by default, this model is too
+#: small for either
+PARTS = {"stage3_param_persistence_threshold": 8, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+SETTINGS = {"zero_optimization": PARTS}
 
 
 def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
@@ -57,7 +59,7 @@ def deepspeed_engine(mesh: Mesh | None, stage: int, micro_batches: int = trained
         mesh,
         adamw,
         zero_stage=stage,
-        settings=WHOLE,
+        settings=SETTINGS,
         max_norm=1.0,
         micro_batch=size,
         micro_batches=micro_batches,
@@ -137,7 +139,9 @@ def test_unusual_steps(stage: int) -> None:
         engine = deepspeed_engine(mesh, stage)
         found = trajectory(engine, mesh, 1)
         trained.disturb(engine, partial(trained.batches, mesh), whole_state)
-        return found + trajectory(engine, mesh, STEPS - 1, first=1), whole_state(engine)
+        found += trajectory(engine, mesh, 1, first=1)
+        trained.disturb(engine, partial(trained.batches, mesh), whole_state, last="raises")
+        return found + trajectory(engine, mesh, STEPS - 2, first=2), whole_state(engine)
 
     check(run_ranks(rank_main, 2))
 
@@ -266,8 +270,10 @@ def test_parts_of_unequal_size_are_saved_and_loaded() -> None:
 
     def rank_main(rank: int, world: int) -> None:
         mesh = build_mesh(ParallelConfig(ep=2))
-        build = partial(build_deepspeed_engine, mesh=mesh, optimizer=adamw, zero_stage=3, loss=squares, settings=WHOLE)
-        first, second = build(small(0)), build(small(1))
+        build = partial(
+            build_deepspeed_engine, mesh=mesh, optimizer=adamw, zero_stage=3, loss=squares, settings=SETTINGS
+        )
+        first, second = build(small(0), zero_stage=3), build(small(1), zero_stage=3)
         step(first, 0)
         second.restore(first.state())
         for engine in (first, second):

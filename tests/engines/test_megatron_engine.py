@@ -178,7 +178,9 @@ def test_unusual_steps(distributed: bool) -> None:
             engine = megatron_engine(mesh, distributed_optimizer=distributed)
             found = trajectory(engine, mesh, 1)
             trained.disturb(engine, partial(batches, mesh), whole_state)
-            return found + trajectory(engine, mesh, STEPS - 1, first=1), whole_state(engine)
+            found += trajectory(engine, mesh, 1, first=1)
+            trained.disturb(engine, partial(batches, mesh), whole_state, last="raises")
+            return found + trajectory(engine, mesh, STEPS - 2, first=2), whole_state(engine)
 
     check(run_ranks(rank_main, 2))
 

@@ -17,7 +17,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -45,6 +48,7 @@ _SIZES = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
 }
+_BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 #: name of a loss -> its values by layer
 Logged = dict[str, Tensor]
 
@@ -104,6 +108,11 @@ def megatron(**sizes: Any) -> Iterator[None]:
             MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
+def device() -> torch.device:
+    """Return this rank's device: the CPU where there is no GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def config_of(**how: Any) -> TransformerConfig:
     """Return a small config; ``how`` overrides fields."""
     fields: dict[str, Any] = {
@@ -126,7 +135,7 @@ def config_of(**how: Any) -> TransformerConfig:
         "bias_activation_fusion": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": device().type == "cpu",
         "init_method_std": 0.3,
         "pipeline_dtype": torch.float32,
         "batch_p2p_comm": False,
@@ -136,13 +145,27 @@ def config_of(**how: Any) -> TransformerConfig:
     return TransformerConfig(**(fields | _SIZES | how))
 
 
-def chunks_of(config: TransformerConfig, spec: ModuleSpec | None = None, alone: bool = False) -> list[nn.Module]:
-    """Build this rank's parts of a model; ``spec`` is that of the MoE layer, None: Megatron-Core's own."""
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
+def chunks_of(
+    config: TransformerConfig, spec: ModuleSpec | None = None, alone: bool = False, engine: bool = False
+) -> list[nn.Module]:
+    """Build this rank's parts of a model; ``spec`` is that of the MoE layer, None: Megatron-Core's own.
+
+    ``engine``: the other layers are those of TransformerEngine.
+    """
+    norm: Any = Norm
+    if engine:
+        from megatron.core.extensions.transformer_engine import TENorm as norm  # noqa: N813
+
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts)
+    else:
+        layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm")
     if alone:
         return [Layers(config, spec or layer.submodules.mlp)]
     layer.submodules.mlp = spec or layer.submodules.mlp
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    if not engine:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        # the norm before experts keeps its name, as with TransformerEngine
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     virtual = config.virtual_pipeline_model_parallel_size
     each = config.num_layers // config.pipeline_model_parallel_size // (virtual or 1)
     chunks = []
@@ -150,7 +173,7 @@ def chunks_of(config: TransformerConfig, spec: ModuleSpec | None = None, alone: 
         place = {"vp_stage": stage if virtual else None, "ignore_virtual": False}
         model = GPTModel(
             config,
-            TransformerBlockSubmodules([layer] * each, layer_norm=Norm),
+            TransformerBlockSubmodules([layer] * each, layer_norm=norm),
             vocab_size=VOCAB,
             max_sequence_length=S,
             pre_process=parallel_state.is_pipeline_first_stage(**place),
@@ -159,7 +182,7 @@ def chunks_of(config: TransformerConfig, spec: ModuleSpec | None = None, alone: 
             share_embeddings_and_output_weights=False,
             vp_stage=place["vp_stage"],
         )
-        chunks.append(model)
+        chunks.append(model.to(device()))
     return chunks
 
 
@@ -170,10 +193,15 @@ def sequences(step: int, number: int = 4) -> Tensor:
 
 def forward_step(iterator: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """Run a micro-batch. Reports the numerator and denominator of the mean loss."""
-    ids_BS = next(iterator)
-    positions = torch.arange(S)[None].expand(len(ids_BS), -1)
+    ids_BS = next(iterator).to(device())
+    positions = torch.arange(S, device=device())[None].expand(len(ids_BS), -1)
     out = model(ids_BS[:, :-1], positions, None, labels=ids_BS[:, 1:])
-    return out, lambda losses: (losses.float().mean(), torch.stack((losses.detach().float().mean(), torch.ones(()))))
+
+    def loss(losses_BS: Tensor) -> tuple[Tensor, Tensor]:
+        mean = losses_BS.float().mean()
+        return mean, torch.stack((mean.detach(), torch.ones_like(mean)))
+
+    return out, loss
 
 
 def lengths(ids_BS: Tensor) -> Tensor:
@@ -301,17 +329,19 @@ def run(
     micro_batches: int = 2,
     steps: int = 3,
     distributed_optimizer: bool = False,
+    bf16: bool = False,
+    engine: bool = False,
     **how: Any,
 ) -> Run:
     """Train a GPTModel, or ``alone`` MoE layers, from ``initial`` tensors. ``router=None``: Megatron-Core's layer."""
     with megatron(**how):
-        config = config_of(**how)
+        config = config_of(**(_BF16 | how if bf16 else how))
         spec = None if router is None else moe_layer_spec(config, router=router, estimator=estimator)
-        chunks = chunks_of(config, spec, alone)
+        chunks = chunks_of(config, spec, alone, engine)
         if initial is not None:
             fill(chunks, initial)
         forward = partial(forward_layers, padded) if alone else forward_step
-        trainer = Trainer(chunks, forward, micro_batches, estimator == "exact", distributed_optimizer)
+        trainer = Trainer(chunks, forward, micro_batches, estimator == "exact", distributed_optimizer, bf16)
         found = Run(parts={"initial": parts(chunks)})
         for step in range(steps):
             losses = trainer.backward(step)
@@ -319,7 +349,7 @@ def run(
                 found.parts["gradients"] = trainer.gradients()
             found.logged.append(logged())
             found.norms.append(trainer.update())
-            loss = torch.stack(losses).sum(0) if losses else torch.zeros(2)
+            loss = torch.stack(losses).sum(0) if losses else torch.zeros(2, device=device())
             dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             dist.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
             found.losses.append(float(loss[0] / loss[1]))

@@ -37,7 +37,7 @@ def _where(shard: ShardedTensor) -> tuple[Any, ...]:
 
 def parts(chunks: list[nn.Module], value_of: Callable[[Tensor], Tensor | None] = lambda p: p) -> list[Any]:
     """Return this rank's parts, to be joined by :func:`joined`."""
-    return [(s.key, s.global_shape, _where(s), s.data.detach().clone()) for s in shards(chunks, value_of)]
+    return [(s.key, s.global_shape, _where(s), s.data.detach().cpu().clone()) for s in shards(chunks, value_of)]
 
 
 def joined(parts_of_ranks: list[list[Any]], tolerance: float = 1e-6) -> Whole:
@@ -73,7 +73,7 @@ def moment(optimizer: Any, name: str, parameter: Tensor) -> Tensor | None:
         if hasattr(part, "model_param_gbuf_map"):
             if all(parameter is not of_part for buffer in part.buffers for of_part in buffer.params):
                 continue
-            whole = torch.zeros(parameter.numel())
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
             if parameter in part.model_param_group_index_map:
                 group, order = part.model_param_group_index_map[parameter]
                 held = part.optimizer.param_groups[group]["params"][order]

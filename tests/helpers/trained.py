@@ -77,18 +77,25 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
     return max((oracle.relative_error(value.view_as(want[name]), want[name]), name) for name, value in got.items())
 
 
-def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]) -> None:
+def disturb(
+    engine: Any,
+    batches_of: Callable[[int], list[Batch]],
+    state: Callable[[Any], dict[str, Tensor]],
+    last: str = "not finite",
+) -> None:
     """Run an evaluation, steps that raise, one that is not finite, and one that is refused. All leave nothing behind.
 
     The steps that raise have two micro-batches, which are counted ahead, and break in the second training forward, or
-    in its backward.
+    in its backward. ``last`` names what comes last, so that nothing cleans up after it: "not finite" or "raises".
     """
     engine.evaluate(batches_of(7))
+    if last == "raises":
+        _not_finite(engine, batches_of, state)
 
     def planted(*_: Any) -> None:
         raise ArithmeticError("planted")
 
-    for broken in (planted, lambda module, args, output: output.register_hook(planted) and None):
+    for broken in (lambda module, args, output: output.register_hook(planted) and None, planted):
         calls = iter(range(4))
         handle = engine.parts[0].register_forward_hook(
             lambda *given, calls=calls, broken=broken: broken(*given) if next(calls) == 3 else None
@@ -96,6 +103,13 @@ def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callab
         with pytest.raises(ArithmeticError, match="planted"):
             engine.step(batches_of(8), 0.01)
         handle.remove()
+    if last == "not finite":
+        _not_finite(engine, batches_of, state)
+
+
+def _not_finite(
+    engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]
+) -> None:
     before = state(engine)
     handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
     result = engine.step(batches_of(9), 0.01)

@@ -25,7 +25,7 @@ from ..inputs import accepted, count_tokens, evaluation_mode, local_batches
 from ..reduce import Reducer
 from ..runners import Precision, WholeModel
 from .config import build_config, check_degrees
-from .experts import adopt_experts, check_experts, refuse_other_ep, split_groups
+from .experts import adopt_experts, check_experts, gather_routers, refuse_other_ep, split_groups
 from .shards import SHARDS, Replicated, Sharded
 
 
@@ -75,6 +75,8 @@ def build_deepspeed_engine(
     split_groups(made)
     engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
     refuse_other_ep(made)
+    if zero_stage == 3:
+        gather_routers(model)
     shards = SHARDS[zero_stage](engine, parameters, trained, made)
     runner = _Runner(engine, mesh, loss, precision, float(world.size))
     balance = StepBalance([Step.of(model)], exact)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -58,6 +59,16 @@ def _shard_over_replicas(weight: Any) -> None:
     """
     weight.ds_zero_placement_family, weight.ds_zero_partition_group_name = "autoep_expert", weight.group_name
     weight.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(weight.group_name)
+
+
+def gather_routers(model: nn.Module) -> None:
+    """Have ZeRO 3 gather each router's weight together with its layer.
+
+    It gathers weights for the backward of a module whose outputs it knows, and a router's output is not a tensor.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            register_external_parameter(layer, layer.router.weight)
 
 
 def create_groups(ep: int, data_before_experts: bool = False) -> None:
