@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from equimoe.moe.checkpoint import CheckpointError, ViewError
 from equimoe.moe.train.config import CheckpointConfig
 from tests.faults.table import report
 from tests.helpers import small
-from tests.helpers.checkpoints import forge, load_all, nothing_happens
+from tests.helpers.checkpoints import forge, load_all
 from tests.helpers.command import Ended, launch
 from tests.helpers.fork import run_ranks
 
@@ -121,51 +119,6 @@ def test_a_manifest_without_a_checksum_can_still_be_read(tmp_path: Path) -> None
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="sha256 differs"):
         load_all(path)
-
-
-def _manifest_is(content: bytes) -> Callable[[Path], object]:
-    return lambda path: (path / checkpoint.MANIFEST).write_bytes(content)
-
-
-def _replaced_by(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def change(path: Path) -> None:
-        (path / checkpoint.MANIFEST).unlink()
-        make(path / checkpoint.MANIFEST)
-
-    return change
-
-
-HOSTILE: dict[str, Callable[[Path], object]] = {
-    "/dev/zero": _replaced_by(lambda file: file.symlink_to("/dev/zero")),
-    "pipe": _replaced_by(os.mkfifo),
-    "folder": _replaced_by(Path.mkdir),
-    "missing": _replaced_by(lambda file: None),
-    "a million arrays": _manifest_is(b"[" * 1_000_000),
-    "a million objects": _manifest_is(b'{"a":' * 1_000_000),
-    "a million arrays in it": _manifest_is(b'{"schema": 3, "position": ' + b"[" * 1_000_000),
-    "huge": lambda path: os.truncate(path / checkpoint.MANIFEST, 1 << 40),
-    "huge number": _manifest_is(b'{"schema": 3, "step": ' + b"9" * 1_000_000 + b"}"),
-    "not text": _manifest_is(b"\xff\xfe\x00"),
-    "empty": _manifest_is(b""),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_manifests(tmp_path: Path, kind: str) -> None:
-    """One line in little time and memory, and the run goes on from the checkpoint before."""
-    save(tmp_path, 1)
-    HOSTILE[kind](save(tmp_path, 2))
-    since, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with nothing_happens(tmp_path):
-        choice = checkpoint.choose(tmp_path)
-    assert choice is not None and choice.path.name == "step-00000001"
-    assert "step-00000002" in checkpoint.describe(choice) and "\n" not in checkpoint.describe(choice)
-    assert time.monotonic() - since < 5
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    assert grown < 200
-    save(tmp_path, 3, keep=2)
-    assert [path.name for path in checkpoint.complete(tmp_path)][-2:] == ["step-00000002", "step-00000003"]
-    report("14 hostile manifests", "refused in one line", kind=kind, peak_MB=grown)
 
 
 # ---- the folder of a run
