@@ -25,6 +25,7 @@ if not __package__:
 
 import torch
 
+from equimoe.launch.env import command
 from equimoe.launch.recipes.quickstart import quickstart
 from equimoe.moe.collectives import sum_over, world_axis
 from equimoe.moe.parallel import build_mesh
@@ -62,6 +63,7 @@ def measure(
     return {kind: blocks[1:] for kind, blocks in found.items()}  # the first round warms up
 
 
+@command
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

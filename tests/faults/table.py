@@ -1,4 +1,4 @@
-"""Writes the figures of the fault table."""
+"""Records how the rows of the fault table went, for ``make faults``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 
 def report(row: str, outcome: str, **figures: Any) -> None:
-    """Append one JSON line to the file that EQUIMOE_FAULTS_TABLE names, if it names one.
+    """Say that a row of ``tests/faults/rows.py`` holds, with figures.
 
-    ``row`` is the fault's number and name in the table, ``outcome`` what happened, such as "holds".
+    Call it at the end of a test. Appends a line of JSON to the file that ``EQUIMOE_FAULTS_TABLE`` names, if it is set.
     """
-    file = os.environ.get("EQUIMOE_FAULTS_TABLE")
-    if file:
-        line = json.dumps({"row": row, "outcome": outcome, **figures}) + "\n"
-        with open(file, "ab", buffering=0) as table:
-            table.write(line.encode())  # at once, because several processes append
+    if path := os.environ.get("EQUIMOE_FAULTS_TABLE"):
+        with open(path, "a") as file:
+            test = os.environ["PYTEST_CURRENT_TEST"]
+            file.write(json.dumps({"row": row, "outcome": outcome, "test": test, **figures}) + "\n")

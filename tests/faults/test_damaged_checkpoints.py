@@ -61,7 +61,8 @@ def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path, stride: int) -
             checkpoint.read_manifest(path)
         found += "\n" not in str(caught.value)
         file.write_bytes(content)
-    report("13 flipped bits of a manifest", f"{found} of {found} found", bits=found)
+    if stride == 1:
+        report("13", f"{found} of {8 * len(content)} bits of the manifest found")
     checkpoint.read_manifest(path)
 
 
@@ -75,7 +76,8 @@ def test_flipped_bits_of_files_are_found(tmp_path: Path, count: int) -> None:
         with pytest.raises(CheckpointError, match=f"{file.name}: sha256 differs"):
             load_all(path)
         file.write_bytes(content)
-    report("13 flipped bits of files", f"{count} of {count} found", bits=count)
+    if count == 200:
+        report("13", f"{count} of {count} bits of files found")
 
 
 def test_truncated_files_are_found(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_truncated_files_are_found(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=name):
                 load_all(path)
         (path / name).write_bytes(content)
-    report("12 truncated files", "60 of 60 found", cuts=60)
+    report("12", "60 of 60 truncations found")
     load_all(path)
 
 
@@ -217,7 +219,7 @@ def test_retention_counts_valid_checkpoints_only(tmp_path: Path, damage: Callabl
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == (["step-00000030"] if keep == 2 else []) + ["step-00000040"]
     assert chosen(tmp_path) == "step-00000040"
-    report("44 retention with a damaged newest", "newest valid kept", survivors=len(left))
+    report("44", "the newest valid checkpoints are kept")
 
 
 def test_damage_between_two_saves_of_a_run_is_noticed(tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_nodes_that_see_different_folders_do_not_resume(
 
     for line in run_ranks(script, 2):
         assert "step-00000002" in line and "put the run's folder (--run-dir) on storage" in line and "\n" not in line
-    report("nodes with different views of a folder", "refused in one line")
+    report("53", "different views of a folder: one line, and no resume")
 
 
 def test_nodes_with_equal_copies_verify_their_own(tmp_path: Path) -> None:

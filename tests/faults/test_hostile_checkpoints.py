@@ -66,7 +66,7 @@ def test_hostile_manifests(tmp_path: Path, kind: str) -> None:
     assert grown < 200
     save(tmp_path, 3, keep=2)
     assert [path.name for path in checkpoint.complete(tmp_path)][-2:] == ["step-00000002", "step-00000003"]
-    report("14 hostile manifests", "refused in one line", kind=kind, peak_MB=grown)
+    report("14", "hostile manifests are passed over with one line")
 
 
 class Bomb:
@@ -128,7 +128,7 @@ def test_malicious_checkpoints_execute_nothing(tmp_path: Path, kind: str) -> Non
     with nothing_happens(tmp_path), pytest.raises(CheckpointError) as caught:
         load_all(path)
     assert "\n" not in str(caught.value) and not sentinel.exists()
-    report("15 malicious checkpoints", "refused, nothing executed", kind=kind)
+    report("15", "pickles executed: 0")
 
 
 def test_the_bomb_works(tmp_path: Path) -> None:

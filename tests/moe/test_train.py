@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from equimoe.moe import BalanceConfig, checkpoint
+from equimoe.moe import BalanceConfig
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import NonFiniteError, Trainer
@@ -133,13 +133,3 @@ def test_micro_batches_of_the_balance_follow_from_the_data(config: TrainConfig) 
     assert trainer_of(config).micro_batches == 4
     with pytest.raises(ValueError, match="moe.balance.micro_batches=2: data.global_batch.* give 4; leave it out"):
         trainer_of(small.changed(config, balance=BalanceConfig(micro_batches=2)))
-
-
-def test_a_generators_state_that_torch_refuses(config: TrainConfig, tmp_path: Path) -> None:
-    trainer = trainer_of(config)
-    state = trainer.state()
-    state["generator.cpu.0"] = torch.full_like(state["generator.cpu.0"], 255)
-    position = {"world": 1, "parallel": {}, "data": trainer.corpus.fingerprint}
-    path = checkpoint.save(tmp_path / "checkpoints", 1, state, position, keep_last=1)
-    with pytest.raises(checkpoint.CheckpointError, match="a random generator's state is refused"):
-        trainer_of(config).resume(path, checkpoint.read_manifest(path))
