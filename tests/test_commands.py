@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from equimoe.launch import dryrun, mesh, options
+from equimoe.launch import checkpoint, dryrun, mesh, options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/engines.md", "docs/balance.md", "launch/slurm/train.sbatch")
@@ -66,6 +66,8 @@ def ours(module: str, arguments: list[str], world: int) -> None:
     elif module == "equimoe.launch.dryrun":
         own, rest = dryrun._own(arguments)
         options.parse(rest).config.degrees(int(own["world"]))
+    elif module == "equimoe.launch.checkpoint":
+        checkpoint._parser().parse_args(arguments)
     elif module == "equimoe.launch.mesh":
         mesh._parser().parse_args(arguments)
     else:

@@ -64,6 +64,8 @@ class Saved:
                 raise ValueError(f"a chunk and shape {short(self.shape)} have different numbers of dimensions")
             if not all(map(_is_size, (*chunk.offsets, *chunk.sizes))):
                 raise ValueError(f"chunk at {short(chunk.offsets)} of {short(chunk.sizes)} is not a box")
+        if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape and not any(self.chunks[0].offsets):
+            return  # the usual case, and much faster
         full = [chunk for chunk in self.chunks if all(chunk.sizes)]
         cells, covered = 1, bool(full) == bool(math.prod(self.shape))
         for dim, length in enumerate(self.shape):

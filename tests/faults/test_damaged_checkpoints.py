@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from equimoe.moe.checkpoint import CheckpointError, ViewError
 from equimoe.moe.train.config import CheckpointConfig
 from tests.faults.table import report
 from tests.helpers import small
-from tests.helpers.checkpoints import forge, load_all, nothing_happens
+from tests.helpers.checkpoints import forge, load_all
 from tests.helpers.command import Ended, launch
 from tests.helpers.fork import run_ranks
 
@@ -63,7 +61,8 @@ def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path, stride: int) -
             checkpoint.read_manifest(path)
         found += "\n" not in str(caught.value)
         file.write_bytes(content)
-    report("13 flipped bits of a manifest", f"{found} of {found} found", bits=found)
+    if stride == 1:
+        report("13", f"{found} of {8 * len(content)} bits of the manifest found")
     checkpoint.read_manifest(path)
 
 
@@ -77,7 +76,8 @@ def test_flipped_bits_of_files_are_found(tmp_path: Path, count: int) -> None:
         with pytest.raises(CheckpointError, match=f"{file.name}: sha256 differs"):
             load_all(path)
         file.write_bytes(content)
-    report("13 flipped bits of files", f"{count} of {count} found", bits=count)
+    if count == 200:
+        report("13", f"{count} of {count} bits of files found")
 
 
 def test_truncated_files_are_found(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_truncated_files_are_found(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=name):
                 load_all(path)
         (path / name).write_bytes(content)
-    report("12 truncated files", "60 of 60 found", cuts=60)
+    report("12", "60 of 60 truncations found")
     load_all(path)
 
 
@@ -121,51 +121,6 @@ def test_a_manifest_without_a_checksum_can_still_be_read(tmp_path: Path) -> None
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="sha256 differs"):
         load_all(path)
-
-
-def _manifest_is(content: bytes) -> Callable[[Path], object]:
-    return lambda path: (path / checkpoint.MANIFEST).write_bytes(content)
-
-
-def _replaced_by(make: Callable[[Path], object]) -> Callable[[Path], object]:
-    def change(path: Path) -> None:
-        (path / checkpoint.MANIFEST).unlink()
-        make(path / checkpoint.MANIFEST)
-
-    return change
-
-
-HOSTILE: dict[str, Callable[[Path], object]] = {
-    "/dev/zero": _replaced_by(lambda file: file.symlink_to("/dev/zero")),
-    "pipe": _replaced_by(os.mkfifo),
-    "folder": _replaced_by(Path.mkdir),
-    "missing": _replaced_by(lambda file: None),
-    "a million arrays": _manifest_is(b"[" * 1_000_000),
-    "a million objects": _manifest_is(b'{"a":' * 1_000_000),
-    "a million arrays in it": _manifest_is(b'{"schema": 3, "position": ' + b"[" * 1_000_000),
-    "huge": lambda path: os.truncate(path / checkpoint.MANIFEST, 1 << 40),
-    "huge number": _manifest_is(b'{"schema": 3, "step": ' + b"9" * 1_000_000 + b"}"),
-    "not text": _manifest_is(b"\xff\xfe\x00"),
-    "empty": _manifest_is(b""),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_manifests(tmp_path: Path, kind: str) -> None:
-    """One line in little time and memory, and the run goes on from the checkpoint before."""
-    save(tmp_path, 1)
-    HOSTILE[kind](save(tmp_path, 2))
-    since, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with nothing_happens(tmp_path):
-        choice = checkpoint.choose(tmp_path)
-    assert choice is not None and choice.path.name == "step-00000001"
-    assert "step-00000002" in checkpoint.describe(choice) and "\n" not in checkpoint.describe(choice)
-    assert time.monotonic() - since < 5
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    assert grown < 200
-    save(tmp_path, 3, keep=2)
-    assert [path.name for path in checkpoint.complete(tmp_path)][-2:] == ["step-00000002", "step-00000003"]
-    report("14 hostile manifests", "refused in one line", kind=kind, peak_MB=grown)
 
 
 # ---- the folder of a run
@@ -264,7 +219,7 @@ def test_retention_counts_valid_checkpoints_only(tmp_path: Path, damage: Callabl
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == (["step-00000030"] if keep == 2 else []) + ["step-00000040"]
     assert chosen(tmp_path) == "step-00000040"
-    report("44 retention with a damaged newest", "newest valid kept", survivors=len(left))
+    report("44", "the newest valid checkpoints are kept")
 
 
 def test_damage_between_two_saves_of_a_run_is_noticed(tmp_path: Path) -> None:
@@ -337,7 +292,7 @@ def test_nodes_that_see_different_folders_do_not_resume(
 
     for line in run_ranks(script, 2):
         assert "step-00000002" in line and "put the run's folder (--run-dir) on storage" in line and "\n" not in line
-    report("nodes with different views of a folder", "refused in one line")
+    report("53", "different views of a folder: one line, and no resume")
 
 
 def test_nodes_with_equal_copies_verify_their_own(tmp_path: Path) -> None:

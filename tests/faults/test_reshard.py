@@ -104,7 +104,7 @@ def test_all_meshes(tmp_path: Path) -> None:
     found = pairs(tmp_path, list(MESHES), train=False)
     equal = sum(not wrong for *_, wrong in found)
     growing = sum(not wrong and MESHES[before][0] < MESHES[after][0] for before, after, wrong in found)
-    report("17 resume on another mesh", f"{equal} of {len(found)} bit-identical", pairs=len(found), growing=growing)
+    report("17", f"{equal} of {len(found)} pairs of meshes bit-identical", growing=growing)
     assert [pair for pair in found if pair[2]] == []
 
 
