@@ -53,6 +53,8 @@ class Failure:
     def __init__(self, process: Process, meeting: Meeting) -> None:
         self.process, self.meeting = process, meeting
         self.heartbeat: Heartbeat | None = None
+        #: the file of the run folder with the exit code; another rank may have written it
+        self.verdict: Path | None = None
         #: whether this rank has reported the cause
         self._claimed = False
 
@@ -76,8 +78,9 @@ class Failure:
         memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
         code = MEMORY if memory else FAILED
         cause = self._claim(code)
-        if cause != code:
+        if not self._claimed and self.meeting.store is not None and cause != code:
             _end(cause)
+        record_exit(self.process, code)
         what = f"ran out of memory ({text})" if memory else f"{type(problem).__name__}: {text}"
         line = f"rank {self.process.rank}{place}: {what}"
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -111,7 +114,7 @@ class Failure:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
-    # ---- the cause, in the store that all ranks share
+    # ---- the cause, in the store that all ranks share, or in the run folder if the store's holder has ended
 
     def _claim(self, code: int) -> int:
         """Report this rank as the cause; return its exit code, or that of the rank which was first."""
@@ -124,6 +127,8 @@ class Failure:
         return code if found is None else json.loads(found)[1]
 
     def _cause(self) -> int | None:
+        if self.verdict is not None and self.verdict.exists():
+            return int(self.verdict.read_text().strip() or FAILED)
         store = self.meeting.store
         if store is None:
             return None

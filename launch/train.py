@@ -127,14 +127,14 @@ def _train(attempt: Attempt) -> None:
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
             ExitStack() as held,
         ):
-            _run(attempt, failure.heartbeat, held)
+            _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
         if process.world == 1:
             raise
         failure.error(problem)
 
 
-def _run(attempt: Attempt, heartbeat: Heartbeat, held: ExitStack) -> None:
+def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitStack) -> None:
     launch, process = attempt.launch, attempt.process
     config, run_dir = launch.config, launch.run_dir
     exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
@@ -159,7 +159,10 @@ def _run(attempt: Attempt, heartbeat: Heartbeat, held: ExitStack) -> None:
     if lock is not None:
         lock.confirm()
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
-    attempt.process = process = replace(process, exit_files=(*process.exit_files, run_dir / EXIT_FILE))
+    failure.verdict = run_dir / EXIT_FILE
+    attempt.process = failure.process = process = replace(
+        process, exit_files=(*process.exit_files, run_dir / EXIT_FILE)
+    )
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}

@@ -5,7 +5,9 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 * ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per token), grad_norm, lr, tokens (since step 0, over all ranks), tokens_per_s (over all
-  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer.
+  ranks), elapsed_s, domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With
+  several ranks, busy_s [rank] (seconds per step since the last record in which it worked instead of waiting for others)
+  and stragglers (the ranks that others wait for, slowest first).
 * ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
   max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
   divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),

@@ -336,6 +336,8 @@ def run(
             record["tokens_per_s"] = (step - since[0]) * tokens_per_step / (now - since[1])
             record["elapsed_s"] = now - start
             publish(record)
+            if progress is not None and (note := pulse.note()):
+                progress.say(note)
             since = (step, time.perf_counter())
         busy = time.perf_counter()
         if last or (config.log.eval_every and step % config.log.eval_every == 0):
