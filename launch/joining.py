@@ -134,8 +134,10 @@ def _open_store(process: Process, limit_s: float, opens: bool) -> dist.TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=limit_s)
     try:
+        if not opens:
+            _reach(address, port, limit_s)
         return dist.TCPStore(address, port, is_master=opens, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except (dist.DistError, RuntimeError, ValueError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         if opens:
             busy = "EADDRINUSE" in str(problem) or "in use" in str(problem)
             why = "is used by another process" if busy else f"cannot be opened ({_first_line(problem)})"
@@ -145,7 +147,20 @@ def _open_store(process: Process, limit_s: float, opens: bool) -> dist.TCPStore:
                 f"MASTER_ADDR={address}: rank {process.rank} on {socket.gethostname()} cannot reach port {port} there "
                 f"within {limit_s:.0f} s; check the address, and whether rank 0 has started"
             )
-        stop(process, HANG, message, printer=process.rank)
+        stop(process, HANG, message, printer=process.rank if process.local_rank == 0 else -1)  # once for each node
+
+
+def _reach(address: str, port: int, limit_s: float) -> None:
+    """Wait until the store can be reached; torch would fill the terminal with its attempts."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _first_line(problem: BaseException) -> str:
@@ -171,7 +186,9 @@ def _chair(store: dist.Store, process: Process, own: Introduction, limit_s: floa
         if refusal is None:
             refusal = _refusal(ranks, world, waited)
             if refusal is None and waited > limit_s:
-                refusal = Refusal(HANG, _missing({rank: ranks[rank] for rank in heard}, world, limit_s))
+                # if all seemed to be there, some introductions are from an earlier attempt
+                here = heard if len(ranks) == world else list(ranks)
+                refusal = Refusal(HANG, _missing({rank: ranks[rank] for rank in here}, world, limit_s))
             if refusal is not None:  # tell this also those that were welcome before
                 name, answered, limit_s = f"{name}/refused", {}, waited + 5.0
                 continue
