@@ -256,7 +256,7 @@ def disagreement(facts: dict[int, dict[str, str]]) -> Refusal | None:
     if not found:
         return None
     more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
-    return Refusal(DISAGREEMENT, "; ".join(found[:3]) + more + "; start all ranks with the same options and code")
+    return Refusal(DISAGREEMENT, "; ".join(found[:3]) + more + "; give all ranks the same options, code and data")
 
 
 def _missing(ranks: dict[int, Introduction], world: int, limit_s: float) -> str:
@@ -339,11 +339,17 @@ def versions() -> dict[str, str]:
 # ---- agreement after the process group exists
 
 
-def together(process: Process, code: int, work: Callable[[], T], fingerprint: Callable[[T], str] = lambda _: "") -> T:
+def together(
+    process: Process,
+    code: int,
+    work: Callable[[], T],
+    what: str = "result",
+    fingerprint: Callable[[T], str] = lambda _: "",
+) -> T:
     """Run ``work`` on every rank; return its result if it succeeded everywhere with the same fingerprint.
 
     A ValueError or OSError on any rank makes all ranks exit with ``code``; the first rank that has one prints it.
-    Different fingerprints make them exit with ``DISAGREEMENT``.
+    Different fingerprints make them exit with ``DISAGREEMENT``, and a line that begins with ``what``.
     """
     error, result = "", None
     try:
@@ -357,9 +363,9 @@ def together(process: Process, code: int, work: Callable[[], T], fingerprint: Ca
         rank, text = failed[0]
         everywhere = len(failed) == process.world and len({text for _, text in failed}) == 1
         stop(process, code, text if everywhere else f"rank {rank}: {text}", printer=rank)
-    others = [rank for rank, (_, seen) in enumerate(reports) if seen != reports[0][1]]
-    if others:
-        stop(process, DISAGREEMENT, f"ranks {others}: data or configuration differ from rank 0; give all the same")
+    refusal = disagreement({rank: {what: seen} for rank, (_, seen) in enumerate(reports)})
+    if refusal is not None:
+        stop(process, refusal.code, refusal.message)
     return result  # type: ignore[return-value]
 
 

@@ -140,8 +140,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
-    corpus = together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
-    found = together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, again))
+    corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
+    found = together(process, env.CHECKPOINT, lambda: _find_checkpoint(launch, again), "checkpoint", _name)
     if process.rank == 0 and found is None and (run_dir / METRICS_FILE).exists():
         print(f"note: {run_dir}: the earlier attempt ended before its first checkpoint; starting again", flush=True)
     # a collective may take longer than a step in which nothing moves, which the heartbeats find
@@ -184,6 +184,10 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         gathered(process, None)  # torchrun ends all ranks when the first one exits
         held.close()
         env.leave(process, 128 + stopped, f"stopped by {signal.Signals(stopped).name} after step {trainer.step}")
+
+
+def _name(found: tuple[Path, dict[str, Any]] | None) -> str:
+    return "none" if found is None else found[0].name
 
 
 def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,3 +240,34 @@ def test_ranks_that_cannot_work_together_end_in_one_line(run: Run, monkeypatch: 
     ended = run()
     assert ended.codes == [code] * 2 and ended.err[1 - printer] == "", ended
     assert ended.err[printer].startswith(f"error: {text}"), ended
+
+
+def test_ranks_with_other_shapes_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations agree, but the code does not do the same: found before the first collective of a step."""
+    import equimoe.moe.train.loop as loop
+
+    real = loop.build_model
+
+    def build(config: Any, vocab_size: int) -> Any:
+        wider = replace(config, moe=replace(config.moe, intermediate_size=20))
+        return real(wider if os.environ["RANK"] == "1" else config, vocab_size)
+
+    monkeypatch.setattr(loop, "build_model", build)
+    ended = run()
+    assert ended.codes == [env.CONFIG] * 2 and len(ended.errors) == 1, ended
+    assert "model: rank 1 has different parameters from rank 0" in ended.errors[0], ended
+    report("23 shapes differ on one rank", "holds", seconds=ended.seconds)
+
+
+def test_ranks_that_see_other_checkpoints_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on nodes whose view of the shared folder differs."""
+    assert run("--steps", "4", "--checkpoint.every", "2").codes == [0, 0]
+    real = checkpoint.newest
+
+    def newest(root: Path) -> Path:
+        return root / "step-00000002" if os.environ["RANK"] == "1" else real(root)
+
+    monkeypatch.setattr(checkpoint, "newest", newest)
+    ended = run("--resume")
+    assert ended.codes == [env.DISAGREEMENT] * 2, ended
+    assert "checkpoint: rank 0 has step-00000004, rank 1 has step-00000002" in ended.errors[0], ended
