@@ -84,7 +84,8 @@ class Failure:
         what = f"ran out of memory ({text})" if memory else f"{type(problem).__name__}: {text}"
         line = f"rank {self.process.rank}{place}: {what}"
         print(f"error: {line}", file=sys.stderr, flush=True)
-        traceback.print_exception(problem, file=sys.stderr)
+        if not memory:
+            traceback.print_exception(problem, file=sys.stderr)
         _end(code, self.process, line)
 
     def _lost(self, place: str, text: str) -> NoReturn:

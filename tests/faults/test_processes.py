@@ -121,7 +121,8 @@ def test_the_rank_with_the_error_prints_it_once_and_first(run: Run, rank: int) -
 def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
     ended = run(faults="oom@rank=1,step=2,phase=forward")
     assert ended.codes == [env.MEMORY] * 2, ended
-    assert ended.err[1].startswith("error: rank 1, step 2, phase step: ran out of memory (CUDA out of memory.")
+    (line,) = ended.errors
+    assert line.startswith("error: rank 1, step 2, phase step: ran out of memory (CUDA out of memory."), ended
 
 
 @pytest.mark.parametrize("rank", [0, 1])

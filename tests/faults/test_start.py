@@ -18,7 +18,9 @@ import torch.distributed as dist
 from equimoe.launch import env, folder, joining
 from equimoe.launch.env import Process
 from equimoe.launch.folder import RunLock
+from equimoe.launch.options import to_yaml
 from tests.faults.table import report
+from tests.helpers import small
 from tests.helpers.command import Ended, launch
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -134,6 +136,13 @@ def test_a_second_job_is_refused_by_name(holder: Any, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on {socket.gethostname()}; stop that job"):
         RunLock(tmp_path / "run", ["our agent"])
     report("45 two jobs in one folder", "holds", named=True)
+
+
+def test_a_second_run_is_refused_before_it_does_anything(holder: Any, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
+    ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run"), "--requeue"], 2)
+    assert ended.codes == [env.CANNOT_WRITE] * 2 and len(ended.errors) == 1, ended
+    assert f"is in use by process {holder.pid} on" in ended.errors[0] and os.listdir(tmp_path / "run") == ["lock"]
 
 
 def test_the_lock_of_a_killed_job_is_taken_over_and_said(
