@@ -64,9 +64,10 @@ class Failure:
         others = [rank for rank in range(self.process.world) if rank not in silent]
         if self.process.rank == min(others):
             print(f"error: {line}", file=sys.stderr, flush=True)
+            record_exit(self.process, HANG)
+            self._claim(HANG)
         else:  # torchrun ends all ranks when the first one exits
             time.sleep(1.0)
-        record_exit(self.process, HANG)
         _end(HANG)
 
     def error(self, problem: Exception) -> NoReturn:
@@ -90,8 +91,8 @@ class Failure:
 
     def _lost(self, place: str, text: str) -> NoReturn:
         """End this rank because another one has gone: quietly, if that one has said why."""
-        if self.heartbeat is not None and self.heartbeat.stalled > self.heartbeat.limit("step") / 2:
-            _end(HANG)  # the others have ended the hang
+        beat = self.heartbeat
+        hung = beat is not None and beat.stalled > 0.9 * beat.limit(beat.phase)
         deadline, gone = time.monotonic() + PATIENCE_S, []
         while time.monotonic() < deadline:
             cause = self._cause()
@@ -99,6 +100,8 @@ class Failure:
                 _end(cause)
             gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
             time.sleep(0.1)
+        if hung:  # another rank has ended the hang, and its line cannot be found
+            _end(HANG)
         alive = [rank for rank in range(self.process.world) if rank not in gone]
         cause = self._claim(FAILED)
         if cause == FAILED and (self._claimed or (0 in gone and self.process.rank == min(alive))):
