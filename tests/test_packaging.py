@@ -319,12 +319,12 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
 
 
 def test_make_runs_fast_and_slow_tests_apart(make) -> None:
-    fast = "not slow and not engines"
+    fast, slow = "not slow and not engines and not faults", "slow and not faults"
     assert f"\n-m pytest -m {fast} -k routing\n" in make("test", "ARGS=-k routing")[1]
-    assert "\n-m pytest -m slow -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
+    assert f"\n-m pytest -m {slow} -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
     assert f"\ntests/side_by_side.py -m {fast}\n" in make("test")[1]
     assert "\n-m pytest tests/engines -m engines -k zero\n" in make("engines", "ARGS=-k zero")[1]
-    assert "\ntests/side_by_side.py -m slow\n" in make("test-slow")[1]
+    assert f"\ntests/side_by_side.py -m {slow}\n" in make("test-slow")[1]
 
 
 def test_two_processes_run_every_test_once(tmp_path: Path) -> None:
