@@ -53,6 +53,8 @@ class Failure:
     def __init__(self, process: Process, meeting: Meeting) -> None:
         self.process, self.meeting = process, meeting
         self.heartbeat: Heartbeat | None = None
+        #: the file of the run folder with the exit code; another rank may have written it
+        self.verdict: Path | None = None
         #: whether this rank has reported the cause
         self._claimed = False
 
@@ -62,9 +64,10 @@ class Failure:
         others = [rank for rank in range(self.process.world) if rank not in silent]
         if self.process.rank == min(others):
             print(f"error: {line}", file=sys.stderr, flush=True)
+            record_exit(self.process, HANG)
+            self._claim(HANG)
         else:  # torchrun ends all ranks when the first one exits
             time.sleep(1.0)
-        record_exit(self.process, HANG)
         _end(HANG)
 
     def error(self, problem: Exception) -> NoReturn:
@@ -76,18 +79,20 @@ class Failure:
         memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
         code = MEMORY if memory else FAILED
         cause = self._claim(code)
-        if cause != code:
+        if not self._claimed and self.meeting.store is not None and cause != code:
             _end(cause)
+        record_exit(self.process, code)
         what = f"ran out of memory ({text})" if memory else f"{type(problem).__name__}: {text}"
         line = f"rank {self.process.rank}{place}: {what}"
         print(f"error: {line}", file=sys.stderr, flush=True)
-        traceback.print_exception(problem, file=sys.stderr)
+        if not memory:
+            traceback.print_exception(problem, file=sys.stderr)
         _end(code, self.process, line)
 
     def _lost(self, place: str, text: str) -> NoReturn:
         """End this rank because another one has gone: quietly, if that one has said why."""
-        if self.heartbeat is not None and self.heartbeat.stalled > self.heartbeat.limit("step") / 2:
-            _end(HANG)  # the others have ended the hang
+        beat = self.heartbeat
+        hung = beat is not None and beat.stalled > 0.9 * beat.limit(beat.phase)
         deadline, gone = time.monotonic() + PATIENCE_S, []
         while time.monotonic() < deadline:
             cause = self._cause()
@@ -95,6 +100,8 @@ class Failure:
                 _end(cause)
             gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
             time.sleep(0.1)
+        if hung:  # another rank has ended the hang, and its line cannot be found
+            _end(HANG)
         alive = [rank for rank in range(self.process.world) if rank not in gone]
         cause = self._claim(FAILED)
         if cause == FAILED and (self._claimed or (0 in gone and self.process.rank == min(alive))):
@@ -111,7 +118,7 @@ class Failure:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
-    # ---- the cause, in the store that all ranks share
+    # ---- the cause, in the store that all ranks share, or in the run folder if the store's holder has ended
 
     def _claim(self, code: int) -> int:
         """Report this rank as the cause; return its exit code, or that of the rank which was first."""
@@ -124,6 +131,8 @@ class Failure:
         return code if found is None else json.loads(found)[1]
 
     def _cause(self) -> int | None:
+        if self.verdict is not None and self.verdict.exists():
+            return int(self.verdict.read_text().strip() or FAILED)
         store = self.meeting.store
         if store is None:
             return None

@@ -303,6 +303,35 @@ def draw_load(run: Run, style: Style) -> Drawn | str:
     return figure, f"Load of {experts} experts over the steps, by MoE layer ({layers})."
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def draw_ranks(run: Run, style: Style) -> Drawn | str:
+    """Draw how long each rank worked in a step, as a multiple of the median rank."""
+    busy = [numbers([{"s": s} for s in r["busy_s"]], "s") if _is_list(r.get("busy_s")) else None for r in run.train]
+    ranks = max((len(row) for row in busy if row is not None), default=0)
+    # the number of ranks may change at a resume
+    kept = [i for i, row in enumerate(busy) if row is not None and len(row) == ranks and np.isfinite(row).all()]
+    if ranks < 2 or not kept:
+        return "The times of the ranks have not been measured, which takes at least two of them."
+    busy_NP, steps_N = np.array([busy[i] for i in kept]), numbers([run.train[i] for i in kept], "step")
+    median_N1 = np.maximum(np.median(busy_NP, axis=1, keepdims=True), 1e-9)
+    starts = np.unique(np.linspace(0, len(steps_N), MAX_COLUMNS + 1).astype(int)[:-1])
+    ratio_PN = np.maximum.reduceat(busy_NP / median_N1, starts, axis=0).T
+    first = steps_N[0] - (steps_N[1] - steps_N[0] if len(steps_N) > 1 else 1)
+    edges = np.array([first, *steps_N])[[*starts, len(steps_N)]]
+    figure, (axes,) = new_panels(1, 1, min(6.0, 2.4 + 0.2 * ranks))
+    image = axes.pcolormesh(
+        edges, np.arange(ranks + 1) - 0.5, _log2_ratio(ratio_PN), cmap=style.heat(), vmin=-2, vmax=2
+    )
+    axes.set_ylabel("rank")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_xlabel("step")
+    _heat_scale(figure, [axes], image)
+    return figure, f"Seconds of work of {ranks} ranks over the steps, divided by those of the median rank."
+
+
 def draw_routing(run: Run, style: Style) -> Drawn | str:
     """Draw how often each domain uses each expert, by layer, in the last evaluation that recorded it."""
     found = [record for record in run.evals if any((record.get("routing") or {}).values())]

@@ -134,8 +134,10 @@ def _open_store(process: Process, limit_s: float, opens: bool) -> dist.TCPStore:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=limit_s)
     try:
+        if not opens:
+            _reach(address, port, limit_s)
         return dist.TCPStore(address, port, is_master=opens, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except (dist.DistError, RuntimeError, ValueError) as problem:
+    except (OSError, RuntimeError, ValueError) as problem:
         if opens:
             busy = "EADDRINUSE" in str(problem) or "in use" in str(problem)
             why = "is used by another process" if busy else f"cannot be opened ({_first_line(problem)})"
@@ -145,7 +147,20 @@ def _open_store(process: Process, limit_s: float, opens: bool) -> dist.TCPStore:
                 f"MASTER_ADDR={address}: rank {process.rank} on {socket.gethostname()} cannot reach port {port} there "
                 f"within {limit_s:.0f} s; check the address, and whether rank 0 has started"
             )
-        stop(process, HANG, message, printer=process.rank)
+        stop(process, HANG, message, printer=process.rank if process.local_rank == 0 else -1)  # once for each node
+
+
+def _reach(address: str, port: int, limit_s: float) -> None:
+    """Wait until the store can be reached; torch would fill the terminal with its attempts."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _first_line(problem: BaseException) -> str:
@@ -171,7 +186,9 @@ def _chair(store: dist.Store, process: Process, own: Introduction, limit_s: floa
         if refusal is None:
             refusal = _refusal(ranks, world, waited)
             if refusal is None and waited > limit_s:
-                refusal = Refusal(HANG, _missing({rank: ranks[rank] for rank in heard}, world, limit_s))
+                # if all seemed to be there, some introductions are from an earlier attempt
+                here = heard if len(ranks) == world else list(ranks)
+                refusal = Refusal(HANG, _missing({rank: ranks[rank] for rank in here}, world, limit_s))
             if refusal is not None:  # tell this also those that were welcome before
                 name, answered, limit_s = f"{name}/refused", {}, waited + 5.0
                 continue
@@ -239,7 +256,7 @@ def disagreement(facts: dict[int, dict[str, str]]) -> Refusal | None:
     if not found:
         return None
     more = f" (and {len(found) - 3} more differences)" if len(found) > 3 else ""
-    return Refusal(DISAGREEMENT, "; ".join(found[:3]) + more + "; start all ranks with the same options and code")
+    return Refusal(DISAGREEMENT, "; ".join(found[:3]) + more + "; give all ranks the same options, code and data")
 
 
 def _missing(ranks: dict[int, Introduction], world: int, limit_s: float) -> str:
@@ -322,11 +339,17 @@ def versions() -> dict[str, str]:
 # ---- agreement after the process group exists
 
 
-def together(process: Process, code: int, work: Callable[[], T], fingerprint: Callable[[T], str] = lambda _: "") -> T:
+def together(
+    process: Process,
+    code: int,
+    work: Callable[[], T],
+    what: str = "result",
+    fingerprint: Callable[[T], str] = lambda _: "",
+) -> T:
     """Run ``work`` on every rank; return its result if it succeeded everywhere with the same fingerprint.
 
     A ValueError or OSError on any rank makes all ranks exit with ``code``; the first rank that has one prints it.
-    Different fingerprints make them exit with ``DISAGREEMENT``.
+    Different fingerprints make them exit with ``DISAGREEMENT``, and a line that begins with ``what``.
     """
     error, result = "", None
     try:
@@ -340,9 +363,9 @@ def together(process: Process, code: int, work: Callable[[], T], fingerprint: Ca
         rank, text = failed[0]
         everywhere = len(failed) == process.world and len({text for _, text in failed}) == 1
         stop(process, code, text if everywhere else f"rank {rank}: {text}", printer=rank)
-    others = [rank for rank, (_, seen) in enumerate(reports) if seen != reports[0][1]]
-    if others:
-        stop(process, DISAGREEMENT, f"ranks {others}: data or configuration differ from rank 0; give all the same")
+    refusal = disagreement({rank: {what: seen} for rank, (_, seen) in enumerate(reports)})
+    if refusal is not None:
+        stop(process, refusal.code, refusal.message)
     return result  # type: ignore[return-value]
 
 

@@ -128,6 +128,14 @@ PLOTS = (
         routing_figures.draw_straggler,
     ),
     Plot(
+        "ranks",
+        "Slow ranks",
+        "How long each rank worked in a step instead of waiting for others, as a multiple of the median rank. All rows "
+        "should have the neutral colour of 1. An orange row is a rank for which all others wait: look at its machine, "
+        "its data, and the experts that it owns. Work that runs on a GPU by itself is not seen.",
+        figures.draw_ranks,
+    ),
+    Plot(
         "load",
         "Load of every expert over time",
         "One row per expert: orange is more than the mean load, blue is less. The colours should fade to the neutral "

@@ -80,7 +80,9 @@ class Signals:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             if self.graceful:
-                self._say(f"{name}: saving after this step, then stopping; send it again to end at once")
+                grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # --shutdown-timeout is not visible here
+                limit = f"; torchrun ends ranks after {grace} s" if self._parent else ""
+                self._say(f"{name}: saving after this step, then stopping; send it again to end at once{limit}")
             else:
                 self._end(number, f"error: stopped by {name} before the first step; nothing is lost")
         elif time.monotonic() - self._since > REPEATED_S:

@@ -41,6 +41,13 @@ from .text import counted, short_count
 
 #: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
 EXIT_FILE = "exit_code"
+#: errors that all ranks raise together -> exit code
+ENDS: dict[type[Exception], int] = {
+    NonFiniteError: env.NON_FINITE,
+    DisagreementError: env.DISAGREEMENT,
+    checkpoint.NonFiniteStateError: env.NON_FINITE,
+    checkpoint.SaveError: env.CANNOT_WRITE,
+}
 #: how many times as long as a step may last ranks may wait for each other at the start
 JOIN = 3.0
 
@@ -131,20 +138,20 @@ def _train(attempt: Attempt) -> None:
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
             ExitStack() as held,
         ):
-            _run(attempt, failure.heartbeat, held)
+            _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
         if process.world == 1:
             raise
         failure.error(problem)
 
 
-def _run(attempt: Attempt, heartbeat: Heartbeat, held: ExitStack) -> None:
+def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitStack) -> None:
     launch, process = attempt.launch, attempt.process
     config, run_dir = launch.config, launch.run_dir
     exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
-    corpus = together(process, env.DATA, lambda: _read_corpus(config), lambda found: found.fingerprint)
+    corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
     found = _find_checkpoint(launch, process, again)
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
@@ -171,20 +178,17 @@ def _run(attempt: Attempt, heartbeat: Heartbeat, held: ExitStack) -> None:
     except OSError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
-    attempt.process = process = replace(process, exit_files=(*process.exit_files, run_dir / EXIT_FILE))
+    failure.verdict = run_dir / EXIT_FILE
+    attempt.process = failure.process = process = replace(
+        process, exit_files=(*process.exit_files, run_dir / EXIT_FILE)
+    )
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}
     try:
         result = run(trainer, run_dir, metrics, progress, heartbeat, lambda: attempt.signals.number)
-    except NonFiniteError as error:
-        env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
-    except DisagreementError as error:
-        env.stop(process, env.DISAGREEMENT, f"step {trainer.step}: {error}")
-    except checkpoint.NonFiniteStateError as error:
-        env.stop(process, env.NON_FINITE, str(error))
-    except checkpoint.SaveError as error:
-        env.stop(process, env.CANNOT_WRITE, str(error))
+    except tuple(ENDS) as error:
+        env.stop(process, ENDS[type(error)], f"after step {trainer.step}: {error}")
     except Stopped as request:
         stopped = request.signal
     finally:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from equimoe.launch.env import FINAL, STOPPED
 from tests import side_by_side
 from tests.helpers.fresh import python
 
@@ -185,10 +185,9 @@ def test_the_slurm_script_is_valid_bash() -> None:
 
 
 STAND_INS = {
-    "scontrol": "echo node-a; echo node-b",
+    "scontrol": 'if [ "$1" = requeue ]; then echo "scontrol $*"; else echo node-a; echo node-b; fi',
     "srun": 'shift; exec "$@"',
-    "torchrun": 'while [ "$1" != --no-python ]; do printf "%s " "$1"; shift; done; shift; exec "$@"',
-    "python": 'echo python "$@"',
+    "torchrun": 'echo torchrun "$@"; if [ -n "$ENDS_WITH" ]; then echo "$ENDS_WITH" > "$EQUIMOE_EXIT_FILE"; exit 1; fi',
 }
 
 
@@ -199,33 +198,44 @@ def command_of(script: list[str], tmp_path: Path, **env: str) -> str:
     for name, text in STAND_INS.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(stat.S_IRWXU)
-    everything = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"} | env
+    everything = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "ENDS_WITH": ""} | env
     done = subprocess.run(["bash", *script], env=everything, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == int(env.get("ENDS_WITH", 0)), done.stderr
     return done.stdout.strip()
 
 
-def assert_resumes_only_from_a_checkpoint(command: Callable[[], str], run_dir: Path) -> None:
-    assert "--resume" not in command()
-    (run_dir / "checkpoints" / "step-00000010.tmp").mkdir(parents=True)  # a save that did not finish
-    assert "--resume" not in command()
-    (run_dir / "checkpoints" / "step-00000010").mkdir()
-    assert command().count("--resume") == 1
-
-
-def test_the_slurm_script_meets_on_the_first_node_and_resumes(tmp_path: Path) -> None:
-    run_dir = tmp_path / "a run"
+def slurm_job(tmp_path: Path, **env: str) -> str:
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
     script = [str(ROOT / "launch" / "slurm" / "train.sbatch"), "--steps", "7"]
+    return command_of(script, tmp_path, RUN_DIR=str(tmp_path / "a run"), SLURM_GPUS_ON_NODE="8", **job, **env)
 
-    def command() -> str:
-        return command_of(script, tmp_path, RUN_DIR=str(run_dir), SLURM_GPUS_ON_NODE="8", **job)
 
-    first = command()
+def test_the_slurm_script_meets_on_the_first_node(tmp_path: Path) -> None:
+    first = slurm_job(tmp_path)
     for part in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-backend c10d", "--rdzv-endpoint node-a:", "--rdzv-id 77"):
         assert part in first, first
-    assert first.endswith(f"python -m equimoe.launch.train --run-dir {run_dir} --steps 7")
-    assert_resumes_only_from_a_checkpoint(command, run_dir)
+    assert first.endswith(f"-m equimoe.launch.train --run-dir {tmp_path / 'a run'} --requeue --steps 7")
+
+
+@pytest.mark.parametrize(
+    ("code", "env", "requeued"),
+    [
+        ("", {}, False),
+        ("64", {}, False),
+        ("70", {}, False),
+        ("75", {}, True),
+        ("1", {}, True),
+        ("1", {"SLURM_RESTART_COUNT": "5"}, False),
+        ("143", {}, False),  # scancel
+        ("143", {"SLURM_JOB_END_TIME": "1"}, True),  # near the time limit
+        ("143", {"SLURM_JOB_END_TIME": "99999999999"}, False),
+    ],
+)
+def test_the_slurm_script_requeues_what_may_succeed(
+    tmp_path: Path, code: str, env: dict[str, str], requeued: bool
+) -> None:
+    ended = {"ENDS_WITH": code} if code else {}
+    assert ("scontrol requeue 77" in slurm_job(tmp_path, **ended, **env)) == requeued
 
 
 def pod_gpus(container: dict[str, Any]) -> int:
@@ -247,15 +257,19 @@ def test_the_kubernetes_job_is_consistent(tmp_path: Path) -> None:
     assert env["RDZV_HOST"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     run_dir = tmp_path / "run"
 
-    def command(index: str = "0") -> str:
+    def command(index: str = "0", **more: str) -> str:
         given = {name: str(value) for name, value in env.items()} | {"RUN_DIR": str(run_dir), "EXTRA": "--steps 7"}
-        return command_of(["-c", container["args"][0]], tmp_path, **given, JOB_COMPLETION_INDEX=index)
+        return command_of(["-c", container["args"][0]], tmp_path, **given, **more, JOB_COMPLETION_INDEX=index)
 
     assert f"--nnodes 2 --nproc-per-node {pod_gpus(container)} " in command()
     assert "--rdzv-backend c10d --rdzv-endpoint equimoe-train-0.equimoe:29400" in command()
     assert "is_host=true" in command("0") and "is_host=false" in command("1")
-    assert command().endswith(f"equimoe.launch.train --run-dir {run_dir} --recipe {env['RECIPE']} --steps 7")
-    assert_resumes_only_from_a_checkpoint(command, run_dir)
+    ends = f"equimoe.launch.train --run-dir {run_dir} --requeue --recipe {env['RECIPE']} --steps 7"
+    assert command().endswith(ends)
+    assert command(ENDS_WITH="64").endswith(ends)
+    mistakes, evictions = spec["podFailurePolicy"]["rules"]
+    assert pod["restartPolicy"] == "Never" and evictions["action"] == "Ignore" and mistakes["action"] == "FailJob"
+    assert set(mistakes["onExitCodes"]["values"]) == {code for code in FINAL if code not in STOPPED}
     assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs"} and env["RUN_DIR"].startswith(
         "/runs"
     )

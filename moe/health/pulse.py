@@ -25,6 +25,8 @@ class Pulse:
         self._took, self._steps, self._steps_done = 0.0, 0, 0
         #: seconds per step in which each rank worked instead of waiting for others
         self.busy_P: list[float] = []
+        #: the slow ranks of the last note
+        self._named: list[int] = []
 
     def enter(self, phase: str) -> None:
         """Say which phase begins."""
@@ -56,6 +58,16 @@ class Pulse:
             self.busy_P, self._took, self._steps = busy_P, 0.0, 0
             self.enter("record")
         return int(max(signals))
+
+    def note(self) -> str:
+        """Return a line that names the slow ranks if they have changed since the last one; else an empty string."""
+        slow = stragglers(self.busy_P)
+        if slow == self._named:
+            return ""
+        self._named = slow
+        median = sorted(self.busy_P)[(len(self.busy_P) - 1) // 2]
+        told = [f"rank {rank} is slow: it works {self.busy_P[rank]:.3g} s per step" for rank in slow[:4]]
+        return f"{'; '.join(told)}, the median rank {median:.3g} s" if slow else "no rank is slow any more"
 
     def record(self) -> dict[str, Any]:
         """Return the fields of a ``train`` record about the ranks' times; empty if they were not measured."""

@@ -6,7 +6,9 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per token, mean since the last record), grad_norm, lr, tokens (since step 0, over all
   ranks), skipped (steps that were skipped so far), tokens_per_s (over all ranks), elapsed_s (of training since step 0),
-  domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer.
+  domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With several ranks, busy_s
+  [rank] (seconds per step since the last record in which it worked instead of waiting for others) and stragglers (the
+  ranks that others wait for, slowest first).
 * ``skip``: a step that was skipped. step (steps taken so far), reason, loss, grad_norm, sequences, and postponed: how
   many of these sequences will be read once more.
 * ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},

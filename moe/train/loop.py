@@ -364,6 +364,8 @@ def run(
                 record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
                 record["elapsed_s"] = trainer.elapsed_s
                 publish(record)
+                if progress is not None and (note := pulse.note()):
+                    progress.say(note)
                 since = trainer.tokens, time.perf_counter()
             busy = time.perf_counter()
             if last or (config.log.eval_every and step % config.log.eval_every == 0):

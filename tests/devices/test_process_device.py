@@ -84,4 +84,4 @@ def test_a_machine_without_gpus_among_others_is_refused(gpus: Callable, monkeypa
         found[rank] = introduced(rank, 2, "ab"[rank], monkeypatch)
     refusal = joining._refusal(found, 2, 0.0)
     assert refusal is not None and refusal.code == DISAGREEMENT
-    assert refusal.message.startswith("device: rank 0 has cuda, rank 1 has cpu; start all ranks with the same")
+    assert refusal.message.startswith("device: rank 0 has cuda, rank 1 has cpu; give all ranks the same")

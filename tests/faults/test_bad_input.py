@@ -125,7 +125,7 @@ def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(train, "_read_corpus", per_rank)
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(tmp_path / "texts0", steps=2)))
     ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")], 2)
-    refused(ended, env.DISAGREEMENT, "ranks [1]: data or configuration differ from rank 0")
+    refused(ended, env.DISAGREEMENT, "data: rank 0 has ", ", rank 1 has ", "give all ranks the same")
 
 
 def test_one_rank_that_fails_ends_all(

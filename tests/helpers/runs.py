@@ -109,7 +109,8 @@ def observed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "score_sum": 0.3 + 0.3 * record["step"] / 300,
                     }
                 )
-            record = record | step_record(layers, 0.1) | {"layers": layers}
+            busy = {"busy_s": [0.1, 0.1 + 0.2 * (record["step"] > 100)], "stragglers": []}
+            record = record | step_record(layers, 0.1) | {"layers": layers} | busy
         if record["kind"] == "eval":
             scores = {d: [0.4 + 0.05 * i for i in range(len(rows))] for d, rows in record["routing"].items()}
             record = record | {"score_sum": scores} | domain_record(record["routing"])

@@ -31,6 +31,7 @@ def test_an_older_run_is_told_what_it_has_not_recorded(tmp_path: Path, monkeypat
     assert "The individual balance losses were not recorded." in words
     assert "sequences over which the balance loss counted its load was not recorded." in words
     assert "The load of the expert-parallel ranks was not recorded." in words
+    assert "The times of the ranks have not been measured, which takes at least two of them." in words
     assert "The probability of the chosen experts was not recorded." in words
     assert "bits of divergence" not in words and "time spent waiting" not in words
 
@@ -98,7 +99,15 @@ def test_bad_values_do_not_break_the_figures(tmp_path: Path, monkeypatch: pytest
     """If one record holds bad values, the other records must still be drawn."""
     records = observed(made_up_run(steps=60, every=5, eval_every=20))
     fields = ("losses", "scaled_losses", "balance_sequences", "estimator_error", "straggler", "straggler_max")
-    fields += ("waiting", "projected_straggler", "projected_waiting", "score_sum", "max_frequency", "divergence")
+    fields += (
+        "busy_s",
+        "waiting",
+        "projected_straggler",
+        "projected_waiting",
+        "score_sum",
+        "max_frequency",
+        "divergence",
+    )
     train = [record for record in records if record["kind"] == "train"]
     for number, bad in enumerate((None, math.nan, "word", [], {}, {"global": None}, {"2": "word"}, [None])):
         for record in (train[number], train[number]["layers"][1]):

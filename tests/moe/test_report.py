@@ -28,10 +28,10 @@ from equimoe.moe.observe.metrics import to_line
 from tests.helpers.runs import made_up_run, observed
 from tests.helpers.slow import slow_but
 
-IDS = ["loss", "domain-loss", "balance", "evenness", "losses", "estimator", "straggler", "load", "routing"]
+IDS = ["loss", "domain-loss", "balance", "evenness", "losses", "estimator", "straggler", "ranks", "load", "routing"]
 IDS += ["divergence", "scores", "optimizer"]
 #: figures that need records which older runs do not have
-NEWER = {"losses", "estimator", "straggler", "scores"}
+NEWER = {"losses", "estimator", "straggler", "ranks", "scores"}
 
 
 class Page(HTMLParser):
@@ -183,7 +183,7 @@ MISSING: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
     "no run record": (observed(made_up_run(steps=40, eval_every=20))[2:], set()),
     "only an evaluation": (
         observed(made_up_run(steps=5, eval_every=5))[-1:],
-        {"balance", "evenness", "losses", "estimator", "straggler", "load", "optimizer"},
+        {"balance", "evenness", "losses", "estimator", "straggler", "ranks", "load", "optimizer"},
     ),
 }
 

@@ -1,0 +1,274 @@
+"""Checks what happens to a run whose ranks are killed, stopped, asked to stop, slow or wrong: forked ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.launch import env
+from equimoe.launch.options import to_yaml
+from equimoe.moe import checkpoint
+from equimoe.moe.observe.metrics import read_records
+from equimoe.moe.train.config import CheckpointConfig
+from tests.faults.inject import injected
+from tests.faults.table import report
+from tests.helpers import small
+from tests.helpers.checkpoints import load_all
+from tests.helpers.command import Ended, launch
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs the small run with faults, in ``folder`` of the test's folder."""
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=8, checkpoint=CheckpointConfig(4, 9))
+    config = replace(config, parallel=replace(config.parallel, timeout_s=3.0))
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+
+    def command(*options: str, faults: str = "", folder: str = "run", world: int = 2) -> Ended:
+        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / folder)]
+        return launch([*base, *options], world, cwd=tmp_path, within=partial(injected, faults, tmp_path / folder))
+
+    return command
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"}
+
+
+def assert_equal_ends(one: Path, other: Path, step: int = 8) -> None:
+    ends = [load_all(folder / "checkpoints" / f"step-{step:08d}") for folder in (one, other)]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert losses(one) == losses(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.timeout(180)
+def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path: Path, number: signal.Signals) -> None:
+    """The other rank must stop after the same step. Step 6 is one that is not saved otherwise."""
+    kind = number.name.removeprefix("SIG").lower()
+    ended = run(faults=f"{kind}@rank=1,step=6,phase=dispatch")
+    assert ended.codes == [128 + number] * 2, ended
+    assert f"stopped by {number.name} after step 6 of 8; no step is lost" in ended.out[0]
+    assert "continue:" in ended.out[0] and "--resume --steps 8" in ended.out[0] and "report.html" in ended.out[0]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert int((tmp_path / "run" / "exit_code").read_text()) == 128 + number
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000006"
+    if number == signal.SIGTERM:
+        assert run("--resume").codes == [0, 0]
+        assert not (tmp_path / "run" / "exit_code").exists()
+        assert run(folder="straight").codes == [0, 0]
+        assert_equal_ends(tmp_path / "run", tmp_path / "straight")
+    report("6 SIGTERM" if number == signal.SIGTERM else "6 SIGINT", "holds", steps_lost=0, exit_code=ended.codes[0])
+
+
+def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
+    slow = "sleep@rank=0,step=5,phase=data,seconds=5"
+    ended = run(
+        "--parallel.timeout_s",
+        "60",
+        faults=f"term@step=5,phase=data;sleep@rank=1,step=5,phase=data,seconds=1.3;"
+        f"term@rank=1,step=5,phase=dispatch;{slow}",
+    )
+    assert ended.codes[1] == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000005").exists()
+
+
+@pytest.mark.timeout(180)
+def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
+    ended = run(faults="stop@rank=1,step=5,phase=dispatch")
+    assert ended.codes == [env.HANG, -signal.SIGKILL], ended
+    assert len(ended.errors) == 1 and "rank 1 is silent" in ended.errors[0] and "step 5" in ended.errors[0], ended
+    assert int((tmp_path / "run" / "exit_code").read_text()) == env.HANG
+    report("7 SIGSTOP of a rank", "holds", exit_code=env.HANG, seconds=ended.seconds)
+
+
+@pytest.mark.timeout(180)
+def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
+    ended = run(faults="stop@rank=0,step=5,phase=backward")
+    assert ended.codes == [-signal.SIGKILL, env.HANG], ended
+    assert len(ended.errors) == 1 and "rank 0 is silent" in ended.errors[0], ended
+
+
+@pytest.mark.timeout(180)
+def test_a_rank_that_keeps_the_others_waiting_is_named(run: Run) -> None:
+    ended = run(faults="sleep@rank=1,step=5,phase=data,seconds=600")
+    assert ended.codes == [env.HANG, -signal.SIGKILL] or ended.codes == [env.HANG] * 2, ended
+    assert len(ended.errors) == 1 and "rank 1 keeps the others waiting" in ended.errors[0], ended
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.timeout(180)
+def test_the_rank_with_the_error_prints_it_once_and_first(run: Run, rank: int) -> None:
+    ended = run(faults=f"raise@rank={rank},step=5,phase=data")
+    assert ended.codes == [1, 1], ended
+    errors = [line for line in ended.errors if line.startswith("error: ")]
+    assert errors == [f"error: rank {rank}, step 5, phase step: ValueError: injected on rank {rank} in phase data"]
+    assert ended.err[rank].startswith("error: ") and ended.err[1 - rank] == "", ended
+    report("9 a rank raises", "holds", rank=rank)
+
+
+def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
+    ended = run(faults="oom@rank=1,step=2,phase=forward")
+    assert ended.codes == [env.MEMORY] * 2, ended
+    (line,) = ended.errors
+    assert line.startswith("error: rank 1, step 2, phase step: ran out of memory (CUDA out of memory."), ended
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.timeout(180)
+def test_a_killed_rank_is_named(run: Run, rank: int) -> None:
+    ended = run(faults=f"kill@rank={rank},step=5,phase=dispatch")
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == 1, ended
+    assert len(ended.errors) == 1 and f"rank {rank} (process " in ended.errors[0] and "killed" in ended.errors[0], ended
+    report("5 SIGKILL of the first and the last rank", "holds", rank=rank, seconds_to_exit=ended.seconds)
+
+
+@pytest.mark.timeout(180)
+def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path) -> None:
+    ended = run("--log.every", "4", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
+    assert ended.codes == [0, 0], ended
+    trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert [record["stragglers"] for record in trained] == [[1], [1]], trained
+    assert "rank 1 is slow" in ended.out[0]
+    assert all(record["busy_s"][1] > 0.2 for record in trained)
+    report("8 straggler", "holds", named=True, steps=8)
+
+
+def test_a_run_without_a_slow_rank_names_none(run: Run, tmp_path: Path) -> None:
+    assert run("--log.every", "8").codes == [0, 0]
+    (trained,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(trained["busy_s"]) == 2
+
+
+# ---- starting again
+
+
+def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+@pytest.mark.timeout(180)
+def test_a_restart_before_the_first_checkpoint_starts_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(faults="kill@rank=1,step=2,phase=dispatch").codes[1] == -signal.SIGKILL
+    restarted(monkeypatch, 1)
+    ended = run()
+    assert ended.codes == [0, 0] and "ended before its first checkpoint; starting again" in ended.out[0], ended
+    restarted(monkeypatch, 0)
+    assert run(folder="straight").codes == [0, 0]
+    assert_equal_ends(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun restarts ranks that have refused another run's folder; they must refuse it again."""
+    assert run("--steps", "2").codes == [0, 0]
+    lock = tmp_path / "run" / "lock"
+    lock.write_text(lock.read_text().replace("localhost", "elsewhere").replace(f"/{os.getpid()}/", "/1/"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for count in (0, 1):
+        restarted(monkeypatch, count)
+        ended = run("--steps", "4")
+        assert ended.codes == [env.CHECKPOINT] * 2 and "already holds a run" in ended.errors[0], ended
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+@pytest.mark.timeout(180)
+def test_a_requeued_job_starts_and_resumes(run: Run, tmp_path: Path) -> None:
+    for fault, said in (("kill@rank=0,step=2,phase=optim", ""), ("kill@rank=1,step=6,phase=optim", "starting again")):
+        ended = run("--requeue", faults=fault, folder="run")
+        assert -signal.SIGKILL in ended.codes and said in ended.out[0], ended
+    ended = run("--requeue")
+    assert ended.codes == [0, 0], ended
+    assert min(losses(tmp_path / "run")) == 1 and len(losses(tmp_path / "run")) == 8
+
+
+# ---- agreement at the start
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 7}, ["seed: rank 0 has 0, rank 1 has 7"]),
+        ({"steps": 9, "dtype": "bfloat16"}, ["steps: rank 0 has 8, rank 1 has 9", "dtype: "]),
+    ],
+)
+def test_ranks_with_other_options_are_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict, words: list[str]
+) -> None:
+    import equimoe.launch.train as train
+
+    real = train.parse
+
+    def parse(arguments: list[str]) -> object:
+        found = real(arguments)
+        return replace(found, config=replace(found.config, **changes)) if os.environ["RANK"] == "1" else found
+
+    monkeypatch.setattr(train, "parse", parse)
+    ended = run()
+    assert ended.codes == [env.DISAGREEMENT] * 2 and len(ended.errors) == 1, ended
+    assert all(word in ended.errors[0] for word in words), ended.errors
+    report("22 options differ on one rank", "holds", seconds=ended.seconds)
+
+
+@pytest.mark.parametrize("what", ["code_version", "local world", "bad option"])
+def test_ranks_that_cannot_work_together_end_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    import equimoe.launch.train as train
+
+    second = lambda: os.environ["RANK"] == "1"  # noqa: E731
+    if what == "code_version":
+        monkeypatch.setattr(train.joining, "code_version", lambda: f"made-{second()}")
+        code, text, printer = env.DISAGREEMENT, "code version: rank 0 has made-False, rank 1 has made-True", 0
+    elif what == "local world":
+        real = env.this_process
+        monkeypatch.setattr(env, "this_process", lambda: replace(real(), local_world=1 + second()))
+        code, text, printer = env.DISAGREEMENT, "processes per node: rank 0 has 1, rank 1 has 2", 0
+    else:
+        parse = train.parse
+        monkeypatch.setattr(train, "parse", lambda a: parse([*a, "--stepz", "3"] if second() else a))
+        code, text, printer = env.CONFIG, "rank 1: --stepz: no such option", 1
+    ended = run()
+    assert ended.codes == [code] * 2 and ended.err[1 - printer] == "", ended
+    assert ended.err[printer].startswith(f"error: {text}"), ended
+
+
+def test_ranks_with_other_shapes_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configurations agree, but the code does not do the same: found before the first collective of a step."""
+    import equimoe.moe.train.loop as loop
+
+    real = loop.build_model
+
+    def build(config: Any, vocab_size: int) -> Any:
+        wider = replace(config, moe=replace(config.moe, intermediate_size=20))
+        return real(wider if os.environ["RANK"] == "1" else config, vocab_size)
+
+    monkeypatch.setattr(loop, "build_model", build)
+    ended = run()
+    assert ended.codes == [env.CONFIG] * 2 and len(ended.errors) == 1, ended
+    assert "model: rank 1 has different parameters from rank 0" in ended.errors[0], ended
+    report("23 shapes differ on one rank", "holds", seconds=ended.seconds)
+
+
+def test_ranks_that_see_other_checkpoints_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on nodes whose view of the shared folder differs."""
+    assert run("--steps", "4", "--checkpoint.every", "2").codes == [0, 0]
+    real = checkpoint.newest
+
+    def newest(root: Path) -> Path:
+        return root / "step-00000002" if os.environ["RANK"] == "1" else real(root)
+
+    monkeypatch.setattr(checkpoint, "newest", newest)
+    ended = run("--resume")
+    assert ended.codes == [env.DISAGREEMENT] * 2, ended
+    assert "checkpoint: rank 0 has step-00000004, rank 1 has step-00000002" in ended.errors[0], ended
