@@ -22,6 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from ..moe.observe.printable import printable
+from .output import lasting_output
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -42,11 +45,12 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            try:
-                return main(*args, **kwargs)
-            finally:
-                if sys.stdout is not None:  # it is None if the shell has closed it
-                    sys.stdout.flush()
+            with lasting_output():
+                try:
+                    return main(*args, **kwargs)
+                finally:
+                    if sys.stdout is not None:  # it is None if the shell has closed it
+                        sys.stdout.flush()
         except BrokenPipeError:
             if not _is_unread():
                 raise  # another pipe
@@ -181,6 +185,7 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
 
 def stop(process: Process, code: int, message: str) -> NoReturn:
     """Print one line to stderr on rank 0 and exit with ``code``. For errors that every rank has detected."""
+    message = printable(message)
     if process.rank == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
