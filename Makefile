@@ -55,10 +55,10 @@ train: $(VENV)/.stamp-train
 PYTEST = $(PY) $(if $(strip $(ARGS)),-m pytest,tests/side_by_side.py)
 
 test: $(VENV)/.stamp-dev
-	$(PYTEST) -m "not slow and not engines" $(ARGS)
+	$(PYTEST) -m "not slow and not engines and not faults" $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not faults" $(ARGS)
 
 engines: $(VENV)/.stamp-engines
 	$(PY) -m pytest tests/engines -m engines $(ARGS)

@@ -49,8 +49,7 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
                 try:
                     return main(*args, **kwargs)
                 finally:
-                    if sys.stdout is not None:  # it is None if the shell has closed it
-                        sys.stdout.flush()
+                    sys.stdout.flush()
         except BrokenPipeError:
             if not _is_unread():
                 raise  # another pipe

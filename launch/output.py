@@ -53,9 +53,14 @@ class _Output:
 def lasting_output() -> Iterator[None]:
     """Within the block, failing writes to stdout and stderr do not raise."""
     before = sys.stdout, sys.stderr
-    # a stream is None if the shell has closed it
-    sys.stdout, sys.stderr = (None if s is None or isinstance(s, _Output) else _Output(s) for s in before)
+    sys.stdout, sys.stderr = (_lasting(stream) for stream in before)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: Any) -> Any:
+    if stream is None:  # the shell has closed it; without a file in its place, the next one would get its number
+        return open(os.devnull, "w")
+    return stream if isinstance(stream, _Output) else _Output(stream)

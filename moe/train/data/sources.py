@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...config import require
+from ...observe.printable import printable
 from ..config import DataConfig
 
 JSONL = (".jsonl", ".ndjson")
@@ -26,9 +27,13 @@ KINDS = {
 CHUNK = 1 << 24
 
 
+#: characters of a domain's name, after escaping
+LONGEST_DOMAIN = 100
+
+
 @dataclass
 class Document:
-    """One text, or one flat file of ids, with its domain."""
+    """One text, or one flat file of ids, with its domain, in whose name unprintable characters are escaped."""
 
     domain: str
     #: path relative to data.path, for messages
@@ -36,6 +41,16 @@ class Document:
     text: str | None = None
     #: ids of a flat token file, shape ``(T,)``
     tokens: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        name = printable(self.domain)
+        if len(name) > LONGEST_DOMAIN:
+            start = f"{name[:LONGEST_DOMAIN]}..."
+            raise ValueError(
+                f"data.path={self.name!r}: the domain's name {start!r} has more than {LONGEST_DOMAIN} characters; "
+                "shorten it, or choose domains by data.domain_by='kind'"
+            )
+        self.domain = name
 
 
 def by_hash(name: str) -> bytes:
