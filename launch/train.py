@@ -9,11 +9,11 @@ import hashlib
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from ..moe import checkpoint
@@ -24,7 +24,7 @@ from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import DataConfig, OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
-from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
+from ..moe.train.data import Corpus, DataError, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.judge import NonFiniteError
 from ..moe.train.loop import Trainer, run
 from ..moe.train.optim import rise_on_resume
@@ -88,6 +88,8 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         result = run(trainer, run_dir, metrics, progress)
     except NonFiniteError as error:
         env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
+    except DataError as error:
+        _stop_here(process, env.DATA, f"step {trainer.step + 1}: {error}")
     except DisagreementError as error:
         env.stop(process, env.DISAGREEMENT, f"step {trainer.step}: {error}")
     finally:
@@ -97,6 +99,11 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
             metrics.close()
     if process.rank == 0:
         _conclude(trainer, launch, result, arguments)
+
+
+def _stop_here(process: env.Process, code: int, message: str) -> NoReturn:
+    """Print a line on this rank, which may be the only one to know the problem, and exit with ``code``."""
+    env.stop(replace(process, rank=0), code, f"rank {process.rank}, {message}" if process.world > 1 else message)
 
 
 def _digest(config: TrainConfig) -> str:
@@ -205,7 +212,7 @@ def _source(data: DataConfig) -> str:
     )
 
 
-def _sizes(streams: dict[str, np.ndarray]) -> str:
+def _sizes(streams: Mapping[str, Sized]) -> str:
     return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
 
 

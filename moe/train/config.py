@@ -143,6 +143,15 @@ class OptimConfig:
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must not be negative; 0 switches it off")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; raise ``ValueError`` for a key that is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 @dataclass(frozen=True)
 class DeepSpeedConfig:
     """DeepSpeed, if ``engine`` is "deepspeed"."""
@@ -172,8 +181,9 @@ class DeepSpeedConfig:
         if self.config is None:
             return {}
         try:
-            found = json.loads(Path(self.config).expanduser().read_text())
-        except (OSError, ValueError) as error:
+            with Path(self.config).expanduser().open() as file:
+                found = json.loads(file.read(1 << 20), object_pairs_hook=_once)
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"deepspeed.config={self.config}: cannot be read ({error}); give a JSON file") from None
         require(isinstance(found, dict), "deepspeed.config", self.config, "must hold a JSON object")
         return found
