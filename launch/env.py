@@ -18,6 +18,9 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
+from ..moe.observe.printable import printable
+from .output import lasting_output
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -39,10 +42,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            try:
-                return main(*args, **kwargs)
-            finally:
-                if sys.stdout is not None:  # it is None if the shell has closed it
+            with lasting_output():
+                try:
+                    return main(*args, **kwargs)
+                finally:
                     sys.stdout.flush()
         except BrokenPipeError:
             if not _is_unread():
@@ -218,6 +221,7 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
 
 def stop(process: Process, code: int, message: str, printer: int = 0) -> NoReturn:
     """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this."""
+    message = printable(message)
     if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif process.world > 1:

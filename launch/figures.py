@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..moe.observe.metrics import METRICS_FILE, Record, read_records
+from ..moe.observe.printable import printable
 
 Array = NDArray[np.float64]
 
@@ -87,7 +88,9 @@ class Run:
         """Read the records of a run folder. Raises ValueError if there are none, or they cannot be read."""
         path = run_dir / METRICS_FILE
         try:
-            records = read_records(path)
+            records = [_printable(record) for record in read_records(path)]
+        except RecursionError:
+            raise ValueError(f"{path}: is nested too deeply; give the folder of a run") from None
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror or error}); give the folder of a run") from None
         if not records:
@@ -120,6 +123,15 @@ class Run:
         """Return the domains and the frequency [D, L, E] with which each chooses each expert, sum 1 over experts."""
         routing = {d: layers for d, layers in sorted((record.get("routing") or {}).items()) if layers}
         return list(routing), np.array(list(routing.values()), float)
+
+
+def _printable(value: Any) -> Any:
+    """Escape the names in a record, which come from the training text."""
+    if isinstance(value, dict):
+        return {printable(str(key)): _printable(item) for key, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], (dict, str)):
+        return [_printable(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def numbers(records: Iterable[Record], *path: str) -> Array:

@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 import re
+import reprlib
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
@@ -19,9 +20,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..moe.train.config import TrainConfig
 from .recipes import RECIPES
+from .strict_yaml import read_yaml
 from .text import option_text
 
 USAGE = "usage: python -m equimoe.launch.train [--recipe NAME] [--config FILE] [--SECTION.FIELD VALUE] ..."
+
+
+#: limits of every number of the configuration
+LARGEST_INT, LARGEST_FLOAT = 1 << 48, 3.4e38
 
 
 @dataclass(frozen=True)
@@ -221,15 +227,11 @@ def _override(values: dict[str, Any], name: str, text: str | None) -> None:
 
 def _read_yaml(file: str) -> dict[Any, Any]:
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        found = read_yaml(Path(file))
     except OSError as error:
         raise ValueError(f"--config={file}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--config={file}: is not UTF-8 text; give a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{file}: {where}not YAML: {' '.join(problem.split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"{file}: must be a mapping of {', '.join(_hints(TrainConfig))}")
     return found or {}
@@ -242,7 +244,7 @@ def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str
         if name not in _hints(cls):
             near = _suggest(prefix + name, [*fields_of(), *_hints(TrainConfig)])
             remedy = "no such key" + near if name not in fields_of() else "nest the key under its section"
-            raise ValueError(f"{file}: {prefix}{key}: {remedy}")
+            raise ValueError(f"{file}: {prefix}{key if isinstance(key, str) else reprlib.repr(key)}: {remedy}")
         hint = _hints(cls)[name]
         section = _section(hint)
         if section is not None and isinstance(value, dict):
@@ -266,7 +268,7 @@ def _from_yaml(hint: Any, name: str, value: Any, file: str) -> Any:
             return _adapter(hint).validate_python(value)
     except ValidationError:
         pass
-    raise ValueError(f"{file}: {name}={value!r}: must be {_wanted(hint)}")
+    raise ValueError(f"{file}: {name}={reprlib.repr(value)}: must be {_wanted(hint)}")
 
 
 @cache
@@ -280,11 +282,20 @@ def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:
     for name, hint in _hints(cls).items():
         if _section(hint) is not None and made.get(name) is not None:
             made[name] = _build(_section(hint), made[name], f"{path}{name}.")
+        _check_size(path + name, made.get(name))
     try:
         return cls(**made)
     except ValueError as error:
         # a layer's configuration knows nothing of the section that it is in
         raise ValueError(f"moe.{error}" if path.startswith("moe.") else str(error)) from None
+
+
+def _check_size(name: str, value: Any) -> None:
+    """Raise ValueError for a number that no tensor's size and no fp32 value can have."""
+    if isinstance(value, int) and abs(value) >= LARGEST_INT and name != "seed":
+        raise ValueError(f"{name}={value}: must be less than 2**48, the most that a run can use; lower it")
+    if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        raise ValueError(f"{name}={value}: must be at most {LARGEST_FLOAT}, the largest fp32 value; lower it")
 
 
 # ---- help

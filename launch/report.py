@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import matplotlib
 import numpy as np
 
 from ..moe.observe.metrics import duration, write_atomically
+from ..moe.observe.printable import printable
 from . import env, figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
 from .text import counted, option_text, short_count
@@ -187,7 +189,7 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     run = Run.read(run_dir)
     path = run_dir / REPORT_FILE
-    write_atomically(path, _page(run, run_dir.resolve().name).encode())
+    write_atomically(path, _page(run, printable(run_dir.resolve().name)).encode(errors="backslashreplace"))
     return path
 
 
@@ -198,14 +200,26 @@ def _page(run: Run, name: str) -> str:
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<style>{CSS}</style></head><body><main>",
-            f'<h1>{title}</h1><p class="quiet">{html.escape(_subtitle(run))}</p>',
-            _cards(run),
-            _domain_table(run),
-            *(_figure(run, plot) for plot in PLOTS),
-            _settings(run),
+            f"<h1>{title}</h1>",
+            *(_or_why_not(part, run) for part in (_subtitle, _cards, _domain_table)),
+            *(_or_why_not(partial(_figure, plot=plot), run) for plot in PLOTS),
+            _or_why_not(_settings, run),
             "</main></body></html>\n",
         ]
     )
+
+
+#: what a record with other types than expected raises, as in a file that somebody else has written
+MALFORMED = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
+
+
+def _or_why_not(part: Callable[[Run], str], run: Run) -> str:
+    """Return a part of the page, or a sentence that says why it is missing."""
+    try:
+        return part(run)
+    except MALFORMED as error:
+        reason = html.escape(printable(f"{type(error).__name__}: {error}"[:200]))
+        return f"<section><p>The records for this part have an unexpected form ({reason}).</p></section>"
 
 
 # ---- numbers
@@ -232,7 +246,7 @@ def _subtitle(run: Run) -> str:
     broken = sum(bool(record.get("nonfinite")) for record in run.train)
     if broken:
         parts.append(f"{counted(broken, 'record')} with numbers that are not finite")
-    return " | ".join(parts)
+    return f'<p class="quiet">{html.escape(" | ".join(parts))}</p>'
 
 
 def _cards(run: Run) -> str:

@@ -9,17 +9,18 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..moe import checkpoint
 from ..moe.health import PATIENCE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
+from ..moe.observe.printable import printable
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.pipeline import check_pipeline
@@ -320,11 +321,11 @@ def _introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
         f"{counted(trainer.micro_batches, 'micro-batch')} per step"
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
-    print(f"text: {_source(config.data)}")
+    print(f"text: {printable(_source(config.data))}")
     print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
     print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
     for note in (*corpus.notes, *notes):
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     sys.stdout.flush()
 
 
@@ -337,7 +338,7 @@ def _source(data: DataConfig) -> str:
     )
 
 
-def _sizes(streams: dict[str, np.ndarray]) -> str:
+def _sizes(streams: Mapping[str, Sized]) -> str:
     return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
 
 
@@ -351,23 +352,26 @@ def _degrees(trainer: Trainer) -> str:
 
 def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:
     run_dir, config = launch.run_dir, launch.config
-    records = read_records(run_dir / METRICS_FILE)
+    report = _report(run_dir)  # first: whatever happens to the terminal, the page exists
+    try:
+        records = read_records(run_dir / METRICS_FILE)
+    except OSError:  # a full disk did not end the run, and the missing file does not either
+        records = []
     bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
-    trained = [record for record in records if record["kind"] == "train"][-1]
+    trained: dict[str, Any] = next(
+        (record for record in reversed(records) if record["kind"] == "train"), {"layers": []}
+    )
     print("\nheld-out loss (nats per token), compared with a bigram model of the whole training text:")
     rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
     for domain, loss in rows:
-        print(f"  {domain:<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
+        print(f"  {printable(domain):<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
     dead = sum(int(layer["dead"]) for layer in trained["layers"])
     print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
-    print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
-    print(f"metrics:    {run_dir / METRICS_FILE}")
-    try:
-        print(f"report:     {write_report(run_dir)}")
-    except OSError as error:
-        print(f"report:     cannot be written ({error.strerror}); python -m equimoe.launch.report writes it later")
+    print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
+    print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
+    print(f"report:     {report}")
     longer = replace(config, steps=2 * config.steps)
-    command = _command(arguments, env.this_process(), longer.steps)
+    command = printable(_command(arguments, env.this_process(), longer.steps))
     if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:
         print(f"continue:   {command}", flush=True)
     else:
@@ -379,13 +383,18 @@ def _conclude_early(trainer: Trainer, attempt: Attempt, number: int) -> None:
     """Say where a run that was asked to stop is, and how to continue it."""
     run_dir, steps = attempt.launch.run_dir, trainer.config.steps
     print(f"\nstopped by {signal.Signals(number).name} after step {trainer.step} of {steps}; no step is lost")
-    print(f"checkpoint: {checkpoint.newest(run_dir / 'checkpoints')}")
-    print(f"metrics:    {run_dir / METRICS_FILE}")
+    print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
+    print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
+    print(f"report:     {_report(run_dir)}")
+    print(f"continue:   {printable(_command(attempt.arguments, attempt.process, steps))}", flush=True)
+
+
+def _report(run_dir: Path) -> str:
+    """Write the report; return its path, or why there is none. A finished run does not fail for it."""
     try:
-        print(f"report:     {write_report(run_dir)}")
-    except (ValueError, OSError) as problem:  # no record yet, or a full disk
-        print(f"report:     not written: {problem}")
-    print(f"continue:   {_command(attempt.arguments, attempt.process, steps)}", flush=True)
+        return printable(str(write_report(run_dir)))
+    except (ValueError, OSError) as problem:
+        return f"not written: {printable(str(problem))}"
 
 
 def _command(arguments: list[str], process: env.Process, steps: int) -> str:

@@ -272,7 +272,7 @@ class DispatchConfig:
 
     def __post_init__(self) -> None:
         check_literals(self, "dispatch.")
-        require(self.chunks >= 1, "dispatch.chunks", self.chunks, "must be at least 1")
+        require(1 <= self.chunks <= 64, "dispatch.chunks", self.chunks, "must be between 1 and 64")
         require(
             self.chunks == 1 or self.name == "overlapped",
             "dispatch.chunks",
@@ -355,6 +355,7 @@ class MoEConfig:
             self.shared_intermediate_size,
             "must not be negative; 0 means no shared experts",
         )
+        require(self.init_std >= 0, "init_std", self.init_std, "must not be negative; 0.02 is usual")
         require(
             not (self.shared_gate and self.shared_intermediate_size == 0),
             "shared_gate",

@@ -66,7 +66,7 @@ def rows_per_expert(capacity: CapacityConfig, tokens: int, top_k: int, num_exper
     limit = tokens if capacity.max_tokens is None else capacity.max_tokens
     if tokens > limit:
         raise ValueError(f"capacity.max_tokens={limit}: this forward has {tokens} tokens; set it to the maximum")
-    return math.ceil(limit * (capacity.factor * top_k) / num_experts)
+    return min(math.ceil(limit * (capacity.factor * top_k) / num_experts), limit * top_k)
 
 
 def padded(

@@ -54,6 +54,7 @@ fewer fields.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -66,6 +67,8 @@ from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .printable import printable
 
 METRICS_FILE = "metrics.jsonl"
 CELL = 12  # width and height in pixels of one value in a picture
@@ -96,6 +99,8 @@ def read_records(path: Path) -> list[Record]:
     A killed run may leave an incomplete last line, which is skipped. Other unreadable lines are skipped with a warning.
     Raises OSError if the file cannot be read.
     """
+    if not path.is_file():  # reading a device or a pipe may never end
+        raise OSError(errno.EINVAL, "is not a regular file" if path.exists() else "No such file or directory")
     lines = path.read_bytes().split(b"\n")
     records, bad = [], 0
     for number, line in enumerate(lines):
@@ -112,9 +117,12 @@ def read_records(path: Path) -> list[Record]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("kind"), str) else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = record.get("step", 0)
+    return record if isinstance(step, int) and 0 <= step < 1 << 62 else None
 
 
 def _json_ready(value: Any) -> tuple[Any, bool]:
@@ -257,9 +265,9 @@ class MetricsWriter:
         try:
             for tag, value in _scalars(record):
                 if value is not None:
-                    self._board.add_scalar(tag, value, record["step"])
+                    self._board.add_scalar(printable(tag), value, record["step"])
             for tag, picture_HW in _pictures(record):
-                self._board.add_image(tag, picture_HW, record["step"], dataformats="HW")
+                self._board.add_image(printable(tag), picture_HW, record["step"], dataformats="HW")
             self._board.flush()
         except OSError as error:
             self._board = None
@@ -336,7 +344,9 @@ def _error_note(record: Record) -> str:
 
 def eval_line(record: Record) -> str:
     """Format an ``eval`` record as one line: the held-out loss, overall and by domain."""
-    domains = "  ".join(f"{name}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items())
+    domains = "  ".join(
+        f"{printable(name)}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items()
+    )
     return f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  {domains}".rstrip()
 
 
@@ -352,7 +362,7 @@ class Progress:
         self._bar: Any = None
         #: the last balance note, and the number of lines since it was printed
         self._said, self._since = "", 0
-        if self.stream.isatty():
+        if self.stream is not None and self.stream.isatty():  # it is None if the shell has closed it
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=start, file=self.stream, unit="step", dynamic_ncols=True, leave=False)
@@ -366,7 +376,7 @@ class Progress:
         """Print a line above the progress bar."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        else:
+        elif self.stream is not None:
             print(text, file=self.stream, flush=True)
 
     def show(self, record: Record) -> None:

@@ -62,7 +62,8 @@ class ParallelConfig:
         check_literals(self, "parallel.")
         given = self.stages_per_rank
         require(given is None or given >= 1, "parallel.stages_per_rank", given, "must be at least 1")
-        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "must be positive")
+        remedy = "must be between 0.1 and 100000; 60 is usual"
+        require(0.1 <= self.timeout_s <= 100_000, "parallel.timeout_s", self.timeout_s, remedy)
 
     def resolve(self, world: int, num_experts: int = 0) -> ParallelConfig:
         """Return the degrees for ``world`` ranks, with every -1 replaced. Raises ValueError if they do not fit.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -53,9 +55,22 @@ def built(config: TrainConfig, vocab_size: int) -> Decoder:
         ) from None
 
 
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ``ValueError`` if the kernels of ``backend`` cannot run on ``device``."""
+    if backend != "triton":
+        return
+    where = f"moe.backend={backend!r}"
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{where}: package triton is not installed; install it, or use 'auto'")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{where}: this run has no GPU; use 'auto' or 'torch'")
+
+
 def engine_of(
     config: TrainConfig, model: Decoder, mesh: Mesh | None, device: torch.device, micro_batches: int
 ) -> Engine:
+    check_backend(config.moe.backend, device)
+
     def optimizer(trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         return build_optimizer(trainable.values(), config.optim)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ class ModelConfig:
         check_literals(self, "model.")
         for name in ("num_layers", "num_heads", "intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        require(self.num_layers <= 10_000, "model.num_layers", self.num_layers, "must be at most 10000")
         require(self.moe_every >= 0, "model.moe_every", self.moe_every, "must not be negative; 1: all blocks, 0: none")
         require(
             0 <= self.dense_layers <= self.num_layers,
@@ -133,10 +135,21 @@ class OptimConfig:
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("eps", "weight_decay"):
+            require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must not be negative; 0 switches it off")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; raise ``ValueError`` for a key that is given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -163,8 +176,9 @@ class DeepSpeedConfig:
         if self.config is None:
             return {}
         try:
-            found = json.loads(Path(self.config).expanduser().read_text())
-        except (OSError, ValueError) as error:
+            with Path(self.config).expanduser().open() as file:
+                found = json.loads(file.read(1 << 20), object_pairs_hook=_once)
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"deepspeed.config={self.config}: cannot be read ({error}); give a JSON file") from None
         require(isinstance(found, dict), "deepspeed.config", self.config, "must hold a JSON object")
         return found
@@ -293,7 +307,33 @@ class TrainConfig:
             f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "
             "set parallel.ep or change the number of processes",
         )
+        self._check_tokens(found)
         return found
+
+    def _check_tokens(self, degrees: ParallelConfig) -> None:
+        """Raise ``ValueError`` if a forward's tokens cannot be split over ranks, or do not fit the layer's settings."""
+        seq_len, cp, tp = self.data.seq_len, degrees.cp, degrees.tp
+        pieces = tp if degrees.sequence_parallel else 1
+        require(
+            seq_len % (cp * pieces) == 0,
+            "data.seq_len",
+            seq_len,
+            f"must be a multiple of parallel.cp * parallel.tp = {cp} * {pieces}; change one of them",
+        )
+        capacity, dispatch = self.moe.capacity, self.moe.dispatch
+        pads, held = capacity is not None and capacity.pad and degrees.ep > 1, seq_len // cp
+        if held % tp:
+            remedy = f"parallel.tp={tp} ranks share {held} positions of each sequence and have unequal tokens; "
+            limited = not pads or (capacity is not None and capacity.max_tokens is not None)
+            require(limited, "moe.capacity.pad", True, remedy + "set moe.capacity.max_tokens, or change data.seq_len")
+            remedy += "set it to False, or change data.seq_len"
+            require(not dispatch.equal_tokens, "moe.dispatch.equal_tokens", dispatch.equal_tokens, remedy)
+        if capacity is not None and capacity.max_tokens is not None and pads:
+            tokens = self.data.micro_batch * math.ceil(held / tp)
+            remedy = f"a forward has {tokens} tokens per rank; set it to at least {tokens}, or leave it out"
+            require(tokens <= capacity.max_tokens, "moe.capacity.max_tokens", capacity.max_tokens, remedy)
+            remedy = f"a forward has {tokens} tokens per rank, and almost all rows would be empty; set it to {tokens}"
+            require(capacity.max_tokens <= 1000 * tokens, "moe.capacity.max_tokens", capacity.max_tokens, remedy)
 
     def micro_batches(self, data_parallel: int) -> int:
         """Return the micro-batches per optimizer step on each of ``data_parallel`` data-parallel ranks."""

@@ -48,7 +48,7 @@ def test_an_error_of_the_ranks_is_the_last_line_and_the_exit_code_theirs(base: l
     diverge = ["--optim.lr", "1e30", "--optim.warmup_steps", "0", "--steps", "9"]
     code, lines = terminal("-m", "equimoe.launch.train", "--processes", "2", *base, *diverge)
     assert code == env.NON_FINITE
-    assert lines[-1].startswith("error: step ") and "lower optim.lr" in lines[-1]
+    assert lines[-1].startswith("error: after step ") and "lower optim.lr" in lines[-1]
     assert sum(line.startswith("error: ") for line in lines) == 1 and not any("Traceback" in line for line in lines)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from equimoe.moe.train.config import DataConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.data.token_file import TokenFile
 
 BYTES = load_tokenizer("bytes")
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,7 +105,7 @@ def test_flat_token_files_are_cut_by_position(tmp_path, dtype):
         ids.astype(f"<{dtype[0]}{np.dtype(dtype).itemsize}").tofile(tmp_path / name)
         corpus = load(tmp_path / name, token_dtype=dtype, heldout_fraction=0.1)
         assert np.array_equal(corpus.train["tokens"], ids[:180]) and np.array_equal(corpus.heldout["tokens"], ids[180:])
-        assert isinstance(corpus.train["tokens"], np.memmap)
+        assert isinstance(corpus.train["tokens"], TokenFile)
     np.save(tmp_path / "z.npy", ids.astype(np.int64))
     corpus = load(tmp_path / "z.npy", heldout_fraction=0.1)
     assert np.array_equal(corpus.train["tokens"], ids[:180]) and corpus.train["tokens"].dtype == np.uint16

@@ -332,7 +332,7 @@ def test_degrees_that_do_not_fit() -> None:
     [
         ({"name": "fast"}, "dispatch.name='fast': use one of all_to_all, hierarchical"),
         ({"chunks": 2}, "dispatch.chunks=2: dispatch.name='all_to_all' does not split rows"),
-        ({"name": "overlapped", "chunks": 0}, "dispatch.chunks=0: must be at least 1"),
+        ({"name": "overlapped", "chunks": 0}, "dispatch.chunks=0: must be between 1 and 64"),
         ({"node_size": 2}, "dispatch.node_size=2: must be at least 1 and needs dispatch.name='hierarchical'"),
         ({"wire": "fp4"}, "dispatch.wire='fp4': use one of compute, bf16, fp8"),
         (

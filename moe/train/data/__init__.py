@@ -8,12 +8,14 @@ from .bigram import bigram_loss
 from .corpus import Corpus, load_corpus
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
+from .token_file import DataError
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batches",
     "Corpus",
     "Cursor",
+    "DataError",
     "Tokenizer",
     "bigram_loss",
     "heldout_batches",

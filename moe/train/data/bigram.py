@@ -82,7 +82,7 @@ def _chunks(streams: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarr
     """Yield the keys of all adjacent pairs in pieces, because a key takes eight bytes, several times a token's."""
     for stream in streams:
         for start in range(0, len(stream) - 1, CHUNK):
-            piece = stream[start : start + CHUNK + 1]
+            piece = np.asarray(stream[start : start + CHUNK + 1])
             yield _keys(piece[:-1], piece[1:], vocab_size)
 
 

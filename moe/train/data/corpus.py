@@ -6,14 +6,19 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...config import require
 from ..config import DataConfig
 from .builtin import Budget, builtin_documents
-from .sources import Document, check_ids, file_documents
+from .sources import CHUNK, Document, check_ids, file_documents
+from .token_file import TokenFile
 from .tokenizer import Tokenizer, id_dtype
+
+#: ids in memory or in a file, shape ``(T,)``
+Tokens = np.ndarray | TokenFile
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,9 @@ class Corpus:
     #: sorted names; a domain's number is its index here
     domains: tuple[str, ...]
     #: training ids of each domain, shape ``(T,)``, uint16 or uint32; keys in the order of ``domains``
-    train: dict[str, np.ndarray]
+    train: dict[str, Tokens]
     #: held-out ids of each domain, in the same form; may be empty for a domain with very few tokens
-    heldout: dict[str, np.ndarray]
+    heldout: dict[str, Tokens]
     #: sha256 over all of the above; equal if and only if the data are the same
     fingerprint: str
     vocab_size: int
@@ -38,7 +43,7 @@ class _Part:
     """A tokenised document."""
 
     digest: bytes
-    tokens: np.ndarray
+    tokens: Tokens
     #: whether it comes from a flat token file, whose document boundaries are unknown
     flat: bool
 
@@ -50,7 +55,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     out first, in the order of a hash of their contents, as far as they fit. If they do not suffice, the rest is taken
     from the ends of the other documents, in proportion to their lengths. The split does not depend on the names or the
     order of documents. Each flat token file is split separately. Repeated documents are read once. A domain that
-    consists of one flat token file stays memory-mapped.
+    consists of one flat token file stays in the file.
 
     Raises ``ValueError`` for a path without text, a file whose content does not match its name, ids outside the
     vocabulary, and text too short for one sequence.
@@ -61,8 +66,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     require(bool(parts), "data.path", config.path, "; ".join(["no text found", *notes, remedy]))
 
     dtype = id_dtype(tokenizer.vocab_size)
-    train: dict[str, np.ndarray] = {}
-    heldout: dict[str, np.ndarray] = {}
+    train: dict[str, Tokens] = {}
+    heldout: dict[str, Tokens] = {}
     for domain in sorted(parts):
         kept, held = _split(parts.pop(domain), config.heldout_fraction)
         train[domain] = _join(kept, tokenizer.end_of_document, dtype)
@@ -90,7 +95,8 @@ def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[st
             root = Path(config.path or "")
             path = root if root.is_file() else root / document.name
             check_ids(document.tokens, str(path), tokenizer.vocab_size, config.tokenizer)
-            part = _Part(hashlib.sha256(document.name.encode()).digest(), document.tokens, flat=True)
+            digest = hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()
+            part = _Part(digest, document.tokens.below(tokenizer.vocab_size), flat=True)
         else:
             text = document.text
             if not text:
@@ -114,7 +120,7 @@ def _documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
     return file_documents(config, notes)
 
 
-def _split(parts: list[_Part], fraction: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _split(parts: list[_Part], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
     """Return the training and held-out arrays of one domain. The order of ``parts`` does not matter."""
     parts = sorted(parts, key=lambda part: part.digest)
     texts, flat = [p.tokens for p in parts if not p.flat], [[p.tokens] for p in parts if p.flat]
@@ -126,7 +132,7 @@ def _split(parts: list[_Part], fraction: float) -> tuple[list[np.ndarray], list[
     return kept, held
 
 
-def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _divide(arrays: list[Any], fraction: float) -> Iterator[tuple[Tokens, Tokens]]:
     """Yield the training part and the held-out part of each array."""
     total = sum(map(len, arrays))
     # evaluation needs at least two tokens
@@ -149,7 +155,7 @@ def _divide(arrays: list[np.ndarray], fraction: float) -> Iterator[tuple[np.ndar
         yield array[: len(array) - tail], array[len(array) - tail :]
 
 
-def _join(arrays: list[np.ndarray], separator: int, dtype: np.dtype) -> np.ndarray:
+def _join(arrays: list[Tokens], separator: int, dtype: np.dtype) -> Tokens:
     """Join arrays into one stream with ``separator`` between them. A single unsigned array is not copied."""
     if len(arrays) == 1 and arrays[0].dtype in (np.uint16, np.uint32):
         return arrays[0]
@@ -158,10 +164,11 @@ def _join(arrays: list[np.ndarray], separator: int, dtype: np.dtype) -> np.ndarr
     return np.concatenate(pieces[1:]) if pieces else np.empty(0, dtype)
 
 
-def _fingerprint(train: dict[str, np.ndarray], heldout: dict[str, np.ndarray], tokenizer: Tokenizer) -> str:
+def _fingerprint(train: dict[str, Tokens], heldout: dict[str, Tokens], tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(f"{tokenizer.vocab_size} {tokenizer.end_of_document}".encode())
     for domain in train:
         for tokens in (train[domain], heldout[domain]):
             digest.update(f"\n{domain} {len(tokens)} {tokens.dtype.itemsize}\n".encode())
-            digest.update(np.ascontiguousarray(tokens).data)
+            for start in range(0, len(tokens), CHUNK):
+                digest.update(np.ascontiguousarray(tokens[start : start + CHUNK]).data)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...config import require
-from .corpus import Corpus
+from .corpus import Corpus, Tokens
 
 
 class Batches:
@@ -28,7 +28,7 @@ class Batches:
     there are fewer sequences than ``global_batch``.
     """
 
-    def __init__(self, train: Mapping[str, np.ndarray], seq_len: int, global_batch: int, seed: int) -> None:
+    def __init__(self, train: Mapping[str, Tokens], seq_len: int, global_batch: int, seed: int) -> None:
         require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
         require(global_batch >= 1, "data.global_batch", global_batch, "must be at least 1")
         require(seed >= 0, "seed", seed, "must not be negative")
@@ -78,7 +78,7 @@ class Batches:
         domain_B = np.searchsorted(self._bounds, sequence_B, side="right") - 1
         start_B = (sequence_B - self._bounds[domain_B]) * self.seq_len
         rows = [self._streams[d][s : s + self.seq_len + 1] for d, s in zip(domain_B, start_B, strict=True)]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        tokens = torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(domain_B.astype(np.int64))
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from ...config import require
+from ...observe.printable import printable
 from ..config import DataConfig
+from .token_file import TokenFile
 
 JSONL = (".jsonl", ".ndjson")
 TOKENS = (".bin", ".tokens", ".npy")
@@ -26,16 +28,30 @@ KINDS = {
 CHUNK = 1 << 24
 
 
+#: characters of a domain's name, after escaping
+LONGEST_DOMAIN = 100
+
+
 @dataclass
 class Document:
-    """One text, or one flat file of ids, with its domain."""
+    """One text, or one flat file of ids, with its domain, in whose name unprintable characters are escaped."""
 
     domain: str
     #: path relative to data.path, for messages
     name: str
     text: str | None = None
     #: ids of a flat token file, shape ``(T,)``
-    tokens: np.ndarray | None = None
+    tokens: TokenFile | None = None
+
+    def __post_init__(self) -> None:
+        name = printable(self.domain)
+        if len(name) > LONGEST_DOMAIN:
+            start = f"{name[:LONGEST_DOMAIN]}..."
+            raise ValueError(
+                f"data.path={self.name!r}: the domain's name {start!r} has more than {LONGEST_DOMAIN} characters; "
+                "shorten it, or choose domains by data.domain_by='kind'"
+            )
+        self.domain = name
 
 
 def by_hash(name: str) -> bytes:
@@ -172,30 +188,30 @@ def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Docum
     return Document(domain, name, tokens=ids)
 
 
-def _flat(path: Path, config: DataConfig) -> np.ndarray:
+def _flat(path: Path, config: DataConfig) -> TokenFile:
     dtype = np.dtype(config.token_dtype).newbyteorder("<")
     size = path.stat().st_size
     remedy = f"its size, {size}, is not a multiple of that of {config.token_dtype}; set data.token_dtype to the file's"
     require(size % dtype.itemsize == 0, "data.path", str(path), remedy)
-    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+    return TokenFile(str(path), dtype, 0, size // dtype.itemsize)
 
 
-def _npy(path: Path) -> np.ndarray:
+def _npy(path: Path) -> TokenFile:
     try:
-        ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        ids: Any = np.load(path, mmap_mode="r", allow_pickle=False)  # only for the header
     except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError) as error:
         message = f"is not a plain .npy array ({' '.join(str(error).split())}); save it with np.save"
         raise ValueError(f"data.path={str(path)!r}: {message}") from None
     ok = ids.ndim == 1 and ids.dtype.kind in "iu"
     remedy = f"holds {ids.dtype} of shape {ids.shape}; save a one-dimensional integer array"
     require(ok, "data.path", str(path), remedy)
-    return ids
+    return TokenFile(str(path), ids.dtype, ids.offset, len(ids))
 
 
-def check_ids(ids: np.ndarray, path: str, vocab_size: int, tokenizer: str) -> None:
+def check_ids(ids: np.ndarray | TokenFile, path: str, vocab_size: int, tokenizer: str) -> None:
     """Raise ``ValueError`` that names the first of ``ids`` outside ``[0, vocab_size)``."""
     for start in range(0, len(ids), CHUNK):
-        chunk = ids[start : start + CHUNK]
+        chunk = np.asarray(ids[start : start + CHUNK])
         if chunk.max() < vocab_size and chunk.min() >= 0:
             continue
         position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))

@@ -13,6 +13,10 @@ from ...config import require
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
+#: ids that a vocabulary can have
+LARGEST_VOCABULARY = 1 << 30
+
+
 class Tokenizer(Protocol):
     """The interface that the trainer needs from a tokenizer."""
 
@@ -71,6 +75,8 @@ class HuggingFaceTokenizer:
         known = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
         self.end_of_document = known[0] if known else self.vocab_size
         self.vocab_size = max(self.vocab_size, self.end_of_document + 1)
+        remedy = f"has an id of {self.vocab_size - 1}, more than any vocabulary needs; save it again with smaller ids"
+        require(self.vocab_size <= LARGEST_VOCABULARY, "data.tokenizer", str(path), remedy)
 
     def encode(self, text: str) -> np.ndarray:
         clean = text.encode("utf-8", errors="replace").decode("utf-8")
