@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 
 from ..moe.health import Heartbeat
-from .env import HANG, MEMORY, Process, leave, record_exit
+from ..moe.observe.printable import printable
+from ..moe.train.data import DataError
+from .env import DATA, HANG, MEMORY, Process, leave, record_exit
 from .joining import Meeting
 
 T = TypeVar("T")
@@ -45,6 +47,14 @@ LOST = (
 PATIENCE_S = 2.0
 #: exit code of a rank that ends with a traceback
 FAILED = 1
+
+
+def classify(problem: Exception) -> tuple[int, str]:
+    """Return the exit code for an exception that one rank has raised, and what to say about it."""
+    text = " ".join(str(problem).split())
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return MEMORY, f"ran out of memory ({text})"
+    return (DATA, text) if isinstance(problem, DataError) else (FAILED, f"{type(problem).__name__}: {text}")
 
 
 class Failure:
@@ -76,16 +86,14 @@ class Failure:
         text = " ".join(str(problem).split())
         if _is_lost(problem):
             self._lost(place, text)
-        memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        code = MEMORY if memory else FAILED
+        code, what = classify(problem)
         cause = self._claim(code)
         if not self._claimed and self.meeting.store is not None and cause != code:
             _end(cause)
         record_exit(self.process, code)
-        what = f"ran out of memory ({text})" if memory else f"{type(problem).__name__}: {text}"
-        line = f"rank {self.process.rank}{place}: {what}"
+        line = printable(f"rank {self.process.rank}{place}: {what}")
         print(f"error: {line}", file=sys.stderr, flush=True)
-        if not memory:
+        if code == FAILED:
             traceback.print_exception(problem, file=sys.stderr)
         _end(code, self.process, line)
 
