@@ -32,7 +32,7 @@ from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
 from . import env, joining
-from .failing import Failure
+from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .joining import gathered, together
 from .options import Launch, parse, to_yaml
@@ -141,7 +141,7 @@ def _train(attempt: Attempt) -> None:
         ):
             _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
-        if process.world == 1:
+        if process.world == 1 and classify(problem)[0] == FAILED:
             raise
         failure.error(problem)
 
