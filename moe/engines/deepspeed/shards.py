@@ -140,13 +140,10 @@ class Partitioned(Sharded):
 
     def forget(self) -> None:
         zero = self.engine.optimizer
-        zero.exit_backward()
-        zero.clear_backward_seen_flag()
         zero.zero_grad(set_to_none=True)
         for bucket in zero.ipg_buckets.values():
             bucket.clear_params()
-        zero.averaged_gradients, zero.micro_step_id = {}, 0
-        zero.parameter_offload.partition_all_parameters()
+        zero.parameter_offload.partition_all_parameters()  # frees those that were gathered
 
     def _weights(self) -> dict[str, Tensor]:
         found = {}
