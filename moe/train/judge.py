@@ -55,12 +55,12 @@ class Judge:
     def __call__(self, computed: Computed) -> bool:
         here = finite_here(computed.losses, computed.norm)
         losses = computed.losses if self._counts else []
-        count = torch.tensor(float(sum(losses_BS.numel() for losses_BS in losses)))
-        facts = torch.stack([x.to(here.device, torch.float64) for x in (~here, _sum(losses), count)])
-        failed, total, tokens = sum_over(facts, self._axis).get().tolist()
+        count = sum(losses_BS.numel() for losses_BS in losses)
+        facts = torch.stack([here.double(), _sum(losses, here), torch.full_like(here, count, dtype=torch.float64)])
+        sound, total, tokens = sum_over(facts, self._axis).get().tolist()
         loss, norm = total / max(tokens, 1.0), float(computed.norm)
         self.fault = None
-        if failed:
+        if sound < self._axis.size:
             self.fault = Fault("nonfinite", self._name_ranks(computed, here), loss, norm)
         elif self.config.spike != "ignore" and self.window.is_spike(loss, self.config.spike_sigmas):
             self.fault = Fault("spike", f"loss={loss:.4f}: is far above the losses of the last steps", loss, norm)
@@ -71,8 +71,8 @@ class Judge:
     def _name_ranks(self, computed: Computed, here: Tensor) -> str:
         """Say what is not finite on the lowest rank that has it, and on which ranks. Every rank must call this."""
         facts_P3 = torch.zeros(self._axis.size, 3, dtype=torch.float64, device=here.device)
-        mine = (~here, _sum(computed.losses), computed.norm)
-        facts_P3[self._axis.rank] = torch.stack([x.to(here.device, torch.float64).reshape(()) for x in mine])
+        mine = (~here, _sum(computed.losses, here), computed.norm)
+        facts_P3[self._axis.rank] = torch.stack([x.double().reshape(()) for x in mine])
         table = sum_over(facts_P3, self._axis).get().tolist()
         ranks = [rank for rank, (failed, _, _) in enumerate(table) if failed]
         _, loss, norm = table[ranks[0]]
@@ -108,5 +108,7 @@ class Judge:
         self.skips, self._recent = int(state["skips"]), [int(step) for step in state["recent"]]
 
 
-def _sum(losses: Sequence[Tensor]) -> Tensor:
-    return sum((losses_BS.sum(dtype=torch.float64) for losses_BS in losses), torch.zeros((), dtype=torch.float64))
+def _sum(losses: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return the sum of all losses, an fp64 scalar on the device of ``like``."""
+    zero = torch.zeros_like(like, dtype=torch.float64)
+    return sum((losses_BS.sum(dtype=torch.float64).to(like.device) for losses_BS in losses), zero)
