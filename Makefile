@@ -26,13 +26,14 @@ SPEC := setup.py pyproject.toml constraints.txt
 # no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow engines check types kernels bench measure balance clean
+.PHONY: help train test test-slow faults engines check types kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
 	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
+	@echo "make faults  inject every fault of the fault table, and print it; about 20 minutes   [ARGS=\"-k save\"]"
 	@echo "make engines run the tests with DeepSpeed, Megatron-Core and others, about 6 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
@@ -59,6 +60,9 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(PYTEST) -m "slow and not faults" $(ARGS)
+
+faults: $(VENV)/.stamp-dev
+	$(PY) tests/faults/run.py $(ARGS)
 
 engines: $(VENV)/.stamp-engines
 	$(PY) -m pytest tests/engines -m engines $(ARGS)

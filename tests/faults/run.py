@@ -47,7 +47,7 @@ def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], i
     """Return the lines of the table, and how many rows hold."""
     lines, holding = [], 0
     for row, title in ROWS.items():
-        found = [report for report in reports if report["row"] == row]
+        found = [report for report in reports if report["row"].split()[0] == row]
         if row in NOT_APPLICABLE:
             state = f"does not apply: {NOT_APPLICABLE[row]}"
         elif not found:
