@@ -12,7 +12,14 @@ from torch.distributed.run import get_args_parser
 from equimoe.launch import checkpoint, dryrun, mesh, options
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/engines.md", "docs/balance.md", "launch/slurm/train.sbatch")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/engines.md",
+    "docs/balance.md",
+    "docs/checkpoints.md",
+    "launch/slurm/train.sbatch",
+)
 #: options of DeepSpeed's launcher that the documents use, with the number of their values
 DEEPSPEED = {"--hostfile": 1, "--no_local_rank": 0, "--module": 0}
 STARTS = r"(?:\.venv/bin/)?(?:python -m|torchrun|deepspeed)|make train|[A-Z_]+=\S+ sbatch"

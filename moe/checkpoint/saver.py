@@ -65,7 +65,6 @@ class Saver:
             planner=StagedPlanner(self._stager),
             async_stager=self._stager,
             process_group=self._stager.group,
-            no_dist=not ranks.distributed(),
         )
         self._flight = cast("Future[Any]", future), writer, final
         return final

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -313,7 +315,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]
     config = small.on(small.write_texts(tmp_path / "texts"), steps=3, checkpoint=CheckpointConfig(1, keep_last=3))
     (tmp_path / "small.yaml").write_text(to_yaml(config))
     base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
-    return lambda *options: launch([*base, *options], 2, cwd=tmp_path)
+    return lambda *options, **how: launch([*base, *options], 2, cwd=tmp_path, **how)
 
 
 def test_a_run_resumes_from_the_newest_valid_checkpoint_and_says_so(
@@ -334,6 +336,19 @@ def test_a_run_resumes_from_the_newest_valid_checkpoint_and_says_so(
         flip(path / "tensors.json", 9)
     lost = run()
     assert lost.codes == [env.CHECKPOINT] * 2 and len(lost.errors) == 1 and "no checkpoint in" in lost.errors[0]
+
+
+def test_a_run_whose_ranks_see_different_checkpoints_ends(run: Callable[..., Ended]) -> None:
+    @contextmanager
+    def blind() -> Iterator[None]:
+        seen = mock.patch("equimoe.moe.checkpoint.agreement.candidates", return_value=[])
+        with seen if os.environ["RANK"] == "1" else nullcontext():
+            yield
+
+    assert run().codes == [0, 0]
+    ended = run("--resume", within=blind)
+    assert ended.codes == [env.DISAGREEMENT] * 2 and len(ended.errors) == 1
+    assert "does not see step-00000003, unlike rank 0; put the run's folder" in ended.errors[0]
 
 
 def test_a_run_that_has_no_checkpoint_yet_starts_and_says_so(

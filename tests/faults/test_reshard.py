@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from equimoe.moe import BalanceConfig, MoEConfig, checkpoint
 from equimoe.moe.parallel import build_mesh
@@ -96,6 +99,28 @@ def pairs(folder: Path, meshes: list[str], train: bool) -> list[tuple[str, str, 
 
 def test_a_run_resumes_on_another_mesh_in_the_same_bits(tmp_path: Path) -> None:
     assert [pair for pair in pairs(tmp_path, FAST, train=True) if pair[2]] == []
+
+
+def test_uneven_parts_of_two_kinds_of_parallelism(tmp_path: Path) -> None:
+    """Tensor parallelism splits 11 rows into 6 and 5, and FSDP these into 3, 3, and 3, 2."""
+
+    def script(rank: int, world: int) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = torch.nn.Linear(2, 11, bias=False)
+        weight = torch.arange(22.0).view(11, 2)
+        model.weight = torch.nn.Parameter(distribute_tensor(weight, mesh["tp"], [Shard(0)]))
+        fully_shard(model, mesh=mesh["dp"])
+        state = {"model.w": model.weight.detach()}
+        path = checkpoint.save(tmp_path, 1, state, {}, keep_last=1)
+        state["model.w"].zero_()
+        checkpoint.load(path, state, checkpoint.read_manifest(path))
+        sizes = {3: [(0, 0), (1, 0), (0, 1)], 2: [(1, 1)]}
+        place = mesh.get_coordinate()
+        assert tuple(place or ()) in sizes[len(state["model.w"].to_local())]
+        assert torch.equal(load_all(path)["model.w"], weight)
+        assert torch.equal(state["model.w"].full_tensor(), weight)
+
+    run_ranks(script, 4)
 
 
 @pytest.mark.faults
