@@ -135,6 +135,41 @@ def test_a_killed_rank_is_named(run: Run, rank: int) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> None:
+    """Nobody can judge the step in which the rank was killed; a NaN of an earlier step would have ended the run."""
+    ended = run(faults="nan@rank=0,step=5,phase=forward;kill@rank=1,step=5,phase=backward")
+    assert ended.codes == [1, -signal.SIGKILL], ended
+    assert len(ended.errors) == 1 and "rank 1 (process " in ended.errors[0] and "killed" in ended.errors[0], ended
+    report("48 a killed rank, and a NaN on another", "holds")
+
+
+@pytest.mark.timeout(180)
+def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compares them if it is asked to; both ranks then fail at the same time, and one of them speaks."""
+    from equimoe.moe.health import Pulse
+
+    real = Pulse.end
+
+    def end(self: Pulse, signal: int, logged: bool) -> int:
+        if os.environ["RANK"] == "1" and self.step == 3:
+            torch.distributed.all_reduce(torch.zeros(7))
+        return real(self, signal, logged)
+
+    monkeypatch.setattr(Pulse, "end", end)
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    torch.distributed.set_debug_level_from_env()
+    try:
+        ended = run()
+    finally:
+        monkeypatch.undo()
+        torch.distributed.set_debug_level_from_env()
+    assert ended.codes == [1, 1], ended
+    assert sum(line.startswith("error: rank ") for line in ended.errors) == 1, ended
+    assert any("mismatch between collectives" in line and "step 3" in line for line in ended.errors), ended
+    report("28 collectives in another order", "holds", seconds=ended.seconds)
+
+
+@pytest.mark.timeout(180)
 def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path) -> None:
     ended = run("--log.every", "4", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
     assert ended.codes == [0, 0], ended
