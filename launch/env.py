@@ -225,8 +225,11 @@ def stop(process: Process, code: int, message: str, printer: int = 0) -> NoRetur
     leave(process, code, message)
 
 
-def leave(process: Process, code: int, message: str) -> NoReturn:
-    """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed."""
+def leave(process: Process, code: int, message: str, agent_knows: bool = False) -> NoReturn:
+    """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed.
+
+    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help.
+    """
     record_exit(process, code)
     if process.world > 1:  # torchrun sends a signal when another rank has ended already
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -234,7 +237,7 @@ def leave(process: Process, code: int, message: str) -> NoReturn:
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
-    if code in FINAL and process.restarts < process.max_restarts:
+    if code in FINAL and process.restarts < process.max_restarts and not agent_knows:
         end_agent(process)
     sys.exit(code)
 

@@ -170,20 +170,20 @@ def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pyte
 
 
 @pytest.mark.timeout(180)
-def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path) -> None:
-    ended = run("--log.every", "4", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
+def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equimoe.moe.health.heartbeat.LEAST_LOOKS", 15)  # seconds less
+    ended = run("--log.every", "8", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
     assert ended.codes == [0, 0], ended
-    trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    assert [record["stragglers"] for record in trained] == [[1], [1]], trained
-    assert "rank 1 is slow" in ended.out[0]
-    assert all(record["busy_s"][1] > 0.2 for record in trained)
+    (trained,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert trained["stragglers"] == [1] and trained["busy_s"][1] > 0.2, trained
+    assert "rank 1 is slow: it works 0." in ended.out[0]
     report("8 straggler", "holds", named=True, steps=8)
 
 
-def test_a_run_without_a_slow_rank_names_none(run: Run, tmp_path: Path) -> None:
-    assert run("--log.every", "8").codes == [0, 0]
-    (trained,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    assert len(trained["busy_s"]) == 2
+def test_a_few_looks_name_nobody(run: Run, tmp_path: Path) -> None:
+    assert run("--log.every", "1").codes == [0, 0]
+    trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(trained) == 8 and not any("stragglers" in record for record in trained)
 
 
 # ---- starting again
