@@ -116,14 +116,16 @@ def this_process() -> Process:
     given = [name for name in PLACE[:3] if name in os.environ]
     if not given:
         return Process(exit_files=files)
-    lacking = [name for name in PLACE if name not in os.environ]
+    needed = PLACE[:3] if os.environ.get("WORLD_SIZE") == "1" else PLACE  # a single rank meets nobody
+    lacking = [name for name in needed if name not in os.environ]
     if lacking:
         raise ValueError(
             f"{given[0]}={os.environ[given[0]]}: is set, but {', '.join(lacking)} not; start ranks with torchrun, "
             f"which sets all of them, or unset {', '.join(given)}"
         )
     local_name = next((name for name in LOCAL_WORLD if name in os.environ), None)
-    rank, world, local_rank, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    rank, world, local_rank = (_number(name) for name in PLACE[:3])
+    port = _number("MASTER_PORT", None if world > 1 else "1")
     local_world = 1 if local_name is None else _number(local_name)
     # (variable, its value, whether it fits, what it must be)
     checks = [

@@ -206,6 +206,12 @@ def test_a_restart_before_the_first_checkpoint_starts_again(
     assert_equal_ends(tmp_path / "run", tmp_path / "straight")
 
 
+def test_a_run_without_a_checkpoint_is_no_dead_end(run: Run) -> None:
+    assert run("--steps", "5", faults="kill@rank=1,step=2,phase=dispatch").codes[1] == -signal.SIGKILL
+    ended = run("--resume", "--steps", "3")
+    assert ended.codes == [0, 0] and "starting again" in ended.out[0], ended
+
+
 def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun restarts ranks that have refused another run's folder; they must refuse it again."""
     assert run("--steps", "2").codes == [0, 0]
