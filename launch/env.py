@@ -119,14 +119,16 @@ def this_process() -> Process:
     given = [name for name in PLACE[:3] if name in os.environ]
     if not given:
         return Process(exit_files=files)
-    lacking = [name for name in PLACE if name not in os.environ]
+    needed = PLACE[:3] if os.environ.get("WORLD_SIZE") == "1" else PLACE  # a single rank meets nobody
+    lacking = [name for name in needed if name not in os.environ]
     if lacking:
         raise ValueError(
             f"{given[0]}={os.environ[given[0]]}: is set, but {', '.join(lacking)} not; start ranks with torchrun, "
             f"which sets all of them, or unset {', '.join(given)}"
         )
     local_name = next((name for name in LOCAL_WORLD if name in os.environ), None)
-    rank, world, local_rank, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+    rank, world, local_rank = (_number(name) for name in PLACE[:3])
+    port = _number("MASTER_PORT", None if world > 1 else "1")
     local_world = 1 if local_name is None else _number(local_name)
     # (variable, its value, whether it fits, what it must be)
     checks = [
@@ -229,8 +231,11 @@ def stop(process: Process, code: int, message: str, printer: int = 0) -> NoRetur
     leave(process, code, message)
 
 
-def leave(process: Process, code: int, message: str) -> NoReturn:
-    """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed."""
+def leave(process: Process, code: int, message: str, agent_knows: bool = False) -> NoReturn:
+    """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed.
+
+    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help.
+    """
     record_exit(process, code)
     if process.world > 1:  # torchrun sends a signal when another rank has ended already
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -238,7 +243,7 @@ def leave(process: Process, code: int, message: str) -> NoReturn:
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
-    if code in FINAL and process.restarts < process.max_restarts:
+    if code in FINAL and process.restarts < process.max_restarts and not agent_knows:
         end_agent(process)
     sys.exit(code)
 

@@ -87,9 +87,9 @@ class Failure:
         if _is_lost(problem):
             self._lost(place, text)
         code, what = classify(problem)
-        cause = self._claim(code)
-        if not self._claimed and self.meeting.store is not None and cause != code:
-            _end(cause)
+        first = self._claim(code)
+        if first is not None:
+            _end(first)
         record_exit(self.process, code)
         line = printable(f"rank {self.process.rank}{place}: {what}")
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -111,8 +111,8 @@ class Failure:
         if hung:  # another rank has ended the hang, and its line cannot be found
             _end(HANG)
         alive = [rank for rank in range(self.process.world) if rank not in gone]
-        cause = self._claim(FAILED)
-        if cause == FAILED and (self._claimed or (0 in gone and self.process.rank == min(alive))):
+        # without the store, the first rank that is left speaks for all
+        if self._claim(FAILED) is None and (self._claimed or self.process.rank == min(alive)):
             line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
             line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
             print(f"error: rank {self.process.rank}{place}: {line}", file=sys.stderr, flush=True)
@@ -128,15 +128,17 @@ class Failure:
 
     # ---- the cause, in the store that all ranks share, or in the run folder if the store's holder has ended
 
-    def _claim(self, code: int) -> int:
-        """Report this rank as the cause; return its exit code, or that of the rank which was first."""
+    def _claim(self, code: int) -> int | None:
+        """Report this rank as the cause; return the exit code of the rank which was first, or None if this one was.
+
+        None, too, if the store cannot be reached.
+        """
         store, own = self.meeting.store, json.dumps([self.process.rank, code])
         if store is None:
-            self._claimed = True
-            return code
+            return None
         found = _within(PATIENCE_S, lambda: store.compare_set("cause", "", own))
         self._claimed = found is not None and found.decode() == own
-        return code if found is None else json.loads(found)[1]
+        return None if found is None or self._claimed else json.loads(found)[1]
 
     def _cause(self) -> int | None:
         if self.verdict is not None and self.verdict.exists():

@@ -201,9 +201,14 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     if process.rank == 0:
         _conclude_early(trainer, attempt, stopped) if stopped else _conclude(trainer, launch, result, attempt.arguments)
     if stopped:
-        gathered(process, None)  # torchrun ends all ranks when the first one exits
+        # all ranks leave together, because torchrun ends the others when the first one exits
+        signalled = gathered(process, attempt.signals.number)
+        own = attempt.meeting.places[process.rank][0]
+        # torchrun forwards a signal to all of its ranks
+        forwarded = all(n for n, (host, _) in zip(signalled, attempt.meeting.places, strict=True) if host == own)
         held.close()
-        env.leave(process, 128 + stopped, f"stopped by {signal.Signals(stopped).name} after step {trainer.step}")
+        message = f"stopped by {signal.Signals(stopped).name} after step {trainer.step}"
+        env.leave(process, 128 + stopped, message, agent_knows=forwarded)
 
 
 def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:

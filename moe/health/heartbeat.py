@@ -22,6 +22,8 @@ PATIENCE = {"setup": 10.0, "first step": 5.0, "step": 1.0, "record": 1.0, "evalu
 
 #: seconds between two looks at the main thread
 LOOK_S = 0.05
+#: looks that are enough to tell how much a rank waits: five seconds of steps
+LEAST_LOOKS = 100
 #: heartbeats in the timeout of a step, and the most seconds between two
 BEATS, MOST_S = 8, 5.0
 
@@ -96,9 +98,12 @@ class Heartbeat:
         self.phase, self.step = phase, step
 
     def waited(self) -> float | None:
-        """Return the fraction of the steps since the last call in which this rank waited; None if it is unknown."""
-        looks, waits, self._looks, self._waits = self._looks, self._waits, 0, 0
-        return waits / looks if looks else None
+        """Return the fraction of the steps in which this rank waited; None before there are enough looks at it."""
+        return self._waits / self._looks if self._looks >= LEAST_LOOKS else None
+
+    def forget(self) -> None:
+        """Begin to measure again."""
+        self._looks = self._waits = 0
 
     @property
     def stalled(self) -> float:

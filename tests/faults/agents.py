@@ -39,6 +39,8 @@ class Job:
     options: list[str]
     rendezvous: str = "c10d"
     nodes: int = 2
+    #: ranks of each node
+    processes: int = 1
     restarts: int = 3
     replacements: int = 3
     faults: str = ""
@@ -47,8 +49,8 @@ class Job:
     running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def command(self, node: int) -> list[str]:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.nodes), "--nproc-per-node", "1"]
-        start += ["--max-restarts", str(self.restarts)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.nodes)]
+        start += ["--nproc-per-node", str(self.processes), "--max-restarts", str(self.restarts)]
         if self.rendezvous == "static":
             start += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self.port)]
         else:

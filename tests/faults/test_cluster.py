@@ -80,7 +80,7 @@ def test_a_refused_start_is_not_a_takeover_after_torchruns_restart(options: list
 
 def test_a_signal_to_torchrun_alone_loses_no_step(options: list[str], tmp_path: Path) -> None:
     job = Job(tmp_path / "run", [*options, "--requeue"], faults="term@rank=1,step=7,phase=data,whom=agent")
-    assert job.supervise(200), job.logs()  # the supervisor replaces the agents, which continue the run
+    assert job.supervise(300), job.logs()  # the supervisor replaces the agents, which continue the run
     assert "stopped by SIGTERM after step 7 of 12; no step is lost" in job.logs(), job.logs()
     assert_like_a_straight_run(options, tmp_path / "run")
     report("6 SIGTERM to one of two agents", "holds", steps_lost=0)
@@ -161,7 +161,7 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: 
     variables = {entry["name"]: str(entry.get("value")) for entry in container["env"]} | {
         "PATH": f"{tools}:{os.environ['PATH']}", "NPROC_PER_NODE": "1", "RDZV_HOST": "127.0.0.1",
         "RDZV_PORT": str(free_port()), "RUN_DIR": str(run_dir), "RECIPE": "quickstart", "EXTRA": " ".join(options),
-        "TMPDIR": str(tmp_path), "MOE_FAULT": "kill@rank=1,step=7,phase=dispatch,whom=agent",
+        "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "MOE_FAULT": "kill@rank=1,step=7,phase=dispatch,whom=agent",
     }  # fmt: skip
     starts, deadline = [0, 0], time.monotonic() + 250
     pods: dict[int, subprocess.Popen[bytes]] = {}

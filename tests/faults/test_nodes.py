@@ -60,3 +60,40 @@ def test_two_nodes_recover(options: list[str], tmp_path: Path, rendezvous: str, 
     straight = launch([*options, "--run-dir", str(tmp_path / "straight")], 2)
     assert straight.codes == [0, 0]
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+KILLS = [
+    (rank, step, phase)
+    for rank, step, phase in (
+        (0, 7, "data"), (1, 7, "forward"), (0, 7, "dispatch"), (1, 7, "dispatch"), (0, 7, "backward"), (1, 7, "optim"),
+        (0, 2, "dispatch"), (1, 5, "save:shard"), (0, 5, "save:manifest"), (0, 10, "save:rename"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("rank", "step", "phase"), KILLS)
+def test_one_node_recovers_from_a_kill_in_every_phase(
+    options: list[str], tmp_path: Path, rank: int, step: int, phase: str
+) -> None:
+    fault = f"kill@rank={rank},step={step},phase={phase}"
+    job = Job(tmp_path / "run", options, nodes=1, processes=2, restarts=2, replacements=0, faults=fault)
+    recovered = job.supervise(200)
+    seconds = round(job.seconds_lost(), 1) if recovered else None
+    report("1 2 SIGKILL with restarts", "holds" if recovered else "fails", rank=rank, phase=phase, seconds=seconds)
+    assert recovered, job.logs()
+    straight = launch([*options, "--run-dir", str(tmp_path / "straight")], 2)
+    assert straight.codes == [0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+def test_a_second_kill_during_the_restart_is_recovered_too(options: list[str], tmp_path: Path) -> None:
+    faults = "kill@rank=1,step=7,phase=dispatch;kill@rank=0,step=6,phase=forward;kill@rank=1,phase=setup,step=0,times=1"
+    job = Job(tmp_path / "run", options, nodes=1, processes=2, restarts=4, replacements=0, faults=faults)
+    recovered = job.supervise(250)
+    report("3 SIGKILL during the restart", "holds" if recovered else "fails")
+    assert recovered, job.logs()
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 13))

@@ -135,20 +135,55 @@ def test_a_killed_rank_is_named(run: Run, rank: int) -> None:
 
 
 @pytest.mark.timeout(180)
-def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path) -> None:
-    ended = run("--log.every", "4", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
+def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> None:
+    """Nobody can judge the step in which the rank was killed; a NaN of an earlier step would have ended the run."""
+    ended = run(faults="nan@rank=0,step=5,phase=forward;kill@rank=1,step=5,phase=backward")
+    assert ended.codes == [1, -signal.SIGKILL], ended
+    assert len(ended.errors) == 1 and "rank 1 (process " in ended.errors[0] and "killed" in ended.errors[0], ended
+    report("48 a killed rank, and a NaN on another", "holds")
+
+
+@pytest.mark.timeout(180)
+def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compares them if it is asked to; both ranks then fail at the same time, and one of them speaks."""
+    from equimoe.moe.health import Pulse
+
+    real = Pulse.end
+
+    def end(self: Pulse, signal: int, logged: bool) -> int:
+        if os.environ["RANK"] == "1" and self.step == 3:
+            torch.distributed.all_reduce(torch.zeros(7))
+        return real(self, signal, logged)
+
+    monkeypatch.setattr(Pulse, "end", end)
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    torch.distributed.set_debug_level_from_env()
+    try:
+        ended = run()
+    finally:
+        monkeypatch.undo()
+        torch.distributed.set_debug_level_from_env()
+    assert ended.codes == [1, 1], ended
+    assert sum(line.startswith("error: rank ") for line in ended.errors) == 1, ended
+    assert any("mismatch between collectives" in line and "step 3" in line for line in ended.errors), ended
+    report("28 collectives in another order", "holds", seconds=ended.seconds)
+
+
+@pytest.mark.timeout(180)
+def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equimoe.moe.health.heartbeat.LEAST_LOOKS", 15)  # seconds less
+    ended = run("--log.every", "8", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
     assert ended.codes == [0, 0], ended
-    trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    assert [record["stragglers"] for record in trained] == [[1], [1]], trained
-    assert "rank 1 is slow" in ended.out[0]
-    assert all(record["busy_s"][1] > 0.2 for record in trained)
+    (trained,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert trained["stragglers"] == [1] and trained["busy_s"][1] > 0.2, trained
+    assert "rank 1 is slow: it works 0." in ended.out[0]
     report("8 straggler", "holds", named=True, steps=8)
 
 
-def test_a_run_without_a_slow_rank_names_none(run: Run, tmp_path: Path) -> None:
-    assert run("--log.every", "8").codes == [0, 0]
-    (trained,) = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
-    assert len(trained["busy_s"]) == 2
+def test_a_few_looks_name_nobody(run: Run, tmp_path: Path) -> None:
+    assert run("--log.every", "1").codes == [0, 0]
+    trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(trained) == 8 and not any("stragglers" in record for record in trained)
 
 
 # ---- starting again
@@ -169,6 +204,12 @@ def test_a_restart_before_the_first_checkpoint_starts_again(
     restarted(monkeypatch, 0)
     assert run(folder="straight").codes == [0, 0]
     assert_equal_ends(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_run_without_a_checkpoint_is_no_dead_end(run: Run) -> None:
+    assert run("--steps", "5", faults="kill@rank=1,step=2,phase=dispatch").codes[1] == -signal.SIGKILL
+    ended = run("--resume", "--steps", "3")
+    assert ended.codes == [0, 0] and "starting again" in ended.out[0], ended
 
 
 def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,8 @@ def test_variables_that_are_right(variables: Callable[..., None]) -> None:
     assert env.this_process() == Process()
     variables(**PLACE, LOCAL_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="3", EQUIMOE_EXIT_FILE="code")
     assert env.this_process() == Process(0, 2, 0, 2, 0, 3, (Path("code"),))
+    variables(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    assert env.this_process() == Process()
     variables(**PLACE, LOCAL_SIZE="2")  # DeepSpeed's launcher
     assert env.this_process().local_world == 2
 
