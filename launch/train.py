@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..moe import checkpoint
+from ..moe.dispatch import OverBudgetError
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.observe.printable import printable
 from ..moe.parallel import ParallelConfig, build_mesh
@@ -30,6 +31,7 @@ from ..moe.train.loop import Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
 from . import env
+from .memory import is_out_of_memory, out_of_memory_line
 from .options import Launch, parse, to_yaml
 from .report import write_report
 from .text import counted, short_count
@@ -90,8 +92,15 @@ def _train(launch: Launch, degrees: ParallelConfig, process: env.Process, argume
         env.stop(process, env.NON_FINITE, f"step {trainer.step + 1}: {error}")
     except DataError as error:
         _stop_here(process, env.DATA, f"step {trainer.step + 1}: {error}")
+    except OverBudgetError as error:  # on every rank
+        env.stop(process, env.MEMORY, f"step {trainer.step + 1}, {out_of_memory_line(error, trainer.layers)}")
     except DisagreementError as error:
         env.stop(process, env.DISAGREEMENT, f"step {trainer.step}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        line = out_of_memory_line(error, trainer.layers)
+        _stop_here(process, env.MEMORY, f"step {trainer.step + 1}, out of memory: {line}")
     finally:
         if progress is not None:
             progress.close()
