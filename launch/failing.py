@@ -15,18 +15,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch
 import torch.distributed as dist
 
+from ..moe import MoE
 from ..moe.health import Heartbeat
 from ..moe.observe.printable import printable
 from ..moe.train.data import DataError
 from .env import DATA, HANG, MEMORY, Process, leave, record_exit
 from .joining import Meeting
+from .memory import is_out_of_memory, out_of_memory_line
 
 T = TypeVar("T")
 
@@ -49,11 +50,11 @@ PATIENCE_S = 2.0
 FAILED = 1
 
 
-def classify(problem: Exception) -> tuple[int, str]:
-    """Return the exit code for an exception that one rank has raised, and what to say about it."""
+def classify(problem: Exception, layers: Mapping[int, MoE]) -> tuple[int, str]:
+    """Return the exit code for an exception of a rank with these ``layers``, and what to say about it."""
     text = " ".join(str(problem).split())
-    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return MEMORY, f"ran out of memory ({text})"
+    if is_out_of_memory(problem):
+        return MEMORY, f"out of memory: {out_of_memory_line(problem, layers)}"
     return (DATA, text) if isinstance(problem, DataError) else (FAILED, f"{type(problem).__name__}: {text}")
 
 
@@ -63,6 +64,8 @@ class Failure:
     def __init__(self, process: Process, meeting: Meeting) -> None:
         self.process, self.meeting = process, meeting
         self.heartbeat: Heartbeat | None = None
+        #: this rank's MoE layers by block number, once they exist
+        self.layers: Mapping[int, MoE] = {}
         #: the file of the run folder with the exit code; another rank may have written it
         self.verdict: Path | None = None
         #: whether this rank has reported the cause
@@ -86,7 +89,7 @@ class Failure:
         text = " ".join(str(problem).split())
         if _is_lost(problem):
             self._lost(place, text)
-        code, what = classify(problem)
+        code, what = classify(problem, self.layers)
         first = self._claim(code)
         if first is not None:
             _end(first)

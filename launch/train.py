@@ -141,7 +141,7 @@ def _train(attempt: Attempt) -> None:
         ):
             _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
-        if process.world == 1 and classify(problem)[0] == FAILED:
+        if process.world == 1 and classify(problem, failure.layers)[0] == FAILED:
             raise
         failure.error(problem)
 
@@ -179,7 +179,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     except OSError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
-    failure.verdict = run_dir / EXIT_FILE
+    failure.verdict, failure.layers = run_dir / EXIT_FILE, trainer.layers
     attempt.process = failure.process = process = replace(
         process, exit_files=(*process.exit_files, run_dir / EXIT_FILE)
     )

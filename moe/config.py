@@ -269,9 +269,21 @@ class DispatchConfig:
     wire: Literal["compute", "bf16", "fp8"] = "compute"
     #: promise that all ranks always have equally many tokens, so that "all_gather" need not exchange their number
     equal_tokens: bool = False
+    #: most MiB that a rank may need for the rows of one layer: those it receives, their results, and what the experts
+    #: keep of each for the backward. None: no limit. Needs "all_to_all"
+    memory_mb: int | None = None
+    #: if ``memory_mb`` is too little. chunk: compute in parts, each of which fits, and compute them once more in the
+    #: backward; the run ends only if no parts fit. stop: end the run, and name the layer and its busiest expert
+    over_memory: Literal["chunk", "stop"] = "chunk"
 
     def __post_init__(self) -> None:
         check_literals(self, "dispatch.")
+        require(
+            self.memory_mb is None or (self.memory_mb >= 1 and self.name == "all_to_all"),
+            "dispatch.memory_mb",
+            self.memory_mb,
+            "must be at least 1 and needs dispatch.name='all_to_all'; set both, or leave it out",
+        )
         require(1 <= self.chunks <= 64, "dispatch.chunks", self.chunks, "must be between 1 and 64")
         require(
             self.chunks == 1 or self.name == "overlapped",
@@ -348,6 +360,12 @@ class MoEConfig:
             "capacity.pad",
             True,
             f"dispatch.name={self.dispatch.name!r} cannot pad; use 'all_to_all' or 'overlapped'",
+        )
+        require(
+            self.capacity is None or not self.capacity.pad or self.dispatch.memory_mb is None,
+            "dispatch.memory_mb",
+            self.dispatch.memory_mb,
+            "has no effect with capacity.pad=True, which fixes the number of rows; leave it out",
         )
         require(
             self.shared_intermediate_size >= 0,

@@ -75,8 +75,30 @@ def splits(sent_P: Tensor, received_P: Tensor, axis: Axis) -> tuple[list[int], l
     """Return the numbers of rows to and from each rank as host integers, for which the host waits."""
     if _assumed is not None:
         return _assumed(sent_P.numel(), axis), _assumed(sent_P.numel(), axis)
-    sent, received = torch.stack((sent_P, received_P)).tolist()
+    sent, received = on_host(sent_P, received_P)
     return sent, received
+
+
+def on_host(*counts: Tensor) -> list[list[Any]]:
+    """Copy counts to the host, all at once, as nested lists. The host waits for them."""
+    flat = iter(torch.cat([t.flatten() for t in counts]).tolist())
+    return [_nested(flat, list(t.shape)) for t in counts]
+
+
+def _nested(flat: Iterator[int], shape: list[int]) -> Any:
+    return [_nested(flat, shape[1:]) for _ in range(shape[0])] if shape else next(flat)
+
+
+def gather_counts(counts_X: Tensor, axis: Axis) -> Tensor:
+    """Gather the counts int64 [X] of all ranks, [P, X]. No gradient."""
+    return counts_X[None] if axis.size == 1 else once(lambda: _gather_counts(counts_X, axis))
+
+
+def _gather_counts(counts_X: Tensor, axis: Axis) -> Tensor:
+    note("gather_counts", axis, counts_X.nbytes * (axis.size - 1))
+    gathered = counts_X.repeat(axis.size)  # the result in a dry run, whose backend moves no data
+    dist.all_gather_into_tensor(gathered, counts_X.contiguous(), group=axis.group)
+    return gathered.view(axis.size, -1)
 
 
 def held_by_all(values: Sequence[object], axis: Axis) -> list[Any]:

@@ -70,7 +70,8 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
     start = time.perf_counter()
     degrees = config.degrees(world)
     # Triton's kernels are custom ops, which can run on fake tensors
-    config = replace(config, parallel=degrees, moe=replace(config.moe, backend="triton"))
+    dispatch = replace(config.moe.dispatch, memory_mb=None)  # routing is balanced, so nothing exceeds it
+    config = replace(config, parallel=degrees, moe=replace(config.moe, backend="triton", dispatch=dispatch))
     micro_batches = config.micro_batches(degrees.dp)
     if degrees.pp > 1:  # check the whole step, because only some of its micro-batches are simulated
         layers, micro_batch = config.model.num_layers, config.data.micro_batch

@@ -35,7 +35,7 @@ pytestmark = needs_fake_cuda
 TOKENS, RANKS = 64, 4
 LATENT = AttentionConfig("latent", q_lora_rank=8, kv_lora_rank=8, qk_nope_width=8, qk_rope_width=4, v_width=8)
 #: the dropless exchange must know the number of rows from each rank
-SPLITS = "moe/collectives/no_gradient.py:splits"
+SPLITS = "moe/collectives/no_gradient.py:on_host"
 #: ranks may have different numbers of tokens, and the etp ranks of an expert must know them
 SIZES = "moe/collectives/no_gradient.py:exchange_sizes"
 
@@ -47,6 +47,7 @@ DISPATCHERS: dict[str, tuple[DispatchConfig, CapacityConfig | None, dict[str, in
     "all_to_all, fp8 wire": (DispatchConfig(wire="fp8"), None, {"ep": 4}, [SPLITS]),
     "all_to_all, capacity": (DispatchConfig(), CapacityConfig(), {"ep": 4}, [SPLITS]),
     "all_to_all, padded": (DispatchConfig(), CapacityConfig(pad=True), {"ep": 4}, []),
+    "all_to_all, budget": (DispatchConfig(memory_mb=64), None, {"ep": 4}, [SPLITS]),
     "overlapped": (DispatchConfig("overlapped", chunks=2), None, {"ep": 4}, [SPLITS]),
     "overlapped, padded": (DispatchConfig("overlapped", chunks=2), CapacityConfig(pad=True), {"ep": 4}, []),
     "hierarchical": (DispatchConfig("hierarchical", node_size=2), None, {"ep": 4}, [SPLITS, SPLITS]),
@@ -86,7 +87,7 @@ def test_dispatchers_wait_for_their_sizes_alone(backend: str) -> None:
             hidden_size=32,
             intermediate_size=48,
             num_experts=16,
-            top_k=8,  # enough rows for any size that the host reads
+            top_k=16,  # enough rows for any size that the host reads
             backend=backend,  # type: ignore[arg-type]
             shared_intermediate_size=16,
             dispatch=dispatch,
