@@ -78,28 +78,33 @@ def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:
 
 
 def disturb(engine: Any, batches_of: Callable[[int], list[Batch]], state: Callable[[Any], dict[str, Tensor]]) -> None:
-    """Run an evaluation, steps that raise, and one that is not finite. All must leave nothing behind.
+    """Run an evaluation, a step that is not finite, and steps that raise. All must leave nothing behind.
 
     The steps that raise have two micro-batches, which are counted ahead, and break in the second training forward, or
-    in its backward.
+    in its backward: at its start, or where nearly all weights have their gradients.
     """
     engine.evaluate(batches_of(7))
-
-    def planted(*_: Any) -> None:
-        raise ArithmeticError("planted")
-
-    for broken in (planted, lambda module, args, output: output.register_hook(planted) and None):
-        calls = iter(range(4))
-        handle = engine.parts[0].register_forward_hook(
-            lambda *given, calls=calls, broken=broken: broken(*given) if next(calls) == 3 else None
-        )
-        with pytest.raises(ArithmeticError, match="planted"):
-            engine.step(batches_of(8), 0.01)
-        handle.remove()
+    whole = engine.parts[0]
     before = state(engine)
-    handle = engine.parts[0].register_forward_hook(lambda module, args, output: output * float("nan"))
+    handle = whole.register_forward_hook(lambda module, args, output: output * float("nan"))
     result = engine.step(batches_of(9), 0.01)
     handle.remove()
     after = state(engine)
     assert not result.applied and not result.norm.isfinite()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    def planted(*_: Any) -> None:
+        raise ArithmeticError("planted")
+
+    def in_the_backward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(planted)
+
+    first = next(module for module in whole.modules() if list(module.parameters(recurse=False)))
+    for module, broken in ((whole, planted), (whole, in_the_backward), (first, in_the_backward)):
+        calls = iter(range(4))
+        handle = module.register_forward_hook(
+            lambda *given, calls=calls, broken=broken: broken(*given) if next(calls) == 3 else None
+        )
+        with pytest.raises(ArithmeticError, match="planted"):
+            engine.step(batches_of(8), 0.01)
+        handle.remove()

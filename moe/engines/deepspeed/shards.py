@@ -82,13 +82,14 @@ class Sharded(Replicated):
     def forget(self) -> None:
         super().forget()
         zero = self.engine.optimizer
-        zero.zero_grad(set_to_none=True)
-        for key in zero.averaged_gradients:
-            zero.averaged_gradients[key] = None
+        for key in zero.all_grad_tensors:
             zero.all_grad_tensors[key] = None
+        # a backward that raised has reduced some buckets, and filled others
         for bucket in zero.ipg_buckets.values():
             bucket.clear()
+        zero.extra_large_param_to_reduce.clear()
         zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+        zero._release_ipg_buffers()
 
     def _flat(self) -> list[Tensor]:
         """Return this rank's flat fp32 parts, which the optimizer updates."""
@@ -121,13 +122,13 @@ class Partitioned(Sharded):
     """ZeRO 3: every rank holds a part of each weight, too, and gathers it when a module needs it."""
 
     def forget(self) -> None:
+        self.engine.zero_grad()
         zero = self.engine.optimizer
         zero.exit_backward()
         zero.clear_backward_seen_flag()
         zero.zero_grad(set_to_none=True)
         for bucket in zero.ipg_buckets.values():
             bucket.clear_params()
-        zero.averaged_gradients, zero.micro_step_id = {}, 0
         zero.parameter_offload.partition_all_parameters()
 
     def _weights(self) -> dict[str, Tensor]:
