@@ -339,12 +339,18 @@ def _is_leaf(weight: Tensor) -> bool:
 
 
 def may_hold_copies(layer: LayerStep, optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer may hold copies of all weights of a layer, one by one or in flat buffers."""
+    """Return whether an optimizer may hold copies of a layer's weights, one by one, in flat buffers, or in parts.
+
+    Tensors that are no module's parameters are suspect at any size: with ZeRO, each rank's optimizer holds only a part
+    of a flat buffer, and experts may have an optimizer of their own.
+    """
     held = [p for group in optimizer.param_groups for p in group["params"]]
     of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
     if any(id(p) in of_layers for p in held):  # it trains another model
         return False
     trained = [p for p in layer.weights() if p.requires_grad]
+    shapes = {p.shape for p in trained}
+    if any(p.dim() == 1 or p.shape in shapes for p in held if not isinstance(p, nn.Parameter)):
+        return True
     largest_flat = max((p.numel() for p in held if p.dim() == 1), default=0)
-    one_by_one = {p.shape for p in trained} <= {p.shape for p in held}
-    return largest_flat >= sum(p.numel() for p in trained) or one_by_one
+    return largest_flat >= sum(p.numel() for p in trained) or shapes <= {p.shape for p in held}

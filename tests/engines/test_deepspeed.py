@@ -51,7 +51,9 @@ def torch_engine(mesh: Mesh | None = None, **how: Any) -> Engine:
     return build_engine(model(**how), mesh, adamw, max_norm=1.0)
 
 
-def deepspeed_engine(mesh: Mesh | None, stage: int, micro_batches: int = trained.MICRO_BATCHES, **how: Any) -> Any:
+def deepspeed_engine(
+    mesh: Mesh | None, stage: int, micro_batches: int = trained.MICRO_BATCHES, settings: Any = SETTINGS, **how: Any
+) -> Any:
     ranks = 1 if mesh is None else mesh["dp"].size
     size = trained.SEQUENCES // ranks // micro_batches
     return build_deepspeed_engine(
@@ -59,7 +61,7 @@ def deepspeed_engine(mesh: Mesh | None, stage: int, micro_batches: int = trained
         mesh,
         adamw,
         zero_stage=stage,
-        settings=SETTINGS,
+        settings=settings,
         max_norm=1.0,
         micro_batch=size,
         micro_batches=micro_batches,
@@ -132,18 +134,25 @@ def test_one_rank_needs_no_launcher(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_unusual_steps(stage: int) -> None:
-    """An evaluation, a step that raises and one that is not finite leave nothing behind."""
+    """An evaluation, a step that raises and one that is not finite leave nothing behind.
+
+    Buckets are small, so that some have been reduced when a backward raises; most or all weights are larger than one.
+    """
 
     def rank_main(rank: int, world: int) -> Any:
-        mesh = build_mesh(ParallelConfig(ep=2))
-        engine = deepspeed_engine(mesh, stage)
-        found = trajectory(engine, mesh, 1)
-        trained.disturb(engine, partial(trained.batches, mesh), whole_state)
-        found += trajectory(engine, mesh, 1, first=1)
-        trained.disturb(engine, partial(trained.batches, mesh), whole_state, last="raises")
-        return found + trajectory(engine, mesh, STEPS - 2, first=2), whole_state(engine)
+        mesh, results = build_mesh(ParallelConfig(ep=2)), []
+        for size in (100, 4):
+            small = {"zero_optimization": {**PARTS, "reduce_bucket_size": size}}
+            engine = deepspeed_engine(mesh, stage, settings=small)
+            found = trajectory(engine, mesh, 1)
+            trained.disturb(engine, partial(trained.batches, mesh), whole_state)
+            found += trajectory(engine, mesh, 1, first=1)
+            trained.disturb(engine, partial(trained.batches, mesh), whole_state, last="raises")
+            results.append((found + trajectory(engine, mesh, STEPS - 2, first=2), whole_state(engine)))
+        return results
 
-    check(run_ranks(rank_main, 2))
+    for results in zip(*run_ranks(rank_main, 2), strict=True):
+        check(list(results))
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -77,14 +77,19 @@ def config(stage: int, passes: int, world: int) -> dict[str, Any]:
     }
 
 
+def start(model: nn.Module, stage: int, passes: int, world: int, **section: Any) -> Any:
+    """DeepSpeed's engine for a model, with parameter groups as in DeepSpeed's tutorial."""
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, passes, world) | section)[0]
+
+
 def train(
     kind: type[nn.Module], rank: int, world: int, stage: int, ep: int, passes: int, k: int, **how: Any
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Run the script; a step's micro-batches are all the same, so that counts so far are those of the whole step."""
     model = Toy(kind, ep, k, **how)
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
-    optimizer = torch.optim.AdamW(groups, lr=0.02)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(stage, passes, world))
+    engine = start(model, stage, passes, world)
     losses = []
     for step in range(STEPS):
         for _ in range(passes):
@@ -138,10 +143,7 @@ def test_weights_of_16_bits(stage: int, dtype: torch.dtype, section: Any, skippe
     def rank_main(rank: int, world: int) -> Any:
         get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks whether the CPU is fast at it
         model = Toy(MoE, 2, 2)
-        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": ""})
-        optimizer = torch.optim.AdamW(groups, lr=0.02)
-        how = config(stage, 2, world) | section
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=how)
+        engine = start(model, stage, 2, world, **section)
         applied = []
         for step in range(5):
             for _ in range(2):
@@ -161,6 +163,45 @@ def test_weights_of_16_bits(stage: int, dtype: torch.dtype, section: Any, skippe
     gate = {name: value for name, value in joined.items() if "gate" in name}
     errors = [trained.worst(gate, one_process(2, applied, factor))[0] for factor in (COEFFICIENT, 0.0)]
     assert errors[1] > 2 * errors[0]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_several_forwards_in_one_backward(stage: int) -> None:
+    """As for pairs of a preference loss: ``l_aux`` has its full gradient, and all forwards belong to one step, which
+    ends with the update."""
+    forwards = 4
+
+    def rank_main(rank: int, world: int) -> Any:
+        found = []
+        for passes in (1, 2):
+            model = Toy(MoE, 1, 2)
+            engine = start(model, stage, passes, world)
+            for step in range(STEPS):
+                for _ in range(passes):
+                    parts = data(step).chunk(world)[rank].chunk(forwards)
+                    engine.backward(torch.stack([loss_of(engine, x_TD) for x_TD in parts]).mean())
+                    engine.step()
+                previous = model.moe.balancer.previous_step
+                assert previous.micro_batches == passes * forwards and int(previous.tokens) == passes * T
+            found.append({name: value.clone() for name, value in model.state_dict().items()})
+        return found
+
+    for states in run_ranks(rank_main, 2):
+        for state in states:
+            error, name = trained.worst(state, one_process(2))
+            assert error < 1e-5, (name, error)
+
+
+def test_a_forward_without_its_backward_is_refused_before_the_update() -> None:
+    def rank_main(rank: int, world: int) -> None:
+        engine = start(Toy(MoE, 1, 2), 1, 1, world)
+        kept = loss_of(engine, data(1))
+        engine.backward(loss_of(engine, data(0)))
+        with pytest.raises(ValueError, match="the backward of a training forward has not run"):
+            engine.step()
+        del kept
+
+    run_ranks(rank_main, 1)
 
 
 def test_only_the_import_changes() -> None:

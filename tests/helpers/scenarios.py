@@ -238,6 +238,42 @@ def gradients_taken_in_the_backward(micro_batches: int | None) -> float:
     return worst
 
 
+def gradients_kept_in_parts(micro_batches: int | None) -> float:
+    """ZeRO 2 on two ranks: gradients are taken away after each backward, and an optimizer holds half of flat copies."""
+    layer = make(micro_batches=micro_batches)
+    flat = torch.cat([p.detach().flatten() for p in layer.parameters()]).chunk(2)[0].clone()
+    flat.grad = torch.zeros_like(flat)
+    optimizer, worst = torch.optim.SGD([flat], lr=0.0), 0.0
+    for step in range(2):
+        inputs, total = [tokens(10 * step + m) for m in range(4)], torch.zeros(E, D, dtype=torch.float64)
+        for x in inputs:
+            balance_only(layer, x).backward()
+            total += layer.router.weight.grad
+            layer.zero_grad()
+        worst = max(worst, oracle.relative_error(total, rolling(layer, inputs)))
+        optimizer.step()
+    return worst
+
+
+def optimizers_in_the_backward() -> float:
+    """Each weight has its own optimizer, which steps as soon as the gradient is there; every backward is a step."""
+    layer, found, worst = make(), [], 0.0
+    optimizers = {p: torch.optim.SGD([p], lr=0.0) for p in layer.parameters()}
+
+    def update(p: nn.Parameter) -> None:
+        if p is layer.router.weight:
+            found.append(p.grad.clone())
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in layer.parameters():
+        p.register_post_accumulate_grad_hook(update)
+    for step in range(3):
+        balance_only(layer, tokens(step)).backward()
+        worst = max(worst, oracle.relative_error(found.pop(), whole(layer, [tokens(step)])))
+    return worst
+
+
 def updates_without_an_optimizer(update: Callable[[MoE], None], micro_batches: int | None = None) -> float:
     layer, worst = make(micro_batches=micro_batches), 0.0
     for step in range(5):
@@ -1007,6 +1043,11 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: gradients_taken_in_the_backward(None), "perhaps copies of them, so the end of a step is unknown"
     ),
     "main gradients, micro_batches=2": Scenario(lambda: gradients_taken_in_the_backward(2)),
+    "main gradients in parts": Scenario(
+        lambda: gradients_kept_in_parts(None), "perhaps copies of them, so the end of a step is unknown"
+    ),
+    "main gradients in parts, micro_batches=4": Scenario(lambda: gradients_kept_in_parts(4)),
+    "optimizers in the backward": Scenario(optimizers_in_the_backward),
     "updates in place without an optimizer": Scenario(lambda: updates_without_an_optimizer(in_place)),
     "updates of .data without an optimizer": Scenario(lambda: updates_without_an_optimizer(by_data)),
     "updates of .data, micro_batches=1": Scenario(lambda: updates_without_an_optimizer(by_data, 1)),

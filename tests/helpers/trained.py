@@ -86,7 +86,8 @@ def disturb(
     """Run an evaluation, steps that raise, one that is not finite, and one that is refused. All leave nothing behind.
 
     The steps that raise have two micro-batches, which are counted ahead, and break in the second training forward, or
-    in its backward. ``last`` names what comes last, so that nothing cleans up after it: "not finite" or "raises".
+    in its backward: at its start, or where nearly all weights have their gradients. ``last`` names what comes last, so
+    that nothing cleans up after it: "not finite" or "raises".
     """
     engine.evaluate(batches_of(7))
     if last == "raises":
@@ -95,9 +96,14 @@ def disturb(
     def planted(*_: Any) -> None:
         raise ArithmeticError("planted")
 
-    for broken in (lambda module, args, output: output.register_hook(planted) and None, planted):
+    def in_the_backward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(planted)
+
+    whole = engine.parts[0]
+    first = next(module for module in whole.modules() if list(module.parameters(recurse=False)))
+    for module, broken in ((whole, planted), (whole, in_the_backward), (first, in_the_backward)):
         calls = iter(range(4))
-        handle = engine.parts[0].register_forward_hook(
+        handle = module.register_forward_hook(
             lambda *given, calls=calls, broken=broken: broken(*given) if next(calls) == 3 else None
         )
         with pytest.raises(ArithmeticError, match="planted"):

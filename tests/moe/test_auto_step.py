@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,19 +96,42 @@ def test_another_models_optimizer_changes_nothing() -> None:
     assert seen(layer) == []
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_master_weights_in_a_wrapper_are_refused(flat: bool) -> None:
-    """Also in flat buffers. With a given number of micro-batches, or a step that the loop drives, they are accepted."""
+MASTERS: dict[str, Callable[[MoE], list[torch.Tensor]]] = {
+    "one by one": lambda layer: [p.detach().clone() for p in layer.parameters()],
+    "one by one, as parameters": lambda layer: [torch.nn.Parameter(p.detach().clone()) for p in layer.parameters()],
+    "only the router's": lambda layer: [layer.router.weight.detach().clone()],
+    "flat": lambda layer: [torch.cat([p.detach().flatten() for p in layer.parameters()])],
+    "a rank's part of a flat buffer": lambda layer: [layer.router.weight.detach().flatten()[:1].clone()],
+}
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("kind", MASTERS)
+def test_master_weights_in_a_wrapper_are_refused(kind: str, taken: bool) -> None:
+    """Also if the wrapper takes the gradients away after each backward, as ZeRO 2 does, which looks as if updates were
+    skipped. With a given number of micro-batches, or a step that the loop drives, they are accepted."""
     layer = make()
-    masters = [p.detach().clone() for p in layer.parameters()]
-    if flat:
-        masters = [torch.cat([p.flatten() for p in masters])]
+    masters = MASTERS[kind](layer)
     for master in masters:
         master.grad = torch.zeros_like(master)
     optimizer = torch.optim.SGD(masters, lr=0.1)
-    balance_only(layer, torch.randn(4, 6))
+    for x in batches(2):
+        balance_only(layer, x)
+        if taken:
+            layer.zero_grad()
     with pytest.raises(ValueError, match=r"SGD: .* perhaps copies .*set balance.micro_batches .*Step.of\(model\)"):
         optimizer.step()
+
+
+def test_an_optimizer_of_biases_and_norms_holds_no_copies() -> None:
+    """It may step before the matrices' optimizer, as beside Muon."""
+    layer, norm = make(), torch.nn.LayerNorm(6)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (norm, layer)]
+    for x in batches(2):
+        balance_only(layer, norm(x))
+    for optimizer in optimizers:
+        optimizer.step()
+    assert seen(layer) == [] and layer.balancer.previous_step.micro_batches == 2
 
 
 def router_gradient(layer: MoE) -> torch.Tensor:

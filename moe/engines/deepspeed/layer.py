@@ -71,17 +71,17 @@ class _LossOutput(torch.autograd.Function):
         prob_sums_BE: Tensor,
         z_sum: Tensor,
         gradients: Callable[[], tuple[Tensor, Tensor]],
-        micro_batches: Callable[[], int],
+        visits: Callable[[], int],
     ) -> Tensor:
-        ctx.gradients, ctx.micro_batches, ctx.shape = gradients, micro_batches, prob_sums_BE.shape
+        ctx.gradients, ctx.visits, ctx.shape = gradients, visits, prob_sums_BE.shape
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_BE, grad_z = ctx.gradients()
-        # the caller's loss is a mean over micro-batches, ours is one of the whole step
-        factor = grad * ctx.micro_batches()
+        # this forward's gradients are its share of the step's loss; the caller takes the mean or the sum over forwards
+        factor = grad * ctx.visits()
         return None, (grad_BE.expand(ctx.shape) * factor).to(grad.dtype), (grad_z * factor).to(grad.dtype), None, None
 
 
@@ -104,21 +104,40 @@ class _Balancer(Balancer):
             gradients = partial(self._read_once, visit, weight)  # only the graph holds it, so they die together
             if visit.graph() is None:
                 visit.graph = weakref.ref(gradients)
-            expected = partial(self.step.expected, self.layer)
-            value = _LossOutput.apply(value, routing.prob_sums_BE, routing.z_sum, gradients, expected)
+            value = _LossOutput.apply(value, routing.prob_sums_BE, routing.z_sum, gradients, self._visits)
         self.outputs = value, counts_E
         return carrier
 
+    def _visits(self) -> int:
+        """Return the number of visits by which a visit's share of the step's loss is divided, during its backward."""
+        return max(self.step.expected(self.layer), len(self.layer.known))
+
 
 class _Step(AutoStep):
-    """Knows DeepSpeed's engine: its micro-batches per step, and its optimizer, which holds copies of the weights."""
+    """Knows DeepSpeed's engine: when its steps end, and its optimizer, which holds copies of the weights."""
 
-    #: a reference to DeepSpeed's engine
+    #: a reference to DeepSpeed's engine, and the number of its steps when this step began
     engine: Callable[[], Any] = staticmethod(lambda: None)
+    _engines_step = 0
 
     def announced(self, layer: LayerStep) -> int:
+        """See :meth:`Step.announced`. A backward may contain several forwards, so there may be more visits than
+        DeepSpeed's engine has micro-batches."""
         engine = self.engine()
-        return super().announced(layer) or (0 if engine is None else engine.gradient_accumulation_steps())
+        found = super().announced(layer)
+        return found if found or engine is None else max(engine.gradient_accumulation_steps(), len(layer.known))
+
+    def _begins(self) -> None:
+        super()._begins()
+        engine = self.engine()
+        self._engines_step = 0 if engine is None else engine.global_steps
+
+    def _end_if_over(self, layer: LayerStep) -> None:
+        engine = self.engine()
+        if engine is None:
+            super()._end_if_over(layer)
+        elif engine.global_steps != self._engines_step:  # also if the update was skipped
+            self.end(applied=self._changed())
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         engine = self.engine()

@@ -87,13 +87,14 @@ class Sharded(Replicated):
     def forget(self) -> None:
         super().forget()
         zero = self.engine.optimizer
-        zero.zero_grad(set_to_none=True)
-        for key in zero.averaged_gradients:
-            zero.averaged_gradients[key] = None
+        for key in zero.all_grad_tensors:
             zero.all_grad_tensors[key] = None
+        # a backward that raised has reduced some buckets, and filled others
         for bucket in zero.ipg_buckets.values():
             bucket.clear()
+        zero.extra_large_param_to_reduce.clear()
         zero.params_already_reduced[:] = [False] * len(zero.params_already_reduced)
+        zero._release_ipg_buffers()
 
     def gradient(self) -> list[Tensor]:
         groups = self.engine.optimizer.averaged_gradients.values()
@@ -139,6 +140,7 @@ class Partitioned(Sharded):
     """ZeRO 3: every rank holds a part of each weight, too, and gathers it when a module needs it."""
 
     def forget(self) -> None:
+        self.engine.zero_grad()
         zero = self.engine.optimizer
         zero.zero_grad(set_to_none=True)
         for bucket in zero.ipg_buckets.values():
