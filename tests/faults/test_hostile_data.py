@@ -76,7 +76,7 @@ def test_a_token_file_that_changes_under_a_run(tmp_path: Path, name: str) -> Non
     assert ended.codes == [env.DATA] * 2, ended
     for rank, text in enumerate(ended.err):
         (line,) = text.splitlines()
-        assert line.startswith(f"error: rank {rank}, step 2: data.path=") and words in line
+        assert line.startswith(f"error: rank {rank}, step 2, phase step: data.path=") and words in line
     report("31", "exit 66, one line", change=name, seconds=round(ended.seconds, 2))
 
 
