@@ -241,7 +241,7 @@ def test_the_command_stops_all_ranks_and_names_layer_and_expert(tmp_path: Path) 
     ended = command(tmp_path, 2, one_row, memory_mb=1, over_memory="stop")
     assert ended.codes == [env.MEMORY] * 2 and len(ended.errors) == 1, ended
     line = ended.errors[0]
-    assert line.startswith("error: step 1, MoE layer of block 0: expert-parallel rank ")
+    assert ", step 1, phase first step: out of memory: MoE layer of block 0: expert-parallel rank " in line
     assert "times the mean" in line and "for expert " in line
     report("34", "exit 77 on all ranks", seconds=round(ended.seconds, 2))
 
@@ -267,5 +267,6 @@ def test_running_out_of_memory_names_the_layer(tmp_path: Path) -> None:
     ended = command(tmp_path, 1, within)
     assert ended.codes == [env.MEMORY] and len(ended.errors) == 1, ended
     line = ended.errors[0]
-    assert line.startswith("error: step 2, out of memory: MoE layer of block 1: ") and "can't allocate memory" in line
+    assert line.startswith("error: rank 0, step 2, phase step: out of memory: MoE layer of block 1: ")
+    assert "can't allocate memory" in line
     report("34", "exit 77, layer named", limit="RLIMIT_AS")
