@@ -31,7 +31,11 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that replaces all variables of launchers."""
 
     def replace(**given: str) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI", "TORCHELASTIC"))}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM", "OMPI", "PMI", "TORCHELASTIC", "EQUIMOE_EXIT"))
+        }
         kept = {k: v for k, v in kept.items() if k not in (*env.PLACE, *env.LOCAL_WORLD)}
         monkeypatch.setattr(os, "environ", {**kept, **given})
 
