@@ -54,7 +54,7 @@ def build_engine(
     parts: list[nn.Module] = [model]
     if mesh is not None:
         whole = [model] if mesh.degrees.pp == 1 else _stages(model, mesh)
-        parts = [parallelize(part, mesh, dtype) for part in whole]
+        parts = [parallelize(part, mesh, dtype, reduced=True) for part in whole]
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
     runner: Runner

@@ -19,7 +19,7 @@ from .tied import tie_again, tied_weights
 M = TypeVar("M", bound=nn.Module)
 
 
-def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
+def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None, *, reduced: bool = False) -> M:
     """Split ``model`` over ``mesh`` (from :func:`equimoe.moe.parallel.build_mesh`), in place.
 
     All ranks must start from the same weights (same seed). In any model, the experts of MoE layers are split and their
@@ -27,9 +27,13 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     pipeline stage of one; FSDP2 wraps its blocks one by one. ``dtype`` is FSDP2's compute dtype. A weight that the
     model uses in several places stays one weight. Raises ValueError if the split makes that impossible.
 
-    Gradients are sums over ranks, not means. Clip them with :func:`clip_grad_norm_`; torch's own function raises.
-    :func:`equimoe.moe.engines.build_engine` calls this function and sets up the reduction of gradients.
+    FSDP2 sums the gradients of weights that it shards over ranks; it does not average them. Nothing here reduces the
+    gradients of replicated weights. ``reduced`` promises that you sum them over the ranks yourself, before each update;
+    without it, a mesh that leaves some raises ValueError. :func:`equimoe.moe.engines.build_engine` calls this function
+    and reduces them. Clip gradients with :func:`clip_grad_norm_`; torch's own function raises.
     """
+    if not reduced:
+        _refuse_unreduced(mesh)
     degrees, tied = mesh.degrees, tied_weights(model)
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
@@ -40,6 +44,20 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None) -> M:
     if degrees.data_parallel == "fsdp":
         apply_fully_sharded(model, mesh, dtype)
     return model
+
+
+def _refuse_unreduced(mesh: Mesh) -> None:
+    degrees = mesh.degrees
+    if degrees.data_parallel == "ddp" and mesh["stage"].size > 1:
+        name, remedy = "data_parallel='ddp'", "set parallel.data_parallel='fsdp', train with build_engine(...)"
+    elif degrees.tp > 1:
+        name, remedy = f"tp={degrees.tp}", "train with build_engine(...)"
+    else:
+        return
+    raise ValueError(
+        f"parallel.{name}: parallelize leaves replicated weights whose gradients nobody sums over ranks, so that their "
+        f"replicas would drift apart; {remedy}, or sum them yourself and pass reduced=True"
+    )
 
 
 def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:

@@ -96,7 +96,7 @@ def test_dispatchers_wait_for_their_sizes_alone(backend: str) -> None:
         )
         with torch.device("cuda"):
             layer, x = MoE(config), torch.randn(TOKENS, 32, requires_grad=True)
-        parallelize(layer, mesh_of(**degrees))
+        parallelize(layer, mesh_of(**degrees), reduced=True)
         return summary(watched(layer, x))
 
     def body() -> dict[str, dict[str, Any]]:
@@ -136,7 +136,7 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> No
             vocab_size=64, seq_len=64, num_layers=1, num_heads=2, intermediate_size=48, moe=moe, attention=attention
         )
         # the model is built and split on the host, and all of it must follow to the device
-        model = parallelize(model, mesh).to("cuda")
+        model = parallelize(model, mesh, reduced=True).to("cuda")
         parameters = list(model.parameters())
         optimizer = build_optimizer(parameters, OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")

@@ -123,7 +123,7 @@ def test_capacity_counts_before_the_drop() -> None:
         mesh = build_mesh(ParallelConfig(ep=2))
         torch.manual_seed(0)
         layer = MoE(replace(CONFIG, capacity=capacity)).double()
-        parallelize(layer, mesh)
+        parallelize(layer, mesh, reduced=True)
         (layer(tokens(rank, (8, 8))) * 0).sum().backward()
         return layer.router.weight.grad, layer.stats.dropped_fraction
 
@@ -149,7 +149,7 @@ def test_same_collectives_on_every_rank() -> None:
     """torch's checker must find the same collectives on every rank, also on one without tokens."""
 
     def script(rank: int, world: int) -> bool:
-        model = parallelize(make(), build_mesh(ParallelConfig(ep=2)))
+        model = parallelize(make(), build_mesh(ParallelConfig(ep=2)), reduced=True)
         for _ in range(2):
             model(tokens(rank, (0, 5))).sum().backward()
         return bool(clip_grad_norm_(model.parameters(), 1.0).isfinite())
@@ -163,7 +163,7 @@ def test_norm_counts_split_gradients_once() -> None:
     """
 
     def script(rank: int, world: int, ep: int) -> tuple[float, float]:
-        model = parallelize(make(), build_mesh(ParallelConfig(ep=ep)))
+        model = parallelize(make(), build_mesh(ParallelConfig(ep=ep)), reduced=True)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         norm = clip_grad_norm_(model.parameters(), 1.0)

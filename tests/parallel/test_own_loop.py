@@ -20,7 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, Step, counting_pass
 from equimoe.moe.balance.auto import registry
-from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_
+from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_, parallelize
 from tests.helpers import oracle, trained
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import full
@@ -160,6 +160,30 @@ def test_flat_parameters_balance_if_the_number_of_backwards_is_known(driven: boo
 
     for moved in run_ranks(script, WORLD):
         assert moved == pytest.approx([0.01] * 3)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ({}, "parallel.data_parallel='ddp': .* would drift apart; set parallel.data_parallel='fsdp'"),
+        ({"ep": 2}, "parallel.data_parallel='ddp'"),
+        ({"tp": 2}, "parallel.data_parallel='ddp'"),
+        ({"tp": 2, "data_parallel": "fsdp"}, "parallel.tp=2: .* build_engine"),
+        ({"ep": 2, "data_parallel": "fsdp"}, ""),
+        ({"pp": 2}, ""),
+    ],
+)
+def test_weights_that_nobody_reduces_are_refused(degrees: dict[str, Any], message: str) -> None:
+    """In one's own loop, unless it is said that the loop reduces them."""
+
+    def script(rank: int, world: int) -> None:
+        mesh, model = build_mesh(ParallelConfig(**degrees)), trained.make()
+        if message:
+            with pytest.raises(ValueError, match=message + ".*pass reduced=True"):
+                parallelize(model, mesh)
+        parallelize(model, mesh, reduced=bool(message))
+
+    run_ranks(script, WORLD)
 
 
 def test_the_default_group_is_none() -> None:

@@ -328,7 +328,7 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
 
     def script(rank: int, world: int) -> list[dict[str, Any]]:
         mesh = build_mesh(ParallelConfig(pp=2, data_parallel=data_parallel, **split_experts))
-        stages = [parallelize(stage, mesh) for stage in stages_of(mesh["pp"], schedule)]
+        stages = [parallelize(stage, mesh, reduced=True) for stage in stages_of(mesh["pp"], schedule)]
         shape = (SEQUENCES // 2, SEQ, HIDDEN)
         pipeline = Pipeline(stages, mesh["pp"], schedule, 4, torch.device("cpu"), shape, torch.float64)
         named = [item for stage in stages for item in stage.named_parameters()]

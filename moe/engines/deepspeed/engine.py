@@ -65,7 +65,7 @@ def build_deepspeed_engine(
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
     check_alike(model, world)
     if mesh is not None:
-        parallelize(model, mesh)
+        parallelize(model, mesh, reduced=True)
     _join(device)
     adopt_experts(model, 1 if mesh is None else mesh["ep"].size, float(world.size), zero_stage)
     parameters = dict(model.named_parameters())
