@@ -122,7 +122,7 @@ def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
     ended = run(faults="oom@rank=1,step=2,phase=forward")
     assert ended.codes == [env.MEMORY] * 2, ended
     (line,) = ended.errors
-    assert line.startswith("error: rank 1, step 2, phase step: ran out of memory (CUDA out of memory."), ended
+    assert line.startswith("error: rank 1, step 2, phase step: out of memory: MoE layer of block 0: CUDA out of"), ended
 
 
 @pytest.mark.parametrize("rank", [0, 1])
