@@ -273,7 +273,8 @@ class DispatchConfig:
     #: keep of each for the backward. None: no limit. Needs "all_to_all"
     memory_mb: int | None = None
     #: if ``memory_mb`` is too little. chunk: compute in parts, each of which fits, and compute them once more in the
-    #: backward; the run ends only if no parts fit. stop: end the run, and name the layer and its busiest expert
+    #: backward; the run ends only if no parts fit (not with FSDP2). stop: end the run, and name the layer and its
+    #: busiest expert
     over_memory: Literal["chunk", "stop"] = "chunk"
 
     def __post_init__(self) -> None:

@@ -190,7 +190,11 @@ class BudgetedDispatcher(AllToAllDispatcher):
 
 
 class _Again(torch.autograd.Function):
-    """Runs a function without keeping anything, and runs it once more in the backward."""
+    """Runs a function without keeping anything, and runs it once more in the backward.
+
+    ``parameters`` are the weights that it uses. FSDP2 may not hold them: it gathers weights per forward, and collects
+    their gradients itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Tensor], rows: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ class _Again(torch.autograd.Function):
         try:
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                 y = ctx.run(*inputs)
-            grads = torch.autograd.grad(y, [*inputs, *ctx.parameters], grad, allow_unused=True)
+            grads = torch.autograd.grad(y, [*inputs, *ctx.parameters], grad)
         finally:
             keeping.reset(token)
         return None, *grads

@@ -286,6 +286,14 @@ class TrainConfig:
         check_literals(self)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        dispatch = self.moe.dispatch
+        require(
+            dispatch.memory_mb is None or dispatch.over_memory == "stop" or self.parallel.data_parallel != "fsdp",
+            "moe.dispatch.over_memory",
+            dispatch.over_memory,
+            "parallel.data_parallel='fsdp' gathers weights for a whole forward and not for its parts; use 'stop', or "
+            "data_parallel='ddp'",
+        )
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         require(
             self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,

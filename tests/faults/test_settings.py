@@ -71,6 +71,11 @@ BIG = str(10**30)
         (4, f"{NO_SP} {PAD} --data.seq_len 15", "moe.capacity.pad=True: parallel.tp=2 ranks share 15 positions"),
         (4, f"{NO_SP} {PAD} --data.seq_len 15 --moe.capacity.max_tokens 15", "max_tokens=15: a forward has 64 tokens"),
         (2, f"{NO_SP} --data.seq_len 15 --moe.dispatch.equal_tokens", "moe.dispatch.equal_tokens=True: parallel.tp=2"),
+        (
+            2,
+            "--parallel.data_parallel fsdp --moe.dispatch.memory_mb 64",
+            "moe.dispatch.over_memory='chunk': parallel.data_parallel='fsdp' gathers weights for a whole forward",
+        ),
         (1, "--parallel.timeout_s 1e30", "parallel.timeout_s=1e+30: must be between 0.1 and 100000"),
         (1, "--parallel.timeout_s 1e-300", "parallel.timeout_s=1e-300: must be between 0.1 and 100000"),
         (1, "--parallel.timeout_s inf", "--parallel.timeout_s=inf: must be a finite number"),
