@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -245,6 +245,14 @@ class TrainConfig:
         check_literals(self)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        for name in ("deepspeed", "megatron"):
+            section = getattr(self, name)
+            given = [f.name for f in fields(section) if getattr(section, f.name) != f.default]
+            if given and self.engine != name:
+                raise ValueError(
+                    f"{name}.{given[0]}={getattr(section, given[0])}: has no effect with engine={self.engine!r}; set "
+                    f"engine={name!r}, or leave it out"
+                )
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         require(
             self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,
