@@ -22,4 +22,4 @@ def finite_everywhere(losses: Sequence[Tensor], norm: Tensor, axis: Axis) -> boo
     A gradient can be damaged on one rank after it has been reduced. If each rank decided on its own, some would update
     their weights and others would not.
     """
-    return int(sum_over(finite_here(losses, norm).long(), axis).get()) == axis.size
+    return bool(sum_over(finite_here(losses, norm).long(), axis).get() == axis.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -294,6 +294,14 @@ class TrainConfig:
             "parallel.data_parallel='fsdp' gathers weights for a whole forward and not for its parts; use 'stop', or "
             "data_parallel='ddp'",
         )
+        for name in ("deepspeed", "megatron"):
+            section = getattr(self, name)
+            given = [f.name for f in fields(section) if getattr(section, f.name) != f.default]
+            if given and self.engine != name:
+                raise ValueError(
+                    f"{name}.{given[0]}={getattr(section, given[0])}: has no effect with engine={self.engine!r}; set "
+                    f"engine={name!r}, or leave it out"
+                )
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         require(
             self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,

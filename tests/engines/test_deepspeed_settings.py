@@ -52,6 +52,10 @@ def adamw(trainable: dict[str, nn.Parameter]) -> torch.optim.AdamW:
             "hpz_partition_size=2 .* set it to 1",
         ),
         ({"zero_optimization": {"mics_shard_size": 2}}, {"zero_stage": 3}, "mics_shard_size=2 .* set it to -1"),
+        ({"train_batch_sise": 9}, {}, "train_batch_sise .* no such field; did you mean train_batch_size?"),
+        ({"zzz": 9}, {}, "zzz .* no such field; leave it out"),
+        ({"prescale_gradients": True}, {"zero_stage": 2}, "prescale_gradients=True .* is False"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, "data_types.grad_accum_dtype=bf16 .* is fp32"),
         ({"use_data_before_expert_parallelism": True}, {}, "use_data_before_expert_parallelism=True"),
     ],
 )

@@ -6,10 +6,12 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from equimoe.moe.train.config import DeepSpeedConfig, MegatronConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
@@ -40,6 +42,22 @@ def test_without_its_package_an_import_names_the_extra(missing: str) -> None:
     with pytest.raises(ImportError, match=rf"{missing}.*pip install 'equimoe\[{missing}\]'") as raised:
         importlib.import_module(f"equimoe.moe.engines.{missing}")
     assert "\n" not in str(raised.value) and raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deepspeed": DeepSpeedConfig(config="zero.json")}, "deepspeed.config=zero.json: .* set engine='deepspeed'"),
+        ({"deepspeed": DeepSpeedConfig(zero_stage=2), "engine": "megatron"}, "deepspeed.zero_stage=2: has no effect"),
+        (
+            {"megatron": MegatronConfig(False), "engine": "deepspeed"},
+            "distributed_optimizer=False: .*megatron",
+        ),
+    ],
+)
+def test_options_of_another_engine_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
 
 
 def test_the_core_imports_no_foreign_engine() -> None:

@@ -24,6 +24,9 @@ OTHER_VALUES = {
 
 #: options that must be set first
 ALSO = {
+    "deepspeed.zero_stage": ["--engine=deepspeed"],
+    "deepspeed.config": ["--engine=deepspeed"],
+    "megatron.distributed_optimizer": ["--engine=megatron"],
     "moe.router.kept_groups": ["--moe.router.groups=2"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
     "moe.capacity.max_tokens": ["--moe.capacity.pad"],
@@ -122,7 +125,8 @@ def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path)
 def test_awkward_text_comes_back_exactly(name: str, text: str, tmp_path: Path) -> None:
     section, field = name.split(".")
     start = TrainConfig()
-    config = replace(start, **{section: replace(getattr(start, section), **{field: text})})
+    engine = {"engine": section} if section == "deepspeed" else {}
+    config = replace(start, **engine, **{section: replace(getattr(start, section), **{field: text})})  # type: ignore[arg-type]
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert parse(["--config", str(file)]).config == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from ...parallel import ParallelConfig
@@ -10,6 +11,73 @@ from ...parallel import ParallelConfig
 _OURS = ("optimizer", "scheduler", "pipeline", "tensor_parallel", "expert_parallel", "torch_autocast")
 #: precisions of DeepSpeed's; "bfloat16" is an old name of "bf16"
 _PRECISIONS = ("fp16", "bf16", "bfloat16", "amp")
+#: the fields of DeepSpeed's configuration; it ignores all others, and so a misspelled one
+_FIELDS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "allgather_size",
+        "amp",
+        "autotuning",
+        "bf16",
+        "bfloat16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "compression_training",
+        "csv_monitor",
+        "curriculum_learning",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "eigenvalue",
+        "elasticity",
+        "expert_parallel",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "graph_harvesting",
+        "hybrid_engine",
+        "log_level",
+        "managed_gradient_accumulation",
+        "memory_breakdown",
+        "nebula",
+        "optimizer",
+        "pipeline",
+        "prescale_gradients",
+        "progressive_layer_drop",
+        "quantize_training",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
+        "sparse_attention",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensor_parallel",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "use_data_before_expert_parallelism",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "weight_quantization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
 #: the only value of fields of ``zero_optimization`` with which ZeRO handles experts and their moments correctly
 _ZERO = {
     "contiguous_gradients": True,
@@ -56,6 +124,10 @@ def build_config(
     """
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"deepspeed.zero_stage={zero_stage}: use 0, 1, 2 or 3")
+    for name in settings.keys() - _FIELDS:
+        near = get_close_matches(name, _FIELDS, 1)
+        remedy = f"did you mean {near[0]}?" if near else "leave it out"
+        raise ValueError(f"{name} in the DeepSpeed configuration: DeepSpeed has no such field; {remedy}")
     own = {
         "train_batch_size": micro_batch * micro_batches * ranks,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -76,6 +148,9 @@ def build_config(
             )
     settings = {name: value for name, value in settings.items() if name not in _PRECISIONS}
     _agree("sequence_parallel_size", settings.get("sequence_parallel_size", 1), 1, "the DeepSpeed engine's")
+    _agree("prescale_gradients", settings.get("prescale_gradients", False), False, "the DeepSpeed engine's")
+    accumulated = _section(settings, "data_types").get("grad_accum_dtype")
+    _agree("data_types.grad_accum_dtype", accumulated or "fp32", "fp32", "the DeepSpeed engine's")
     order = "use_data_before_expert_parallelism"
     _agree(order, settings.get(order, False), False, "the mesh's order of ranks")
     for name in _OURS:
@@ -115,7 +190,7 @@ _SOURCES = {
 }
 
 
-def _agree(name: str, found: Any, expected: float, source: str) -> None:
+def _agree(name: str, found: Any, expected: float | str, source: str) -> None:
     if found not in ("auto", expected):
         raise ValueError(
             f"{name}={found} in the DeepSpeed configuration: {source} is {expected}; make them equal, or leave "

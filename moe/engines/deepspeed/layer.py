@@ -164,6 +164,7 @@ class MoE(Known, EquiMoE, _NotBuilt):
 
     * any ``k``; for k > 1 the weights are normalised before choices are dropped, not after;
     * a full expert keeps the choices with the highest weights (``use_rts`` has no effect);
+    * for k = 2, ``l_aux`` counts both choices of a token, and DeepSpeed's the first one only;
     * the second expert is the second best (``top2_2nd_expert_sampling`` has no effect), and nothing adds noise:
       ``noisy_gate_policy`` is refused, and so are ``use_tutel`` and ``enable_expert_tensor_parallelism``.
     """
