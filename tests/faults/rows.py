@@ -68,6 +68,8 @@ ROWS = {
     "56": "a loss spike on one rank",
     "57": "ranks lose their agent",
     "58": "stale or malformed variables of a launcher",
+    "59": "torchrun may restart, but the configuration is wrong or a number is not finite",
+    "60": "nothing: what the checks cost",
 }
 
 #: rows that tests in other folders hold: the functions, with all their parameters but the slow ones

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], i
     """Return the lines of the table, and how many rows hold."""
     lines, holding = [], 0
     for row, title in ROWS.items():
-        found = [report for report in reports if report["row"].split()[0] == row]
+        found = [report for report in reports if row in _numbers(report["row"])]
         if row in NOT_APPLICABLE:
             state = f"does not apply: {NOT_APPLICABLE[row]}"
         elif not found:
@@ -61,11 +62,17 @@ def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], i
     return lines, holding
 
 
+def _numbers(row: str) -> list[str]:
+    """Return the numbers at the start of a report's row, such as "1 2 a rank is killed"."""
+    return list(takewhile(str.isdigit, row.split()))
+
+
 def _words(report: dict[str, Any]) -> str:
     figures = {name: value for name, value in report.items() if name not in ("row", "outcome", "test")}
     numbers = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in figures.items()}
     shown = [f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()]
-    return report["outcome"] + (f" ({', '.join(shown)})" if shown else "")
+    what = " ".join([*report["row"].split()[len(_numbers(report["row"])) :], report["outcome"]])
+    return what + (f" ({', '.join(shown)})" if shown else "")
 
 
 def main(arguments: list[str]) -> int:

@@ -67,7 +67,7 @@ def test_torchrun_does_not_retry_what_would_fail_again(
     lines = job.logs().splitlines()
     assert sum(line.startswith("error: ") for line in lines) == 1, job.logs()
     assert int(exit_file.read_text()) == code
-    report("3 mistakes are not retried", "holds", code=code)
+    report("59 mistakes are not retried", "holds", code=code)
 
 
 def test_a_refused_start_is_not_a_takeover_after_torchruns_restart(options: list[str], tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_slurm_job_is_requeued_at_three_points(options: list[str], tmp_path:
     assert "ended before its first checkpoint; starting again" in log.read_text()
     assert "stopped by SIGTERM after step 7" in log.read_text()
     assert_like_a_straight_run(options, run_dir)
-    report("Slurm: requeued at three points", "holds", requeued=3)
+    report("52 Slurm, requeued at three points", "holds", requeued=3)
 
 
 def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: list[str], tmp_path: Path) -> None:
@@ -188,4 +188,4 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: 
     assert sum(starts) > 2
     assert re.fullmatch(r"step-0*12", checkpoint.newest(run_dir / "checkpoints").name)
     assert_like_a_straight_run(options, run_dir)
-    report("Kubernetes: two pods, one replaced", "holds", starts=sum(starts))
+    report("52 Kubernetes, one of two pods replaced", "holds", starts=sum(starts))

@@ -105,7 +105,7 @@ def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert seconds < 5
-    report("28 ranks end with torchrun", "holds", seconds=round(seconds, 2))
+    report("57 ranks end with torchrun", "holds", seconds=round(seconds, 2))
 
 
 @pytest.mark.slow

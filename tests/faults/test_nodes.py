@@ -49,7 +49,7 @@ def test_two_nodes_recover(options: list[str], tmp_path: Path, rendezvous: str, 
     job = Job(tmp_path / "run", [*options, "--requeue"], rendezvous, faults=FAULTS[what], environment=environment)
     recovered = job.supervise(300)
     report(
-        "2 two nodes, a killed rank or agent",
+        "2 51 two nodes",
         "holds" if recovered else "fails",
         what=what,
         rendezvous=rendezvous,

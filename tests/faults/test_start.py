@@ -112,6 +112,7 @@ def test_a_stale_rank_does_not_train(
         train.main(["--run-dir", str(tmp_path / "run")])
     assert ended.value.code == env.CONFIG and not (tmp_path / "run").exists()
     assert capsys.readouterr().err.startswith("error: RANK=1: is set, but WORLD_SIZE")
+    report("58", "one line", exit_code=env.CONFIG)
 
 
 # ---- the lock
