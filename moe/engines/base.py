@@ -83,6 +83,11 @@ class Engine(Protocol):
         DTensors where ranks hold different parts."""
         ...
 
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's tensors that this rank holds as parts of whole ones, by logical names, without
+        communication. An engine that keeps them in its own buffers returns none."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Return the model and optimizer tensors that a checkpoint must hold, by logical names. Changes nothing.
 

@@ -93,12 +93,16 @@ class TorchEngine:
         biases = {n: b for part in self.parts for n, b in part.named_buffers() if n.endswith("router.bias_E")}
         return {name: p.detach() for name, p in self.parameters.items()} | biases
 
+    def moments(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.moments`."""
+        if self.optimizer is None:
+            return {}
+        found = training_state(self._trained(), self.optimizer, {})
+        return {name: value for name, value in found.items() if name.startswith("optimizer.")}
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`."""
-        state = {f"model.{name}": weight for name, weight in self.weights().items()}
-        if self.optimizer is not None:
-            state |= training_state(self._trained(), self.optimizer, {})
-        return state
+        return {f"model.{name}": weight for name, weight in self.weights().items()} | self.moments()
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`."""

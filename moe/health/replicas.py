@@ -1,4 +1,4 @@
-"""Finds ranks whose copy of a weight differs from the other copies.  N parts of weights."""
+"""Finds ranks whose copy of a tensor differs from the other copies.  N parts of tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 
 class Replicas:
-    """Compares the copies of every weight that ranks of ``axis`` hold, by hashes of their bits.
+    """Compares the copies of every tensor that ranks of ``axis`` hold, by hashes of their bits.
 
-    ``weights`` are this rank's weights by their names in the whole model, plain tensors or DTensors. Ranks hold copies
-    of the same part if name and place agree, whatever shards the weight. Every rank must create one and call its
-    methods.
+    ``tensors`` are this rank's weights, or others, by their names in the whole model, plain tensors or DTensors. Ranks
+    hold copies of the same part if name and place agree, whatever shards the tensor. Every rank must create one and
+    call its methods.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], axis: Axis) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], axis: Axis) -> None:
         self._axis = axis
-        mine = [(name, _place(weight)) for name, weight in weights.items() if local_part(weight).numel()]
+        mine = [(name, _place(tensor)) for name, tensor in tensors.items() if local_part(tensor).numel()]
         keys = [mine]
         if axis.size > 1:
             keys = [[] for _ in range(axis.size)]
@@ -42,17 +42,17 @@ class Replicas:
         self._mine = {i: key[0] for i, key in enumerate(self.copies) if axis.rank in self.copies[key]}
 
     @torch.no_grad()
-    def difference(self, weights: Mapping[str, Tensor]) -> str | None:
-        """Return None if all copies are equal, else a sentence, the same on every rank, that names weight and ranks.
+    def difference(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Return None if all copies are equal, else a sentence, the same on every rank, that names tensor and ranks.
 
-        ``weights`` have the names and places given before. Sends 16 bytes per part, and copies no weight.
+        ``tensors`` have the names and places given before. Sends 16 bytes per part, and copies no tensor.
         """
         if not self.copies:
             return None
         device = device_of(self._axis)
         hashes_N = torch.full((len(self.copies),), _ABSENT, dtype=torch.int64, device=device)
         for i, name in self._mine.items():
-            hashes_N[i] = content_hash(local_part(weights[name])).clamp_min(_ABSENT + 1)
+            hashes_N[i] = content_hash(local_part(tensors[name])).clamp_min(_ABSENT + 1)
         # one MAX finds both extremes: ~ reverses the order without overflow
         extremes_2N = torch.stack((hashes_N, torch.where(hashes_N == _ABSENT, _ABSENT, ~hashes_N)))
         dist.all_reduce(extremes_2N, dist.ReduceOp.MAX, group=self._axis.group)
@@ -66,11 +66,11 @@ class Replicas:
         return f"{name}: {_minority(of_rank)}{_more(len(different) - 1)}"
 
 
-def _place(weight: Tensor) -> tuple[int, ...]:
-    """Return the offset and shape of this rank's part in the whole weight."""
-    if not isinstance(weight, DTensor):
-        return (*(0 for _ in weight.shape), *weight.shape)
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    """Return the offset and shape of this rank's part in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return (*(0 for _ in tensor.shape), *tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return (*offset, *shape)
 
 

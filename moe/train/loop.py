@@ -183,11 +183,11 @@ class Trainer:
         )
 
     def check_replicas(self) -> None:
-        """Raise DisagreementError, on every rank, if ranks hold different copies of a weight."""
-        weights = self.engine.weights()
+        """Raise DisagreementError, on every rank, if ranks hold different copies of a weight or of its moments."""
+        held = self.engine.weights() | self.engine.moments()
         if self._replicas is None:
-            self._replicas = Replicas(weights, self.axis)
-        found = self._replicas.difference(weights)
+            self._replicas = Replicas(held, self.axis)
+        found = self._replicas.difference(held)
         if found is not None:
             raise DisagreementError(f"{found}; a bit flipped, or only some ranks changed it: resume from a checkpoint")
 

@@ -31,13 +31,18 @@ def replayed(engine: Engine, batches: list[Batch], lr: float, axis: Axis, accept
         engine.step(batches, lr, record)
 
     def compare(computed: Computed) -> bool:
-        different_P = torch.zeros(axis.size, dtype=torch.int64, device=computed.norm.device)
-        different_P[axis.rank] = int(not torch.equal(first[0], _hashes(computed)))
-        ranks = sum_over(different_P, axis).get().nonzero().flatten().tolist()
-        if ranks:
+        again, losses = _hashes(computed), len(computed.losses)
+        different_P2 = torch.zeros(axis.size, 2, dtype=torch.int64, device=computed.norm.device)
+        parts = zip((first[0][:losses], first[0]), (again[:losses], again), strict=True)
+        different_P2[axis.rank] = torch.tensor([not torch.equal(one, two) for one, two in parts]).to(different_P2)
+        of_losses, of_any = sum_over(different_P2, axis).get().T.tolist()
+        if any(of_any):
+            # a gradient is reduced over ranks, so a wrong one is soon on all of them; a loss is a rank's own
+            what, who = ("losses", of_losses) if any(of_losses) else ("gradients", of_any)
+            ranks = [rank for rank, count in enumerate(who) if count]
             raise DisagreementError(
-                f"computing the step twice gave different losses or gradients on ranks {ranks}; if its kernels are "
-                "deterministic, their hardware is at fault: leave it out, and resume"
+                f"computing the step twice gave different {what} on ranks {ranks}; if its kernels are deterministic, "
+                "hardware is at fault: leave it out, and resume"
             )
         return accept(computed)
 

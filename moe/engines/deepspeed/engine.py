@@ -180,6 +180,10 @@ class DeepSpeedEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.weights`."""
         return {name: self._logical(name, p.detach()) for name, p in self.parameters.items()} | self._biases()
 
+    def moments(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.moments`."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers what ZeRO shards."""
         found = self._shards.state()

@@ -347,6 +347,10 @@ class MegatronEngine:
         found = {name: weight.logical(weight.parameter.detach()) for name, weight in self._held.items()}
         return found | {f"blocks.{n}.mlp.router.bias_E": bias_E for n, bias_E in biases.items()}
 
+    def moments(self) -> dict[str, Tensor]:
+        """See :meth:`equimoe.moe.engines.base.Engine.moments`."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.state`. Every rank must call it: it gathers sharded moments."""
         found = {f"model.{name}": weight for name, weight in self.weights().items()}
