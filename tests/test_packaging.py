@@ -357,7 +357,18 @@ def test_either_process_can_fail_the_suite(
     assert verdicts[place] == "FAILED with exit code 3" and verdicts[1 - place] == "passed"
 
 
-@pytest.mark.parametrize("failing", ["nothing", "-m not slow and not engines", "-m slow", "-m engines", "ruff", "mypy"])
+KINDS = {
+    "nothing": None,
+    "-m not slow and not engines": "test",
+    "-m slow": "test-slow",
+    "tests/faults/run.py": "faults",
+    "-m engines": "engines",
+    "ruff": "check",
+    "mypy": "check",
+}
+
+
+@pytest.mark.parametrize("failing", KINDS)
 def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path: Path, failing: str) -> None:
     python = tmp_path / ".venv" / "bin" / "python"
     python.unlink()
@@ -366,10 +377,8 @@ def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
-    lines = done.stdout.splitlines()[-4:]
-    failed = {"-m not slow and not engines": "test", "-m slow": "test-slow", "-m engines": "engines"}.get(failing)
-    failed = "check" if failing in ("ruff", "mypy") else failed
-    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "check"]
+    lines, failed = done.stdout.splitlines()[-5:], KINDS[failing]
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "faults", "engines", "check"]
     assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
     assert (done.returncode == 0) == (failed is None)
 
