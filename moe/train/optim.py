@@ -36,8 +36,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 def rise_on_resume(saved: OptimConfig, saved_steps: int, config: TrainConfig, step: int) -> tuple[float, float] | None:
     """Return the learning rates of the last step and of the next one, ``step``, if a changed schedule raises it.
 
-    Else return None, also if the rate would have risen with the ``saved`` schedule.
+    Else return None, also if the rate would have risen with the ``saved`` schedule, or rises in the warm-up.
     """
+    if step < config.optim.warmup_steps:
+        return None
     last, now = learning_rate(saved, step - 1, saved_steps), learning_rate(config.optim, step, config.steps)
     planned = max(last, learning_rate(saved, min(step, saved_steps - 1), saved_steps))
     return (last, now) if now > 1.1 * planned else None
