@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,16 +95,24 @@ class Saver:
         if error is None:
             return
         failure = _failure(error, writer, final)
-        if ranks.rank() == 0:
-            with contextlib.suppress(OSError):
-                remove(writer.folder)
+        _discard(writer)
         raise failure
 
     def settle(self, seconds: float) -> None:
-        """Give the save in flight some time to end, however it ends. For a run that ends with another error."""
-        if self._flight is not None:
-            with contextlib.suppress(Exception):
-                self._flight[0].result(seconds)
+        """Give the save in flight some time to end. For a run that ends with another error, which this never replaces.
+
+        What a failed save has written is deleted.
+        """
+        if self._flight is None:
+            return
+        future, writer, _ = self._flight
+        try:
+            error = future.exception(seconds)
+        except (TimeoutError, CancelledError):
+            return
+        self._flight = None
+        if error is not None:
+            _discard(writer)
 
     def close(self) -> None:
         """Wait for the save in flight, and leave the process group of saves."""
@@ -123,6 +131,13 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
         return saver.start(root, step, state, position)
     finally:
         saver.close()
+
+
+def _discard(writer: ShardWriter) -> None:
+    """Delete what a failed save has written, on rank 0."""
+    if ranks.rank() == 0:
+        with contextlib.suppress(OSError):
+            remove(writer.folder)
 
 
 def _failure(error: BaseException, writer: ShardWriter, final: Path) -> Exception:
