@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +22,16 @@ from .manifest import printable
 from .retention import Retention
 from .store import commit
 from .tensors import DTYPES, Saved
-from .writer import STATE, NonFiniteStateError, ShardWriter, StagedPlanner, Stager, background_group
-
-
-class SaveError(RuntimeError):
-    """Raised if a checkpoint could not be written. Older checkpoints are unchanged."""
+from .writer import (
+    STATE,
+    LostFolderError,
+    NonFiniteStateError,
+    SaveError,
+    ShardWriter,
+    StagedPlanner,
+    Stager,
+    background_group,
+)
 
 
 class Saver:
@@ -36,6 +42,10 @@ class Saver:
         self._retention = Retention(keep_last)
         self._stager: Stager | None = None
         self._flight: tuple[Future[Any], ShardWriter, Path] | None = None
+        #: steps whose checkpoints have become complete since the loop last took them
+        self.completed: list[int] = []
+        #: says on rank 0 why the folder is not this run's any more; empty if it is
+        self.guard: Callable[[], str] = lambda: ""
 
     def start(self, root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any]) -> Path:
         """Begin to write ``state`` (logical name -> tensor or DTensor) and ``position`` (JSON) as ``root/step-...``.
@@ -58,7 +68,7 @@ class Saver:
             commit(partial, final, step, position, tensors, files)
             self._retention.apply(root, final)
 
-        writer = ShardWriter(partial, finish)
+        writer = ShardWriter(partial, finish, self.guard)
         future = dcp.async_save(
             {STATE: {name: logical(name, value) for name, value in state.items()}},
             storage_writer=writer,
@@ -85,7 +95,8 @@ class Saver:
     def wait(self) -> None:
         """Wait for the save in flight, if any.
 
-        Raises SaveError if it could not be written, and NonFiniteStateError if a tensor is not finite, on every rank.
+        Raises SaveError if it could not be written, LostFolderError if the folder is not this run's any more, and
+        NonFiniteStateError if a tensor is not finite, on every rank.
         """
         if self._flight is None:
             return
@@ -93,8 +104,10 @@ class Saver:
         error = future.exception()
         self._flight = None
         if error is None:
+            self.completed.append(_step_of(final))
             return
-        failure = _failure(error, writer, final)
+        lost = ranks.gather(writer.guard())[0]
+        failure = LostFolderError(lost) if lost else _failure(error, writer, final)
         _discard(writer)
         raise failure
 
@@ -105,13 +118,15 @@ class Saver:
         """
         if self._flight is None:
             return
-        future, writer, _ = self._flight
+        future, writer, final = self._flight
         try:
             error = future.exception(seconds)
         except (TimeoutError, CancelledError):
             return
         self._flight = None
-        if error is not None:
+        if error is None:
+            self.completed.append(_step_of(final))
+        else:
             _discard(writer)
 
     def close(self) -> None:
@@ -135,9 +150,13 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
 
 def _discard(writer: ShardWriter) -> None:
     """Delete what a failed save has written, on rank 0."""
-    if ranks.rank() == 0:
+    if ranks.rank() == 0 and not writer.guard():
         with contextlib.suppress(OSError):
             remove(writer.folder)
+
+
+def _step_of(final: Path) -> int:
+    return int(final.name.removeprefix("step-"))
 
 
 def _failure(error: BaseException, writer: ShardWriter, final: Path) -> Exception:

@@ -345,10 +345,16 @@ def run(
         if progress is not None:
             progress.show(record)
 
+    def publish_saves() -> None:
+        for saved in trainer.saver.completed:
+            publish({"kind": "checkpoint", "step": saved})
+        trainer.saver.completed.clear()
+
     stop = 0
     try:
         while trainer.step < config.steps and not stop:
             trainer.saver.check()
+            publish_saves()
             step, last = trainer.step + 1, trainer.step + 1 == config.steps
             logged = last or step % config.log.every == 0
             pulse.begin(step)
@@ -381,8 +387,10 @@ def run(
             since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
         pulse.enter("save")
         trainer.saver.wait()
+        publish_saves()
     except BaseException:
         trainer.saver.settle(config.parallel.timeout_s)
+        publish_saves()
         raise
     if stop and trainer.step < config.steps:
         raise Stopped(stop)
