@@ -109,6 +109,27 @@ def test_more_files_than_parts_are_refused(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["reshard", "export"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_nothing_behind(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    there: bool,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_tensors", full)
+    (tmp_path / "out").mkdir() if there and name == "reshard" else None
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(capsys, name, run_dir, "--out", tmp_path / "out")
+    assert code == env.CANNOT_WRITE and out == "" and "No space left on device" in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -57,7 +57,7 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
     final = out / f"step-{manifest['step']:08d}"
     if final.exists():
         raise ValueError(f"--out={out}: already contains {final.name}; choose another folder")
-    partial = final.with_name(f"{final.name}.tmp")
+    partial, new = final.with_name(f"{final.name}.tmp"), not out.exists()
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -77,7 +77,7 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
                     written[file] = write_tensors(partial / file, values)
         commit(partial, final, manifest["step"], manifest["position"], tensors, written)
     except BaseException:
-        remove(partial)
+        remove(out if new else partial)
         raise
     return final
 
