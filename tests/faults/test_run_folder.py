@@ -85,8 +85,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("lose", LOSSES)
-@pytest.mark.parametrize("every", ["2", "0"])
+@pytest.mark.parametrize(("lose", "every"), [*((lose, "2") for lose in LOSSES), (_empty, "0")])
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
     tmp_path: Path, run: Callable[..., Ended], lose: Callable[[Path], None], every: str
 ) -> None:
@@ -210,10 +209,11 @@ def test_metrics_are_not_written_to_a_pipe(tmp_path: Path) -> None:
 # ---- a folder that disappears
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("instead", ["nothing", "another", "another while saving", "lock deleted"])
+@pytest.mark.parametrize(
+    ("instead", "world"), [("nothing", 1), ("another", 2), ("another while saving", 2), ("lock deleted", 1)]
+)
 def test_a_folder_that_disappears_ends_the_run_at_the_next_save(
-    tmp_path: Path, run: Callable[..., Ended], world: int, instead: str
+    tmp_path: Path, run: Callable[..., Ended], instead: str, world: int
 ) -> None:
     """Nothing is written to, or deleted from, a folder that takes its place."""
     folder = tmp_path / "run"
