@@ -17,6 +17,7 @@ from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
 from . import env
 from .text import counted
+from .usage import Parser
 
 
 @env.command
@@ -102,6 +103,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {"verify": verify, "show": show, "reshard": reshard, "export": export}
+#: what ``--out`` means for each command that writes
+OUT = {
+    "reshard": "folder in which the new checkpoint gets a folder of its own, as in OUT/step-00000100",
+    "export": "new folder for the files themselves; it must not exist",
+}
 
 
 def _flat(value: Any, prefix: str = "") -> list[str]:
@@ -121,7 +127,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m equimoe.launch.checkpoint", description=f"{summary.split(':')[0]}. {' '.join(more.split())}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="verify|show|reshard|export")
@@ -129,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         one.add_argument("dir", type=Path, metavar="DIR", help="folder of a checkpoint or of a run")
         if name in ("reshard", "export"):
-            one.add_argument("--out", type=Path, required=True, help="folder to write to")
+            one.add_argument("--out", type=Path, required=True, help=OUT[name])
         if name == "reshard":
             one.add_argument("--files", type=int, default=1, help="number of files; default 1")
         if name == "export":

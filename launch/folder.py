@@ -67,6 +67,19 @@ class RunLock:
         self._write()
         threading.Thread(target=self._renew, name="run folder's lock", daemon=True).start()
 
+    def lost(self) -> str:
+        """Say that the folder is not the one that was locked any more; empty if it still is."""
+        try:
+            held, there = os.fstat(self._file), os.stat(self.path, follow_symlinks=False)
+            if (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino):
+                return ""
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # the file system has another problem, which the save will name
+            return ""
+        what = "was moved, deleted or replaced while the run used it"
+        return f"run_dir={str(self.run_dir)!r}: {what}; put it back, and add --resume to continue from its checkpoints"
+
     def release(self) -> None:
         """Give the folder back."""
         self._done.set()

@@ -10,6 +10,7 @@ from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.mesh import groups_of
 from . import env
 from .text import counted
+from .usage import Parser
 
 #: axis -> what the ranks of one group do together
 MEANING = {
@@ -29,7 +30,7 @@ MEANING = {
 
 @env.command
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exits with code 64 if the degrees do not fit."""
+    """Entry point. Exits with code 64 if an option is wrong or the degrees do not fit."""
     arguments = _parser().parse_args(argv)
     if arguments.world < 1 or arguments.node < 1:
         name = "world" if arguments.world < 1 else "node"
@@ -81,7 +82,7 @@ def _refuse(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m equimoe.launch.mesh", description=(__doc__ or "").split(":")[0])
+    parser = Parser(prog="python -m equimoe.launch.mesh", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--world", type=int, required=True, help="number of ranks")
     parser.add_argument("--node", type=int, default=8, help="ranks per node; default 8")
     parser.add_argument("--all", action="store_true", help="show every group")

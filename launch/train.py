@@ -31,7 +31,8 @@ from ..moe.train.judge import NonFiniteError
 from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
-from . import env, joining
+from . import earlier, env, joining
+from .earlier import EXIT_FILE
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .joining import gathered, together
@@ -40,14 +41,13 @@ from .report import write_report
 from .signals import Signals
 from .text import counted, short_count
 
-#: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
-EXIT_FILE = "exit_code"
 #: errors that all ranks raise together -> exit code
 ENDS: dict[type[Exception], int] = {
     NonFiniteError: env.NON_FINITE,
     DisagreementError: env.DISAGREEMENT,
     checkpoint.NonFiniteStateError: env.NON_FINITE,
     checkpoint.SaveError: env.CANNOT_WRITE,
+    checkpoint.LostFolderError: env.CANNOT_WRITE,
 }
 #: how many times as long as a step may last ranks may wait for each other at the start
 JOIN = 3.0
@@ -149,7 +149,8 @@ def _train(attempt: Attempt) -> None:
 def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitStack) -> None:
     launch, process = attempt.launch, attempt.process
     config, run_dir = launch.config, launch.run_dir
-    exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
+    # a new folder is not created before everything has been checked
+    exists = gathered(process, together(process, env.CANNOT_WRITE, lambda: earlier.exists(run_dir)))[0]
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
     corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
@@ -174,6 +175,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         lock = _lock(attempt, held)
     if lock is not None:
         lock.confirm()
+        trainer.saver.guard = lock.lost
     try:
         checkpoint.probe(run_dir / "checkpoints")
     except OSError as error:
@@ -189,6 +191,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     try:
         result = run(trainer, run_dir, metrics, progress, heartbeat, lambda: attempt.signals.number)
     except tuple(ENDS) as error:
+        if isinstance(error, checkpoint.LostFolderError):  # the folder of that name belongs to somebody else
+            process = replace(process, exit_files=process.exit_files[:-1])
         env.stop(process, ENDS[type(error)], f"after step {trainer.step}: {error}")
     except Stopped as request:
         stopped = request.signal
@@ -245,7 +249,7 @@ def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple
     After torchrun has restarted a failed run (``again``), with --resume, or under --requeue, that is the run's newest
     valid checkpoint. Exits if the folder of a new run already holds a run.
     """
-    root, choice, note = launch.run_dir / "checkpoints", None, ""
+    root, choice, note = launch.run_dir / earlier.CHECKPOINTS, None, ""
     resuming = launch.resume or launch.requeue or again
     if resuming:
         try:
@@ -255,23 +259,11 @@ def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple
         except checkpoint.CheckpointError as error:
             env.stop(process, env.CHECKPOINT, str(error))
         note = "" if choice is None else checkpoint.describe(choice)
-    begun = together(process, env.CHECKPOINT, lambda: _begun(launch, resuming, again, choice is not None))
-    if begun and choice is None:
-        note = f"{launch.run_dir}: the earlier attempt ended before its first checkpoint; starting again from step 0"
+    why_new = together(process, env.CHECKPOINT, lambda: earlier.check(launch, resuming, again, choice is not None))
+    note = note or why_new
     if note and process.rank == 0:
         print(f"note: {note}", file=sys.stderr, flush=True)
     return None if choice is None else (choice.path, choice.manifest)
-
-
-def _begun(launch: Launch, resuming: bool, again: bool, found: bool) -> bool:
-    """Return whether the run has begun before. Raises ValueError if the run folder and the options do not fit."""
-    run_dir, begun = launch.run_dir, (launch.run_dir / METRICS_FILE).exists()
-    if not resuming and checkpoint.complete(run_dir / "checkpoints"):
-        raise ValueError(f"run_dir={str(run_dir)!r}: already holds a run; add --resume, or choose another --run-dir")
-    if launch.resume and not (found or begun or again or launch.requeue):
-        what = "no complete checkpoint; start without --resume, or give the run's own folder"
-        raise ValueError(f"{run_dir / 'checkpoints'}: {what}")
-    return begun
 
 
 def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> MetricsWriter | None:
@@ -280,7 +272,7 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
     new = trainer.step == 0
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
     (launch.run_dir / EXIT_FILE).unlink(missing_ok=True)
-    write_atomically(launch.run_dir / "config.yaml", to_yaml(launch.config).encode())
+    write_atomically(launch.run_dir / earlier.CONFIG_FILE, to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if new:
         data, log = launch.config.data, launch.config.log

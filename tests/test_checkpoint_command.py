@@ -76,7 +76,7 @@ def test_show(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1] == "5 tensors, 292 bytes"
 
 
-@pytest.mark.parametrize("files", [1, 2, 3, 8])
+@pytest.mark.parametrize("files", [1, 2, 3, 6, 7])
 def test_reshard(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: int) -> None:
     code, out, err = call(capsys, "reshard", run_dir, "--out", tmp_path / "out", "--files", files)
     final = tmp_path / "out" / "step-00000002"
@@ -97,6 +97,67 @@ def test_reshard(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run_ranks(resume, 2) == [True, True]
     code, out, err = call(capsys, "reshard", run_dir, "--out", tmp_path / "out")
     assert code == env.CONFIG and "already contains step-00000002" in err and out == ""
+
+
+@pytest.mark.parametrize("files", [8, 10**8, 10**30])
+def test_more_files_than_parts_are_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: int
+) -> None:
+    code, out, err = call(capsys, "reshard", run_dir, "--out", tmp_path / "new" / "out", "--files", files)
+    assert code == env.CONFIG and out == "" and len(err.splitlines()) == 1
+    assert f"--files={files}: the tensors of " in err and err.endswith("can be split into at most 7 files\n")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["reshard", "export"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_nothing_behind(
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    there: bool,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_tensors", full)
+    (tmp_path / "out").mkdir() if there and name == "reshard" else None
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = call(capsys, name, run_dir, "--out", tmp_path / "out")
+    assert code == env.CANNOT_WRITE and out == "" and "No space left on device" in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "verify|show|reshard|export"),
+        (["explode", "x"], "explode"),
+        (["show"], "DIR"),
+        (["reshard", "x"], "--out"),
+        (["reshard", "x", "--out", "y", "--files", "many"], "--files: invalid int value: 'many'"),
+        (["verify", "x", "--deep\nly"], "--deep\\nly"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert code == env.CONFIG and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and words in err and err.endswith("; see --help\n")
+
+
+def test_help_says_where_files_go(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, words in (("reshard", "OUT/step-00000100"), ("export", "must not exist")):
+        code, out, err = call(capsys, name, "--help")
+        assert code == 0 and err == "" and words in " ".join(out.split())
+
+
+def test_verify_says_that_an_entry_is_no_folder(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints" / "step-00000009").write_text("a file")
+    code, out, err = call(capsys, "verify", run_dir)
+    assert code == env.CHECKPOINT and len(out.splitlines()) == 2
+    assert err == f"error: {run_dir}/checkpoints/step-00000009: is not a folder, and so not a checkpoint; delete it\n"
 
 
 @pytest.mark.parametrize("file_bytes", [1, 100, 10**9])

@@ -6,15 +6,16 @@ fill. A :class:`Saver` saves while training goes on.
 
 from .agreement import Choice, ViewError, choose, describe, probe
 from .manifest import MANIFEST, CheckpointError, read_manifest
-from .saver import SaveError, Saver, save
+from .saver import Saver, save
 from .state import expect_moments, restore_optimizer, training_state
 from .store import complete, contents, load, newest
-from .writer import NonFiniteStateError
+from .writer import LostFolderError, NonFiniteStateError, SaveError
 
 __all__ = [
     "MANIFEST",
     "CheckpointError",
     "Choice",
+    "LostFolderError",
     "NonFiniteStateError",
     "SaveError",
     "Saver",

@@ -40,7 +40,14 @@ def choose(root: Path) -> Choice | None:
     valid, and ViewError if the ranks see different ones.
     """
     here = _place(root)
-    places = gather((*here, [path.name for path in candidates(root)]))
+    own, why = [], ""
+    try:
+        own = [path.name for path in candidates(root)]
+    except CheckpointError as error:
+        why = str(error)
+    if reasons := [reason for reason in gather(why) if reason]:
+        raise CheckpointError(reasons[0])
+    places = gather((*here, own))
     for other, (*place, names) in enumerate(places):
         if names != places[0][-1]:
             odd = max(set(names) ^ set(places[0][-1]))
@@ -65,10 +72,10 @@ def choose(root: Path) -> Choice | None:
 
 
 def describe(choice: Choice) -> str:
-    """Say in one line which damaged checkpoints were passed over; empty if the newest one is valid."""
+    """Say in one line what was passed over, and why; empty if the newest one is valid."""
     if not choice.passed_over:
         return ""
-    return f"resuming from {choice.path.name}, because newer checkpoints are damaged: {_listed(choice.passed_over)}"
+    return f"resuming from {choice.path.name}, because newer ones are not valid: {_listed(choice.passed_over)}"
 
 
 def probe(root: Path) -> None:

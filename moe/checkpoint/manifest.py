@@ -70,6 +70,8 @@ def parse_manifest(path: Path) -> dict[str, Any]:
     Returns its fields; ``digest`` is the sha256 of the manifest as it is.
     """
     file = path / MANIFEST
+    if not path.is_dir() and os.path.lexists(path):
+        raise CheckpointError(f"{path}: is not a folder, and so not a checkpoint; delete it")
     try:
         content = read_plain(file, _MAX_BYTES)
         manifest = parse_json(content)

@@ -34,8 +34,8 @@ class Retention:
             old = self._superseded(root, saved)
             abandoned = [path for path in root.iterdir() if FOLDER.fullmatch(path.name.removesuffix(".tmp"))]
             old += [path for path in abandoned if path.suffix == ".tmp"]
-        except OSError as error:
-            warnings.warn(f"{root}: old checkpoints are kept ({error.strerror})", RuntimeWarning, stacklevel=2)
+        except (OSError, CheckpointError) as error:
+            warnings.warn(f"{root}: old checkpoints are kept ({error})", RuntimeWarning, stacklevel=2)
             return
         for path in old:
             try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +22,16 @@ from .manifest import printable
 from .retention import Retention
 from .store import commit
 from .tensors import DTYPES, Saved
-from .writer import STATE, NonFiniteStateError, ShardWriter, StagedPlanner, Stager, background_group
-
-
-class SaveError(RuntimeError):
-    """Raised if a checkpoint could not be written. Older checkpoints are unchanged."""
+from .writer import (
+    STATE,
+    LostFolderError,
+    NonFiniteStateError,
+    SaveError,
+    ShardWriter,
+    StagedPlanner,
+    Stager,
+    background_group,
+)
 
 
 class Saver:
@@ -36,6 +42,10 @@ class Saver:
         self._retention = Retention(keep_last)
         self._stager: Stager | None = None
         self._flight: tuple[Future[Any], ShardWriter, Path] | None = None
+        #: steps whose checkpoints have become complete since the loop last took them
+        self.completed: list[int] = []
+        #: says on rank 0 why the folder is not this run's any more; empty if it is
+        self.guard: Callable[[], str] = lambda: ""
 
     def start(self, root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any]) -> Path:
         """Begin to write ``state`` (logical name -> tensor or DTensor) and ``position`` (JSON) as ``root/step-...``.
@@ -58,7 +68,7 @@ class Saver:
             commit(partial, final, step, position, tensors, files)
             self._retention.apply(root, final)
 
-        writer = ShardWriter(partial, finish)
+        writer = ShardWriter(partial, finish, self.guard)
         future = dcp.async_save(
             {STATE: {name: logical(name, value) for name, value in state.items()}},
             storage_writer=writer,
@@ -85,7 +95,8 @@ class Saver:
     def wait(self) -> None:
         """Wait for the save in flight, if any.
 
-        Raises SaveError if it could not be written, and NonFiniteStateError if a tensor is not finite, on every rank.
+        Raises SaveError if it could not be written, LostFolderError if the folder is not this run's any more, and
+        NonFiniteStateError if a tensor is not finite, on every rank.
         """
         if self._flight is None:
             return
@@ -93,18 +104,30 @@ class Saver:
         error = future.exception()
         self._flight = None
         if error is None:
+            self.completed.append(_step_of(final))
             return
-        failure = _failure(error, writer, final)
-        if ranks.rank() == 0:
-            with contextlib.suppress(OSError):
-                remove(writer.folder)
+        lost = ranks.gather(writer.guard())[0]
+        failure = LostFolderError(lost) if lost else _failure(error, writer, final)
+        _discard(writer)
         raise failure
 
     def settle(self, seconds: float) -> None:
-        """Give the save in flight some time to end, however it ends. For a run that ends with another error."""
-        if self._flight is not None:
-            with contextlib.suppress(Exception):
-                self._flight[0].result(seconds)
+        """Give the save in flight some time to end. For a run that ends with another error, which this never replaces.
+
+        What a failed save has written is deleted.
+        """
+        if self._flight is None:
+            return
+        future, writer, final = self._flight
+        try:
+            error = future.exception(seconds)
+        except (TimeoutError, CancelledError):
+            return
+        self._flight = None
+        if error is None:
+            self.completed.append(_step_of(final))
+        else:
+            _discard(writer)
 
     def close(self) -> None:
         """Wait for the save in flight, and leave the process group of saves."""
@@ -123,6 +146,17 @@ def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, An
         return saver.start(root, step, state, position)
     finally:
         saver.close()
+
+
+def _discard(writer: ShardWriter) -> None:
+    """Delete what a failed save has written, on rank 0."""
+    if ranks.rank() == 0 and not writer.guard():
+        with contextlib.suppress(OSError):
+            remove(writer.folder)
+
+
+def _step_of(final: Path) -> int:
+    return int(final.name.removeprefix("step-"))
 
 
 def _failure(error: BaseException, writer: ShardWriter, final: Path) -> Exception:

@@ -82,11 +82,16 @@ def complete(root: Path) -> list[Path]:
 
 
 def candidates(root: Path) -> list[Path]:
-    """List all entries of a folder that have the name of a checkpoint, sorted by step."""
+    """List all entries of a folder that have the name of a checkpoint, sorted by step.
+
+    Raises CheckpointError if there is such a folder, but it cannot be read.
+    """
     try:
         names = os.listdir(root)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read ({error.strerror}); choose another --run-dir") from None
     return [root / name for name in sorted(names) if FOLDER.fullmatch(name)]
 
 

@@ -48,15 +48,19 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
     """Write the state of a checkpoint as a new one in folder ``out``, in ``files`` files of about equal size.
 
     Each tensor is split along its first dimension. No process group is needed. Returns the new checkpoint's path.
+    Raises ValueError if there are not so many parts.
     """
+    saved = contents(source, manifest)
+    most = max([len(saved), *(entry.shape[0] for entry in saved.values() if entry.shape)])
+    if files > most:
+        raise ValueError(f"--files={files}: the tensors of {source} can be split into at most {most} files")
     final = out / f"step-{manifest['step']:08d}"
     if final.exists():
         raise ValueError(f"--out={out}: already contains {final.name}; choose another folder")
-    partial = final.with_name(f"{final.name}.tmp")
+    partial, new = final.with_name(f"{final.name}.tmp"), not out.exists()
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        saved = contents(source, manifest)
         names = [f"rank{number:05d}-000.safetensors" for number in range(files)]
         boxes: dict[str, list[tuple[str, Chunk]]] = {name: [] for name in names}
         tensors = {}
@@ -73,7 +77,7 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
                     written[file] = write_tensors(partial / file, values)
         commit(partial, final, manifest["step"], manifest["position"], tensors, written)
     except BaseException:
-        remove(partial)
+        remove(out if new else partial)
         raise
     return final
 

@@ -51,6 +51,14 @@ class NonFiniteStateError(ValueError):
     """Raised if a tensor contains NaN or infinity. The state was not saved."""
 
 
+class SaveError(RuntimeError):
+    """Raised if a checkpoint could not be written. Older checkpoints are unchanged."""
+
+
+class LostFolderError(SaveError):
+    """Raised if the folder of the checkpoints is not this run's any more. Nothing is written or deleted there."""
+
+
 class Stager(AsyncStager):
     """Copies the boxes that this rank will write. Keeps the plan and the buffers for the next save."""
 
@@ -120,8 +128,15 @@ class StagedPlanner(DefaultSavePlanner):
 class ShardWriter(StorageWriter):
     """Writes each rank's boxes to safetensors files ``rank00000-000.safetensors``, ..."""
 
-    def __init__(self, folder: Path, commit: Callable[[dict[str, Saved], dict[str, dict[str, Any]]], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        commit: Callable[[dict[str, Saved], dict[str, dict[str, Any]]], None],
+        guard: Callable[[], str],
+    ) -> None:
         self.folder = folder
+        #: says on rank 0 why nothing may be written or deleted in the folder around this one; empty if it may
+        self.guard = guard
         #: bytes of all ranks; 0 until they are known
         self.total = 0
         self._commit = commit
@@ -137,6 +152,8 @@ class ShardWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder. DCP calls this on rank 0 before any rank writes."""
+        if why := self.guard():
+            raise LostFolderError(why)
         total = sum(_bytes_of(item) for plan in plans for item in plan.items)
         free = free_bytes(self.folder)
         self.total = total

@@ -5,12 +5,15 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 * ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per token, mean since the last record), grad_norm, lr, tokens (since step 0, over all
-  ranks), skipped (steps that were skipped so far), tokens_per_s (over all ranks), elapsed_s (of training since step 0),
+  ranks), skipped (steps that were skipped so far), postponed (sequences of such steps that are still to be read once
+  more; in the last step of a run, those that were not), tokens_per_s (over all ranks), elapsed_s (of training since
+  step 0),
   domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With several ranks, busy_s
   [rank] (seconds per step since the last record in which it worked instead of waiting for others) and stragglers (the
   ranks that others wait for, slowest first).
 * ``skip``: a step that was skipped. step (steps taken so far), reason, loss, grad_norm, sequences, and postponed: how
-  many of these sequences will be read once more.
+  many of these sequences will be read once more before the run ends.
+* ``checkpoint``: step of a checkpoint that has become complete.
 * ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
   max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
   divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),
@@ -207,6 +210,8 @@ class MetricsWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.is_symlink():  # in a folder from somebody else, it may point anywhere
                 raise ValueError(f"{self.path}: is a link, which is not followed; put the file itself there")
+            if self.path.exists() and not self.path.is_file():  # opening a pipe may never end
+                raise ValueError(f"{self.path}: is not a regular file; delete it, or choose another folder")
             if resume_step is None:
                 if self.path.exists():
                     os.replace(self.path, self.path.with_name("metrics.previous.jsonl"))
@@ -214,11 +219,17 @@ class MetricsWriter:
                 self._cut(resume_step)
             self.path.open("ab").close()
             self._size = self.path.stat().st_size
+            self._place = self._folder()
         except OSError as error:
             raise ValueError(
                 f"run_dir={str(run_dir)!r}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
         self._board: Any = self._open_board(0 if resume_step is None else resume_step + 1) if tensorboard else None
+
+    def _folder(self) -> tuple[int, int]:
+        """Identify the folder, because another one may get its name."""
+        found = self.path.parent.stat()
+        return found.st_dev, found.st_ino
 
     def _cut(self, step: int) -> None:
         records = (_parse(line) for line in self.path.read_bytes().split(b"\n"))
@@ -243,6 +254,8 @@ class MetricsWriter:
         """Append one record, see the module's docstring. Records of kind "train" and "eval" need a ``step``."""
         line = to_line(record)
         try:
+            if self._folder() != self._place:
+                raise OSError(errno.ENOENT, "its folder was replaced")
             # truncate to the last complete record first, because a failed write may have left a partial line
             with open(self.path, "r+b" if self.path.exists() else "wb") as file:
                 file.seek(min(self._size, file.seek(0, os.SEEK_END)))

@@ -35,7 +35,7 @@ from .judge import Judge, NonFiniteError
 from .optim import learning_rate
 from .replay import DisagreementError, replayed
 
-#: optimizer steps after which a postponed batch is read again
+#: optimizer steps after which a postponed batch is read again, unless the run ends before
 REVISIT_AFTER = 20
 
 
@@ -168,8 +168,10 @@ class Trainer:
         fault, postpone_to = self.judge.fault, None
         assert fault is not None
         if self.judge.revisits:
-            postpone_to = min(self.step + REVISIT_AFTER, self.config.steps - 1)
+            postpone_to = self.cursor.place(self.step, numbers, self.step + REVISIT_AFTER, self.config.steps)
         again = self.cursor.advance(numbers, postpone_to)
+        if postpone_to == self.config.steps:
+            again = 0  # unless the run is continued beyond its end
         self.skipped.append(
             {
                 "kind": "skip",
@@ -225,6 +227,7 @@ class Trainer:
             "lr": self.rate,
             "tokens": self.tokens,
             "skipped": self.judge.skips,
+            "postponed": self.cursor.waiting,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
             **step_record(rows, self.expert_fraction),
             "layers": rows,
@@ -345,10 +348,16 @@ def run(
         if progress is not None:
             progress.show(record)
 
+    def publish_saves() -> None:
+        for saved in trainer.saver.completed:
+            publish({"kind": "checkpoint", "step": saved})
+        trainer.saver.completed.clear()
+
     stop = 0
     try:
         while trainer.step < config.steps and not stop:
             trainer.saver.check()
+            publish_saves()
             step, last = trainer.step + 1, trainer.step + 1 == config.steps
             logged = last or step % config.log.every == 0
             pulse.begin(step)
@@ -381,8 +390,12 @@ def run(
             since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
         pulse.enter("save")
         trainer.saver.wait()
+        publish_saves()
+        if progress is not None and trainer.step >= config.steps and (unread := trainer.cursor.waiting):
+            progress.say(f"note: {unread} postponed sequences were not read again, because the run has ended")
     except BaseException:
         trainer.saver.settle(config.parallel.timeout_s)
+        publish_saves()
         raise
     if stop and trainer.step < config.steps:
         raise Stopped(stop)

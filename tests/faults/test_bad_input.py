@@ -195,7 +195,7 @@ def test_checkpoint_of_another_model(run: Callable[..., Ended]) -> None:
 
 def test_run_folder_that_cannot_be_made(run: Callable[..., Ended], tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    refused(run(), env.CANNOT_WRITE, "run_dir=", "cannot be written")
+    refused(run(), env.CANNOT_WRITE, "run_dir=", "run is not a folder; choose another --run-dir")
 
 
 def test_links_in_a_run_folder_are_not_written_through(run: Callable[..., Ended], tmp_path: Path) -> None:

@@ -145,8 +145,10 @@ def test_the_newest_valid_checkpoint_is_chosen(tmp_path: Path) -> None:
     choice = checkpoint.choose(tmp_path)
     assert choice is not None and len(choice.passed_over) == 6
     line = checkpoint.describe(choice)
-    assert line.startswith("resuming from step-00000003, because newer checkpoints are damaged: ") and "\n" not in line
+    assert line.startswith("resuming from step-00000003, because newer ones are not valid: ") and "\n" not in line
     assert "and 3 more" in line
+    for step in (97, 98, 99):
+        assert f"/step-000000{step}: is " in line and f"step-000000{step}/{checkpoint.MANIFEST}" not in line
     shutil.rmtree(tmp_path / "step-00000003")
     for step in (1, 2):
         flip(tmp_path / f"step-{step:08d}" / SHARD, 900)
@@ -326,7 +328,7 @@ def test_a_run_resumes_from_the_newest_valid_checkpoint_and_says_so(
     flip(root / "step-00000003" / "rank00001-000.safetensors", 900)
     again = run("--resume")
     assert again.codes == [0, 0] and len(again.errors) == 1
-    assert again.errors[0].startswith("note: resuming from step-00000002, because newer checkpoints are damaged: ")
+    assert again.errors[0].startswith("note: resuming from step-00000002, because newer ones are not valid: ")
     assert "step-00000003/rank00001-000.safetensors: sha256 differs" in again.errors[0]
     load_all(root / "step-00000003")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -351,17 +353,25 @@ def test_a_run_whose_ranks_see_different_checkpoints_ends(run: Callable[..., End
     assert "does not see step-00000003, unlike rank 0; put the run's folder" in ended.errors[0]
 
 
+def forget_checkpoints(run_dir: Path) -> None:
+    """Leave what a run leaves that is killed before its first save ends."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints" / "step-00000001.tmp").mkdir(parents=True)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join(line for line in lines if '"kind": "checkpoint"' not in line))
+
+
 def test_a_run_that_has_no_checkpoint_yet_starts_and_says_so(
     tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = run("--resume")
     assert missing.codes == [env.CHECKPOINT] * 2 and "no complete checkpoint" in missing.errors[0]
     assert run("--steps", "1").codes == [0, 0]
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    forget_checkpoints(tmp_path / "run")
     corrected = run("--steps", "1", "--optim.lr", "0.02")
     assert corrected.codes == [0, 0] and "ended before its first checkpoint; starting again" in corrected.errors[0]
     assert (tmp_path / "run" / "metrics.previous.jsonl").exists()
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    forget_checkpoints(tmp_path / "run")
     begun = run("--resume", "--steps", "1")
     assert begun.codes == [0, 0] and len(begun.errors) == 1
     assert "ended before its first checkpoint; starting again from step 0" in begun.errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch import Tensor
 from equimoe.launch.options import fields_of
 from equimoe.moe import BalanceConfig, CapacityConfig, checkpoint
 from equimoe.moe.health import LossWindow
+from equimoe.moe.observe.metrics import MetricsWriter, Progress, read_records
 from equimoe.moe.train.config import HealthConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.contract import MAY_CHANGE, check_resumed, differences
 from equimoe.moe.train.data import Cursor, load_corpus, load_tokenizer
 from equimoe.moe.train.judge import NonFiniteError
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.loop import Trainer, run
 from equimoe.moe.train.optim import learning_rate, rise_on_resume
 from equimoe.moe.train.replay import DisagreementError
 from tests.faults.table import report
@@ -103,6 +105,29 @@ def test_batch_is_revisited_only_once_and_then_left_out(texts: Path) -> None:
     assert [r["postponed"] for r in trainer.skipped] == [trainer.config.data.global_batch, 0]
     assert trainer.cursor.postponed == []
     report("55", "its sequences are read once more, and then left out")
+
+
+def test_batches_postponed_near_the_end_are_all_read_again(texts: Path) -> None:
+    trainer = trainer_of(config_of(texts, nonfinite="revisit"))
+    spoiler = Spoiler(trainer, {2, 3, 5}, float("nan"))  # two in the place of step 2, and one in the place of step 3
+    for _ in range(6):
+        trainer.train_step()
+    size = trainer.config.data.global_batch
+    assert [r["postponed"] for r in trainer.skipped] == [size] * 3 and trainer.cursor.waiting == 0
+    batches = [numbers[0] // size for numbers in spoiler.read]
+    assert sorted(batches[-3:]) == [2, 3, 5] and batches[:-3] == [0, 1, 2, 3, 4, 5]
+    assert trainer.cursor.first == 6 * size
+
+
+def test_the_end_of_a_run_tells_of_sequences_that_were_not_read_again(texts: Path, tmp_path: Path) -> None:
+    """As if the run had been resumed with fewer steps."""
+    trainer, out = trainer_of(config_of(texts, steps=2, nonfinite="revisit")), io.StringIO()
+    trainer.cursor = Cursor.restored({"first": 8, "postponed": [[22, 0, 8]]})
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics, Progress(2, stream=out) as progress:
+        run(trainer, tmp_path, metrics, progress)
+    assert out.getvalue().splitlines()[-1].startswith("note: 8 postponed sequences were not read again, because the")
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["postponed"] for record in records if record["kind"] == "train"] == [8, 8]
 
 
 def test_too_many_skips_end_the_run(texts: Path) -> None:
@@ -195,6 +220,43 @@ def test_each_sequence_trains_once_whatever_the_batch(sizes: list[int], refused:
     assert not cursor.postponed
     assert max(trained.values()) == 1 and max(failed.values(), default=0) <= 2
     assert set(range(cursor.first)) == set(trained) | {number for number, times in failed.items() if times == 2}
+
+
+@given(
+    end=st.integers(1, 30), size=st.integers(1, 3), preferred=st.integers(0, 25), refused=st.sets(st.integers(0, 60))
+)
+def test_postponed_batches_are_read_again_before_the_end(
+    end: int, size: int, preferred: int, refused: set[int]
+) -> None:
+    """Whatever attempts fail: every sequence is read once, or twice if the first attempt failed."""
+    cursor, read, failed = Cursor(), Counter[int](), set[int]()
+    step = attempt = 0
+    while step < end:
+        batch = cursor.batch(step, size)
+        read.update(batch)
+        if attempt in refused:
+            new = [number for number in batch if number >= cursor.first]
+            failed.update(new)
+            place = cursor.place(step, batch, step + preferred, end)
+            assert place <= step + preferred or not new
+            cursor.advance(batch, place)
+        else:
+            cursor.advance(batch)
+            step += 1
+        attempt += 1
+    assert cursor.waiting == 0
+    assert read == Counter({number: 2 if number in failed else 1 for number in range(cursor.first)})
+
+
+def test_what_cannot_be_read_before_the_end_is_kept_for_a_continued_run() -> None:
+    cursor = Cursor.restored({"first": 8, "postponed": [[9, 0, 8]]})
+    batch = list(range(8, 12))  # the run was resumed with half the batch and fewer steps
+    assert cursor.place(3, batch, 23, end=4) == 3  # what is due only after the end takes no step
+    assert cursor.place(3, batch, 23, end=11) == 8
+    cursor.postponed = [(0, 0, 8)]
+    assert cursor.place(3, batch, 23, end=4) == 4
+    cursor.advance(batch, 4)
+    assert cursor.waiting == 12
 
 
 def test_another_global_batch_goes_on_where_the_last_one_stopped(texts: Path, tmp_path: Path) -> None:

@@ -384,6 +384,52 @@ def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
     assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["4", "5"]
 
 
+@pytest.mark.parametrize("broken", ["disk", "weight"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_another_error_while_a_save_fails_is_the_one_that_is_reported(
+    tmp_path: Path, run: Callable[..., Ended], broken: str, world: int
+) -> None:
+    """The save of step 2 fails in the background, and the loss of step 3 is NaN."""
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        full, real = Disk(0), Trainer.train_step
+
+        def opened(file: Any, mode: str, *rest: Any, **kwargs: Any) -> Any:
+            if broken == "disk" and "step-00000002.tmp" in str(file):
+                return full.open(file, mode)
+            return open(file, mode, *rest, **kwargs)
+
+        def step(trainer: Trainer, observed: bool = True) -> torch.Tensor:
+            norm = real(trainer, observed)
+            if trainer.step == 2:
+                with torch.no_grad():
+                    trainer.model.head.weight.fill_(float("nan"))
+            return norm
+
+        planted = mock.patch.object(Trainer, "train_step", step)
+        unseen = mock.patch.object(checkpoint.Saver, "check", lambda saver: None)  # the step fails first
+        with mock.patch(f"{FILES}.open", opened, create=True), planted, unseen:
+            yield
+
+    for options in ((), ("--health.nonfinite", "skip", "--resume")):
+        one_line(run(both, *options, world=world), env.NON_FINITE, "after step 2: ", "is not finite")
+        assert (tmp_path / "run" / "exit_code").read_text() == f"{env.NON_FINITE}\n"
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_settling_waits_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(f"{FILES}.open", slow_disk(gate), raising=False)
+    saver = checkpoint.Saver(keep_last=1)
+    path = saver.start(tmp_path, 1, state(), {})
+    saver.settle(0.05)
+    assert not path.exists()
+    gate.set()
+    saver.settle(20)
+    assert load_all(path)
+
+
 def test_odd_paths(tmp_path: Path, run: Callable[..., Ended]) -> None:
     """Spaces, other scripts, a line break; a path that is relative; files for the owner only."""
 

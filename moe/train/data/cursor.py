@@ -24,6 +24,32 @@ class Cursor:
         due = [s for when, first, count in self.postponed if when <= step for s in range(first, first + count)][:size]
         return due + list(range(self.first, self.first + size - len(due)))
 
+    @property
+    def waiting(self) -> int:
+        """The number of sequences that are to be read once more."""
+        return sum(count for _, _, count in self.postponed)
+
+    def place(self, step: int, batch: Sequence[int], preferred: int, end: int) -> int:
+        """Return the step from which the new sequences of ``batch``, refused in ``step``, can be read once more.
+
+        That is ``preferred``, or an earlier one if all that is postponed could not be read otherwise before step
+        ``end``, the last one being ``end - 1``. Returns ``end`` if there is no such step. Every step reads as many
+        sequences as ``batch`` has.
+        """
+        new, left = sum(s >= self.first for s in batch), []
+        for when, first, count in self.postponed:
+            seen = sum(first <= s < first + count for s in batch)
+            left.append((when, count - seen))
+        place = end
+        for first_step in range(step, min(preferred, end - 1) + 1):
+            due = sum(count for when, count in left if first_step <= when < end)
+            if first_step == step:  # what is due already is read first
+                due = sum(count for when, count in left if when < end)
+            if due + new > (end - first_step) * len(batch):
+                break
+            place = first_step
+        return place
+
     def advance(self, batch: Sequence[int], postpone_to: int | None = None) -> int:
         """Go on after ``batch``, which :meth:`batch` returned.
 
