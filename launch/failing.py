@@ -74,13 +74,10 @@ class Failure:
     def hang(self, line: str, silent: list[int]) -> None:
         """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""
         self._kill(silent)
-        others = [rank for rank in range(self.process.world) if rank not in silent]
-        if self.process.rank == min(others):
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            record_exit(self.process, HANG)
-            self._claim(HANG)
-        else:  # torchrun ends all ranks when the first one exits
-            time.sleep(1.0)
+        first = min(rank for rank in range(self.process.world) if rank not in silent)
+        if self.process.rank != first:  # it knows best; torchrun ends all ranks when the first one exits
+            self._wait_for_cause()
+        self._report(HANG, line, self.process.rank == first)
         _end(HANG)
 
     def error(self, problem: Exception) -> NoReturn:
@@ -104,6 +101,17 @@ class Failure:
         """End this rank because another one has gone: quietly, if that one has said why."""
         beat = self.heartbeat
         hung = beat is not None and beat.stalled > 0.9 * beat.limit(beat.phase)
+        gone = self._wait_for_cause()
+        alive = [rank for rank in range(self.process.world) if rank not in gone]
+        line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
+        line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
+        code = HANG if hung else FAILED
+        # without the store, the first rank that is left speaks for all
+        self._report(code, f"rank {self.process.rank}{place}: {line}", self.process.rank == min(alive))
+        _end(code)
+
+    def _wait_for_cause(self) -> list[int]:
+        """Give another rank time to say what has happened, and end if one does; return the ranks that have ended."""
         deadline, gone = time.monotonic() + PATIENCE_S, []
         while time.monotonic() < deadline:
             cause = self._cause()
@@ -111,15 +119,13 @@ class Failure:
                 _end(cause)
             gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
             time.sleep(0.1)
-        if hung:  # another rank has ended the hang, and its line cannot be found
-            _end(HANG)
-        alive = [rank for rank in range(self.process.world) if rank not in gone]
-        # without the store, the first rank that is left speaks for all
-        if self._claim(FAILED) is None and (self._claimed or self.process.rank == min(alive)):
-            line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
-            line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
-            print(f"error: rank {self.process.rank}{place}: {line}", file=sys.stderr, flush=True)
-        _end(FAILED)
+        return gone
+
+    def _report(self, code: int, line: str, speaks: bool) -> None:
+        """Say why the run ends, unless another rank has. Without the store, the rank that ``speaks`` does."""
+        if self._claim(code) is None and (self._claimed or speaks):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            record_exit(self.process, code)
 
     def _kill(self, silent: list[int]) -> None:
         """Kill the ranks of this machine that do not react, for which torchrun would wait half a minute."""

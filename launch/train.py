@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..moe import checkpoint
-from ..moe.health import PATIENCE, Heartbeat
+from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.observe.printable import printable
 from ..moe.parallel import ParallelConfig, build_mesh
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     timeout_s = 60.0 if launch is None else launch.config.parallel.timeout_s
     with (
         Signals(process) as signals,
-        joining.joined(process, own, JOIN * timeout_s, PATIENCE["setup"] * timeout_s) as meeting,
+        joining.joined(process, own, JOIN * timeout_s, COLLECTIVE * timeout_s) as meeting,
     ):
         assert launch is not None
         _train(Attempt(launch, degrees, process, meeting, signals, arguments))
@@ -160,8 +160,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
             print(f"{run_dir}: is finished, as {reached}; raise it to train on")
         return
     notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
-    # a collective may take longer than a step in which nothing moves, which the heartbeats find
-    patient = replace(attempt.degrees, timeout_s=PATIENCE["setup"] * config.parallel.timeout_s)
+    patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
     mesh = build_mesh(patient, process.device.type) if process.world > 1 else None
     trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 #: phase -> how many times as long as a step it may last
 PATIENCE = {"setup": 10.0, "first step": 5.0, "step": 1.0, "record": 1.0, "evaluate": 10.0, "save": 10.0, "end": 10.0}
+#: how many times as long as a step a collective may take: longer than any phase, because the heartbeats name the cause
+COLLECTIVE = 2 * max(PATIENCE.values())
 
 #: seconds between two looks at the main thread
 LOOK_S = 0.05
