@@ -19,6 +19,10 @@ from tests.faults.table import report
 from tests.helpers.checkpoints import load_all
 
 
+#: seconds in which a stopped rank has been killed by another one; the test itself kills ranks after 60
+KILLED_S = 30.0
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"}
 
@@ -65,6 +69,7 @@ def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
 def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
     ended = run(faults="stop@rank=1,step=5,phase=dispatch")
     assert ended.codes == [env.HANG, -signal.SIGKILL], ended
+    assert ended.seconds < KILLED_S, ended
     assert len(ended.errors) == 1 and "rank 1 is silent" in ended.errors[0] and "step 5" in ended.errors[0], ended
     assert int((tmp_path / "run" / "exit_code").read_text()) == env.HANG
     report("7 SIGSTOP of a rank", "holds", exit_code=env.HANG, seconds=ended.seconds)
@@ -74,6 +79,7 @@ def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
 def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
     ended = run(faults="stop@rank=0,step=5,phase=backward")
     assert ended.codes == [-signal.SIGKILL, env.HANG], ended
+    assert ended.seconds < KILLED_S, ended
     assert len(ended.errors) == 1 and "rank 0 is silent" in ended.errors[0], ended
 
 
