@@ -36,6 +36,7 @@ from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .joining import gathered, together
 from .options import Launch, parse, to_yaml
+from .output import outlast_readers
 from .report import write_report
 from .signals import Signals
 from .text import counted, short_count
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         if launch.print_config:
             print(to_yaml(launch.config), end="") if process.rank == 0 else None
             return
+        outlast_readers()  # a run of days does not end with the terminal that shows it
         degrees = _degrees_of(launch, process)
     except ValueError as error:
         refused = (env.CONFIG, str(error))

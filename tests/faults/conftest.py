@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from equimoe.launch.options import to_yaml
 from equimoe.moe.train.config import CheckpointConfig
 from tests.faults.inject import injected
 from tests.helpers import small
-from tests.helpers.command import Ended, launch
+from tests.helpers.command import Ended, Within, launch
 
 Run = Callable[..., Ended]
 
@@ -26,8 +26,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     config = replace(config, parallel=replace(config.parallel, timeout_s=3.0))
     (tmp_path / "small.yaml").write_text(to_yaml(config))
 
-    def command(*options: str, faults: str = "", folder: str = "run", world: int = 2) -> Ended:
+    def command(
+        *options: str, faults: str = "", folder: str = "run", world: int = 2, within: Within = nullcontext
+    ) -> Ended:
+        @contextmanager
+        def both() -> Iterator[None]:
+            with injected(faults, tmp_path / folder), within():
+                yield
+
         base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / folder)]
-        return launch([*base, *options], world, cwd=tmp_path, within=partial(injected, faults, tmp_path / folder))
+        base += [] if world > 1 else ["--parallel.ep", "1"]
+        return launch([*base, *options], world, cwd=tmp_path, within=both)
 
     return command

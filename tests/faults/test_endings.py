@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from equimoe.launch import env
+from equimoe.moe import checkpoint
 from equimoe.moe.health import heartbeat
 from tests.faults.conftest import Run
+from tests.helpers.command import print_to
 
 
 def exit_code(run_dir: Path) -> int | None:
@@ -36,3 +42,30 @@ def test_a_hang_outside_of_steps_is_named_too(
     (line,) = ended.errors
     assert f"phase {phase}: rank {rank} keeps the others waiting" in line, ended
     assert exit_code(tmp_path / "run") == (env.HANG if phase == "evaluate" else None)  # there is no folder yet
+
+
+# ---- signals
+
+
+def test_a_signal_that_also_ends_the_reader_loses_no_step(run: Run, tmp_path: Path) -> None:
+    """As Ctrl-C with ``2>&1 | tee log``: the signal reaches tee, too."""
+
+    @contextmanager
+    def tee() -> Iterator[None]:
+        reader, writer = os.pipe()
+        print_to(writer)
+        threading.Thread(target=read, args=(reader,), daemon=True).start()
+        yield
+
+    def read(reader: int) -> None:
+        text = b""
+        while b"step:    4/8" not in text:
+            text += os.read(reader, 4096)
+        os.close(reader)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    slow = "sleep@phase=data,seconds=0.05,times=0"
+    ended = run(faults=slow, world=1, within=tee)
+    assert ended.codes == [128 + signal.SIGINT], ended
+    assert exit_code(tmp_path / "run") == 128 + signal.SIGINT
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name > "step-00000004"
