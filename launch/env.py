@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -73,7 +74,7 @@ class Process:
     #: torchrun's restart count on this node, and its limit
     restarts: int = 0
     max_restarts: int = 0
-    #: files that receive the exit code if the run fails, because torchrun always exits with 1
+    #: files that receive the exit code, because torchrun always exits with 1
     exit_files: tuple[Path, ...] = ()
 
     @property
@@ -231,20 +232,21 @@ def stop(process: Process, code: int, message: str, printer: int = 0) -> NoRetur
     leave(process, code, message)
 
 
-def leave(process: Process, code: int, message: str, agent_knows: bool = False) -> NoReturn:
+def leave(process: Process, code: int, message: str, agent_knows: bool = False, alone: bool = False) -> NoReturn:
     """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed.
 
-    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help.
+    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help: by the first
+    rank of each node, or by this one if it is ``alone`` in leaving.
     """
     record_exit(process, code)
-    if process.world > 1:  # torchrun sends a signal when another rank has ended already
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if process.world > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another rank has ended already
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
-    if code in FINAL and process.restarts < process.max_restarts and not agent_knows:
-        end_agent(process)
+    if may_restart(process, code) and not agent_knows:
+        end_agent(tells=alone or process.local_rank == 0)
     sys.exit(code)
 
 
@@ -255,11 +257,20 @@ def record_exit(process: Process, code: int) -> None:
             file.write_text(f"{code}\n")
 
 
-def end_agent(process: Process) -> None:
-    """Ask this node's torchrun to end, instead of restarting a run that would fail again."""
-    if process.local_rank == 0 and is_launcher(os.getppid()):
+def may_restart(process: Process, code: int) -> bool:
+    """Return whether torchrun would restart a run that must not be restarted after this exit code."""
+    return code in FINAL and process.restarts < process.max_restarts
+
+
+def end_agent(tells: bool) -> None:
+    """Have this node's torchrun end, instead of restarting the run; one rank of the node ``tells`` it to.
+
+    The others wait until it has been told: it would restart all ranks if one exited before.
+    """
+    if not tells:
+        time.sleep(1.0)
+    elif is_launcher(os.getppid()):
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(1.0)  # until torchrun has the signal: it would restart all ranks if this one exited first
 
 
 def start_time(pid: int) -> str:

@@ -41,7 +41,7 @@ from .report import write_report
 from .signals import Signals
 from .text import counted, short_count
 
-#: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
+#: file of the run folder with the exit code of the last job, because torchrun always exits with 1
 EXIT_FILE = "exit_code"
 #: errors that all ranks raise together -> exit code
 ENDS: dict[type[Exception], int] = {
@@ -136,6 +136,7 @@ def _train(attempt: Attempt) -> None:
     process, meeting = attempt.process, attempt.meeting
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
+    attempt.signals.speaks = failure.speaks
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
@@ -144,6 +145,7 @@ def _train(attempt: Attempt) -> None:
             _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
         if process.world == 1 and classify(problem, failure.layers)[0] == FAILED:
+            env.record_exit(attempt.process, FAILED)
             raise
         failure.error(problem)
 
@@ -154,12 +156,15 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     exists = gathered(process, run_dir.is_dir())[0]  # a new folder is not created before everything has been checked
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
+    if gathered(process, lock is not None and _is_ours(launch, again))[0]:
+        process = _own(attempt, failure)
     corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
     found = _find_checkpoint(launch, process, again)
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
             reached = f"{found[0].name} has reached --steps={config.steps}"
             print(f"{run_dir}: is finished, as {reached}; raise it to train on")
+            env.record_exit(process, 0)
         return
     notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
     patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
@@ -175,15 +180,13 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         lock = _lock(attempt, held)
     if lock is not None:
         lock.confirm()
+    process = _own(attempt, failure)
     try:
         checkpoint.probe(run_dir / "checkpoints")
     except OSError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
-    failure.verdict, failure.layers = run_dir / EXIT_FILE, trainer.layers
-    attempt.process = failure.process = process = replace(
-        process, exit_files=(*process.exit_files, run_dir / EXIT_FILE)
-    )
+    failure.layers = trainer.layers
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}
@@ -210,6 +213,35 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         held.close()
         message = f"stopped by {signal.Signals(stopped).name} after step {trainer.step}"
         env.leave(process, 128 + stopped, message, agent_knows=forwarded)
+    if process.rank == 0:
+        env.record_exit(process, 0)
+
+
+def _is_ours(launch: Launch, again: bool) -> bool:
+    """Return whether the run folder holds the run that this command continues, or one to start again from step 0."""
+    saved = bool(checkpoint.complete(launch.run_dir / "checkpoints"))
+    begun = (launch.run_dir / METRICS_FILE).exists()
+    resuming = launch.resume or launch.requeue or again
+    return not launch.dry_run and ((saved or begun) if resuming else (begun and not saved))
+
+
+def _own(attempt: Attempt, failure: Failure) -> env.Process:
+    """Let the run folder's exit code be that of this job, however it ends; return the process that writes it."""
+    file, process = attempt.launch.run_dir / EXIT_FILE, attempt.process
+    if file in process.exit_files:
+        return process
+
+    def remove() -> None:
+        if process.rank == 0 and file.is_dir():
+            raise ValueError(f"{file}: is a folder, where the exit code is to be written; delete it")
+        if process.rank == 0:
+            file.unlink(missing_ok=True)
+
+    together(process, env.CANNOT_WRITE, remove)
+    process = replace(process, exit_files=(*process.exit_files, file))
+    attempt.process = failure.process = attempt.signals.process = process
+    failure.verdict = file
+    return process
 
 
 def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:
@@ -280,7 +312,6 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
         return None
     new = trainer.step == 0
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
-    (launch.run_dir / EXIT_FILE).unlink(missing_ok=True)
     write_atomically(launch.run_dir / "config.yaml", to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if new:

@@ -69,3 +69,78 @@ def test_a_signal_that_also_ends_the_reader_loses_no_step(run: Run, tmp_path: Pa
     assert ended.codes == [128 + signal.SIGINT], ended
     assert exit_code(tmp_path / "run") == 128 + signal.SIGINT
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name > "step-00000004"
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let torchrun restart the ranks three times; return a file with a line for each rank that tells it to end."""
+    parent, real, file = os.getpid(), os.kill, tmp_path / "told"
+    file.touch()
+
+    def kill(pid: int, number: int) -> None:
+        if pid != parent:
+            real(pid, number)
+            return
+        with file.open("a") as lines:
+            lines.write(f"{os.environ['RANK']}\n")
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(env, "is_launcher", lambda _: True)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    return file
+
+
+def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -> None:
+    ended = run(faults="term@rank=1,phase=setup")
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+    assert ended.err == ["", "error: stopped by SIGTERM before the first step; nothing is lost\n"], ended
+    assert told.read_text() == "1\n", ended
+
+
+def test_a_second_signal_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
+    again = ["term@rank=1,step=5,phase=data", "sleep@rank=1,step=5,phase=data,seconds=1.2", "term@rank=1,step=5"]
+    ended = run("--parallel.timeout_s", "60", faults=";".join([*again, "sleep@rank=0,step=5,phase=data,seconds=2"]))
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+    assert ended.err[1].startswith("error: ended at once by a second SIGTERM") and "error" not in ended.err[0], ended
+    assert told.read_text() == "1\n" and exit_code(tmp_path / "run") == 128 + signal.SIGTERM
+
+
+def test_one_rank_with_a_final_error_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
+    ended = run(faults="oom@rank=1,step=2,phase=forward")
+    assert ended.codes == [env.MEMORY] * 2 and told.read_text() == "1\n", ended
+    assert exit_code(tmp_path / "run") == env.MEMORY
+
+
+# ---- the exit code in the run folder
+
+
+def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Path) -> None:
+    folder, alone = tmp_path / "run", {"world": 1}
+    assert run(**alone).codes == [0] and exit_code(folder) == 0
+    for options, code in ((["--steps", "9"], env.CHECKPOINT), (["--resume", "--dry-run", "--steps", "9"], 0)):
+        (folder / "exit_code").write_text("143")
+        assert run(*options, **alone).codes == [code] and exit_code(folder) == 143  # it has not held the folder
+    assert run("--resume", **alone).codes == [0] and exit_code(folder) == 0  # is finished
+    ended = run("--resume", "--seed", "7", "--steps", "9", **alone)
+    assert ended.codes == [env.CONFIG] and exit_code(folder) == env.CONFIG, ended
+    assert run("--resume", "--data.path", "nowhere", **alone).codes == [env.DATA] and exit_code(folder) == env.DATA
+    assert run("--resume", "--steps", "9", faults="raise@phase=data", **alone).codes == [1] and exit_code(folder) == 1
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{")
+    assert run("--resume", **alone).codes == [env.CHECKPOINT] and exit_code(folder) == env.CHECKPOINT
+
+
+def test_a_killed_rank_and_a_refused_restart_are_recorded(run: Run, tmp_path: Path) -> None:
+    saved = "sleep@step=6,phase=data,seconds=0.5"
+    assert run(faults=f"{saved};kill@rank=1,step=6,phase=dispatch").codes == [1, -signal.SIGKILL]
+    assert exit_code(tmp_path / "run") == 1
+    assert run("--resume", "--seed", "7").codes == [env.CONFIG] * 2 and exit_code(tmp_path / "run") == env.CONFIG
+
+
+def test_a_folder_in_the_place_of_the_exit_code_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run" / "exit_code").mkdir(parents=True)
+    ended = run(world=1)
+    assert ended.codes == [env.CANNOT_WRITE], ended
+    assert ended.errors == [
+        f"error: {tmp_path}/run/exit_code: is a folder, where the exit code is to be written; delete it"
+    ]
