@@ -150,6 +150,17 @@ def this_process() -> Process:
     return Process(rank, world, local_rank, local_world, restarts, most, files)
 
 
+def threads(process: Process) -> int:
+    """Return the number of threads that this process computes with. Raises ValueError if OMP_NUM_THREADS is wrong."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    first = given.split(",")[0].strip()  # the numbers after it are those of nested loops
+    if not given.strip():
+        return max(1, (os.cpu_count() or 1) // process.world)
+    if not (first.isascii() and first.isdigit() and len(first) < 5 and int(first) > 0):
+        raise ValueError(f"OMP_NUM_THREADS={given}: must begin with a whole number in 1..9999, or be unset")
+    return int(first)
+
+
 def _number(name: str, default: str | None = None) -> int:
     text = os.environ[name] if default is None else os.environ.get(name, default)
     try:
@@ -217,8 +228,7 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
         print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
-        print(f"error: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr, flush=True)
-        sys.exit(128 + error.sigval)
+        sys.exit(128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
 
 

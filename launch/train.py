@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports needs no traceback
+
 import torch
 
 from ..moe import checkpoint
@@ -67,13 +70,13 @@ def main(argv: list[str] | None = None) -> None:
             return
         outlast_readers()  # a run of days does not end with the terminal that shows it
         degrees = _degrees_of(launch, process)
+        torch.set_num_threads(env.threads(process))
     except ValueError as error:
         refused = (env.CONFIG, str(error))
     if refused is not None and process.world == 1:
         env.stop(process, *refused)
     if launch is not None and not env.started() and (launch.processes or 1) > 1:
         env.start(launch.processes or 1, "equimoe.launch.train", arguments)
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
     own = joining.introduce(process, {} if launch is None else _facts(launch), refused)
     if process.world == 1:
         if own.error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,31 @@ def test_a_hang_outside_of_steps_is_named_too(
     (line,) = ended.errors
     assert f"phase {phase}: rank {rank} keeps the others waiting" in line, ended
     assert exit_code(tmp_path / "run") == (env.HANG if phase == "evaluate" else None)  # there is no folder yet
+
+
+def test_a_hang_of_a_single_process_is_named_too(run: Run, tmp_path: Path) -> None:
+    ended = run("--parallel.timeout_s", "2", faults="sleep@step=5,phase=data,seconds=600", world=1)
+    assert ended.codes == [env.HANG] and ended.seconds < 30, ended
+    (line,) = ended.errors
+    assert "no progress for 2 s in step 5, phase step: the process is at moe/" in line, ended
+    assert exit_code(tmp_path / "run") == env.HANG
+
+
+def test_a_process_that_was_stopped_does_not_hang(run: Run) -> None:
+    """As after Ctrl-Z and ``fg``, in the middle of a step."""
+
+    @contextmanager
+    def stopped() -> Iterator[None]:
+        if not os.fork():
+            time.sleep(0.7)
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        yield
+
+    ended = run("--parallel.timeout_s", "1.5", faults="sleep@step=2,phase=data,seconds=1.2", world=1, within=stopped)
+    assert ended.codes == [0] and ended.seconds > 2.5, ended
 
 
 # ---- signals
