@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -73,7 +74,7 @@ class Process:
     #: torchrun's restart count on this node, and its limit
     restarts: int = 0
     max_restarts: int = 0
-    #: files that receive the exit code if the run fails, because torchrun always exits with 1
+    #: files that receive the exit code, because torchrun always exits with 1
     exit_files: tuple[Path, ...] = ()
 
     @property
@@ -149,6 +150,17 @@ def this_process() -> Process:
     return Process(rank, world, local_rank, local_world, restarts, most, files)
 
 
+def threads(process: Process) -> int:
+    """Return the number of threads that this process computes with. Raises ValueError if OMP_NUM_THREADS is wrong."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    first = given.split(",")[0].strip()  # the numbers after it are those of nested loops
+    if not given.strip():
+        return max(1, (os.cpu_count() or 1) // process.world)
+    if not (first.isascii() and first.isdigit() and len(first) < 5 and int(first) > 0):
+        raise ValueError(f"OMP_NUM_THREADS={given}: must begin with a whole number in 1..9999, or be unset")
+    return int(first)
+
+
 def _number(name: str, default: str | None = None) -> int:
     text = os.environ[name] if default is None else os.environ.get(name, default)
     try:
@@ -216,8 +228,7 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
         print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
-        print(f"error: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr, flush=True)
-        sys.exit(128 + error.sigval)
+        sys.exit(128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
 
 
@@ -231,20 +242,21 @@ def stop(process: Process, code: int, message: str, printer: int = 0) -> NoRetur
     leave(process, code, message)
 
 
-def leave(process: Process, code: int, message: str, agent_knows: bool = False) -> NoReturn:
+def leave(process: Process, code: int, message: str, agent_knows: bool = False, alone: bool = False) -> NoReturn:
     """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed.
 
-    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help.
+    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help: by the first
+    rank of each node, or by this one if it is ``alone`` in leaving.
     """
     record_exit(process, code)
-    if process.world > 1:  # torchrun sends a signal when another rank has ended already
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if process.world > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another rank has ended already
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": report}))
-    if code in FINAL and process.restarts < process.max_restarts and not agent_knows:
-        end_agent(process)
+    if may_restart(process, code) and not agent_knows:
+        end_agent(tells=alone or process.local_rank == 0)
     sys.exit(code)
 
 
@@ -255,11 +267,20 @@ def record_exit(process: Process, code: int) -> None:
             file.write_text(f"{code}\n")
 
 
-def end_agent(process: Process) -> None:
-    """Ask this node's torchrun to end, instead of restarting a run that would fail again."""
-    if process.local_rank == 0 and is_launcher(os.getppid()):
+def may_restart(process: Process, code: int) -> bool:
+    """Return whether torchrun would restart a run that must not be restarted after this exit code."""
+    return code in FINAL and process.restarts < process.max_restarts
+
+
+def end_agent(tells: bool) -> None:
+    """Have this node's torchrun end, instead of restarting the run; one rank of the node ``tells`` it to.
+
+    The others wait until it has been told: it would restart all ranks if one exited before.
+    """
+    if not tells:
+        time.sleep(1.0)
+    elif is_launcher(os.getppid()):
         os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(1.0)  # until torchrun has the signal: it would restart all ranks if this one exited first
 
 
 def start_time(pid: int) -> str:

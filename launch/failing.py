@@ -25,7 +25,7 @@ from ..moe import MoE
 from ..moe.health import Heartbeat
 from ..moe.observe.printable import printable
 from ..moe.train.data import DataError
-from .env import DATA, HANG, MEMORY, Process, leave, record_exit
+from .env import DATA, HANG, MEMORY, Process, end_agent, leave, may_restart, record_exit
 from .joining import Meeting
 from .memory import is_out_of_memory, out_of_memory_line
 
@@ -74,13 +74,10 @@ class Failure:
     def hang(self, line: str, silent: list[int]) -> None:
         """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""
         self._kill(silent)
-        others = [rank for rank in range(self.process.world) if rank not in silent]
-        if self.process.rank == min(others):
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            record_exit(self.process, HANG)
-            self._claim(HANG)
-        else:  # torchrun ends all ranks when the first one exits
-            time.sleep(1.0)
+        first = min(rank for rank in range(self.process.world) if rank not in silent)
+        if self.process.rank != first:  # it knows best; torchrun ends all ranks when the first one exits
+            self._wait_for_cause()
+        self._report(HANG, line, self.process.rank == first)
         _end(HANG)
 
     def error(self, problem: Exception) -> NoReturn:
@@ -92,7 +89,7 @@ class Failure:
         code, what = classify(problem, self.layers)
         first = self._claim(code)
         if first is not None:
-            _end(first)
+            self._follow(*first)
         record_exit(self.process, code)
         line = printable(f"rank {self.process.rank}{place}: {what}")
         print(f"error: {line}", file=sys.stderr, flush=True)
@@ -100,26 +97,46 @@ class Failure:
             traceback.print_exception(problem, file=sys.stderr)
         _end(code, self.process, line)
 
+    def speaks(self, code: int) -> bool:
+        """Return whether this rank is the one to say that the run ends with ``code``: the first that asks."""
+        return self._claim(code) is None and (self._claimed or self.process.rank == 0)
+
+    def _follow(self, rank: int | None, code: int) -> NoReturn:
+        """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
+        if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
+            host, _ = self.meeting.places[rank or 0]
+            end_agent(tells=self.process.local_rank == 0 and host != socket.gethostname())
+        _end(code)
+
     def _lost(self, place: str, text: str) -> NoReturn:
         """End this rank because another one has gone: quietly, if that one has said why."""
         beat = self.heartbeat
         hung = beat is not None and beat.stalled > 0.9 * beat.limit(beat.phase)
+        gone = self._wait_for_cause()
+        alive = [rank for rank in range(self.process.world) if rank not in gone]
+        line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
+        line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
+        code = HANG if hung else FAILED
+        # without the store, the first rank that is left speaks for all
+        self._report(code, f"rank {self.process.rank}{place}: {line}", self.process.rank == min(alive))
+        _end(code)
+
+    def _wait_for_cause(self) -> list[int]:
+        """Give another rank time to say what has happened, and end if one does; return the ranks that have ended."""
         deadline, gone = time.monotonic() + PATIENCE_S, []
         while time.monotonic() < deadline:
             cause = self._cause()
             if cause is not None:
-                _end(cause)
+                self._follow(*cause)
             gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
             time.sleep(0.1)
-        if hung:  # another rank has ended the hang, and its line cannot be found
-            _end(HANG)
-        alive = [rank for rank in range(self.process.world) if rank not in gone]
-        # without the store, the first rank that is left speaks for all
-        if self._claim(FAILED) is None and (self._claimed or self.process.rank == min(alive)):
-            line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
-            line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
-            print(f"error: rank {self.process.rank}{place}: {line}", file=sys.stderr, flush=True)
-        _end(FAILED)
+        return gone
+
+    def _report(self, code: int, line: str, speaks: bool) -> None:
+        """Say why the run ends, unless another rank has. Without the store, the rank that ``speaks`` does."""
+        if self._claim(code) is None and (self._claimed or speaks):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            record_exit(self.process, code)
 
     def _kill(self, silent: list[int]) -> None:
         """Kill the ranks of this machine that do not react, for which torchrun would wait half a minute."""
@@ -131,8 +148,8 @@ class Failure:
 
     # ---- the cause, in the store that all ranks share, or in the run folder if the store's holder has ended
 
-    def _claim(self, code: int) -> int | None:
-        """Report this rank as the cause; return the exit code of the rank which was first, or None if this one was.
+    def _claim(self, code: int) -> tuple[int, int] | None:
+        """Report this rank as the cause; return rank and exit code of the one that was first, None if this one was.
 
         None, too, if the store cannot be reached.
         """
@@ -141,23 +158,23 @@ class Failure:
             return None
         found = _within(PATIENCE_S, lambda: store.compare_set("cause", "", own))
         self._claimed = found is not None and found.decode() == own
-        return None if found is None or self._claimed else json.loads(found)[1]
+        return None if found is None or self._claimed else json.loads(found)
 
-    def _cause(self) -> int | None:
+    def _cause(self) -> tuple[int | None, int] | None:
         if self.verdict is not None and self.verdict.exists():
-            return int(self.verdict.read_text().strip() or FAILED)
+            return None, int(self.verdict.read_text().strip() or FAILED)
         store = self.meeting.store
         if store is None:
             return None
         found = _within(PATIENCE_S, lambda: store.get("cause") if store.check(["cause"]) else None)
-        return None if found is None else json.loads(found)[1]
+        return None if found is None else json.loads(found)
 
 
 def _end(code: int, process: Process | None = None, line: str = "") -> NoReturn:
     """End the process at once, so that the other ranks notice. Leaving torch's groups would wait for them."""
     try:
         if process is not None:
-            leave(process, code, line)
+            leave(process, code, line, alone=True)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -58,7 +58,8 @@ class RunLock:
     @property
     def continues(self) -> bool:
         """Whether one of these torchruns also started the job that held the lock before."""
-        return bool(set(self.agents) & set(self.previous.get("agents", [])))
+        before = self.previous.get("agents")
+        return isinstance(before, list) and any(agent in before for agent in self.agents)
 
     def confirm(self) -> None:
         """Write who holds the folder, and keep the file's time new."""

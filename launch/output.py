@@ -13,8 +13,11 @@ from typing import Any
 class _Output:
     """A text stream that cannot fail, except that nobody reads it any more (BrokenPipeError).
 
-    Characters that its encoding lacks are written as escapes. After an error, such as a full disk, output is discarded.
+    Characters that its encoding lacks are written as escapes. After an error, such as a full disk, output is discarded;
+    with ``unread``, also if nobody reads it.
     """
+
+    unread = False
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -27,22 +30,20 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             return int(self._stream.write(text))
-        except BrokenPipeError:
-            raise
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            self._discard()
+        except (OSError, ValueError) as problem:  # ValueError: the stream is closed
+            self._discard(problem)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            raise
-        except (OSError, ValueError):
-            self._discard()
+        except (OSError, ValueError) as problem:
+            self._discard(problem)
 
-    def _discard(self) -> None:
+    def _discard(self, problem: OSError | ValueError) -> None:
         """Connect the stream to nothing, so that what it still holds does not fail when Python exits."""
+        if isinstance(problem, BrokenPipeError) and not self.unread:
+            raise problem
         if not self._stream.closed:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -58,6 +59,13 @@ def lasting_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def outlast_readers() -> None:
+    """Go on quietly if nobody reads stdout or stderr any more. Called within the block of :func:`lasting_output`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Output):
+            stream.unread = True
 
 
 def _lasting(stream: Any) -> Any:

@@ -9,9 +9,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
-from .env import Process, is_launcher, record_exit
+from .env import Process, end_agent, is_launcher, may_restart, record_exit
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
@@ -31,6 +32,8 @@ class Signals:
 
     def __init__(self, process: Process) -> None:
         self.process, self.graceful = process, False
+        #: returns whether this rank is the one to report that the run ends at once, given the exit code
+        self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
         self._since = 0.0
@@ -82,20 +85,23 @@ class Signals:
             if self.graceful:
                 grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # --shutdown-timeout is not visible here
                 limit = f"; torchrun ends ranks after {grace} s" if self._parent else ""
-                self._say(f"{name}: saving after this step, then stopping; send it again to end at once{limit}")
+                if self.process.rank == 0:
+                    text = f"{name}: saving after this step, then stopping; send it again to end at once{limit}"
+                    print(text, file=sys.stderr, flush=True)
             else:
                 self._end(number, f"error: stopped by {name} before the first step; nothing is lost")
         elif time.monotonic() - self._since > REPEATED_S:
             self._end(number, f"error: ended at once by a second {name}; the newest checkpoint is the last one saved")
 
-    def _say(self, text: str) -> None:
-        if self.process.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
     def _end(self, number: int, text: str) -> None:
-        self._say(text)
-        record_exit(self.process, 128 + number)
-        os._exit(128 + number)
+        code = 128 + number
+        speaks = self.speaks(code)
+        if speaks:
+            print(text, file=sys.stderr, flush=True)
+            record_exit(self.process, code)
+        if may_restart(self.process, code):
+            end_agent(tells=speaks)
+        os._exit(code)
 
 
 def _bind_to_parent() -> int:

@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of imports needs no traceback
+
 import torch
 
 from ..moe import checkpoint
-from ..moe.health import PATIENCE, Heartbeat
+from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.observe.printable import printable
 from ..moe.parallel import ParallelConfig, build_mesh
@@ -37,6 +40,7 @@ from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .joining import gathered, together
 from .options import Launch, parse, to_yaml
+from .output import outlast_readers
 from .report import write_report
 from .signals import Signals
 from .text import counted, short_count
@@ -64,14 +68,15 @@ def main(argv: list[str] | None = None) -> None:
         if launch.print_config:
             print(to_yaml(launch.config), end="") if process.rank == 0 else None
             return
+        outlast_readers()  # a run of days does not end with the terminal that shows it
         degrees = _degrees_of(launch, process)
+        torch.set_num_threads(env.threads(process))
     except ValueError as error:
         refused = (env.CONFIG, str(error))
     if refused is not None and process.world == 1:
         env.stop(process, *refused)
     if launch is not None and not env.started() and (launch.processes or 1) > 1:
         env.start(launch.processes or 1, "equimoe.launch.train", arguments)
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", (os.cpu_count() or 1) // process.world or 1))))
     own = joining.introduce(process, {} if launch is None else _facts(launch), refused)
     if process.world == 1:
         if own.error:
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     timeout_s = 60.0 if launch is None else launch.config.parallel.timeout_s
     with (
         Signals(process) as signals,
-        joining.joined(process, own, JOIN * timeout_s, PATIENCE["setup"] * timeout_s) as meeting,
+        joining.joined(process, own, JOIN * timeout_s, COLLECTIVE * timeout_s) as meeting,
     ):
         assert launch is not None
         _train(Attempt(launch, degrees, process, meeting, signals, arguments))
@@ -134,6 +139,7 @@ def _train(attempt: Attempt) -> None:
     process, meeting = attempt.process, attempt.meeting
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
+    attempt.signals.speaks = failure.speaks
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
@@ -142,6 +148,7 @@ def _train(attempt: Attempt) -> None:
             _run(attempt, failure, failure.heartbeat, held)
     except Exception as problem:
         if process.world == 1 and classify(problem, failure.layers)[0] == FAILED:
+            env.record_exit(attempt.process, FAILED)
             raise
         failure.error(problem)
 
@@ -153,16 +160,18 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     exists = gathered(process, together(process, env.CANNOT_WRITE, lambda: earlier.exists(run_dir)))[0]
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
+    if gathered(process, lock is not None and _is_ours(launch, again))[0]:
+        process = _own(attempt, failure)
     corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
     found = _find_checkpoint(launch, process, again)
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
             reached = f"{found[0].name} has reached --steps={config.steps}"
             print(f"{run_dir}: is finished, as {reached}; raise it to train on")
+            env.record_exit(process, 0)
         return
     notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
-    # a collective may take longer than a step in which nothing moves, which the heartbeats find
-    patient = replace(attempt.degrees, timeout_s=PATIENCE["setup"] * config.parallel.timeout_s)
+    patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
     mesh = build_mesh(patient, process.device.type) if process.world > 1 else None
     trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
@@ -176,15 +185,13 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     if lock is not None:
         lock.confirm()
         trainer.saver.guard = lock.lost
+    process = _own(attempt, failure)
     try:
         checkpoint.probe(run_dir / "checkpoints")
     except OSError as error:
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
-    failure.verdict, failure.layers = run_dir / EXIT_FILE, trainer.layers
-    attempt.process = failure.process = process = replace(
-        process, exit_files=(*process.exit_files, run_dir / EXIT_FILE)
-    )
+    failure.layers = trainer.layers
     progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}
@@ -213,6 +220,35 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         held.close()
         message = f"stopped by {signal.Signals(stopped).name} after step {trainer.step}"
         env.leave(process, 128 + stopped, message, agent_knows=forwarded)
+    if process.rank == 0:
+        env.record_exit(process, 0)
+
+
+def _is_ours(launch: Launch, again: bool) -> bool:
+    """Return whether the run folder holds the run that this command continues, or one to start again from step 0."""
+    saved = bool(checkpoint.complete(launch.run_dir / "checkpoints"))
+    begun = (launch.run_dir / METRICS_FILE).exists()
+    resuming = launch.resume or launch.requeue or again
+    return not launch.dry_run and ((saved or begun) if resuming else (begun and not saved))
+
+
+def _own(attempt: Attempt, failure: Failure) -> env.Process:
+    """Let the run folder's exit code be that of this job, however it ends; return the process that writes it."""
+    file, process = attempt.launch.run_dir / EXIT_FILE, attempt.process
+    if file in process.exit_files:
+        return process
+
+    def remove() -> None:
+        if process.rank == 0 and file.is_dir():
+            raise ValueError(f"{file}: is a folder, where the exit code is to be written; delete it")
+        if process.rank == 0:
+            file.unlink(missing_ok=True)
+
+    together(process, env.CANNOT_WRITE, remove)
+    process = replace(process, exit_files=(*process.exit_files, file))
+    attempt.process = failure.process = attempt.signals.process = process
+    failure.verdict = file
+    return process
 
 
 def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:
@@ -271,7 +307,6 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
         return None
     new = trainer.step == 0
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
-    (launch.run_dir / EXIT_FILE).unlink(missing_ok=True)
     write_atomically(launch.run_dir / earlier.CONFIG_FILE, to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if new:

@@ -19,9 +19,13 @@ from typing import Any, NamedTuple, Protocol
 
 #: phase -> how many times as long as a step it may last
 PATIENCE = {"setup": 10.0, "first step": 5.0, "step": 1.0, "record": 1.0, "evaluate": 10.0, "save": 10.0, "end": 10.0}
+#: how many times as long as a step a collective may take: longer than any phase, because the heartbeats name the cause
+COLLECTIVE = 2 * max(PATIENCE.values())
 
 #: seconds between two looks at the main thread
 LOOK_S = 0.05
+#: seconds without a look after which the whole process must have been stopped in between
+STOPPED_S = 1.0
 #: looks that are enough to tell how much a rank waits: five seconds of steps
 LEAST_LOOKS = 100
 #: heartbeats in the timeout of a step, and the most seconds between two
@@ -82,8 +86,8 @@ class Heartbeat:
         self._threads = [threading.Thread(target=work, name=name, daemon=True) for name, work in names.items()]
 
     def __enter__(self) -> Heartbeat:
-        if self._store is not None:
-            for thread in self._threads:
+        for thread in self._threads:
+            if self._store is not None or thread.name == "watch":  # one process is watched, too, but talks to nobody
                 thread.start()
         return self
 
@@ -117,7 +121,11 @@ class Heartbeat:
     # ---- the thread that watches this rank
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._done.wait(LOOK_S):
+            looked, last = time.monotonic(), looked
+            if looked - last > STOPPED_S:  # the whole process was stopped, as by Ctrl-Z
+                self._moved += looked - last
             frame = sys._current_frames().get(self._thread_id)
             if frame is None:
                 return
@@ -178,6 +186,8 @@ class Heartbeat:
     def _diagnose(self, stalled: float) -> tuple[str, list[int]]:
         """Say which ranks keep the others waiting."""
         what = f"no progress for {stalled:.0f} s in step {self.step}, phase {self.phase}: "
+        if self._store is None:
+            return f"{what}the process is {_where({'place': self._look.place})}", []
         if time.monotonic() - self._talked > self._silence:  # nobody can be asked
             if self.holder is None or self.holder == self.rank:
                 return f"{what}the store at MASTER_ADDR is silent", []

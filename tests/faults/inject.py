@@ -9,7 +9,7 @@ raise an error; ``nan`` fills one tensor with NaN, ``flip`` flips one bit of it,
 Phases: ``start`` (before main), ``setup`` (the model is built), ``data``, ``forward`` (a MoE layer begins),
 ``dispatch`` (it sends its rows), ``backward`` (it got its output's gradient), ``optim`` (before the update), ``step``
 (after it), ``save:shard`` (a shard is on disk, not flushed), ``save:manifest`` (before the manifest is written),
-``save:rename`` (before the folder gets its final name). A save belongs to the step in its folder's name.
+``save:rename`` (before the folder gets its final name), ``evaluate``. A save belongs to the step in its folder's name.
 
 Fields: ``rank``, ``step`` (counted from 1) and ``phase``, all optional: what is left out matches everything.
 ``times`` (default 1; 0: no limit) limits how often a fault fires in one run folder, over all restarts. ``seconds`` is
@@ -44,7 +44,7 @@ from equimoe.moe.train.loop import Trainer
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
 KINDS = (*SIGNALS, "sleep", "raise", "oom", "nan", "flip", "scale")
 SAVES = ("save:shard", "save:manifest", "save:rename")
-PHASES = ("start", "setup", "data", "forward", "dispatch", "backward", "optim", "step", *SAVES)
+PHASES = ("start", "setup", "data", "forward", "dispatch", "backward", "optim", "step", "evaluate", *SAVES)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def install(injector: Injector) -> None:
     wrap = _wrapper(injector)
     wrap(Trainer, "__init__", before=lambda trainer, *_, **__: injector.reach("setup"), after=_remember(injector))
     wrap(Trainer, "train_step", before=_count(injector), after=lambda *_: injector.reach("step"))
+    wrap(Trainer, "evaluate", before=lambda *_: injector.reach("evaluate"))
     wrap(Batches, "read", before=lambda *_, **__: injector.reach("data"))
     wrap(MoE, "forward", before=_forward(injector), after=_watch_gradient(injector))
     for dispatcher in _subclasses(Dispatcher):

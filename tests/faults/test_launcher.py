@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,36 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
     with pytest.raises(SystemExit) as stop:
         env.start(2, "some.module", ["--steps", "3"])
     assert stop.value.code == expected and capsys.readouterr().err == said
+
+
+def test_nothing_follows_what_the_ranks_say_after_a_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def torchrun(_: list[str]) -> None:
+        raise SignalException("stopped", signal.SIGTERM)
+
+    monkeypatch.setattr("os.environ", {**os.environ})
+    monkeypatch.setattr("torch.distributed.run.main", torchrun)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    with pytest.raises(SystemExit) as stop:
+        env.start(2, "some.module", [])
+    assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_during_the_imports_prints_nothing() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "equimoe.launch.train", "--help"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (None, "") and process.returncode == -signal.SIGINT
 
 
 def test_configuration_is_checked_for_the_ranks_that_are_asked_for(

@@ -102,6 +102,27 @@ def test_another_launcher_is_noticed(
         env.check_launcher(processes)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"), [("4", 4), ("4,2", 4), (" 3 ", 3), ("", os.cpu_count()), (" ", os.cpu_count())]
+)
+def test_openmp_threads(variables: Callable[..., None], given: str, expected: int) -> None:
+    variables(OMP_NUM_THREADS=given)
+    assert env.threads(Process()) == expected
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "-1", "1.5", ",2", "9" * 30])
+def test_openmp_threads_that_cannot_be_are_one_line(
+    variables: Callable[..., None], tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from equimoe.launch import train
+
+    variables(OMP_NUM_THREADS=given)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--run-dir", str(tmp_path / "run")])
+    assert ended.value.code == env.CONFIG
+    assert capsys.readouterr().err.startswith(f"error: OMP_NUM_THREADS={given}: must begin with a whole number")
+
+
 def test_a_stale_rank_does_not_train(
     variables: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,11 +237,16 @@ def test_without_flock_a_living_holder_is_still_found(
     RunLock(tmp_path / "run", []).release()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"pid": "x", "host": 3}'])
+AGENTS = ['{"agents": 5}', '{"agents": [["a"]]}', '{"agents": {"our": 1}}']
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000, '{"pid": "x", "host": 3}', *AGENTS])
 def test_a_damaged_lock_is_no_obstacle(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "STALE_S", 0.0)
     (tmp_path / "lock").write_text(content)
-    RunLock(tmp_path, []).release()
+    lock = RunLock(tmp_path, ["our agent"])
+    assert not lock.continues
+    lock.release()
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from equimoe.moe.observe.metrics import MetricsWriter, read_records
 from equimoe.moe.observe.printable import printable
 from tests.faults.table import report
 from tests.helpers import small
-from tests.helpers.command import Ended, Within, launch
+from tests.helpers.command import Ended, Within, launch, print_to
 
 #: a name that an ASCII terminal cannot print, one that no terminal can, and one that would take over the terminal
 NAMES = ["Ελληνικά", "lone-\udcff", "\x1b]0;owned\x07\x1b[2J\n\u202egnirts"]
@@ -67,10 +67,19 @@ def closed() -> Iterator[None]:
     yield
 
 
+@contextmanager
+def unread() -> Iterator[None]:
+    """What is left after ``command 2>&1 | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    print_to(writer)
+    yield
+
+
 @pytest.mark.parametrize(
     "within",
-    [printing("ascii"), printing("latin-1"), printing("utf-8"), full_disk, closed],
-    ids=["ascii", "latin-1", "utf-8", "full-disk", "closed"],
+    [printing("ascii"), printing("latin-1"), printing("utf-8"), full_disk, closed, unread],
+    ids=["ascii", "latin-1", "utf-8", "full-disk", "closed", "unread"],
 )
 def test_a_finished_run_has_its_report(run: Callable[..., Ended], tmp_path: Path, within: Within) -> None:
     ended = run("--run-dir", NAMES[1], within=within)
@@ -81,6 +90,16 @@ def test_a_finished_run_has_its_report(run: Callable[..., Ended], tmp_path: Path
     assert "\x1b" not in ended.out[0] and "\u202e" not in ended.out[0]
     assert all(line.isprintable() for line in ended.out[0].splitlines())
     report("46", "finished, with report")
+
+
+def test_ranks_whose_reader_has_gone_finish_too(run: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = run("--run-dir", "run", within=unread, world=2)
+    assert ended.codes == [0, 0] and (tmp_path / "run" / "report.html").exists(), ended
+
+
+@pytest.mark.parametrize("option", ["--help", "--print-config"])
+def test_what_is_only_printed_ends_with_its_reader(run: Callable[..., Ended], option: str) -> None:
+    assert run(option, within=unread).codes == [env.UNREAD]
 
 
 def test_a_broken_locale_and_umask(run: Callable[..., Ended], tmp_path: Path) -> None:

@@ -59,6 +59,18 @@ def launch(
     return Ended([rank.exitcode for rank in ranks], time.monotonic() - start, *texts)
 
 
+def print_to(writer: int) -> None:
+    """Connect this rank's stdout and stderr to a pipe."""
+    for descriptor in (1, 2):
+        os.dup2(writer, descriptor)
+    os.close(writer)
+    _open_streams()
+
+
+def _open_streams() -> None:
+    sys.stdout, sys.stderr = (os.fdopen(d, "w", buffering=1, closefd=False) for d in (1, 2))
+
+
 def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None, within: Within) -> None:
     gc.freeze()
     torch.set_num_threads(1)
@@ -75,7 +87,7 @@ def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: P
     for descriptor, kind in ((1, "out"), (2, "err")):
         file = os.open(f"{folder}/{kind}{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
-    sys.stdout, sys.stderr = (os.fdopen(d, "w", buffering=1) for d in (1, 2))
+    _open_streams()
     if cwd is not None:
         os.chdir(cwd)
     with within():

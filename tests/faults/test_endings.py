@@ -1,0 +1,172 @@
+"""Checks how runs end that hang, are asked to stop or lose their reader: what is printed, and ``exit_code``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from equimoe.launch import env
+from equimoe.moe import checkpoint
+from equimoe.moe.health import heartbeat
+from tests.faults.conftest import Run
+from tests.helpers.command import print_to
+
+
+def exit_code(run_dir: Path) -> int | None:
+    file = run_dir / "exit_code"
+    return int(file.read_text()) if file.exists() else None
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return options with which every phase may last as long as the longest one, and that is three seconds."""
+    for phase in heartbeat.PATIENCE:
+        monkeypatch.setitem(heartbeat.PATIENCE, phase, max(heartbeat.PATIENCE.values()))
+    monkeypatch.setattr("equimoe.launch.train.JOIN", 50.0)
+    return ["--parallel.timeout_s", "0.3"]
+
+
+@pytest.mark.parametrize(("phase", "rank"), [("setup", 0), ("evaluate", 1)])
+def test_a_hang_outside_of_steps_is_named_too(
+    run: Run, tmp_path: Path, hasty: list[str], phase: str, rank: int
+) -> None:
+    """The collective in which the other rank waits must not end before the heartbeats have found the cause."""
+    ended = run(*hasty, "--log.eval_every", "2", faults=f"sleep@rank={rank},phase={phase},seconds=600")
+    assert env.HANG in ended.codes and {*ended.codes} <= {env.HANG, -signal.SIGKILL} and ended.seconds < 30, ended
+    (line,) = ended.errors
+    assert f"phase {phase}: rank {rank} keeps the others waiting" in line, ended
+    assert exit_code(tmp_path / "run") == (env.HANG if phase == "evaluate" else None)  # there is no folder yet
+
+
+def test_a_hang_of_a_single_process_is_named_too(run: Run, tmp_path: Path) -> None:
+    ended = run("--parallel.timeout_s", "2", faults="sleep@step=5,phase=data,seconds=600", world=1)
+    assert ended.codes == [env.HANG] and ended.seconds < 30, ended
+    (line,) = ended.errors
+    assert "no progress for 2 s in step 5, phase step: the process is at moe/" in line, ended
+    assert exit_code(tmp_path / "run") == env.HANG
+
+
+def test_a_process_that_was_stopped_does_not_hang(run: Run) -> None:
+    """As after Ctrl-Z and ``fg``, in the middle of a step."""
+
+    @contextmanager
+    def stopped() -> Iterator[None]:
+        if not os.fork():
+            time.sleep(0.7)
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(2.5)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        yield
+
+    ended = run("--parallel.timeout_s", "1.5", faults="sleep@step=2,phase=data,seconds=1.2", world=1, within=stopped)
+    assert ended.codes == [0] and ended.seconds > 2.5, ended
+
+
+# ---- signals
+
+
+def test_a_signal_that_also_ends_the_reader_loses_no_step(run: Run, tmp_path: Path) -> None:
+    """As Ctrl-C with ``2>&1 | tee log``: the signal reaches tee, too."""
+
+    @contextmanager
+    def tee() -> Iterator[None]:
+        reader, writer = os.pipe()
+        print_to(writer)
+        threading.Thread(target=read, args=(reader,), daemon=True).start()
+        yield
+
+    def read(reader: int) -> None:
+        text = b""
+        while b"step:    4/8" not in text:
+            text += os.read(reader, 4096)
+        os.close(reader)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    slow = "sleep@phase=data,seconds=0.05,times=0"
+    ended = run(faults=slow, world=1, within=tee)
+    assert ended.codes == [128 + signal.SIGINT], ended
+    assert exit_code(tmp_path / "run") == 128 + signal.SIGINT
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name > "step-00000004"
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let torchrun restart the ranks three times; return a file with a line for each rank that tells it to end."""
+    parent, real, file = os.getpid(), os.kill, tmp_path / "told"
+    file.touch()
+
+    def kill(pid: int, number: int) -> None:
+        if pid != parent:
+            real(pid, number)
+            return
+        with file.open("a") as lines:
+            lines.write(f"{os.environ['RANK']}\n")
+
+    monkeypatch.setattr(os, "kill", kill)
+    monkeypatch.setattr(env, "is_launcher", lambda _: True)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    return file
+
+
+def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -> None:
+    ended = run(faults="term@rank=1,phase=setup")
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+    assert ended.err == ["", "error: stopped by SIGTERM before the first step; nothing is lost\n"], ended
+    assert told.read_text() == "1\n", ended
+
+
+def test_a_second_signal_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
+    again = ["term@rank=1,step=5,phase=data", "sleep@rank=1,step=5,phase=data,seconds=1.2", "term@rank=1,step=5"]
+    ended = run("--parallel.timeout_s", "60", faults=";".join([*again, "sleep@rank=0,step=5,phase=data,seconds=2"]))
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+    assert ended.err[1].startswith("error: ended at once by a second SIGTERM") and "error" not in ended.err[0], ended
+    assert told.read_text() == "1\n" and exit_code(tmp_path / "run") == 128 + signal.SIGTERM
+
+
+def test_one_rank_with_a_final_error_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
+    ended = run(faults="oom@rank=1,step=2,phase=forward")
+    assert ended.codes == [env.MEMORY] * 2 and told.read_text() == "1\n", ended
+    assert exit_code(tmp_path / "run") == env.MEMORY
+
+
+# ---- the exit code in the run folder
+
+
+def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Path) -> None:
+    folder, alone = tmp_path / "run", {"world": 1}
+    assert run(**alone).codes == [0] and exit_code(folder) == 0
+    for options, code in ((["--steps", "9"], env.CHECKPOINT), (["--resume", "--dry-run", "--steps", "9"], 0)):
+        (folder / "exit_code").write_text("143")
+        assert run(*options, **alone).codes == [code] and exit_code(folder) == 143  # it has not held the folder
+    assert run("--resume", **alone).codes == [0] and exit_code(folder) == 0  # is finished
+    ended = run("--resume", "--seed", "7", "--steps", "9", **alone)
+    assert ended.codes == [env.CONFIG] and exit_code(folder) == env.CONFIG, ended
+    assert run("--resume", "--data.path", "nowhere", **alone).codes == [env.DATA] and exit_code(folder) == env.DATA
+    assert run("--resume", "--steps", "9", faults="raise@phase=data", **alone).codes == [1] and exit_code(folder) == 1
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        manifest.write_text("{")
+    assert run("--resume", **alone).codes == [env.CHECKPOINT] and exit_code(folder) == env.CHECKPOINT
+
+
+def test_a_killed_rank_and_a_refused_restart_are_recorded(run: Run, tmp_path: Path) -> None:
+    saved = "sleep@step=6,phase=data,seconds=0.5"
+    assert run(faults=f"{saved};kill@rank=1,step=6,phase=dispatch").codes == [1, -signal.SIGKILL]
+    assert exit_code(tmp_path / "run") == 1
+    assert run("--resume", "--seed", "7").codes == [env.CONFIG] * 2 and exit_code(tmp_path / "run") == env.CONFIG
+
+
+def test_a_folder_in_the_place_of_the_exit_code_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run" / "exit_code").mkdir(parents=True)
+    ended = run(world=1)
+    assert ended.codes == [env.CANNOT_WRITE], ended
+    assert ended.errors == [
+        f"error: {tmp_path}/run/exit_code: is a folder, where the exit code is to be written; delete it"
+    ]
