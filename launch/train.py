@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,9 +24,8 @@ from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
 from ..moe.observe.printable import printable
 from ..moe.parallel import ParallelConfig, build_mesh
-from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.parallel.pipeline import check_pipeline
-from ..moe.train.config import DataConfig, OptimConfig, TrainConfig
+from ..moe.train.config import OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
 from ..moe.train.judge import NonFiniteError
@@ -38,12 +36,13 @@ from . import earlier, env, joining
 from .earlier import EXIT_FILE
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
+from .introduction import introduce
 from .joining import gathered, together
 from .options import Launch, parse, to_yaml
 from .output import outlast_readers
 from .report import write_report
 from .signals import Signals
-from .text import counted, short_count
+from .text import counted
 
 #: errors that all ranks raise together -> exit code
 ENDS: dict[type[Exception], int] = {
@@ -177,7 +176,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     if found is not None:
         together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
     if process.rank == 0:
-        _introduce(trainer, launch, notes)
+        introduce(trainer, launch, notes)
     if launch.dry_run:
         return
     if not exists:
@@ -342,44 +341,6 @@ def _check_resumed(launch: Launch, manifest: dict[str, Any]) -> list[str]:
 
 def _constant(rate: float) -> str:
     return f"--optim.schedule constant --optim.lr {rate:.4g}"
-
-
-def _introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
-    corpus, config = trainer.corpus, trainer.config
-    print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
-    print(
-        f"{counted(len(trainer.moe_numbers), 'MoE layer')} of {counted(config.moe.num_experts, 'expert')}, "
-        f"top-{config.moe.top_k}; {counted(trainer.axis.size, 'rank')}{_degrees(trainer)}, "
-        f"{counted(trainer.micro_batches, 'micro-batch')} per step"
-    )
-    kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
-    print(f"text: {printable(_source(config.data))}")
-    print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
-    print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
-    for note in (*corpus.notes, *notes):
-        print(f"note: {printable(note)}")
-    sys.stdout.flush()
-
-
-def _source(data: DataConfig) -> str:
-    if data.path is not None:
-        return data.path
-    cap = data.builtin_bytes_per_domain
-    return "built-in, from the Python installation" + (
-        "" if cap is None else f", {short_count(cap)} bytes of each domain"
-    )
-
-
-def _sizes(streams: Mapping[str, Sized]) -> str:
-    return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
-
-
-def _degrees(trainer: Trainer) -> str:
-    if trainer.mesh is None:
-        return ""
-    degrees = trainer.mesh.degrees
-    split = {name: getattr(degrees, name) for name in (*DENSE_DEGREES, *EXPERT_DEGREES)}
-    return f" ({degrees.data_parallel}, {', '.join(f'{name} {size}' for name, size in split.items() if size > 1)})"
 
 
 def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:

@@ -81,7 +81,8 @@ def test_a_refused_start_is_not_a_takeover_after_torchruns_restart(options: list
 def test_a_signal_to_torchrun_alone_loses_no_step(options: list[str], tmp_path: Path) -> None:
     job = Job(tmp_path / "run", [*options, "--requeue"], faults="term@rank=1,step=7,phase=data,whom=agent")
     assert job.supervise(300), job.logs()  # the supervisor replaces the agents, which continue the run
-    assert "stopped by SIGTERM after step 7 of 12; no step is lost" in job.logs(), job.logs()
+    # the signal reaches the ranks by way of their agent, in this step or a later one
+    assert re.search(r"stopped by SIGTERM after step ([7-9]|1[01]) of 12; no step is lost", job.logs()), job.logs()
     assert_like_a_straight_run(options, tmp_path / "run")
     report("6 SIGTERM to one of two agents", "holds", steps_lost=0)
 

@@ -1,0 +1,52 @@
+"""What the training command prints before the first step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sized
+
+from ..moe.observe.printable import printable
+from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
+from ..moe.train.config import DataConfig
+from ..moe.train.loop import Trainer
+from .options import Launch
+from .text import counted, short_count
+
+
+def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
+    """Print the sizes of the model, the mesh and the text, and ``notes``."""
+    corpus, config = trainer.corpus, trainer.config
+    print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
+    print(
+        f"{counted(len(trainer.moe_numbers), 'MoE layer')} of {counted(config.moe.num_experts, 'expert')}, "
+        f"top-{config.moe.top_k}; {counted(trainer.axis.size, 'rank')}{_degrees(trainer)}, "
+        f"{counted(trainer.micro_batches, 'micro-batch')} per step"
+    )
+    kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
+    print(f"text: {printable(_source(config.data))}")
+    print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
+    print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
+    for note in (*corpus.notes, *notes):
+        print(f"note: {printable(note)}")
+    sys.stdout.flush()
+
+
+def _source(data: DataConfig) -> str:
+    if data.path is not None:
+        return data.path
+    cap = data.builtin_bytes_per_domain
+    return "built-in, from the Python installation" + (
+        "" if cap is None else f", {short_count(cap)} bytes of each domain"
+    )
+
+
+def _sizes(streams: Mapping[str, Sized]) -> str:
+    return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
+
+
+def _degrees(trainer: Trainer) -> str:
+    if trainer.mesh is None:
+        return ""
+    degrees = trainer.mesh.degrees
+    split = {name: getattr(degrees, name) for name in (*DENSE_DEGREES, *EXPERT_DEGREES)}
+    return f" ({degrees.data_parallel}, {', '.join(f'{name} {size}' for name, size in split.items() if size > 1)})"
