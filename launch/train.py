@@ -159,7 +159,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     exists = gathered(process, together(process, env.CANNOT_WRITE, lambda: earlier.exists(run_dir)))[0]
     lock = _lock(attempt, held) if exists else None
     again = gathered(process, lock is not None and _restarted(lock, attempt.meeting))[0]
-    if gathered(process, lock is not None and _is_ours(launch, again))[0]:
+    ours = together(process, env.CHECKPOINT, lambda: lock is not None and _is_ours(launch, again))
+    if gathered(process, ours)[0]:
         process = _own(attempt, failure)
     corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
     found = _find_checkpoint(launch, process, again)
@@ -238,8 +239,6 @@ def _own(attempt: Attempt, failure: Failure) -> env.Process:
         return process
 
     def remove() -> None:
-        if process.rank == 0 and file.is_dir():
-            raise ValueError(f"{file}: is a folder, where the exit code is to be written; delete it")
         if process.rank == 0:
             file.unlink(missing_ok=True)
 

@@ -150,10 +150,13 @@ def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_pa
     assert run().codes == [0, 0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     refused(run(), env.CHECKPOINT, "run_dir=", "already holds a run", "--resume")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     finished = run("--resume")
     assert finished.codes == [0, 0] and finished.errors == [] and finished.out[1] == ""
     assert finished.out[0].endswith("is finished, as step-00000002 has reached --steps=2; raise it to train on\n")
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert {path.name for path in before if before[path] != after[path]} <= {"exit_code", "run"}  # it was ours
+    assert (tmp_path / "run" / "exit_code").read_text().strip() == "0"
     assert run("--resume", "--steps", "4").codes == [0, 0]
 
 

@@ -168,5 +168,5 @@ def test_a_folder_in_the_place_of_the_exit_code_is_one_line(run: Run, tmp_path: 
     ended = run(world=1)
     assert ended.codes == [env.CANNOT_WRITE], ended
     assert ended.errors == [
-        f"error: {tmp_path}/run/exit_code: is a folder, where the exit code is to be written; delete it"
+        f"error: {tmp_path}/run/exit_code: is not a regular file; delete it, or choose another --run-dir"
     ]
