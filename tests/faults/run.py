@@ -40,7 +40,7 @@ class Outcomes:
         for row, functions in ELSEWHERE.items():
             tests = [test for test in self.passed if test.startswith(functions)]
             if tests:
-                found += [{"row": row, "outcome": f"{len(tests)} tests passed", "test": test} for test in tests]
+                found += [{"row": row, "outcome": "a test of another folder passed", "test": test} for test in tests]
         return found
 
 
@@ -57,7 +57,7 @@ def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], i
             state = f"FAILED: see {', '.join(broken)}"
         else:
             holding += 1
-            state = "; ".join(dict.fromkeys(map(_words, found)))
+            state = _words(found)
         lines.append(f"{row:>3}  {title}\n     {state}")
     return lines, holding
 
@@ -67,12 +67,28 @@ def _numbers(row: str) -> list[str]:
     return list(takewhile(str.isdigit, row.split()))
 
 
-def _words(report: dict[str, Any]) -> str:
-    figures = {name: value for name, value in report.items() if name not in ("row", "outcome", "test")}
-    numbers = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in figures.items()}
-    shown = [f"{name.replace('_', ' ')} {value}" for name, value in numbers.items()]
-    what = " ".join([*report["row"].split()[len(_numbers(report["row"])) :], report["outcome"]])
-    return what + (f" ({', '.join(shown)})" if shown else "")
+def _words(reports: list[dict[str, Any]]) -> str:
+    """Say what several reports of a row say, each outcome once, with the range of its figures."""
+    outcomes: dict[str, list[dict[str, Any]]] = {}
+    for report in reports:
+        what = " ".join([*report["row"].split()[len(_numbers(report["row"])) :], report["outcome"]])
+        outcomes.setdefault(what, []).append(report)
+    return "; ".join(what + _figures(found) for what, found in outcomes.items())
+
+
+def _figures(reports: list[dict[str, Any]]) -> str:
+    parts = [f"{len(reports)} times"] if len(reports) > 1 else []
+    for name in dict.fromkeys(name for report in reports for name in report):
+        values = [report[name] for report in reports if report.get(name) is not None]
+        label = name.replace("_", " ")
+        if name in ("row", "outcome", "test") or not values:
+            continue
+        if all(isinstance(value, (int, float)) for value in values):
+            low, high = (f"{value:.3g}" for value in (min(values), max(values)))
+            parts.append(f"{label} {low}" + (f" to {high}" if high != low else ""))
+        elif len(reports) == 1:
+            parts.append(f"{label} {values[0]}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def main(arguments: list[str]) -> int:
