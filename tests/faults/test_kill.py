@@ -86,6 +86,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.faults
 def test_ranks_end_with_their_torchrun(tmp_path: Path) -> None:
     """One of them is stopped, which the death of torchrun must end as well."""
     config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=100_000)

@@ -52,6 +52,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path:
     report("6 SIGTERM" if number == signal.SIGTERM else "6 SIGINT", "holds", steps_lost=0, exit_code=ended.codes[0])
 
 
+@pytest.mark.faults
 def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
     slow = "sleep@rank=0,step=5,phase=data,seconds=5"
     ended = run(
@@ -75,6 +76,7 @@ def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
     ended = run(faults="stop@rank=0,step=5,phase=backward")
     assert ended.codes == [-signal.SIGKILL, env.HANG], ended
@@ -117,6 +119,7 @@ def test_a_killed_rank_is_named(run: Run, rank: int) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> None:
     """Nobody can judge the step in which the rank was killed; a NaN of an earlier step would have ended the run."""
     ended = run(faults="nan@rank=0,step=5,phase=forward;kill@rank=1,step=5,phase=backward")
@@ -152,6 +155,7 @@ def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pyte
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.health.heartbeat.LEAST_LOOKS", 15)  # seconds less
     ended = run("--log.every", "8", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
@@ -176,6 +180,7 @@ def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_a_restart_before_the_first_checkpoint_starts_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +193,7 @@ def test_a_restart_before_the_first_checkpoint_starts_again(
     assert_equal_ends(tmp_path / "run", tmp_path / "straight")
 
 
+@pytest.mark.faults
 def test_a_run_without_a_checkpoint_is_no_dead_end(run: Run) -> None:
     assert run("--steps", "5", faults="kill@rank=1,step=2,phase=dispatch").codes[1] == -signal.SIGKILL
     ended = run("--resume", "--steps", "3")
@@ -208,6 +214,7 @@ def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, mo
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_a_requeued_job_starts_and_resumes(run: Run, tmp_path: Path) -> None:
     for fault, said in (("kill@rank=0,step=2,phase=optim", ""), ("kill@rank=1,step=6,phase=optim", "starting again")):
         ended = run("--requeue", faults=fault, folder="run")

@@ -97,6 +97,7 @@ def pairs(folder: Path, meshes: list[str], train: bool) -> list[tuple[str, str, 
     return found
 
 
+@pytest.mark.faults
 def test_a_run_resumes_on_another_mesh_in_the_same_bits(tmp_path: Path) -> None:
     assert [pair for pair in pairs(tmp_path, FAST, train=True) if pair[2]] == []
 
@@ -142,6 +143,7 @@ def test_random_states_depend_on_seed_step_and_rank_only() -> None:
     assert len({draw(seed, step, rank) for seed in range(2) for step in range(5) for rank in range(5)}) == 50
 
 
+@pytest.mark.faults
 def test_random_numbers_go_on_after_a_resume_on_another_mesh(tmp_path: Path) -> None:
     """What a rank draws within a step is the same, whether or not the run was interrupted, and wherever."""
     texts = tmp_path / "texts"

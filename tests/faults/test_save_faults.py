@@ -430,6 +430,7 @@ def test_settling_waits_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytes
     assert load_all(path)
 
 
+@pytest.mark.faults
 def test_odd_paths(tmp_path: Path, run: Callable[..., Ended]) -> None:
     """Spaces, other scripts, a line break; a path that is relative; files for the owner only."""
 

@@ -166,6 +166,7 @@ def test_a_second_job_is_refused_by_name(holder: Any, tmp_path: Path, monkeypatc
     report("45 two jobs in one folder", "holds", named=True)
 
 
+@pytest.mark.faults
 def test_a_second_run_is_refused_before_it_does_anything(holder: Any, tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
     ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run"), "--requeue"], 2)
