@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # read when the libraries load, so set before they are imported
@@ -22,6 +23,8 @@ import torch._dynamo.trace_rules  # noqa: E402, F401  (records torch's functions
 import torch.distributed._functional_collectives  # noqa: E402, F401  (forked ranks inherit it)
 
 torch.set_num_threads(1)  # a forked child hangs if the parent has run OpenMP threads
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; ranks would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
