@@ -102,3 +102,8 @@ class Job:
         first = next(record["elapsed_s"] for record in records[last:] if record["kind"] == "train")
         end = next(record["elapsed_s"] for record in reversed(records) if record["kind"] == "train")
         return (self.run_dir / "metrics.jsonl").stat().st_mtime - (end - first) - fault
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Return the training loss of every step that a run has recorded."""
+    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"}

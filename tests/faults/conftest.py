@@ -39,3 +39,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return launch([*base, *options], world, cwd=tmp_path, within=both)
 
     return command
+
+
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the options of a run of twelve steps on two ranks, which saves every five."""
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))
+    config = replace(config, parallel=replace(config.parallel, timeout_s=20.0))
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    return ["--config", str(tmp_path / "small.yaml")]

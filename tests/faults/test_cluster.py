@@ -11,36 +11,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from equimoe.launch import env
-from equimoe.launch.options import to_yaml
 from equimoe.moe import checkpoint
-from equimoe.moe.observe.metrics import read_records
-from equimoe.moe.train.config import CheckpointConfig
-from tests.faults.agents import ROOT, Job, clean_environment, free_port
+from tests.faults.agents import ROOT, Job, clean_environment, free_port, losses
 from tests.faults.table import report
-from tests.helpers import small
 from tests.helpers.command import launch
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
-
-
-@pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))
-    config = replace(config, parallel=replace(config.parallel, timeout_s=20.0))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
-    return ["--config", str(tmp_path / "small.yaml")]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"}
 
 
 def assert_like_a_straight_run(options: list[str], run_dir: Path) -> None:

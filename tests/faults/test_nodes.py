@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from equimoe.launch.options import to_yaml
-from equimoe.moe.observe.metrics import read_records
-from equimoe.moe.train.config import CheckpointConfig
-from tests.faults.agents import Job
+from tests.faults.agents import Job, losses
 from tests.faults.table import report
-from tests.helpers import small
 from tests.helpers.command import launch
 
 FAULTS = {
@@ -21,19 +16,6 @@ FAULTS = {
     "agent of the first node": "kill@rank=0,step=7,phase=dispatch,whom=agent",
     "agent of the second node": "kill@rank=1,step=7,phase=optim,whom=agent",
 }
-
-
-@pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))
-    config = replace(config, parallel=replace(config.parallel, timeout_s=20.0))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
-    return ["--config", str(tmp_path / "small.yaml")]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "train"}
 
 
 @pytest.mark.faults
