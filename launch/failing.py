@@ -148,26 +148,32 @@ class Failure:
 
     # ---- the cause, in the store that all ranks share, or in the run folder if the store's holder has ended
 
-    def _claim(self, code: int) -> tuple[int, int] | None:
+    def _claim(self, code: int) -> tuple[int | None, int] | None:
         """Report this rank as the cause; return rank and exit code of the one that was first, None if this one was.
 
-        None, too, if the store cannot be reached.
+        None, too, if neither the store nor the run folder tells, because the store's holder was killed.
         """
         store, own = self.meeting.store, json.dumps([self.process.rank, code])
         if store is None:
             return None
         found = _within(PATIENCE_S, lambda: store.compare_set("cause", "", own))
         self._claimed = found is not None and found.decode() == own
-        return None if found is None or self._claimed else json.loads(found)
+        if self._claimed:
+            return None
+        return self._written() if found is None else json.loads(found)
 
     def _cause(self) -> tuple[int | None, int] | None:
-        if self.verdict is not None and self.verdict.exists():
-            return None, int(self.verdict.read_text().strip() or FAILED)
-        store = self.meeting.store
-        if store is None:
-            return None
+        written, store = self._written(), self.meeting.store
+        if written is not None or store is None:
+            return written
         found = _within(PATIENCE_S, lambda: store.get("cause") if store.check(["cause"]) else None)
         return None if found is None else json.loads(found)
+
+    def _written(self) -> tuple[None, int] | None:
+        """Return the exit code that another rank has left in the run folder."""
+        if self.verdict is None or not self.verdict.exists():
+            return None
+        return None, int(self.verdict.read_text().strip() or FAILED)
 
 
 def _end(code: int, process: Process | None = None, line: str = "") -> NoReturn:

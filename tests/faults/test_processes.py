@@ -102,6 +102,23 @@ def test_the_rank_with_the_error_prints_it_once_and_first(run: Run, rank: int) -
     report("9 a rank raises", "holds", rank=rank)
 
 
+@pytest.mark.timeout(180)
+def test_an_error_of_all_ranks_is_printed_once(run: Run) -> None:
+    """Rank 0 holds the store, and has ended before rank 1 can ask there who was first."""
+    ended = run(faults="sleep@rank=1,step=5,phase=data,seconds=1;raise@step=5,phase=data")
+    assert ended.codes == [1, 1], ended
+    errors = [line for line in ended.errors if line.startswith("error: ")]
+    assert errors == ["error: rank 0, step 5, phase step: ValueError: injected on rank 0 in phase data"], ended
+
+
+@pytest.mark.timeout(180)
+def test_an_error_is_printed_although_the_stores_holder_was_killed(run: Run) -> None:
+    ended = run(faults="kill@rank=0,step=5,phase=data;sleep@rank=1,step=5,phase=data,seconds=1;raise@rank=1,step=5")
+    assert ended.codes == [-signal.SIGKILL, 1], ended
+    errors = [line for line in ended.errors if line.startswith("error: ")]
+    assert errors == ["error: rank 1, step 5, phase step: ValueError: injected on rank 1 in phase data"], ended
+
+
 def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
     ended = run(faults="oom@rank=1,step=2,phase=forward")
     assert ended.codes == [env.MEMORY] * 2, ended
