@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-FOLDERS = ["tests/parallel", "tests/moe"]
+FOLDERS = ["tests/devices", "tests/parallel", "tests/moe"]
 #: name -> which tests; the second leaves out what the first names, so every test runs once
 HALVES = {
     "library and training": FOLDERS,

@@ -344,7 +344,7 @@ def test_two_processes_run_every_test_once(tmp_path: Path) -> None:
     assert done.returncode == 0 and lines[-2:] == ["library and training: passed", "kernels and all else: passed"]
 
 
-@pytest.mark.parametrize(("failing", "place"), [("pytest tests/parallel", 0), ("pytest tests --ignore", 1)])
+@pytest.mark.parametrize(("failing", "place"), [(f"pytest {side_by_side.FOLDERS[0]}", 0), ("pytest tests --ignore", 1)])
 def test_either_process_can_fail_the_suite(
     failing: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(("phase", "rank"), [("setup", 0), ("evaluate", 1)])
+@pytest.mark.faults
 def test_a_hang_outside_of_steps_is_named_too(
     run: Run, tmp_path: Path, hasty: list[str], phase: str, rank: int
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -
     assert told.read_text() == "1\n", ended
 
 
+@pytest.mark.faults
 def test_a_second_signal_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
     again = ["term@rank=1,step=5,phase=data", "sleep@rank=1,step=5,phase=data,seconds=1.2", "term@rank=1,step=5"]
     ended = run("--parallel.timeout_s", "60", faults=";".join([*again, "sleep@rank=0,step=5,phase=data,seconds=2"]))
@@ -156,6 +158,7 @@ def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Pa
     assert run("--resume", **alone).codes == [env.CHECKPOINT] and exit_code(folder) == env.CHECKPOINT
 
 
+@pytest.mark.faults
 def test_a_killed_rank_and_a_refused_restart_are_recorded(run: Run, tmp_path: Path) -> None:
     saved = "sleep@step=6,phase=data,seconds=0.5"
     assert run(faults=f"{saved};kill@rank=1,step=6,phase=dispatch").codes == [1, -signal.SIGKILL]

@@ -85,6 +85,7 @@ def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.faults
 def test_a_rank_that_keeps_the_others_waiting_is_named(run: Run) -> None:
     ended = run(faults="sleep@rank=1,step=5,phase=data,seconds=600")
     assert ended.codes == [env.HANG, -signal.SIGKILL] or ended.codes == [env.HANG] * 2, ended

@@ -359,6 +359,7 @@ def test_two_folders_of_the_same_name_end_the_run_before_training(
     report("53", "two folders of the same name: one line and exit code 73 before training")
 
 
+@pytest.mark.faults
 def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
     tmp_path: Path, run: Callable[..., Ended]
 ) -> None:
@@ -386,6 +387,7 @@ def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
 
 @pytest.mark.parametrize("broken", ["disk", "weight"])
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.faults
 def test_another_error_while_a_save_fails_is_the_one_that_is_reported(
     tmp_path: Path, run: Callable[..., Ended], broken: str, world: int
 ) -> None:

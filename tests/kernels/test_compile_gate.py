@@ -92,6 +92,7 @@ def test_nothing_to_compile_is_a_failure() -> None:
     assert python("benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel").returncode == 1
 
 
+@pytest.mark.slow
 def test_an_oversize_tile_fails() -> None:
     done = python("-c", PLANT)
     assert done.returncode == 0 and "bytes of stack" in done.stdout, done.stdout + done.stderr

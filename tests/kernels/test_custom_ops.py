@@ -181,7 +181,8 @@ def opcheck(name: str, arguments: Callable[[], tuple]) -> str:
     return ", ".join(key.removeprefix("test_") for key in done)
 
 
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE, marks=pytest.mark.slow)], ids=["usual", "more"])
+@pytest.mark.parametrize("cases", [CASES, MORE], ids=["usual", "more"])
+@pytest.mark.slow
 def test_opcheck(cases: list[tuple[str, str, Callable[[], tuple]]]) -> None:
     def table(*_: int) -> list[str]:
         return [f"{name:20} {label:24} {opcheck(name, arguments)}" for name, label, arguments in cases]

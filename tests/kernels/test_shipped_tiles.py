@@ -85,6 +85,7 @@ def test_gemm(dtype: torch.dtype, tile: MatmulTile, use) -> None:
 
 
 @of("wgrad")
+@pytest.mark.slow
 def test_weight_gradient(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
     bounds, num_rows = offsets(tile.k + 1, 0, 2), tile.k + 4
@@ -130,12 +131,14 @@ def up_kernel(dtype: torch.dtype, tile: MatmulTile, kind: MLPOptions) -> None:
 
 
 @of("gated")
+@pytest.mark.slow
 def test_up_and_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
     up_kernel(dtype, tile, MLPOptions("silu", True))
 
 
 @of("plain")
+@pytest.mark.slow
 def test_up_without_a_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
     use(tile)
     up_kernel(dtype, tile, MLPOptions("gelu", False))
@@ -143,6 +146,7 @@ def test_up_without_a_gate(dtype: torch.dtype, tile: MatmulTile, use) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 @of("gated_grad")
+@pytest.mark.slow
 def test_gradient_behind_the_activation(dtype: torch.dtype, tile: MatmulTile, gated: bool, use) -> None:
     x, weights, order, gate_up, down = make(tile, dtype, gated)
     kind = MLPOptions("gelu_tanh", gated)

@@ -182,6 +182,7 @@ def test_resume_is_bit_identical_and_experts_are_all_there(
     assert run_ranks(script, world) == [(True, 4)] * world
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_depend_on_how_the_vocabulary_was_split(tmp_path: Path) -> None:
     """Saving without tensor parallelism and resuming with it, or vice versa, must keep all bits and losses.
 

@@ -318,6 +318,7 @@ def test_layer_alone_and_several_micro_batches_in_flight() -> None:
     assert oracle.relative_error((got[0] + got[1]) / 2, layer.router.weight.grad) < 1e-12
 
 
+@pytest.mark.slow
 def test_counts_of_512_micro_batches_in_bf16_are_exact() -> None:
     """Counts must be exact for 512 micro-batches in bf16, and the bias must move once."""
 

@@ -130,6 +130,7 @@ ONE_EACH = {"quickstart": 8, "mixtral": 8, "qwen3_global_batch": 64, "qwen3_235b
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
     """Each recipe runs with one layer."""
     ep = ONE_EACH[name]
@@ -245,7 +246,8 @@ def test_qwen3_235b_at_1024_ranks(recompute: str) -> None:
     assert found.blocks == [89, 90, 91, 92, 93]
 
 
-@pytest.mark.parametrize("rank", slow_but([0], [0, 8000, 16383]))
+@pytest.mark.parametrize("rank", [0, 8000, 16383])
+@pytest.mark.slow
 def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
     argv = ["--recipe", "deepseek_v3", "--data.global_batch", "16384", "--model.num_layers", "16"]
     config = parse([*argv, "--model.dense_layers", "1", "--model.recompute", "false"]).config
@@ -256,7 +258,8 @@ def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_235b"])
-@pytest.mark.parametrize("rank", slow_but([63], [0, 63]))
+@pytest.mark.parametrize("rank", [0, 63])
+@pytest.mark.slow
 def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> None:
     argv = ["--recipe", name, "--model.num_layers", "4", "--model.dense_layers", "1", "--model.recompute", "false"]
     argv += ["--parallel.pp", "4", "--parallel.ep", "16", "--parallel.tp", "2", "--data.global_batch", "64"]
@@ -273,6 +276,7 @@ def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> N
         ["--model.recompute", "false", "--moe.recompute_experts", "--moe.dispatch.name", "hierarchical"],
     ],
 )
+@pytest.mark.slow
 def test_ways_to_keep_less(how: list[str]) -> None:
     argv = ["--recipe", "qwen3_235b", "--model.num_layers", "12", "--parallel.pp", "4", "--parallel.ep", "16", *how]
     config = parse([*argv, "--parallel.tp", "1", "--data.global_batch", "64"]).config

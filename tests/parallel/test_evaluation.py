@@ -30,7 +30,8 @@ def trainer_of(config: TrainConfig, world: int) -> Trainer:
     return Trainer(config, corpus, build_mesh(config.parallel) if world > 1 else None, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("scope", slow_but(["sequence"], ["local", "sequence", "global"]))
+@pytest.mark.parametrize("scope", ["local", "sequence", "global"])
+@pytest.mark.slow
 def test_with_limited_capacity_any_world_and_micro_batch_evaluate_alike(texts: Path, scope: str) -> None:
     """Neither padding nor other sequences may take a token's capacity. The last sequences are shorter."""
     config = small.on(texts, capacity=CapacityConfig(0.7, scope=scope))  # type: ignore[arg-type]

@@ -67,19 +67,17 @@ def test_expert_parallel_2_and_expert_data_parallel(texts: Path) -> None:
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    slow_but(
-        [(2, {"data_parallel": "fsdp", "ep": 2}), (2, {"tp": 2, "ep": 2}), (2, {"pp": 2})],
-        [
-            (2, {"data_parallel": "fsdp", "ep": 2}),
-            (2, {"tp": 2, "ep": 2}),
-            (2, {"cp": 2}),
-            (4, {"data_parallel": "fsdp", "tp": 2, "ep": 4}),
-            (2, {"pp": 2}),
-            *([(4, {"pp": 2, "schedule": "zbv", "ep": 2})] if SPLITS_BACKWARD else []),
-        ],
-    ),
+    [
+        (2, {"data_parallel": "fsdp", "ep": 2}),
+        (2, {"tp": 2, "ep": 2}),
+        (2, {"cp": 2}),
+        (4, {"data_parallel": "fsdp", "tp": 2, "ep": 4}),
+        (2, {"pp": 2}),
+        *([(4, {"pp": 2, "schedule": "zbv", "ep": 2})] if SPLITS_BACKWARD else []),
+    ],
     ids=str,
 )
+@pytest.mark.slow
 def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
     """Loss curve, counts, domain losses and evaluation of a run must not depend on how the model is split.
 
