@@ -90,9 +90,9 @@ class Job:
                 process.wait()
 
     def logs(self) -> str:
-        """Return the last lines of each node."""
+        """Return what the nodes have printed."""
         files = sorted(self.run_dir.parent.glob(f"{self.run_dir.name}.node*.log"))
-        return "\n".join(f"--- {file.name}\n{file.read_text()[-3000:]}" for file in files)
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
 
     def seconds_lost(self) -> float:
         """Return the seconds from the fault to the next record."""
