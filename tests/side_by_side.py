@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 
 FOLDERS = ["tests/devices", "tests/parallel", "tests/moe"]
 #: name -> which tests; the second leaves out what the first names, so every test runs once
@@ -20,15 +21,28 @@ HALVES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Show the first half's output while it runs and then the second's; return the first exit code that is not 0."""
-    shown, kept = ([sys.executable, "-m", "pytest", *which, *arguments] for which in HALVES.values())
-    with tempfile.TemporaryFile() as output:
-        with subprocess.Popen(kept, stdout=output, stderr=subprocess.STDOUT) as other:
-            codes = [subprocess.run(shown, check=False).returncode, other.wait()]
-        output.seek(0)
-        sys.stdout.buffer.write(output.read())
-    for name, code in zip(HALVES, codes, strict=True):
-        print(f"{name}: {f'FAILED with exit code {code}' if code else 'passed'}")
+    """Run the halves with ``arguments``; return the first exit code that is not 0."""
+    return run({name: [*which, *arguments] for name, which in HALVES.items()})
+
+
+def run(parts: dict[str, list[str]]) -> int:
+    """Run pytest once for each part, all at once, with the part's arguments; return the first exit code that is not 0.
+
+    The first part's output is shown while it runs, and that of the others afterwards.
+    """
+    shown, *kept = ([sys.executable, "-m", "pytest", *arguments] for arguments in parts.values())
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in kept]
+        others = [
+            stack.enter_context(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            for command, output in zip(kept, outputs, strict=True)
+        ]
+        codes = [subprocess.run(shown, check=False).returncode, *(other.wait() for other in others)]
+        for output in outputs:
+            output.seek(0)
+            sys.stdout.buffer.write(output.read())
+    for name, code in zip(parts, codes, strict=True):
+        print(f"{name}: {f'FAILED with exit code {code}' if code else 'passed'}", flush=True)
     return next(filter(None, codes), 0)
 
 

@@ -12,36 +12,42 @@ import tempfile
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
-
-import pytest
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.faults.rows import ELSEWHERE, NOT_APPLICABLE, ROWS  # noqa: E402
+from tests.side_by_side import run  # noqa: E402
+
+#: name -> which tests: those of whole jobs, which often wait for each other, and all others
+JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "nodes", "soak")]
+OTHERS = sorted({function for functions in ELSEWHERE.values() for function in functions})
+HALVES = {
+    "jobs": JOBS,
+    "all else": ["tests/faults", *(f"--ignore={file}" for file in JOBS), *OTHERS],
+}
 
 
-class Outcomes:
-    """Remembers the files with a test that failed, and the tests that passed."""
+def outcomes(file: Path) -> tuple[list[str], set[str]]:
+    """Return the tests that passed, and the files with a test that failed, of a report in JUnit's format."""
+    passed, failed = [], set()
+    for case in ElementTree.parse(file).iter("testcase"):
+        path = case.attrib["classname"].replace(".", "/") + ".py"
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.add(path)
+        elif case.find("skipped") is None:
+            passed.append(f"{path}::{case.attrib['name']}")
+    return passed, failed
 
-    def __init__(self) -> None:
-        self.failed: set[str] = set()
-        self.passed: list[str] = []
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.add(report.nodeid.split("::")[0])
-        elif report.when == "call" and report.passed:
-            self.passed.append(report.nodeid)
-
-    def elsewhere(self) -> list[dict[str, Any]]:
-        """Return a report for every row that tests of other folders hold."""
-        found = []
-        for row, functions in ELSEWHERE.items():
-            tests = [test for test in self.passed if test.startswith(functions)]
-            if tests:
-                found += [{"row": row, "outcome": "a test of another folder passed", "test": test} for test in tests]
-        return found
+def elsewhere(passed: list[str]) -> list[dict[str, Any]]:
+    """Return a report for every row that tests of other folders hold."""
+    found = []
+    for row, functions in ELSEWHERE.items():
+        tests = [test for test in passed if test.startswith(functions)]
+        found += [{"row": row, "outcome": "a test of another folder passed", "test": test} for test in tests]
+    return found
 
 
 def table(reports: list[dict[str, Any]], failed: set[str]) -> tuple[list[str], int]:
@@ -92,17 +98,26 @@ def _figures(reports: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest with ``arguments`` on all tests of faults; return its exit code, or 1 if a row does not hold."""
+    """Run pytest on all tests of faults; return its exit code, or 1 if a row does not hold.
+
+    ``arguments`` may select tests, which then run in one process. The table shows what these have reported.
+    """
     os.chdir(ROOT)
-    outcomes = Outcomes()
-    others = sorted({function for functions in ELSEWHERE.values() for function in functions})
+    passed: list[str] = []
+    failed: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        file = Path(folder, "table.jsonl")
-        file.touch()
-        os.environ["EQUIMOE_FAULTS_TABLE"] = str(file)
-        code = int(pytest.main(["-q", "tests/faults", *others, "-m", "faults or not slow", *arguments], [outcomes]))
-        reports = [json.loads(line) for line in file.read_text().splitlines()] + outcomes.elsewhere()
-    lines, holding = table(reports, outcomes.failed)
+        reports = Path(folder, "table.jsonl")
+        reports.touch()
+        os.environ["EQUIMOE_FAULTS_TABLE"] = str(reports)
+        parts = {"selection": ["tests/faults", *OTHERS]} if arguments else HALVES
+        files = {name: Path(folder, f"{number}.xml") for number, name in enumerate(parts)}
+        options = ["-q", "-m", "faults or not slow", *arguments]
+        code = run({name: [*which, f"--junitxml={files[name]}", *options] for name, which in parts.items()})
+        for file in filter(Path.exists, files.values()):
+            more_passed, more_failed = outcomes(file)
+            passed, failed = passed + more_passed, failed | more_failed
+        seen = [json.loads(line) for line in reports.read_text().splitlines()] + elsewhere(passed)
+    lines, holding = table(seen, failed)
     applicable = len(ROWS.keys() - NOT_APPLICABLE.keys())
     print("\n" + "\n".join(lines) + f"\n\n{holding} of {applicable} rows hold")
     return code or int(holding < applicable)
