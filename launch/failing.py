@@ -46,6 +46,8 @@ LOST = (
 )
 #: seconds for the rank with the cause to report it, before another one says that it has lost a rank
 PATIENCE_S = 2.0
+#: seconds in which all ranks of a node get a signal that torchrun sends
+SAME_SIGNAL_S = 0.5
 #: exit code of a rank that ends with a traceback
 FAILED = 1
 
@@ -100,6 +102,26 @@ class Failure:
     def speaks(self, code: int) -> bool:
         """Return whether this rank is the one to say that the run ends with ``code``: the first that asks."""
         return self._claim(code) is None and (self._claimed or self.process.rank == 0)
+
+    def forwarded(self) -> bool:
+        """Return whether torchrun may have sent the signal that this rank has got: all ranks of its node that are left.
+
+        torchrun passes on a signal that it has got itself, but also closes the other ranks when one was killed, and then
+        restarts all of them.
+        """
+        store, own = self.meeting.store, self.meeting.places[self.process.rank][0]
+        others = [r for r, (host, _) in enumerate(self.meeting.places) if host == own and r != self.process.rank]
+        if store is None:
+            return True
+        _within(PATIENCE_S, lambda: store.set(f"signalled/{self.process.rank}", ""))
+        deadline = time.monotonic() + SAME_SIGNAL_S
+        while others and time.monotonic() < deadline:
+            others = [r for r in others if not _has_ended(*self.meeting.places[r])]
+            asked = [f"signalled/{r}" for r in others]
+            if _within(PATIENCE_S, lambda keys=asked: store.check(keys)):  # type: ignore[misc]
+                return True
+            time.sleep(0.05)
+        return not others
 
     def _follow(self, rank: int | None, code: int) -> NoReturn:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""

@@ -34,6 +34,8 @@ class Signals:
         self.process, self.graceful = process, False
         #: returns whether this rank is the one to report that the run ends at once, given the exit code
         self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
+        #: returns whether the signal may have come from torchrun, which then knows what to do
+        self.forwarded: Callable[[], bool] = lambda: True
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
         self._since = 0.0
@@ -99,7 +101,7 @@ class Signals:
         if speaks:
             print(text, file=sys.stderr, flush=True)
             record_exit(self.process, code)
-        if may_restart(self.process, code):
+        if may_restart(self.process, code) and not self.forwarded():
             end_agent(tells=speaks)
         os._exit(code)
 

@@ -138,7 +138,7 @@ def _train(attempt: Attempt) -> None:
     process, meeting = attempt.process, attempt.meeting
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
-    attempt.signals.speaks = failure.speaks
+    attempt.signals.speaks, attempt.signals.forwarded = failure.speaks, failure.forwarded
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 from tests.faults.rows import ELSEWHERE, NOT_APPLICABLE, ROWS  # noqa: E402
 from tests.side_by_side import run  # noqa: E402
 
-#: name -> which tests: those of whole jobs, which often wait for each other, and all others
-JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "nodes", "soak")]
+#: name -> which tests: those of whole jobs, whose ranks often wait, and all others
+JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "nodes", "resume")]
 OTHERS = sorted({function for functions in ELSEWHERE.values() for function in functions})
 HALVES = {
     "jobs": JOBS,

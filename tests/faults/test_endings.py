@@ -124,6 +124,13 @@ def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -
     assert told.read_text() == "1\n", ended
 
 
+@pytest.mark.parametrize("other", ["kill@rank=1,phase=setup", "term@rank=1,phase=setup"])
+def test_torchrun_is_not_told_of_a_signal_that_may_be_its_own(run: Run, told: Path, other: str) -> None:
+    """It closes the ranks that are left before it restarts all of them; being told to end, it would not."""
+    ended = run(faults=f"{other};sleep@rank=0,phase=setup,seconds=0.2;term@rank=0,phase=setup")
+    assert ended.codes[0] == 128 + signal.SIGTERM and told.read_text() == "", ended
+
+
 @pytest.mark.faults
 def test_a_second_signal_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
     again = ["term@rank=1,step=5,phase=data", "sleep@rank=1,step=5,phase=data,seconds=1.2", "term@rank=1,step=5"]
