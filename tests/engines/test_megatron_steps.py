@@ -14,20 +14,28 @@ pytestmark = pytest.mark.engines
 
 from equimoe.moe.engines.megatron import moe_layer_spec  # noqa: E402
 from equimoe.moe.engines.megatron import step as steps  # noqa: E402
+from tests.helpers import oracle  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_models import (  # noqa: E402
+    E,
+    S,
     Trainer,
     assert_same_training,
     chunks_of,
     config_of,
+    embeddings,
     forward_layers,
+    lengths,
     logged,
     megatron,
     run,
+    sequences,
 )
 from tests.helpers.megatron_tensors import Whole, assert_equal, joined  # noqa: E402
 
 EP = "expert_model_parallel_size"
+#: choices of a token
+K = 2
 BIAS = {
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
@@ -233,6 +241,50 @@ def test_a_gradient_scaler_scales_the_losses_gradients_too() -> None:
                 assert_equal({key: value / 8 for key, value in scaled.items()}, plain, rtol=1e-6)
 
     run_ranks(body, 1)
+
+
+def auxiliary_gradient(estimator: str, micro_batches: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Return the auxiliary loss's gradient of a router's weight in the second step, and the weight."""
+    found = []
+    with megatron(**{EP: world}):
+        for coefficient in (1.0, 0.0):
+            torch.manual_seed(0)
+            config = config_of(
+                num_layers=1, calculate_per_token_loss=True, moe_aux_loss_coeff=coefficient, **{EP: world}
+            )
+            chunks = chunks_of(config, moe_layer_spec(config, estimator=estimator), alone=True)
+            trainer = Trainer(chunks, partial(forward_layers, True), micro_batches, exact=False)
+            trainer.backward(0)
+            trainer.backward(1)
+            found.append(layers(trainer)[0].router.weight)
+        return found[0].main_grad - found[1].main_grad, found[0].detach()
+
+
+def estimated_gradient(weight_ED: Tensor, estimator: str, micro_batches: int) -> Tensor:
+    """Return what :func:`auxiliary_gradient` must be: per valid token of the step, by the counts that are estimated."""
+    table, weight_ED = embeddings().double(), weight_ED.double().requires_grad_()
+    previous = loss = torch.zeros(E + 1, dtype=torch.float64)  # counts and tokens
+    for step in range(2):
+        ids = sequences(step)[:, :S]
+        valid = torch.arange(S) < lengths(ids)[:, None]
+        terms, known = [], torch.zeros_like(previous)
+        parts = [part.chunk(micro_batches) for part in (ids, valid)]
+        for n, (ids_BS, valid_BS) in enumerate(zip(*parts, strict=True), start=1):
+            probs_TE = (table[ids_BS[valid_BS]] @ weight_ED.T).softmax(-1)
+            counts_E = probs_TE.topk(K).indices.flatten().bincount(minlength=E).double()
+            known = known + torch.cat((counts_E, torch.tensor([len(probs_TE)])))
+            load = known + previous * ((micro_batches - n) / micro_batches if estimator == "carry" else 0.0)
+            terms.append(E / K * (load[:-1] / load[-1] * probs_TE.sum(0)).sum())
+        previous, loss = known, torch.stack(terms).sum() / known[-1]
+    return torch.autograd.grad(loss, weight_ED)[0]
+
+
+@pytest.mark.parametrize(("world", "micro_batches"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("estimator", ["rolling", "carry"])
+def test_a_loss_per_token_of_micro_batches_of_unequal_length(estimator: str, world: int, micro_batches: int) -> None:
+    for found, weight_ED in run_ranks(partial(auxiliary_gradient, estimator, micro_batches), world):
+        wanted = estimated_gradient(weight_ED, estimator, micro_batches)
+        assert oracle.relative_error(found, wanted) < 1e-5
 
 
 def test_experts_without_tokens() -> None:

@@ -209,10 +209,15 @@ def lengths(ids_BS: Tensor) -> Tensor:
     return 3 + ids_BS[:, 0] % 5
 
 
+def embeddings() -> Tensor:
+    """Return the inputs of :class:`Layers` for each token id, [VOCAB, D]."""
+    return torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(9))
+
+
 def forward_layers(padded: bool, iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[..., Any]]:
     """Run a micro-batch through :class:`Layers`. ``padded``: only some positions of each sequence are valid."""
     ids_BS = next(iterator)[:, :S]
-    table = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(9))
+    table = embeddings()
     valid_BS = torch.arange(S) < lengths(ids_BS)[:, None] if padded else torch.ones_like(ids_BS, dtype=torch.bool)
     ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     x_SBD, own_BS = table[ids_BS].transpose(0, 1).chunk(ranks)[rank], valid_BS.chunk(ranks, 1)[rank]

@@ -73,11 +73,12 @@ class MegatronStep(OwnStep):
         the scale of a gradient scaler; in the end it averages over data- and context-parallel ranks.
 
         With ``calculate_per_token_loss`` the factor is a gradient scaler's alone, and in the end Megatron divides by
-        the step's tokens that have a label. They are taken to be the tokens that were routed. If all losses count only
-        the ranks of a sequence, the step's tokens are unknown, and each micro-batch is weighted by its tokens.
+        the step's tokens that have a label. They are taken to be the tokens that were routed, and this package's losses
+        were divided by an estimate of these. If all losses count only the ranks of a sequence, the step's tokens are
+        unknown, and each micro-batch is weighted by its tokens.
         """
         layer = self.layers[0]
-        visit, placement, known, expected = layer.last_read, layer.balancer.placement, layer.known, self.expected(layer)
+        visit, placement, expected = layer.last_read, layer.balancer.placement, self.expected(layer)
         assert visit is not None
         ranks = placement.tokens.size // placement.sequence.size
         found = MoEAuxLossAutoScaler.main_loss_backward_scale
@@ -85,7 +86,7 @@ class MegatronStep(OwnStep):
         if not self._per_token:
             return scale * (expected * ranks)
         if self._needs_end:
-            return scale * layer.totals(visit)[-1] * (expected / len(known))
+            return scale * layer.balancer.view(visit).step.step_tokens
         return scale * visit.total[-1] * (expected * ranks)
 
     def _finished(self, visit: Visit) -> None:
