@@ -134,7 +134,7 @@ class BalanceConfig:
             self.micro_batches is None or self.micro_batches >= 1,
             "balance.micro_batches",
             self.micro_batches,
-            "must be at least 1; give the number of backward passes per optimizer step, or leave it out",
+            "must be at least 1; give the layer's number of training forwards per optimizer step, or leave it out",
         )
         require(
             self.bias_update_rate >= 0,

@@ -26,11 +26,11 @@ from .visit import Visit, accumulates
 if TYPE_CHECKING:
     from .balancer import Balancer
 
-#: number of backwards without an update after which a step of unknown length raises
-MAX_BACKWARDS = 1024
+#: number of training forwards without an update after which a step of unknown length raises
+MAX_VISITS = 1024
 _REMEDY = (
-    "set balance.micro_batches to the number of backward passes per optimizer step, or drive the step yourself: "
-    "step = Step.of(model), step.micro_batch() around each forward, step.end(applied) after each update"
+    "set balance.micro_batches to the layer's number of training forwards per optimizer step, or drive the step "
+    "yourself: step = Step.of(model), step.micro_batch() around each forward, step.end(applied) after each update"
 )
 
 #: the steps that take part in the current counting pass; None outside of one
@@ -185,7 +185,7 @@ class AutoStep(OwnStep):
     It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
 
     - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen);
-    - after ``balance.micro_batches`` backward passes, or as many as were counted ahead;
+    - after the backward of ``balance.micro_batches`` training forwards, or as many as were counted ahead;
     - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
       forward. Then the update was skipped, or was made by hand if the weight has changed in place.
 
@@ -205,6 +205,10 @@ class AutoStep(OwnStep):
         #: whether an optimizer that holds the watched weight has ever stepped, and whether the previous step ended
         #: without an update
         self._optimized = self._skipped = False
+        #: what ``_left`` was at the end of the previous step, if that had no update; and whether a backward of this
+        #: step has added to that gradient
+        self._kept: tuple[Any, Any, int] | None = None
+        self._added = False
         register_while_alive(register_optimizer_step_pre_hook, self.before_optimizer_step)
         register_while_alive(register_optimizer_step_post_hook, self.after_optimizer_step)
 
@@ -225,8 +229,11 @@ class AutoStep(OwnStep):
                 self.end(applied=changed)
         elif done and (gone or (changed and self._left is None)):
             self.end(applied=changed)
-        elif done >= MAX_BACKWARDS:
-            raise ValueError(f"balance.micro_batches=None: no update of the router after {done} backwards; {_REMEDY}")
+        elif done >= MAX_VISITS:
+            raise ValueError(
+                f"balance.micro_batches=None: no update of the router after {done} training forwards of the layer; "
+                f"{_REMEDY}"
+            )
 
     def _more_to_come(self, layer: LayerStep) -> bool:
         return len(layer.known) < self.announced(layer)
@@ -235,7 +242,7 @@ class AutoStep(OwnStep):
         if self.layers[0].known:
             self._skipped = not applied
         # the next step's first backward may leave no gradient (a split backward computes those of activations first)
-        self._left = None
+        self._kept, self._left, self._added = None if applied else self._left, None, False
         super().end(applied, overflow)
 
     def _watched(self) -> nn.Parameter | None:
@@ -252,6 +259,8 @@ class AutoStep(OwnStep):
                 "balance.micro_batches=None: torch.autograd.grad leaves no gradient on the weights, which would show "
                 f"where the step ends; {_REMEDY}"
             )
+        if trains_watched:
+            self._added = self._added or self._adds_to_kept()
         super().read(layer, visit, trains_watched is not False)
 
     def _finished(self, visit: Visit) -> None:
@@ -268,6 +277,13 @@ class AutoStep(OwnStep):
         grad = weight.grad
         touched = type(grad) is Tensor and grad is self._left[1]() and grad._version != self._left[2]
         return grad is None or (touched and not bool(grad.any()))  # waits for the device, but only when touched
+
+    def _adds_to_kept(self) -> bool:
+        """Return whether the gradient of a step without an update is still there, as it was when that step ended."""
+        kept, self._kept, weight = self._kept, None, self._watched()
+        if kept is None or weight is None or weight.grad is None or weight is not kept[0]():
+            return False
+        return weight.grad is kept[1]() and weight.grad._version == kept[2]
 
     # ---- what optimizers do
 
@@ -297,10 +313,11 @@ class AutoStep(OwnStep):
                 "back in another tensor for the update; if the step has several backward passes, each was balanced "
                 f"separately; {_REMEDY}"
             )
-        if self._skipped and announced not in (0, done):
+        more = done - announced if done > announced else done
+        if announced and (done > announced or self._added or (self._skipped and done < announced)):
             raise ValueError(
-                f"balance.micro_batches={announced}: no update came after that many backward passes, but one after "
-                f"{done} more; if a step was broken off, drive the steps: {_REMEDY}"
+                f"balance.micro_batches={announced}: no update came after that many training forwards of the layer, "
+                f"but one after {more} more; if a step was broken off, drive the steps: {_REMEDY}"
             )
         if any(v.counted and v.lives and not v.done for v in visits):
             raise ValueError(

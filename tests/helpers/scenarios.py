@@ -1017,7 +1017,9 @@ SCENARIOS: dict[str, Scenario] = {
     "a backward that raises": Scenario(told(a_backward_that_raises)),
     "weights swapped in the middle of a step": Scenario(lambda: weights_swapped_in_between(None)),
     "weights swapped, micro_batches=4": Scenario(lambda: weights_swapped_in_between(4)),
-    "begun again in the middle of a step": Scenario(begun_again_in_the_middle, "if a step was broken off"),
+    "begun again in the middle of a step": Scenario(
+        begun_again_in_the_middle, "after that many training forwards of the layer, but one after 2 more; if a step was"
+    ),
     "a forward kept for the log": Scenario(a_forward_kept_for_the_log, "under torch.no_grad()"),
     "a frozen layer in a trained model": Scenario(a_frozen_layer_in_a_trained_model),
     "exact, nothing counted ahead": Scenario(exact_without_counting, "counting_pass()"),
@@ -1032,7 +1034,8 @@ SCENARIOS: dict[str, Scenario] = {
     "two backwards through one forward": Scenario(two_backwards_through_one_forward),
     "autograd.grad before the backward": Scenario(a_gradient_is_asked_for_before_the_backward),
     "gradients kept elsewhere": Scenario(
-        lambda: gradients_elsewhere(None, as_a_new_tensor), "set balance.micro_batches to the number of backward passes"
+        lambda: gradients_elsewhere(None, as_a_new_tensor),
+        "set balance.micro_batches to the layer's number of training forwards per optimizer step",
     ),
     "gradients kept elsewhere, micro_batches=4": Scenario(lambda: gradients_elsewhere(4, as_a_new_tensor)),
     "gradients copied back, micro_batches=4": Scenario(

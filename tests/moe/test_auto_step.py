@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -62,6 +63,52 @@ def test_a_skipped_step_ends_the_step(steps_before: int, given: int | None) -> N
     optimizer.zero_grad()  # skipped
     balance_only(layer, torch.randn(4, 6))
     assert seen(layer) == [4]
+
+
+@pytest.mark.parametrize(("given", "refused"), [(2, "one after 2 more"), (3, "one after 1 more"), (4, "")])
+def test_micro_batches_is_how_often_the_layer_runs(given: int, refused: str) -> None:
+    """A layer that runs twice in each of two forwards has four micro-batches, and two backward passes."""
+    layer = make(micro_batches=given)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        sum(layer(x).sum() for x in batches(2)).backward()
+    message = f"micro_batches={given}: no update came after that many training forwards of the layer, but {refused}; "
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
+        optimizer.step()
+    assert refused or layer.balancer.previous_step.micro_batches == 4
+
+
+def test_twice_as_many_micro_batches_as_told_are_no_two_steps() -> None:
+    """Unless the gradients of the first one are cleared, before or after the next forward."""
+    layer, inputs = make(micro_batches=2), batches(2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for cleared in ("before", "after", ""):
+        for x in inputs:
+            balance_only(layer, x)
+        if cleared == "before":
+            layer.zero_grad()
+        loss = layer(inputs[0]).sum()
+        if cleared == "after":
+            layer.zero_grad()
+        loss.backward()
+        balance_only(layer, inputs[1])
+        if cleared:
+            optimizer.step()
+            optimizer.zero_grad()
+    with pytest.raises(ValueError, match="=2: no update came after .* but one after 2 more; if a step was broken off"):
+        optimizer.step()
+
+
+def test_a_step_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are kept, and no optimizer steps that holds the router."""
+    monkeypatch.setattr("equimoe.moe.balance.auto.MAX_VISITS", 3)
+    layer = make()
+    for x in batches(3):
+        balance_only(layer, x)
+    with pytest.raises(
+        ValueError, match=r"after 3 training forwards of the layer; set balance.micro_batches to the la"
+    ):
+        layer(batches(1)[0])
 
 
 def test_gradients_that_an_engine_takes_away_are_no_skipped_step() -> None:
