@@ -6,7 +6,6 @@ On several machines, start this command with torchrun.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 from contextlib import ExitStack
@@ -21,8 +20,7 @@ import torch
 
 from ..moe import checkpoint
 from ..moe.health import COLLECTIVE, Heartbeat
-from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, read_records, write_atomically
-from ..moe.observe.printable import printable
+from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, write_atomically
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.pipeline import check_pipeline
 from ..moe.train.config import OptimConfig, TrainConfig
@@ -33,6 +31,7 @@ from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
 from . import earlier, env, joining
+from .conclusion import conclude, conclude_early, constant_rate
 from .earlier import EXIT_FILE
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
@@ -40,7 +39,6 @@ from .introduction import introduce
 from .joining import gathered, together
 from .options import Launch, parse, to_yaml
 from .output import outlast_readers
-from .report import write_report
 from .signals import Signals
 from .text import counted
 
@@ -210,7 +208,10 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
             metrics.close()
     heartbeat.enter("end", trainer.step)
     if process.rank == 0:
-        _conclude_early(trainer, attempt, stopped) if stopped else _conclude(trainer, launch, result, attempt.arguments)
+        if stopped:
+            conclude_early(trainer, launch, stopped, attempt.arguments, attempt.process)
+        else:
+            conclude(trainer, launch, result, attempt.arguments)
     if stopped:
         # all ranks leave together, because torchrun ends the others when the first one exits
         signalled = gathered(process, attempt.signals.number)
@@ -333,76 +334,9 @@ def _check_resumed(launch: Launch, manifest: dict[str, Any]) -> list[str]:
         last, now = rise
         notes.append(
             f"the changed schedule raises the learning rate from {last:.3g} to {now:.3g} at once; "
-            f"to go on with the last one, add {_constant(last)}"
+            f"to go on with the last one, add {constant_rate(last)}"
         )
     return notes
-
-
-def _constant(rate: float) -> str:
-    return f"--optim.schedule constant --optim.lr {rate:.4g}"
-
-
-def _conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments: list[str]) -> None:
-    run_dir, config = launch.run_dir, launch.config
-    report = _report(run_dir)  # first: whatever happens to the terminal, the page exists
-    try:
-        records = read_records(run_dir / METRICS_FILE)
-    except OSError:  # a full disk did not end the run, and the missing file does not either
-        records = []
-    bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
-    trained: dict[str, Any] = next(
-        (record for record in reversed(records) if record["kind"] == "train"), {"layers": []}
-    )
-    print("\nheld-out loss (nats per token), compared with a bigram model of the whole training text:")
-    rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
-    for domain, loss in rows:
-        print(f"  {printable(domain):<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
-    dead = sum(int(layer["dead"]) for layer in trained["layers"])
-    print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
-    print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
-    print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
-    print(f"report:     {report}")
-    longer = replace(config, steps=2 * config.steps)
-    command = printable(_command(arguments, env.this_process(), longer.steps))
-    if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:
-        print(f"continue:   {command}", flush=True)
-    else:
-        print(f"continue:   {command} {_constant(rise[0])}")
-        print(f"            without the last two options, the learning rate would rise to {rise[1]:.2g}", flush=True)
-
-
-def _conclude_early(trainer: Trainer, attempt: Attempt, number: int) -> None:
-    """Say where a run that was asked to stop is, and how to continue it."""
-    run_dir, steps = attempt.launch.run_dir, trainer.config.steps
-    print(f"\nstopped by {signal.Signals(number).name} after step {trainer.step} of {steps}; no step is lost")
-    print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
-    print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
-    print(f"report:     {_report(run_dir)}")
-    print(f"continue:   {printable(_command(attempt.arguments, attempt.process, steps))}", flush=True)
-
-
-def _report(run_dir: Path) -> str:
-    """Write the report; return its path, or why there is none. A finished run does not fail for it."""
-    try:
-        return printable(str(write_report(run_dir)))
-    except (ValueError, OSError) as problem:
-        return f"not written: {printable(str(problem))}"
-
-
-def _command(arguments: list[str], process: env.Process, steps: int) -> str:
-    """Return the command that continues this run, for the folder in which it was started."""
-    kept, skip = [], False
-    for argument in arguments:
-        name = argument.split("=")[0]
-        if not skip and name not in ("--resume", "--steps", "--processes"):
-            kept.append(argument)
-        skip = not skip and argument in ("--steps", "--processes")
-    more = [*kept, "--resume", "--steps", str(steps)]
-    if process.local_world < process.world:
-        return f"run the same command on every machine with the options {shlex.join(more)}"
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
-    processes = ["--processes", str(process.world)] if process.world > 1 else []
-    return shlex.join([python, "-m", "equimoe.launch.train", *processes, *more])
 
 
 if __name__ == "__main__":

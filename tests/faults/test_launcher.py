@@ -163,10 +163,10 @@ def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path, monkeypat
     ],
 )
 def test_how_to_go_on(process: env.Process, expected: str) -> None:
-    from equimoe.launch.train import _command
+    from equimoe.launch.conclusion import command_to_continue
 
     given = ["--processes", "2", "--steps=20", "--resume", "--seed", "3", "--steps", "20", "--processes=2"]
-    assert _command(given, process, 40).endswith(expected)
+    assert command_to_continue(given, process, 40).endswith(expected)
 
 
 def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -> None:
