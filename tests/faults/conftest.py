@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,29 @@ from tests.helpers.command import Ended, Within, launch
 Run = Callable[..., Ended]
 
 
+def write_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60.0, **how: Any) -> list[str]:
+    """Write the small run's configuration, changed by ``how``; return the option that names it."""
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    config = small.on(small.write_texts(tmp_path / "texts"), **how)
+    config = replace(config, parallel=replace(config.parallel, timeout_s=timeout_s))
+    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    return ["--config", str(tmp_path / "small.yaml")]
+
+
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> Run:
+    """Return a function that runs the small run, changed by ``how``, in folder ``run`` of the test's folder."""
+    base = [*write_config(tmp_path, monkeypatch, **how), "--run-dir", str(tmp_path / "run")]
+
+    def run(*options: str, world: int = 1, within: Within = nullcontext) -> Ended:
+        return launch([*base, *options], world, cwd=tmp_path, within=within)
+
+    return run
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs the small run with faults, in ``folder`` of the test's folder."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=8, checkpoint=CheckpointConfig(4, 9))
-    config = replace(config, parallel=replace(config.parallel, timeout_s=3.0))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
+    config = write_config(tmp_path, monkeypatch, 3.0, ep=2, steps=8, checkpoint=CheckpointConfig(4, 9))
 
     def command(
         *options: str, faults: str = "", folder: str = "run", world: int = 2, within: Within = nullcontext
@@ -34,7 +51,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             with injected(faults, tmp_path / folder), within():
                 yield
 
-        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / folder)]
+        base = [*config, "--run-dir", str(tmp_path / folder)]
         base += [] if world > 1 else ["--parallel.ep", "1"]
         return launch([*base, *options], world, cwd=tmp_path, within=both)
 
@@ -44,8 +61,4 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the options of a run of twelve steps on two ranks, which saves every five."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))
-    config = replace(config, parallel=replace(config.parallel, timeout_s=20.0))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
-    return ["--config", str(tmp_path / "small.yaml")]
+    return write_config(tmp_path, monkeypatch, 20.0, ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))

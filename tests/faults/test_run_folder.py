@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,37 +15,20 @@ import pytest
 import torch
 
 from equimoe.launch import env
-from equimoe.launch.options import to_yaml
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import MetricsWriter, read_records
 from equimoe.moe.train.config import CheckpointConfig
 from equimoe.moe.train.loop import Trainer
-from tests.helpers import small
-from tests.helpers.command import Ended, launch
+from tests.faults.conftest import Run, command
+from tests.helpers.command import one_line
 
 FILES = "equimoe.moe.checkpoint.files"
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs four steps in folder ``run``, with a save in steps 2 and 4."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), steps=4, checkpoint=CheckpointConfig(2))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
-
-    def command(
-        *options: str, world: int = 1, within: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> Ended:
-        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
-        return launch([*base, *options], world, cwd=tmp_path, within=within)
-
-    return command
-
-
-def one_line(ended: Ended, code: int, *words: str) -> None:
-    assert ended.codes == [code] * len(ended.codes), ended
-    assert len(ended.errors) == 1 and all(word in ended.errors[0] for word in words), ended.errors
-    assert ended.seconds < 20
+    return command(tmp_path, monkeypatch, steps=4, checkpoint=CheckpointConfig(2))
 
 
 # ---- the checkpoints are gone
@@ -87,7 +70,7 @@ LOSSES = {
 
 @pytest.mark.parametrize(("lose", "every"), [*((lose, "2") for lose in LOSSES), (_empty, "0")])
 def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
-    tmp_path: Path, run: Callable[..., Ended], lose: Callable[[Path], None], every: str
+    tmp_path: Path, run: Run, lose: Callable[[Path], None], every: str
 ) -> None:
     root, metrics = tmp_path / "run" / "checkpoints", tmp_path / "run" / "metrics.jsonl"
     assert run("--checkpoint.every", every).codes == [0]
@@ -103,7 +86,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(
     assert metrics.read_bytes() == before and not (tmp_path / "run" / "metrics.previous.jsonl").exists()
 
 
-def test_ranks_refuse_alike_if_the_checkpoints_are_gone(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_ranks_refuse_alike_if_the_checkpoints_are_gone(tmp_path: Path, run: Run) -> None:
     assert run().codes == [0]
     _circle(tmp_path / "run" / "checkpoints")
     one_line(run("--resume", world=2), env.CHECKPOINT, "cannot be read (Too many levels of symbolic links)")
@@ -129,7 +112,7 @@ def _end(_: Trainer) -> None:
     raise ArithmeticError("planted")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path, run: Run) -> None:
     """Also if its first save failed: there is a record of that step, but no checkpoint."""
     assert run(within=lambda: breaking(_end)).codes == [1]
     full = mock.patch(f"{FILES}.open", side_effect=OSError(28, "No space left on device"), create=True)
@@ -142,7 +125,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Pat
     one_line(run("--resume"), env.CHECKPOINT, "put it back (is its disk mounted?), or choose another --run-dir")
 
 
-def test_a_missing_folder_of_checkpoints_is_no_early_end(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_a_missing_folder_of_checkpoints_is_no_early_end(tmp_path: Path, run: Run) -> None:
     """The metrics tell of no checkpoint, but the run made the folder before it wrote any."""
     assert run(within=lambda: breaking(_end)).codes == [1]
     (tmp_path / "run" / "checkpoints").rmdir()
@@ -164,9 +147,7 @@ def test_a_missing_folder_of_checkpoints_is_no_early_end(tmp_path: Path, run: Ca
         ("circle/run", "cannot be used (Too many levels of symbolic links)"),
     ],
 )
-def test_a_path_that_cannot_be_a_folder_is_refused(
-    tmp_path: Path, run: Callable[..., Ended], name: str, words: str
-) -> None:
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, run: Run, name: str, words: str) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "circle").symlink_to("circle")
     there = sorted(tmp_path.iterdir())
@@ -179,7 +160,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "exit_code", "config.yaml"])
 def test_a_file_of_the_folder_that_is_none_is_refused(
-    tmp_path: Path, run: Callable[..., Ended], name: str, make: Callable[[Path], None]
+    tmp_path: Path, run: Run, name: str, make: Callable[[Path], None]
 ) -> None:
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / name)
@@ -191,7 +172,7 @@ def test_a_file_of_the_folder_that_is_none_is_refused(
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
 @pytest.mark.parametrize("name", ["report.html", "tensorboard", "metrics.previous.jsonl"])
 def test_other_entries_of_the_folder_do_not_end_a_run(
-    tmp_path: Path, run: Callable[..., Ended], name: str, make: Callable[[Path], None]
+    tmp_path: Path, run: Run, name: str, make: Callable[[Path], None]
 ) -> None:
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / name)
@@ -214,7 +195,7 @@ def test_metrics_are_not_written_to_a_pipe(tmp_path: Path) -> None:
 )
 @pytest.mark.faults
 def test_a_folder_that_disappears_ends_the_run_at_the_next_save(
-    tmp_path: Path, run: Callable[..., Ended], instead: str, world: int
+    tmp_path: Path, run: Run, instead: str, world: int
 ) -> None:
     """Nothing is written to, or deleted from, a folder that takes its place."""
     folder = tmp_path / "run"

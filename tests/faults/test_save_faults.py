@@ -7,11 +7,10 @@ import io
 import os
 import re
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,24 +20,17 @@ import torch
 import torch.distributed as dist
 
 from equimoe.launch import env
-from equimoe.launch.failing import FAILED
-from equimoe.launch.options import to_yaml
 from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import SaveError
 from equimoe.moe.train.config import CheckpointConfig
-from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
+from tests.faults.conftest import Run, command
 from tests.faults.table import report
-from tests.helpers import small
-from tests.helpers.checkpoints import load_all
-from tests.helpers.command import Ended, launch
+from tests.helpers.checkpoints import load_all, small_state
+from tests.helpers.command import one_line
 from tests.helpers.fork import run_ranks
 
 FILES = "equimoe.moe.checkpoint.files"
-
-
-def state(value: float = 1.0) -> dict[str, torch.Tensor]:
-    return {f"model.w{i}": torch.full((50, 3), value + i) for i in range(4)}
 
 
 class Disk:
@@ -81,7 +73,7 @@ def free(count: int | None) -> Iterator[None]:
 
 
 def cut_points(folder: Path, count: int) -> list[int]:
-    size = sum(file.stat().st_size for file in checkpoint.save(folder, 1, state(), {}, 1).iterdir())
+    size = sum(file.stat().st_size for file in checkpoint.save(folder, 1, small_state(), {}, 1).iterdir())
     return [size * i // count for i in range(count)]
 
 
@@ -89,15 +81,15 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path: Path) -> None:
     cuts = cut_points(tmp_path / "sizes", 20)
     for room in cuts:
         root = tmp_path / str(room)
-        checkpoint.save(root, 1, state(1.0), {}, keep_last=1)
+        checkpoint.save(root, 1, small_state(1.0), {}, keep_last=1)
         with Disk(room).mounted(), pytest.raises(SaveError) as caught:
-            checkpoint.save(root, 2, state(2.0), {}, keep_last=1)
+            checkpoint.save(root, 2, small_state(2.0), {}, keep_last=1)
         line = str(caught.value)
         why = "No space left on device; it needs 2400 bytes, "
         assert line.startswith(f"{root}/step-00000002: cannot be written: {why}") and "\n" not in line
         assert re.search(r", \d+ are free; make room there or choose another --run-dir", line)
         assert [path.name for path in root.iterdir()] == ["step-00000001"]
-        assert torch.equal(load_all(root / "step-00000001")["model.w3"], state(1.0)["model.w3"])
+        assert torch.equal(load_all(root / "step-00000001")["model.w3"], small_state(1.0)["model.w3"])
     report("10", "checkpoints lost: 0", cut_points=len(cuts))
 
 
@@ -106,7 +98,7 @@ def test_a_full_disk_on_one_rank_ends_all_ranks_alike(tmp_path: Path, rank_of_fa
     def script(rank: int, world: int) -> str:
         room = 700 if rank == rank_of_fault else 10**9
         with Disk(room).mounted(), pytest.raises(SaveError) as caught:
-            checkpoint.save(tmp_path, 1, state(), {}, keep_last=1)
+            checkpoint.save(tmp_path, 1, small_state(), {}, keep_last=1)
         assert f"rank {rank_of_fault}: No space left on device; it needs 2400 bytes" in str(caught.value)
         dist.barrier()
         return ",".join(path.name for path in tmp_path.iterdir())
@@ -119,7 +111,7 @@ def test_free_space_is_checked_before_anything_is_written(tmp_path: Path, count:
     """2400 bytes need 1.2 times as many."""
     opened = mock.patch(f"{FILES}.open", side_effect=AssertionError("opened a file"), create=True)
     with free(count), opened, pytest.raises(SaveError) as caught:
-        checkpoint.save(tmp_path / "run", 1, state(), {}, keep_last=1)
+        checkpoint.save(tmp_path / "run", 1, small_state(), {}, keep_last=1)
     assert ("opened a file" in str(caught.value)) == fits
     if not fits:
         assert "less than 1.2 times its size is free; it needs 2400 bytes, " in str(caught.value)
@@ -130,7 +122,7 @@ def test_free_space_is_checked_before_anything_is_written(tmp_path: Path, count:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2], ids=str)
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
     """Even in a row that is never used: it would push the good checkpoints out."""
-    checkpoint.save(tmp_path, 1, state(), {}, keep_last=1)
+    checkpoint.save(tmp_path, 1, small_state(), {}, keep_last=1)
     bad = {"model.w": torch.ones(2, 3), "model.unused": torch.ones(9, 2)}
     bad["model.unused"][7, 1] = value
     bad["model.unused"] = bad["model.unused"].to(dtype)
@@ -147,7 +139,7 @@ def test_rank_0_must_see_the_files_of_all_ranks(tmp_path: Path, monkeypatch: pyt
         local = tmp_path / str(rank)
         (local / "step-00000001.tmp").mkdir(parents=True)
         with pytest.raises(SaveError) as caught:
-            checkpoint.save(local, 1, state(), {}, keep_last=1)
+            checkpoint.save(local, 1, small_state(), {}, keep_last=1)
         return str(caught.value)
 
     lines = run_ranks(script, 2)
@@ -155,135 +147,17 @@ def test_rank_0_must_see_the_files_of_all_ranks(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "0" / "step-00000001").exists()
 
 
-# ---- while training goes on
-
-
-def slow_disk(gate: threading.Event) -> Callable[..., Any]:
-    """Return a function that opens files once ``gate`` is set."""
-
-    def opened(*args: Any, **kwargs: Any) -> Any:
-        gate.wait(20)
-        return open(*args, **kwargs)
-
-    return opened
-
-
-def test_the_values_saved_are_those_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer goes on before a byte is written."""
-
-    def script(rank: int, world: int) -> tuple[bool, bool]:
-        gate = threading.Event()
-        monkeypatch.setattr(f"{FILES}.open", slow_disk(gate), raising=False)
-        config = small.on(tmp_path / "texts", ep=2)
-        corpus = load_corpus(config.data, load_tokenizer("bytes"))
-        trainer = Trainer(config, corpus, small_mesh(config), torch.device("cpu"))
-        trainer.train_step()
-        before = {name: _whole(value).clone() for name, value in trainer.state().items()}
-        path = trainer.start_saving(tmp_path / "run")
-        trainer.train_step()
-        trainer.saver.check()
-        unfinished = not path.exists()
-        gate.set()
-        trainer.saver.wait()
-        saved = load_all(path)
-        after = {name: _whole(value) for name, value in trainer.state().items()}
-        assert not torch.equal(saved["model.head.weight"], after["model.head.weight"])
-        return unfinished, saved.keys() == before.keys() and all(torch.equal(saved[n], before[n]) for n in before)
-
-    small.write_texts(tmp_path / "texts")
-    assert run_ranks(script, 2) == [(True, True)] * 2
-    report("43", "the file holds the values of the step")
-
-
-def small_mesh(config: Any) -> Any:
-    from equimoe.moe.parallel import build_mesh
-
-    return build_mesh(config.parallel)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()
-
-
-def test_saves_wait_for_each_other_and_reuse_their_buffers(tmp_path: Path) -> None:
-    def script(rank: int, world: int) -> list[str]:
-        saver, values = checkpoint.Saver(keep_last=9), state()
-        for step in range(1, 6):
-            for value in values.values():
-                value.fill_(step)
-            saver.start(tmp_path, step, values, {"step": step})
-        values["model.new"] = torch.ones(3)  # a new plan
-        saver.start(tmp_path, 6, values, {})
-        saver.close()
-        for step in range(1, 6):
-            saved = load_all(tmp_path / f"step-{step:08d}")
-            assert all(torch.equal(value, torch.full((50, 3), float(step))) for value in saved.values()), step
-        return sorted(load_all(tmp_path / "step-00000006"))
-
-    assert run_ranks(script, 2) == [[*state(), "model.new"][4:] + list(state())] * 2
-
-
-def test_ranks_share_the_work_of_replicated_tensors(tmp_path: Path) -> None:
-    def script(rank: int, world: int) -> int:
-        saver = checkpoint.Saver(keep_last=1)
-        saver.start(tmp_path, 1, state(), {})
-        saver.wait()
-        assert saver._stager is not None
-        return len(saver._stager._buffers)
-
-    assert run_ranks(script, 2) == [2, 2]
-
-
-def test_a_failed_save_is_reported_on_all_ranks_in_the_same_step(tmp_path: Path) -> None:
-    """The ranks notice at different times that the save has failed."""
-
-    def script(rank: int, world: int) -> int:
-        gate = threading.Event()
-        saver = checkpoint.Saver(keep_last=1)
-        with mock.patch(f"{FILES}.open", side_effect=OSError(28, "No space left on device"), create=True):
-            saver.start(tmp_path, 1, state(), {})
-            assert saver._flight is not None
-            saver._flight[0].exception(20)
-        late = saver._flight[0].done if rank == 0 else gate.is_set
-        for step in range(9):
-            if step == 4:
-                gate.set()
-            try:
-                with mock.patch.object(saver._flight[0], "done", late):
-                    saver.check()
-            except SaveError:
-                return step
-        return -1
-
-    assert run_ranks(script, 2) == [4, 4]
-
-
 # ---- the command
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    """Return a function that runs the small run, with a save in every step, in a context."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
-    config = small.on(small.write_texts(tmp_path / "texts"), steps=5, checkpoint=CheckpointConfig(1, keep_last=2))
-    (tmp_path / "small.yaml").write_text(to_yaml(config))
-
-    def command(within: Callable[[], AbstractContextManager[None]], *options: str, world: int = 2) -> Ended:
-        base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
-        return launch([*base, *options], world, cwd=tmp_path, within=within)
-
-    return command
-
-
-def one_line(ended: Ended, code: int, *words: str) -> None:
-    assert ended.codes == [code] * len(ended.codes), ended
-    assert len(ended.errors) == 1 and all(word in ended.errors[0] for word in words), ended.errors
-    assert ended.seconds < 30
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs five steps on two ranks, with a save in every step."""
+    return partial(command(tmp_path, monkeypatch, steps=5, checkpoint=CheckpointConfig(1, keep_last=2)), world=2)
 
 
 @pytest.mark.parametrize("room", [pytest.param(200, marks=pytest.mark.faults), 30_000])
-def test_a_run_on_a_full_disk_ends_with_73_and_resumes(tmp_path: Path, run: Callable[..., Ended], room: int) -> None:
+def test_a_run_on_a_full_disk_ends_with_73_and_resumes(tmp_path: Path, run: Run, room: int) -> None:
     """Either the first save fails, or a later one."""
 
     @contextmanager
@@ -293,16 +167,20 @@ def test_a_run_on_a_full_disk_ends_with_73_and_resumes(tmp_path: Path, run: Call
             yield
 
     one_line(
-        run(full), env.CANNOT_WRITE, "cannot be written: rank ", "No space left on device; it needs ", " are free;"
+        run(within=full),
+        env.CANNOT_WRITE,
+        "cannot be written: rank ",
+        "No space left on device; it needs ",
+        " are free;",
     )
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
     for path in checkpoint.complete(tmp_path / "run" / "checkpoints"):
         load_all(path)
-    ended = run(lambda: free(None), "--resume")
+    ended = run("--resume", within=lambda: free(None))
     assert ended.codes == [0, 0], ended
 
 
-def test_a_weight_that_is_not_finite_ends_the_run_with_70(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_a_weight_that_is_not_finite_ends_the_run_with_70(tmp_path: Path, run: Run) -> None:
     """The weight takes no part in the step, so that no gradient tells."""
 
     @contextmanager
@@ -318,28 +196,28 @@ def test_a_weight_that_is_not_finite_ends_the_run_with_70(tmp_path: Path, run: C
         with mock.patch.object(Trainer, "state", state):
             yield
 
-    ended = run(poisoned)
+    ended = run(within=poisoned)
     one_line(ended, env.NON_FINITE, "step-00000003: not saved: rank 1: model.unused: is not finite; resume from an ")
     names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert sorted(names) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("how", ["file", "read-only"])
-def test_a_folder_that_cannot_be_written_ends_the_run_before_training(
-    tmp_path: Path, run: Callable[..., Ended], how: str
-) -> None:
+def test_a_folder_that_cannot_be_written_ends_the_run_before_training(tmp_path: Path, run: Run, how: str) -> None:
     (tmp_path / "run").mkdir()
     if how == "file":
         (tmp_path / "run" / "checkpoints").write_text("a file")
     else:
         (tmp_path / "run" / "checkpoints").symlink_to("/proc/self")  # nobody can make a file there, not even root
-    one_line(run(lambda: free(None)), env.CANNOT_WRITE, "run_dir=", "cannot be written: ", "choose another --run-dir")
+    one_line(
+        run(within=lambda: free(None)), env.CANNOT_WRITE, "run_dir=", "cannot be written: ", "choose another --run-dir"
+    )
     report("11", "one line and exit code 73 before training")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_two_folders_of_the_same_name_end_the_run_before_training(
-    tmp_path: Path, run: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks start in different folders and are given a relative path, as with node-local disks."""
     monkeypatch.setattr("equimoe.moe.checkpoint.agreement._VISIBLE_S", 0.2)
@@ -353,43 +231,17 @@ def test_two_folders_of_the_same_name_end_the_run_before_training(
         with mock.patch("equimoe.launch.train.os.path.abspath", lambda path: str(path)):
             yield
 
-    ended = run(on_own_disk, "--run-dir", "run")
+    ended = run("--run-dir", "run", within=on_own_disk)
     one_line(ended, env.CANNOT_WRITE, "run_dir='run': is another folder than rank 0 on ", "for rank 1 on ", "share")
     assert not list(tmp_path.rglob("metrics.jsonl")) and not list(tmp_path.rglob("probe-*"))
     report("53", "two folders of the same name: one line and exit code 73 before training")
-
-
-@pytest.mark.faults
-def test_the_end_of_a_run_and_an_exception_wait_for_the_save_in_flight(
-    tmp_path: Path, run: Callable[..., Ended]
-) -> None:
-    @contextmanager
-    def slow(stops: bool = False) -> Iterator[None]:
-        def opened(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(0.3)
-            return open(*args, **kwargs)
-
-        real = Trainer.train_step
-
-        def step(trainer: Trainer, observed: bool = True) -> torch.Tensor:
-            if stops and trainer.step == 2:
-                raise ArithmeticError("planted")
-            return real(trainer, observed)
-
-        with mock.patch(f"{FILES}.open", opened, create=True), mock.patch.object(Trainer, "train_step", step):
-            yield
-
-    assert run(lambda: slow(True)).codes == [FAILED] * 2
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["1", "2"]
-    assert run(slow, "--resume").codes == [0, 0]
-    assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["4", "5"]
 
 
 @pytest.mark.parametrize("broken", ["disk", "weight"])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.faults
 def test_another_error_while_a_save_fails_is_the_one_that_is_reported(
-    tmp_path: Path, run: Callable[..., Ended], broken: str, world: int
+    tmp_path: Path, run: Run, broken: str, world: int
 ) -> None:
     """The save of step 2 fails in the background, and the loss of step 3 is NaN."""
 
@@ -415,25 +267,13 @@ def test_another_error_while_a_save_fails_is_the_one_that_is_reported(
             yield
 
     for options in ((), ("--health.nonfinite", "skip", "--resume")):
-        one_line(run(both, *options, world=world), env.NON_FINITE, "after step 2: ", "is not finite")
+        one_line(run(*options, world=world, within=both), env.NON_FINITE, "after step 2: ", "is not finite")
         assert (tmp_path / "run" / "exit_code").read_text() == f"{env.NON_FINITE}\n"
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-def test_settling_waits_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    monkeypatch.setattr(f"{FILES}.open", slow_disk(gate), raising=False)
-    saver = checkpoint.Saver(keep_last=1)
-    path = saver.start(tmp_path, 1, state(), {})
-    saver.settle(0.05)
-    assert not path.exists()
-    gate.set()
-    saver.settle(20)
-    assert load_all(path)
-
-
 @pytest.mark.faults
-def test_odd_paths(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_odd_paths(tmp_path: Path, run: Run) -> None:
     """Spaces, other scripts, a line break; a path that is relative; files for the owner only."""
 
     @contextmanager
@@ -442,14 +282,14 @@ def test_odd_paths(tmp_path: Path, run: Callable[..., Ended]) -> None:
         yield
 
     for name in (" a b\u00e9 \u6587", "line\nbreak"):
-        ended = run(odd, "--run-dir", name)
+        ended = run("--run-dir", name, within=odd)
         assert ended.codes == [0, 0], ended
         (path, _) = sorted((tmp_path / name / "checkpoints").iterdir(), reverse=True)
         assert load_all(path) and path.stat().st_mode & 0o777 == 0o700
         report("46", "odd paths and umask 077: works")
 
 
-def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, run: Callable[..., Ended]) -> None:
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, run: Run) -> None:
     @contextmanager
     def unwritable() -> Iterator[None]:
         def opened(*args: Any, **kwargs: Any) -> Any:
@@ -468,7 +308,7 @@ def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, run: 
         for warning in seen:
             print(warning.message, file=sys.stderr)
 
-    ended = run(unwritable)
+    ended = run(within=unwritable)
     assert ended.codes == [0, 0], ended
     warned = [line for line in ended.errors if "metrics.jsonl cannot be written" in line]
     assert len(warned) == 1 and "training continues without metrics" in warned[0]

@@ -1,4 +1,4 @@
-"""Creates checkpoints to tamper with, and watches what reading them does."""
+"""Creates states and checkpoints to tamper with, and watches what reading them does."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ _ACTIONS = (
     *("os.remove", "os.rmdir", "os.rename", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.truncate"),
 )
 _watches: list[list[str]] = []
+
+
+def small_state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    """Return the state of a made-up model: 2400 bytes."""
+    return {f"model.w{i}": torch.full((50, 3), value + i) for i in range(4)}
 
 
 def forge(path: Path, without: str = "", **changes: Any) -> None:

@@ -36,6 +36,13 @@ class Ended:
         return [line for text in self.err for line in text.splitlines()]
 
 
+def one_line(ended: Ended, code: int, *words: str) -> None:
+    """Assert that all ranks ended with ``code``, soon, and that one line, with these words, says why."""
+    assert ended.codes == [code] * len(ended.codes), ended
+    assert len(ended.errors) == 1 and all(word in ended.errors[0] for word in words), ended.errors
+    assert ended.seconds < 30
+
+
 def launch(
     argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0, within: Within = nullcontext
 ) -> Ended:
