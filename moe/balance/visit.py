@@ -57,7 +57,7 @@ class Visit:
     @property
     def being_read(self) -> bool:
         """Whether the current backward has read the losses."""
-        return self.read_in is not None and self.read_in == torch._C._current_graph_task_id()
+        return self.read_in == torch._C._current_graph_task_id()  # outside of a backward, -1
 
     @property
     def lives(self) -> bool:

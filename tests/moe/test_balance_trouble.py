@@ -92,6 +92,20 @@ def count_and_fail(layer: MoE, inputs: list[Tensor]) -> None:
         raise KeyError
 
 
+@pytest.mark.parametrize("given", [None, 2])
+def test_counts_of_a_block_that_raised_are_not_those_of_what_is_trained_next(given: int | None) -> None:
+    """The loop gives up counting, and trains other micro-batches."""
+    layer, fresh = (make(micro_batches=given) for _ in range(2))
+    inputs, used = batches(2, seed=9), []
+    layer.router.register_forward_hook(lambda router, args, routing: used.append(routing.ids_TK))
+    count_and_fail(layer, batches(2))
+    assert seen(layer) == 0
+    backward(layer, inputs)
+    backward(fresh, inputs)
+    assert all(torch.equal(oracle.route(fresh, x)[2], ids_TK) for x, ids_TK in zip(inputs, used[1:], strict=True))
+    assert seen(layer) == 2 and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+
+
 BROKEN: dict[str, Callable[[MoE, list[Tensor]], None]] = {
     "while counting": count_and_fail,
     "in the first forward": lambda layer, inputs: [count(layer, inputs), layer(inputs[0])],
@@ -311,6 +325,16 @@ def test_a_frozen_router(listed: bool) -> None:
         optimizer.zero_grad()
         assert seen(layer) == 0
         assert float(layer.router.bias_E.abs().max()) == pytest.approx(0.01 * step)
+
+
+def test_two_backwards_through_one_forward_of_a_frozen_layer() -> None:
+    """Modules before the layer get the balance loss's gradient once."""
+    before, layer = nn.Linear(6, 6).double(), make().requires_grad_(False)
+    loss = (layer(before(batches(1)[0])) * 0).sum()
+    loss.backward(retain_graph=True)
+    once = before.weight.grad.clone()
+    loss.backward()
+    assert bool(once.any()) and torch.equal(before.weight.grad, once)
 
 
 def test_bias_loaded_from_a_checkpoint_in_bf16_is_fp32() -> None:
