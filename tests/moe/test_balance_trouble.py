@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass, recompute, use_gradient_scaler
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Step, counting_pass, recompute, use_gradient_scaler
 from equimoe.moe.balance.hooks import untraced
 from tests.helpers import oracle
 
@@ -106,6 +106,22 @@ def test_counts_of_a_block_that_raised_are_not_those_of_what_is_trained_next(giv
     assert seen(layer) == 2 and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
 
 
+def test_a_micro_batch_that_raised_leaves_no_counts_in_a_step_that_the_loop_drives() -> None:
+    """Also while its output, and so its graph, is still held."""
+    layer, fresh, held = make(), make(), []
+    step = Step.of(layer)
+    with pytest.raises(KeyError), step.micro_batch():
+        held.append(layer(batches(1)[0]))
+        raise KeyError
+    assert seen(layer) == 0
+    for own, steps in ((layer, step), (fresh, Step.of(fresh))):
+        for x in batches(2, seed=9):
+            with steps.micro_batch(1):
+                (own(x) * 0).sum().backward()
+            steps.end()
+    assert held and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+
+
 BROKEN: dict[str, Callable[[MoE, list[Tensor]], None]] = {
     "while counting": count_and_fail,
     "in the first forward": lambda layer, inputs: [count(layer, inputs), layer(inputs[0])],
@@ -166,6 +182,13 @@ def test_a_forward_without_backward_goes_with_the_step_that_is_broken_off() -> N
     backward(layer, inputs)
     backward(fresh, inputs)
     assert seen(layer) == 2 and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+
+
+def test_forwards_that_are_never_trained_on_take_no_memory() -> None:
+    layer = make()
+    for x in batches(4):
+        layer(x)
+    assert len(layer.balancer.layer.visits) == 1
 
 
 def test_a_recomputation_that_fails() -> None:

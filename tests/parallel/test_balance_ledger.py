@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, Placement, counting_pass, recompute
+from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, Placement, Step, counting_pass, recompute
 from equimoe.moe.collectives import record_traffic, world_axis
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -124,6 +125,20 @@ def test_micro_batches_ahead_and_in_flight_have_one_collective_each() -> None:
         return sums(ahead), before
 
     assert run_ranks(script, 2) == [([8 * (E + 1) * L] * 3,) * 2] * 2
+
+
+def test_a_micro_batch_that_raised_leaves_nothing_to_sum() -> None:
+    def script(rank: int, world: int) -> list[int]:
+        model = Stack()
+        step = Step.of(model)
+        with suppress(KeyError), step.micro_batch(0):
+            model(tokens(rank, 0))
+            raise KeyError
+        with record_traffic() as found, step.micro_batch(0):
+            model(tokens(rank, 1))
+        return sums(found)
+
+    assert run_ranks(script, 2) == [[8 * (E + 1) * L]] * 2
 
 
 def test_bytes_of_several_scopes() -> None:
