@@ -104,9 +104,9 @@ class Failure:
         return self._claim(code) is None and (self._claimed or self.process.rank == 0)
 
     def forwarded(self) -> bool:
-        """Return whether torchrun may have sent the signal that this rank has got: all ranks of its node that are left.
+        """Return whether torchrun may have sent this rank a signal: all ranks of the node that are left have got one.
 
-        torchrun passes on a signal that it has got itself, but also closes the other ranks when one was killed, and then
+        torchrun passes on a signal that it has got itself. When a rank was killed, it also closes the others, and then
         restarts all of them.
         """
         store, own = self.meeting.store, self.meeting.places[self.process.rank][0]

@@ -34,7 +34,7 @@ class Signals:
         self.process, self.graceful = process, False
         #: returns whether this rank is the one to report that the run ends at once, given the exit code
         self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
-        #: returns whether the signal may have come from torchrun, which then knows what to do
+        #: returns whether torchrun may have sent the signal; then it knows what to do
         self.forwarded: Callable[[], bool] = lambda: True
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
