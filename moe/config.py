@@ -48,11 +48,14 @@ class RouterConfig:
     weight_scale: float = 1.0
     #: coefficient of the z-loss mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off
     z_loss: float = 0.0
-    #: number of groups of consecutive experts, usually one per node. A token chooses only from the ``kept_groups``
-    #: groups whose two best scores have the largest sum (DeepSeek-V3, arXiv 2412.19437); 1: no group limit
+    #: number of groups of consecutive experts, usually one per node. A token chooses only from the ``kept_groups`` best
+    #: groups (DeepSeek-V2 and V3); 1: no group limit
     groups: int = 1
     #: number of groups that each token may choose from
     kept_groups: int = 1
+    #: what ranks groups: the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437), or their best score
+    #: (DeepSeek-V2, arXiv 2405.04434)
+    group_worth: Literal["two_best", "best"] = "two_best"
 
     def reach(self, ranks: int) -> int:
         """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""

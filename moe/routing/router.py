@@ -17,7 +17,7 @@ from ..config import RouterConfig
 from ..types import Decision, Routing
 from .compose import compose
 from .score import SCORES
-from .select import group_limited, top_k
+from .select import GROUP_WORTHS, group_limited, top_k
 from .weight import WEIGHTS
 
 
@@ -53,7 +53,8 @@ class Router(nn.Module):
         self.reset_parameters()
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
-        self.route = _fused(top_k, config, backend) if config.score in FUSED_SCORES else _composed(top_k, config)
+        fused = config.score in FUSED_SCORES and config.group_worth == "two_best"
+        self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
 
     def reset_parameters(self) -> None:
@@ -69,8 +70,12 @@ class Router(nn.Module):
 
         If a ``decision`` is given, its experts are kept and only their gate weights are computed.
         """
+        return self.routing(self.logits(x_TD), mask_T, sequences, decision)
+
+    def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
+        """Route T tokens with these logits, see :meth:`forward`."""
         chosen_TK = None if decision is None else decision.chosen_TK
-        gate = self.route(self.logits(x_TD), bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
+        gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
         if decision is None:
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
             decision = Decision(gate.ids_TK, ids_TK)
@@ -132,7 +137,8 @@ def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutp
 def _composed(k: int, config: RouterConfig) -> Callable[..., GateOutput]:
     select = partial(top_k, k=k)
     if config.groups > 1:
-        select = partial(group_limited, k=k, groups=config.groups, kept_groups=config.kept_groups)
+        worth = GROUP_WORTHS[config.group_worth]
+        select = partial(group_limited, k=k, groups=config.groups, kept_groups=config.kept_groups, worth=worth)
     name = "normalized" if config.normalize_weights else "plain"
     weigh = WEIGHTS["softmax_after_topk" if config.softmax_after_topk else name]
     return partial(compose, score=SCORES[config.score], select=select, weigh=weigh, scale=config.weight_scale)

@@ -1,6 +1,8 @@
-"""Select functions: choose the experts of each token.  T tokens, E experts, K top-k, G groups."""
+"""Select functions: choose the experts of each token.  T tokens, E experts, K top-k, G groups of S experts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,12 +13,28 @@ def top_k(wanted_TE: Tensor, k: int) -> Tensor:
     return wanted_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
-def group_limited(wanted_TE: Tensor, k: int, groups: int, kept_groups: int) -> Tensor:
-    """Choose the k highest scores within the best ``kept_groups`` of ``groups`` groups of consecutive experts.
+def two_best(scores_TGS: Tensor) -> Tensor:
+    """Sum of a group's two highest scores (DeepSeek-V3, arXiv 2412.19437)."""
+    return scores_TGS.topk(min(2, scores_TGS.shape[-1]), dim=-1).values.sum(-1)
 
-    Groups are ranked by the sum of their two highest scores (DeepSeek-V3, arXiv 2412.19437).
+
+def best(scores_TGS: Tensor) -> Tensor:
+    """A group's highest score (DeepSeek-V2, arXiv 2405.04434)."""
+    return scores_TGS.amax(-1)
+
+
+#: name -> function from scores [T, G, S] to the worths [T, G] by which groups are ranked
+GROUP_WORTHS: dict[str, Callable[[Tensor], Tensor]] = {"two_best": two_best, "best": best}
+
+
+def group_limited(
+    wanted_TE: Tensor, k: int, groups: int, kept_groups: int, worth: Callable[[Tensor], Tensor] = two_best
+) -> Tensor:
+    """Choose the k highest scores within the ``kept_groups`` groups of the highest ``worth``.
+
+    The experts are ``groups`` groups of consecutive experts.
     """
     size = wanted_TE.shape[1] // groups
-    worth_TG = wanted_TE.unflatten(1, (groups, size)).topk(min(2, size), dim=-1).values.sum(-1)
+    worth_TG = worth(wanted_TE.unflatten(1, (groups, size)))
     kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, top_k(worth_TG, kept_groups), True)
     return top_k(wanted_TE.masked_fill(~kept_TG.repeat_interleave(size, dim=1), float("-inf")), k)

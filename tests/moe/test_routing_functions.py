@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from equimoe.moe.config import Score
 from equimoe.moe.routing import Router
 from equimoe.moe.routing.router import _composed
 from equimoe.moe.routing.score import SCORES
+from equimoe.moe.routing.select import GROUP_WORTHS
 
 T, E, K, D = 12, 8, 3, 6
 #: a score that only these tests know
@@ -66,6 +67,14 @@ def test_composed_equals_the_fused_op(score: Any, weights: dict[str, bool], grou
         for name in ("weights_TK", "prob_sums_BE", "z_sum"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-11, atol=1e-300)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("worth", "expected"), [("two_best", [[3, 2], [1, 0]]), ("best", [[0, 1], [2, 3]])])
+def test_groups_are_ranked_by_their_worth(worth: Any, expected: list[list[int]]) -> None:
+    scores_TE = torch.tensor([[0.42, 0.03, 0.25, 0.30], [0.20, 0.35, 0.40, 0.05]])
+    router = Router(D, 4, 2, RouterConfig(groups=2, group_worth=worth), 0.02)
+    assert router.route(scores_TE.log(), bias_E=None, mask_T=None, sequences=1, ids_TK=None).ids_TK.tolist() == expected
+    assert set(GROUP_WORTHS) == set(get_args(get_type_hints(RouterConfig)["group_worth"]))
 
 
 #: score -> its formula, exact in fp64: one row for each score of the configuration
