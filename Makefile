@@ -34,7 +34,7 @@ help:
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
 	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
 	@echo "make faults  inject every fault of the fault table, and print it; about 20 minutes   [ARGS=\"-k save\"]"
-	@echo "make engines run the tests with DeepSpeed, Megatron-Core and others, about 6 minutes   [ARGS=\"-k zero\"]"
+	@echo "make engines run the tests with DeepSpeed, Transformers and others, about 7 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
 	@echo "make bench   compare one layer with other libraries  [ARGS=...]"
@@ -65,7 +65,7 @@ faults: $(VENV)/.stamp-dev
 	$(PY) tests/faults/run.py $(ARGS)
 
 engines: $(VENV)/.stamp-engines
-	$(PY) -m pytest tests/engines -m engines $(ARGS)
+	$(PY) -m pytest tests/engines tests/interop -m engines $(ARGS)
 
 check: types
 	$(PY) -m ruff check .

@@ -13,18 +13,13 @@ HERE = Path(__file__).parent
 FOLDERS = ("moe", "kernels", "launch")
 VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "moe" / "version.py").read_text(encoding="utf-8"))[0]
 
+HF = ["accelerate>=1.15", "peft>=0.21", "tokenizers>=0.22", "transformers>=5"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     # what `make engines` tests
-    "engines": [
-        "accelerate>=1.15",
-        "deepspeed>=0.19",
-        "lightning>=2.6",
-        "megatron-core>=0.16",
-        "transformers>=5",
-    ],
-    "hf": ["transformers>=5", "tokenizers>=0.22"],
+    "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF],
+    "hf": HF,
     "dev": [
         "build",
         "hypothesis",

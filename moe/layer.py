@@ -86,19 +86,24 @@ class MoE(nn.Module):
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
+        router, experts, shared = self.parts()
         visit, decision = self.balancer.begin(self, x_TD)
-        routing = self.router(x_TD, mask_T, sequences, decision)
+        routing = router(x_TD, mask_T, sequences, decision)
         if self.capacity is not None:
             routing = self.capacity(routing)
         if visit is not None and self.balancer.count(visit, routing, mask_T):
             self._keep_stats(routing, visit)
         flight = self.dispatcher.send(x_TD, routing)
-        shared_TD = None if self.shared is None else self.shared(x_TD)  # overlaps with the exchange of rows
-        y_TD = self.dispatcher.finish(flight, self.experts)
+        shared_TD = None if shared is None else shared(x_TD)  # overlaps with the exchange of rows
+        y_TD = self.dispatcher.finish(flight, experts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        y = self.balancer.attach(visit, y_TD, routing, self.router.weight).view(x.shape).to(x.dtype)
+        y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
+
+    def parts(self) -> tuple[Any, Any, Any]:
+        """Return the router, the routed experts, and the shared experts or None."""
+        return self.router, self.experts, self.shared
 
     @property
     def stats(self) -> RoutingStats:

@@ -1,0 +1,209 @@
+"""Makes the MoE blocks of another library's model compute as this package's layer, in place.
+
+A swapped block stays the same module with the same submodules, parameters, buffers and hooks; only classes change. So
+state dicts, optimizers, adapters and wrappers see the names and objects that they know.
+
+T tokens, D hidden, E experts, K top-k, B sequences, L positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..balance import Visit
+from ..config import BalanceConfig
+from ..experts import RoutedExperts
+from ..layer import MoE
+from ..placement import Placement
+from ..types import Routing
+from .adapters import ADAPTERS, Adapter
+from .parts import KeptExperts, KeptRouter, StackedExperts, SwappedRouter
+from .read import Plan, read
+
+#: the argument by which a model hands the padding mask to the attention next to a block. As an argument of the decoder
+#: layer, it is the same when activation checkpointing runs that layer again
+_MASK = "equimoe_mask"
+#: the coefficient of the model's own balance loss
+_COEFFICIENT = "router_aux_loss_coef"
+
+
+@dataclass
+class _Swapped:
+    """What a swapped block remembers."""
+
+    adapter: Adapter
+    #: functions that compute what no submodule computes; None: the submodule does
+    experts: Any = None
+    shared: Any = None
+    #: the changed modules: the class of each, the attributes that were replaced, and the names of those that are new
+    before: list[tuple[nn.Module, type, dict[str, Any], list[str]]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    #: bool [B, L], the model's mask in the current forward; and whether it has been sent but has not arrived
+    mask: Tensor | None = None
+    awaited: bool = False
+
+    def become(self, module: nn.Module, base: type, attributes: dict[str, Any]) -> None:
+        """Put ``base`` before the class of ``module``, and set attributes of the module."""
+        own, original = vars(module), type(module)
+        replaced = {name: own[name] for name in attributes if name in own}
+        self.before.append((module, original, replaced, [name for name in attributes if name not in own]))
+        own.update(attributes)
+        body = {"__module__": original.__module__, "__doc__": original.__doc__, "is_swapped": True}
+        module.__class__ = type(original.__name__, (base, original), body)
+
+    def undo(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for module, original, replaced, new in self.before:
+            for name in new:
+                del vars(module)[name]
+            vars(module).update(replaced)
+            module.__class__ = original
+
+
+class SwappedMoE(MoE):
+    """A block of another library that computes as this package's layer, and returns what the block returns."""
+
+    _swapped: _Swapped
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        """``mask`` ([...], True where a token counts) takes the place of the model's."""
+        sent = self._sent_mask(x)
+        return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask))
+
+    def parts(self) -> tuple[Any, Any, Any]:
+        swapped = self._swapped
+        experts = getattr(self, swapped.adapter.experts) if swapped.experts is None else swapped.experts
+        return self.router, experts, swapped.shared
+
+    def _keep_stats(self, routing: Routing, visit: Visit) -> None:
+        super()._keep_stats(routing, visit)
+        assert self._stats is not None
+        # masked tokens are computed but not counted, so the difference is not what was dropped
+        self._stats = replace(self._stats, dropped_choices=torch.zeros_like(self._stats.tokens))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(self._swapped.adapter.router if name == "router" else name)
+
+    def _sent_mask(self, x: Tensor) -> Tensor | None:
+        swapped = self._swapped
+        (mask, awaited), swapped.mask, swapped.awaited = (swapped.mask, swapped.awaited), None, False
+        if awaited:
+            raise ValueError(
+                f"attention_mask: it does not reach {type(self).__name__}, because the layers of the model do not pass "
+                f"keyword arguments on to {swapped.adapter.attention!r}; call the block with mask="
+            )
+        return None if mask is None else mask[:, -x.shape[-2] :]  # with a cache, x has only the last positions
+
+
+def swap(
+    model: nn.Module,
+    balance: BalanceConfig | None = None,
+    *,
+    adapters: Mapping[type[nn.Module], Adapter] | None = None,
+    group: Any = None,
+) -> nn.Module:
+    """Make every MoE block of a transformers model compute as this package's layer, and return the model.
+
+    ``balance`` configures load balancing (None: over the global batch); the model's own balance loss gets the
+    coefficient 0. Parameters stay the same objects under the same names. Positions where the model's 2-dimensional
+    ``attention_mask`` is 0 are computed, but not counted. ``adapters`` describes blocks of your own, by class.
+    ``group`` has the ranks with different tokens, see :class:`equimoe.moe.MoE`.
+
+    Call it on every rank, before anything wraps the model. Raises ValueError if the model has no MoE block, or one
+    with a setting that this layer does not have.
+    """
+    plans = read(model, {**ADAPTERS, **(adapters or {})}, BalanceConfig() if balance is None else balance)
+    for plan in plans:
+        _swap_block(plan, group)
+    _hand_on_masks(plans)
+    for module in model.modules():
+        if vars(module).get(_COEFFICIENT):
+            vars(module)["_swapped_coefficient"], vars(module)[_COEFFICIENT] = vars(module)[_COEFFICIENT], 0.0
+    return model
+
+
+def unswap(model: nn.Module) -> nn.Module:
+    """Undo :func:`swap`, and return the model. Parameters keep their values.
+
+    Raises ValueError if the model is not swapped, or if a wrapper has changed the class of a block.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, SwappedMoE)]
+    if not blocks:
+        raise ValueError(f"unswap: {type(model).__name__} is not swapped; call swap first")
+    for module in (entry[0] for block in blocks for entry in block._swapped.before):
+        if "is_swapped" not in vars(type(module)):
+            raise ValueError(f"unswap: a wrapper has made a {type(module).__name__} of a block; unwrap the model first")
+    for block in blocks:
+        block._swapped.undo()
+    for module in model.modules():
+        if "_swapped_coefficient" in vars(module):
+            vars(module)[_COEFFICIENT] = vars(module).pop("_swapped_coefficient")
+    return model
+
+
+def _swap_block(plan: Plan, group: Any) -> None:
+    block, adapter = plan.block, plan.adapter
+    with torch.device("meta"):  # only its attributes are used
+        layer = MoE(plan.config)
+    if group is not None:
+        layer.place(Placement.of_group(group))
+    router, swapped = plan.router, _Swapped(adapter)
+    options = {"_kept_dtype": router.weight.dtype, "bias_name": adapter.bias}
+    swapped.become(router, KeptRouter if adapter.own_router else SwappedRouter, _attributes(layer.router) | options)
+    if adapter.weights is not None:
+        swapped.experts = StackedExperts(layer.experts, adapter.weights, block)
+    elif plan.own_experts:
+        swapped.become(getattr(block, adapter.experts), KeptExperts, {})
+    else:
+        swapped.become(getattr(block, adapter.experts), RoutedExperts, _attributes(layer.experts))
+    if adapter.shared is not None:
+        swapped.shared = partial(adapter.shared, block)
+    attributes = _attributes(layer) | {"_swapped": swapped}
+    del attributes["shared"]
+    swapped.become(block, SwappedMoE, attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that not every module has."""
+    return {name: value for name, value in vars(module).items() if name not in vars(nn.Module())}
+
+
+# ---- the padding mask
+
+
+def _hand_on_masks(plans: Iterable[Plan]) -> None:
+    """Have each model hand its attention mask to its blocks: as an argument, through the attention next to each."""
+    blocks: dict[nn.Module, list[_Swapped]] = {}
+    for plan in plans:
+        if plan.model is None or plan.attention is None:
+            continue
+        swapped: _Swapped = plan.block._swapped  # type: ignore[assignment]
+        blocks.setdefault(plan.model, []).append(swapped)
+        take = partial(_take_mask, swapped)
+        swapped.hooks.append(plan.attention.register_forward_pre_hook(take, prepend=True, with_kwargs=True))
+    for model, receivers in blocks.items():
+        send = partial(_send_mask, receivers)
+        receivers[0].hooks.append(model.register_forward_pre_hook(send, with_kwargs=True))
+
+
+def _send_mask(receivers: list[_Swapped], model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return args, kwargs
+    for receiver in receivers:
+        receiver.awaited = True
+    return args, {**kwargs, _MASK: mask.bool()}
+
+
+def _take_mask(receiver: _Swapped, attention: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    receiver.mask, receiver.awaited = kwargs.pop(_MASK, None), False
+    return args, kwargs
