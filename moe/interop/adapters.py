@@ -52,8 +52,9 @@ class Adapter:
     output: Callable[[Tensor], Any] = lambda y: y
     #: names of settings of the block that must be zero or absent, because the layer has no such thing
     refused: tuple[str, ...] = ()
-    #: name of the attention module next to the block, from which the padding mask comes
-    attention: str = "self_attn"
+    #: name of the attention next to the block, to which the model passes its keyword arguments: the padding mask comes
+    #: with them. None: there is none; then call the block with ``mask``
+    attention: str | None = "self_attn"
 
 
 def _activation(block: Any, config: Any) -> str | None:

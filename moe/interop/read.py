@@ -61,7 +61,13 @@ def _plan(model: nn.Module, name: str, block: Any, adapter: Adapter, balance: Ba
     hf = next((module.config for module in above if hasattr(module, "config")), None)
     router = _part(name, block, adapter.router)
     _refuse(name, block, adapter, balance)
-    experts, hidden = router.weight.shape
+    weight = getattr(router, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"swap: the router {name}.{adapter.router} ({type(router).__name__}) has no weight [E, D]; use "
+            "transformers 5 without quantisation, or describe the block with an adapter"
+        )
+    experts, hidden = weight.shape
     top_k, routing = adapter.routing(block, hf)
     activation: Any = adapter.activation(block, hf)
     width = 1  # experts that keep their own code know their width
@@ -71,7 +77,7 @@ def _plan(model: nn.Module, name: str, block: Any, adapter: Adapter, balance: Ba
         _part(name, block, adapter.experts)
     config = MoEConfig(hidden, width, experts, top_k, router=routing, balance=balance, activation=activation or "silu")
     receives = next((module for module in above[1:] if _takes_mask(module)), None)
-    attention = getattr(above[0], adapter.attention, None) if above else None
+    attention = getattr(above[0], adapter.attention, None) if above and adapter.attention else None
     return Plan(block, adapter, config, router, activation is None, receives, attention)
 
 
@@ -89,7 +95,10 @@ def _takes_mask(module: nn.Module) -> bool:
 def _part(name: str, block: nn.Module, part: str) -> Any:
     found = dict(block.named_children()).get(part)
     if found is None:
-        raise ValueError(f"swap: {name} ({type(block).__name__}) has no submodule {part!r}; name it in the adapter")
+        raise ValueError(
+            f"swap: {name} ({type(block).__name__}) has no submodule {part!r}; use transformers 5, or name the "
+            "submodule in an adapter"
+        )
     return found
 
 

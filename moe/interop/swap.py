@@ -75,7 +75,7 @@ class SwappedMoE(MoE):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         """``mask`` ([...], True where a token counts) takes the place of the model's."""
-        sent = self._sent_mask(x)
+        sent = self._sent_mask(x, needed=mask is None)
         return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask))
 
     def parts(self) -> tuple[Any, Any, Any]:
@@ -92,13 +92,13 @@ class SwappedMoE(MoE):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(self._swapped.adapter.router if name == "router" else name)
 
-    def _sent_mask(self, x: Tensor) -> Tensor | None:
+    def _sent_mask(self, x: Tensor, needed: bool) -> Tensor | None:
         swapped = self._swapped
         (mask, awaited), swapped.mask, swapped.awaited = (swapped.mask, swapped.awaited), None, False
-        if awaited:
+        if awaited and needed:
             raise ValueError(
                 f"attention_mask: it does not reach {type(self).__name__}, because the layers of the model do not pass "
-                f"keyword arguments on to {swapped.adapter.attention!r}; call the block with mask="
+                f"keyword arguments on to {swapped.adapter.attention!r}; call the block with mask=..."
             )
         return None if mask is None else mask[:, -x.shape[-2] :]  # with a cache, x has only the last positions
 
@@ -197,13 +197,14 @@ def _hand_on_masks(plans: Iterable[Plan]) -> None:
 def _send_mask(receivers: list[_Swapped], model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     mask = given.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return args, kwargs
+    sent = {_MASK: mask.bool()} if isinstance(mask, Tensor) and mask.dim() == 2 else {}
     for receiver in receivers:
-        receiver.awaited = True
-    return args, {**kwargs, _MASK: mask.bool()}
+        receiver.awaited = bool(sent)
+    return args, {**kwargs, **sent}
 
 
 def _take_mask(receiver: _Swapped, attention: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    receiver.mask, receiver.awaited = kwargs.pop(_MASK, None), False
+    receiver.mask = None
+    if _MASK in kwargs:
+        receiver.mask, receiver.awaited = kwargs.pop(_MASK), False
     return args, kwargs

@@ -1,0 +1,206 @@
+"""Swapped models train as before: under Trainer, Accelerate, DDP, FSDP2, PEFT, and with activation checkpointing."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", reason="needs Transformers, which `make engines` installs")
+pytest.importorskip("accelerate", reason="needs Accelerate, which `make engines` installs")
+pytest.importorskip("peft", reason="needs PEFT, which `make engines` installs")
+pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore")]
+
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from torch.distributed.fsdp import fully_shard  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from equimoe.moe import BalanceConfig, MoE  # noqa: E402
+from equimoe.moe.interop import swap  # noqa: E402
+from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.hf_models import FAMILIES, LENGTH, batch, build, gradients  # noqa: E402
+
+OFF, GLOBAL = BalanceConfig(coefficient=0.0), BalanceConfig(coefficient=0.5)
+WORLD, STEPS = 2, 20
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def different(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name, value in expected.items() if not close(found[name], value)]
+
+
+def layers(model: nn.Module) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+# ---- Trainer
+
+
+def trained(model: Any, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Train for 20 steps of two micro-batches with padding."""
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+    )
+    micro_batches = [batch(seed % 4) for seed in range(2 * STEPS)]
+    data = [{name: value[row] for name, value in each.items()} for each in micro_batches for row in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "deepseek v3", "phimoe", "gpt-oss"])
+def test_twenty_steps_of_the_trainer_are_the_same(family: str, tmp_path: Path) -> None:
+    losses, weights = trained(build(family), tmp_path)
+    found, swapped = trained(swap(build(family), OFF), tmp_path)
+    assert len(found) == STEPS and losses[-1] < losses[0]
+    assert torch.allclose(torch.tensor(found), torch.tensor(losses), atol=1e-5)
+    assert not different(swapped, weights)
+
+
+# ---- several ranks
+
+
+def mean_over(rows: dict[str, Tensor]) -> dict[str, Any]:
+    """Inputs of a rank whose loss is its part of the mean over the tokens of both ranks."""
+    return rows | {"num_items_in_batch": sum(int((part(r)["labels"][:, 1:] >= 0).sum()) for r in range(WORLD)) / WORLD}
+
+
+def part(rank: int) -> dict[str, Tensor]:
+    return batch(seed=rank, padded=rank == 0)
+
+
+def alone(family: str) -> dict[str, Tensor]:
+    """The gradients of one process that holds the batches of both ranks."""
+    both = {name: torch.cat([part(rank)[name] for rank in range(WORLD)]) for name in part(0)}
+    return gradients(swap(build(family), GLOBAL), both)[1]
+
+
+def under_accelerate(rank: int, world: int, family: str) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer may have left one in the parent
+    model = swap(build(family), GLOBAL)
+    wrapped = Accelerator(cpu=True).prepare(model)
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    torch.manual_seed(1)
+    wrapped(**mean_over(part(rank))).loss.backward()
+    assert sum(int(layer.stats.tokens) for layer in layers(model)) == (2 * LENGTH - 5 * (rank == 0)) * len(
+        layers(model)
+    )
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def under_fsdp2(rank: int, world: int, family: str) -> dict[str, Tensor]:
+    warnings.simplefilter("ignore")
+    model = swap(build(family), GLOBAL)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model(**mean_over(part(rank))).loss.backward()
+    return {
+        name: torch.zeros_like(p.full_tensor()) if p.grad is None else p.grad.full_tensor()
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("wrap", [under_accelerate, under_fsdp2])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2", "deepseek v3", "gpt-oss"])
+def test_gradients_on_two_ranks_equal_those_of_one_process(family: str, wrap: Any) -> None:
+    """With the balance loss over the global batch, and padding on one rank only."""
+    right = alone(family)
+    unbalanced = gradients(swap(build(family), OFF), {n: torch.cat([part(0)[n], part(1)[n]]) for n in part(0)})[1]
+    assert any("gate" in name or "router" in name for name in different(unbalanced, right))
+    for found in run_ranks(wrap, WORLD, family):
+        assert not different(found, right)
+
+
+# ---- activation checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
+    model = swap(build(family), GLOBAL)
+    _, right = gradients(model)
+    counts = [layer.stats.counts for layer in layers(model)]
+    model = swap(build(family), GLOBAL)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, found = gradients(model)
+    assert not different(found, right)
+    for layer, expected in zip(layers(model), counts, strict=True):
+        assert torch.equal(layer.stats.counts, expected) and len(layer.balancer.visits) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])
+def test_checkpointing_knows_the_mask_of_each_of_several_forwards(family: str) -> None:
+    def run(checkpointing: bool) -> dict[str, Tensor]:
+        model = swap(build(family), BalanceConfig("micro", 0.5))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        first, second = model(**batch(0)).loss, model(**batch(1, padded=False)).loss
+        (first + second).backward()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+    assert not different(run(True), run(False))
+
+
+# ---- PEFT
+
+
+def adapted(family: str, swapped: bool, **targets: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The model's outputs, and the gradients of adapters with random weights."""
+    model = swap(build(family), OFF) if swapped else build(family)
+    peft = get_peft_model(model, LoraConfig(r=2, **targets))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    outputs, grads = gradients(peft)
+    return outputs, {name: grad for name, grad in grads.items() if dict(peft.named_parameters())[name].requires_grad}
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("mixtral", ATTENTION),
+        ("mixtral", EXPERTS),
+        ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"]}),
+        ("qwen2", {"target_modules": "all-linear"}),
+        ("qwen2", ATTENTION | {"modules_to_save": ["gate"]}),
+        ("deepseek v3", EXPERTS),
+        ("gpt-oss", ATTENTION),
+        ("gpt-oss", EXPERTS),
+    ],
+)
+def test_adapters_train_as_before(family: str, targets: dict[str, Any]) -> None:
+    outputs, right = adapted(family, False, **targets)
+    found, grads = adapted(family, True, **targets)
+    assert close(found.logits, outputs.logits) and len(right) > 1
+    assert not different(grads, right)
