@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..experts import RoutedExperts
 from ..routing import Router
 from ..routing.compose import compose
 from ..types import Decision, DispatchPlan, Routing
@@ -93,12 +92,12 @@ class KeptExperts(nn.Module):
         return super().forward(rows_SD, ids_SK, plan.weights_SK)
 
 
-class StackedExperts:
-    """Experts whose two stacked weights a function computes from the block, in every forward."""
-
-    def __init__(self, template: RoutedExperts, weights: Callable[[Any], tuple[Tensor, Tensor]], block: Any) -> None:
-        self.mlp, self.weights, self.block = template.mlp, weights, block
-
-    def __call__(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Return each source row's weighted sum over its experts, [S, D]."""
-        return self.mlp(rows_SD, plan.weights_SK, plan.order, *self.weights(self.block))
+def stacked_experts(
+    mlp: Callable[..., Tensor],
+    weights: Callable[[Any], tuple[Tensor, Tensor]],
+    block: nn.Module,
+    rows_SD: Tensor,
+    plan: DispatchPlan,
+) -> Tensor:
+    """Compute experts whose two stacked weights are a function of the block."""
+    return mlp(rows_SD, plan.weights_SK, plan.order, *weights(block))

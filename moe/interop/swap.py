@@ -24,7 +24,7 @@ from ..layer import MoE
 from ..placement import Placement
 from ..types import Routing
 from .adapters import ADAPTERS, Adapter
-from .parts import KeptExperts, KeptRouter, StackedExperts, SwappedRouter
+from .parts import KeptExperts, KeptRouter, SwappedRouter, stacked_experts
 from .read import Plan, read
 
 #: the argument by which a model hands the padding mask to the attention next to a block. As an argument of the decoder
@@ -32,40 +32,21 @@ from .read import Plan, read
 _MASK = "equimoe_mask"
 #: the coefficient of the model's own balance loss
 _COEFFICIENT = "router_aux_loss_coef"
+#: the attribute of a changed module with its former class, its replaced attributes, and the names of its new ones
+_BEFORE = "_before_swap"
 
 
 @dataclass
 class _Swapped:
-    """What a swapped block remembers."""
+    """What a swapped block remembers. It holds no module, so that models are freed without garbage collection."""
 
     adapter: Adapter
-    #: functions that compute what no submodule computes; None: the submodule does
-    experts: Any = None
-    shared: Any = None
-    #: the changed modules: the class of each, the attributes that were replaced, and the names of those that are new
-    before: list[tuple[nn.Module, type, dict[str, Any], list[str]]] = field(default_factory=list)
+    #: the layer's function of the stacked weights of its experts
+    mlp: Any
     hooks: list[Any] = field(default_factory=list)
     #: bool [B, L], the model's mask in the current forward; and whether it has been sent but has not arrived
     mask: Tensor | None = None
     awaited: bool = False
-
-    def become(self, module: nn.Module, base: type, attributes: dict[str, Any]) -> None:
-        """Put ``base`` before the class of ``module``, and set attributes of the module."""
-        own, original = vars(module), type(module)
-        replaced = {name: own[name] for name in attributes if name in own}
-        self.before.append((module, original, replaced, [name for name in attributes if name not in own]))
-        own.update(attributes)
-        body = {"__module__": original.__module__, "__doc__": original.__doc__, "is_swapped": True}
-        module.__class__ = type(original.__name__, (base, original), body)
-
-    def undo(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for module, original, replaced, new in self.before:
-            for name in new:
-                del vars(module)[name]
-            vars(module).update(replaced)
-            module.__class__ = original
 
 
 class SwappedMoE(MoE):
@@ -79,9 +60,12 @@ class SwappedMoE(MoE):
         return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask))
 
     def parts(self) -> tuple[Any, Any, Any]:
-        swapped = self._swapped
-        experts = getattr(self, swapped.adapter.experts) if swapped.experts is None else swapped.experts
-        return self.router, experts, swapped.shared
+        adapter = self._swapped.adapter
+        stacked = (
+            None if adapter.weights is None else partial(stacked_experts, self._swapped.mlp, adapter.weights, self)
+        )
+        shared = None if adapter.shared is None else partial(adapter.shared, self)
+        return getattr(self, adapter.router), stacked or getattr(self, adapter.experts), shared
 
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:
         super()._keep_stats(routing, visit)
@@ -90,7 +74,11 @@ class SwappedMoE(MoE):
         self._stats = replace(self._stats, dropped_choices=torch.zeros_like(self._stats.tokens))
 
     def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(self._swapped.adapter.router if name == "router" else name)
+        if name != "router":
+            return super().__getattr__(name)
+        router = super().__getattr__(self._swapped.adapter.router)
+        adapted = getattr(router, "get_base_layer", None)  # PEFT's wrapper does not have the bias
+        return router if adapted is None else adapted()
 
     def _sent_mask(self, x: Tensor, needed: bool) -> Tensor | None:
         swapped = self._swapped
@@ -135,14 +123,20 @@ def unswap(model: nn.Module) -> nn.Module:
 
     Raises ValueError if the model is not swapped, or if a wrapper has changed the class of a block.
     """
-    blocks = [module for module in model.modules() if isinstance(module, SwappedMoE)]
-    if not blocks:
+    swapped = [module for module in model.modules() if _BEFORE in vars(module)]
+    if not swapped:
         raise ValueError(f"unswap: {type(model).__name__} is not swapped; call swap first")
-    for module in (entry[0] for block in blocks for entry in block._swapped.before):
+    for module in swapped:
         if "is_swapped" not in vars(type(module)):
             raise ValueError(f"unswap: a wrapper has made a {type(module).__name__} of a block; unwrap the model first")
-    for block in blocks:
-        block._swapped.undo()
+    for module in swapped:
+        for hook in module._swapped.hooks if isinstance(module, SwappedMoE) else []:
+            hook.remove()
+        original, replaced, new = vars(module).pop(_BEFORE)
+        for name in new:
+            del vars(module)[name]
+        vars(module).update(replaced)
+        module.__class__ = original
     for module in model.modules():
         if "_swapped_coefficient" in vars(module):
             vars(module)[_COEFFICIENT] = vars(module).pop("_swapped_coefficient")
@@ -155,20 +149,26 @@ def _swap_block(plan: Plan, group: Any) -> None:
         layer = MoE(plan.config)
     if group is not None:
         layer.place(Placement.of_group(group))
-    router, swapped = plan.router, _Swapped(adapter)
+    router, swapped = plan.router, _Swapped(adapter, layer.experts.mlp)
     options = {"_kept_dtype": router.weight.dtype, "bias_name": adapter.bias}
-    swapped.become(router, KeptRouter if adapter.own_router else SwappedRouter, _attributes(layer.router) | options)
-    if adapter.weights is not None:
-        swapped.experts = StackedExperts(layer.experts, adapter.weights, block)
-    elif plan.own_experts:
-        swapped.become(getattr(block, adapter.experts), KeptExperts, {})
-    else:
-        swapped.become(getattr(block, adapter.experts), RoutedExperts, _attributes(layer.experts))
-    if adapter.shared is not None:
-        swapped.shared = partial(adapter.shared, block)
+    _become(router, KeptRouter if adapter.own_router else SwappedRouter, _attributes(layer.router) | options)
+    if plan.own_experts:
+        _become(getattr(block, adapter.experts), KeptExperts, {})
+    elif adapter.weights is None:
+        _become(getattr(block, adapter.experts), RoutedExperts, _attributes(layer.experts))
     attributes = _attributes(layer) | {"_swapped": swapped}
     del attributes["shared"]
-    swapped.become(block, SwappedMoE, attributes)
+    _become(block, SwappedMoE, attributes)
+
+
+def _become(module: nn.Module, base: type, attributes: dict[str, Any]) -> None:
+    """Put ``base`` before the class of ``module``, set attributes of the module, and note what these were."""
+    own, original = vars(module), type(module)
+    replaced = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    own[_BEFORE] = original, replaced, [name for name in attributes if name not in replaced]
+    body = {"__module__": original.__module__, "__doc__": original.__doc__, "is_swapped": True}
+    module.__class__ = type(original.__name__, (base, original), body)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

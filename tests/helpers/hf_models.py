@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 
 VOCABULARY, LENGTH = 40, 9
+#: ranks that share a batch
+WORLD = 2
 _BASE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -78,6 +80,19 @@ def batch(seed: int = 0, rows: int = 2, padded: bool = True) -> dict[str, Tensor
         mask[0, :2], mask[-1, -3:] = 0, 0
     labels = ids.masked_fill(mask == 0, -100)
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+
+
+def whole() -> dict[str, Tensor]:
+    """Return the batch of all ranks, with padding in the first rank's part."""
+    parts = [batch(seed=rank, padded=rank == 0) for rank in range(WORLD)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def part(rank: int) -> dict[str, Any]:
+    """Return a rank's part of :func:`whole`, whose losses have the loss of the whole as their mean."""
+    predicted = int((whole()["labels"][:, 1:] >= 0).sum())
+    own = {name: value.chunk(WORLD)[rank] for name, value in whole().items()}
+    return own | {"num_items_in_batch": predicted / WORLD}
 
 
 def gradients(model: Any, inputs: dict[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +129,20 @@ def test_a_block_of_ones_own(router: type[nn.Linear], adapter: Adapter) -> None:
     unswap(model)
     assert type(model.block) is Block and model.block.config == "mine" and not hasattr(model.block, "balancer")
     assert torch.equal(gradients(model)[0], expected)
+
+
+@pytest.mark.parametrize("adapter", [STACKED, CALLED])
+def test_a_swapped_model_is_freed_without_garbage_collection(adapter: Adapter) -> None:
+    """A layer that still lives would check the updates of other models."""
+    gc.disable()
+    try:
+        model = swap(WithAttention(hands_on=True), adapters={Block: adapter})
+        model(torch.randn(2, 6, D), torch.ones(2, 6, dtype=torch.long)).sum().backward()
+        balancers = [weakref.ref(layer.mlp.balancer) for layer in model.layers]  # type: ignore[union-attr]
+        del model
+        assert [balancer() for balancer in balancers] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Attention(nn.Module):

@@ -24,10 +24,10 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from equimoe.moe import BalanceConfig, MoE  # noqa: E402
 from equimoe.moe.interop import swap  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
-from tests.helpers.hf_models import FAMILIES, LENGTH, batch, build, gradients  # noqa: E402
+from tests.helpers.hf_models import FAMILIES, LENGTH, WORLD, batch, build, gradients, part, whole  # noqa: E402
 
 OFF, GLOBAL = BalanceConfig(coefficient=0.0), BalanceConfig(coefficient=0.5)
-WORLD, STEPS = 2, 20
+STEPS = 20
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -83,19 +83,9 @@ def test_twenty_steps_of_the_trainer_are_the_same(family: str, tmp_path: Path) -
 # ---- several ranks
 
 
-def mean_over(rows: dict[str, Tensor]) -> dict[str, Any]:
-    """Inputs of a rank whose loss is its part of the mean over the tokens of both ranks."""
-    return rows | {"num_items_in_batch": sum(int((part(r)["labels"][:, 1:] >= 0).sum()) for r in range(WORLD)) / WORLD}
-
-
-def part(rank: int) -> dict[str, Tensor]:
-    return batch(seed=rank, padded=rank == 0)
-
-
 def alone(family: str) -> dict[str, Tensor]:
     """The gradients of one process that holds the batches of both ranks."""
-    both = {name: torch.cat([part(rank)[name] for rank in range(WORLD)]) for name in part(0)}
-    return gradients(swap(build(family), GLOBAL), both)[1]
+    return gradients(swap(build(family), GLOBAL), whole())[1]
 
 
 def under_accelerate(rank: int, world: int, family: str) -> dict[str, Tensor]:
@@ -105,7 +95,7 @@ def under_accelerate(rank: int, world: int, family: str) -> dict[str, Tensor]:
     wrapped = Accelerator(cpu=True).prepare(model)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
     torch.manual_seed(1)
-    wrapped(**mean_over(part(rank))).loss.backward()
+    wrapped(**part(rank)).loss.backward()
     assert sum(int(layer.stats.tokens) for layer in layers(model)) == (2 * LENGTH - 5 * (rank == 0)) * len(
         layers(model)
     )
@@ -119,7 +109,7 @@ def under_fsdp2(rank: int, world: int, family: str) -> dict[str, Tensor]:
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model(**mean_over(part(rank))).loss.backward()
+    model(**part(rank)).loss.backward()
     return {
         name: torch.zeros_like(p.full_tensor()) if p.grad is None else p.grad.full_tensor()
         for name, p in model.named_parameters()
@@ -131,7 +121,7 @@ def under_fsdp2(rank: int, world: int, family: str) -> dict[str, Tensor]:
 def test_gradients_on_two_ranks_equal_those_of_one_process(family: str, wrap: Any) -> None:
     """With the balance loss over the global batch, and padding on one rank only."""
     right = alone(family)
-    unbalanced = gradients(swap(build(family), OFF), {n: torch.cat([part(0)[n], part(1)[n]]) for n in part(0)})[1]
+    unbalanced = gradients(swap(build(family), OFF), whole())[1]
     assert any("gate" in name or "router" in name for name in different(unbalanced, right))
     for found in run_ranks(wrap, WORLD, family):
         assert not different(found, right)
@@ -204,3 +194,14 @@ def test_adapters_train_as_before(family: str, targets: dict[str, Any]) -> None:
     found, grads = adapted(family, True, **targets)
     assert close(found.logits, outputs.logits) and len(right) > 1
     assert not different(grads, right)
+
+
+def test_a_bias_moves_also_if_the_router_is_adapted() -> None:
+    model = swap(build("deepseek v3"), BalanceConfig(bias_update_rate=0.25))
+    bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    before = bias.clone()
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["gate.weight"]))
+    optimizer = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=0.1)
+    gradients(peft)
+    optimizer.step()
+    assert float((bias - before).abs().max()) == pytest.approx(0.25)
