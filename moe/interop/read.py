@@ -107,7 +107,7 @@ def _refuse(name: str, block: nn.Module, adapter: Adapter, balance: BalanceConfi
     for setting in adapter.refused:
         value = getattr(block, setting, None)
         if value:
-            raise ValueError(f"{name}.{setting}={value!r}: this layer adds no noise; set it to 0 in the model's config")
+            raise ValueError(f"{name}.{setting}={value!r}: this layer adds no noise; set it to 0 on every block")
     if balance.bias_update_rate and adapter.bias is None:
         raise ValueError(
             f"balance.bias_update_rate={balance.bias_update_rate!r}: {type(block).__name__} has no expert bias, so its "

@@ -31,14 +31,14 @@ _LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,
     "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
+    "n_routed_experts": 12,
     "n_shared_experts": 2,
     "intermediate_size": 24,
     "moe_intermediate_size": 24,
 }
 _QWEN = {"num_experts": 6, "intermediate_size": 24, "moe_intermediate_size": 24}
 _LOCAL = {"num_local_experts": 6, "intermediate_size": 24}
-_GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+_GROUPS = {"n_group": 4, "topk_group": 1, "routed_scaling_factor": 2.5}
 
 #: family, and a variant of it -> the prefix of its classes, and settings
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

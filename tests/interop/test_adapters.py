@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
 from equimoe.moe.interop import ADAPTERS, Adapter, SwappedMoE, swap, unswap
+from tests.helpers.fork import run_ranks
 
 E, K, D, WIDTH = 4, 2, 8, 12
 OFF = BalanceConfig(coefficient=0.0)
@@ -234,7 +236,11 @@ def test_a_wrapped_block_is_not_unswapped() -> None:
             {Block: replace(STACKED, weights=lambda block: stacked(block)[::-1])},
             r"gate_up_proj \[4, 8, 12\] and down_proj \[4, 24, 8\] instead of floating-point \[4, 2F, 8\]",
         ),
-        (Model, {Block: replace(STACKED, refused=("top_k",))}, "block.top_k=2: this layer adds no noise; set it to 0"),
+        (
+            Model,
+            {Block: replace(STACKED, refused=("top_k",))},
+            "block.top_k=2: this layer adds no noise",
+        ),
         (
             Model,
             {Block: replace(STACKED, routing=lambda block, config: (9, RouterConfig()))},
@@ -257,6 +263,30 @@ def test_a_bias_needs_a_place_and_a_replaced_forward_is_refused() -> None:
     model.block.experts.forward = model.block.experts.forward
     with pytest.raises(ValueError, match="^swap: another library has replaced the forward of Experts in block; call"):
         swap(model, adapters={Block: STACKED})
+
+
+def test_weights_that_are_split_over_ranks_are_refused() -> None:
+    def rank_main(rank: int, world: int) -> str:
+        mesh, model = torch.distributed.init_device_mesh("cpu", (world,)), Model()
+        model.block.shared = parallelize_module(model.block.shared, mesh, {"up": ColwiseParallel()})
+        with pytest.raises(ValueError, match="^swap: block.shared.up.weight is split over ranks; load without tp_plan"):
+            swap(model, adapters={Block: STACKED})
+        return "refused"
+
+    assert run_ranks(rank_main, 2) == ["refused"] * 2
+
+
+def test_a_group_says_which_ranks_hold_different_tokens() -> None:
+    def rank_main(rank: int, world: int) -> int:
+        groups = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])]
+        model = swap(Model(), OFF, adapters={Block: STACKED}, group=groups[rank // 2])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gradients(model)
+        optimizer.step()
+        totals = model.block.balancer.previous_step
+        return int(totals.tokens)
+
+    assert run_ranks(rank_main, 3) == [20, 20, 10]
 
 
 @pytest.mark.engines

@@ -57,6 +57,8 @@ def test_outputs_gradients_and_names_stay_the_same(family: str) -> None:
 
     assert unswap(model) is model
     assert [type(module) for module in model.modules()] == classes
+    assert not any("_swapped" in name or "_before" in name for m in model.modules() for name in vars(m))
+    assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.equal(gradients(model)[0].logits, outputs.logits)
 
 
@@ -145,6 +147,7 @@ def test_the_bias_of_deepseek_v3_moves_if_asked_and_keeps_its_place() -> None:
         assert model.get_buffer(name).dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("error:router.weight")
 def test_the_router_computes_in_fp32_in_a_model_of_16_bits() -> None:
     model = build("qwen3").bfloat16()
     outputs, _ = gradients(model)
@@ -152,3 +155,19 @@ def test_the_router_computes_in_fp32_in_a_model_of_16_bits() -> None:
     assert found.logits.dtype == torch.bfloat16 and torch.allclose(found.loss, outputs.loss, rtol=0.05)
     recorded = model(**batch(), output_router_logits=True).router_logits
     assert recorded[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "attribute"),
+    [
+        ("mixtral", "router_jitter_noise", "jitter_noise"),
+        ("phimoe", "input_jitter_noise", "input_jitter_noise"),
+    ],
+)
+def test_noise_is_refused(family: str, setting: str, attribute: str) -> None:
+    model = build(family, **{setting: 0.1})
+    with pytest.raises(ValueError, match=rf"^model.layers.0.mlp.{attribute}=0.1: .* set it to 0 on every block$"):
+        swap(model)
+    for layer in model.model.layers:
+        setattr(layer.mlp, attribute, 0.0)
+    swap(model)
