@@ -60,12 +60,14 @@ class SwappedMoE(MoE):
         return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask))
 
     def parts(self) -> tuple[Any, Any, Any]:
-        adapter = self._swapped.adapter
-        stacked = (
-            None if adapter.weights is None else partial(stacked_experts, self._swapped.mlp, adapter.weights, self)
-        )
+        swapped, adapter = self._swapped, self._swapped.adapter
+        experts: Any
+        if adapter.weights is None:
+            experts = self._modules[adapter.experts]
+        else:
+            experts = partial(stacked_experts, swapped.mlp, adapter.weights, self)
         shared = None if adapter.shared is None else partial(adapter.shared, self)
-        return getattr(self, adapter.router), stacked or getattr(self, adapter.experts), shared
+        return self._modules[adapter.router], experts, shared
 
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:
         super()._keep_stats(routing, visit)
@@ -73,12 +75,20 @@ class SwappedMoE(MoE):
         # masked tokens are computed but not counted, so the difference is not what was dropped
         self._stats = replace(self._stats, dropped_choices=torch.zeros_like(self._stats.tokens))
 
+    def place(self, placement: Placement) -> None:
+        split = placement.ep.size * placement.etp.size
+        if split > 1 and not isinstance(self.experts, RoutedExperts):
+            raise ValueError(
+                f"parallel.ep, parallel.etp: the experts of {type(self).__name__} are not this package's and cannot be "
+                f"split over {split} ranks; set both to 1"
+            )
+        super().place(placement)
+
     def __getattr__(self, name: str) -> Any:
-        if name != "router":
-            return super().__getattr__(name)
-        router = super().__getattr__(self._swapped.adapter.router)
-        adapted = getattr(router, "get_base_layer", None)  # PEFT's wrapper does not have the bias
-        return router if adapted is None else adapted()
+        alias = getattr(self._swapped.adapter, name) if name in ("router", "experts") else name
+        part = super().__getattr__(alias)
+        adapted = None if alias == name else getattr(part, "get_base_layer", None)  # PEFT's wrapper has no expert bias
+        return part if adapted is None else adapted()
 
     def _sent_mask(self, x: Tensor, needed: bool) -> Tensor | None:
         swapped = self._swapped

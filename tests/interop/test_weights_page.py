@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,25 +22,44 @@ SCRIPTS = {
     for section in re.split(r"\n##+ ", PAGE)
     if "```python" in section
 }
-NEEDS_TRANSFORMERS = "Swap the layers of a Hugging Face model"
+TRAINER, PARALLEL, OWN = "Swap the layers of a Hugging Face model", "Expert parallelism", "Blocks of your own"
 
 
 def test_every_script_is_known() -> None:
-    assert SCRIPTS.keys() == {NEEDS_TRANSFORMERS, "Blocks of your own"} and PAGE.count("```python") == len(SCRIPTS)
+    assert SCRIPTS.keys() == {TRAINER, PARALLEL, OWN} and PAGE.count("```python") == len(SCRIPTS)
+
+
+def need(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, which `make engines` installs")
 
 
 @pytest.mark.engines
 def test_the_script_for_a_model_of_transformers(tmp_path: Path) -> None:
-    if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
-        pytest.skip("needs Transformers and Accelerate, which `make engines` installs")
-    lines = python(SCRIPTS[NEEDS_TRANSFORMERS], tmp_path, ROOT)
+    need("transformers", "accelerate")
+    lines = python(SCRIPTS[TRAINER], tmp_path, ROOT)
     counts = [int(count) for count in re.findall(r"\d+", lines[-1])]
     assert len(counts) == 8 and sum(counts) == 2 * 4 * 16
     assert sum("'loss'" in line for line in lines) == 5 and (tmp_path / "saved" / "model.safetensors").exists()
 
 
+@pytest.mark.engines
+def test_the_script_for_expert_parallelism(tmp_path: Path) -> None:
+    need("transformers")
+    (tmp_path / "train.py").write_text(SCRIPTS[PARALLEL])
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"loss \d\.\d{4}", done.stdout)) == 10
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
 def test_the_script_for_blocks_of_ones_own(tmp_path: Path) -> None:
-    (line,) = python(SCRIPTS["Blocks of your own"], tmp_path, ROOT)
+    (line,) = python(SCRIPTS[OWN], tmp_path, ROOT)
     assert float(line.removeprefix("difference ")) < 1e-5
 
 
