@@ -22,9 +22,9 @@ from ..types import Decision, DispatchPlan, Routing
 class SwappedRouter(Router):
     """Routes with the weight, the bias and the expert bias of another library's router.
 
-    Forward hooks, which record the model's ``router_logits``, see a tuple of which the first value is the logits. The
-    caller gets the :class:`Routing`. Masked tokens are not counted, but computed, as in the model itself: with padding
-    on the left, the last padding token predicts the first valid one.
+    Forward hooks, which record the model's ``router_logits``, see the logits in the first and the third place of a
+    tuple, where transformers has them. The caller gets the :class:`Routing`. Masked tokens are not counted, but they
+    are computed, as in the model itself: with padding on the left, the last padding token predicts the first valid one.
     """
 
     #: name of the buffer with the expert bias
@@ -35,11 +35,11 @@ class SwappedRouter(Router):
 
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Routing, Tensor]:
         logits_TE = self.logits(x_TD)
         routing = self.routing(logits_TE, mask_T, sequences, decision)
         chosen_TK = routing.decision.chosen_TK
-        return logits_TE, replace(routing, decision=Decision(chosen_TK, chosen_TK))
+        return logits_TE, replace(routing, decision=Decision(chosen_TK, chosen_TK)), logits_TE
 
     def logits(self, x_TD: Tensor) -> Tensor:
         logits_TE, bias = super().logits(x_TD), getattr(self, "bias", None)
@@ -62,7 +62,7 @@ class KeptRouter(SwappedRouter):
 
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Routing, Tensor]:
         logits_TE, weights_TK, ids_TK = super(Router, self).forward(x_TD)
         gate = compose(
             logits_TE.float(),
@@ -74,7 +74,7 @@ class KeptRouter(SwappedRouter):
             ids_TK=ids_TK,
         )
         sums = gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum
-        return logits_TE, Routing(Decision(ids_TK, ids_TK), gate.weights_TK, *sums)
+        return logits_TE, Routing(Decision(ids_TK, ids_TK), gate.weights_TK, *sums), logits_TE
 
 
 def _chosen_already(wanted_TE: Tensor) -> Tensor:
