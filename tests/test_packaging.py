@@ -323,7 +323,7 @@ def test_make_runs_fast_and_slow_tests_apart(make) -> None:
     assert f"\n-m pytest -m {fast} -k routing\n" in make("test", "ARGS=-k routing")[1]
     assert f"\n-m pytest -m {slow} -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
     assert f"\ntests/side_by_side.py -m {fast}\n" in make("test")[1]
-    assert "\n-m pytest tests/engines -m engines -k zero\n" in make("engines", "ARGS=-k zero")[1]
+    assert "\n-m pytest tests/engines tests/interop -m engines -k zero\n" in make("engines", "ARGS=-k zero")[1]
     assert f"\ntests/side_by_side.py -m {slow}\n" in make("test-slow")[1]
 
 
