@@ -304,7 +304,10 @@ def _attend(store: dist.Store, process: Process, own: Introduction, limit_s: flo
                 return answer
         time.sleep(POLL_S)
     here = [rank for rank in range(1, process.world) if store.check([f"joining/{rank}"])]
-    return Refusal(HANG, f"rank 0 has not joined within {limit_s:.0f} s; {_ranks(here)} {_verb(here)}", min(here))
+    line = f"rank 0 has not joined within {limit_s:.0f} s; {_ranks(here)} {_verb(here)}"
+    if own.restarts and _torchrun_holds():  # torchrun then uses the store of the first attempt, wherever rank 0 is now
+        line += "; if a node was replaced, start torchrun everywhere with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    return Refusal(HANG, line, min(here))
 
 
 # ---- facts

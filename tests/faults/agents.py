@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from equimoe.launch.env import AGENT_SETTINGS
 from equimoe.moe.observe.metrics import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,8 @@ class Job:
     processes: int = 1
     restarts: int = 3
     replacements: int = 3
+    #: of each node; c10d rendezvous gives the first ranks to the lowest one
+    addresses: tuple[str, ...] = ("127.0.0.1", "127.0.0.2")
     faults: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
@@ -55,12 +58,12 @@ class Job:
             start += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self.port)]
         else:
             start += ["--rdzv-backend", "c10d", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{self.port}"]
-            start += ["--rdzv-conf", f"is_host={node == 0},join_timeout=120"]
+            start += ["--rdzv-conf", f"is_host={node == 0},join_timeout=120", "--local-addr", self.addresses[node]]
         return [*start, "-m", "tests.faults.inject", *self.options, "--run-dir", str(self.run_dir)]
 
     def start(self, node: int) -> None:
         log = open(self.run_dir.with_name(f"{self.run_dir.name}.node{node}.log"), "ab")  # noqa: SIM115
-        environment = clean_environment(MOE_FAULT=self.faults, **self.environment)
+        environment = clean_environment(MOE_FAULT=self.faults, **AGENT_SETTINGS, **self.environment)
         self.running[node] = subprocess.Popen(self.command(node), env=environment, stdout=log, stderr=log, cwd=ROOT)
         log.close()
 

@@ -18,30 +18,33 @@ FAULTS = {
 }
 
 
+def check_recovery(job: Job, what: str) -> None:
+    recovered = job.supervise(300)
+    seconds = round(job.seconds_lost(), 1) if recovered else None
+    outcome = "holds" if recovered else "fails"
+    report("2 51 two nodes", outcome, what=what, rendezvous=job.rendezvous, seconds=seconds)
+    assert recovered, job.logs()
+    straight = job.run_dir.with_name("straight")
+    assert launch([*job.options, "--run-dir", str(straight)], 2).codes == [0, 0]
+    assert losses(job.run_dir) == losses(straight)
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("what", FAULTS)
 @pytest.mark.parametrize("rendezvous", ["c10d", "static"])
-@pytest.mark.parametrize("shared_store", [False, True])
-def test_two_nodes_recover(options: list[str], tmp_path: Path, rendezvous: str, what: str, shared_store: bool) -> None:
-    """With and without the setting that gives every attempt a store of its own, which static rendezvous ignores."""
-    if rendezvous == "static" and not shared_store:
-        pytest.skip("static rendezvous always shares torchrun's store")
-    environment = {} if shared_store else {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    job = Job(tmp_path / "run", [*options, "--requeue"], rendezvous, faults=FAULTS[what], environment=environment)
-    recovered = job.supervise(300)
-    report(
-        "2 51 two nodes",
-        "holds" if recovered else "fails",
-        what=what,
-        rendezvous=rendezvous,
-        shared_store=shared_store,
-        seconds=round(job.seconds_lost(), 1) if recovered else None,
-    )
-    assert recovered, job.logs()
-    straight = launch([*options, "--run-dir", str(tmp_path / "straight")], 2)
-    assert straight.codes == [0, 0]
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+def test_two_nodes_recover(options: list[str], tmp_path: Path, rendezvous: str, what: str) -> None:
+    job = Job(tmp_path / "run", [*options, "--requeue"], rendezvous, faults=FAULTS[what])
+    check_recovery(job, what)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(400)
+def test_a_node_that_held_the_first_rank_is_replaced(options: list[str], tmp_path: Path) -> None:
+    """It is not the node with torchrun's rendezvous."""
+    fault, addresses = FAULTS["agent of the first node"], ("127.0.0.2", "127.0.0.1")
+    job = Job(tmp_path / "run", [*options, "--requeue"], faults=fault, addresses=addresses)
+    check_recovery(job, "node of rank 0, without the rendezvous")
 
 
 KILLS = [

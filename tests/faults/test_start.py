@@ -280,6 +280,19 @@ def start_some(present: tuple[int, ...], world: int, options: list[str], changes
 FEW = ["--parallel.timeout_s", "0.7"]
 
 
+@pytest.mark.parametrize(("restarts", "told"), [(0, False), (1, True)])
+def test_after_a_restart_the_cause_may_be_torchruns_store(
+    monkeypatch: pytest.MonkeyPatch, restarts: int, told: bool
+) -> None:
+    """torchrun keeps the address of its first store, although rank 0 may be on another node now."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    process = Process(1, 2, 0, 1, restarts, 3)
+    found = joining._attend(dist.HashStore(), process, joining.introduce(process, {}), limit_s=-4.9)
+    assert isinstance(found, joining.Refusal) and found.code == env.HANG and found.printer == 1
+    assert found.message.startswith("rank 0 has not joined within ")
+    assert ("with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in found.message) == told
+
+
 @pytest.mark.parametrize(
     ("present", "printed"),
     [
