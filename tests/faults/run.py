@@ -11,6 +11,7 @@ import sys
 import tempfile
 from itertools import takewhile
 from pathlib import Path
+from statistics import median
 from typing import Any
 from xml.etree import ElementTree
 
@@ -74,7 +75,7 @@ def _numbers(row: str) -> list[str]:
 
 
 def _words(reports: list[dict[str, Any]]) -> str:
-    """Say what several reports of a row say, each outcome once, with the range of its figures."""
+    """Say what several reports of a row say, each outcome once, with range and median of its figures."""
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
         what = " ".join([*report["row"].split()[len(_numbers(report["row"])) :], report["outcome"]])
@@ -90,8 +91,9 @@ def _figures(reports: list[dict[str, Any]]) -> str:
         if name in ("row", "outcome", "test") or not values:
             continue
         if all(isinstance(value, (int, float)) for value in values):
-            low, high = (f"{value:.3g}" for value in (min(values), max(values)))
-            parts.append(f"{label} {low}" + (f" to {high}" if high != low else ""))
+            low, high, middle = (f"{value:.3g}" for value in (min(values), max(values), median(values)))
+            more = f", median {middle}" if len(values) > 2 else ""
+            parts.append(f"{label} {low}" + (f" to {high}{more}" if high != low else ""))
         elif len(reports) == 1:
             parts.append(f"{label} {values[0]}")
     return f" ({', '.join(parts)})" if parts else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,14 @@ def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["dispatch", *(pytest.param(p, marks=pytest.mark.faults) for p in ("data", "optim"))])
 @pytest.mark.timeout(180)
-def test_a_killed_rank_is_named(run: Run, rank: int) -> None:
-    ended = run(faults=f"kill@rank={rank},step=5,phase=dispatch")
+def test_a_killed_rank_is_named(run: Run, tmp_path: Path, phase: str, rank: int) -> None:
+    ended = run(faults=f"kill@rank={rank},step=5,phase={phase}")
+    seconds = time.time() - next((tmp_path / "run.faults").iterdir()).stat().st_mtime
     assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == 1, ended
     assert len(ended.errors) == 1 and f"rank {rank} (process " in ended.errors[0] and "killed" in ended.errors[0], ended
-    report("5 SIGKILL of the first and the last rank", "holds", rank=rank, seconds_to_exit=ended.seconds)
+    report("5 SIGKILL of the first and the last rank", "holds", rank=rank, seconds_to_exit=round(seconds, 1))
 
 
 @pytest.mark.timeout(180)

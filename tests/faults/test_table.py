@@ -35,9 +35,12 @@ def test_a_row_whose_tests_fail_does_not_hold() -> None:
     assert holding == 0 and all(f"FAILED: see {OWN}" in line for line in lines)
 
 
-def test_the_figures_of_several_reports_are_a_range() -> None:
-    both = [{"row": "1", "outcome": "holds", "seconds": s, "test": OWN} for s in (1.25, 3)]
-    assert table(both, set())[0][0].endswith("holds (2 times, seconds 1.25 to 3)")
+@pytest.mark.parametrize(
+    ("seconds", "words"), [((1.25, 3), "2 times, seconds 1.25 to 3"), ((9, 1, 2), "3 times, seconds 1 to 9, median 2")]
+)
+def test_the_figures_of_several_reports_are_a_range(seconds: tuple[float, ...], words: str) -> None:
+    found = [{"row": "1", "outcome": "holds", "seconds": s, "test": OWN} for s in seconds]
+    assert table(found, set())[0][0].endswith(f"holds ({words})")
 
 
 def test_outcomes_are_read_from_what_pytest_writes(tmp_path: Path) -> None:
