@@ -184,7 +184,8 @@ class AutoStep(OwnStep):
 
     It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
 
-    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen);
+    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen), or
+      with a number announced, one that holds copies;
     - after the backward of ``balance.micro_batches`` training forwards, or as many as were counted ahead;
     - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
       forward. Then the update was skipped, or was made by hand if the weight has changed in place.
@@ -334,9 +335,26 @@ class AutoStep(OwnStep):
 
     def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after every optimizer step in the process."""
-        if self.layers[0].visits and self._trained_by(optimizer):
+        if not self.layers[0].visits:
+            return
+        if self._trained_by(optimizer):
             self._optimized = True
-            self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
+        elif self._optimized or not self._updates_copies(optimizer):
+            return
+        self.end(applied=True, overflow=getattr(optimizer, "found_inf", None))
+
+    def _updates_copies(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the optimizer has updated copies of this layer's weights at the end of an announced step.
+
+        Such a step may be shorter than announced, as the last one of an epoch, if the optimizer holds tensors that are
+        no parameters, as ZeRO's does: the optimizer of another model holds that model's parameters.
+        """
+        layer = self.layers[0]
+        done, announced = sum(v.done for v in layer.visits.values()), self.announced(layer)
+        if not (done and announced and may_hold_copies(layer, optimizer)):
+            return False
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        return done >= announced or any(not isinstance(p, nn.Parameter) for p in held)
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer holds the watched weight, or the flat parameter that it is a view of.

@@ -23,7 +23,7 @@ PASSES, STEPS = 2, 2
 
 def model(micro_batches: int | None) -> nn.Module:
     torch.manual_seed(0)
-    balance = BalanceConfig(coefficient=0.5, micro_batches=micro_batches)
+    balance = BalanceConfig(coefficient=0.5, micro_batches=micro_batches, bias_update_rate=0.05)
     return nn.Sequential(nn.Linear(8, 8), MoE(MoEConfig(8, 16, 4, 2, init_std=0.3, balance=balance)), nn.Linear(8, 8))
 
 
@@ -44,7 +44,8 @@ def one_process(world: int) -> list[Tensor]:
             (loss_of(alone, x) / PASSES).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [p.detach() for p in alone.parameters()]
+    assert alone[1].router.bias_E.any()
+    return [p.detach() for p in (*alone.parameters(), alone[1].router.bias_E)]
 
 
 def train(rank: int, stage: int, micro_batches: int | None) -> list[Tensor]:
@@ -63,7 +64,7 @@ def train(rank: int, stage: int, micro_batches: int | None) -> list[Tensor]:
         engine.backward(loss_of(engine, tokens(number, rank)))
         engine.step()
     with GatheredParameters(list(own.parameters()), enabled=stage == 3):
-        return [p.detach().clone() for p in own.parameters()]
+        return [p.detach().clone() for p in (*own.parameters(), own[1].router.bias_E)]
 
 
 def test_a_known_number_of_backwards_equals_one_process() -> None:

@@ -170,6 +170,35 @@ def test_master_weights_in_a_wrapper_are_refused(kind: str, taken: bool) -> None
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("kind", "lengths"),
+    [
+        *((kind, (2, 2, 2)) for kind in MASTERS),
+        # parameters of the same shapes may be another model's, so they do not end a shorter step
+        *((kind, (2, 1, 2, 1)) for kind in MASTERS if "parameters" not in kind),
+    ],
+)
+def test_an_optimizer_of_copies_ends_a_step_of_known_length(kind: str, lengths: tuple[int, ...]) -> None:
+    """The last step of an epoch may be shorter. The expert bias moves, although no weight changes visibly."""
+    biases = []
+    for copies in (False, True):
+        layer, found = make(micro_batches=2, bias_update_rate=0.1), []
+        held = MASTERS[kind](layer) if copies else list(layer.parameters())
+        optimizer = torch.optim.SGD(held, lr=0.0)
+        for step, length in enumerate(lengths):
+            for m in range(length):
+                (layer(batches(2 * len(lengths))[2 * step + m]) * 0).sum().backward()
+            if copies:
+                for master in held:
+                    master.grad = torch.zeros_like(master)
+            optimizer.step()
+            layer.zero_grad()
+            assert layer.balancer.previous_step.micro_batches == length
+            found.append(layer.router.bias_E.tolist())
+        biases.append(found)
+    assert biases[0] == biases[1] and any(biases[0][0])
+
+
 def test_an_optimizer_of_biases_and_norms_holds_no_copies() -> None:
     """It may step before the matrices' optimizer, as beside Muon."""
     layer, norm = make(), torch.nn.LayerNorm(6)
