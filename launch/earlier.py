@@ -8,12 +8,11 @@ from pathlib import Path
 
 from ..moe import checkpoint
 from ..moe.observe.metrics import METRICS_FILE, read_records
+from .env import EXIT_FILE
 from .folder import LOCK
 from .options import Launch
 
 CHECKPOINTS = "checkpoints"
-#: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
-EXIT_FILE = "exit_code"
 CONFIG_FILE = "config.yaml"
 #: what a run reads or writes in its folder; opening a pipe of that name would never end
 FILES = (METRICS_FILE, LOCK, EXIT_FILE, CONFIG_FILE)

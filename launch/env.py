@@ -19,12 +19,15 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
+from ..moe.observe.metrics import write_atomically
 from ..moe.observe.printable import printable
 from .output import lasting_output
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
+EXIT_FILE = "exit_code"
 #: exit code that shells use if nobody reads the output: 128 + SIGPIPE
 UNREAD = 141
 
@@ -254,7 +257,8 @@ def leave(process: Process, code: int, message: str, agent_knows: bool = False, 
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": report}))
+        with suppress(OSError):  # torchrun fails on a file that is not complete
+            write_atomically(Path(file), json.dumps({"message": report}).encode())
     if may_restart(process, code) and not agent_knows:
         end_agent(tells=alone or process.local_rank == 0)
     sys.exit(code)
@@ -264,7 +268,10 @@ def record_exit(process: Process, code: int) -> None:
     """Write the exit code to the files that were asked for."""
     for file in process.exit_files:
         with suppress(OSError):  # nothing may hide the error itself
-            file.write_text(f"{code}\n")
+            if file.name != EXIT_FILE and (file.is_symlink() or (file.exists() and not file.is_file())):
+                file.write_text(f"{code}\n")  # a user's pipe, device or link, such as /dev/stdout
+            else:
+                write_atomically(file, f"{code}\n".encode())
 
 
 def may_restart(process: Process, code: int) -> bool:

@@ -84,16 +84,15 @@ class Failure:
 
     def error(self, problem: Exception) -> NoReturn:
         """End this rank after an exception."""
-        place = "" if self.heartbeat is None else f", step {self.heartbeat.step}, phase {self.heartbeat.phase}"
         text = " ".join(str(problem).split())
         if _is_lost(problem):
-            self._lost(place, text)
+            self._lost(text)
         code, what = classify(problem, self.layers)
         first = self._claim(code)
         if first is not None:
             self._follow(*first)
         record_exit(self.process, code)
-        line = printable(f"rank {self.process.rank}{place}: {what}")
+        line = printable(f"rank {self.process.rank}{self._place()}: {what}")
         print(f"error: {line}", file=sys.stderr, flush=True)
         if code == FAILED:
             traceback.print_exception(problem, file=sys.stderr)
@@ -104,7 +103,7 @@ class Failure:
         return self._claim(code) is None and (self._claimed or self.process.rank == 0)
 
     def forwarded(self) -> bool:
-        """Return whether torchrun may have sent this rank a signal: all ranks of the node that are left have got one.
+        """Return whether torchrun may have sent this rank a signal: another one has ended, or all have got the signal.
 
         torchrun passes on a signal that it has got itself. When a rank was killed, it also closes the others, and then
         restarts all of them.
@@ -114,14 +113,30 @@ class Failure:
         if store is None:
             return True
         _within(PATIENCE_S, lambda: store.set(f"signalled/{self.process.rank}", ""))
-        deadline = time.monotonic() + SAME_SIGNAL_S
-        while others and time.monotonic() < deadline:
-            others = [r for r in others if not _has_ended(*self.meeting.places[r])]
-            asked = [f"signalled/{r}" for r in others]
-            if _within(PATIENCE_S, lambda keys=asked: store.check(keys)):  # type: ignore[misc]
+        asked, deadline = [f"signalled/{r}" for r in others], time.monotonic() + SAME_SIGNAL_S
+        while time.monotonic() < deadline:
+            if self.killed() or bool(_within(PATIENCE_S, lambda: store.check(asked))):
                 return True
             time.sleep(0.05)
-        return not others
+        return False
+
+    def killed(self) -> list[int]:
+        """Return the other ranks of this node that have ended."""
+        places = enumerate(self.meeting.places)
+        return [rank for rank, (host, pid) in places if rank != self.process.rank and _has_ended(host, pid)]
+
+    def closed(self, killed: list[int]) -> NoReturn:
+        """End this rank, which torchrun has asked to stop because others were killed. Called by a thread."""
+        alive = [rank for rank in range(self.process.world) if rank not in killed]
+        self._report(FAILED, self._ended(killed), self.process.rank == min(alive))
+        _end(FAILED)
+
+    def _ended(self, killed: list[int]) -> str:
+        line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in killed)
+        return f"rank {self.process.rank}{self._place()}: {line}, as if it was killed"
+
+    def _place(self) -> str:
+        return "" if self.heartbeat is None else f", step {self.heartbeat.step}, phase {self.heartbeat.phase}"
 
     def _follow(self, rank: int | None, code: int) -> NoReturn:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
@@ -130,17 +145,16 @@ class Failure:
             end_agent(tells=self.process.local_rank == 0 and host != socket.gethostname())
         _end(code)
 
-    def _lost(self, place: str, text: str) -> NoReturn:
+    def _lost(self, text: str) -> NoReturn:
         """End this rank because another one has gone: quietly, if that one has said why."""
         beat = self.heartbeat
         hung = beat is not None and beat.stalled > 0.9 * beat.limit(beat.phase)
         gone = self._wait_for_cause()
         alive = [rank for rank in range(self.process.world) if rank not in gone]
-        line = "; ".join(f"rank {r} (process {self.meeting.places[r][1]}) has ended without a word" for r in gone)
-        line = f"{line}, as if it was killed" if gone else f"lost the connection to another rank ({text[:200]})"
+        line = f"rank {self.process.rank}{self._place()}: lost the connection to another rank ({text[:200]})"
         code = HANG if hung else FAILED
         # without the store, the first rank that is left speaks for all
-        self._report(code, f"rank {self.process.rank}{place}: {line}", self.process.rank == min(alive))
+        self._report(code, self._ended(gone) if gone else line, self.process.rank == min(alive))
         _end(code)
 
     def _wait_for_cause(self) -> list[int]:
@@ -185,17 +199,20 @@ class Failure:
         return self._written() if found is None else json.loads(found)
 
     def _cause(self) -> tuple[int | None, int] | None:
-        written, store = self._written(), self.meeting.store
-        if written is not None or store is None:
-            return written
+        store = self.meeting.store
+        if store is None:
+            return None
         found = _within(PATIENCE_S, lambda: store.get("cause") if store.check(["cause"]) else None)
-        return None if found is None else json.loads(found)
+        return self._written() if found is None else json.loads(found)
 
     def _written(self) -> tuple[None, int] | None:
-        """Return the exit code that another rank has left in the run folder."""
-        if self.verdict is None or not self.verdict.exists():
+        """Return the exit code that another rank has left in the run folder, if it is one."""
+        if self.verdict is None:
             return None
-        return None, int(self.verdict.read_text().strip() or FAILED)
+        try:
+            return None, int(self.verdict.read_text())
+        except (OSError, ValueError):
+            return None
 
 
 def _end(code: int, process: Process | None = None, line: str = "") -> NoReturn:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 from .env import Process, end_agent, is_launcher, may_restart, record_exit
 
@@ -36,6 +37,10 @@ class Signals:
         self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
         #: returns whether torchrun may have sent the signal; then it knows what to do
         self.forwarded: Callable[[], bool] = lambda: True
+        #: returns the other ranks that have ended, after which torchrun asks those that are left to stop
+        self.killed: Callable[[], list[int]] = lambda: []
+        #: ends this rank in that case
+        self.closed: Callable[[list[int]], NoReturn]
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
         self._since = 0.0
@@ -82,6 +87,11 @@ class Signals:
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
+        killed = self.killed() if number == signal.SIGTERM and self._parent else []
+        if killed and not self.graceful:
+            self.closed(killed)
+        elif killed:
+            return  # the next collective fails, and the rank says why
         if not self.number:
             self.number, self._since = number, time.monotonic()
             if self.graceful:

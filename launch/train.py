@@ -32,7 +32,6 @@ from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
 from . import earlier, env, joining
 from .conclusion import conclude, conclude_early, constant_rate
-from .earlier import EXIT_FILE
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .introduction import introduce
@@ -136,7 +135,9 @@ def _train(attempt: Attempt) -> None:
     process, meeting = attempt.process, attempt.meeting
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
-    attempt.signals.speaks, attempt.signals.forwarded = failure.speaks, failure.forwarded
+    signals = attempt.signals
+    signals.speaks, signals.forwarded = failure.speaks, failure.forwarded
+    signals.killed, signals.closed = failure.killed, failure.closed
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
@@ -235,7 +236,7 @@ def _is_ours(launch: Launch, again: bool) -> bool:
 
 def _own(attempt: Attempt, failure: Failure) -> env.Process:
     """Let the run folder's exit code be that of this job, however it ends; return the process that writes it."""
-    file, process = attempt.launch.run_dir / EXIT_FILE, attempt.process
+    file, process = attempt.launch.run_dir / env.EXIT_FILE, attempt.process
     if file in process.exit_files:
         return process
 

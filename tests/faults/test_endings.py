@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from equimoe.launch import env
+from equimoe.launch.failing import Failure
+from equimoe.launch.joining import Meeting
 from equimoe.moe import checkpoint
 from equimoe.moe.health import heartbeat
+from tests.faults.agents import Job
 from tests.faults.conftest import Run
 from tests.helpers.command import print_to
 
@@ -146,7 +151,68 @@ def test_one_rank_with_a_final_error_is_not_restarted(run: Run, tmp_path: Path, 
     assert exit_code(tmp_path / "run") == env.MEMORY
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_before_the_first_step_is_named(options: list[str], tmp_path: Path, rank: int) -> None:
+    """torchrun then asks the others to stop, which is not the user's signal: 1 tells that the run may start again."""
+    file = tmp_path / "code"
+    faults = f"kill@rank={rank},phase=setup;sleep@rank={1 - rank},phase=setup,seconds=2"
+    environment = {"EQUIMOE_EXIT_FILE": str(file)}
+    own = {"nodes": 1, "processes": 2, "restarts": 0, "replacements": 0}
+    job = Job(tmp_path / "run", options, faults=faults, environment=environment, **own)
+    assert not job.supervise(100)
+    (line,) = [line for line in job.logs().splitlines() if line.startswith("error: ")]
+    assert f"rank {rank} (process " in line and "has ended without a word" in line and "SIGTERM" not in line, line
+    assert file.read_text() == "1\n"
+
+
+def failure_of(*processes: int, store: dist.Store | None = None, verdict: Path | None = None) -> Failure:
+    """Return what happens when a run fails, for the first of several ranks of this machine."""
+    places = tuple((socket.gethostname(), process) for process in (os.getpid(), *processes))
+    failure = Failure(env.Process(0, len(places)), Meeting(places, ("",), False, store))
+    failure.verdict = verdict
+    return failure
+
+
+def test_a_signal_may_be_torchruns_as_soon_as_one_rank_has_ended() -> None:
+    """Another one may be too busy, or stopped, to tell that it has got the signal, too."""
+    ended = os.fork()
+    if not ended:
+        os._exit(0)
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+    assert failure_of(os.getppid(), ended, store=dist.HashStore()).forwarded()
+    assert not failure_of(os.getppid(), store=dist.HashStore()).forwarded()
+    os.waitpid(ended, 0)
+
+
 # ---- the exit code in the run folder
+
+
+@pytest.mark.parametrize("content", ["", "\n", "x", None])
+def test_an_exit_code_that_cannot_be_read_is_unknown(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "exit_code").write_text(content)
+    assert failure_of(verdict=tmp_path / "exit_code")._written() is None
+    (tmp_path / "exit_code").write_text("77\n")
+    assert failure_of(verdict=tmp_path / "exit_code")._written() == (None, env.MEMORY)
+
+
+@pytest.mark.parametrize("name", ["exit_code", "mine"])
+def test_only_a_users_own_exit_file_may_be_a_link(tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / name).symlink_to("victim")
+    env.record_exit(env.Process(exit_files=(tmp_path / name,)), 70)
+    assert (tmp_path / name).read_text() == "70\n"
+    assert (tmp_path / "victim").read_text() == ("precious" if name == "exit_code" else "70\n")
+
+
+def test_a_report_to_torchrun_that_cannot_be_written_hides_no_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    with pytest.raises(SystemExit) as ended:
+        env.leave(env.Process(), env.CANNOT_WRITE, "the disk is full")
+    assert ended.value.code == env.CANNOT_WRITE
 
 
 def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Path) -> None:
