@@ -113,6 +113,12 @@ def _refuse(name: str, block: nn.Module, adapter: Adapter, balance: BalanceConfi
             f"balance.bias_update_rate={balance.bias_update_rate!r}: {type(block).__name__} has no expert bias, so its "
             "state dict could not hold one; use 0"
         )
+    for key in (adapter.router, adapter.experts):
+        if hasattr(getattr(block, key, None), "get_base_layer"):
+            raise ValueError(
+                f"swap: {name}.{key} has an adapter already, which the layer would leave out; call swap before the "
+                "adapters are added"
+            )
     for part in (block, *block.children()):
         if "forward" in vars(part):
             raise ValueError(

@@ -238,6 +238,21 @@ def test_adapters_train_as_before(family: str, targets: dict[str, Any]) -> None:
     assert not different(grads, right)
 
 
+@pytest.mark.parametrize(
+    ("family", "parameter", "part"),
+    [
+        ("mixtral", "gate.weight", "gate"),
+        ("granite", "router.weight", "router"),
+        ("deepseek v3", "gate.weight", "gate"),
+        ("mixtral", "experts.down_proj", "experts"),
+    ],
+)
+def test_adapters_of_a_part_that_is_swapped_come_later(family: str, parameter: str, part: str) -> None:
+    peft = get_peft_model(build(family), LoraConfig(r=2, target_modules=[], target_parameters=[parameter]))
+    with pytest.raises(ValueError, match=rf"\.{part} has an adapter already.*call swap before the adapters are added"):
+        swap(peft, OFF)
+
+
 def test_a_bias_moves_also_if_the_router_is_adapted() -> None:
     model = swap(build("deepseek v3"), BalanceConfig(bias_update_rate=0.25))
     bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
