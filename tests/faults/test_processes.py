@@ -53,6 +53,14 @@ def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path:
     report("6 SIGTERM" if number == signal.SIGTERM else "6 SIGINT", "holds", steps_lost=0, exit_code=ended.codes[0])
 
 
+def test_a_signal_that_comes_twice_within_a_second_is_one_request(run: Run, tmp_path: Path) -> None:
+    """A scheduler signals the ranks, and torchrun, which forwards it."""
+    ended = run(faults="term@rank=1,step=6,phase=dispatch,times=2")
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+    assert len(list((tmp_path / "run.faults").iterdir())) == 2
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000006"
+
+
 @pytest.mark.faults
 def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
     slow = "sleep@rank=0,step=5,phase=data,seconds=5"
