@@ -326,6 +326,12 @@ class AutoStep(OwnStep):
                 "torch.no_grad() or in model.eval(), or delete their output before the update"
             )
         previous = layer.previous_step
+        if done < announced:
+            warnings.warn(
+                f"MoE: {announced} micro-batches were announced, but this step has {done}, so that its balance loss is "
+                f"{done}/{announced} of what it should be; give all steps as many, or {_REMEDY}",
+                stacklevel=2,
+            )
         if not announced and previous is not None and done != previous.micro_batches:
             warnings.warn(
                 "MoE: steps have different numbers of micro-batches, but losses are weighted by the number in the "

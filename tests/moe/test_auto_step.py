@@ -78,6 +78,18 @@ def test_micro_batches_is_how_often_the_layer_runs(given: int, refused: str) -> 
     assert refused or layer.balancer.previous_step.micro_batches == 4
 
 
+def test_a_step_shorter_than_told_is_warned_of() -> None:
+    layer = make(micro_batches=4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for length in (4, 1):
+        for x in batches(length):
+            balance_only(layer, x)
+        told = pytest.warns(UserWarning, match="4 micro-batches were announced, but this step has 1, .* 1/4")
+        with told if length < 4 else nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_twice_as_many_micro_batches_as_told_are_no_two_steps() -> None:
     """Unless the gradients of the first one are cleared, before or after the next forward."""
     layer, inputs = make(micro_batches=2), batches(2)
