@@ -125,7 +125,7 @@ class Failure:
         places = enumerate(self.meeting.places)
         return [rank for rank, (host, pid) in places if rank != self.process.rank and _has_ended(host, pid)]
 
-    def closed(self, killed: list[int]) -> NoReturn:
+    def end_after(self, killed: list[int]) -> NoReturn:
         """End this rank, which torchrun has asked to stop because others were killed. Called by a thread."""
         alive = [rank for rank in range(self.process.world) if rank not in killed]
         self._report(FAILED, self._ended(killed), self.process.rank == min(alive))

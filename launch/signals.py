@@ -39,8 +39,8 @@ class Signals:
         self.forwarded: Callable[[], bool] = lambda: True
         #: returns the other ranks that have ended, after which torchrun asks those that are left to stop
         self.killed: Callable[[], list[int]] = lambda: []
-        #: ends this rank in that case
-        self.closed: Callable[[list[int]], NoReturn]
+        #: ends this rank after others were killed
+        self.end_after: Callable[[list[int]], NoReturn]
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
         self._since = 0.0
@@ -89,7 +89,7 @@ class Signals:
         name = signal.Signals(number).name
         killed = self.killed() if number == signal.SIGTERM and self._parent else []
         if killed and not self.graceful:
-            self.closed(killed)
+            self.end_after(killed)
         elif killed:
             return  # the next collective fails, and the rank says why
         if not self.number:

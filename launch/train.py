@@ -137,7 +137,7 @@ def _train(attempt: Attempt) -> None:
     store, holder = meeting.second, meeting.holder
     signals = attempt.signals
     signals.speaks, signals.forwarded = failure.speaks, failure.forwarded
-    signals.killed, signals.closed = failure.killed, failure.closed
+    signals.killed, signals.end_after = failure.killed, failure.end_after
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,

@@ -30,6 +30,7 @@ from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass  # noqa: E4
 from equimoe.moe.engines.deepspeed import MoE as DropInMoE  # noqa: E402
 from tests.helpers import oracle  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.trainer import arguments  # noqa: E402
 
 STEPS, PASSES, WORLD, RATE, COEFFICIENT = 3, 2, 2, 0.01, 0.5
 #: more than fp32 sums in another order differ by
@@ -134,8 +135,9 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def let_accelerate_see_ranks_without_gpus() -> None:
     """Without GPUs, Accelerate takes a rank under DeepSpeed for the only one. Affects the process of the rank only."""
-    from accelerate.state import DistributedType, PartialState
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # the state of other tests, which forked ranks inherit
     if not torch.cuda.is_available():
         PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
@@ -211,7 +213,7 @@ def lightning(model: Model, rank: int, stage: int, folder: Path) -> Trained:
 
 
 def transformers(model: Model, rank: int, stage: int, folder: Path) -> Trained:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     let_accelerate_see_ranks_without_gpus()
 
@@ -222,22 +224,10 @@ def transformers(model: Model, rank: int, stage: int, folder: Path) -> Trained:
             self.optimizer = optimizer_of(self.model)
             return self.optimizer
 
-    arguments = TrainingArguments(
-        str(folder),
-        deepspeed=config(stage),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=PASSES,
-        max_steps=STEPS,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-    )
+    settings = arguments(folder, STEPS, PASSES, deepspeed=config(stage), max_grad_norm=0.0)
     order = [(step, m, r) for step in range(STEPS) for m in range(PASSES) for r in range(WORLD)]
     data = [{"x": x} for batch in order for x in tokens(*batch)]  # the two ranks take turns
-    trainer = Own(model, arguments, train_dataset=data)
+    trainer = Own(model, settings, train_dataset=data)
     trainer.train()
     assert isinstance(trainer.model_wrapped, DeepSpeedEngine)
     return result(model)

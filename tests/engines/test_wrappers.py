@@ -19,11 +19,12 @@ pytestmark = pytest.mark.engines
 import lightning  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer  # noqa: E402
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, counting_pass, use_gradient_scaler  # noqa: E402
 from tests.helpers import oracle  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
+from tests.helpers.trainer import arguments  # noqa: E402
 
 STEPS, MICRO_BATCHES, WORLD, RATE = 3, 2, 2, 0.01
 REFUSED = r"^GradScaler: .*call equimoe.moe.use_gradient_scaler\(model, scaler\)"
@@ -148,28 +149,17 @@ def test_lightnings_scaler_is_refused_if_unknown(tmp_path: Path) -> None:
         fit(tmp_path, scaler(), known=False)
 
 
-def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    return TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=MICRO_BATCHES,
-        max_steps=STEPS,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        train_sampling_strategy="sequential",
-        **more,
-    )
+#: the settings of the Trainer for the steps of this file
+CPU = {"max_grad_norm": 0.0, "use_cpu": True}
 
 
 def trained(folder: Path, scaler: torch.amp.GradScaler | None) -> list[Tensor]:
     model = Model("rolling", MICRO_BATCHES)
     data = [{"x": x} for step in range(STEPS) for m in range(MICRO_BATCHES) for x in tokens(step, m, 0)]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    trainer = Trainer(model, arguments(folder), train_dataset=data, optimizers=(optimizer, None))
+    trainer = Trainer(
+        model, arguments(folder, STEPS, MICRO_BATCHES, **CPU), train_dataset=data, optimizers=(optimizer, None)
+    )
     if scaler is not None:
         trainer.accelerator.scaler = scaler
         use_gradient_scaler(model, scaler)
@@ -219,7 +209,9 @@ def llama_trained(rank: int, world: int, folder: Path, reentrant: bool) -> list[
     )
     data = [{"input_ids": row, "labels": row} for batch in batches for row in ids(*batch)]
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    Trainer(model, arguments(folder, **how), train_dataset=data, optimizers=(optimizer, None)).train()
+    Trainer(
+        model, arguments(folder, STEPS, MICRO_BATCHES, **CPU, **how), train_dataset=data, optimizers=(optimizer, None)
+    ).train()
     return [p.detach() for p in model.parameters()]
 
 

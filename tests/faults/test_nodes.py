@@ -68,6 +68,7 @@ def test_one_node_recovers_from_a_kill_in_every_phase(
     seconds = round(job.seconds_lost(), 1) if recovered else None
     report("1 2 SIGKILL with restarts", "holds" if recovered else "fails", rank=rank, phase=phase, seconds=seconds)
     assert recovered, job.logs()
+    assert "SIGTERM: saving after this step" not in job.logs()  # torchrun's signal to the other rank is no request
     straight = launch([*options, "--run-dir", str(tmp_path / "straight")], 2)
     assert straight.codes == [0, 0]
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")

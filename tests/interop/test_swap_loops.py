@@ -21,13 +21,14 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 from equimoe.moe import BalanceConfig, MoE  # noqa: E402
 from equimoe.moe.interop import swap  # noqa: E402
 from equimoe.moe.parallel import ParallelConfig, build_mesh, parallelize  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.hf_models import FAMILIES, LENGTH, WORLD, batch, build, gradients, part, whole  # noqa: E402
+from tests.helpers.trainer import arguments  # noqa: E402
 
 OFF, GLOBAL = BalanceConfig(coefficient=0.0), BalanceConfig(coefficient=0.5)
 STEPS = 20
@@ -58,24 +59,11 @@ def layers(model: nn.Module) -> list[MoE]:
 
 def trained(model: Any, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
     """Train for 20 steps of two micro-batches with padding."""
-    arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        learning_rate=0.05,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        train_sampling_strategy="sequential",
-    )
+    settings = arguments(folder, STEPS, 2, learning_rate=0.05, logging_steps=1, use_cpu=True)
     micro_batches = [batch(seed % 4) for seed in range(2 * STEPS)]
     data = [{name: value[row] for name, value in each.items()} for each in micro_batches for row in range(2)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer = Trainer(model, settings, train_dataset=data, optimizers=(optimizer, None))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, {name: p.detach().clone() for name, p in model.named_parameters()}
