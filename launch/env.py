@@ -245,11 +245,11 @@ def stop(process: Process, code: int, message: str, printer: int = 0) -> NoRetur
     leave(process, code, message)
 
 
-def leave(process: Process, code: int, message: str, agent_knows: bool = False, alone: bool = False) -> NoReturn:
+def leave(process: Process, code: int, message: str, alone: bool = False) -> NoReturn:
     """Exit with ``code``; tell it to torchrun and to ``process.exit_files``. The message has been printed.
 
-    Unless ``agent_knows`` that the run ends, torchrun is told not to restart it if that would not help: by the first
-    rank of each node, or by this one if it is ``alone`` in leaving.
+    torchrun is told not to restart the run if that would not help: by the first rank of each node, or by this one if it
+    is ``alone`` in leaving.
     """
     record_exit(process, code)
     if process.world > 1 and threading.current_thread() is threading.main_thread():
@@ -259,8 +259,8 @@ def leave(process: Process, code: int, message: str, agent_knows: bool = False, 
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):  # torchrun fails on a file that is not complete
             write_atomically(Path(file), json.dumps({"message": report}).encode())
-    if may_restart(process, code) and not agent_knows:
-        end_agent(tells=alone or process.local_rank == 0)
+    if may_restart(process, code):
+        end_agent(code, tells=alone or process.local_rank == 0)
     sys.exit(code)
 
 
@@ -279,15 +279,15 @@ def may_restart(process: Process, code: int) -> bool:
     return code in FINAL and process.restarts < process.max_restarts
 
 
-def end_agent(tells: bool) -> None:
-    """Have this node's torchrun end, instead of restarting the run; one rank of the node ``tells`` it to.
+def end_agent(code: int, tells: bool) -> None:
+    """Have this node's torchrun end, instead of restarting a run that exits with ``code``; one rank ``tells`` it to.
 
-    The others wait until it has been told: it would restart all ranks if one exited before.
+    The others of the node wait until it has been told: it would restart all ranks if one exited before.
     """
     if not tells:
         time.sleep(1.0)
     elif is_launcher(os.getppid()):
-        os.kill(os.getppid(), signal.SIGTERM)
+        os.kill(os.getppid(), code - 128 if code in STOPPED else signal.SIGTERM)
 
 
 def start_time(pid: int) -> str:

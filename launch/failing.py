@@ -48,6 +48,8 @@ LOST = (
 PATIENCE_S = 2.0
 #: seconds in which all ranks of a node get a signal that torchrun sends
 SAME_SIGNAL_S = 0.5
+#: seconds for which the rank that holds the store stays, so that others with the same error find that it was reported
+HOLDER_STAYS_S = 1.0
 #: exit code of a rank that ends with a traceback
 FAILED = 1
 
@@ -96,23 +98,24 @@ class Failure:
         print(f"error: {line}", file=sys.stderr, flush=True)
         if code == FAILED:
             traceback.print_exception(problem, file=sys.stderr)
+        if self.process.world > 1 and self.process.rank == self.meeting.holder:
+            time.sleep(HOLDER_STAYS_S)
         _end(code, self.process, line)
 
     def speaks(self, code: int) -> bool:
         """Return whether this rank is the one to say that the run ends with ``code``: the first that asks."""
         return self._claim(code) is None and (self._claimed or self.process.rank == 0)
 
-    def forwarded(self) -> bool:
-        """Return whether torchrun may have sent this rank a signal: another one has ended, or all have got the signal.
+    def restarting(self) -> bool:
+        """Return whether torchrun may have sent this rank a signal because it restarts the run.
 
-        torchrun passes on a signal that it has got itself. When a rank was killed, it also closes the others, and then
-        restarts all of them.
+        It does after a rank was killed. If that was on another node, all ranks of this one get the signal.
         """
         store, own = self.meeting.store, self.meeting.places[self.process.rank][0]
-        others = [r for r, (host, _) in enumerate(self.meeting.places) if host == own and r != self.process.rank]
-        if store is None:
-            return True
+        if self.killed() or store is None or all(host == own for host, _ in self.meeting.places):
+            return bool(self.killed())
         _within(PATIENCE_S, lambda: store.set(f"signalled/{self.process.rank}", ""))
+        others = [r for r, (host, _) in enumerate(self.meeting.places) if host == own and r != self.process.rank]
         asked, deadline = [f"signalled/{r}" for r in others], time.monotonic() + SAME_SIGNAL_S
         while time.monotonic() < deadline:
             if self.killed() or bool(_within(PATIENCE_S, lambda: store.check(asked))):
@@ -142,7 +145,7 @@ class Failure:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
         if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
             host, _ = self.meeting.places[rank or 0]
-            end_agent(tells=self.process.local_rank == 0 and host != socket.gethostname())
+            end_agent(code, tells=self.process.local_rank == 0 and host != socket.gethostname())
         _end(code)
 
     def _lost(self, text: str) -> NoReturn:

@@ -35,8 +35,8 @@ class Signals:
         self.process, self.graceful = process, False
         #: returns whether this rank is the one to report that the run ends at once, given the exit code
         self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
-        #: returns whether torchrun may have sent the signal; then it knows what to do
-        self.forwarded: Callable[[], bool] = lambda: True
+        #: returns whether torchrun may have sent the signal because it restarts the run
+        self.restarting: Callable[[], bool] = lambda: True
         #: returns the other ranks that have ended, after which torchrun asks those that are left to stop
         self.killed: Callable[[], list[int]] = lambda: []
         #: ends this rank after others were killed
@@ -111,8 +111,8 @@ class Signals:
         if speaks:
             print(text, file=sys.stderr, flush=True)
             record_exit(self.process, code)
-        if may_restart(self.process, code) and not self.forwarded():
-            end_agent(tells=speaks)
+        if may_restart(self.process, code) and not self.restarting():
+            end_agent(code, tells=speaks)
         os._exit(code)
 
 

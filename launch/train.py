@@ -136,7 +136,7 @@ def _train(attempt: Attempt) -> None:
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
     signals = attempt.signals
-    signals.speaks, signals.forwarded = failure.speaks, failure.forwarded
+    signals.speaks, signals.restarting = failure.speaks, failure.restarting
     signals.killed, signals.end_after = failure.killed, failure.end_after
     try:
         with (
@@ -215,13 +215,9 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
             conclude(trainer, launch, result, attempt.arguments)
     if stopped:
         # all ranks leave together, because torchrun ends the others when the first one exits
-        signalled = gathered(process, attempt.signals.number)
-        own = attempt.meeting.places[process.rank][0]
-        # torchrun forwards a signal to all of its ranks
-        forwarded = all(n for n, (host, _) in zip(signalled, attempt.meeting.places, strict=True) if host == own)
         held.close()
         message = f"stopped by {signal.Signals(stopped).name} after step {trainer.step}"
-        env.leave(process, 128 + stopped, message, agent_knows=forwarded)
+        env.leave(process, 128 + stopped, message)
     if process.rank == 0:
         env.record_exit(process, 0)
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,42 @@ def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -
     assert told.read_text() == "1\n", ended
 
 
-@pytest.mark.parametrize("other", ["kill@rank=1,phase=setup", "term@rank=1,phase=setup"])
-def test_torchrun_is_not_told_of_a_signal_that_may_be_its_own(run: Run, told: Path, other: str) -> None:
+def test_a_run_that_torchrun_restarts_does_not_take_its_signal_for_the_users(run: Run, told: Path) -> None:
     """It closes the ranks that are left before it restarts all of them; being told to end, it would not."""
-    ended = run(faults=f"{other};sleep@rank=0,phase=setup,seconds=0.2;term@rank=0,phase=setup")
+    killed = "kill@rank=1,phase=setup"
+    ended = run(faults=f"{killed};sleep@rank=0,phase=setup,seconds=0.2;term@rank=0,phase=setup")
     assert ended.codes[0] == 128 + signal.SIGTERM and told.read_text() == "", ended
+
+
+def all_ranks(ranks: int, place: str) -> str:
+    return ";".join(f"term@rank={rank},{place}" for rank in range(ranks))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("nodes", "processes", "faults"),
+    [
+        (1, 1, all_ranks(1, "phase=setup")),
+        (1, 2, all_ranks(2, "phase=setup")),
+        (1, 1, all_ranks(1, "step=5,phase=data")),
+        (1, 2, all_ranks(2, "step=5,phase=data")),
+        (2, 1, "term@rank=0,step=5,phase=data"),
+    ],
+    ids=["setup-one-rank", "setup-two-ranks", "one-rank", "two-ranks", "a-rank-of-two-nodes"],
+)
+def test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted(
+    options: list[str], tmp_path: Path, nodes: int, processes: int, faults: str
+) -> None:
+    """The user, or a node's monitor, has signalled every rank of a node."""
+    code = tmp_path / "code"
+    own = {"nodes": nodes, "processes": processes, "replacements": 0}
+    options += ["--parallel.ep", str(nodes * processes)]
+    job = Job(tmp_path / "run", options, faults=faults, environment={"EQUIMOE_EXIT_FILE": str(code)}, **own)
+    assert not job.supervise(60)
+    assert code.read_text() == f"{128 + signal.SIGTERM}\n", job.logs()
+    assert "Starting worker group" not in job.logs() and job.logs().count("SIGTERM: saving") <= 1, job.logs()
+    saved = checkpoint.newest(tmp_path / "run" / "checkpoints") if "step" in faults else None
+    assert saved is None or saved.name == "step-00000005", job.logs()
 
 
 @pytest.mark.faults
@@ -149,6 +181,15 @@ def test_one_rank_with_a_final_error_is_not_restarted(run: Run, tmp_path: Path, 
     ended = run(faults="oom@rank=1,step=2,phase=forward")
     assert ended.codes == [env.MEMORY] * 2 and told.read_text() == "1\n", ended
     assert exit_code(tmp_path / "run") == env.MEMORY
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_of_two_ranks_with_the_same_error_before_the_first_step_prints_it(run: Run, first: int) -> None:
+    """Rank 0 holds the store, and there is no run folder yet that could tell the other one."""
+    both = f"oom@rank={first},phase=setup;sleep@rank={1 - first},phase=setup,seconds=0.3;oom@rank={1 - first}"
+    ended = run(faults=f"{both},phase=setup")
+    assert ended.codes == [env.MEMORY] * 2 and len(ended.errors) == 1, ended
 
 
 @pytest.mark.faults
@@ -174,15 +215,26 @@ def failure_of(*processes: int, store: dist.Store | None = None, verdict: Path |
     return failure
 
 
-def test_a_signal_may_be_torchruns_as_soon_as_one_rank_has_ended() -> None:
+def test_torchrun_may_be_restarting_as_soon_as_one_rank_has_ended() -> None:
     """Another one may be too busy, or stopped, to tell that it has got the signal, too."""
     ended = os.fork()
     if not ended:
         os._exit(0)
     os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
-    assert failure_of(os.getppid(), ended, store=dist.HashStore()).forwarded()
-    assert not failure_of(os.getppid(), store=dist.HashStore()).forwarded()
+    assert failure_of(os.getppid(), ended, store=dist.HashStore()).restarting()
+    assert not failure_of(os.getppid(), store=dist.HashStore()).restarting()
     os.waitpid(ended, 0)
+
+
+@pytest.mark.parametrize("all_have_it", [True, False])
+def test_torchrun_may_be_restarting_because_of_another_node(all_have_it: bool) -> None:
+    """A rank cannot see whether one of another node was killed, but torchrun signals all of its own ranks then."""
+    store = dist.HashStore()
+    failure = failure_of(os.getppid(), store=store)
+    failure.meeting = replace(failure.meeting, places=(*failure.meeting.places, ("another", 1)))
+    if all_have_it:
+        store.set("signalled/1", "")
+    assert failure.restarting() == all_have_it
 
 
 # ---- the exit code in the run folder
