@@ -144,8 +144,8 @@ class Failure:
     def _follow(self, rank: int | None, code: int) -> NoReturn:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
         if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
-            host, _ = self.meeting.places[rank or 0]
-            end_agent(code, tells=self.process.local_rank == 0 and host != socket.gethostname())
+            told = rank is not None and self.meeting.places[rank][0] == socket.gethostname()
+            end_agent(code, tells=self.process.local_rank == 0 and not told)
         _end(code)
 
     def _lost(self, text: str) -> NoReturn:

@@ -163,13 +163,13 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         process = _own(attempt, failure)
     corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
     found = _find_checkpoint(launch, process, again)
+    notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
             reached = f"{found[0].name} has reached --steps={config.steps}"
             print(f"{run_dir}: is finished, as {reached}; raise it to train on")
             env.record_exit(process, 0)
         return
-    notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
     patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
     mesh = build_mesh(patient, process.device.type) if process.world > 1 else None
     trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
@@ -233,7 +233,7 @@ def _is_ours(launch: Launch, again: bool) -> bool:
 def _own(attempt: Attempt, failure: Failure) -> env.Process:
     """Let the run folder's exit code be that of this job, however it ends; return the process that writes it."""
     file, process = attempt.launch.run_dir / env.EXIT_FILE, attempt.process
-    if file in process.exit_files:
+    if failure.verdict is not None:
         return process
 
     def remove() -> None:
@@ -241,7 +241,8 @@ def _own(attempt: Attempt, failure: Failure) -> env.Process:
             file.unlink(missing_ok=True)
 
     together(process, env.CANNOT_WRITE, remove)
-    process = replace(process, exit_files=(*process.exit_files, file))
+    others = [other for other in process.exit_files if other.absolute() != file.absolute()]  # a user may name this one
+    process = replace(process, exit_files=(*others, file))
     attempt.process = failure.process = attempt.signals.process = process
     failure.verdict = file
     return process

@@ -274,13 +274,25 @@ def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Pa
         (folder / "exit_code").write_text("143")
         assert run(*options, **alone).codes == [code] and exit_code(folder) == 143  # it has not held the folder
     assert run("--resume", **alone).codes == [0] and exit_code(folder) == 0  # is finished
-    ended = run("--resume", "--seed", "7", "--steps", "9", **alone)
-    assert ended.codes == [env.CONFIG] and exit_code(folder) == env.CONFIG, ended
+    for steps in ([], ["--steps", "9"]):
+        (folder / "exit_code").unlink()
+        ended = run("--resume", "--seed", "7", *steps, **alone)
+        assert ended.codes == [env.CONFIG] and exit_code(folder) == env.CONFIG, ended
     assert run("--resume", "--data.path", "nowhere", **alone).codes == [env.DATA] and exit_code(folder) == env.DATA
     assert run("--resume", "--steps", "9", faults="raise@phase=data", **alone).codes == [1] and exit_code(folder) == 1
     for manifest in folder.glob("checkpoints/*/manifest.json"):
         manifest.write_text("{")
     assert run("--resume", **alone).codes == [env.CHECKPOINT] and exit_code(folder) == env.CHECKPOINT
+
+
+def test_a_users_exit_file_may_be_that_of_the_run_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It must not tell how an earlier job ended, after this one was killed."""
+    monkeypatch.setenv("EQUIMOE_EXIT_FILE", str(tmp_path / "run" / "exit_code"))
+    assert run("--steps", "2", world=1).codes == [0] and exit_code(tmp_path / "run") == 0
+    assert run("--resume", "--steps", "4", faults="kill@phase=data", world=1).codes == [-signal.SIGKILL]
+    assert exit_code(tmp_path / "run") is None
 
 
 @pytest.mark.faults
