@@ -65,8 +65,8 @@ PICKLING_STORAGES = ("FileSystemReader", "FileSystemWriter", "FsspecReader", "Fs
 #: no copy to the host here: it waits for the device
 SYNC_FREE = ("moe/layer.py", "moe/routing/", "moe/balance/", "moe/experts/", "moe/dispatch/", "moe/collectives/")
 SYNCS = ("item", "tolist", "cpu")
-#: the dropless exchange has to tell the host its split sizes
-SYNCS_ALLOWED = {("moe/collectives/no_gradient.py", "tolist"): 2}
+#: the dropless exchange has to tell the host its split sizes; weights are filled once, before training
+SYNCS_ALLOWED = {("moe/collectives/no_gradient.py", "tolist"): 2, ("moe/collectives/initial.py", "tolist"): 1}
 
 
 def within(name: str, parts: tuple[str, ...], dot: str = ".") -> bool:

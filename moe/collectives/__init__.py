@@ -6,7 +6,7 @@ All ranks of an axis must call the same collectives in the same order, even with
 
 from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, split_axis, world_axis
 from .codec import PLAIN, Codec, Plain, Wire
-from .initial import fill, fill_normal, reset
+from .initial import draw_seed, fill, fill_normal, reset, seeded
 from .kept import Kept, keeping, once
 from .no_gradient import (
     AssumedSizes,
@@ -45,6 +45,7 @@ __all__ = [
     "exchange_rows",
     "exchange_sizes",
     "fill",
+    "draw_seed",
     "fill_normal",
     "all_gather_rows",
     "gather_counts",
@@ -58,6 +59,7 @@ __all__ = [
     "record_traffic",
     "reduce_scatter_rows",
     "reset",
+    "seeded",
     "part_sizes",
     "split_axis",
     "split_tokens",

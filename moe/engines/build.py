@@ -13,7 +13,7 @@ from ..layer import MoE
 from ..model import Decoder
 from ..parallel import LossFunction, Mesh, check_alike, model_has_values, parallelize, token_losses
 from ..parallel.pipeline import Pipeline, split, stage_ids
-from ..parallel.tied import check_stages, tied_weights
+from ..parallel.tied import check_stages, materialize, tied_weights
 from .balance import StepBalance
 from .base import OptimizerFactory
 from .reduce import Reducer, reduction_axes
@@ -37,7 +37,8 @@ def build_engine(
     """Split ``model`` over ``mesh`` and build the engine that trains it. Every rank must call this.
 
     * ``model``: the whole model, with the same weights on every rank (else ValueError), on ``device``. It is called
-      with a batch's inputs, and with its mask if there is one.
+      with a batch's inputs, and with its mask if there is one. If it is on the meta device, each rank builds only its
+      own part on ``device``, by the model's ``reset_parameters``; torch's random generator must be seeded alike.
     * ``optimizer``: makes the optimizer from the trainable parameters by name.
     * ``loss``: maps the model's outputs and the labels to the loss of each position.
     * ``max_norm``: gradients are clipped to this norm; 0 does not clip.
@@ -55,6 +56,8 @@ def build_engine(
     if mesh is not None:
         whole = [model] if mesh.degrees.pp == 1 else _stages(model, mesh)
         parts = [parallelize(part, mesh, dtype, reduced=True) for part in whole]
+    if all(parameter.is_meta for parameter in model.parameters()):
+        materialize(parts, device)
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
     runner: Runner

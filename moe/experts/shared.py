@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..collectives import fill_normal, reset
+from ..collectives import fill_normal, reset, seeded
 
 
 class SwiGLU(nn.Module):
@@ -14,19 +14,15 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, init_std: float) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        with seeded(0):  # the values that torch draws here are not used
+            self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+            self.up_proj = nn.Linear(hidden_size, width, bias=False)
+            self.down_proj = nn.Linear(width, hidden_size, bias=False)
         self.init_std = init_std
-        self._initialise()
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize the weights with new random values."""
-        for linear in self.children():
-            reset(linear)
-        self._initialise()
-
-    def _initialise(self) -> None:
         for weight in self.parameters():
             fill_normal(weight, self.init_std)
 

@@ -7,6 +7,7 @@ B sequences, S tokens per sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..balance import recompute
-from ..collectives import fill_normal, reset
+from ..collectives import draw_seed, fill_normal, reset, seeded
 from ..config import AttentionConfig, MoEConfig, RecomputeConfig
 from ..experts import SwiGLU
 from ..layer import MoE
@@ -92,34 +93,34 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         hidden, attention, how = moe.hidden_size, attention or AttentionConfig(), recompute_how or RecomputeConfig()
+        seed = draw_seed()
         again = partial(recompute, keep_exchanges=how.keep_exchanges)
-        self.embedding: nn.Module | None = nn.Embedding(vocab_size, hidden)
-        self.blocks = nn.ModuleDict()
-        for i in range(num_layers):
-            is_moe = i >= dense_layers and moe_every > 0 and (i + 1) % moe_every == 0
-            mlp = MoE(moe) if is_moe else SwiGLU(hidden, intermediate_size, moe.init_std)
-            part = how.part if recompute_blocks and (how.layers is None or i < how.layers) else ""
-            attend = ATTENTION[attention.kind](hidden, num_heads, seq_len, attention)
-            self.blocks[str(i)] = Block(attend, mlp, hidden, again, part)
+        with seeded(seed):  # the values that are drawn here are not used
+            self.embedding: nn.Module | None = nn.Embedding(vocab_size, hidden)
+            self.blocks = nn.ModuleDict()
+            for i in range(num_layers):
+                is_moe = i >= dense_layers and moe_every > 0 and (i + 1) % moe_every == 0
+                mlp = MoE(moe) if is_moe else SwiGLU(hidden, intermediate_size, moe.init_std)
+                part = how.part if recompute_blocks and (how.layers is None or i < how.layers) else ""
+                attend = ATTENTION[attention.kind](hidden, num_heads, seq_len, attention)
+                self.blocks[str(i)] = Block(attend, mlp, hidden, again, part)
+            self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=1e-5)
+            self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
         self.hidden_size = hidden
-        self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=1e-5)
-        self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
         #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
         self.init_std, self.num_layers = moe.init_std, num_layers
-        self._initialise()
+        self._initialise(seed)
 
     def reset_parameters(self) -> None:
         """Initialise all weights randomly. The same seed gives the same weights as a new model.
 
-        For a model created on the meta device: after ``to_empty``, call this once on the whole model, with the same
-        seed on all ranks. Calling each submodule's own ``reset_parameters`` instead would leave torch's default
-        initialisation in the linear layers.
+        A pipeline stage gets the whole model's weights, and a rank with a part of a sharded weight draws little more
+        than that part. For a model created on the meta device: after ``to_empty``, call this once on the whole model or
+        stage, with the same seed on all ranks. Calling each submodule's own ``reset_parameters`` instead would leave
+        torch's default initialisation in the linear layers.
         """
-        for part in (self.embedding, *self.blocks.values(), self.norm, self.head):
-            if part is not None:
-                reset(part)
-        self._initialise()
+        self._initialise(draw_seed())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
@@ -135,14 +136,21 @@ class Decoder(nn.Module):
         return list(numbered_moe_layers([self]).values())
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                fill_normal(module.weight, self.init_std)
-        # as in GPT-2, scale down the 2 * num_layers projections that add to the residual stream
-        for name, weight in self.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj", "down_proj.weight")):
-                weight.mul_(1.0 / math.sqrt(2 * self.num_layers))
+    def _initialise(self, seed: int) -> None:
+        named = {f"blocks.{name}": block for name, block in self.blocks.items()}
+        ends = {"embedding": self.embedding, "norm": self.norm, "head": self.head}
+        for name, part in (named | ends).items():
+            if part is None:
+                continue
+            with seeded(seed + zlib.crc32(name.encode())):  # whatever other parts this stage has
+                reset(part)
+                for module in part.modules():
+                    if isinstance(module, (nn.Linear, nn.Embedding)):
+                        fill_normal(module.weight, self.init_std)
+            # as in GPT-2, scale down the 2 * num_layers projections that add to the residual stream
+            for path, weight in part.named_parameters():
+                if path.endswith(("out_proj.weight", "down_proj", "down_proj.weight")):
+                    weight.mul_(1.0 / math.sqrt(2 * self.num_layers))
 
 
 def numbered_moe_layers(parts: Iterable[Decoder]) -> dict[int, MoE]:

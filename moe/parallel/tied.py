@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -48,8 +48,28 @@ def tie_again(model: nn.Module, tied: Iterable[list[str]]) -> None:
                     f"{first} and {name} are one weight, and tensor or expert parallelism splits them in different "
                     "ways; give each its own weight, or set parallel.tp=1, parallel.ep=1 and parallel.etp=1"
                 )
-            path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, weight)
+            _put(model, name, weight)
+
+
+def materialize(parts: Sequence[nn.Module], device: torch.device) -> None:
+    """Move model parts from the meta device, where they were built and split, to ``device``.
+
+    They get the random weights that a whole model gets if it is built in the present state of torch's random generator
+    for CPUs. Raises ValueError for a part without ``reset_parameters``, which fills its weights.
+    """
+    state = torch.get_rng_state()
+    for part in parts:
+        fill = getattr(part, "reset_parameters", None)
+        if not callable(fill):
+            what = f"{type(part).__name__} is on the meta device and has no method reset_parameters"
+            raise ValueError(f"model: {what}; build it on the device, or add the method, which fills all weights")
+        tied = tied_weights(part)
+        part.to_empty(device=device)
+        for first, *others in tied:
+            for name in others:
+                _put(part, name, dict(part.named_parameters(remove_duplicate=False))[first])
+        torch.set_rng_state(state)
+        fill()
 
 
 def check_units(model: nn.Module, tied: Iterable[list[str]], units: Iterable[nn.Module]) -> None:
@@ -68,6 +88,11 @@ def check_units(model: nn.Module, tied: Iterable[list[str]], units: Iterable[nn.
                 f"{first} and {other} are one weight, but FSDP gathers and frees the two places separately; "
                 "give each its own weight, or set parallel.data_parallel='ddp'"
             )
+
+
+def _put(model: nn.Module, name: str, weight: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, weight)
 
 
 def _split_alike(one: torch.Tensor, two: torch.Tensor) -> bool:

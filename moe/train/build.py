@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,10 @@ def mixed_precision(config: TrainConfig, device: torch.device) -> AbstractContex
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
-    """Build the complete model of ``config``. Its weights depend only on the seed, so all ranks build the same."""
+    """Build the complete model of ``config``. Its weights depend only on the seed, so all ranks build the same.
+
+    Within ``torch.device("meta")`` it has no weights yet; :func:`engine_of` gives each rank its part of the same ones.
+    """
     torch.manual_seed(config.seed)
     return Decoder(
         vocab_size=vocab_size,
@@ -41,10 +45,11 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     )
 
 
-def built(config: TrainConfig, vocab_size: int) -> Decoder:
-    """Run :func:`build_model`; if there is not enough memory, raise a ValueError that says so in one line."""
+@contextmanager
+def one_line_for_memory(config: TrainConfig) -> Iterator[None]:
+    """Within the block, turn the error that there is not enough memory into a ValueError of one line."""
     try:
-        return build_model(config, vocab_size)
+        yield
     except (RuntimeError, MemoryError) as error:
         reason = str(error).split("\n")[0] or "out of memory"
         if not isinstance(error, MemoryError) and "alloc" not in reason and "overflow" not in reason.lower():
@@ -79,6 +84,7 @@ def engine_of(
         "device": device,
         "precision": partial(mixed_precision, config, device),
     }
+    torch.manual_seed(config.seed)  # for a model that has no weights yet
     if config.engine == "torch":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         shape = (config.data.micro_batch, config.data.seq_len)

@@ -26,7 +26,7 @@ from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
 from ..parallel import Mesh
-from .build import built, engine_of
+from .build import build_model, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
 from .data import Batches, Corpus, Cursor
@@ -77,7 +77,9 @@ class Trainer:
         #: mesh axis whose ranks read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
-        model = built(config, config.model.vocab_size or corpus.vocab_size)
+        # torch's engine builds only the part of the model that this rank holds
+        with one_line_for_memory(config), torch.device("meta" if config.engine == "torch" else device):
+            model = build_model(config, config.model.vocab_size or corpus.vocab_size)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
             w.numel() * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
@@ -87,7 +89,8 @@ class Trainer:
         self.expert_fraction = expert_fraction(model)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
-        self.engine = engine_of(config, model.to(device), mesh, device, self.micro_batches)
+        with one_line_for_memory(config):
+            self.engine = engine_of(config, model, mesh, device, self.micro_batches)
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
         self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
