@@ -42,6 +42,9 @@ def reset(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear):
         fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+        if module.bias is not None:
+            bound = module.in_features**-0.5
+            fill(module.bias, partial(nn.init.uniform_, a=-bound, b=bound))
     elif isinstance(module, nn.Embedding):
         fill(module.weight, nn.init.normal_)
     elif callable(own := getattr(module, "reset_parameters", None)):
