@@ -114,8 +114,8 @@ class GroupedAttention(Attention):
     """Grouped-query attention (arXiv 2305.13245): N query heads share M key/value heads; multi-head if M = N.
 
     The rows of ``qkv_proj`` are ordered by key/value head: its G queries, then its key, then its value, so that
-    parallelism can slice them by whole heads. ``qk_norm`` normalises queries and keys before rotation: each head (Qwen3,
-    arXiv 2505.09388), or all heads together (OLMoE, arXiv 2409.02060).
+    parallelism can slice them by whole heads. ``qk_norm`` normalises queries and keys before rotation: each head
+    (Qwen3, arXiv 2505.09388), or all heads together (OLMoE, arXiv 2409.02060).
     """
 
     def __init__(
