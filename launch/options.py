@@ -19,6 +19,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..moe.train.config import TrainConfig
+from .initial import Initial
 from .recipes import RECIPES
 from .strict_yaml import read_yaml
 from .text import option_text
@@ -41,6 +42,8 @@ class Launch:
     run_dir: Path
     #: ranks to start on this machine; None: one, or those that torchrun has started
     processes: int | None = None
+    #: folder with the weights to start from: a transformers model, a checkpoint or a run
+    init: Path | None = None
     #: resume from the newest checkpoint in ``run_dir``
     resume: bool = False
     #: fields and sections of the configuration that may differ from the resumed run's
@@ -58,6 +61,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "recipe": (str, "configuration to start from; default quickstart"),
     "config": (str, "YAML file that overrides the recipe; may be given more than once"),
     "run_dir": (str, "folder for metrics, checkpoints and report; default runs/RECIPE"),
+    "init.from": (str, "start from these weights: a folder of transformers, a checkpoint or a run; sets the model"),
     "processes": (int, "ranks to start on this machine; default 1"),
     "resume": (bool, "resume from the newest checkpoint in the run folder"),
     "allow_change": (str, "setting that a resumed run may change although it changes what is trained; repeatable"),
@@ -91,16 +95,22 @@ def parse(argv: list[str]) -> Launch:
     if run["processes"] is not None and run["processes"] < 1:
         raise ValueError(f"--processes={run['processes']}: must be at least 1")
     values = asdict(start)
+    initial = None if run["init.from"] is None else Initial(Path(run["init.from"]))
+    if initial is not None:
+        initial.apply(values)
     for file in files:
         _merge(values, _read_yaml(str(file)), TrainConfig, "", str(file))
     for name, text in given:
         if name not in RUN_OPTIONS:
             _override(values, name, text)
+    if initial is not None:
+        initial.check(values)
     return Launch(
         config=_build(TrainConfig, values),
         recipe=recipe,
         run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
         processes=run["processes"],
+        init=None if initial is None else initial.path,
         resume=run["resume"],
         allow_change=tuple(_known(text) for name, text in given if name == "allow_change"),
         requeue=run["requeue"],

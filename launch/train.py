@@ -30,7 +30,7 @@ from ..moe.train.judge import NonFiniteError
 from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
-from . import earlier, env, joining
+from . import earlier, env, initial, joining
 from .conclusion import conclude, conclude_early, constant_rate
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
@@ -113,6 +113,7 @@ def _facts(launch: Launch) -> dict[str, str]:
         "requeue": launch.requeue,
         "dry-run": launch.dry_run,
         "run-dir": os.path.abspath(launch.run_dir),
+        "init.from": launch.init and os.path.abspath(launch.init),
     }
     return joining.flat(asdict(launch.config) | options) | joining.versions()
 
@@ -175,6 +176,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
         together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
+    elif (init := launch.init) is not None:
+        together(process, env.CHECKPOINT, lambda: initial.begin(trainer, init))
     if process.rank == 0:
         introduce(trainer, launch, notes)
     if launch.dry_run:
@@ -271,7 +274,8 @@ def _read_corpus(config: TrainConfig) -> Corpus:
     vocabulary = config.model.vocab_size
     if vocabulary is not None and vocabulary < corpus.vocab_size:
         raise ValueError(
-            f"model.vocab_size={vocabulary}: is less than the tokenizer's {corpus.vocab_size} tokens; leave it out"
+            f"model.vocab_size={vocabulary}: is less than the tokenizer's {corpus.vocab_size} tokens; leave it "
+            "out, or choose another --data.tokenizer"
         )
     return corpus
 
@@ -306,6 +310,8 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
     metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
     write_atomically(launch.run_dir / earlier.CONFIG_FILE, to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
+    if launch.init is not None:
+        initial.keep(launch.init, launch.run_dir)
     if new:
         data, log = launch.config.data, launch.config.log
         bigram = bigram_loss(trainer.corpus, trainer.corpus.vocab_size, data.seq_len, log.eval_sequences)

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.layer": LAYER,
     "moe": LAYER,  # moe/__init__.py
     "moe.model": LAYER,
-    "moe.interop": LAYER,
+    "moe.interop": ("moe.checkpoint", *LAYER),
     "moe.parallel": MODEL,
     "moe.checkpoint": BASE,
     "moe.health": PARALLEL,

@@ -8,7 +8,8 @@ from .agreement import Choice, ViewError, choose, describe, probe
 from .manifest import MANIFEST, CheckpointError, read_manifest
 from .saver import Saver, save
 from .state import expect_moments, restore_optimizer, training_state
-from .store import complete, contents, load, newest
+from .store import complete, contents, load, load_weights, newest
+from .tensors import Opened, Saved
 from .writer import LostFolderError, NonFiniteStateError, SaveError
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Choice",
     "LostFolderError",
     "NonFiniteStateError",
+    "Opened",
     "SaveError",
+    "Saved",
     "Saver",
     "ViewError",
     "choose",
@@ -26,6 +29,7 @@ __all__ = [
     "describe",
     "expect_moments",
     "load",
+    "load_weights",
     "newest",
     "probe",
     "read_manifest",

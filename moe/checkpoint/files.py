@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,42 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     The library would copy each tensor first, and would hold the interpreter's lock while it writes.
     """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_blocks(file, entries, lambda name: [tensors[name]])
+
+
+def write_blocks(
+    file: Path,
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    blocks: Callable[[str], Iterable[Tensor]],
+) -> dict[str, Any]:
+    """Write a safetensors file like :func:`write_tensors`, without holding its tensors in memory.
+
+    ``entries`` gives the dtype and shape of each tensor, and ``blocks`` its values: tensors that follow each other.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that every tensor is aligned
-    end = 0
+    names = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))  # so that every tensor is aligned
+    end, sizes = 0, {}
     for name in names:
-        begin, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+        dtype, shape = entries[name]
+        sizes[name] = math.prod(shape) * dtype.itemsize
+        begin, end = end, end + sizes[name]
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return write_durably(file, [struct.pack("<Q", len(text)), text, *(_bytes_of(tensors[name]) for name in names)])
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield struct.pack("<Q", len(text))
+        yield text
+        for name in names:
+            written = 0
+            for block in blocks(name):
+                assert block.dtype == entries[name][0]
+                written += block.nbytes
+                yield _bytes_of(block)
+            assert written == sizes[name], f"{name}: {written} bytes of {sizes[name]}"
+
+    return write_durably(file, parts())
 
 
 def write_durably(file: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:

@@ -82,17 +82,22 @@ def _saved(name: str, entry: Any) -> Saved:
     return Saved(DTYPE_OF_NAME[entry["dtype"]], shape, tuple(chunks))
 
 
-def _check_header(file: Path, expected: dict[str, tuple[str, list[int]]]) -> None:
-    """Check that the header of a safetensors file agrees with tensors.json."""
+def listed(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the dtype, by its name in safetensors files, and the shape of each tensor of a safetensors file."""
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
-            keys = set(content.keys())
-            if keys != expected.keys():
-                odd = min(keys ^ expected.keys())
-                raise CheckpointError(f"{file}: refused: {short(odd)} is in this file or in {TENSORS}, not in both")
-            for key, (dtype, sizes) in expected.items():
-                part = content.get_slice(key)
-                if (part.get_dtype(), list(part.get_shape())) != (dtype, sizes):
-                    raise CheckpointError(f"{file}: refused: {short(key)} is not {dtype} of {sizes}")
+            parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+            return {key: (part.get_dtype(), list(part.get_shape())) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: refused: {reason(error)}") from None
+
+
+def _check_header(file: Path, expected: dict[str, tuple[str, list[int]]]) -> None:
+    """Check that the header of a safetensors file agrees with tensors.json."""
+    found = listed(file)
+    if found.keys() != expected.keys():
+        odd = min(found.keys() ^ expected.keys())
+        raise CheckpointError(f"{file}: refused: {short(odd)} is in this file or in {TENSORS}, not in both")
+    for key, (dtype, sizes) in expected.items():
+        if found[key] != (dtype, sizes):
+            raise CheckpointError(f"{file}: refused: {short(key)} is not {dtype} of {sizes}")

@@ -114,12 +114,7 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
     except CheckpointError as error:
         refusal = str(error)
     parts_of = {name: logical(name, value) for name, value in state.items()}
-    own = {name: [str(value.dtype), list(value.shape)] for name, value in parts_of.items()}
-    parts = gather((own, refusal))  # pipeline stages have different names
-    refusals = [refusal for _, refusal in parts if refusal]
-    if refusals:
-        raise CheckpointError(refusals[0])
-    want = {name: entry for part, _ in parts for name, entry in part.items()}
+    want = _of_all_ranks(parts_of, refusal)
     have = {name: [str(entry.dtype), list(entry.shape)] for name, entry in saved.items()}
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)
@@ -127,6 +122,31 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
             what = f"{printable(name)}: this run wants {ours}, the checkpoint has {theirs}"
             raise CheckpointError(f"{path}: {what}; resume with the config that saved it")
     fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opener(manifest))
+
+
+def load_weights(path: Path, weights: dict[str, Tensor], saved: dict[str, Saved], opened: Opened) -> None:
+    """Fill ``weights`` in place, in their own dtype, from the tensors ``saved`` in folder ``path``.
+
+    Every rank must call this, and reads only its own parts. The names and shapes of all ranks together must be those of
+    ``saved``; an expert bias that is not saved is left alone.
+    """
+    parts_of = {name: logical(name, value) for name, value in weights.items()}
+    want = {name: shape for name, (_, shape) in _of_all_ranks(parts_of).items()}
+    have = {name: list(entry.shape) for name, entry in saved.items()}
+    for name in sorted(want.keys() | have.keys()):
+        ours, theirs = want.get(name), have.get(name)
+        if ours != theirs and not (theirs is None and name.endswith("router.bias_E")):
+            raise CheckpointError(f"{path}: {printable(name)}: this run wants shape {ours}, the file has {theirs}")
+    fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opened)
+
+
+def _of_all_ranks(parts_of: dict[str, Any], refusal: str | None = None) -> dict[str, Any]:
+    """Return [dtype, shape] of the tensors of all ranks; raise CheckpointError if a rank has a ``refusal``."""
+    own = {name: [str(value.dtype), list(value.shape)] for name, value in parts_of.items()}
+    parts = gather((own, refusal))  # pipeline stages have different names
+    if refusals := [refusal for _, refusal in parts if refusal]:
+        raise CheckpointError(refusals[0])
+    return {name: entry for part, _ in parts for name, entry in part.items()}
 
 
 def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:

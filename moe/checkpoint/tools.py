@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from .agreement import choose
-from .files import remove, sync, write_durably, write_tensors
+from .files import remove, sync, write_blocks, write_durably
 from .manifest import MANIFEST, CheckpointError, read_manifest
 from .reader import key_of
 from .store import candidates, commit, contents, opener
-from .tensors import Chunk, Saved
+from .tensors import Chunk, Opened, Saved
 
 #: prefix of the names of weights, among those of moments and other state
 WEIGHTS = "model."
 INDEX = "model.safetensors.index.json"
+#: bytes that are in memory at a time, if a row of a tensor is not larger
+BLOCK_BYTES = 16 << 20
 
 
 def find(folder: Path) -> list[Path]:
@@ -51,10 +53,22 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
     Raises ValueError if there are not so many parts.
     """
     saved = contents(source, manifest)
-    most = max([len(saved), *(entry.shape[0] for entry in saved.values() if entry.shape)])
+    with Reader(source, saved, opener(manifest)) as reader:
+        return rewrite(reader, saved, out, manifest["step"], manifest["position"], files, str(source))
+
+
+def rewrite(
+    reader: Reader, wanted: dict[str, Saved], out: Path, step: int, position: dict[str, Any], files: int, what: str
+) -> Path:
+    """Write tensors as a new checkpoint in folder ``out``, in ``files`` files; see :func:`reshard`.
+
+    ``wanted`` gives the dtype and shape of each of the reader's tensors, and ``what`` names their source in errors.
+    Holds only a block of a tensor in memory.
+    """
+    most = max([len(wanted), *(entry.shape[0] for entry in wanted.values() if entry.shape)])
     if files > most:
-        raise ValueError(f"--files={files}: the tensors of {source} can be split into at most {most} files")
-    final = out / f"step-{manifest['step']:08d}"
+        raise ValueError(f"--files={files}: the tensors of {what} can be split into at most {most} files")
+    final = out / f"step-{step:08d}"
     if final.exists():
         raise ValueError(f"--out={out}: already contains {final.name}; choose another folder")
     partial, new = final.with_name(f"{final.name}.tmp"), not out.exists()
@@ -62,24 +76,36 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
     partial.mkdir(parents=True)
     try:
         names = [f"rank{number:05d}-000.safetensors" for number in range(files)]
-        boxes: dict[str, list[tuple[str, Chunk]]] = {name: [] for name in names}
+        boxes: dict[str, dict[str, tuple[str, Chunk]]] = {name: {} for name in names}
         tensors = {}
-        for index, (name, entry) in enumerate(saved.items()):
+        for index, (name, entry) in enumerate(wanted.items()):
             chunks = list(_divided(name, entry, names, index))
             tensors[name] = Saved(entry.dtype, entry.shape, tuple(chunks))
             for chunk in chunks:
-                boxes[chunk.file].append((name, chunk))
+                boxes[chunk.file][str(chunk.place)] = (name, chunk)
         written = {}
-        with Reader(source, manifest, saved) as reader:
-            for file, of_file in boxes.items():
-                if of_file:
-                    values = {str(c.place): reader.box(name, c.offsets, c.sizes) for name, c in of_file}
-                    written[file] = write_tensors(partial / file, values)
-        commit(partial, final, manifest["step"], manifest["position"], tensors, written)
+        for file, of_file in boxes.items():
+            if of_file:
+                entries = {key: (wanted[name].dtype, c.sizes) for key, (name, c) in of_file.items()}
+                written[file] = write_blocks(partial / file, entries, _blocks_of(reader, wanted, of_file))
+        commit(partial, final, step, position, tensors, written)
     except BaseException:
         remove(out if new else partial)
         raise
     return final
+
+
+def _blocks_of(
+    reader: Reader, wanted: dict[str, Saved], boxes: dict[str, tuple[str, Chunk]]
+) -> Callable[[str], Iterator[Tensor]]:
+    """Return a function that yields the values of a box, whose key it gets, in the wanted dtype."""
+
+    def blocks(key: str) -> Iterator[Tensor]:
+        name, chunk = boxes[key]
+        for block in reader.blocks(name, chunk.offsets, chunk.sizes):
+            yield block.to(wanted[name].dtype)
+
+    return blocks
 
 
 def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -> list[Path]:
@@ -95,7 +121,7 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
     groups: list[list[str]] = [[]]
     size = 0
     for name, full in weights.items():
-        nbytes = _bytes_of(saved[full])
+        nbytes = bytes_of(saved[full])
         if groups[-1] and size + nbytes > file_bytes:
             groups.append([])
             size = 0
@@ -106,12 +132,13 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
     partial.mkdir(parents=True)
     try:
         places: dict[str, str] = {}
-        with Reader(source, manifest, saved) as reader:
+        with Reader(source, saved, opener(manifest)) as reader:
             for number, names in enumerate(groups, 1):
                 file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-                write_tensors(partial / file, {name: reader.whole(weights[name]) for name in names})
+                entries = {name: (saved[weights[name]].dtype, saved[weights[name]].shape) for name in names}
+                write_blocks(partial / file, entries, lambda name: reader.blocks(weights[name]))
                 places |= dict.fromkeys(names, file)
-        total = sum(_bytes_of(saved[full]) for full in weights.values())
+        total = sum(bytes_of(saved[full]) for full in weights.values())
         index = {"metadata": {"total_size": total, "step": manifest["step"]}, "weight_map": places}
         write_durably(partial / INDEX, [json.dumps(index, indent=1).encode()])
         partial.rename(out)
@@ -125,9 +152,9 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
 class Reader:
     """Reads any box of any tensor of a checkpoint. A context manager, which keeps files open."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], saved: dict[str, Saved]) -> None:
-        self._path, self._saved = path, saved
-        self._opened, self._open = opener(manifest), ExitStack()
+    def __init__(self, path: Path, saved: dict[str, Saved], opened: Opened) -> None:
+        self._path, self.saved = path, saved
+        self._opened, self._open = opened, ExitStack()
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> Reader:
@@ -136,13 +163,28 @@ class Reader:
     def __exit__(self, *_error: object) -> None:
         self._open.close()
 
-    def whole(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self.box(name, (0,) * len(self._saved[name].shape), self._saved[name].shape)
+    def blocks(
+        self, name: str, offsets: tuple[int, ...] | None = None, sizes: tuple[int, ...] | None = None
+    ) -> Iterator[Tensor]:
+        """Yield a box of a tensor, by default all of it, in blocks that follow each other in memory."""
+        saved = self.saved[name]
+        offsets, sizes = (
+            (0,) * len(saved.shape) if offsets is None else offsets,
+            saved.shape if sizes is None else sizes,
+        )
+        dim = next((dim for dim, size in enumerate(sizes) if size > 1), 0)
+        if not sizes:
+            yield self.box(name, offsets, sizes)
+            return
+        each = max(1, BLOCK_BYTES // max(1, math.prod(sizes[dim + 1 :]) * saved.dtype.itemsize))
+        for first in range(0, sizes[dim], each):
+            at, count = list(offsets), list(sizes)
+            at[dim], count[dim] = offsets[dim] + first, min(each, sizes[dim] - first)
+            yield self.box(name, tuple(at), tuple(count))
 
     def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a box of a tensor."""
-        saved = self._saved[name]
+        saved = self.saved[name]
         found = torch.empty(sizes, dtype=saved.dtype)
         for chunk in saved.chunks:
             first = tuple(map(max, offsets, chunk.offsets))
@@ -177,5 +219,5 @@ def _divided(name: str, saved: Saved, files: list[str], index: int) -> Iterator[
         yield Chunk(offsets, sizes, file, key_of(name, offsets, sizes == saved.shape))
 
 
-def _bytes_of(saved: Saved) -> int:
+def bytes_of(saved: Saved) -> int:
     return math.prod(saved.shape) * saved.dtype.itemsize

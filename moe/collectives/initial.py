@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 #: elements that share a generator; a block has at least one row
 BLOCK = 1 << 20
@@ -60,6 +60,9 @@ def reset(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear):
         fill(module.weight, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+        if module.bias is not None:
+            bound = module.in_features**-0.5
+            fill(module.bias, partial(nn.init.uniform_, a=-bound, b=bound))
     elif isinstance(module, nn.Embedding):
         fill(module.weight, nn.init.normal_)
     elif callable(own := getattr(module, "reset_parameters", None)):
@@ -68,7 +71,8 @@ def reset(module: nn.Module) -> None:
 
 def draw_seed() -> int:
     """Draw a seed from torch's global generator for CPUs."""
-    return int(torch.randint(SEEDS, (), device="cpu"))
+    with unset_fake_temporarily():  # in a dry run, too, this is a number
+        return int(torch.randint(SEEDS, (), device="cpu"))
 
 
 @contextmanager

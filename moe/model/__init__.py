@@ -1,6 +1,6 @@
 """The decoder that recipes, tests and imported weights use, and its attention."""
 
-from .attention import ATTENTION, Attention, GroupedAttention, HeadNorm, LatentAttention
+from .attention import ATTENTION, Attention, GroupedAttention, HeadNorm, JointNorm, LatentAttention
 from .decoder import Block, Decoder, numbered_moe_layers
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Decoder",
     "GroupedAttention",
     "HeadNorm",
+    "JointNorm",
     "LatentAttention",
     "numbered_moe_layers",
 ]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..collectives import reset
-from ..config import AttentionConfig
+from ..config import AttentionConfig, require
+from .rotary import rotary_tables
 
+#: epsilon of all norms, unless another one is given
 EPS = 1e-5
 
 
@@ -24,6 +26,14 @@ class HeadNorm(nn.RMSNorm):
 
     Under tensor parallelism its gradient must be summed over the ranks that hold the heads.
     """
+
+
+class JointNorm(nn.RMSNorm):
+    """RMSNorm over all heads of [B, M, G, S, H] together, with a weight [M * G * H]."""
+
+    def forward(self, x_BMGSH: Tensor) -> Tensor:
+        x_BSX = x_BMGSH.permute(0, 3, 1, 2, 4)
+        return super().forward(x_BSX.flatten(2)).view(x_BSX.shape).permute(0, 2, 3, 1, 4)
 
 
 class Attention(nn.Module):
@@ -36,18 +46,37 @@ class Attention(nn.Module):
     cos_SR: Tensor
     sin_SR: Tensor
 
-    def __init__(self, seq_len: int, rotated: int, base: float, split_heads: int) -> None:
+    def __init__(self, seq_len: int, rotated: int, config: AttentionConfig, split_heads: int) -> None:
         super().__init__()
-        self.rotary_base, self.seq_len = base, seq_len
-        self._angles = partial(_rotary, seq_len, rotated, base)
+        self.config, self.seq_len = config, seq_len
+        self._angles = partial(rotary_tables, seq_len, rotated, config.rotary_base, config.scaling)
         self._positions_S: Tensor | None = None
         cos_SR, sin_SR = self._angles()
         self.register_buffer("cos_SR", cos_SR, persistent=False)
         self.register_buffer("sin_SR", sin_SR, persistent=False)
         #: number of heads into which the weights can be split
         self.split_heads = split_heads
+        #: factor of the scores, in addition to H^-0.5
+        self.score_scale = 1.0 if config.scaling is None else config.scaling.score_scale
         #: maps (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W]) to [B, N, S, W]
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+        #: number of positions that a position attends to; None: all earlier ones
+        self.window: int | None = None
+
+    def see_only(self, window: int) -> None:
+        """Let each position attend to itself and the ``window - 1`` positions before it."""
+        if window < self.seq_len:
+            self.window, self.attend = window, partial(windowed_attention, window=window)
+
+    def span(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Replace causal attention by one over positions that other ranks hold."""
+        require(
+            self.window is None,
+            "attention.window",
+            self.window,
+            "cannot span the ranks of context parallelism; set parallel.cp=1, or leave it out",
+        )
+        self.attend = attend
 
     def hold(self, positions_S: Tensor) -> None:
         """Set the positions of a sequence's rows, which are 0, 1, 2, ... by default."""
@@ -76,28 +105,39 @@ class Attention(nn.Module):
         sin_SR = self.sin_SR[: t.shape[-2]].to(t.dtype)
         return torch.cat((first * cos_SR - second * sin_SR, second * cos_SR + first * sin_SR), dim=-1)
 
+    def _scaled(self, q: Tensor) -> Tensor:
+        """Scale queries, and so the scores; without ``score_scale`` they are the same tensor."""
+        return q if self.score_scale == 1.0 else q * self.score_scale
+
 
 class GroupedAttention(Attention):
     """Grouped-query attention (arXiv 2305.13245): N query heads share M key/value heads; multi-head if M = N.
 
     The rows of ``qkv_proj`` are ordered by key/value head: its G queries, then its key, then its value, so that
-    parallelism can slice them by whole heads. ``qk_norm`` normalises queries and keys before rotation (Qwen3, arXiv
-    2505.09388).
+    parallelism can slice them by whole heads. ``qk_norm`` normalises queries and keys before rotation: each head
+    (Qwen3, arXiv 2505.09388), or all heads together (OLMoE, arXiv 2409.02060).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig, eps: float = EPS
+    ) -> None:
         kv_heads, width = config.num_kv_heads or num_heads, config.head_width or hidden_size // num_heads
-        super().__init__(seq_len, width, config.rotary_base, kv_heads)
+        super().__init__(seq_len, width, config, kv_heads)
         self.group, self.head_width = num_heads // kv_heads, width
-        self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * kv_heads) * width, bias=False)
-        self.out_proj = nn.Linear(num_heads * width, hidden_size, bias=False)
-        self.q_norm: nn.Module = HeadNorm(width, eps=EPS) if config.qk_norm else nn.Identity()
-        self.k_norm: nn.Module = HeadNorm(width, eps=EPS) if config.qk_norm else nn.Identity()
+        inputs, output = config.bias != "none", config.bias == "all"
+        self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * kv_heads) * width, bias=inputs)
+        self.out_proj = nn.Linear(num_heads * width, hidden_size, bias=output)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            norm = HeadNorm if config.qk_norm_over == "head" else JointNorm
+            self.q_norm = norm(width if norm is HeadNorm else num_heads * width, eps=eps)
+            self.k_norm = norm(width if norm is HeadNorm else kv_heads * width, eps=eps)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.group + 2, self.head_width)).permute(0, 2, 3, 1, 4)
         q_BMGSH, k_BM1SH, v_BM1SH = qkv.split((self.group, 1, 1), dim=2)
-        q_BNSH = self._rotate(self.q_norm(q_BMGSH)).flatten(1, 2)
+        q_BNSH = self._scaled(self._rotate(self.q_norm(q_BMGSH))).flatten(1, 2)
         k_BMSH = self._rotate(self.k_norm(k_BM1SH)).flatten(1, 2)
         out_BNSH = self.attend(q_BNSH, k_BMSH, v_BM1SH.flatten(1, 2))
         return self.out_proj(out_BNSH.transpose(1, 2).flatten(2))
@@ -112,21 +152,24 @@ class LatentAttention(Attention):
     projected directly from x.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig) -> None:
-        super().__init__(seq_len, config.qk_rope_width, config.rotary_base, num_heads)
+    def __init__(
+        self, hidden_size: int, num_heads: int, seq_len: int, config: AttentionConfig, eps: float = EPS
+    ) -> None:
+        super().__init__(seq_len, config.qk_rope_width, config, num_heads)
+        inputs, output = config.bias != "none", config.bias == "all"
         self.q_widths = (config.qk_nope_width, config.qk_rope_width)
         self.kv_widths = (config.qk_nope_width, config.v_width)
         self.latent_widths = (config.kv_lora_rank, config.qk_rope_width)
         self.q_down_proj: nn.Module = nn.Identity()
         self.q_norm: nn.Module = nn.Identity()
         if config.q_lora_rank:
-            self.q_down_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=False)
-            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=EPS)
+            self.q_down_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=inputs)
+            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=eps)
         self.q_up_proj = nn.Linear(config.q_lora_rank or hidden_size, num_heads * sum(self.q_widths), bias=False)
-        self.kv_down_proj = nn.Linear(hidden_size, sum(self.latent_widths), bias=False)
-        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=EPS)
+        self.kv_down_proj = nn.Linear(hidden_size, sum(self.latent_widths), bias=inputs)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=eps)
         self.kv_up_proj = nn.Linear(config.kv_lora_rank, num_heads * sum(self.kv_widths), bias=False)
-        self.out_proj = nn.Linear(num_heads * config.v_width, hidden_size, bias=False)
+        self.out_proj = nn.Linear(num_heads * config.v_width, hidden_size, bias=output)
         #: applied to the key part [B, S, R] that all heads share; tensor parallelism replaces it to reach all ranks
         self.common_key = nn.Identity()
 
@@ -137,14 +180,14 @@ class LatentAttention(Attention):
         plain_q, rotated_q = q_BNSH.split(self.q_widths, dim=-1)
         plain_k, v_BNSW = kv_BNSX.split(self.kv_widths, dim=-1)
         common_B1SR = self._rotate(self.common_key(common_BSR).unsqueeze(1))
-        q_BNSH = torch.cat((plain_q, self._rotate(rotated_q)), dim=-1)
+        q_BNSH = self._scaled(torch.cat((plain_q, self._rotate(rotated_q)), dim=-1))
         k_BNSH = torch.cat((plain_k, common_B1SR.expand(-1, plain_k.shape[1], -1, -1)), dim=-1)
         out_BNSW = self.attend(q_BNSH, k_BNSH, v_BNSW)
         return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
 
 
-#: maps ``AttentionConfig.kind`` to a constructor that takes (hidden_size, num_heads, seq_len, config)
-ATTENTION: dict[str, Callable[[int, int, int, AttentionConfig], Attention]] = {
+#: maps ``AttentionConfig.kind`` to a constructor that takes (hidden_size, num_heads, seq_len, config, epsilon of norms)
+ATTENTION: dict[str, Callable[..., Attention]] = {
     "grouped": GroupedAttention,
     "latent": LatentAttention,
 }
@@ -159,11 +202,17 @@ def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, is_causal=True, enable_gqa=grouped)
 
 
+def windowed_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, window: int) -> Tensor:
+    """Like :func:`causal_attention`, but each position attends to itself and the ``window - 1`` positions before it.
+
+    Computes all pairs of positions, with a mask [S, S].
+    """
+    length, groups = q_BNSH.shape[2], q_BNSH.shape[1] // k_BMSH.shape[1]
+    seen_SS = q_BNSH.new_ones((length, length), dtype=torch.bool).tril().triu(1 - window)
+    if groups > 1:  # fused kernels with a mask need equal numbers of heads
+        k_BMSH, v_BMSW = k_BMSH.repeat_interleave(groups, 1), v_BMSW.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, attn_mask=seen_SS)
+
+
 def _heads(rows_BSX: Tensor, width: int) -> Tensor:
     return rows_BSX.unflatten(-1, (-1, width)).transpose(1, 2)
-
-
-def _rotary(seq_len: int, width: int, base: float) -> tuple[Tensor, Tensor]:
-    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle_SR = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
-    return angle_SR.cos().float(), angle_SR.sin().float()

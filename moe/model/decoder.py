@@ -20,7 +20,7 @@ from ..collectives import draw_seed, fill_normal, reset, seeded
 from ..config import AttentionConfig, MoEConfig, RecomputeConfig
 from ..experts import SwiGLU
 from ..layer import MoE
-from .attention import ATTENTION, Attention
+from .attention import ATTENTION, EPS, Attention
 
 #: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
 Caller = Callable[..., Any]
@@ -34,15 +34,21 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, attention: Attention, mlp: nn.Module, hidden_size: int, recompute: Caller | None = None, again: str = ""
+        self,
+        attention: Attention,
+        mlp: nn.Module,
+        hidden_size: int,
+        recompute: Caller | None = None,
+        again: str = "",
+        eps: float = EPS,
     ) -> None:
         super().__init__()
         self.run_block, self.run_attention, self.run_feed_forward = (
             recompute if recompute is not None and part == again else _run for part in PARTS
         )
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=eps)
         self.attention = attention
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=eps)
         self.mlp = mlp
 
     def reset_parameters(self) -> None:
@@ -73,7 +79,8 @@ class Decoder(nn.Module):
     if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with ``moe_every=0`` no block has one.
 
     A pipeline stage is a copy with only some of the embedding, blocks and head. Without the embedding its input is
-    hidden states; without the head its output is hidden states.
+    hidden states; without the head its output is hidden states. With ``tie_embeddings``, embedding and head are one
+    weight.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Decoder(nn.Module):
         attention: AttentionConfig | None = None,
         recompute_blocks: bool = False,
         recompute_how: RecomputeConfig | None = None,
+        norm_eps: float = EPS,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         hidden, attention, how = moe.hidden_size, attention or AttentionConfig(), recompute_how or RecomputeConfig()
@@ -102,10 +111,14 @@ class Decoder(nn.Module):
                 is_moe = i >= dense_layers and moe_every > 0 and (i + 1) % moe_every == 0
                 mlp = MoE(moe) if is_moe else SwiGLU(hidden, intermediate_size, moe.init_std)
                 part = how.part if recompute_blocks and (how.layers is None or i < how.layers) else ""
-                attend = ATTENTION[attention.kind](hidden, num_heads, seq_len, attention)
-                self.blocks[str(i)] = Block(attend, mlp, hidden, again, part)
-            self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=1e-5)
+                attend = ATTENTION[attention.kind](hidden, num_heads, seq_len, attention, norm_eps)
+                if (window := attention.window_of(i)) is not None:
+                    attend.see_only(window)
+                self.blocks[str(i)] = Block(attend, mlp, hidden, again, part, norm_eps)
+            self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=norm_eps)
             self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
         self.hidden_size = hidden
         #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
@@ -147,6 +160,8 @@ class Decoder(nn.Module):
                 for module in part.modules():
                     if isinstance(module, (nn.Linear, nn.Embedding)):
                         fill_normal(module.weight, self.init_std)
+                    if isinstance(module, nn.Linear) and module.bias is not None:
+                        module.bias.zero_()
             # as in GPT-2, scale down the 2 * num_layers projections that add to the residual stream
             for path, weight in part.named_parameters():
                 if path.endswith(("out_proj.weight", "down_proj", "down_proj.weight")):

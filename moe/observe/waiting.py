@@ -34,7 +34,7 @@ def expert_fraction(model: Decoder) -> float:
     layers, total = model.moe_layers(), 0.0
     routed = {id(w): layer.config for layer in layers for w in layer.experts.parameters()}
     of_layer = 0.0
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters(remove_duplicate=False):  # the head may be the embedding's weight
         if weight.dim() < 2 or name.startswith("embedding"):
             continue
         config = routed.get(id(weight))

@@ -68,7 +68,7 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
     """
     axis, held_S = mesh["cp"], None
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
-        attention.attend = ContextAttention(axis, exchange=mesh.degrees.context)
+        attention.span(ContextAttention(axis, exchange=mesh.degrees.context))
         held_S = positions(attention.cos_SR.shape[0], axis.size, axis.rank)
         attention.hold(held_S)
     return None if held_S is None else held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]

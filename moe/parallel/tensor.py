@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from ..experts import SwiGLU
-from ..model import Attention, Decoder, GroupedAttention, LatentAttention
+from ..model import Attention, Decoder, GroupedAttention, JointNorm, LatentAttention
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -72,6 +72,11 @@ def check_divisible(model: Decoder, tp: int) -> None:
         if isinstance(module, Attention):
             grouped = isinstance(module, GroupedAttention) and module.group > 1
             _divided("attention.num_kv_heads" if grouped else "model.num_heads", module.split_heads, tp)
+            if any(isinstance(part, JointNorm) for part in module.children()):
+                raise ValueError(
+                    "attention.qk_norm_over='all_heads': tensor parallelism gives each rank some of the heads; set "
+                    "parallel.tp=1"
+                )
         elif isinstance(module, SwiGLU) and ".shared." not in name:
             _divided("model.intermediate_size", module.down_proj.weight.shape[1], tp)
         elif isinstance(module, nn.Embedding) and -(-module.num_embeddings // tp) * (tp - 1) >= module.num_embeddings:

@@ -71,8 +71,13 @@ def bytes_sent(verb: str, func: Any, args: tuple[Any, ...], size: int, rank: int
 # ---- kernels and their products
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool = False) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False
+) -> Tensor:
     """Replace F.scaled_dot_product_attention by the kernel that a GPU would use: flash, or "efficient" as fallback."""
+    if attn_mask is not None:
+        bias = q.new_zeros(attn_mask.shape).expand(*q.shape[:3], -1)
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled())[0]
     if q.shape[-1] == v.shape[-1]:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     return aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), 0.0, is_causal)[0]
@@ -96,10 +101,12 @@ def fused_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     return _FusedNorm.apply(x, weight)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int) -> int:
-    """Count causal attention: each product covers the S * (S + 1) / 2 visible pairs of positions."""
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, products_of_q: int, products_of_v: int, mask: Tensor | None = None
+) -> int:
+    """Count causal attention: each product covers the S * (S + 1) / 2 visible pairs of positions; with a mask, all."""
     batch, heads, length, width = q.shape
-    pairs = batch * heads * length * (length + 1) // 2
+    pairs = batch * heads * length * (length + 1) // 2 if mask is None else batch * heads * length * length
     return 2 * pairs * (products_of_q * width + products_of_v * v.shape[-1])
 
 
@@ -123,10 +130,12 @@ def _torchs(formula: Callable[..., int]) -> Callable[..., int]:
 FLOPS: dict[str, Callable[..., int]] = {
     **{f"aten::{op}": _torchs(flop_registry[getattr(aten, op)]) for op in ("mm", "addmm", "bmm", "baddbmm")},
     "aten::_scaled_dot_product_flash_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
-    "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, *_, **__: _attention(q, k, v, 1, 1),
+    "aten::_scaled_dot_product_efficient_attention": lambda q, k, v, m, *_, **__: _attention(q, k, v, 1, 1, m),
     # 3 products of query width (recomputed scores, dq, dk) and 2 of value width (dp, dv)
     "aten::_scaled_dot_product_flash_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
-    "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, *a, **b: _attention(q, k, v, 3, 2),
+    "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, m, *a, **b: _attention(
+        q, k, v, 3, 2, m
+    ),
     "equimoe::expert_mlp": _experts,
     "equimoe::expert_mlp_backward": _experts_backward,
 }

@@ -95,6 +95,13 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         part.degrees.data_parallel,
         "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
     )
+    window = config.attention.window
+    require(
+        window is None or window >= config.data.seq_len,
+        "attention.window",
+        window,
+        "has no formula; use equimoe.launch.dryrun",
+    )
     micro_batches = config.micro_batches(part.degrees.dp)
     weights = list(_weights(config, part, vocabulary))
     padded = own = 0
@@ -173,7 +180,9 @@ def _weights(config: TrainConfig, part: RankPart, vocabulary: int) -> Iterator[W
             width = config.model.intermediate_size // tp
             yield from (Weight(width, hidden), Weight(width, hidden), Weight(hidden, width))
     if part.last:
-        yield from (Weight(hidden, 1), Weight(ceil(vocabulary / tp), hidden))
+        yield Weight(hidden, 1)
+        if not config.model.tie_embeddings:
+            yield Weight(ceil(vocabulary / tp), hidden)
 
 
 def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
@@ -181,15 +190,22 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
     if a.kind == "grouped":
         width, kv_heads = a.head_width or hidden // heads, a.num_kv_heads or heads
         yield Weight((heads + 2 * kv_heads) * width // tp, hidden)
+        yield from [Weight((heads + 2 * kv_heads) * width // tp, 1)] * (a.bias != "none")
         yield Weight(hidden, heads * width // tp)
-        yield from [Weight(width, 1)] * (2 * a.qk_norm)
+        yield from [Weight(hidden, 1)] * (a.bias == "all")
+        if a.qk_norm:
+            joint = a.qk_norm_over == "all_heads"
+            yield from (Weight(count * width if joint else width, 1) for count in (heads, kv_heads))
         return
     if a.q_lora_rank:
         yield from (Weight(a.q_lora_rank, hidden), Weight(a.q_lora_rank, 1))
+        yield from [Weight(a.q_lora_rank, 1)] * (a.bias != "none")
     yield Weight(heads * (a.qk_nope_width + a.qk_rope_width) // tp, a.q_lora_rank or hidden)
     yield from (Weight(a.kv_lora_rank + a.qk_rope_width, hidden), Weight(a.kv_lora_rank, 1))
+    yield from [Weight(a.kv_lora_rank + a.qk_rope_width, 1)] * (a.bias != "none")
     yield Weight(heads * (a.qk_nope_width + a.v_width) // tp, a.kv_lora_rank)
     yield Weight(hidden, heads * a.v_width // tp)
+    yield from [Weight(hidden, 1)] * (a.bias == "all")
 
 
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
@@ -266,6 +282,8 @@ class _Activations:
         # the qkv projection; rotated q and k; the output, and its copy with concatenated heads
         heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
         rows = 4 * n + 4 * (n + m) * a.qk_norm  # attention's logsumexp; norms
+        if a.qk_norm and a.qk_norm_over == "all_heads":  # copies of q and k with their heads side by side
+            rows += 8 - 4 * (n + m) + self.c * width * (n + m)
         return self._to_split(self.config.moe.hidden_size) + (heads + rows + self._tables(width)) * self.T
 
     def _latent(self) -> int:

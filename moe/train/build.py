@@ -42,6 +42,8 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
         attention=config.attention,
         recompute_blocks=config.model.recompute,
         recompute_how=config.recompute,
+        norm_eps=config.model.norm_eps,
+        tie_embeddings=config.model.tie_embeddings,
     )
 
 

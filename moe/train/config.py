@@ -34,6 +34,10 @@ class ModelConfig:
     dense_layers: int = 0
     #: vocabulary size of embedding and head; None: that of the tokenizer
     vocab_size: int | None = None
+    #: epsilon of all RMSNorms
+    norm_eps: float = 1e-5
+    #: use the embedding's weight for the head as well; not with pipeline parallelism
+    tie_embeddings: bool = False
     #: recompute activations in the backward pass; section ``recompute`` says which
     recompute: bool = False
 
@@ -42,6 +46,7 @@ class ModelConfig:
         for name in ("num_layers", "num_heads", "intermediate_size"):
             require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         require(self.num_layers <= 10_000, "model.num_layers", self.num_layers, "must be at most 10000")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive; 1e-5 and 1e-6 are usual")
         require(self.moe_every >= 0, "model.moe_every", self.moe_every, "must not be negative; 1: all blocks, 0: none")
         require(
             0 <= self.dense_layers <= self.num_layers,
@@ -322,6 +327,12 @@ class TrainConfig:
             found.ep,
             f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "
             "set parallel.ep or change the number of processes",
+        )
+        require(
+            not self.model.tie_embeddings or found.pp == 1,
+            "model.tie_embeddings",
+            True,
+            f"embedding and head are in different stages of parallel.pp={found.pp}; set parallel.pp=1, or leave it out",
         )
         self._check_tokens(found)
         return found

@@ -284,7 +284,8 @@ class Trainer:
         Raises CheckpointError if the checkpoint was trained on other data, unless ``other_data`` allows it.
         """
         position = manifest["position"]
-        if position.get("data") != self.corpus.fingerprint and not other_data:
+        imported = "architecture" in position  # it has not been trained on anything yet
+        if position.get("data") != self.corpus.fingerprint and not other_data and not imported:
             raise checkpoint.CheckpointError(
                 f"{path}: was trained on other data; use the same data.path, tokenizer and sizes, a new --run-dir, or "
                 f"add --allow-change {DATA}"
@@ -300,6 +301,13 @@ class Trainer:
         for number, layer in self.layers.items():
             own = f"balance.{number}."
             layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
+
+    def begin(self, path: Path, tensors: dict[str, checkpoint.Saved], opened: checkpoint.Opened) -> None:
+        """Start from the weights ``tensors`` in folder ``path``, which ``opened`` opens. Every rank must call it."""
+        state = self.engine.state()
+        weights = {name: value for name, value in state.items() if name.startswith("model.")}
+        checkpoint.load_weights(path, weights, tensors, opened)
+        self.engine.restore(state)
 
     def _restore_position(self, step: int, position: dict[str, Any]) -> None:
         self.step = step

@@ -45,6 +45,8 @@ class Composition:
     dtype: str = "float32"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe_every: int = 2
+    #: whether embedding and head are one weight
+    tied: bool = False
 
     @property
     def limit(self) -> float:
@@ -78,6 +80,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         attention=of.attention,
         recompute_blocks=bool(of.recompute),
         recompute_how=of.recompute if isinstance(of.recompute, RecomputeConfig) else None,
+        tie_embeddings=of.tied,
     )
     if of.dtype == "bfloat16":
         _choose_clearly(model)

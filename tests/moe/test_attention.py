@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from equimoe.moe import MoE, MoEConfig
-from equimoe.moe.config import AttentionConfig
+from equimoe.moe.config import AttentionConfig, RotaryScaling
 from equimoe.moe.model import Decoder, numbered_moe_layers
-from equimoe.moe.model.attention import ATTENTION, EPS
+from equimoe.moe.model.attention import ATTENTION, EPS, causal_attention
+from equimoe.moe.model.rotary import rotary_tables
 from equimoe.moe.parallel import ParallelConfig
 from equimoe.moe.train.config import ModelConfig, TrainConfig
 from tests.helpers import oracle, parity
@@ -24,8 +26,15 @@ GROUPED = AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True, rotary_bas
 LATENT = AttentionConfig(
     "latent", q_lora_rank=6, kv_lora_rank=5, qk_nope_width=4, qk_rope_width=2, v_width=3, rotary_base=500.0
 )
-KINDS = {"grouped": GROUPED, "latent": LATENT}
+KINDS = {
+    "grouped": GROUPED,
+    "latent": LATENT,
+    "biases": replace(GROUPED, bias="all"),
+    "latent_biases": replace(LATENT, bias="all"),
+}
 B, S, D, N = 2, 7, 16, 4
+#: changes the scores, but not the rotary tables
+SCALED = RotaryScaling("linear", factor=1.0, score_scale=1.5)
 
 
 def rotated(v: Tensor, position: int, base: float) -> Tensor:
@@ -40,8 +49,14 @@ def rms(v: Tensor, weight: Tensor) -> Tensor:
     return v / (v.square().mean() + EPS).sqrt() * weight
 
 
-def softmax_sum(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+def linear(module: Any, x: Tensor) -> Tensor:
+    return module.weight @ x if module.bias is None else module.weight @ x + module.bias
+
+
+def softmax_sum(c: AttentionConfig, q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    keys, values = (seen[-c.window :] if c.window else seen for seen in (keys, values))
     scores = torch.stack([q @ key for key in keys]) / math.sqrt(q.shape[0])
+    scores = scores * c.scaling.score_scale if c.scaling else scores
     return sum((p * value for p, value in zip(scores.softmax(0), values, strict=True)), torch.zeros_like(values[0]))
 
 
@@ -49,11 +64,17 @@ def slow_grouped(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
     h, m = c.head_width or D // N, c.num_kv_heads or N
     g, rows = N // m, []
     for x in x_SD:
-        found = module.qkv_proj.weight @ x
-        rows.append([found[i * (g + 2) * h : (i + 1) * (g + 2) * h].view(g + 2, h) for i in range(m)])
+        found = linear(module.qkv_proj, x)
+        heads = [found[i * (g + 2) * h : (i + 1) * (g + 2) * h].view(g + 2, h) for i in range(m)]
+        if c.qk_norm and c.qk_norm_over == "all_heads":
+            queries = rms(torch.cat([head[:g].flatten() for head in heads]), module.q_norm.weight).view(m, g, h)
+            keys = rms(torch.cat([head[g] for head in heads]), module.k_norm.weight).view(m, 1, h)
+            heads = [torch.cat((q, k, head[g + 1 :])) for q, k, head in zip(queries, keys, heads, strict=True)]
+        rows.append(heads)
 
     def normed(v: Tensor, norm: Any, s: int) -> Tensor:
-        return rotated(rms(v, norm.weight) if c.qk_norm else v, s, c.rotary_base)
+        each = c.qk_norm and c.qk_norm_over == "head"
+        return rotated(rms(v, norm.weight) if each else v, s, c.rotary_base)
 
     out = []
     for s in range(len(rows)):
@@ -62,8 +83,8 @@ def slow_grouped(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
             i = n // g
             keys = [normed(rows[t][i][g], module.k_norm, t) for t in range(s + 1)]
             q = normed(rows[s][i][n % g], module.q_norm, s)
-            heads.append(softmax_sum(q, keys, [rows[t][i][g + 1] for t in range(s + 1)]))
-        out.append(module.out_proj.weight @ torch.cat(heads))
+            heads.append(softmax_sum(c, q, keys, [rows[t][i][g + 1] for t in range(s + 1)]))
+        out.append(linear(module.out_proj, torch.cat(heads)))
     return torch.stack(out)
 
 
@@ -71,10 +92,10 @@ def slow_latent(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
     nope, rope, v = c.qk_nope_width, c.qk_rope_width, c.v_width
     queries, keys, values = [], [], []
     for s, x in enumerate(x_SD):
-        latent = rms(module.q_down_proj.weight @ x, module.q_norm.weight) if c.q_lora_rank else x
+        latent = rms(linear(module.q_down_proj, x), module.q_norm.weight) if c.q_lora_rank else x
         q = (module.q_up_proj.weight @ latent).view(N, nope + rope)
         queries.append([torch.cat((head[:nope], rotated(head[nope:], s, c.rotary_base))) for head in q])
-        found = module.kv_down_proj.weight @ x
+        found = linear(module.kv_down_proj, x)
         common = rotated(found[c.kv_lora_rank :], s, c.rotary_base)
         kv = (module.kv_up_proj.weight @ rms(found[: c.kv_lora_rank], module.kv_norm.weight)).view(N, nope + v)
         keys.append([torch.cat((head[:nope], common)) for head in kv])
@@ -82,10 +103,10 @@ def slow_latent(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
     out = []
     for s in range(len(x_SD)):
         heads = [
-            softmax_sum(queries[s][n], [keys[t][n] for t in range(s + 1)], [values[t][n] for t in range(s + 1)])
+            softmax_sum(c, queries[s][n], [keys[t][n] for t in range(s + 1)], [values[t][n] for t in range(s + 1)])
             for n in range(N)
         ]
-        out.append(module.out_proj.weight @ torch.cat(heads))
+        out.append(linear(module.out_proj, torch.cat(heads)))
     return torch.stack(out)
 
 
@@ -97,12 +118,22 @@ def slow_latent(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
         (GROUPED, slow_grouped),
         (LATENT, slow_latent),
         (AttentionConfig("latent", q_lora_rank=0, kv_lora_rank=3, qk_nope_width=2, v_width=8), slow_latent),
+        (KINDS["biases"], slow_grouped),
+        (replace(GROUPED, bias="inputs", window=3), slow_grouped),
+        (replace(GROUPED, qk_norm_over="all_heads", scaling=SCALED), slow_grouped),
+        (KINDS["latent_biases"], slow_latent),
+        (replace(LATENT, window=1, scaling=SCALED), slow_latent),
     ],
-    ids=["multi_head", "multi_query", "grouped", "latent", "latent_without_query_latent"],
+    ids=[
+        *("multi_head", "multi_query", "grouped", "latent", "latent_without_query_latent"),
+        *("biases", "window", "joint_norm", "latent_biases", "latent_window"),
+    ],
 )
 def test_values_and_gradients(config: AttentionConfig, slow: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     module = ATTENTION[config.kind](D, N, S, config).double()
+    if config.window:
+        module.see_only(config.window)
     for name, weight in module.named_parameters():
         nn.init.normal_(weight, mean=float("norm" in name), std=0.4)
     module.cos_SR, module.sin_SR = (t.double() for t in exact_rotary(module, config))
@@ -123,6 +154,71 @@ def exact_rotary(module: Any, config: AttentionConfig) -> tuple[Tensor, Tensor]:
     exact = torch.tensor(angles, dtype=torch.float64)
     assert oracle.relative_error(module.cos_SR, exact.cos()) < 1e-7
     return exact.cos(), exact.sin()
+
+
+def frequencies_of(scaling: RotaryScaling, width: int, base: float) -> list[float]:
+    """Compute the formulas of the papers, pair by pair."""
+    found = []
+    for i in range(width // 2):
+        plain = base ** (-2 * i / width)
+        turns = scaling.original_length * plain / (2 * math.pi)
+        if scaling.kind == "linear":
+            fast = 0.0
+        elif scaling.kind == "llama3":
+            fast = (turns - scaling.slow_turns) / (scaling.fast_turns - scaling.slow_turns)
+        else:  # numbers of the pairs that turn so often, rounded outwards
+            first, last = (
+                width / 2 * math.log(scaling.original_length / (2 * math.pi * t), base)
+                for t in (scaling.fast_turns, scaling.slow_turns)
+            )
+            fast = 1 - (i - math.floor(first)) / (math.ceil(last) - math.floor(first))
+        fast = min(max(fast, 0.0), 1.0)
+        found.append(plain * fast + plain / scaling.factor * (1 - fast))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scaling", "magnitude"),
+    [
+        (RotaryScaling("linear", 3.0), 1.0),
+        (RotaryScaling("yarn", 8.0, original_length=1024), 0.1 * math.log(8) + 1),
+        (RotaryScaling("yarn", 8.0, original_length=64, fast_turns=4.0, table_scale=1.25), 1.25),
+        (RotaryScaling("llama3", 8.0, original_length=64, fast_turns=4.0), 1.0),
+    ],
+)
+def test_scaled_rotary_tables(scaling: RotaryScaling, magnitude: float) -> None:
+    width, base = 16, 500.0
+    cos, sin = rotary_tables(9, width, base, scaling)
+    frequencies = frequencies_of(scaling, width, base)
+    stretched = {round(f * base ** (2 * i / width), 6) for i, f in enumerate(frequencies)}
+    assert len(stretched) > 1 or scaling.kind == "linear"
+    angles = torch.tensor([[s * f for f in frequencies] for s in range(9)], dtype=torch.float64)
+    assert torch.allclose(cos.double(), magnitude * angles.cos(), atol=1e-6)
+    assert torch.allclose(sin.double(), magnitude * angles.sin(), atol=1e-6)
+
+
+def test_a_window_of_some_blocks() -> None:
+    moe, attention = MoEConfig(8, 4, 4, 2), AttentionConfig(window=2, window_from=1)
+    sizes: dict[str, Any] = {"vocab_size": 8, "num_layers": 3, "num_heads": 2, "intermediate_size": 8}
+    model = Decoder(**sizes, seq_len=4, moe=moe, attention=attention)
+    assert [block.attention.window for block in model.blocks.values()] == [None, 2, 2]
+    short = Decoder(**sizes, seq_len=2, moe=moe, attention=attention)  # no sequence is longer than the window
+    assert all(block.attention.attend is causal_attention for block in short.blocks.values())
+
+
+def test_the_epsilon_reaches_every_norm() -> None:
+    for attention in (GROUPED, LATENT):
+        model = Decoder(
+            vocab_size=8,
+            seq_len=4,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=8,
+            moe=MoEConfig(16, 4, 4, 2),
+            attention=attention,
+            norm_eps=0.25,
+        )
+        assert {m.eps for m in model.modules() if isinstance(m, nn.RMSNorm)} == {0.25}
 
 
 def test_equal_heads_are_what_they_were() -> None:
@@ -160,6 +256,30 @@ def test_two_ranks_are_one(kind: str, parallel: ParallelConfig) -> None:
     assert max(parity.compare(of).values()) < of.limit
 
 
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(2, ParallelConfig(tp=2)), (4, ParallelConfig(tp=2, ep=2, data_parallel="fsdp"))]
+)
+def test_a_tied_weight_on_several_ranks(world: int, parallel: ParallelConfig) -> None:
+    of = parity.Composition(world, parallel, tied=True)
+    assert max(parity.compare(of).values()) < of.limit
+
+
+@pytest.mark.parametrize(
+    ("attention", "parallel", "message"),
+    [
+        (AttentionConfig(window=4), ParallelConfig(cp=2), "attention.window=4: cannot span the ranks of context "),
+        (
+            AttentionConfig(qk_norm=True, qk_norm_over="all_heads"),
+            ParallelConfig(tp=2),
+            "attention.qk_norm_over='all_heads': tensor parallelism gives each rank some of the heads; ",
+        ),
+    ],
+)
+def test_splits_that_attention_cannot_have(attention: AttentionConfig, parallel: ParallelConfig, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        parity.on_ranks(parity.Composition(2, parallel, attention=attention))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_that_hold_the_same_positions(kind: str) -> None:
     of = parity.Composition(2, ParallelConfig(tp=2, sequence_parallel=False), attention=KINDS[kind], moe_every=0)
@@ -184,6 +304,16 @@ def test_first_layers_can_be_dense() -> None:
         (lambda: AttentionConfig(qk_rope_width=3), "attention.qk_rope_width=3: must be even; channels turn in pairs"),
         (lambda: AttentionConfig(q_lora_rank=-1), "attention.q_lora_rank=-1: must not be negative; 0: no latent"),
         (lambda: AttentionConfig(rotary_base=1.0), "attention.rotary_base=1.0: must be more than 1; 10000 is usual"),
+        (lambda: AttentionConfig(window=0), "attention.window=0: must be at least 1"),
+        (lambda: AttentionConfig(bias="output"), "attention.bias='output': use one of none, inputs, all"),
+        (lambda: RotaryScaling(factor=0.5), "attention.scaling.factor=0.5: must be at least 1"),
+        (lambda: RotaryScaling(fast_turns=1.0), "attention.scaling.fast_turns=1.0: must be more than slow_turns=1.0"),
+        (lambda: RotaryScaling(table_scale=0.0), "attention.scaling.table_scale=0.0: must be positive"),
+        (lambda: ModelConfig(norm_eps=0.0), "model.norm_eps=0.0: must be positive; 1e-5 and 1e-6 are usual"),
+        (
+            lambda: TrainConfig(model=ModelConfig(tie_embeddings=True), parallel=ParallelConfig(pp=2)).degrees(2),
+            "model.tie_embeddings=True: embedding and head are in different stages of parallel.pp=2; set ",
+        ),
         (lambda: TrainConfig(attention=AttentionConfig(num_kv_heads=3)), "attention.num_kv_heads=3: must divide "),
         (lambda: TrainConfig(model=ModelConfig(num_heads=3)), "model.num_heads=3: 2 * num_heads must divide "),
         (lambda: ModelConfig(dense_layers=5), "model.dense_layers=5: must be between 0 and model.num_layers=4"),

@@ -11,7 +11,7 @@ import yaml
 
 from equimoe.launch.options import Launch, field_comments, fields_of, help_text, parse, to_yaml
 from equimoe.launch.recipes import RECIPES
-from equimoe.moe.config import CapacityConfig, RouterConfig
+from equimoe.moe.config import CapacityConfig, RotaryScaling, RouterConfig
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from tests.helpers.small import changed
 
@@ -19,6 +19,7 @@ from tests.helpers.small import changed
 OTHER_VALUES = {
     **{"optim.beta1": "0.5", "optim.beta2": "0.5", "data.heldout_fraction": "0.25"},
     **{"model.dense_layers": "2", "attention.num_kv_heads": "3", "attention.rotary_base": "500.0"},
+    **{"attention.scaling.factor": "8.0", "attention.scaling.fast_turns": "8.0"},
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
 }
 
@@ -64,7 +65,9 @@ def is_text(hint: Any) -> bool:
     return hint is str or str in get_args(hint)
 
 
-FIELDS = [name for name, hint in fields_of().items() if name != "moe.capacity"]
+#: sections that are off by default
+OPTIONAL = ("moe.capacity", "attention.scaling")
+FIELDS = [name for name in fields_of() if name not in OPTIONAL]
 
 
 def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
@@ -74,7 +77,8 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
             found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
         return found
 
-    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), capacity=CapacityConfig())))
+    scaled = replace(TrainConfig().attention, scaling=RotaryScaling())
+    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), capacity=CapacityConfig(), attention=scaled)))
     assert len(FIELDS) > 40
 
 
@@ -82,7 +86,8 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
 @pytest.mark.parametrize("joined", [True, False])
 def test_every_field_can_be_set(name: str, joined: bool) -> None:
     start = RECIPES["quickstart"]()
-    current = None if name.startswith("moe.capacity.") else value_of(start, name)
+    optional = name.startswith(OPTIONAL)
+    current = None if optional else value_of(start, name)
     text = another_value(name, fields_of()[name], current)
     option = "--" + name.replace("_", "-")
     also = ALSO.get(name, [])
@@ -90,9 +95,9 @@ def test_every_field_can_be_set(name: str, joined: bool) -> None:
     found = value_of(config, name)
     assert found != current
     assert str(found).lower() == text
-    set_fields = {n for n in FIELDS if not n.startswith("moe.capacity.") and value_of(config, n) != value_of(start, n)}
+    set_fields = {n for n in FIELDS if not n.startswith(OPTIONAL) and value_of(config, n) != value_of(start, n)}
     others = {option[2:].split("=")[0] for option in also}
-    assert set_fields - others == (set() if name.startswith("moe.capacity.") else {name})
+    assert set_fields - others == (set() if optional else {name})
 
 
 @pytest.mark.parametrize("name", ["recipe", "config", "run-dir"] + [n for n, h in fields_of().items() if is_text(h)])

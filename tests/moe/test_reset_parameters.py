@@ -28,6 +28,7 @@ LAYER = MoEConfig(
 )
 ATTENTION = {
     "grouped": AttentionConfig(num_kv_heads=2, qk_norm=True),
+    "biases": AttentionConfig(bias="all"),
     "latent": AttentionConfig("latent", q_lora_rank=8, kv_lora_rank=8, qk_nope_width=8, qk_rope_width=4, v_width=8),
 }
 
@@ -48,6 +49,7 @@ def decoder(attention: str = "grouped") -> Decoder:
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "decoder": decoder,
     "decoder, latent": lambda: decoder("latent"),
+    "decoder, biases": lambda: decoder("biases"),
     "layer": lambda: MoE(LAYER),
     "router": lambda: MoE(LAYER).router,
     "experts": lambda: MoE(LAYER).experts,
@@ -55,7 +57,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "block": lambda: decoder().blocks["1"],
     "attention": lambda: decoder().blocks["1"].attention,
 }
-WHOLE = ("decoder", "decoder, latent", "layer")
+WHOLE = ("decoder", "decoder, latent", "decoder, biases", "layer")
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

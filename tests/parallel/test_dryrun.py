@@ -21,7 +21,7 @@ from equimoe.launch.dryrun import describe, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, RouterConfig
+from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, RotaryScaling, RouterConfig
 from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
@@ -50,6 +50,18 @@ MAPPINGS = {
     "fsdp_twice": replace(SMALL, parallel=ParallelConfig(ep=2, dp_replicate=2, data_parallel="fsdp")),
     "pp": replace(SMALL, parallel=ParallelConfig(pp=2, ep=2, data_parallel="fsdp"), attention=LATENT),
     "tp_ddp": replace(SMALL, parallel=ParallelConfig(tp=2, ep=2)),
+    "biases": replace(
+        SMALL,
+        model=replace(MODEL, tie_embeddings=True),
+        parallel=ParallelConfig(tp=2, ep=2, data_parallel="fsdp"),
+        attention=AttentionConfig(num_kv_heads=2, head_width=6, bias="all"),
+    ),
+    "joint": replace(
+        SMALL,
+        parallel=ParallelConfig(ep=4, data_parallel="fsdp"),
+        attention=AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True, qk_norm_over="all_heads"),
+    ),
+    "latent_biases": replace(SMALL, parallel=ParallelConfig(tp=2, ep=2), attention=replace(LATENT, bias="all")),
     "tp": replace(SMALL, parallel=ParallelConfig(tp=2, ep=4, data_parallel="fsdp"), attention=LATENT),
 }
 
@@ -94,7 +106,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", slow_but(["ddp", "pp", "tp_ddp"], MAPPINGS))
+@pytest.mark.parametrize("name", slow_but(["ddp", "pp", "tp_ddp", "biases", "joint"], MAPPINGS))
 def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
     config = MAPPINGS[name]
     for rank, real in enumerate(run_ranks(counted, 4, config, timeout=120.0)):
@@ -177,6 +189,17 @@ def test_bytes_of_fully_sharded_weights_by_hand() -> None:
     assert sent["reduce_scatter"] == own
     assert sent["all_gather"] == found.micro_batches * (2 * own - outside)
     assert {kind.axis for kind, _, _ in found.traffic if kind.verb in RING} == {"fsdp"}
+
+
+def test_products_of_attention_with_a_window_by_hand() -> None:
+    """A mask makes the kernel compute all pairs of positions; rotary scaling and biases cost no product."""
+    plain = AttentionConfig(num_kv_heads=2, head_width=6)
+    windowed = replace(plain, window=4, window_from=1, bias="all", scaling=RotaryScaling())
+    before, after = (dry(replace(SMALL, attention=a), 1, 0).flops["attention"] for a in (plain, windowed))
+    more = 3 * 4 * 16 * (16 * 16 - 16 * 17 // 2)  # layers, heads, sequences, pairs
+    assert after - before == more * 2 * (2 + 5) * 6
+    with pytest.raises(ValueError, match="attention.window=4: has no formula; use equimoe.launch.dryrun"):
+        memory(replace(SMALL, attention=windowed), 1, 0)
 
 
 @pytest.mark.slow

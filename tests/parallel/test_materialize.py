@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equimoe.moe import MoEConfig
-from equimoe.moe.engines import build_engine
+from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.engines.torch import TorchEngine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import ParallelConfig, build_mesh
@@ -23,10 +23,11 @@ from tests.helpers.fork import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def decoder() -> Decoder:
+def decoder(tied: bool = False) -> Decoder:
     # the vocabulary does not divide evenly, and the widths are such that some blocks of rows are split
     moe = MoEConfig(hidden_size=16, intermediate_size=24, num_experts=4, top_k=2, shared_intermediate_size=12)
-    return Decoder(vocab_size=33, seq_len=16, num_layers=4, num_heads=4, intermediate_size=20, moe=moe, dense_layers=1)
+    sizes = {"vocab_size": 33, "seq_len": 16, "num_layers": 4, "num_heads": 4, "intermediate_size": 20}
+    return Decoder(**sizes, moe=moe, dense_layers=1, tie_embeddings=tied)
 
 
 def engine(model: nn.Module, degrees: dict) -> TorchEngine:
@@ -72,6 +73,26 @@ def test_each_rank_gets_its_part_of_the_whole_models_weights(
             torch.testing.assert_close(found, want, rtol=0, atol=0, msg=lambda text: f"{degrees}: {text}")  # noqa: B023
 
     run_ranks(body, 4)
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2, "data_parallel": "fsdp"}, {"ep": 2, "tp": 2}], ids=["fsdp", "tp"])
+def test_tied_embeddings_train_as_those_of_a_whole_model(degrees: dict) -> None:
+    def body(rank: int, world: int) -> None:
+        ids_BS = torch.arange(16).view(1, 16) + (rank if "data_parallel" in degrees else 0)
+        trained = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                torch.manual_seed(3)
+                model = decoder(tied=True)
+            torch.manual_seed(3)
+            one = engine(model, degrees)
+            for _ in range(2):
+                one.step([Batch(ids_BS, ids_BS.roll(-1, 1))] * 4, lr=0.01)
+            trained.append(tensors(one))
+        assert "head.weight" not in trained[0]
+        torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
+
+    run_ranks(body, 2)
 
 
 def test_blocks_and_weights_have_different_values() -> None:

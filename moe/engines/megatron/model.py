@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ...experts import SwiGLU
 from ...layer import MoE
 from ...model import Decoder
-from ...model.attention import EPS, Attention, GroupedAttention
+from ...model.attention import Attention, GroupedAttention
 from ...model.decoder import Caller, _run
 from ...parallel import Mesh
 from ...parallel.expert import apply_expert_parallel
@@ -100,6 +100,7 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
             "attention.kind='latent': the Megatron engine builds grouped-query attention only; use 'grouped', or "
             "engine='torch'"
         )
+    _check_attention(model)
     if any(part is not _run for b in model.blocks.values() for part in (b.run_attention, b.run_feed_forward)):
         raise ValueError("recompute.part: the Megatron engine recomputes whole blocks only; use 'block'")
     if model.num_layers % degrees.pp:
@@ -144,7 +145,7 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
-        layernorm_epsilon=EPS,
+        layernorm_epsilon=cast(nn.RMSNorm, block.attention_norm).eps,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -164,6 +165,23 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
         use_cpu_initialization=device.type == "cpu",
         **experts,
     )
+
+
+def _check_attention(model: Decoder) -> None:
+    """Raise ValueError for attention that the GPTModel would compute without some of its settings."""
+    for block in model.blocks.values():
+        attention = cast(Attention, block.attention)
+        config = attention.config
+        refused = {
+            "bias": config.bias != "none",
+            "qk_norm_over": config.qk_norm and config.qk_norm_over != "head",
+            "scaling": config.scaling is not None,
+            "window": attention.window is not None,
+        }
+        for name, given in refused.items():
+            if given:
+                value = getattr(config, name)
+                raise ValueError(f"attention.{name}={value}: the Megatron engine does not have it; use engine='torch'")
 
 
 def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_scale: Any) -> GPTStage:
@@ -201,7 +219,7 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
         pre_process=pp.rank == 0,
         post_process=pp.rank == pp.size - 1,
         position_embedding_type="rope",
-        rotary_base=attention.rotary_base,
+        rotary_base=attention.config.rotary_base,
         share_embeddings_and_output_weights=False,
     )
     for name, block in stage.blocks.items():

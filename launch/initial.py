@@ -1,0 +1,87 @@
+"""The weights that a run starts from: a transformers folder, a checkpoint, or another run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..moe.checkpoint import tools
+from ..moe.interop.convert import companions_of, model_of, weights_of
+from ..moe.interop.hf import COMPANIONS, Weights, is_folder, keep_companions
+from ..moe.train.loop import Trainer
+
+#: expert bias update rate of a run whose model has an expert bias, if none is given (DeepSeek-V3, arXiv 2412.19437)
+BIAS_UPDATE_RATE = 0.001
+
+
+class Initial:
+    """The configuration that weights determine. Raises ValueError if ``path`` has no weights that a run can use."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise ValueError(f"--init.from={path}: is not a folder; give that of a transformers model or a checkpoint")
+        self.path = path
+        self.model = model_of(path)
+        self.sections = dict(_flat(self.model.sections()))
+
+    def apply(self, values: dict[str, Any]) -> None:
+        """Set the model of a configuration, given as nested mappings, and defaults that suit it."""
+        for name, value in self.sections.items():
+            section, field = _place(values, name)
+            section[field] = value
+        balance = values["moe"]["balance"]
+        if self.model.expert_bias:
+            balance["bias_update_rate"] = balance["bias_update_rate"] or BIAS_UPDATE_RATE
+        small = self.path if is_folder(self.path) else companions_of(self.path)
+        if small is not None and (small / "tokenizer.json").is_file() and values["data"]["tokenizer"] == "bytes":
+            values["data"]["tokenizer"] = str(small / "tokenizer.json")
+
+    def check(self, values: dict[str, Any]) -> None:
+        """Raise ValueError if a configuration describes another model."""
+        for name, value in self.sections.items():
+            section, field = _place(values, name)
+            if section[field] != value:
+                raise ValueError(
+                    f"{name}={section[field]!r}: the model of --init.from={self.path} has {value!r}; leave it out"
+                )
+        if self.model.expert_bias and not values["moe"]["balance"]["bias_update_rate"]:
+            raise ValueError(
+                f"moe.balance.bias_update_rate=0: the routers of --init.from={self.path} have an expert bias; leave it "
+                "out, or set a tiny one"
+            )
+
+
+def begin(trainer: Trainer, path: Path) -> None:
+    """Give a new run the weights in folder ``path``. Every rank must call it."""
+    weights = _weights(path)
+    trainer.begin(weights.path, weights.tensors, weights.opened)
+
+
+def keep(path: Path, run_dir: Path) -> None:
+    """Copy the small files of the model that a run starts from to its folder, for an export."""
+    if (run_dir / COMPANIONS).exists():
+        return
+    if is_folder(path):
+        keep_companions(weights_of(path), run_dir / COMPANIONS)
+    elif (found := companions_of(path)) is not None:
+        keep_companions(found, run_dir / COMPANIONS)
+
+
+def _weights(path: Path) -> Weights:
+    return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path))
+
+
+def _place(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    *path, field = name.split(".")
+    for part in path:
+        values = values[part]
+    return values, field
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "scaling":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,110 @@
+"""What determines the weights of a decoder and what it computes with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..config import AttentionConfig, MoEConfig, RotaryScaling, RouterConfig
+
+#: fields of ``MoEConfig`` and ``RouterConfig`` that belong to the architecture; the others are the user's choice
+_MOE: tuple[str, ...] = (
+    *("hidden_size", "intermediate_size", "num_experts", "top_k", "activation", "gated"),
+    *("shared_intermediate_size", "shared_gate"),
+)
+_ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that determines the weights of a decoder and what it computes with them."""
+
+    num_layers: int
+    num_heads: int
+    #: width of the dense feed-forwards; None if there are none
+    intermediate_size: int | None
+    moe_every: int
+    dense_layers: int
+    vocab_size: int
+    norm_eps: float
+    tie_embeddings: bool
+    moe: MoEConfig
+    attention: AttentionConfig
+    #: whether routers have an expert bias
+    expert_bias: bool = False
+
+    def is_moe(self, block: int) -> bool:
+        """Return whether a block has an MoE feed-forward."""
+        return block >= self.dense_layers and self.moe_every > 0 and (block + 1) % self.moe_every == 0
+
+    def sections(self) -> dict[str, Any]:
+        """Return the fields of a run's configuration that the architecture determines, as nested mappings."""
+        own = {name: value for name, value in vars(self).items() if name not in ("moe", "attention", "expert_bias")}
+        moe = {name: getattr(self.moe, name) for name in _MOE}
+        router = {name: getattr(self.moe.router, name) for name in _ROUTER}
+        return {
+            "model": {name: value for name, value in own.items() if value is not None},
+            "moe": moe | {"router": router},
+            "attention": asdict(self.attention),
+        }
+
+
+def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
+    """Return the architecture of a run's configuration, given as nested mappings of at least the fields that matter.
+
+    Two configurations that compute the same have equal architectures. Raises ValueError, KeyError or TypeError.
+    """
+    model, attention = sections["model"], dict(sections["attention"])
+    scaling = attention.get("scaling")
+    attention["scaling"] = None if scaling is None else RotaryScaling(**scaling)
+    moe = {name: sections["moe"][name] for name in _MOE if name in sections["moe"]}
+    router = {name: value for name, value in sections["moe"].get("router", {}).items() if name in _ROUTER}
+    own: dict[str, Any] = {
+        "moe_every": 1,
+        "dense_layers": 0,
+        "intermediate_size": None,
+        "norm_eps": 1e-5,
+        "tie_embeddings": False,
+    }
+    own |= {name: model[name] for name in (*own, "num_layers", "num_heads", "vocab_size") if name in model}
+    return canonical(
+        Architecture(
+            **own,
+            moe=MoEConfig(**moe, router=RouterConfig(**router)),
+            attention=AttentionConfig(**attention),
+            expert_bias=expert_bias,
+        )
+    )
+
+
+def canonical(found: Architecture) -> Architecture:
+    """Write out defaults, and reset fields that have no effect."""
+    a, moe, router, plain = found.attention, found.moe, found.moe.router, AttentionConfig()
+    unused: tuple[str, ...] = ("num_kv_heads", "head_width", "qk_norm")
+    if a.kind == "grouped":
+        unused = ("q_lora_rank", "kv_lora_rank", "qk_nope_width", "qk_rope_width", "v_width")
+        kv_heads, width = a.num_kv_heads or found.num_heads, a.head_width or moe.hidden_size // found.num_heads
+        a = replace(a, num_kv_heads=kv_heads, head_width=width)
+    a = replace(a, **{name: getattr(plain, name) for name in unused})
+    if not a.qk_norm:
+        a = replace(a, qk_norm_over="head")
+    if a.window is None or a.window_from >= found.num_layers:
+        a = replace(a, window=None, window_from=0)
+    if a.scaling is not None:
+        a = replace(a, scaling=_canonical_scaling(a.scaling))
+    if router.softmax_after_topk and router.score == "softmax":  # the same as normalised softmax scores
+        router = replace(router, softmax_after_topk=False, normalize_weights=True)
+    if router.groups == 1:
+        router = replace(router, group_worth="two_best")
+    found = replace(found, attention=a, moe=replace(moe, router=router))
+    if all(found.is_moe(block) for block in range(found.num_layers)):
+        found = replace(found, intermediate_size=None)
+    return found
+
+
+def _canonical_scaling(scaling: RotaryScaling) -> RotaryScaling:
+    if scaling.kind != "linear":
+        return replace(scaling, table_scale=scaling.magnitude)
+    plain = RotaryScaling()
+    unused = {name: getattr(plain, name) for name in ("original_length", "fast_turns", "slow_turns")}
+    return replace(scaling, table_scale=scaling.magnitude, **unused)

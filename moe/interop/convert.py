@@ -1,0 +1,217 @@
+"""Converts transformers' folders to checkpoints of this package and back, block by block."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError, contents
+from ..checkpoint.files import remove, sync, write_blocks, write_durably
+from ..checkpoint.manifest import parse_manifest, reason
+from ..checkpoint.store import opener
+from ..checkpoint.tensors import DTYPE_OF_NAME, Saved
+from ..checkpoint.tools import INDEX, WEIGHTS, Reader, bytes_of, find, rewrite
+from ..checkpoint.writer import FILE_BYTES
+from .architecture import Architecture, architecture
+from .families import FAMILIES, family_of
+from .hf import (
+    COMPANIONS,
+    CONFIG,
+    RECORD,
+    SINGLE,
+    Weights,
+    companions,
+    config_of,
+    is_folder,
+    keep_companions,
+    neighbours,
+    open_folder,
+)
+from .names import Layout, Part, Shape, names, theirs
+
+#: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
+ARCHITECTURE = "architecture"
+#: the part of a name that marks a tensor that is always fp32
+_BIAS = "e_score_correction_bias"
+
+
+def model_of(path: Path) -> Architecture:
+    """Return the architecture of the model in a transformers folder, a checkpoint or a run, without reading weights."""
+    if is_folder(path):
+        return config_of(path)[1]
+    found = find(path)[-1]
+    manifest = parse_manifest(found)
+    return _architecture(found, manifest, contents(found, manifest))
+
+
+def weights_of(path: Path, manifest: dict[str, Any] | None = None) -> Weights:
+    """Describe the weights in a transformers folder, or in the checkpoint in folder ``path`` with its ``manifest``."""
+    if manifest is None:
+        return open_folder(path)
+    saved = contents(path, manifest)
+    tensors = {name: entry for name, entry in saved.items() if name.startswith(WEIGHTS)}
+    return Weights(path, _architecture(path, manifest, saved), tensors, opener(manifest), {})
+
+
+def _architecture(path: Path, manifest: dict[str, Any], saved: dict[str, Saved]) -> Architecture:
+    position = manifest["position"]
+    try:
+        sections = position[ARCHITECTURE] if ARCHITECTURE in position else position["config"]
+        vocabulary = saved[f"{WEIGHTS}embedding.weight"].shape[0]
+        sections = sections | {"model": sections["model"] | {"vocab_size": vocabulary}}
+        return architecture(sections, any(name.endswith("router.bias_E") for name in saved))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: the configuration of its model cannot be read ({reason(error)})") from None
+
+
+def import_folder(folder: Path, out: Path, files: int | None = None) -> tuple[Path, Weights]:
+    """Write the weights of a transformers folder as a checkpoint of step 0 in folder ``out``; return its path.
+
+    Weights become fp32. ``out`` also gets the model's small files, for a later export. ``files``: by default of 1 GiB.
+    """
+    source = open_folder(folder)
+    if (out / COMPANIONS).exists():
+        raise ValueError(f"--out={out}: already contains {COMPANIONS}; choose another folder")
+    wanted = {name: replace(entry, dtype=torch.float32) for name, entry in source.tensors.items()}
+    if files is None:
+        most = max(len(wanted), *(entry.shape[0] for entry in wanted.values()))
+        files = min(most, math.ceil(sum(map(bytes_of, wanted.values())) / FILE_BYTES))
+    position = {"world": 1, "parallel": {}, ARCHITECTURE: source.architecture.sections()}
+    new = not out.exists()
+    with Reader(folder, source.tensors, source.opened) as reader:
+        final = rewrite(reader, wanted, out, 0, position, files, str(folder))
+    try:
+        keep_companions(source, out / COMPANIONS)
+    except BaseException:
+        remove(out if new else final)
+        raise
+    return final, source
+
+
+def companions_of(path: Path) -> Path | None:
+    """Return the folder with the small files of the model of a checkpoint or a run; None if there is none."""
+    places = (path / COMPANIONS, path.parent / COMPANIONS, path.parent.parent / COMPANIONS)
+    return next((place for place in places if is_folder(place)), None)
+
+
+def export_checkpoint(
+    path: Path, manifest: dict[str, Any], out: Path, layout: Layout | None, dtype: str | None, file_bytes: int
+) -> tuple[str, list[Path]]:
+    """Write the weights of a checkpoint as a new folder that transformers loads. Return its family and its files.
+
+    ``layout`` and ``dtype`` are by default those of the model that the weights come from, or else "v4" and fp32.
+    """
+    if out.exists():
+        raise ValueError(f"--out={out}: exists already; choose another folder")
+    saved = contents(path, manifest)
+    wanted, side = _architecture(path, manifest, saved), companions_of(path)
+    small = {} if side is None else companions(side)
+    record = _record(side, small.pop(RECORD, None))
+    kind, config = _config(wanted, side)
+    layout = layout or record.get("layout", "v4")
+    ours = names(FAMILIES[kind], wanted, layout)
+    for name, tensor in ours.items():
+        if WEIGHTS + name not in saved or saved[WEIGHTS + name].shape != tensor.shape:
+            raise CheckpointError(f"{path}: {name} of shape {tensor.shape} is missing")
+    tensors = theirs(ours)
+    if wanted.tie_embeddings and record.get("head"):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    usual, others = dtype or record.get("dtype", "float32"), {} if dtype else record.get("others", {})
+    dtypes = {name: DTYPE_OF_NAME[others.get(name, "float32" if _BIAS in name else usual)] for name in tensors}
+    small[CONFIG] = json.dumps(config | _dtype_of(config, usual), indent=2).encode()
+    partial = out.with_name(f"{out.name}.tmp")
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        for name, content in small.items():
+            write_durably(partial / name, [content])
+        with Reader(path, saved, opener(manifest)) as reader:
+            _write(partial, tensors, dtypes, _blocks_of(reader, tensors, dtypes), file_bytes)
+        partial.rename(out)
+        sync(out.absolute().parent)
+    except BaseException:
+        remove(partial)
+        raise
+    return kind, sorted(out.iterdir())
+
+
+def _record(side: Path | None, content: bytes | None) -> dict[str, Any]:
+    """Return what is known of the tensors of the model that the weights come from."""
+    if content is None:
+        return {}
+    try:
+        found = json.loads(content)
+        names_of = [found["dtype"], *found["others"].values()]
+        if found["layout"] not in ("v4", "v5") or not all(name in DTYPE_OF_NAME for name in names_of):
+            raise ValueError("layout or dtype")
+        return dict(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{side}/{RECORD}: refused: {reason(error)}") from None
+
+
+def _config(wanted: Architecture, side: Path | None) -> tuple[str, dict[str, Any]]:
+    """Return the family, and the content of ``config.json``."""
+    if side is None:
+        return family_of(wanted)
+    kind, found, values = config_of(side)
+    if found != wanted:
+        raise ValueError(f"{side / CONFIG}: describes another model than the checkpoint; remove {side}")
+    if "num_nextn_predict_layers" in values:
+        values["num_nextn_predict_layers"] = 0
+    return kind, {name: value for name, value in values.items() if name not in ("auto_map", "_name_or_path")}
+
+
+def _dtype_of(config: dict[str, Any], dtype: str) -> dict[str, str]:
+    return {"torch_dtype" if "torch_dtype" in config else "dtype": dtype}
+
+
+def _blocks_of(
+    reader: Reader, tensors: dict[str, tuple[Shape, list[tuple[str, Part]]]], dtypes: dict[str, torch.dtype]
+) -> Callable[[str], Iterator[Tensor]]:
+    """Return a function that yields the values of a tensor of transformers, whose name it gets."""
+
+    def blocks(name: str) -> Iterator[Tensor]:
+        for ours, part in tensors[name][1]:
+            if part.interleaved:
+                rows = reader.box(WEIGHTS + ours, part.offsets, part.sizes)
+                yield rows[neighbours(part.sizes[0])].to(dtypes[name])
+                continue
+            for block in reader.blocks(WEIGHTS + ours, part.offsets, part.sizes):
+                yield block.to(dtypes[name])
+
+    return blocks
+
+
+def _write(
+    folder: Path,
+    tensors: dict[str, tuple[Shape, list[tuple[str, Part]]]],
+    dtypes: dict[str, torch.dtype],
+    blocks: Callable[[str], Iterator[Tensor]],
+    file_bytes: int,
+) -> None:
+    """Write files of at most ``file_bytes`` each, and an index if there are several."""
+    groups: list[dict[str, tuple[torch.dtype, Shape]]] = [{}]
+    size = total = 0
+    for name, (shape, _) in tensors.items():
+        nbytes = math.prod(shape) * dtypes[name].itemsize
+        total += nbytes
+        if groups[-1] and size + nbytes > file_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = (dtypes[name], shape)
+        size += nbytes
+    places: dict[str, str] = {}
+    for number, entries in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_blocks(folder / file, entries, blocks)
+        places |= dict.fromkeys(entries, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_durably(folder / INDEX, [json.dumps(index, indent=1).encode()])
