@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from ..collectives import reset
 from ..config import AttentionConfig, require
+from .past import Past
 from .rotary import rotary_tables
 
 #: epsilon of all norms, unless another one is given
@@ -62,6 +64,8 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
         #: number of positions that a position attends to; None: all earlier ones
         self.window: int | None = None
+        #: the key/value cache while text is generated, else None
+        self.past: Past | None = None
 
     def see_only(self, window: int) -> None:
         """Let each position attend to itself and the ``window - 1`` positions before it."""
@@ -87,11 +91,18 @@ class Attention(nn.Module):
         """Initialise all weights randomly and compute the rotary tables."""
         for part in self.children():
             reset(part)
+        self.fill_tables()
+
+    def fill_tables(self) -> None:
+        """Compute the rotary tables."""
         for table_SR, values_SR in zip((self.cos_SR, self.sin_SR), self._angles(), strict=True):
             table_SR.copy_(values_SR if self._positions_S is None else values_SR[self._positions_S])
 
     def _rotate(self, t: Tensor) -> Tensor:
-        """Rotate each channel pair (i, i + R/2) of [..., S, R] by the angle of its position."""
+        """Rotate each channel pair (i, i + R/2) of [B, ..., S, R] by the angle of its position."""
+        if self.past is not None:
+            positions = self.past.now.positions_BS.view(t.shape[0], *[1] * (t.dim() - 3), t.shape[-2])
+            return _turned(t, self.cos_SR[positions], self.sin_SR[positions])
         length, held = t.shape[-2], self.cos_SR.shape[0]
         split = self._positions_S is not None
         if length > held or (split and length < held):
@@ -100,10 +111,7 @@ class Attention(nn.Module):
                 f"x: sequences of {length * parts} positions, but the model has seq_len={self.seq_len}; give it "
                 f"sequences of {'exactly' if split else 'at most'} that length, or build it with another seq_len"
             )
-        first, second = t.chunk(2, dim=-1)
-        cos_SR = self.cos_SR[: t.shape[-2]].to(t.dtype)
-        sin_SR = self.sin_SR[: t.shape[-2]].to(t.dtype)
-        return torch.cat((first * cos_SR - second * sin_SR, second * cos_SR + first * sin_SR), dim=-1)
+        return _turned(t, self.cos_SR[:length], self.sin_SR[:length])
 
     def _scaled(self, q: Tensor) -> Tensor:
         """Scale queries, and so the scores; without ``score_scale`` they are the same tensor."""
@@ -139,7 +147,11 @@ class GroupedAttention(Attention):
         q_BMGSH, k_BM1SH, v_BM1SH = qkv.split((self.group, 1, 1), dim=2)
         q_BNSH = self._scaled(self._rotate(self.q_norm(q_BMGSH))).flatten(1, 2)
         k_BMSH = self._rotate(self.k_norm(k_BM1SH)).flatten(1, 2)
-        out_BNSH = self.attend(q_BNSH, k_BMSH, v_BM1SH.flatten(1, 2))
+        v_BMSH = v_BM1SH.flatten(1, 2)
+        if self.past is None:
+            out_BNSH = self.attend(q_BNSH, k_BMSH, v_BMSH)
+        else:
+            out_BNSH = self.past.attend(q_BNSH, *self.past.extend(k_BMSH, v_BMSH), window=self.window)
         return self.out_proj(out_BNSH.transpose(1, 2).flatten(2))
 
 
@@ -176,14 +188,34 @@ class LatentAttention(Attention):
     def forward(self, x_BSD: Tensor) -> Tensor:
         q_BNSH = _heads(self.q_up_proj(self.q_norm(self.q_down_proj(x_BSD))), sum(self.q_widths))
         latent_BSC, common_BSR = self.kv_down_proj(x_BSD).split(self.latent_widths, dim=-1)
-        kv_BNSX = _heads(self.kv_up_proj(self.kv_norm(latent_BSC)), sum(self.kv_widths))
-        plain_q, rotated_q = q_BNSH.split(self.q_widths, dim=-1)
+        latent_BSC = self.kv_norm(latent_BSC)
+        plain_q, rotated_q = self._scaled(q_BNSH).split(self.q_widths, dim=-1)
+        rotated_q, common_B1SR = self._rotate(rotated_q), self._rotate(self.common_key(common_BSR).unsqueeze(1))
+        if self.past is not None:
+            out_BNSW = self._attend_latents(self.past, plain_q, rotated_q, latent_BSC, common_B1SR)
+            return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
+        kv_BNSX = _heads(self.kv_up_proj(latent_BSC), sum(self.kv_widths))
         plain_k, v_BNSW = kv_BNSX.split(self.kv_widths, dim=-1)
-        common_B1SR = self._rotate(self.common_key(common_BSR).unsqueeze(1))
-        q_BNSH = self._scaled(torch.cat((plain_q, self._rotate(rotated_q)), dim=-1))
         k_BNSH = torch.cat((plain_k, common_B1SR.expand(-1, plain_k.shape[1], -1, -1)), dim=-1)
-        out_BNSW = self.attend(q_BNSH, k_BNSH, v_BNSW)
+        out_BNSW = self.attend(torch.cat((plain_q, rotated_q), dim=-1), k_BNSH, v_BNSW)
         return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
+
+    def _attend_latents(
+        self, past: Past, plain_q: Tensor, rotated_q: Tensor, latent_BSC: Tensor, common_B1SR: Tensor
+    ) -> Tensor:
+        """Attend to kept latents, which all heads share, instead of to keys and values (arXiv 2405.04434, section 2.1).
+
+        The up-projection of keys is applied to the queries, and that of values to the result.
+        """
+        weight: Any = self.kv_up_proj.weight
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        up_k, up_v = weight.unflatten(0, (-1, sum(self.kv_widths))).split(self.kv_widths, dim=1)
+        latent_B1LC, common_B1LR = past.extend(latent_BSC.unsqueeze(1), common_B1SR)
+        q_BNSX = torch.cat((torch.einsum("bnsk,nkc->bnsc", plain_q, up_k.to(plain_q.dtype)), rotated_q), dim=-1)
+        k_B1LX = torch.cat((latent_B1LC, common_B1LR), dim=-1)
+        scale = sum(self.q_widths) ** -0.5
+        out_BNSC = past.attend(q_BNSX, k_B1LX, latent_B1LC, window=self.window, scale=scale)
+        return torch.einsum("bnsc,nwc->bnsw", out_BNSC, up_v.to(out_BNSC.dtype))
 
 
 #: maps ``AttentionConfig.kind`` to a constructor that takes (hidden_size, num_heads, seq_len, config, epsilon of norms)
@@ -212,6 +244,12 @@ def windowed_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, window: i
     if groups > 1:  # fused kernels with a mask need equal numbers of heads
         k_BMSH, v_BMSW = k_BMSH.repeat_interleave(groups, 1), v_BMSW.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, attn_mask=seen_SS)
+
+
+def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = t.chunk(2, dim=-1)
+    cos, sin = cos.to(t.dtype), sin.to(t.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _heads(rows_BSX: Tensor, width: int) -> Tensor:

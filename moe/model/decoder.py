@@ -136,13 +136,21 @@ class Decoder(nn.Module):
         self._initialise(draw_seed())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.hidden(x, mask)
+        return x if self.head is None else self.logits(x)
+
+    def hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the hidden states after the last block."""
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
             x = block(x, mask)
-        if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x))
         return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits for hidden states after the last block."""
+        assert self.norm is not None and self.head is not None
+        return self.head(self.norm(x))
 
     def moe_layers(self) -> list[MoE]:
         """Return the MoE layers in order."""

@@ -63,13 +63,18 @@ def materialize(parts: Sequence[nn.Module], device: torch.device) -> None:
         if not callable(fill):
             what = f"{type(part).__name__} is on the meta device and has no method reset_parameters"
             raise ValueError(f"model: {what}; build it on the device, or add the method, which fills all weights")
-        tied = tied_weights(part)
-        part.to_empty(device=device)
-        for first, *others in tied:
-            for name in others:
-                _put(part, name, dict(part.named_parameters(remove_duplicate=False))[first])
+        allocate(part, device)
         torch.set_rng_state(state)
         fill()
+
+
+def allocate(part: nn.Module, device: torch.device) -> None:
+    """Move a model part from the meta device to ``device``, with any values; a tied weight stays one weight."""
+    tied = tied_weights(part)
+    part.to_empty(device=device)
+    for first, *others in tied:
+        for name in others:
+            _put(part, name, dict(part.named_parameters(remove_duplicate=False))[first])
 
 
 def check_units(model: nn.Module, tied: Iterable[list[str]], units: Iterable[nn.Module]) -> None:

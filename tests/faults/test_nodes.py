@@ -13,8 +13,9 @@ from tests.helpers.command import launch
 FAULTS = {
     "rank of the first node": "kill@rank=0,step=7,phase=dispatch",
     "rank of the second node": "kill@rank=1,step=7,phase=backward",
-    "agent of the first node": "kill@rank=0,step=7,phase=dispatch,whom=agent",
-    "agent of the second node": "kill@rank=1,step=7,phase=optim,whom=agent",
+    # without a pause, the run may end while a busy machine is still killing the agent, which then ends the rank
+    "agent of the first node": "kill@rank=0,step=7,phase=dispatch,whom=agent;sleep@rank=0,step=8,phase=data,seconds=4",
+    "agent of the second node": "kill@rank=1,step=7,phase=optim,whom=agent;sleep@rank=1,step=8,phase=data,seconds=4",
 }
 
 

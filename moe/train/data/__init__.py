@@ -5,7 +5,7 @@ and builds the same corpus, and the sequences of a step depend only on the step 
 """
 
 from .bigram import bigram_loss
-from .corpus import Corpus, load_corpus
+from .corpus import Corpus, load_corpus, read_documents
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
 from .token_file import DataError
@@ -21,4 +21,5 @@ __all__ = [
     "heldout_batches",
     "load_corpus",
     "load_tokenizer",
+    "read_documents",
 ]

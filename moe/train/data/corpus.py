@@ -85,6 +85,14 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes))
 
 
+def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:
+    """Read and tokenise all documents of each domain; a flat token file is one. Raises ValueError as load_corpus."""
+    notes: list[str] = []
+    parts = _read(config, tokenizer, notes)
+    require(bool(parts), "data.path", config.path, "; ".join(["no text found", *notes]))
+    return {domain: [part.tokens for part in parts[domain]] for domain in sorted(parts)}
+
+
 def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[str, list[_Part]]:
     """Tokenise every document once and group the documents by domain."""
     parts: dict[str, list[_Part]] = {}

@@ -1,0 +1,168 @@
+"""Measures the loss of a model on any text: ``python -m equimoe.launch.evaluate --run-dir runs/quickstart``.
+
+Prints, for each domain, the loss in nats per token and the perplexity, with error bars: the standard deviation, and the
+95 % interval, over bootstrap samples of the documents. Without --data, a run is evaluated on the text that it has held
+out. A document begins with the end-of-document token, and is read in parts of --seq-len tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..moe.collectives import sum_over
+from ..moe.observe.metrics import write_atomically
+from ..moe.observe.printable import printable
+from ..moe.serve import score, windows
+from ..moe.train.config import DataConfig
+from ..moe.train.data import Tokenizer, load_corpus, read_documents
+from . import env, loaded
+from .usage import Parser
+
+#: options that are fields of section ``data``
+FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype")
+
+
+@env.command
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exits with 64 for a wrong option, 66 for text that cannot be read, 67 for a damaged checkpoint."""
+    given = sys.argv[1:] if argv is None else argv
+    arguments, process = _parser().parse_args(given), env.Process()
+    with loaded.one_line(process):
+        process = env.this_process()
+    with loaded.one_line(process):
+        torch.set_num_threads(env.threads(process))
+        for name in ("batch", "limit", "samples"):
+            if (value := getattr(arguments, name)) is not None and value < 1:
+                raise ValueError(f"--{name}={value}: must be at least 1")
+        source = loaded.find(arguments.run_dir)
+        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
+        seq_len = arguments.seq_len or source.seq_len
+        documents = _documents(arguments, source, tokenizer, process)
+        experts = source.weights.architecture.moe.num_experts
+        with loaded.ranks(process, arguments, experts, "equimoe.launch.evaluate", given) as mesh:
+            model = loaded.build(source, mesh, process.device, seq_len, loaded.DTYPES[arguments.dtype])
+            texts = [(domain, ids) for domain, of_domain in documents.items() for ids in of_domain]
+            parts = [w for n, (_, ids) in enumerate(texts) for w in windows(n, ids, seq_len)]
+            sums_N2 = torch.zeros(len(texts), 2, dtype=torch.float64)
+            dp = loaded.readers(mesh)
+            for n, losses_S, _ in score(model, parts, batch=arguments.batch, dp=dp):
+                sums_N2[parts[n].text] += torch.tensor([losses_S.sum(), len(losses_S)], dtype=torch.float64)
+            sums_N2 = sum_over(sums_N2.to(process.device), dp).get().cpu()
+            if process.rank == 0:
+                found = summary([domain for domain, _ in texts], sums_N2.numpy(), arguments.samples, arguments.seed)
+                text = printable(arguments.data) if arguments.data else "held-out text"
+                print(f"{printable(source.where)}, on {text}")
+                print("\n".join(table(found)))
+                if arguments.json is not None:
+                    content = {"model": source.where, "data": arguments.data, "seq_len": seq_len, "domains": found}
+                    write_atomically(arguments.json, json.dumps(content, indent=1).encode())
+
+
+def _documents(
+    arguments: argparse.Namespace, source: loaded.Source, tokenizer: Tokenizer, process: env.Process
+) -> dict[str, list[list[int]]]:
+    """Return the documents of every domain as ids, each after an end-of-document token."""
+    known = {field.name for field in fields(DataConfig)}
+    settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
+    settings |= {name: getattr(arguments, name) for name in FIELDS if getattr(arguments, name) is not None}
+    try:
+        if arguments.data is not None:
+            config = DataConfig(**settings | {"path": arguments.data, "tokenizer": "bytes"})
+            found = read_documents(config, tokenizer)
+        elif source.data:
+            held = load_corpus(DataConfig(**settings), tokenizer).heldout
+            found = {domain: [stream] for domain, stream in held.items()}
+        else:
+            raise ValueError("--data: is missing; only a run has held-out text")
+    except ValueError as error:
+        env.stop(process, env.CONFIG if arguments.data is None and not source.data else env.DATA, str(error))
+    end = tokenizer.end_of_document
+    texts = {domain: [text for stream in found[domain] for text in _texts(stream, end)] for domain in found}
+    texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}
+    if not texts:
+        env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
+    return texts
+
+
+def _texts(stream: Any, end: int) -> list[list[int]]:
+    """Cut a stream at its end-of-document tokens; each text begins with one."""
+    ids = np.asarray(stream[: len(stream)]).astype(np.int64)
+    parts = [part[part != end] for part in np.split(ids, np.flatnonzero(ids == end))]
+    return [[end, *part.tolist()] for part in parts if part.size]
+
+
+def summary(domains: list[str], sums_N2: np.ndarray, samples: int, seed: int) -> dict[str, dict[str, float]]:
+    """Return loss, perplexity and error bars of each domain and of "all", from the [loss, tokens] of each document.
+
+    The error bars come from ``samples`` bootstrap samples: as many documents of each domain, drawn with replacement.
+    """
+    draw, found, drawn = np.random.default_rng(seed), {}, []
+    for domain in dict.fromkeys(domains):
+        own_N2 = sums_N2[[n for n, name in enumerate(domains) if name == domain]]
+        sums_R2 = np.stack([own_N2[draw.integers(len(own_N2), size=len(own_N2))].sum(0) for _ in range(samples)])
+        drawn.append(sums_R2)
+        found[domain] = _figures(own_N2, sums_R2)
+    found["all"] = _figures(sums_N2, np.sum(drawn, axis=0))
+    return found
+
+
+def _figures(sums_N2: np.ndarray, sums_R2: np.ndarray) -> dict[str, float]:
+    loss, tokens = sums_N2.sum(0)
+    loss, losses_R = loss / tokens, sums_R2[:, 0] / sums_R2[:, 1]
+    low, high = np.quantile(losses_R, [0.025, 0.975])
+    return {
+        "documents": len(sums_N2),
+        "tokens": int(tokens),
+        "loss": float(loss),
+        "loss_std": float(losses_R.std(ddof=1)) if len(losses_R) > 1 else 0.0,
+        "perplexity": _exp(loss),
+        "perplexity_low": _exp(low),
+        "perplexity_high": _exp(high),
+    }
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def table(found: dict[str, dict[str, float]]) -> list[str]:
+    """Format the result of :func:`summary`."""
+    width = max(len(printable(name)) for name in [*found, "domain"])
+    lines = [f"{'domain':<{width}}  {'documents':>9}  {'tokens':>11}  {'loss':>7}     std  perplexity   95 % interval"]
+    for name, row in found.items():
+        between = f"{row['perplexity_low']:.4g} to {row['perplexity_high']:.4g}"
+        counts = f"{row['documents']:>9,}  {row['tokens']:>11,}"
+        loss = f"{row['loss']:>7.4f}  {row['loss_std']:.4f}  {row['perplexity']:>10.4g}"
+        lines.append(f"{printable(name):<{width}}  {counts}  {loss}   {between}")
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = Parser(
+        prog="python -m equimoe.launch.evaluate", description=f"{summary.split(':')[0]}. {' '.join(more.split())}"
+    )
+    loaded.add_options(parser)
+    parser.add_argument("--data", metavar="PATH", help="text, .jsonl or token file, or a folder of such files")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="tokens to read at once; default the run's")
+    for name in FIELDS:
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"as --data.{name} of the training command")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first N documents of each domain")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap samples; default 1000")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap samples; default 0")
+    parser.add_argument("--batch", type=int, default=8, help="sequences that a rank reads together; default 8")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Loads a model for inference: from a run, a checkpoint or a folder of transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..moe import BalanceConfig, checkpoint
+from ..moe.checkpoint import tools
+from ..moe.collectives import LOCAL, Axis
+from ..moe.interop.convert import companions_of, weights_of
+from ..moe.interop.hf import Weights, is_folder
+from ..moe.model import Attention, Decoder
+from ..moe.parallel import Mesh, ParallelConfig, build_mesh, parallelize
+from ..moe.parallel.tied import allocate
+from ..moe.train.data import Tokenizer, load_tokenizer
+from . import env, joining
+
+#: sequence length of a model whose folder does not say on what it was trained
+SEQ_LEN = 4096
+#: seconds in which all ranks must join, and after which a collective fails
+JOIN_S, COLLECTIVE_S = 180.0, 600.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and what is known about the model that they belong to."""
+
+    weights: Weights
+    #: where they are, and of which step
+    where: str
+    #: section ``data`` of the run's configuration; empty if no run has trained it here
+    data: dict[str, Any]
+    #: path of the tokenizer, or "bytes"; None if unknown
+    tokenizer: str | None
+
+    @property
+    def seq_len(self) -> int:
+        """The sequence length of the run."""
+        return int(self.data.get("seq_len", SEQ_LEN))
+
+
+def find(path: Path) -> Source:
+    """Find the weights that a folder holds. Raises ValueError, or CheckpointError, if it holds none."""
+    if not path.is_dir():
+        raise ValueError(f"--run-dir={path}: is not a folder; give that of a run, a checkpoint or a transformers model")
+    if is_folder(path):
+        file = path / "tokenizer.json"
+        return Source(weights_of(path), str(path), {}, str(file) if file.is_file() else None)
+    folder, manifest = tools.newest_valid(path)
+    data = manifest["position"].get("config", {}).get("data", {})
+    side = companions_of(folder)
+    kept = None if side is None else side / "tokenizer.json"
+    tokenizer = data.get("tokenizer") or (str(kept) if kept is not None and kept.is_file() else None)
+    return Source(weights_of(folder, manifest), f"{folder}, step {manifest['step']}", data, tokenizer)
+
+
+def tokenizer_of(source: Source, given: str | None) -> Tokenizer:
+    """Load the tokenizer of a model. Raises ValueError if it is unknown or does not fit the vocabulary."""
+    name, vocabulary = given or source.tokenizer, source.weights.architecture.vocab_size
+    if name is None:
+        raise ValueError(f"{source.where}: has no tokenizer.json; say which one it uses with --tokenizer")
+    try:
+        found = load_tokenizer(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; say where it is with --tokenizer") from None
+    if found.vocab_size > vocabulary:
+        size = f"has {found.vocab_size} tokens, but the model knows {vocabulary}"
+        raise ValueError(f"--tokenizer={name}: {size}; give the one that it was trained with")
+    return found
+
+
+def build(source: Source, mesh: Mesh | None, device: torch.device, seq_len: int, dtype: torch.dtype) -> Decoder:
+    """Build this rank's part of the model for sequences of up to ``seq_len``, and load its weights.
+
+    Every rank must call this. Experts have no capacity, so that no text depends on the others of its batch.
+    """
+    a = source.weights.architecture
+    balance = BalanceConfig(bias_update_rate=0.001 if a.expert_bias else 0.0)
+    with torch.device("meta"):
+        model = Decoder(
+            vocab_size=a.vocab_size,
+            seq_len=seq_len,
+            num_layers=a.num_layers,
+            num_heads=a.num_heads,
+            intermediate_size=a.intermediate_size or 1,
+            moe=replace(a.moe, balance=balance, capacity=None),
+            moe_every=a.moe_every,
+            dense_layers=a.dense_layers,
+            attention=a.attention,
+            norm_eps=a.norm_eps,
+            tie_embeddings=a.tie_embeddings,
+        ).to(dtype)
+    model = model if mesh is None else parallelize(model, mesh, reduced=True)
+    allocate(model, device)
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        attention.fill_tables()
+    state = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("router.bias_E")}
+    named = {f"model.{name}": value.detach() for name, value in state.items()}
+    checkpoint.load_weights(source.weights.path, named, source.weights.tensors, source.weights.opened)
+    return _frozen(model).eval()
+
+
+def _frozen(model: Decoder) -> Decoder:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options with which a command finds and places its model."""
+    what = "folder of a run, a checkpoint or a transformers model; of a run, its newest valid checkpoint is used"
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help=what)
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or 'bytes'; default: the model's own")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
+    parser.add_argument("--processes", type=int, metavar="N", help="ranks to start on this machine; default 1")
+    parser.add_argument(
+        "--ep", type=int, default=0, metavar="N", help="ranks over which experts are split; default all"
+    )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that split all else; default 1")
+
+
+@contextmanager
+def one_line(process: env.Process) -> Iterator[None]:
+    """Within the block, end with one line and an exit code instead of a traceback. All ranks must fail alike."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        env.stop(process, env.CHECKPOINT, str(error))
+    except ValueError as error:
+        env.stop(process, env.CONFIG, str(error))
+    except OSError as error:
+        env.stop(process, env.DATA, f"{error.filename}: cannot be read or written ({error.strerror})")
+
+
+@contextmanager
+def ranks(
+    process: env.Process, arguments: argparse.Namespace, num_experts: int, module: str, argv: list[str]
+) -> Iterator[Mesh | None]:
+    """Start the ranks of a command, or join those that torchrun has started. Within the block, their mesh exists.
+
+    It is None for a single rank. Raises ValueError if the degrees do not fit the number of ranks.
+    """
+    asked, started = arguments.processes, env.started()
+    if asked is not None and (asked < 1 or (started and asked != process.local_world)):
+        why = f"torchrun has already started {process.local_world}; leave it out" if started else "must be at least 1"
+        raise ValueError(f"--processes={asked}: {why}")
+    world = process.world if started else asked or 1
+    given = {"ep": arguments.ep} if arguments.ep else {}
+    degrees = ParallelConfig(**given, tp=arguments.tp, sequence_parallel=False).resolve(world, num_experts)
+    if not started and world > 1:
+        env.start(world, module, argv)
+    if world == 1:
+        yield None
+        return
+    facts = {name: str(value) for name, value in vars(arguments).items()}
+    own = joining.introduce(process, facts | joining.versions())
+    with joining.joined(process, own, JOIN_S, COLLECTIVE_S):
+        yield build_mesh(degrees, process.device.type)
+
+
+def readers(mesh: Mesh | None) -> Axis:
+    """Return the ranks that read different texts."""
+    return LOCAL if mesh is None else mesh["dp"]

@@ -1,0 +1,59 @@
+"""Scores texts: the loss of every token.  B windows, S tokens of each, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from ..collectives import LOCAL, Axis
+from ..model import Decoder
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a text that the model reads at once. Every token but the first is scored."""
+
+    #: number of the text
+    text: int
+    ids: Sequence[int]
+    #: number of tokens after the first that are only read, not scored
+    read_only: int = 0
+
+
+def windows(text: int, ids: Sequence[int], length: int) -> Iterator[Window]:
+    """Cut a text into windows of which the model reads ``length`` tokens; each token but the first is scored once."""
+    for start in range(0, len(ids) - 1, length):
+        yield Window(text, ids[start : start + length + 1])
+
+
+@torch.no_grad()
+def score(
+    model: Decoder, several: Sequence[Window], *, batch: int = 8, dp: Axis = LOCAL
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield, for each window of this rank, its number, the loss of each scored token in nats (fp64 [S], on the CPU),
+    and whether the model finds that token the most likely one (bool [S]).
+
+    Every rank of ``dp`` must call this with the same windows; they share them, ``batch`` at a time on each rank, those
+    of similar lengths together.
+    """
+    order = sorted(range(len(several)), key=lambda n: -len(several[n].ids))
+    device = next(model.parameters()).device
+    for first in range(0, len(order), batch * dp.size):
+        mine = order[first + dp.rank * batch : first + (dp.rank + 1) * batch]
+        rows = [several[n].ids for n in mine] or [[0, 0]]  # without windows, take part in the others' exchanges
+        longest = max(map(len, rows)) - 1
+        ids_BT = torch.tensor([[*map(int, row)] + [0] * (longest + 1 - len(row)) for row in rows], device=device)
+        lengths_B1 = torch.tensor([[len(row) - 1 if mine else 0] for row in rows], device=device)
+        mask_BS = torch.arange(longest, device=device) < lengths_B1
+        logits_BSV = model(ids_BT[:, :-1], mask_BS)
+        logits_BSV = logits_BSV.full_tensor() if isinstance(logits_BSV, DTensor) else logits_BSV
+        losses_BS = F.cross_entropy(logits_BSV.float().mT, ids_BT[:, 1:], reduction="none").double().cpu()
+        best_BS = (logits_BSV.argmax(-1) == ids_BT[:, 1:]).cpu()
+        for row, n in enumerate(mine):
+            scored = slice(several[n].read_only, len(several[n].ids) - 1)
+            yield n, losses_BS[row, scored], best_BS[row, scored]
