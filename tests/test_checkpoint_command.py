@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_tensors", full)
+    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_blocks", full)
     (tmp_path / "out").mkdir() if there and name == "reshard" else None
     before = sorted(tmp_path.rglob("*"))
     code, out, err = call(capsys, name, run_dir, "--out", tmp_path / "out")
@@ -208,7 +208,7 @@ def test_a_failed_export_or_reshard_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_tensors", full)
+    monkeypatch.setattr("equimoe.moe.checkpoint.tools.write_blocks", full)
     for name in ("reshard", "export"):
         code, _, err = call(capsys, name, run_dir, "--out", tmp_path / "out" / name)
         assert code == env.CANNOT_WRITE and "No space left on device" in err

@@ -23,7 +23,7 @@ from .tensors import Chunk, Opened, Saved
 WEIGHTS = "model."
 INDEX = "model.safetensors.index.json"
 #: bytes that are in memory at a time, if a row of a tensor is not larger
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 def find(folder: Path) -> list[Path]:

@@ -269,15 +269,16 @@ def _deepseek(c: Given, router: RouterConfig, expert_bias: bool) -> Architecture
         v_width=c.whole("v_head_dim"),
     )
     width = c.whole("moe_intermediate_size")
+    shared = 0 if c.values.get("n_shared_experts", 0) is None else c.whole("n_shared_experts", least=0)
     moe = MoEConfig(
         hidden_size=c.whole("hidden_size"),
         intermediate_size=width,
         num_experts=c.whole("n_routed_experts", "num_local_experts", "num_experts"),
         top_k=c.whole("num_experts_per_tok"),
         router=router,
-        shared_intermediate_size=width * c.whole("n_shared_experts", default=0),
+        shared_intermediate_size=width * shared,
     )
-    dense = c.whole("first_k_dense_replace", default=0, least=0)
+    dense = c.whole("first_k_dense_replace", least=0)
     if dense >= c.whole("num_hidden_layers"):
         raise c.error("first_k_dense_replace", "must be less than num_hidden_layers; the model has no MoE layer")
     more: dict[str, Any] = {"intermediate_size": c.whole("intermediate_size"), "expert_bias": expert_bias}

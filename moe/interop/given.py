@@ -98,10 +98,10 @@ def written_rotary(a: AttentionConfig) -> dict[str, Any]:
     found |= {"rope_type": s.kind, "factor": s.factor}
     if s.kind != "linear":
         found["original_max_position_embeddings"] = s.original_length
+    if s.score_scale != 1.0:
+        found["mscale_all_dim"] = (math.sqrt(s.score_scale) - 1.0) / (0.1 * math.log(s.factor))
     if s.kind == "yarn":
         found |= {"beta_fast": s.fast_turns, "beta_slow": s.slow_turns, "attention_factor": s.magnitude}
-        if s.score_scale != 1.0:
-            found["mscale_all_dim"] = (math.sqrt(s.score_scale) - 1.0) / (0.1 * math.log(s.factor))
     elif s.kind == "llama3":
         found |= {"high_freq_factor": s.fast_turns, "low_freq_factor": s.slow_turns}
     return {"rope_parameters": found}
