@@ -20,11 +20,12 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, may_hold_copies, registry
+from .auto import AutoStep, may_hold_copies
 from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .hooks import register_while_alive, untraced
 from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
+from .own_step import registry
 from .recompute import remember, visit_being_recomputed
 from .scaler import current_scale, refuse_two_scales, updating_scaler
 from .step import LayerStep, Step, StepTotals
@@ -163,12 +164,12 @@ class Balancer:
         scaler = updating_scaler()
         if scaler is None or scaler is self.scaler:
             return
-        trained = {p for p in self.layer.weights() if p.requires_grad}
+        trained = set(self.layer.trained())
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if trained and trained.isdisjoint(held) and not may_hold_copies(self.layer, optimizer):
             return  # it trains another model
         remedy = "call equimoe.moe.use_gradient_scaler(model, scaler) once, before training"
-        if not trained:  # what precedes the layer is trained, and it is unknown by which optimizers
+        if not trained:  # something before the layer is, and it is unknown by which optimizers
             remedy += "; or if it scales another model only, update this one first, as its MoE layer is frozen"
         raise ValueError(
             f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would "
@@ -193,7 +194,7 @@ class Balancer:
             return None, None  # a frozen model, such as a teacher in distillation
         visit, certain = visit_being_recomputed(self.step, self.layer)
         if visit is None:
-            visit = self.step.visit(self.layer, module)
+            visit = self.step.visit(self.layer, module, x_TD)
         remember(visit)
         return visit, visit.decision if certain else None
 

@@ -48,7 +48,7 @@ def one_process(world: int) -> list[Tensor]:
     return [p.detach() for p in (*alone.parameters(), alone[1].router.bias_E)]
 
 
-def train(rank: int, stage: int, micro_batches: int | None) -> list[Tensor]:
+def train(rank: int, stage: int, micro_batches: int | None, stray: bool = False) -> list[Tensor]:
     own = model(micro_batches)
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -62,7 +62,11 @@ def train(rank: int, stage: int, micro_batches: int | None) -> list[Tensor]:
     engine, *_ = deepspeed.initialize(model=own, optimizer=optimizer, config=config)
     for number in range(STEPS * PASSES):
         engine.backward(loss_of(engine, tokens(number, rank)))
+        if stray:
+            engine(tokens(99, rank))
         engine.step()
+        if stray:
+            engine(tokens(98, rank))
     with GatheredParameters(list(own.parameters()), enabled=stage == 3):
         return [p.detach().clone() for p in (*own.parameters(), own[1].router.bias_E)]
 
@@ -70,6 +74,16 @@ def train(rank: int, stage: int, micro_batches: int | None) -> list[Tensor]:
 def test_a_known_number_of_backwards_equals_one_process() -> None:
     def rank_main(rank: int, world: int) -> list[list[Tensor]]:
         return [train(rank, stage, PASSES) for stage in (0, 1, 2, 3)]
+
+    for found in run_ranks(rank_main, 2):
+        for stage, values in enumerate(found):
+            for value, right in zip(values, one_process(2), strict=True):
+                assert oracle.relative_error(value, right) < 1e-5, stage
+
+
+def test_training_forwards_without_a_backward_change_nothing() -> None:
+    def rank_main(rank: int, world: int) -> list[list[Tensor]]:
+        return [train(rank, stage, PASSES, stray=True) for stage in (0, 1, 2)]
 
     for found in run_ranks(rank_main, 2):
         for stage, values in enumerate(found):

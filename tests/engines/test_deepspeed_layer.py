@@ -85,7 +85,15 @@ def start(model: nn.Module, stage: int, passes: int, world: int, **section: Any)
 
 
 def train(
-    kind: type[nn.Module], rank: int, world: int, stage: int, ep: int, passes: int, k: int, **how: Any
+    kind: type[nn.Module],
+    rank: int,
+    world: int,
+    stage: int,
+    ep: int,
+    passes: int,
+    k: int,
+    stray: bool = False,
+    **how: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Run the script; a step's micro-batches are all the same, so that counts so far are those of the whole step."""
     model = Toy(kind, ep, k, **how)
@@ -95,6 +103,8 @@ def train(
         for _ in range(passes):
             loss = loss_of(engine, data(step).chunk(world)[rank])
             engine.backward(loss)
+            if stray:
+                engine(data(99))
             engine.step()
         losses.append(float(loss))
     return {name: value.clone() for name, value in model.state_dict().items()}, losses
@@ -190,6 +200,16 @@ def test_several_forwards_in_one_backward(stage: int) -> None:
         for state in states:
             error, name = trained.worst(state, one_process(2))
             assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_forward_without_a_backward_changes_nothing(stage: int) -> None:
+    def rank_main(rank: int, world: int) -> Any:
+        return train(MoE, rank, world, stage, 1, 2, 2, stray=True)[0]
+
+    for state in run_ranks(rank_main, 2):
+        error, name = trained.worst(state, one_process(2))
+        assert error < 1e-5, (name, error)
 
 
 def test_a_forward_without_its_backward_is_refused_before_the_update() -> None:
