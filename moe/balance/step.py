@@ -77,6 +77,10 @@ class LayerStep:
         assert balancer is not None
         return balancer
 
+    def forget_module(self) -> None:
+        """Forget the layer and its visits, because its module is no MoE layer any more."""
+        self.visits, self.module = {}, lambda: None
+
     def weights(self) -> list[nn.Parameter]:
         """Return the layer's weights, the router's first."""
         module = self.module()
