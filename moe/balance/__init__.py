@@ -1,9 +1,10 @@
 """Load balancing: counts the load of an optimizer step, and computes the balance losses from it."""
 
-from .auto import AutoStep, OwnStep, counting_pass
+from .auto import AutoStep
 from .balancer import Balancer, loss_terms
 from .bias import initial_bias
 from .losses import SCOPES, loss_value
+from .own_step import OwnStep, counting_pass
 from .recompute import recompute
 from .scaler import use_gradient_scaler
 from .step import LayerStep, Step, StepTotals, random_state_kept

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import itertools
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..collectives import Axis, held_by_all, private_axis
 from .hooks import register_while_alive
-from .step import LayerStep, Step, random_state_kept
-from .sums import LayerNumber, Sums
+from .own_step import OwnStep, registry
+from .step import LayerStep
 from .visit import Visit, accumulates
 
 if TYPE_CHECKING:
@@ -33,162 +25,21 @@ _REMEDY = (
     "yourself: step = Step.of(model), step.micro_batch() around each forward, step.end(applied) after each update"
 )
 
-#: the steps that take part in the current counting pass; None outside of one
-_counting: ContextVar[weakref.WeakSet[OwnStep] | None] = ContextVar("equimoe_counting_pass", default=None)
-
-
-class Registry:
-    """Numbers all layers of the process. Layers that no training loop drives find each other on all ranks by number."""
-
-    def __init__(self) -> None:
-        self._new = itertools.count()
-        self._copies: Counter[int] = Counter()
-        self.layers: weakref.WeakValueDictionary[LayerNumber, Balancer] = weakref.WeakValueDictionary()
-        atexit.register(self.forget_sums)
-
-    def forget_sums(self) -> None:
-        """Let go of process groups. Gloo's threads abort the process if they outlive the interpreter."""
-        for balancer in list(self.layers.values()):
-            for sums in balancer.shared.values():
-                sums.close()
-            balancer.shared.clear()
-            if isinstance(balancer.step, OwnStep):
-                balancer.step.forget_axis()
-        gc.collect()
-
-    def add(self, balancer: Balancer, copy_of: LayerNumber | None) -> LayerNumber:
-        """Return the number of a new layer, or of a copy of another one."""
-        if copy_of is None:
-            number = next(self._new), 0
-        else:
-            self._copies[copy_of[0]] += 1
-            number = copy_of[0], self._copies[copy_of[0]]
-        self.layers[number] = balancer
-        return number
-
-    def create_sums(self, axis: Axis) -> None:
-        """Create one :class:`Sums` over an axis for all layers that no training loop drives. Every rank must call this.
-
-        Copies are left out if ranks have made different numbers of copies of a layer, because it is unknown which of
-        them belong together.
-        """
-        gc.collect()  # deleted layers that wait for garbage collection would be in every sum
-        rows = []
-        for number, balancer in sorted(self.layers.items()):
-            widths = balancer.widths(axis) if isinstance(balancer.step, OwnStep) else {}
-            if widths and axis not in balancer.shared:
-                rows.append((number, self._copies[number[0]] if number[1] else 0, widths))
-        own = private_axis(axis)  # collectives of other libraries cannot come between ours
-        agreed = held_by_all(rows, own)
-        row_widths = {(number, kind): width for number, _, widths in agreed for kind, width in widths.items()}
-        sums = Sums(own, row_widths, start_when_full=True)
-        for number, *_ in agreed:
-            self.layers[number].shared[axis] = sums
-
-
-registry = Registry()
-
-
-@contextmanager
-def counting_pass() -> Iterator[None]:
-    """Context in which forwards run without gradient and only count their micro-batch.
-
-    For ``estimator="exact"``: run all micro-batches of a step in it, and then train on them in the same order. It
-    restores the random state at its end, so that dropout is repeated in training. Counts are discarded if the block
-    raises, or if a new counting pass starts before every counted micro-batch has been trained.
-    """
-    steps: weakref.WeakSet[OwnStep] = weakref.WeakSet()
-    token = _counting.set(steps)
-    try:
-        with random_state_kept(), torch.no_grad():
-            yield
-    except BaseException:
-        for step in steps:
-            step.discard_counted_ahead()
-        raise
-    finally:
-        _counting.reset(token)
-
-
-class OwnStep(Step):
-    """The step of one layer, which numbers the layer's training forwards itself. Subclasses know where it ends."""
-
-    def __init__(self, balancer: Balancer) -> None:
-        super().__init__()
-        self.layers = [LayerStep(balancer, balancer.number)]
-        self._number = itertools.count()
-        self._axis: Axis | None = None
-
-    @property
-    def counting(self) -> bool:
-        return _counting.get() is not None
-
-    def visit(self, layer: LayerStep, module: nn.Module) -> Visit:
-        layer.module = weakref.ref(module)
-        axis, counting = layer.balancer.counting_axis, _counting.get()
-        if axis != self._axis:  # the process group was created again
-            self.discard()
-            self._axis = axis
-        if counting is not None and self not in counting:  # a counting pass begins a step
-            counting.add(self)
-            self.discard_counted_ahead()
-            self.end(applied=self._changed())
-        else:
-            self._end_if_over(layer)
-        layer.visits = {key: v for key, v in layer.visits.items() if v.lives}
-        if not layer.visits:
-            self._begins()
-        waiting = [v for v in layer.visits.values() if v.ahead]
-        if waiting and not self.counting:
-            return waiting[0]
-        number = next(self._number)
-        found = layer.visits[number, 0] = Visit(number, self.counting)
-        return found
-
-    def sums(self, layer: LayerStep, axis: Axis) -> Sums:
-        balancer = layer.balancer
-        if axis not in balancer.shared:
-            balancer.warn_of_assumed_ranks()
-            registry.create_sums(axis)
-        if axis not in balancer.shared:
-            position, copy = layer.number
-            raise ValueError(
-                f"MoE layer {position} of this process{f', copy {copy}' if copy else ''}: other ranks have not built "
-                "it, or have made another number of copies; build the same layers in the same order on all ranks, pass "
-                "the ranks that have it, MoE(config, group=...), or drive the step: Step.of(model)"
-            )
-        return balancer.shared[axis]
-
-    def forget_axis(self) -> None:
-        """Forget the ranks that counted together."""
-        self._axis = None
-
-    def discard_counted_ahead(self) -> None:
-        """Discard visits that were counted ahead and have not been trained."""
-        layer = self.layers[0]
-        layer.visits = {key: v for key, v in layer.visits.items() if not v.ahead}
-
-    def _begins(self) -> None:
-        """Called before the first visit of a step."""
-
-    def _end_if_over(self, layer: LayerStep) -> None:
-        """End the current step if the forward that now starts does not belong to it."""
-
-    def _changed(self) -> bool:
-        """Return whether the layer's weights have been updated since the step began."""
-        return False
-
 
 class AutoStep(OwnStep):
     """The step of one layer whose training loop does not drive it.
 
-    It watches the router's weight, or if that is frozen, another weight of the layer. A step ends
+    It watches the router's weight; if that is frozen, another weight of the layer; if all of them are, the nearest
+    trained parameter that precedes the layer. A step ends
 
-    - when an optimizer that holds the watched weight has stepped (any optimizer if the whole layer is frozen), or
-      with a number announced, one that holds copies;
-    - after the backward of ``balance.micro_batches`` training forwards, or as many as were counted ahead;
-    - if neither number is known, when a backward has left a gradient on the watched weight that is gone before the next
-      forward. Then the update was skipped, or was made by hand if the weight has changed in place.
+    - when an optimizer that holds the watched weight has stepped, or with a number announced, one that holds copies;
+    - at the backward that follows those of ``balance.micro_batches`` training forwards, or as many as were counted
+      ahead;
+    - if neither number is known, at the next backward when the last one has left a gradient on the watched weight that
+      is gone.
+
+    The last two had no update that an optimizer made. If the weight has changed in place nevertheless, the step ends at
+    the next forward already, with an update.
 
     A micro-batch counts if its backward has run or can still run; forwards without a backward do not count. Other loops
     raise before their update, and the error names the remedy: optimizers of copies of the weights, gradients that are
@@ -219,22 +70,43 @@ class AutoStep(OwnStep):
         weight = self._watched()
         self._at_start = (lambda: None, 0) if weight is None else (weakref.ref(weight), weight._version)
 
-    def _end_if_over(self, layer: LayerStep) -> None:
+    def visit(self, layer: LayerStep, module: nn.Module, x: Tensor) -> Visit:
+        found = super().visit(layer, module, x)
+        if not layer.trained():
+            layer.before = _nearest_parameter(x)
+        return found
+
+    def _over(self, layer: LayerStep) -> bool:
+        """Return whether the step is complete, or its gradient has been cleared; it may still get its update."""
         visits, announced = layer.visits.values(), self.announced(layer)
-        gone, changed = self._gradient_is_gone(), self._changed()
         done = sum(v.done for v in visits)
         if announced:
-            interrupted = gone and not all(v.lives for v in visits)
-            full = done >= announced and not any(v.ahead for v in visits)
-            if done and (interrupted or full):
-                self.end(applied=changed)
-        elif done and (gone or (changed and self._left is None)):
-            self.end(applied=changed)
+            return done >= announced and not any(v.ahead for v in visits)
+        return bool(done) and (self._gradient_is_gone() or (self._left is None and self._changed()))
+
+    def _end_if_over(self, layer: LayerStep) -> None:
+        visits, announced = layer.visits.values(), self.announced(layer)
+        done = sum(v.done for v in visits)
+        if self._over(layer):
+            if self._changed():
+                self.end()  # else at the next backward, because nothing may train on this forward
+        elif announced:
+            # an exception broke the step off; optimizers of copies may take the gradients away after every backward
+            if done and self._optimized and self._gradient_is_gone() and not all(v.lives for v in visits):
+                self.end(applied=False)
         elif done >= MAX_VISITS:
             raise ValueError(
                 f"balance.micro_batches=None: no update of the router after {done} training forwards of the layer; "
                 f"{_REMEDY}"
             )
+
+    def _end_before_backward(self, layer: LayerStep) -> None:
+        """End the step, but keep the forwards whose backward has not run for the next one."""
+        later = {key: v for key, v in layer.visits.items() if v.lives and not v.done}
+        layer.visits = {key: v for key, v in layer.visits.items() if v.done}
+        self.end(applied=self._changed())
+        layer.visits = later
+        self._begins()
 
     def _more_to_come(self, layer: LayerStep) -> bool:
         return len(layer.known) < self.announced(layer)
@@ -247,7 +119,7 @@ class AutoStep(OwnStep):
         super().end(applied, overflow)
 
     def _watched(self) -> nn.Parameter | None:
-        return next((p for p in self.layers[0].weights() if p.requires_grad), None)
+        return next(iter(self.layers[0].trained()), None)
 
     def _changed(self) -> bool:
         (at_start, version), weight = self._at_start, self._watched()
@@ -260,6 +132,8 @@ class AutoStep(OwnStep):
                 "balance.micro_batches=None: torch.autograd.grad leaves no gradient on the weights, which would show "
                 f"where the step ends; {_REMEDY}"
             )
+        if trains_watched is not False and not (visit.done or visit.being_read) and self._over(layer):
+            self._end_before_backward(layer)
         if trains_watched:
             self._added = self._added or self._adds_to_kept()
         super().read(layer, visit, trains_watched is not False)
@@ -307,7 +181,8 @@ class AutoStep(OwnStep):
                     f"the end of a step is unknown; {_REMEDY}"
                 )
             return
-        restored = self._left is not None and weight is self._left[0]() and weight.grad is not self._left[1]()
+        left = self._left if weight is not None and self._left is not None and weight is self._left[0]() else None
+        restored = left is not None and weight is not None and weight.grad is not left[1]()
         if self._skipped and not announced and restored:
             raise ValueError(
                 "balance.micro_batches=None: the gradient of a backward pass was removed before the next one, and is "
@@ -365,11 +240,32 @@ class AutoStep(OwnStep):
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer holds the watched weight, or the flat parameter that it is a view of.
 
-        If the whole layer is frozen, any optimizer may train what precedes it.
+        If nothing can be watched, any optimizer may train what precedes the layer, so a known number decides.
         """
-        weight = self._watched()
+        layer, weight = self.layers[0], self._watched()
+        done = sum(v.done for v in layer.visits.values())
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        return weight is None or any(p is weight or p is weight._base for p in held)
+        if weight is None:
+            return done >= self.announced(layer)
+        if any(p is weight or p is weight._base for p in held):
+            return True
+        # a parameter before the layer is in the graph, but FSDP2 moves its gradient to a DTensor, its part on this rank
+        moved = bool(done) and weight is layer.before() and weight.grad is None
+        return moved and any(hasattr(p, "device_mesh") and p.shape == weight.shape for p in held)
+
+
+def _nearest_parameter(x: Tensor) -> Any:
+    """Return a weak reference to the nearest trained parameter from which ``x`` was computed."""
+    nodes = [torch.autograd.graph.get_gradient_edge(x).node] if x.requires_grad else []
+    seen = set(nodes)
+    for node in nodes:  # grows: nearest first
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            return weakref.ref(leaf)
+        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        nodes += dict.fromkeys(new)
+        seen.update(new)
+    return lambda: None
 
 
 def _is_leaf(weight: Tensor) -> bool:
@@ -389,7 +285,7 @@ def may_hold_copies(layer: LayerStep, optimizer: torch.optim.Optimizer) -> bool:
     of_layers = {id(p) for b in list(registry.layers.values()) for p in b.layer.weights()}
     if any(id(p) in of_layers for p in held):  # it trains another model
         return False
-    trained = [p for p in layer.weights() if p.requires_grad]
+    trained = layer.trained()
     shapes = {p.shape for p in trained}
     if any(p.dim() == 1 or p.shape in shapes for p in held if not isinstance(p, nn.Parameter)):
         return True

@@ -20,13 +20,14 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
 from .attach import attach
-from .auto import AutoStep, may_hold_copies, registry
+from .auto import AutoStep, may_hold_copies
 from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .hooks import register_while_alive, untraced
 from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
+from .own_step import registry
 from .recompute import remember, visit_being_recomputed
-from .scaler import current_scale, refuse_two_scales, updating_scaler
+from .scaler import Scaler, current_scale, refuse_two_scales, updating_scaler
 from .step import LayerStep, Step, StepTotals
 from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
@@ -85,7 +86,7 @@ class Balancer:
         #: sums shared with other layers that no training loop drives
         self.shared: dict[Axis, Sums] = {}
         #: the training loop's gradient scaler, see :func:`equimoe.moe.use_gradient_scaler`
-        self.scaler: torch.amp.GradScaler | None = None
+        self.scaler: Scaler | None = None
         register_while_alive(register_optimizer_step_pre_hook, self.refuse_unknown_scaler)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,16 +164,17 @@ class Balancer:
         scaler = updating_scaler()
         if scaler is None or scaler is self.scaler:
             return
-        trained = {p for p in self.layer.weights() if p.requires_grad}
+        trained = set(self.layer.trained())
         held = {p for group in optimizer.param_groups for p in group["params"]}
         if trained and trained.isdisjoint(held) and not may_hold_copies(self.layer, optimizer):
             return  # it trains another model
-        remedy = "call equimoe.moe.use_gradient_scaler(model, scaler) once, before training"
-        if not trained:  # what precedes the layer is trained, and it is unknown by which optimizers
+        name = "scaler" if isinstance(scaler, torch.amp.GradScaler) else "engine"
+        remedy = f"call equimoe.moe.use_gradient_scaler(model, {name}) once, before training"
+        if not trained:  # something before the layer is, and it is unknown by which optimizers
             remedy += "; or if it scales another model only, update this one first, as its MoE layer is frozen"
         raise ValueError(
             f"{type(scaler).__name__}: it multiplies your loss, but not the balance loss, whose gradient would "
-            f"be {scaler.get_scale():g} times too small; {remedy}"
+            f"be {float(current_scale(scaler, 'cpu')):g} times too small; {remedy}"
         )
 
     # ---- the forward
@@ -193,7 +195,7 @@ class Balancer:
             return None, None  # a frozen model, such as a teacher in distillation
         visit, certain = visit_being_recomputed(self.step, self.layer)
         if visit is None:
-            visit = self.step.visit(self.layer, module)
+            visit = self.step.visit(self.layer, module, x_TD)
         remember(visit)
         return visit, visit.decision if certain else None
 

@@ -6,9 +6,10 @@ Attached losses have no value that the loop could multiply, so the division alon
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType, FunctionType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .balancer import Balancer
 
+#: a ``torch.amp.GradScaler``, or DeepSpeed's engine in fp16, whose optimizer has the scale
+Scaler: TypeAlias = Any
 
-def use_gradient_scaler(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+
+def use_gradient_scaler(model: nn.Module, scaler: Scaler) -> None:
     """Multiply the balance losses of all MoE layers of ``model`` by ``scaler``'s scale, as the loop does its own loss.
+
+    ``scaler`` is a ``torch.amp.GradScaler``, or the engine of DeepSpeed in its fp16 mode.
 
     Call it before the first backward of a step. Without this call, the first update that ``scaler.step`` makes raises.
     Unscaling that is not followed by ``scaler.step`` is not noticed: ``scaler.unscale_(optimizer)`` before
@@ -27,10 +33,11 @@ def use_gradient_scaler(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"use_gradient_scaler: model is a {type(model).__name__}; pass the nn.Module first")
-    if not isinstance(scaler, torch.amp.GradScaler):
+    if not isinstance(scaler, torch.amp.GradScaler) and _engine_scale(scaler) is None:
         raise ValueError(
             f"use_gradient_scaler: scaler is a {type(scaler).__name__}; pass the torch.amp.GradScaler that your loop "
-            "uses, or for another kind give its scale: MoE.place(Placement(..., gradient_scale=function))"
+            "uses, or DeepSpeed's engine, or for another kind give its scale: MoE.place(Placement(..., "
+            "gradient_scale=function))"
         )
     found: list[Balancer | None] = [getattr(module, "balancer", None) for module in model.modules()]
     balancers = [balancer for balancer in found if balancer is not None]
@@ -48,7 +55,7 @@ def use_gradient_scaler(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
         balancer.scaler = scaler
 
 
-def refuse_two_scales(scaler: torch.amp.GradScaler | None, gradient_scale: object) -> None:
+def refuse_two_scales(scaler: Scaler | None, gradient_scale: object) -> None:
     """Raise ValueError if both a gradient scaler and a placement's function give the scale of the losses."""
     if scaler is not None and callable(gradient_scale):
         raise ValueError(
@@ -65,18 +72,32 @@ def _has_gradients(balancer: Balancer) -> bool:
     return not weights or any(p.grad is not None and bool(p.grad.any()) for p in weights)
 
 
-def current_scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+def current_scale(scaler: Scaler, device: torch.device | str) -> Tensor:
     """Return the scale on ``device``, fp32, without waiting for it (as ``get_scale`` does); 1 if ``scaler`` is off."""
-    return scaler.scale(torch.ones((), device=device))
+    if isinstance(scaler, torch.amp.GradScaler):
+        return scaler.scale(torch.ones((), device=device))
+    return torch.full((), _engine_scale(scaler) or 1.0, device=device)
 
 
-def updating_scaler() -> torch.amp.GradScaler | None:
+def _engine_scale(engine: Any) -> float | None:
+    """Return the scale of DeepSpeed's loss; None if ``engine`` has none."""
+    found = getattr(getattr(engine, "optimizer", None), "loss_scale", None)
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def updating_scaler() -> Scaler | None:
     """Return the gradient scaler that has called the optimizer that is now stepping, if there is one."""
-    codes = set(_codes_of_methods(torch.amp.GradScaler))
+    kinds: list[type] = [torch.amp.GradScaler]
+    if deepspeed := sys.modules.get("deepspeed.runtime.engine"):
+        kinds.append(deepspeed.DeepSpeedEngine)
+    codes = {code for kind in kinds for code in _codes_of_methods(kind)}
     for frame in _callers():
         if frame.f_code in codes:  # reading f_locals of other frames could keep variables alive that were deleted
             found = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if isinstance(found, torch.amp.GradScaler) and found.is_enabled():
+            if isinstance(found, torch.amp.GradScaler):
+                if found.is_enabled():
+                    return found
+            elif (_engine_scale(found) or 1.0) != 1.0:
                 return found
     return None
 

@@ -68,6 +68,8 @@ class LayerStep:
         self.first_known: int | None = None
         #: a weak reference to the MoE layer
         self.module: Any = lambda: None
+        #: a weak reference to a trained parameter that precedes the layer, if that is frozen and nobody drives the step
+        self.before: Any = lambda: None
 
     @property
     def balancer(self) -> Balancer:
@@ -75,10 +77,20 @@ class LayerStep:
         assert balancer is not None
         return balancer
 
+    def forget_module(self) -> None:
+        """Forget the layer and its visits, because its module is no MoE layer any more."""
+        self.visits, self.module = {}, lambda: None
+
     def weights(self) -> list[nn.Parameter]:
         """Return the layer's weights, the router's first."""
         module = self.module()
         return [] if module is None else list(dict.fromkeys((module.router.weight, *module.parameters())))
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the weights that are trained, the router's first; if there is none, the one before the layer."""
+        before = self.before()
+        weights = self.weights()
+        return [p for p in weights if p.requires_grad] or [p for p in (before,) if p is not None and p.requires_grad]
 
     @property
     def known(self) -> list[Visit]:
@@ -251,8 +263,8 @@ class Step:
 
     # ---- for the balancers of the layers
 
-    def visit(self, layer: LayerStep, module: nn.Module) -> Visit:
-        """Return the visit for a training forward of ``module``, an MoE layer."""
+    def visit(self, layer: LayerStep, module: nn.Module, x: Tensor) -> Visit:
+        """Return the visit for a training forward of ``module``, an MoE layer, with the input ``x``."""
         if self._current is None:
             raise ValueError(
                 "step: a training forward outside of a micro-batch; enter step.micro_batch() around it, and around the "

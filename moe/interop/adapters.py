@@ -97,6 +97,10 @@ def _after_topk(block: Any, config: Any) -> tuple[int, RouterConfig]:
     return config.num_experts_per_tok, RouterConfig(softmax_after_topk=True)
 
 
+def _sparse_mixer(block: Any, config: Any) -> tuple[int, RouterConfig]:
+    return 2, RouterConfig(softmax_after_topk=True)  # whatever the configuration says
+
+
 # ---- what the shared experts of a family add
 
 
@@ -120,7 +124,7 @@ ADAPTERS: dict[str, Adapter] = {
     ),
     "GraniteMoeMoE": Adapter(_after_topk, activation=_activation, router="router"),
     "PhimoeSparseMoeBlock": Adapter(
-        _after_topk, activation=_activation, router="router", own_router=True, refused=("input_jitter_noise",)
+        _sparse_mixer, activation=_activation, router="router", own_router=True, refused=("input_jitter_noise",)
     ),
     # the experts have biases and a clamped activation, so they compute with their own code
     "GptOssMLP": Adapter(

@@ -17,6 +17,13 @@ from ..layer import MoE
 from .adapters import Adapter
 
 
+class ModelConfig(MoEConfig):
+    """The configuration of a layer in a model that exists, which is computed as it is."""
+
+    def _check_single_choice(self) -> None:
+        """Do nothing: in a model with one choice and normalised weights, every gate weight is 1."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What becomes of a block."""
@@ -27,9 +34,10 @@ class Plan:
     router: Any
     #: whether the experts keep computing with their own code
     own_experts: bool
-    #: the model that gets the attention mask, and the attention next to the block; None if there is none
+    #: the model that gets the attention mask; None if there is none
     model: nn.Module | None
-    attention: nn.Module | None
+    #: the attention next to each place of the block, which several layers may share
+    attentions: list[nn.Module]
 
 
 def read(model: nn.Module, adapters: Mapping[Any, Adapter], balance: BalanceConfig) -> list[Plan]:
@@ -37,13 +45,17 @@ def read(model: nn.Module, adapters: Mapping[Any, Adapter], balance: BalanceConf
 
     Raises ValueError if there is no block, or if one differs from what its adapter says or what a layer can do.
     """
-    plans, unknown = [], set()
-    for name, module in model.named_modules():
+    plans: dict[nn.Module, Plan] = {}
+    unknown = set()
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MoE):
             raise ValueError(f"swap: {name or type(model).__name__} is a layer of this package already; call swap once")
         adapter = adapters.get(type(module), adapters.get(type(module).__name__))
         if adapter is not None:
-            plans.append(_plan(model, name, module, adapter, balance))
+            plan = plans[module] = plans.get(module) or _plan(model, name, module, adapter, balance)
+            attention = _attention(model, name, adapter)
+            if attention is not None and attention not in plan.attentions:
+                plan.attentions.append(attention)
         elif "experts" in dict(module.named_children()):
             unknown.add(type(module).__name__)
     if unknown or not plans:
@@ -53,7 +65,7 @@ def read(model: nn.Module, adapters: Mapping[Any, Adapter], balance: BalanceConf
             f"swap: {what} {type(model).__name__} is known; known are {known}; describe others: "
             "adapters={TheirClass: Adapter(...)}"
         )
-    return plans
+    return list(plans.values())
 
 
 def _plan(model: nn.Module, name: str, block: Any, adapter: Adapter, balance: BalanceConfig) -> Plan:
@@ -75,10 +87,17 @@ def _plan(model: nn.Module, name: str, block: Any, adapter: Adapter, balance: Ba
         width = _width(name, block, adapter, experts, hidden)
     elif adapter.weights is None:
         _part(name, block, adapter.experts)
-    config = MoEConfig(hidden, width, experts, top_k, router=routing, balance=balance, activation=activation or "silu")
+    config = ModelConfig(
+        hidden, width, experts, top_k, router=routing, balance=balance, activation=activation or "silu"
+    )
     receives = next((module for module in above[1:] if _takes_mask(module)), None)
-    attention = getattr(above[0], adapter.attention, None) if above and adapter.attention else None
-    return Plan(block, adapter, config, router, activation is None, receives, attention)
+    return Plan(block, adapter, config, router, activation is None, receives, [])
+
+
+def _attention(model: nn.Module, name: str, adapter: Adapter) -> nn.Module | None:
+    """Return the attention next to the block of this name."""
+    above = _above(model, name)
+    return getattr(above[0], adapter.attention, None) if above and adapter.attention else None
 
 
 def _above(model: nn.Module, name: str) -> list[nn.Module]:

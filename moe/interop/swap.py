@@ -122,6 +122,10 @@ def swap(
     for plan in plans:
         _swap_block(plan, group)
     _hand_on_masks(plans)
+    if not any(_COEFFICIENT in vars(module) for module in model.modules()):
+        for inner, block in {plan.model: plan.block for plan in plans if plan.model is not None}.items():
+            hooks: list[Any] = block._swapped.hooks  # type: ignore[union-attr, assignment]
+            hooks.append(inner.register_forward_pre_hook(_check_router_logits, with_kwargs=True))
     for module in model.modules():
         if vars(module).get(_COEFFICIENT):
             vars(module)["_swapped_coefficient"], vars(module)[_COEFFICIENT] = vars(module)[_COEFFICIENT], 0.0
@@ -131,7 +135,8 @@ def swap(
 def unswap(model: nn.Module) -> nn.Module:
     """Undo :func:`swap`, and return the model. Parameters keep their values.
 
-    Raises ValueError if the model is not swapped, or if a wrapper has changed the class of a block.
+    Raises ValueError if the model is not swapped, if a wrapper has changed the class of a block, or between a forward
+    and its backward.
     """
     swapped = [module for module in model.modules() if _BEFORE in vars(module)]
     if not swapped:
@@ -139,9 +144,16 @@ def unswap(model: nn.Module) -> nn.Module:
     for module in swapped:
         if "is_swapped" not in vars(type(module)):
             raise ValueError(f"unswap: a wrapper has made a {type(module).__name__} of a block; unwrap the model first")
-    for module in swapped:
-        for hook in module._swapped.hooks if isinstance(module, SwappedMoE) else []:
+    layers = [module for module in swapped if isinstance(module, SwappedMoE)]
+    if any(v.counted and v.lives and not v.done for layer in layers for v in layer.balancer.layer.visits.values()):
+        raise ValueError(
+            "unswap: the backward of a training forward has not run; call unswap after it, or delete the output"
+        )
+    for layer in layers:
+        layer.balancer.layer.forget_module()
+        for hook in layer._swapped.hooks:
             hook.remove()
+    for module in swapped:
         original, replaced, new = vars(module).pop(_BEFORE)
         for name in new:
             del vars(module)[name]
@@ -193,12 +205,13 @@ def _hand_on_masks(plans: Iterable[Plan]) -> None:
     """Have each model hand its attention mask to its blocks: as an argument, through the attention next to each."""
     blocks: dict[nn.Module, list[_Swapped]] = {}
     for plan in plans:
-        if plan.model is None or plan.attention is None:
+        if plan.model is None or not plan.attentions:
             continue
         swapped: _Swapped = plan.block._swapped  # type: ignore[assignment]
         blocks.setdefault(plan.model, []).append(swapped)
         take = partial(_take_mask, swapped)
-        swapped.hooks.append(plan.attention.register_forward_pre_hook(take, prepend=True, with_kwargs=True))
+        for attention in plan.attentions:
+            swapped.hooks.append(attention.register_forward_pre_hook(take, prepend=True, with_kwargs=True))
     for model, receivers in blocks.items():
         send = partial(_send_mask, receivers)
         receivers[0].hooks.append(model.register_forward_pre_hook(send, with_kwargs=True))
@@ -218,3 +231,17 @@ def _take_mask(receiver: _Swapped, attention: nn.Module, args: Any, kwargs: Any)
     if _MASK in kwargs:
         receiver.mask, receiver.awaited = kwargs.pop(_MASK), False
     return args, kwargs
+
+
+# ---- the balance loss of a head
+
+
+def _check_router_logits(model: nn.Module, args: Any, kwargs: Any) -> None:
+    config, asked = getattr(model, "config", None), kwargs.get("output_router_logits")
+    recorded = getattr(config, "output_router_logits", False) if asked is None else asked
+    if recorded and getattr(config, _COEFFICIENT, 0.0) and torch.is_grad_enabled():
+        raise ValueError(
+            f"output_router_logits=True: swap was called with {type(model).__name__} and without its head, whose "
+            f"balance loss would be added; call swap with the whole model, or if no head adds one, set "
+            f"config.{_COEFFICIENT}=0"
+        )

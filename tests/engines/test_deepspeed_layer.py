@@ -85,7 +85,15 @@ def start(model: nn.Module, stage: int, passes: int, world: int, **section: Any)
 
 
 def train(
-    kind: type[nn.Module], rank: int, world: int, stage: int, ep: int, passes: int, k: int, **how: Any
+    kind: type[nn.Module],
+    rank: int,
+    world: int,
+    stage: int,
+    ep: int,
+    passes: int,
+    k: int,
+    stray: bool = False,
+    **how: Any,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Run the script; a step's micro-batches are all the same, so that counts so far are those of the whole step."""
     model = Toy(kind, ep, k, **how)
@@ -95,6 +103,8 @@ def train(
         for _ in range(passes):
             loss = loss_of(engine, data(step).chunk(world)[rank])
             engine.backward(loss)
+            if stray:
+                engine(data(99))
             engine.step()
         losses.append(float(loss))
     return {name: value.clone() for name, value in model.state_dict().items()}, losses
@@ -165,6 +175,33 @@ def test_weights_of_16_bits(stage: int, dtype: torch.dtype, section: Any, skippe
     assert errors[1] > 2 * errors[0]
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_an_overflow_on_one_rank_skips_the_step_on_all_of_them(ep: int, stage: int) -> None:
+    """One micro-batch of the second step has a gradient that is not finite."""
+
+    def rank_main(rank: int, world: int) -> Any:
+        get_accelerator().is_fp16_supported = lambda: True
+        model = Toy(MoE, ep, 2)
+        fp16 = {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}
+        engine, applied = start(model, stage, 2, world, fp16=fp16), []
+        for step in range(5):
+            for m in range(2):
+                huge = 1e6 if (rank, step, m) == (1, 1, 0) else 1.0
+                engine.backward(huge * loss_of(engine, data(step).chunk(world)[rank].half()).float())
+                engine.step()
+            applied += [step] * engine.was_step_applied()
+        assert model.moe.balancer.previous_step.micro_batches == 2
+        for parameter in model.parameters():
+            parameter.data = safe_get_full_fp32_param(parameter)
+        return tuple(applied), globally(model.state_dict(), rank * E // 2 if ep == 2 else 0)
+
+    (applied, first), (also, second) = run_ranks(rank_main, 2)
+    assert applied == also == (0, 2, 3, 4)
+    error, name = trained.worst(first | second, one_process(2, applied))
+    assert error < 0.01, (name, error)
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_several_forwards_in_one_backward(stage: int) -> None:
     """As for pairs of a preference loss: ``l_aux`` has its full gradient, and all forwards belong to one step, which
@@ -190,6 +227,16 @@ def test_several_forwards_in_one_backward(stage: int) -> None:
         for state in states:
             error, name = trained.worst(state, one_process(2))
             assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_forward_without_a_backward_changes_nothing(stage: int) -> None:
+    def rank_main(rank: int, world: int) -> Any:
+        return train(MoE, rank, world, stage, 1, 2, 2, stray=True)[0]
+
+    for state in run_ranks(rank_main, 2):
+        error, name = trained.worst(state, one_process(2))
+        assert error < 1e-5, (name, error)
 
 
 def test_a_forward_without_its_backward_is_refused_before_the_update() -> None:

@@ -186,6 +186,23 @@ def test_the_mask_comes_with_the_keyword_arguments() -> None:
     assert int(model.layers[0].mlp.stats.tokens) == 0  # type: ignore[union-attr, index]
 
 
+@pytest.mark.parametrize("shared", ["block", "layer"])
+def test_the_mask_comes_to_every_place_of_a_block(shared: str) -> None:
+    mask, x = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]), torch.randn(2, 6, D)
+    model = WithAttention(hands_on=True)
+    if shared == "block":
+        model.layers[1].mlp = model.layers[0].mlp
+    else:
+        model.layers[1] = model.layers[0]
+    swap(model, adapters={Block: STACKED})
+    y = model(x, mask)
+    visits = model.layers[0].mlp.balancer.visits  # type: ignore[union-attr]
+    assert [int(visit.tokens_B.sum()) for visit in visits] == [8, 8] and y.requires_grad
+    del y, visits
+    unswap(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_mask_that_gets_lost_is_an_error() -> None:
     mask, x = torch.ones(2, 6, dtype=torch.long), torch.randn(2, 6, D)
     model = swap(WithAttention(hands_on=False), adapters={Block: STACKED})

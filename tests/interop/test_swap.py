@@ -63,6 +63,22 @@ def test_outputs_gradients_and_names_stay_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_one_choice_per_token_stays_the_same(family: str) -> None:
+    """With normalised weights, every gate weight is 1, so that only the balance loss trains the router. PhiMoE's router
+    always chooses two."""
+    model, choices = build(family, num_experts_per_tok=1), 2 if family == "phimoe" else 1
+    outputs, right = gradients(model)
+    found, grads = gradients(swap(model, OFF))
+    assert close(found.logits, outputs.logits) and not different(grads, right)
+    assert all(int(layer.stats.counts.sum()) == choices * (2 * LENGTH - 5) for layer in layers(model))
+    assert all(layer.balancer.top_k == choices for layer in layers(model))
+    unswap(model)
+    _, grads = gradients(swap(model, BalanceConfig(coefficient=1.0)))
+    routers = [name for name in right if name.endswith(("gate.weight", "router.weight")) and "shared" not in name]
+    assert routers and set(routers) <= set(different(grads, right))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_and_saved_files_stay_the_same(family: str, tmp_path: Path) -> None:
     model = build(family)
     prompt = {"input_ids": batch()["input_ids"][:, :4], "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])}
@@ -103,6 +119,43 @@ def test_the_auxiliary_loss_of_the_model_is_switched_off(family: str) -> None:
         for logits, expected in zip(found.router_logits, with_loss.router_logits, strict=True):
             assert close(logits, expected)
         assert unswap(model).router_aux_loss_coef == 0.5 and model.config.router_aux_loss_coef == 0.5
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_the_balance_loss_of_a_head_that_is_not_swapped_is_refused(configured: bool) -> None:
+    """It would be added to that of the swapped layers. A model without a head has none to add."""
+    model = build("mixtral", router_aux_loss_coef=0.5, output_router_logits=configured)
+    inputs = batch() | ({} if configured else {"output_router_logits": True})
+    swap(model.model, OFF)
+    with pytest.raises(
+        ValueError, match="^output_router_logits=True: swap was called with MixtralModel and without its"
+    ):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    model(**batch() | {"output_router_logits": False})
+    model.config.router_aux_loss_coef = 0.0
+    assert len(model.model(inputs["input_ids"], output_router_logits=True).router_logits) == 2
+    unswap(model)
+    model(**inputs)
+
+
+def test_unswap_between_a_forward_and_its_backward_is_refused() -> None:
+    model = swap(build("mixtral"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(**batch()).loss
+    with pytest.raises(
+        ValueError, match="^unswap: the backward of a training forward has not run; call unswap after it"
+    ):
+        unswap(model)
+    loss.backward()
+    stats = layers(model)[0].stats
+    unswap(model)
+    optimizer.step()  # although statistics and the loss still refer to the layers
+    assert int(stats.tokens) == 2 * LENGTH - 5
+    swap(model)
+    model(**batch())
+    assert not layers(unswap(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -173,15 +174,25 @@ def test_gradients_cleared_between_counting_and_training(given: int | None) -> N
         assert oracle.relative_error(layer.router.weight.grad, whole(layer, inputs)) < 1e-12
 
 
-def test_a_forward_without_backward_goes_with_the_step_that_is_broken_off() -> None:
+@pytest.mark.parametrize("updated", [True, False])
+def test_a_forward_without_backward_goes_with_the_step_that_is_broken_off(updated: bool) -> None:
+    """Before the first update, an optimizer of copies may have taken the gradients, so an update is refused."""
     layer, fresh = make(micro_batches=2), make(micro_batches=2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     first, inputs = batches(2), batches(2, seed=9)
+    if updated:
+        backward(layer, first)
+        optimizer.step()
+        optimizer.zero_grad()
     backward(layer, first[:1])
     layer(first[1])
     layer.zero_grad()
     backward(layer, inputs)
     backward(fresh, inputs)
-    assert seen(layer) == 2 and torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+    same = torch.equal(layer.router.weight.grad, fresh.router.weight.grad)
+    assert (seen(layer), same) == ((2, True) if updated else (1, False))
+    with nullcontext() if updated else pytest.raises(ValueError, match="if a step was broken off, drive the steps"):
+        optimizer.step()
 
 
 def test_forwards_that_are_never_trained_on_take_no_memory() -> None:

@@ -311,12 +311,20 @@ def test_variables_that_a_training_step_deletes_are_freed() -> None:
     step()
 
 
-def test_the_scaler_of_another_model_beside_a_frozen_layer() -> None:
-    """Nothing tells which optimizers train what precedes a frozen layer, but the error says what to do."""
-    model, other, own = make(), nn.Linear(8, 8), scaler()
+@pytest.mark.parametrize("known", [True, False])
+def test_the_scaler_of_another_model_beside_a_frozen_layer(known: bool) -> None:
+    """If no parameter precedes a frozen layer in the graph, nothing tells who trains, but the error says what to do."""
+    model, other, own = make(), nn.Linear(8, 3), scaler()
     frozen_experts(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    model(tokens(0, 0, 0)).square().mean().backward()
+    x = model[0](tokens(0, 0, 0))
+    model[1:](x if known else x.detach().requires_grad_()).square().mean().backward()
+    if known:
+        update(other, own)
+        own.update()
+        with pytest.raises(ValueError, match=REMEDY + ", before training$"):
+            own.step(optimizer)
+        return
     with pytest.raises(ValueError, match=REMEDY + ".*update this one first, as its MoE layer is frozen$"):
         update(other, own)
     optimizer.step()

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, Step, counting_pass
-from equimoe.moe.balance.auto import registry
+from equimoe.moe.balance.own_step import registry
 from equimoe.moe.parallel import ParallelConfig, build_mesh, clip_grad_norm_, parallelize
 from tests.helpers import oracle, trained
 from tests.helpers.fork import run_ranks

@@ -132,11 +132,15 @@ class _Step(AutoStep):
         engine = self.engine()
         self._engines_step = 0 if engine is None else engine.global_steps
 
-    def _end_if_over(self, layer: LayerStep) -> None:
+    def _over(self, layer: LayerStep) -> bool:
         engine = self.engine()
-        if engine is None:
+        # the number of steps also grows if an update was skipped
+        return super()._over(layer) if engine is None else engine.global_steps != self._engines_step
+
+    def _end_if_over(self, layer: LayerStep) -> None:
+        if self.engine() is None:
             super()._end_if_over(layer)
-        elif engine.global_steps != self._engines_step:  # also if the update was skipped
+        elif self._over(layer):
             self.end(applied=self._changed())
 
     def _trained_by(self, optimizer: torch.optim.Optimizer) -> bool:

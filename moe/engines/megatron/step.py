@@ -34,11 +34,11 @@ class MegatronStep(OwnStep):
         #: a weak reference to the router's weight, and its version, when the step began
         self._at_start: tuple[Any, int] = (lambda: None, 0)
 
-    def visit(self, layer: LayerStep, module: Any) -> Visit:
+    def visit(self, layer: LayerStep, module: Any, x: Tensor) -> Visit:
         if _zeroed(module.router.weight):
             layer.visits = {key: v for key, v in layer.visits.items() if v.ahead}
             module.router.forget()
-        found = super().visit(layer, module)
+        found = super().visit(layer, module, x)
         _watch(module.router.weight)
         return found
 
