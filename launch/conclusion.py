@@ -46,6 +46,8 @@ def conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments
     print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
     print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
     print(f"report:     {report}")
+    generate = f"{shlex.quote(sys.executable)} -m equimoe.launch.generate --run-dir {shlex.quote(str(run_dir))}"
+    print(f"generate:   {printable(generate)} --prompt 'The'")
     longer = replace(config, steps=2 * config.steps)
     command = printable(command_to_continue(arguments, env.this_process(), longer.steps))
     if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:

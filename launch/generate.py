@@ -51,11 +51,10 @@ def main(argv: list[str] | None = None) -> None:
             shown = (lambda _, token: stream.add(token)) if stream is not None else (lambda *_: None)
             settings = {"stop": tokenizer.end_of_document, "dp": dp, "batch": arguments.batch}
             texts = generate(model, ids, sampling, **settings, on_token=shown)
+            everywhere = {number: text for part in gather(texts) for number, text in part.items()}
             if stream is not None:
                 stream.end()
-                return
-            everywhere = {number: text for part in gather(texts) for number, text in part.items()}
-            if process.rank == 0:
+            elif process.rank == 0:
                 for number, prompt in enumerate(prompts):
                     text = tokenizer.decode(np.array(everywhere[number]))
                     print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=not _prints_unicode()))

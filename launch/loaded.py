@@ -154,7 +154,10 @@ def ranks(
         raise ValueError(f"--processes={asked}: {why}")
     world = process.world if started else asked or 1
     given = {"ep": arguments.ep} if arguments.ep else {}
-    degrees = ParallelConfig(**given, tp=arguments.tp, sequence_parallel=False).resolve(world, num_experts)
+    try:
+        degrees = ParallelConfig(**given, tp=arguments.tp, sequence_parallel=False).resolve(world, num_experts)
+    except ValueError as error:
+        raise ValueError(str(error).replace("parallel.", "--")) from None
     if not started and world > 1:
         env.start(world, module, argv)
     if world == 1:

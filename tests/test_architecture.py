@@ -54,6 +54,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "deepspeed": ("moe/engines/deepspeed/",),
     "megatron": ("moe/engines/megatron/",),
     "transformers": (),
+    "lm_eval": ("launch/harness.py",),
     # the reader of old checkpoints: zipfile and pickletools parse, and run nothing
     **dict.fromkeys(("pickletools", "zipfile"), ("moe/checkpoint/legacy.py",)),
     **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "copyreg", "dill", "joblib", "marshal", "shelve"), ()),
