@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> None:
         process = env.this_process()
     with loaded.one_line(process):
         torch.set_num_threads(env.threads(process))
-        for name in ("batch", "limit", "samples"):
+        for name in ("batch", "limit", "samples", "seq_len"):
             if (value := getattr(arguments, name)) is not None and value < 1:
-                raise ValueError(f"--{name}={value}: must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
         seq_len = arguments.seq_len or source.seq_len
@@ -74,17 +74,19 @@ def _documents(
     known = {field.name for field in fields(DataConfig)}
     settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
     settings |= {name: getattr(arguments, name) for name in FIELDS if getattr(arguments, name) is not None}
+    if arguments.data is not None:
+        settings |= {"path": arguments.data, "tokenizer": "bytes"}
+    elif not source.data:
+        raise ValueError("--data: is missing; only a run has held-out text")
+    config = DataConfig(**settings)
     try:
         if arguments.data is not None:
-            config = DataConfig(**settings | {"path": arguments.data, "tokenizer": "bytes"})
             found = read_documents(config, tokenizer)
-        elif source.data:
-            held = load_corpus(DataConfig(**settings), tokenizer).heldout
-            found = {domain: [stream] for domain, stream in held.items()}
         else:
-            raise ValueError("--data: is missing; only a run has held-out text")
+            held = load_corpus(config, tokenizer).heldout
+            found = {domain: [stream] for domain, stream in held.items()}
     except ValueError as error:
-        env.stop(process, env.CONFIG if arguments.data is None and not source.data else env.DATA, str(error))
+        env.stop(process, env.DATA, str(error))
     end = tokenizer.end_of_document
     texts = {domain: [text for stream in found[domain] for text in _texts(stream, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}

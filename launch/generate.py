@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         process = env.this_process()
     with loaded.one_line(process):
         torch.set_num_threads(env.threads(process))
+        if arguments.batch < 1:
+            raise ValueError(f"--batch={arguments.batch}: must be at least 1")
         sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed)
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)

@@ -1,4 +1,4 @@
-"""Runs ``equimoe.launch.train`` on forked ranks, as torchrun would start it, but without seconds of imports."""
+"""Runs ``equimoe.launch.train``, or another command, on forked ranks, as torchrun would start it, but without seconds of imports."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 
 import equimoe.launch.train as train
 
+Main = Callable[[list[str]], None]
 Within = Callable[[], AbstractContextManager[None]]
 
 
@@ -44,16 +45,22 @@ def one_line(ended: Ended, code: int, *words: str) -> None:
 
 
 def launch(
-    argv: list[str], world: int = 1, cwd: Path | None = None, timeout: float = 60.0, within: Within = nullcontext
+    argv: list[str],
+    world: int = 1,
+    cwd: Path | None = None,
+    timeout: float = 60.0,
+    within: Within = nullcontext,
+    main: Main = train.main,
 ) -> Ended:
-    """Call the command's main on ``world`` ranks, in the context that ``within`` returns.
+    """Call a command's ``main`` on ``world`` ranks, in the context that ``within`` returns.
 
     A rank that does not finish in time gets the exit code -9.
     """
     fork, start, port = multiprocessing.get_context("fork"), time.monotonic(), _free_port()
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
         ranks = [
-            fork.Process(target=_main, args=(argv, rank, world, port, folder, cwd, within)) for rank in range(world)
+            fork.Process(target=_main, args=(main, argv, rank, world, port, folder, cwd, within))
+            for rank in range(world)
         ]
         for rank in ranks:
             rank.start()
@@ -78,7 +85,9 @@ def _open_streams() -> None:
     sys.stdout, sys.stderr = (os.fdopen(d, "w", buffering=1, closefd=False) for d in (1, 2))
 
 
-def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None, within: Within) -> None:
+def _main(
+    main: Main, argv: list[str], rank: int, world: int, port: int, folder: str, cwd: Path | None, within: Within
+) -> None:
     gc.freeze()
     torch.set_num_threads(1)
     place = {
@@ -98,7 +107,7 @@ def _main(argv: list[str], rank: int, world: int, port: int, folder: str, cwd: P
     if cwd is not None:
         os.chdir(cwd)
     with within():
-        train.main(argv)
+        main(argv)
 
 
 def _free_port() -> int:

@@ -1,0 +1,155 @@
+"""Checks the commands that use a trained model: ``generate`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from equimoe.launch import env, evaluate, generate
+from equimoe.launch.options import to_yaml
+from tests.helpers import small
+from tests.helpers.command import Ended, launch, one_line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``texts``, and a finished run in ``run``."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "small.yaml").write_text(to_yaml(small.on(small.write_texts(folder / "texts"), steps=30)))
+    ended = launch(["--config", "small.yaml", "--run-dir", "run"], cwd=folder)
+    assert ended.codes == [0], ended
+    assert re.search(r"^generate: +\S+ -m equimoe.launch.generate --run-dir run --prompt 'The'$", ended.out[0], re.M)
+    return folder
+
+
+def run(folder: Path, main: object, *options: str, world: int = 1) -> Ended:
+    return launch(["--run-dir", "run", *options], world, cwd=folder, main=main.main)  # type: ignore[attr-defined]
+
+
+def test_one_text_appears_after_its_prompt(trained: Path) -> None:
+    ended = run(trained, generate, "--prompt", "alpha", "--max-tokens", "8", "--temperature", "0")
+    assert ended.codes == [0] and ended.errors == [], ended
+    assert re.fullmatch(r"alpha[ -~]{8}\n", ended.out[0]), ended
+
+
+@pytest.mark.parametrize("options", [[], ["--tp", "2"], ["--ep", "1", "--batch", "1"]], ids=" ".join)
+def test_several_texts_are_the_same_on_any_number_of_ranks(trained: Path, options: list[str]) -> None:
+    (trained / "prompts.txt").write_text("alpha\n\nbeta\n")
+    (trained / "prompts.jsonl").write_text('{"prompt": "x = y\\n"}\n{"prompt": "", "more": 1}\n')
+    for file, prompts in (("prompts.txt", ["one", "alpha", "beta"]), ("prompts.jsonl", ["one", "x = y\n", ""])):
+        asked = ["--prompt", "one", "--prompts", file, "--max-tokens", "6", "--top-p", "0.9", "--seed", "3"]
+        alone = run(trained, generate, *asked)
+        found = [json.loads(line) for line in alone.out[0].splitlines()]
+        assert alone.codes == [0] and [one["prompt"] for one in found] == prompts
+        assert all(one["text"] for one in found)
+        two = run(trained, generate, *asked, *options, world=2)
+        assert two.codes == [0, 0] and two.out == [alone.out[0], ""] and two.errors == [], two
+
+
+def test_a_stream_holds_back_parts_of_characters_and_escapes_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    from equimoe.moe.train.data import load_tokenizer
+
+    tokenizer = load_tokenizer("bytes")
+    stream, shown = generate.Stream("é ", tokenizer), []
+    for byte in "aü\x1b[31m\n€".encode() + b"\xff" + b"b\xc3":
+        stream.add(byte)
+        shown.append(capsys.readouterr().out)
+    stream.end()
+    assert "".join(shown) == "é aü\\x1b[31m\n€\ufffdb" and shown[1] == "" and capsys.readouterr().out == "\ufffd\n"
+
+
+def test_texts_longer_than_those_of_the_training_are_noted(trained: Path) -> None:
+    ended = run(trained, generate, "--prompt", "a", "--max-tokens", "30")
+    assert ended.codes == [0]
+    assert ended.errors == ["note: texts of up to 32 tokens are longer than those of the training, 16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ([], env.CONFIG, ["--prompt: is missing"]),
+        (["--prompt", "a", "--max-tokens", "0"], env.CONFIG, ["max_tokens=0"]),
+        (["--prompt", "a", "--top-p", "2"], env.CONFIG, ["top_p=2.0"]),
+        (["--prompt", "a", "--tp", "2"], env.CONFIG, ["--tp=2", "number of processes"]),
+        (["--prompt", "a", "--processes", "0"], env.CONFIG, ["--processes=0"]),
+        (["--prompt", "a", "--tokenizer", "nowhere"], env.CONFIG, ["nowhere", "--tokenizer"]),
+        (["--prompts", "nowhere"], env.DATA, ["nowhere", "No such file"]),
+        (["--prompts", "bad.jsonl"], env.CONFIG, ["--prompts=bad.jsonl: line 2"]),
+        (["--prompts", "latin.txt"], env.CONFIG, ["--prompts=latin.txt: is not UTF-8"]),
+        (["--prompt", "a", "--run-dir", "nowhere"], env.CONFIG, ["--run-dir=nowhere"]),
+        (["--prompt", "a", "--run-dir", "texts"], env.CHECKPOINT, ["texts: no checkpoint"]),
+        (["--temperature", "x"], env.CONFIG, ["--temperature"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_mistakes_of_generate_end_with_one_line(trained: Path, options: list[str], code: int, words: list[str]) -> None:
+    (trained / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (trained / "latin.txt").write_bytes(b"\xe9\xff")
+    one_line(run(trained, generate, *options), code, *words)
+
+
+# ---- evaluate
+
+
+def evaluated(folder: Path, *options: str, world: int = 1) -> dict[str, dict[str, float]]:
+    ended = run(folder, evaluate, *options, "--json", "found.json", world=world)
+    assert ended.codes == [0] * world and ended.errors == [], ended
+    assert ended.out[0].splitlines()[-1].startswith("all ") and ended.out[1:] == [""] * (world - 1)
+    return json.loads((folder / "found.json").read_text())["domains"]
+
+
+def test_held_out_text_is_that_of_the_training(trained: Path) -> None:
+    """The loss of single documents differs from that of the stream only at the ends of documents."""
+    found = evaluated(trained)
+    records = [json.loads(line) for line in (trained / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "eval"][-1]
+    assert found.keys() == last["domains"].keys() | {"all"}
+    assert found["all"]["loss"] == pytest.approx(last["loss"], rel=0.1)
+    for row in found.values():
+        assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
+        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+
+
+@pytest.mark.parametrize("options", [["--ep", "2"], ["--tp", "2"]], ids=" ".join)
+def test_other_text_is_evaluated_the_same_on_two_ranks(trained: Path, options: list[str]) -> None:
+    data = ["--data", "texts", "--seq-len", "11", "--limit", "4", "--batch", "3"]
+    alone = evaluated(trained, *data)
+    assert [row["documents"] for row in alone.values()] == [4, 4, 4, 12]
+    two = evaluated(trained, *data, *options, world=2)
+    for domain, row in alone.items():
+        assert two[domain] == pytest.approx(row, rel=1e-5)
+
+
+def test_bootstrap_errors_are_those_of_a_ratio_of_sums() -> None:
+    """For documents of equal length they equal the standard error of the mean."""
+    draw = np.random.default_rng(1)
+    losses = draw.normal(2.0, 0.5, 400)
+    sums_N2 = np.stack([losses * 50, np.full(400, 50.0)], axis=1)
+    found = evaluate.summary(["a"] * 300 + ["b"] * 100, sums_N2, 2000, seed=0)
+    assert found["a"]["loss"] == pytest.approx(losses[:300].mean())
+    for name, part in (("a", losses[:300]), ("b", losses[300:])):
+        assert found[name]["loss_std"] == pytest.approx(part.std() / len(part) ** 0.5, rel=0.1)
+    weights = np.array([300, 100]) / 400
+    both = (weights**2 * np.array([found["a"]["loss_std"], found["b"]["loss_std"]]) ** 2).sum() ** 0.5
+    assert found["all"]["loss_std"] == pytest.approx(both, rel=0.1) and found["all"]["tokens"] == 20000
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--data", "nowhere"], env.DATA, ["nowhere", "does not exist"]),
+        (["--data", "empty"], env.DATA, ["empty", "has no files"]),
+        (["--limit", "0"], env.CONFIG, ["--limit=0"]),
+        (["--seq-len", "0"], env.CONFIG, ["--seq-len=0"]),
+        (["--domain-by", "nothing"], env.CONFIG, ["data.domain_by='nothing'"]),
+        (["--run-dir", "texts"], env.CHECKPOINT, ["no checkpoint"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_mistakes_of_evaluate_end_with_one_line(trained: Path, options: list[str], code: int, words: list[str]) -> None:
+    (trained / "empty").mkdir(exist_ok=True)
+    one_line(run(trained, evaluate, *options), code, *words)
