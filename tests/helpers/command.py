@@ -1,4 +1,4 @@
-"""Runs ``equimoe.launch.train``, or another command, on forked ranks, as torchrun would start it, but without seconds of imports."""
+"""Runs a command, usually ``equimoe.launch.train``, on forked ranks as torchrun does, but without seconds of imports."""
 
 from __future__ import annotations
 
