@@ -3,6 +3,7 @@
 from .auto import AutoStep
 from .balancer import Balancer, loss_terms
 from .bias import initial_bias
+from .hooks import register_while_alive
 from .losses import SCOPES, loss_value
 from .own_step import OwnStep, counting_pass
 from .recompute import recompute
@@ -25,5 +26,6 @@ __all__ = [
     "loss_value",
     "random_state_kept",
     "recompute",
+    "register_while_alive",
     "use_gradient_scaler",
 ]

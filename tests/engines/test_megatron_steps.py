@@ -31,7 +31,7 @@ from tests.helpers.megatron_models import (  # noqa: E402
     run,
     sequences,
 )
-from tests.helpers.megatron_tensors import Whole, assert_equal, joined  # noqa: E402
+from tests.helpers.megatron_tensors import Whole, assert_equal, joined, parts  # noqa: E402
 
 EP = "expert_model_parallel_size"
 #: choices of a token
@@ -239,6 +239,72 @@ def test_a_gradient_scaler_scales_the_losses_gradients_too() -> None:
                     found.append(gradients(trainer))
             for plain, scaled in zip(found[:2], found[2:], strict=True):
                 assert_equal({key: value / 8 for key, value in scaled.items()}, plain, rtol=1e-6)
+
+    run_ranks(body, 1)
+
+
+def overflowing(fp16: bool, steps: tuple[int, ...], ep: int, distributed: bool, rank: int, world: int) -> Any:
+    """Train steps. In fp16, the second one has a gradient that is not finite in one micro-batch of the last rank.
+
+    Returns which steps were applied, the bias before and after each, and the weights.
+    """
+    with megatron(**{EP: ep}):
+        dtype = torch.float16 if fp16 else torch.float32
+        config = config_of(**BIAS, fp16=fp16, params_dtype=dtype, **{EP: ep})
+        chunks = chunks_of(config, moe_layer_spec(config), alone=True)
+        number, seen, applied = 0, [], []
+
+        def forward(iterator: Any, model: Any) -> Any:
+            nonlocal number
+            out, loss = forward_layers(False, iterator, model)
+            number, huge = number + 1, 1e6 if fp16 and (rank, number) == (world - 1, 2) else 1.0
+            seen.append(biases(trainer))
+
+            def scaled(output: Tensor) -> tuple[Tensor, ...]:
+                mean, reported = loss(output)
+                return mean * huge, reported
+
+            return out, scaled
+
+        trainer = Trainer(chunks, forward, exact=False, distributed_optimizer=distributed, fp16=fp16)
+        for step in steps:
+            trainer.backward(step)
+            applied.append(bool(trainer.optimizer.step()[0]))
+            assert layers(trainer)[0].balancer.previous_step.micro_batches == 2
+        weights = parts(chunks)
+        return applied, [torch.stack(found) for found in seen[::2]], torch.stack(biases(trainer)), weights
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_an_overflow_on_one_rank_skips_the_step_on_all_of_them(ep: int, distributed: bool) -> None:
+    """Neither weights nor biases move, and the next steps are those of a process that never saw the skipped one."""
+    [(_, before, bias, weights)] = run_ranks(partial(overflowing, False, (0, 2, 3), 1, False), 1)
+    found = run_ranks(partial(overflowing, True, (0, 1, 2, 3), ep, distributed), 2)
+    for applied, *_ in found:
+        assert applied == [True, False, True, True]
+    for _, seen, last, _ in found:
+        wanted = [before[0], before[1], *before[1:], bias]
+        assert all(torch.equal(*pair) for pair in zip([*seen, last], wanted, strict=True))
+    right = joined([weights])
+    for name, value in joined([weights for *_, weights in found]).items():
+        assert oracle.relative_error(value.float(), right[name]) < 0.01, name
+
+
+def test_a_bias_that_is_loaded_after_a_skipped_step_stays() -> None:
+    def body(rank: int, world: int) -> None:
+        with megatron():
+            trainer = trainer_of(**BIAS)
+            before = biases(trainer)
+            trainer.backward(0)
+            assert not any(torch.equal(*pair) for pair in zip(biases(trainer), before, strict=True))
+            for layer in layers(trainer):
+                layer.router.expert_bias.copy_(torch.arange(E))
+            found = []
+            hook = layers(trainer)[0].register_forward_hook(lambda *_: found.extend(biases(trainer)))
+            trainer.backward(1)
+            hook.remove()
+            assert all(torch.equal(bias, torch.arange(E).float()) for bias in found)
 
     run_ranks(body, 1)
 

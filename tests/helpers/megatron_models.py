@@ -246,11 +246,13 @@ class Trainer:
         exact: bool = True,
         distributed_optimizer: bool = False,
         bf16: bool = False,
+        fp16: bool = False,
     ) -> None:
         self.chunks, self.forward, self.micro_batches, self.exact = chunks, forward, micro_batches, exact
         self.config: TransformerConfig = chunks[0].config  # type: ignore[assignment]
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=bf16)
-        wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if bf16 else chunks
+        half = bf16 or fp16
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=half)
+        wrapped = [Float16Module(self.config, chunk) for chunk in chunks] if half else chunks
         self.ddp = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(wrapped)
         ]
@@ -260,10 +262,15 @@ class Trainer:
             weight_decay=0.1,
             clip_grad=1.0,
             bf16=bf16,
+            fp16=fp16,
+            initial_loss_scale=1024.0,
+            hysteresis=1,
             params_dtype=self.config.params_dtype,
             use_distributed_optimizer=distributed_optimizer,
         )
         self.optimizer = get_megatron_optimizer(options, self.ddp)
+        if fp16:
+            self.config.grad_scale_func = self.optimizer.scale_loss
 
     def schedule(self, mine: Tensor, forward_only: bool = False) -> list[Tensor]:
         """Run micro-batches [M, B, S + 1], and return the losses on the last stage."""

@@ -5,6 +5,7 @@ S positions, B sequences, D hidden, E experts, F expert width.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, save_to_aux_losses_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -105,6 +107,8 @@ class MoELayer(MoE):
             raise ValueError(
                 "parallel_state: not initialised; call initialize_model_parallel() before building a model"
             )
+        if submodules is not None and submodules.experts is not None:
+            raise ValueError("submodules.experts: the experts are this package's own; use moe_layer_spec(config)")
         groups = get_default_pg_collection() if pg_collection is None else pg_collection
         _check_groups(config, groups)
         moe = moe_config(config, router, estimator)
@@ -129,7 +133,11 @@ class MoELayer(MoE):
             self._tell_of_exact_gradient()
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the number, from 1, under which losses are logged."""
+        """Set the number, from 1, under which losses are logged. Called by the transformer layer around this layer.
+
+        Raises ValueError if that has no norm before this layer.
+        """
+        _check_norm(inspect.currentframe().f_back.f_locals.get("self"))  # type: ignore[union-attr]
         self.layer_number = layer_number
         if isinstance(self.router, MegatronRouter):
             self.router.set_layer_number(layer_number)
@@ -259,6 +267,17 @@ class MoELayer(MoE):
                 "moe_layer_spec(config, router='megatron') keeps Megatron's gradient",
                 stacklevel=2,
             )
+
+
+def _check_norm(block: Any) -> None:
+    """Raise ValueError for a transformer layer of TransformerEngine that leaves the norm to a dense MLP."""
+    if not isinstance(getattr(block, "pre_mlp_layernorm", None), IdentityOp):
+        return
+    if any("transformer_engine" in type(module).__module__ for module in block.modules()):
+        raise ValueError(
+            "pre_mlp_layernorm: this layer has no norm of its own, unlike a dense MLP of TransformerEngine; pass "
+            "num_experts to get_gpt_layer_with_transformer_engine_spec"
+        )
 
 
 def _summed(axis: Axis, grad: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ class ExactRouter(Router):
             #: int64 [E], choices on this rank since the last update of the bias
             counts_E = torch.zeros(moe.num_experts, dtype=torch.int64, device=device)
             self.register_buffer("local_tokens_per_expert", counts_E, persistent=False)
+        #: the tensor of the bias, its version and its value, when the step began
+        self._at_start: tuple[Tensor, int, Tensor] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "expert_bias" and self.bias_E is not None:
@@ -63,10 +65,19 @@ class ExactRouter(Router):
         if self.bias_E is not None:
             self.local_tokens_per_expert += counts_E
 
-    def forget(self) -> None:
-        """Forget the choices since the last update, because their step broke off."""
-        if self.bias_E is not None:
-            self.local_tokens_per_expert.zero_()
+    def forget(self, skipped: bool) -> None:
+        """Begin a step: forget the choices of one that broke off, and undo the move of the bias if it was ``skipped``.
+
+        Megatron moves the bias before it knows whether gradients have overflowed, in which case weights stay.
+        """
+        if self.bias_E is None:
+            return
+        if skipped and self._at_start is not None:
+            bias_E, version, value_E = self._at_start
+            if bias_E is self.bias_E and bias_E._version == version + 1:  # else a checkpoint has been loaded, too
+                bias_E.copy_(value_E)
+        self.local_tokens_per_expert.zero_()
+        self._at_start = self.bias_E, self.bias_E._version, self.bias_E.clone()
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Called by Megatron-Core when the gradients of a step are complete."""
@@ -113,8 +124,8 @@ class MegatronRouter(TopKRouter):
         super().__init__(config=config, pg_collection=groups)
         self.top_k = config.moe_router_topk
 
-    def forget(self) -> None:
-        """Do nothing: Megatron-Core keeps the counts of a step that broke off."""
+    def forget(self, skipped: bool) -> None:
+        """Do nothing: Megatron-Core keeps the counts of a step that broke off, and the move of the bias."""
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None

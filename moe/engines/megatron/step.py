@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...balance import Balancer, LayerStep, OwnStep, Visit
+from ...balance import Balancer, LayerStep, OwnStep, Visit, register_while_alive
 
 #: number of micro-batches after which a step that nobody ends raises
 _MOST = 65536
@@ -33,11 +34,19 @@ class MegatronStep(OwnStep):
         self._needs_end = balancer.config.scope == "global"
         #: a weak reference to the router's weight, and its version, when the step began
         self._at_start: tuple[Any, int] = (lambda: None, 0)
+        #: whether an optimizer has stepped since the step began; Megatron's calls none if a gradient has overflowed
+        self._updated = False
+        register_while_alive(register_optimizer_step_post_hook, self.after_optimizer_step)
+
+    def after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after every optimizer step in the process."""
+        self._updated = True
 
     def visit(self, layer: LayerStep, module: Any, x: Tensor) -> Visit:
         if _zeroed(module.router.weight):
             layer.visits = {key: v for key, v in layer.visits.items() if v.ahead}
-            module.router.forget()
+            module.router.forget(skipped=not (self._updated or self._changed()))
+            self._updated = False
         found = super().visit(layer, module, x)
         _watch(module.router.weight)
         return found
@@ -56,8 +65,9 @@ class MegatronStep(OwnStep):
         self._at_start = weakref.ref(weight), weight._version
 
     def _changed(self) -> bool:
-        (at_start, version), weight = self._at_start, self.layers[0].weights()[0]
-        return weight is at_start() and weight._version != version
+        at_start, version = self._at_start
+        weight = at_start()
+        return weight is not None and weight is self.layers[0].weights()[0] and weight._version != version
 
     def expected(self, layer: LayerStep) -> int:
         """Return the number of micro-batches by which losses are divided; :meth:`scale` undoes it."""
