@@ -38,7 +38,7 @@ from .names import Layout, Part, Shape, names, theirs
 
 #: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
 ARCHITECTURE = "architecture"
-#: the part of a name that marks a tensor that is always fp32
+#: the part of a name that marks a tensor that is fp32 unless the imported model has another dtype
 _BIAS = "e_score_correction_bias"
 
 
@@ -124,7 +124,8 @@ def export_checkpoint(
     if wanted.tie_embeddings and record.get("head"):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     usual, others = dtype or record.get("dtype", "float32"), {} if dtype else record.get("others", {})
-    dtypes = {name: DTYPE_OF_NAME[others.get(name, "float32" if _BIAS in name else usual)] for name in tensors}
+    exact = "float32" if dtype or not record else usual
+    dtypes = {name: DTYPE_OF_NAME[others.get(name, exact if _BIAS in name else usual)] for name in tensors}
     small[CONFIG] = json.dumps(config | _dtype_of(config, usual), indent=2).encode()
     partial = out.with_name(f"{out.name}.tmp")
     remove(partial)
