@@ -38,6 +38,8 @@ from .names import Layout, Part, Shape, names, theirs
 
 #: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
 ARCHITECTURE = "architecture"
+#: dtypes in which weights can be written
+DTYPES = ("float32", "bfloat16", "float16")
 #: the part of a name that marks a tensor that is fp32 unless the imported model has another dtype
 _BIAS = "e_score_correction_bias"
 
@@ -149,8 +151,8 @@ def _record(side: Path | None, content: bytes | None) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(content)
-        names_of = [found["dtype"], *found["others"].values()]
-        if found["layout"] not in ("v4", "v5") or not all(name in DTYPE_OF_NAME for name in names_of):
+        dtypes = [found["dtype"], *found["others"].values()]
+        if found["layout"] not in ("v4", "v5") or not all(name in DTYPES for name in dtypes):
             raise ValueError("layout or dtype")
         return dict(found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
