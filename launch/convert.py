@@ -13,7 +13,7 @@ from pathlib import Path
 from ..moe import checkpoint
 from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
-from ..moe.interop.convert import export_checkpoint, import_folder
+from ..moe.interop.convert import DTYPES, export_checkpoint, import_folder
 from . import env
 from .text import counted
 from .usage import Parser
@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one tensor per expert and projection, as in files of transformers 4 and 5 (v4), or one for all experts "
         "(v5); default: that of the imported model, or v4",
     )
-    two.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the imported model, or float32"
-    )
+    two.add_argument("--dtype", choices=DTYPES, help="default: that of the imported model, or float32")
     two.add_argument("--file-bytes", type=int, default=5 << 30, help="largest file; default 5 GiB")
     return parser
 

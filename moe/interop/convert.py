@@ -38,7 +38,9 @@ from .names import Layout, Part, Shape, names, theirs
 
 #: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
 ARCHITECTURE = "architecture"
-#: the part of a name that marks a tensor that is always fp32
+#: dtypes in which weights can be written
+DTYPES = ("float32", "bfloat16", "float16")
+#: the part of a name that marks a tensor that is fp32 unless the imported model has another dtype
 _BIAS = "e_score_correction_bias"
 
 
@@ -124,7 +126,8 @@ def export_checkpoint(
     if wanted.tie_embeddings and record.get("head"):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     usual, others = dtype or record.get("dtype", "float32"), {} if dtype else record.get("others", {})
-    dtypes = {name: DTYPE_OF_NAME[others.get(name, "float32" if _BIAS in name else usual)] for name in tensors}
+    exact = "float32" if dtype or not record else usual
+    dtypes = {name: DTYPE_OF_NAME[others.get(name, exact if _BIAS in name else usual)] for name in tensors}
     small[CONFIG] = json.dumps(config | _dtype_of(config, usual), indent=2).encode()
     partial = out.with_name(f"{out.name}.tmp")
     remove(partial)
@@ -148,8 +151,8 @@ def _record(side: Path | None, content: bytes | None) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(content)
-        names_of = [found["dtype"], *found["others"].values()]
-        if found["layout"] not in ("v4", "v5") or not all(name in DTYPE_OF_NAME for name in names_of):
+        dtypes = [found["dtype"], *found["others"].values()]
+        if found["layout"] not in ("v4", "v5") or not all(name in DTYPES for name in dtypes):
             raise ValueError("layout or dtype")
         return dict(found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -83,7 +83,7 @@ def open_folder(folder: Path) -> Weights:
     files = _files(folder)
     found: dict[str, tuple[str, str, Shape]] = {}
     for file, expected in files.items():
-        for name, (dtype, shape) in listed((folder / file).resolve()).items():
+        for name, (dtype, shape) in listed(_target(folder / file)).items():
             if name in found or (expected is not None and name not in expected):
                 raise CheckpointError(
                     f"{folder / file}: refused: {short(name)}: the index does not say that it is here"
@@ -167,7 +167,7 @@ def _compare(
 @contextmanager
 def _opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]:
     """See :data:`equimoe.moe.checkpoint.tensors.Opened`."""
-    with opened(file.resolve()) as read_rows:
+    with opened(_target(file)) as read_rows:
 
         def read(chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
             assert isinstance(chunk, PartChunk)
@@ -212,15 +212,26 @@ def companions(folder: Path) -> dict[str, bytes]:
     for file in sorted(folder.iterdir()):
         if _KEPT.fullmatch(file.name) or (file.name == RECORD and folder.name == COMPANIONS):
             try:
-                found[file.name] = read_plain(file.resolve(), _MAX_JSON)
+                found[file.name] = read_plain(_target(file), _MAX_JSON)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be read ({reason(error)})") from None
     return found
 
 
+def _target(file: Path) -> Path:
+    """Return the file that ``file`` is, or is a link to, as in the download cache of Hugging Face.
+
+    Raises CheckpointError for a link to elsewhere, which would bring another file of this machine into an export.
+    """
+    folder, target = file.parent.resolve(), file.resolve()
+    if target.parent not in (folder, folder.parent.parent / "blobs"):
+        raise CheckpointError(f"{file}: refused: is a link to a file outside of its folder; copy the file")
+    return target
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = read_json(file.resolve(), _MAX_JSON)
+        found = read_json(_target(file), _MAX_JSON)
         if not isinstance(found, dict):
             raise ValueError("must be an object")
     except (OSError, ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from equimoe.launch import env  # noqa: E402
 from equimoe.launch.options import to_yaml  # noqa: E402
 from equimoe.launch.recipes import RECIPES  # noqa: E402
 from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig, checkpoint  # noqa: E402
-from equimoe.moe.config import AttentionConfig, CapacityConfig  # noqa: E402
+from equimoe.moe.config import AttentionConfig, CapacityConfig, RotaryScaling  # noqa: E402
 from equimoe.moe.engines import Batch, Engine, build_engine  # noqa: E402
 from equimoe.moe.engines.megatron import build_megatron_engine  # noqa: E402
 from equimoe.moe.engines.megatron.engine import check_degrees  # noqa: E402
@@ -41,6 +42,7 @@ from tests.helpers.recorded import full  # noqa: E402
 STEPS, RATE = 3, 0.01
 #: more than fp32 sums in another order differ by
 TOLERANCE = 1e-5
+ATTENTION = AttentionConfig(num_kv_heads=2, head_width=8, qk_norm=True, rotary_base=500.0)
 MESHES: dict[str, dict[str, Any]] = {
     "ep 2": {"ep": 2},
     "tp 2": {"tp": 2},
@@ -74,7 +76,7 @@ def model(layers: int = 4, wide: int = 24, **how: Any) -> Any:
         shared_gate=True,
         init_std=0.2,
     )
-    attention = AttentionConfig(num_kv_heads=2, head_width=8, qk_norm=True, rotary_base=500.0)
+    how = {"attention": ATTENTION, "norm_eps": 1e-3} | how
     return Decoder(
         vocab_size=trained.VOCABULARY,
         seq_len=trained.LENGTH,
@@ -83,7 +85,6 @@ def model(layers: int = 4, wide: int = 24, **how: Any) -> Any:
         intermediate_size=wide,
         moe=moe,
         moe_every=2,
-        attention=attention,
         **how,
     )
 
@@ -331,6 +332,20 @@ def refused(message: str, mesh: dict[str, Any], **how: Any) -> None:
             {"tp": 2},
             {"model": partial(model, wide=25)},
         ),
+        *(
+            (
+                f"attention.{name}=.*: the Megatron engine does not have it",
+                {},
+                {"model": partial(model, attention=with_)},
+            )
+            for name, with_ in {
+                "bias": replace(ATTENTION, bias="inputs"),
+                "qk_norm_over": replace(ATTENTION, qk_norm_over="all_heads"),
+                "scaling": replace(ATTENTION, scaling=RotaryScaling()),
+                "window": replace(ATTENTION, window=3, window_from=1),
+            }.items()
+        ),
+        ("model.head: shares its weight with the embedding", {}, {"model": partial(model, tie_embeddings=True)}),
         ("on some rank .a pipeline stage. all weights are frozen", {"pp": 2}, {"model": half_frozen}),
         ("model: a Linear; the Megatron engine trains only a Decoder", {}, {"model": lambda: nn.Linear(2, 2)}),
         (

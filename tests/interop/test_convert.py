@@ -101,14 +101,47 @@ def test_without_the_small_files_a_configuration_is_written(tmp_path: Path) -> N
 
 
 def test_links_of_a_download_cache_are_followed(tmp_path: Path) -> None:
-    """The cache of Hugging Face consists of links to files elsewhere."""
-    values = config("olmoe")
+    """In the cache of Hugging Face, a model's folder has links to files in a folder ``blobs``."""
+    values, cache = config("olmoe"), tmp_path / "models--a--b"
     weights = tensors(values)
-    store = write(tmp_path / "store", values, weights)
-    (tmp_path / "model").mkdir()
+    store, model = write(cache / "blobs", values, weights), cache / "snapshots" / "1234"
+    model.mkdir(parents=True)
     for file in store.iterdir():
-        (tmp_path / "model" / file.name).symlink_to(file)
-    assert_same(read(converted(tmp_path / "model", tmp_path)), weights)
+        (model / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert_same(read(converted(model, tmp_path)), weights)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"])
+def test_links_to_elsewhere_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hostile model could otherwise bring a private file of this machine into what is exported and published."""
+    values = config("olmoe")
+    model = write(tmp_path / "model", values, tensors(values))
+    (model / "tokenizer.json").write_text("{}")
+    (model / name).rename(tmp_path / "private")
+    (model / name).symlink_to(tmp_path / "private")
+    with pytest.raises(SystemExit) as stopped:
+        main(["import", str(model), "--out", str(tmp_path / "ours")])
+    assert stopped.value.code == env.CHECKPOINT
+    assert f"{name}: refused: is a link to a file outside of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    values = config("mixtral")
+    main(["import", str(write(tmp_path / "model", values, tensors(values))), "--out", str(tmp_path / "ours")])
+    for module, how in (("checkpoint.tools", "import model"), ("interop.convert", "export ours")):
+        command, source = how.split()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"equimoe.moe.{module}.write_blocks", full)
+            with pytest.raises(SystemExit) as stopped:
+                main([command, str(tmp_path / source), "--out", str(tmp_path / "new")])
+        assert stopped.value.code == env.CANNOT_WRITE and "No space left on device" in capsys.readouterr().err
+        assert not list(tmp_path.glob("new*"))
 
 
 def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from equimoe.moe.interop import ADAPTERS
+from equimoe.moe.interop.families import FAMILIES
 from tests.helpers.fresh import python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +24,11 @@ SCRIPTS = {
     if "```python" in section
 }
 TRAINER, PARALLEL, OWN = "Swap the layers of a Hugging Face model", "Expert parallelism", "Blocks of your own"
+BACK = "Train a Hugging Face model here, and go back"
 
 
 def test_every_script_is_known() -> None:
-    assert SCRIPTS.keys() == {TRAINER, PARALLEL, OWN} and PAGE.count("```python") == len(SCRIPTS)
+    assert SCRIPTS.keys() == {TRAINER, PARALLEL, OWN, BACK} and PAGE.count("```python") == len(SCRIPTS)
 
 
 def need(*packages: str) -> None:
@@ -61,6 +63,26 @@ def test_the_script_for_expert_parallelism(tmp_path: Path) -> None:
 def test_the_script_for_blocks_of_ones_own(tmp_path: Path) -> None:
     (line,) = python(SCRIPTS[OWN], tmp_path, ROOT)
     assert float(line.removeprefix("difference ")) < 1e-5
+
+
+@pytest.mark.engines
+@pytest.mark.timeout(400)
+def test_the_commands_that_train_and_go_back(tmp_path: Path) -> None:
+    need("transformers")
+    python(SCRIPTS[BACK], tmp_path, ROOT)
+    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=350)
+    assert done.returncode == 0, done.stderr
+    assert "step 5" in done.stdout and done.stdout.splitlines()[-1] == "mixtral"
+    assert (tmp_path / "trained" / "generation_config.json").exists()
+
+
+def test_the_table_of_conversions_names_every_family() -> None:
+    (table,) = re.findall(r"\| model \| not supported .*?\n\n", PAGE, re.DOTALL)
+    rows = {row.split("|")[1].strip().lower().replace("-", "_") for row in table.splitlines()[2:] if row}
+    assert rows == FAMILIES.keys()
 
 
 def test_the_table_names_every_adapter() -> None:

@@ -26,12 +26,7 @@ GROUPED = AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True, rotary_bas
 LATENT = AttentionConfig(
     "latent", q_lora_rank=6, kv_lora_rank=5, qk_nope_width=4, qk_rope_width=2, v_width=3, rotary_base=500.0
 )
-KINDS = {
-    "grouped": GROUPED,
-    "latent": LATENT,
-    "biases": replace(GROUPED, bias="all"),
-    "latent_biases": replace(LATENT, bias="all"),
-}
+KINDS = {"grouped": GROUPED, "latent": LATENT}
 B, S, D, N = 2, 7, 16, 4
 #: changes the scores, but not the rotary tables
 SCALED = RotaryScaling("linear", factor=1.0, score_scale=1.5)
@@ -118,10 +113,10 @@ def slow_latent(module: Any, c: AttentionConfig, x_SD: Tensor) -> Tensor:
         (GROUPED, slow_grouped),
         (LATENT, slow_latent),
         (AttentionConfig("latent", q_lora_rank=0, kv_lora_rank=3, qk_nope_width=2, v_width=8), slow_latent),
-        (KINDS["biases"], slow_grouped),
+        (replace(GROUPED, bias="all"), slow_grouped),
         (replace(GROUPED, bias="inputs", window=3), slow_grouped),
         (replace(GROUPED, qk_norm_over="all_heads", scaling=SCALED), slow_grouped),
-        (KINDS["latent_biases"], slow_latent),
+        (replace(LATENT, bias="all"), slow_latent),
         (replace(LATENT, window=1, scaling=SCALED), slow_latent),
     ],
     ids=[
@@ -240,7 +235,16 @@ def test_equal_heads_are_what_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+#: what parallelism may get wrong: biases, scaled tables and scores, windows, norms over all heads
+SPLIT = {
+    "grouped": GROUPED,
+    "latent": LATENT,
+    "biases": AttentionConfig(num_kv_heads=2, bias="all", scaling=RotaryScaling(original_length=8, score_scale=1.5)),
+    "latent_biases": replace(LATENT, bias="all", scaling=RotaryScaling(original_length=8, score_scale=1.5)),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -252,7 +256,22 @@ def test_equal_heads_are_what_they_were() -> None:
     ids=["tp", "cp", "fsdp", "pp"],
 )
 def test_two_ranks_are_one(kind: str, parallel: ParallelConfig) -> None:
-    of = parity.Composition(2, parallel, attention=KINDS[kind])
+    of = parity.Composition(2, parallel, attention=SPLIT[kind])
+    assert max(parity.compare(of).values()) < of.limit
+
+
+@pytest.mark.parametrize(
+    ("parallel", "joint"),
+    [
+        (ParallelConfig(tp=2), False),
+        (ParallelConfig(data_parallel="fsdp"), True),
+        (ParallelConfig(pp=2, dp_shard=1), True),
+    ],
+)
+def test_windows_and_joint_norms_on_two_ranks(parallel: ParallelConfig, joint: bool) -> None:
+    over = "all_heads" if joint else "head"
+    attention = replace(GROUPED, window=5, window_from=1, qk_norm_over=over)
+    of = parity.Composition(2, parallel, attention=attention)
     assert max(parity.compare(of).values()) < of.limit
 
 
