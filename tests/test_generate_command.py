@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,24 @@ def test_mistakes_of_generate_end_with_one_line(trained: Path, options: list[str
     (trained / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (trained / "latin.txt").write_bytes(b"\xe9\xff")
     one_line(run(trained, generate, *options), code, *words)
+
+
+def test_the_commands_of_the_page_run_as_they_stand(trained: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "inference.md").read_text()
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    (trained / "runs").mkdir()
+    (trained / "runs" / "quickstart").symlink_to(trained / "run")
+    (trained / "prompts.txt").write_text("alpha\nbeta\n")
+    (trained / "prompts.jsonl").write_text('{"prompt": "one"}\n')
+    for command in commands:
+        _python, _m, module, *options = shlex.split(command)
+        world = 1
+        if "--processes" in options:
+            world = int(options[options.index("--processes") + 1])
+        main = {"equimoe.launch.generate": generate.main, "equimoe.launch.evaluate": evaluate.main}[module]
+        ended = launch(options, world, cwd=trained, main=main)
+        assert ended.codes == [0] * world and ended.out[0], (command, ended)
+    assert len(commands) == 6 and (trained / "loss.json").exists()
 
 
 # ---- evaluate

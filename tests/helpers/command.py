@@ -1,4 +1,4 @@
-"""Runs a command, usually ``equimoe.launch.train``, on forked ranks as torchrun does, but without seconds of imports."""
+"""Runs a command, usually ``equimoe.launch.train``, on forked ranks as torchrun does, without seconds of imports."""
 
 from __future__ import annotations
 

@@ -97,3 +97,17 @@ def test_no_room_for_a_continuation_is_refused(both: tuple[EquiMoE, HFLM]) -> No
     asked = requests("generate_until", ("a", {"until": [], "max_gen_toks": LENGTH}))
     with pytest.raises(ValueError, match=f"max_gen_toks={LENGTH}: leaves no room in max_length={LENGTH}"):
         both[0].generate_until(asked)
+
+
+def test_the_script_of_the_page_gives_the_harness_this_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text()
+    script = page.split("```python\n")[-1].split("```")[0].replace("runs/quickstart", str(folder))
+    asked: list[dict[str, Any]] = []
+
+    def evaluate(**settings: Any) -> dict[str, Any]:  # the real one would download the task
+        asked.append(settings)
+        return {"results": {}}
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", evaluate)
+    exec(script, {})
+    assert isinstance(asked[0]["model"], EquiMoE) and asked[0]["tasks"] == ["hellaswag"]
