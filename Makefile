@@ -65,7 +65,7 @@ faults: $(VENV)/.stamp-dev
 	$(PY) tests/faults/run.py $(ARGS)
 
 engines: $(VENV)/.stamp-engines
-	$(PY) -m pytest tests/engines tests/interop -m engines $(ARGS)
+	$(PY) tests/engines/run.py $(ARGS)
 
 check: types
 	$(PY) -m ruff check .
@@ -118,9 +118,11 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-train
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
+# the evaluation harness is installed without the many packages of its tasks
 $(VENV)/.stamp-engines: $(VENV)/.stamp-dev
 	@echo "installing the engines (once)"
-	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev,engines]'
+	DS_BUILD_OPS=0 $(INSTALL) -e '.[dev,engines]' dill requests
+	$(INSTALL) --no-deps lm-eval
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-dev

@@ -1,0 +1,31 @@
+"""Runs the tests with other packages as two pytest processes at once: ``make engines``.
+
+Arguments may select tests, which then run in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.side_by_side import run  # noqa: E402
+
+FOLDERS = ["tests/engines", "tests/interop"]
+MEGATRON = sorted(str(path) for path in Path("tests/engines").glob("test_megatron*.py"))
+#: name -> which tests
+HALVES = {
+    "Megatron-Core": MEGATRON,
+    "DeepSpeed, Transformers and others": [*FOLDERS, *(f"--ignore={file}" for file in MEGATRON)],
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest with ``arguments``; return its exit code."""
+    parts = {"selection": FOLDERS} if arguments else HALVES
+    return run({name: [*which, "-m", "engines", *arguments] for name, which in parts.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
