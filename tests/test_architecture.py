@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "moe.engines": TRAIN,
     "moe.train": TRAIN,
     "moe.plan": TRAIN,
-    "launch": ("moe", "moe.interop", "moe.plan", *TRAIN),
+    "moe.serve": MODEL,
+    "launch": ("moe", "moe.interop", "moe.plan", "moe.serve", *TRAIN),
 }
 
 #: top-level package or module -> the files and folders of the package that may use it

@@ -323,7 +323,8 @@ def test_make_runs_fast_and_slow_tests_apart(make) -> None:
     assert f"\n-m pytest -m {fast} -k routing\n" in make("test", "ARGS=-k routing")[1]
     assert f"\n-m pytest -m {slow} -k routing\n" in make("test-slow", "ARGS=-k routing")[1]
     assert f"\ntests/side_by_side.py -m {fast}\n" in make("test")[1]
-    assert "\n-m pytest tests/engines tests/interop -m engines -k zero\n" in make("engines", "ARGS=-k zero")[1]
+    assert "\ntests/engines/run.py -k zero\n" in make("engines", "ARGS=-k zero")[1]
+    assert "\ntests/faults/run.py -k save\n" in make("faults", "ARGS=-k save")[1]
     assert f"\ntests/side_by_side.py -m {slow}\n" in make("test-slow")[1]
 
 
@@ -361,7 +362,8 @@ KINDS = {
     "nothing": None,
     "-m not slow and not engines": "test",
     "-m slow": "test-slow",
-    "-m engines": "engines",
+    "tests/engines/run.py": "engines",
+    "tests/faults/run.py": "faults",
     "ruff": "check",
     "mypy": "check",
 }
@@ -376,8 +378,8 @@ def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
-    lines, failed = done.stdout.splitlines()[-4:], KINDS[failing]
-    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "check"]
+    lines, failed = done.stdout.splitlines()[-5:], KINDS[failing]
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "faults", "check"]
     assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
     assert (done.returncode == 0) == (failed is None)
 

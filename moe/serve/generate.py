@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..collectives import LOCAL, Axis, sum_over
 from ..model import Attention, Decoder
 from ..model.past import Past, Positions
 from .sample import Sampling, choose
+from .score import whole
 
 #: called with the number of a prompt and its next token
 OnToken = Callable[[int, int], None]
@@ -135,8 +135,7 @@ class _Batch:
         with _remembering(self.pasts):
             x_BSD = self.model.hidden(ids_BS, mask_BS)
         last_BD = x_BSD[torch.arange(len(self.new), device=device), lengths_B1[:, 0] - 1]
-        logits_BV = self.model.logits(last_BD)
-        return logits_BV.full_tensor() if isinstance(logits_BV, DTensor) else logits_BV
+        return whole(self.model.logits(last_BD))
 
 
 @contextmanager

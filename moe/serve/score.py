@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from ..collectives import LOCAL, Axis
@@ -50,10 +49,15 @@ def score(
         ids_BT = torch.tensor([[*map(int, row)] + [0] * (longest + 1 - len(row)) for row in rows], device=device)
         lengths_B1 = torch.tensor([[len(row) - 1 if mine else 0] for row in rows], device=device)
         mask_BS = torch.arange(longest, device=device) < lengths_B1
-        logits_BSV = model(ids_BT[:, :-1], mask_BS)
-        logits_BSV = logits_BSV.full_tensor() if isinstance(logits_BSV, DTensor) else logits_BSV
+        logits_BSV = whole(model(ids_BT[:, :-1], mask_BS))
         losses_BS = F.cross_entropy(logits_BSV.float().mT, ids_BT[:, 1:], reduction="none").double().cpu()
         best_BS = (logits_BSV.argmax(-1) == ids_BT[:, 1:]).cpu()
         for row, n in enumerate(mine):
             scored = slice(several[n].read_only, len(several[n].ids) - 1)
             yield n, losses_BS[row, scored], best_BS[row, scored]
+
+
+def whole(logits: Tensor) -> Tensor:
+    """Return the logits of the whole vocabulary, which tensor parallelism splits over the ranks."""
+    gather = getattr(logits, "full_tensor", None)
+    return logits if gather is None else gather()
