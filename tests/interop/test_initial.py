@@ -13,6 +13,7 @@ import torch
 from equimoe.launch import env, initial
 from equimoe.launch.convert import main as convert
 from equimoe.launch.options import parse
+from equimoe.launch.train import _facts as facts_of
 from equimoe.moe.checkpoint import reader
 from equimoe.moe.interop import hf
 from equimoe.moe.parallel import build_mesh
@@ -171,6 +172,7 @@ def test_the_configuration_is_that_of_the_weights(tmp_path: Path) -> None:
     own = parse(["--init.from", str(folder), "--data.tokenizer", "x.json", "--moe.balance.bias_update_rate", "0.5"])
     assert own.config.data.tokenizer == "x.json" and own.config.moe.balance.bias_update_rate == 0.5
     assert parse([]).init is None and own.init == folder
+    assert facts_of(own)["init.from"] != facts_of(parse([]))["init.from"]  # all ranks must have the same
 
 
 @pytest.mark.parametrize(
