@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..moe.checkpoint import tools
+from ..moe.interop.architecture import flat
 from ..moe.interop.convert import companions_of, model_of, weights_of
 from ..moe.interop.hf import COMPANIONS, Weights, is_folder, keep_companions
 from ..moe.train.loop import Trainer
@@ -23,7 +23,7 @@ class Initial:
             raise ValueError(f"--init.from={path}: is not a folder; give that of a transformers model or a checkpoint")
         self.path = path
         self.model = model_of(path)
-        self.sections = dict(_flat(self.model.sections()))
+        self.sections = dict(flat(self.model.sections()))
 
     def apply(self, values: dict[str, Any]) -> None:
         """Set the model of a configuration, given as nested mappings, and defaults that suit it."""
@@ -77,11 +77,3 @@ def _place(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     for part in path:
         values = values[part]
     return values, field
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and name != "scaling":
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

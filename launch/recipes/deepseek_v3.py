@@ -36,7 +36,13 @@ def deepseek_v3() -> TrainConfig:
         steps=235_000,
         dtype="bfloat16",
         model=ModelConfig(
-            num_layers=61, num_heads=128, intermediate_size=18432, dense_layers=3, vocab_size=129280, recompute=True
+            num_layers=61,
+            num_heads=128,
+            intermediate_size=18432,
+            dense_layers=3,
+            vocab_size=129280,
+            norm_eps=1e-6,
+            recompute=True,
         ),
         moe=MoEConfig(
             hidden_size=7168,

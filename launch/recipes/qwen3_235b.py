@@ -33,7 +33,9 @@ def qwen3_235b() -> TrainConfig:
     return TrainConfig(
         steps=2_145_000,
         dtype="bfloat16",
-        model=ModelConfig(num_layers=94, num_heads=64, intermediate_size=12288, vocab_size=151936, recompute=True),
+        model=ModelConfig(
+            num_layers=94, num_heads=64, intermediate_size=12288, vocab_size=151936, norm_eps=1e-6, recompute=True
+        ),
         moe=MoEConfig(
             hidden_size=4096,
             intermediate_size=1536,

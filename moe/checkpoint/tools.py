@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .agreement import choose
 from .files import remove, sync, write_blocks, write_durably
-from .manifest import MANIFEST, CheckpointError, read_manifest
+from .manifest import MANIFEST, CheckpointError, read_manifest, reason
 from .reader import key_of
 from .store import candidates, commit, contents, opener
 from .tensors import Chunk, Opened, Saved
@@ -199,7 +199,12 @@ class Reader:
 
     def _read(self, chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
         if chunk.file not in self._files:
-            self._files[chunk.file] = self._open.enter_context(self._opened(self._path / chunk.file))
+            file = self._path / chunk.file
+            try:
+                self._files[chunk.file] = self._open.enter_context(self._opened(file))
+            except OSError as error:
+                why = f"cannot be opened ({reason(error)}); if a run has deleted it meanwhile, try again"
+                raise CheckpointError(f"{file}: {why}") from None
         value: Tensor = self._files[chunk.file](chunk, box)
         return value
 

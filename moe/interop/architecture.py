@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -75,6 +76,15 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
             expert_bias=expert_bias,
         )
     )
+
+
+def flat(sections: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the fields of :meth:`Architecture.sections` with their dotted names."""
+    for name, value in sections.items():
+        if isinstance(value, dict) and name != "scaling":
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def canonical(found: Architecture) -> Architecture:

@@ -116,7 +116,7 @@ def export_checkpoint(
     wanted, side = _architecture(path, manifest, saved), companions_of(path)
     small = {} if side is None else companions(side)
     record = _record(side, small.pop(RECORD, None))
-    kind, config = _config(wanted, side)
+    kind, config = _config(wanted, side, manifest["position"])
     layout = layout or record.get("layout", "v4")
     ours = names(FAMILIES[kind], wanted, layout)
     for name, tensor in ours.items():
@@ -159,10 +159,12 @@ def _record(side: Path | None, content: bytes | None) -> dict[str, Any]:
         raise CheckpointError(f"{side}/{RECORD}: refused: {reason(error)}") from None
 
 
-def _config(wanted: Architecture, side: Path | None) -> tuple[str, dict[str, Any]]:
+def _config(wanted: Architecture, side: Path | None, position: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the family, and the content of ``config.json``."""
     if side is None:
-        return family_of(wanted)
+        kind, values = family_of(wanted)
+        length = position["config"]["data"]["seq_len"] if "config" in position else None
+        return kind, values if length is None else values | {"max_position_embeddings": length}
     kind, found, values = config_of(side)
     if found != wanted:
         raise ValueError(f"{side / CONFIG}: describes another model than the checkpoint; remove {side}")

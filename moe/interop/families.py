@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import AttentionConfig, MoEConfig, RouterConfig
 from .adapters import ACTIVATIONS
-from .architecture import Architecture, canonical
+from .architecture import Architecture, canonical, flat
 from .given import Given, magnitude, rotary, written_rotary
 
 #: epsilon of the norms of the latents, which transformers has fixed
@@ -377,19 +377,23 @@ def read_config(values: Any, where: str) -> tuple[str, Architecture]:
 
 def family_of(wanted: Architecture) -> tuple[str, dict[str, Any]]:
     """Return the family whose models can compute as this architecture, and the fields of its ``config.json``."""
+    near = []
     for kind, family in FAMILIES.items():
-        if family.expert_bias != wanted.expert_bias:
+        if family.expert_bias != wanted.expert_bias or family.interleaved != (wanted.attention.kind == "latent"):
             continue
         written = family.write(wanted)
         try:
-            same = _rounded(family.read(Given(written, kind))) == _rounded(wanted)
-        except (ValueError, ZeroDivisionError):
+            found = _rounded(family.read(Given(written, kind)))
+        except ValueError as error:
+            near.append((1, str(error)))
             continue
-        if same:
+        if found == _rounded(wanted):
             return kind, written | {"model_type": kind, "architectures": [family.class_name]}
-    raise ValueError(
-        f"no model of transformers computes as this checkpoint's; those that can be written are {', '.join(FAMILIES)}"
-    )
+        theirs = dict(flat(found.sections()))
+        odd = [f"{name}={value!r}" for name, value in flat(wanted.sections()) if value != theirs.get(name)]
+        near.append((len(odd), f"{kind}, which cannot have {', '.join(odd)}"))
+    nearest = f"the nearest is {min(near)[1]}" if near else f"those that can be written are {', '.join(FAMILIES)}"
+    raise ValueError(f"no model of transformers computes as this checkpoint's; {nearest}")
 
 
 def _rounded(found: Architecture) -> Architecture:

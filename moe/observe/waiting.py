@@ -45,5 +45,6 @@ def expert_fraction(model: Decoder) -> float:
         # total width of all heads' values; except in latent attention, queries are as wide
         inner = attention.get_parameter("out_proj.weight").shape[1]
         queries = attention.q_up_proj.out_features if isinstance(attention, LatentAttention) else inner
-        total += attention.cos_SR.shape[0] * (queries + inner)
+        pairs = attention.cos_SR.shape[0] * (1 if attention.window is None else 2)  # a mask hides none from the kernel
+        total += pairs * (queries + inner)
     return of_layer / total

@@ -17,6 +17,7 @@ from torch import Tensor
 from equimoe.launch import checkpoint as checkpoint_command
 from equimoe.launch import env
 from equimoe.launch.convert import main
+from equimoe.moe.checkpoint import contents
 from tests.helpers import hf_folders
 from tests.helpers.hf_folders import CONFIGS, assert_same, config, read, tensors, write
 
@@ -142,6 +143,28 @@ def test_a_full_disk_leaves_nothing_behind(
                 main([command, str(tmp_path / source), "--out", str(tmp_path / "new")])
         assert stopped.value.code == env.CANNOT_WRITE and "No space left on device" in capsys.readouterr().err
         assert not list(tmp_path.glob("new*"))
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is training deletes old checkpoints; an export that is too slow says so in one line."""
+
+    def deleted(path: Path, manifest: dict[str, Any]) -> Any:
+        found = contents(path, manifest)
+        for file in path.glob("*.safetensors"):
+            file.unlink()
+        return found
+
+    values = config("mixtral")
+    main(["import", str(write(tmp_path / "model", values, tensors(values))), "--out", str(tmp_path / "ours")])
+    monkeypatch.setattr("equimoe.moe.interop.convert.contents", deleted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "back")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == env.CHECKPOINT and error.count("\n") == 1
+    assert "if a run has deleted it meanwhile, try again" in error and "step-00000000/rank" in error
+    assert not list(tmp_path.glob("back*"))
 
 
 def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any]:
@@ -324,6 +347,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from equimoe.launch.convert import main
+from equimoe.moe.checkpoint import contents
 
 def anonymous():  # memory that is not the cache of a file
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -185,9 +186,35 @@ def test_what_is_refused(values: Callable[[], Any], message: str) -> None:
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_a_model_that_no_family_has() -> None:
-    _, found = read_config(config_of("Mixtral-8x7B"), "config.json")
+@pytest.mark.parametrize(
+    ("name", "section", "field", "value", "message"),
+    [
+        ("Mixtral-8x7B", "attention", "bias", "inputs", "mixtral, which cannot have attention.bias='inputs'"),
+        (
+            "Qwen3-30B-A3B",
+            "moe",
+            "shared_intermediate_size",
+            8,
+            "qwen3_moe, which cannot have moe.shared_intermediate_",
+        ),
+        ("DeepSeek-V3", "model", "norm_eps", 1e-5, "deepseek_v3: rms_norm_eps=1e-05: must be 1e-06, which "),
+    ],
+)
+def test_a_model_that_no_family_has(name: str, section: str, field: str, value: Any, message: str) -> None:
+    _, found = read_config(config_of(name), "config.json")
     sections = found.sections()
-    sections["attention"]["bias"] = "all"
-    with pytest.raises(ValueError, match="^no model of transformers computes as this checkpoint's; those that can be "):
-        family_of(architecture(sections, False))
+    sections[section][field] = value
+    with pytest.raises(
+        ValueError, match="^no model of transformers computes as this checkpoint's; the nearest is "
+    ) as e:
+        family_of(architecture(sections, found.expert_bias))
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_can_be_exported(recipe: str) -> None:
+    config = RECIPES[recipe]()
+    sections = asdict(config)
+    sections["model"]["vocab_size"] = 300
+    kind, _ = family_of(architecture(sections, config.moe.balance.bias_update_rate > 0))
+    assert kind == {"deepseek_v3": "deepseek_v3", "qwen3_235b": "qwen3_moe"}.get(recipe, "mixtral")

@@ -19,6 +19,7 @@ from equimoe.moe.model import Decoder, numbered_moe_layers
 from equimoe.moe.model.attention import ATTENTION, EPS, causal_attention
 from equimoe.moe.model.rotary import rotary_tables
 from equimoe.moe.parallel import ParallelConfig
+from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import ModelConfig, TrainConfig
 from tests.helpers import oracle, parity
 
@@ -202,18 +203,9 @@ def test_a_window_of_some_blocks() -> None:
 
 
 def test_the_epsilon_reaches_every_norm() -> None:
-    for attention in (GROUPED, LATENT):
-        model = Decoder(
-            vocab_size=8,
-            seq_len=4,
-            num_layers=2,
-            num_heads=4,
-            intermediate_size=8,
-            moe=MoEConfig(16, 4, 4, 2),
-            attention=attention,
-            norm_eps=0.25,
-        )
-        assert {m.eps for m in model.modules() if isinstance(m, nn.RMSNorm)} == {0.25}
+    for attention in (GROUPED, LATENT, replace(GROUPED, qk_norm_over="all_heads")):
+        run = TrainConfig(model=ModelConfig(norm_eps=0.25), moe=MoEConfig(16, 4, 4, 2), attention=attention)
+        assert {m.eps for m in build_model(run, 8).modules() if isinstance(m, nn.RMSNorm)} == {0.25}
 
 
 def test_equal_heads_are_what_they_were() -> None:

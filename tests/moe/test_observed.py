@@ -30,7 +30,8 @@ from equimoe.moe.observe import (
 )
 from equimoe.moe.placement import Owners
 from equimoe.moe.routing import Router
-from equimoe.moe.train.config import TrainConfig
+from equimoe.moe.train.build import build_model
+from equimoe.moe.train.config import ModelConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
@@ -233,6 +234,22 @@ def test_expert_fraction_counts_operations(kind: Any) -> None:
         attended = seq / 2 * 2 * heads * (6 + 3)
     total = 3 * (2 * projections + attended) + 2 * in_layer + 2 * 3 * hidden * ffn + 2 * hidden * vocabulary
     assert expert_fraction(model) == pytest.approx(routed / total)
+
+
+def test_a_head_that_is_the_embeddings_weight_counts_too() -> None:
+    made = [build_model(replace(TrainConfig(), model=ModelConfig(tie_embeddings=tied)), 300) for tied in (False, True)]
+    assert expert_fraction(made[0]) == expert_fraction(made[1])
+
+
+def test_a_window_makes_attention_compute_all_pairs() -> None:
+    plain, windowed = (
+        1 / expert_fraction(build_model(replace(TrainConfig(), attention=AttentionConfig(window=window)), 300))
+        for window in (None, 8)
+    )
+    config = TrainConfig()
+    routed = config.model.num_layers * 2 * config.moe.top_k * 3 * config.moe.hidden_size * config.moe.intermediate_size
+    pairs = config.model.num_layers * config.data.seq_len * 2 * config.moe.hidden_size
+    assert windowed - plain == pytest.approx(config.model.num_layers * pairs / routed)
 
 
 def test_evaluation_tells_how_domains_part(texts: Path) -> None:
