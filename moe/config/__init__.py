@@ -1,0 +1,24 @@
+"""Configuration of the MoE layer, and of the decoder around it.
+
+Each section configures one part of the system. The sections of a training run are in
+:mod:`equimoe.moe.train.config`.
+"""
+
+from .checks import check_literals, require
+from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
+from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig, Score
+
+__all__ = [
+    "AttentionConfig",
+    "BalanceConfig",
+    "CapacityConfig",
+    "DispatchConfig",
+    "ExtraLossConfig",
+    "MoEConfig",
+    "RecomputeConfig",
+    "RotaryScaling",
+    "RouterConfig",
+    "Score",
+    "check_literals",
+    "require",
+]
