@@ -17,7 +17,6 @@ from ..moe.train.loop import Trainer
 from ..moe.train.optim import rise_on_resume
 from . import env
 from .options import Launch
-from .report import write_report
 
 
 def constant_rate(rate: float) -> str:
@@ -69,6 +68,8 @@ def conclude_early(trainer: Trainer, launch: Launch, number: int, arguments: lis
 
 def _report(run_dir: Path) -> str:
     """Write the report; return its path, or why there is none. A finished run does not fail for it."""
+    from .report import write_report  # imported late: matplotlib takes a second
+
     try:
         return printable(str(write_report(run_dir)))
     except (ValueError, OSError) as problem:

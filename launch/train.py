@@ -22,7 +22,7 @@ from ..moe import checkpoint
 from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, write_atomically
 from ..moe.parallel import ParallelConfig, build_mesh
-from ..moe.parallel.pipeline import check_pipeline
+from ..moe.parallel.stages import check_pipeline
 from ..moe.train.config import OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
 from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer

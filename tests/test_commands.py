@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-from equimoe.launch import checkpoint, dryrun, mesh, options
+from equimoe.launch import checkpoint, convert, dryrun, evaluate, generate, mesh, options
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -22,6 +22,7 @@ DOCUMENTS = (
 )
 #: options of DeepSpeed's launcher that the documents use, with the number of their values
 DEEPSPEED = {"--hostfile": 1, "--no_local_rank": 0, "--module": 0}
+PARSERS = {module.__name__: module._parser for module in (checkpoint, convert, evaluate, generate, mesh)}
 STARTS = r"(?:\.venv/bin/)?(?:python -m|torchrun|deepspeed)|make train|[A-Z_]+=\S+ sbatch"
 
 
@@ -73,10 +74,8 @@ def ours(module: str, arguments: list[str], world: int) -> None:
     elif module == "equimoe.launch.dryrun":
         own, rest = dryrun._own(arguments)
         options.parse(rest).config.degrees(int(own["world"]))
-    elif module == "equimoe.launch.checkpoint":
-        checkpoint._parser().parse_args(arguments)
-    elif module == "equimoe.launch.mesh":
-        mesh._parser().parse_args(arguments)
+    elif module in PARSERS:
+        PARSERS[module]().parse_args(arguments)
     else:
         raise AssertionError(f"test the arguments of {module} here")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,13 +13,16 @@ from ..collectives import Axis, private_axis, world_axis
 from ..layer import MoE
 from ..model import Decoder
 from ..parallel import LossFunction, Mesh, check_alike, model_has_values, parallelize, token_losses
-from ..parallel.pipeline import Pipeline, split, stage_ids
+from ..parallel.stages import split, stage_ids
 from ..parallel.tied import check_stages, materialize, tied_weights
 from .balance import StepBalance
 from .base import OptimizerFactory
 from .reduce import Reducer, reduction_axes
 from .runners import Precision, Runner, Stages, WholeModel
 from .torch import TorchEngine
+
+if TYPE_CHECKING:
+    from ..parallel.pipeline import Pipeline
 
 
 def build_engine(
@@ -104,6 +108,8 @@ def _pipeline(
 ) -> Pipeline:
     if shape is None:
         raise ValueError("shape=None: a pipeline needs it; pass the shape [B, S] of a micro-batch")
+    from ..parallel.pipeline import Pipeline  # imported late, because torch's schedules are slow to import
+
     degrees = mesh.degrees
     inputs_shape = (shape[0], shape[1] // mesh["cp"].size)
     held = inputs_shape[1] // (mesh["tp"].size if degrees.sequence_parallel else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..balance import random_state_kept
 from ..parallel import LocalBatch, LossFunction, Mesh, vocabulary_parallel
-from ..parallel.pipeline import Pipeline
 from .balance import StepBalance
 from .reduce import Reducer
+
+if TYPE_CHECKING:
+    from ..parallel.pipeline import Pipeline
 
 #: returns the context of every forward (autocast)
 Precision = Callable[[], AbstractContextManager[None]]

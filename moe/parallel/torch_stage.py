@@ -24,11 +24,6 @@ from torch.distributed.pipelining import PipelineStage
 
 from ..config import require
 
-#: Before torch 2.13, the weight half of a split backward fails because it does not find the nodes of custom ops.
-SPLITS_BACKWARD = torch.__version__ >= "2.13"
-#: Since torch 2.15, schedules free the logits of a micro-batch as soon as they have its loss.
-FREES_LOGITS = torch.__version__ >= "2.15"
-
 
 @dataclass
 class _InFlight:

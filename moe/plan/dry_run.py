@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..engines import Batch, build_engine
 from ..engines.torch import TorchEngine
 from ..parallel import Mesh, build_mesh
-from ..parallel.pipeline import check_pipeline
+from ..parallel.stages import check_pipeline
 from ..train.build import build_model, mixed_precision
 from ..train.config import TrainConfig
 from ..train.data import load_tokenizer

@@ -17,8 +17,7 @@ from math import ceil, prod
 from ..config import require
 from ..parallel.degrees import ParallelConfig
 from ..parallel.mesh import EXPERT_GRID, sizes
-from ..parallel.pipeline import stage_ids
-from ..parallel.torch_stage import FREES_LOGITS
+from ..parallel.stages import FREES_LOGITS, stage_ids
 from ..train.config import TrainConfig
 
 

@@ -6,8 +6,7 @@ from equimoe.moe import CapacityConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
-from equimoe.moe.parallel.pipeline import SCHEDULES
-from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
+from equimoe.moe.parallel.stages import SCHEDULES, SPLITS_BACKWARD
 from tests.helpers.parity import Composition as C
 
 BF16 = "bfloat16"

@@ -21,7 +21,7 @@ from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, build_mesh, token_losses
 from equimoe.moe.parallel import ParallelConfig as P
-from equimoe.moe.parallel.pipeline import SCHEDULES
+from equimoe.moe.parallel.stages import SCHEDULES
 from tests.helpers import oracle
 from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks

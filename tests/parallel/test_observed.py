@@ -12,7 +12,7 @@ from equimoe.moe import BalanceConfig, RouterConfig
 from equimoe.moe.collectives import global_ranks
 from equimoe.moe.config import CapacityConfig, ExtraLossConfig
 from equimoe.moe.parallel import build_mesh
-from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
+from equimoe.moe.parallel.stages import SPLITS_BACKWARD
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer

@@ -21,10 +21,10 @@ from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, RouterConfig
 from equimoe.moe.balance import Balancer, counting_pass
 from equimoe.moe.collectives import Axis, world_axis
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import build_mesh, parallelize, pipeline
+from equimoe.moe.parallel import build_mesh, parallelize, stages
 from equimoe.moe.parallel.degrees import ParallelConfig
-from equimoe.moe.parallel.pipeline import SCHEDULES, Pipeline, check_pipeline, split, stage_ids
-from equimoe.moe.parallel.torch_stage import SPLITS_BACKWARD
+from equimoe.moe.parallel.pipeline import Pipeline
+from equimoe.moe.parallel.stages import SCHEDULES, SPLITS_BACKWARD, check_pipeline, split, stage_ids
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
@@ -411,7 +411,7 @@ def test_stage_ids() -> None:
     ],
 )
 def test_degrees_that_do_not_fit(degrees: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "SPLITS_BACKWARD", True)
+    monkeypatch.setattr(stages, "SPLITS_BACKWARD", True)
     with pytest.raises(ValueError, match=text):
         check_pipeline(*degrees)
 
@@ -440,7 +440,7 @@ def test_remedies_are_possible(schedule: str, size: int) -> None:
 
 @pytest.mark.parametrize("schedule", SPLIT)
 def test_torch_that_cannot_split_backwards_is_refused(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "SPLITS_BACKWARD", False)
+    monkeypatch.setattr(stages, "SPLITS_BACKWARD", False)
     with pytest.raises(ValueError, match=f"parallel.schedule='{schedule}': torch .* use torch 2.13 or later"):
         check_pipeline(schedule, 2, 2, 4, 8)
 
