@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="make engines installs it")
 pytest.importorskip("lm_eval", reason="make engines installs it")
+import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -108,6 +109,6 @@ def test_the_script_of_the_page_gives_the_harness_this_model(folder: Path, monke
         asked.append(settings)
         return {"results": {}}
 
-    monkeypatch.setattr("lm_eval.simple_evaluate", evaluate)
+    monkeypatch.setitem(vars(lm_eval), "simple_evaluate", evaluate)
     exec(script, {})
     assert isinstance(asked[0]["model"], EquiMoE) and asked[0]["tasks"] == ["hellaswag"]
