@@ -51,7 +51,7 @@ class Size:
 
     #: steps of the dense model, and of every model after it
     dense_steps: int = 300
-    steps: int = 600
+    steps: int = 300
     layers: int = 2
     hidden: int = 96
     width: int = 192
@@ -62,7 +62,7 @@ class Size:
     lr: float = 3e-3
     init_std: float = 0.05
     #: number of held-out sequences per domain
-    heldout: int = 512
+    heldout: int = 256
     bytes_per_domain: int = 1_000_000
 
 
@@ -87,7 +87,6 @@ ARMS = {
     "scratch": Arm("random weights"),
     "sparse": Arm("sparse upcycling", 0.0),
     "drop": Arm("Drop-Upcycling, ratio 0.5", 0.5),
-    "drop-1": Arm("ratio 1: all weights of experts drawn again", 1.0),
     "scratch-all": Arm("random weights, also on the dense model's tokens", all_tokens=True),
 }
 #: the differences that are shown
