@@ -54,8 +54,8 @@ class Initial:
 
 def begin(trainer: Trainer, path: Path) -> None:
     """Give a new run the weights in folder ``path``. Every rank must call it."""
-    weights = _weights(path)
-    trainer.begin(weights.path, weights.tensors, weights.opened)
+    found = weights(path)
+    trainer.begin(found.path, found.tensors, found.opened)
 
 
 def keep(path: Path, run_dir: Path) -> None:
@@ -68,7 +68,8 @@ def keep(path: Path, run_dir: Path) -> None:
         keep_companions(found, run_dir / COMPANIONS)
 
 
-def _weights(path: Path) -> Weights:
+def weights(path: Path) -> Weights:
+    """Describe the weights in the folder of a transformers model, a checkpoint or a run."""
     return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path))
 
 

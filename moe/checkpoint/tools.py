@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,11 +58,11 @@ def reshard(source: Path, manifest: dict[str, Any], out: Path, files: int) -> Pa
 
 
 def rewrite(
-    reader: Reader, wanted: dict[str, Saved], out: Path, step: int, position: dict[str, Any], files: int, what: str
+    source: Source, wanted: dict[str, Saved], out: Path, step: int, position: dict[str, Any], files: int, what: str
 ) -> Path:
     """Write tensors as a new checkpoint in folder ``out``, in ``files`` files; see :func:`reshard`.
 
-    ``wanted`` gives the dtype and shape of each of the reader's tensors, and ``what`` names their source in errors.
+    ``wanted`` gives the dtype and shape of each of the source's tensors, and ``what`` names their source in errors.
     Holds only a block of a tensor in memory.
     """
     most = max([len(wanted), *(entry.shape[0] for entry in wanted.values() if entry.shape)])
@@ -87,7 +87,7 @@ def rewrite(
         for file, of_file in boxes.items():
             if of_file:
                 entries = {key: (wanted[name].dtype, c.sizes) for key, (name, c) in of_file.items()}
-                written[file] = write_blocks(partial / file, entries, _blocks_of(reader, wanted, of_file))
+                written[file] = write_blocks(partial / file, entries, _blocks_of(source, wanted, of_file))
         commit(partial, final, step, position, tensors, written)
     except BaseException:
         remove(out if new else partial)
@@ -96,13 +96,13 @@ def rewrite(
 
 
 def _blocks_of(
-    reader: Reader, wanted: dict[str, Saved], boxes: dict[str, tuple[str, Chunk]]
+    source: Source, wanted: dict[str, Saved], boxes: dict[str, tuple[str, Chunk]]
 ) -> Callable[[str], Iterator[Tensor]]:
     """Return a function that yields the values of a box, whose key it gets, in the wanted dtype."""
 
     def blocks(key: str) -> Iterator[Tensor]:
         name, chunk = boxes[key]
-        for block in reader.blocks(name, chunk.offsets, chunk.sizes):
+        for block in source.blocks(name, chunk.offsets, chunk.sizes):
             yield block.to(wanted[name].dtype)
 
     return blocks
@@ -149,6 +149,13 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
     return sorted(out.iterdir())
 
 
+class Source(Protocol):
+    """Gives the values of tensors, by boxes."""
+
+    def blocks(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Tensor]:
+        """Yield a box of a tensor, in blocks that follow each other in memory."""
+
+
 class Reader:
     """Reads any box of any tensor of a checkpoint. A context manager, which keeps files open."""
 
@@ -172,15 +179,8 @@ class Reader:
             (0,) * len(saved.shape) if offsets is None else offsets,
             saved.shape if sizes is None else sizes,
         )
-        dim = next((dim for dim, size in enumerate(sizes) if size > 1), 0)
-        if not sizes:
-            yield self.box(name, offsets, sizes)
-            return
-        each = max(1, BLOCK_BYTES // max(1, math.prod(sizes[dim + 1 :]) * saved.dtype.itemsize))
-        for first in range(0, sizes[dim], each):
-            at, count = list(offsets), list(sizes)
-            at[dim], count[dim] = offsets[dim] + first, min(each, sizes[dim] - first)
-            yield self.box(name, tuple(at), tuple(count))
+        for at, count in pieces(offsets, sizes, saved.dtype.itemsize):
+            yield self.box(name, at, count)
 
     def box(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return a box of a tensor."""
@@ -207,6 +207,21 @@ class Reader:
                 raise CheckpointError(f"{file}: {why}") from None
         value: Tensor = self._files[chunk.file](chunk, box)
         return value
+
+
+def pieces(
+    offsets: tuple[int, ...], sizes: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield the offsets and sizes of pieces of a box: consecutive in memory, and small if a row is not larger."""
+    if not sizes:
+        yield offsets, sizes
+        return
+    dim = next((dim for dim, size in enumerate(sizes) if size > 1), 0)
+    each = max(1, BLOCK_BYTES // max(1, math.prod(sizes[dim + 1 :]) * itemsize))
+    for first in range(0, sizes[dim], each):
+        at, count = list(offsets), list(sizes)
+        at[dim], count[dim] = offsets[dim] + first, min(each, sizes[dim] - first)
+        yield tuple(at), tuple(count)
 
 
 def _divided(name: str, saved: Saved, files: list[str], index: int) -> Iterator[Chunk]:

@@ -1,6 +1,7 @@
-"""The routed and shared experts: MLPs on rows, without communication."""
+"""The routed and shared experts: MLPs on rows, without communication. Also linear experts that are merged."""
 
+from .merged import MergedLinear, importance_loss
 from .routed import RoutedExperts
 from .shared import SharedExperts, SwiGLU
 
-__all__ = ["RoutedExperts", "SharedExperts", "SwiGLU"]
+__all__ = ["MergedLinear", "RoutedExperts", "SharedExperts", "SwiGLU", "importance_loss"]

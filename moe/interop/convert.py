@@ -17,7 +17,7 @@ from ..checkpoint.files import remove, sync, write_blocks, write_durably
 from ..checkpoint.manifest import parse_manifest, reason
 from ..checkpoint.store import opener
 from ..checkpoint.tensors import DTYPE_OF_NAME, Saved
-from ..checkpoint.tools import INDEX, WEIGHTS, Reader, bytes_of, find, rewrite
+from ..checkpoint.tools import INDEX, WEIGHTS, Reader, Source, bytes_of, find, rewrite
 from ..checkpoint.writer import FILE_BYTES
 from .architecture import Architecture, architecture
 from .families import FAMILIES, family_of
@@ -79,22 +79,42 @@ def import_folder(folder: Path, out: Path, files: int | None = None) -> tuple[Pa
     Weights become fp32. ``out`` also gets the model's small files, for a later export. ``files``: by default of 1 GiB.
     """
     source = open_folder(folder)
+    wanted = {name: replace(entry, dtype=torch.float32) for name, entry in source.tensors.items()}
+    with source.reader() as reader:
+        final = write_first(reader, wanted, source.architecture, out, files, str(folder), source)
+    return final, source
+
+
+def write_first(
+    values: Source,
+    wanted: dict[str, Saved],
+    model: Architecture,
+    out: Path,
+    files: int | None,
+    what: str,
+    small: Weights | Path | None,
+) -> Path:
+    """Write weights as a checkpoint of step 0 in folder ``out``; return its path.
+
+    ``out`` also gets the ``small`` files of a transformers model, if given. See :func:`rewrite` and
+    :func:`import_folder`.
+    """
     if (out / COMPANIONS).exists():
         raise ValueError(f"--out={out}: already contains {COMPANIONS}; choose another folder")
-    wanted = {name: replace(entry, dtype=torch.float32) for name, entry in source.tensors.items()}
     if files is None:
         most = max(len(wanted), *(entry.shape[0] for entry in wanted.values()))
         files = min(most, math.ceil(sum(map(bytes_of, wanted.values())) / FILE_BYTES))
-    position = {"world": 1, "parallel": {}, ARCHITECTURE: source.architecture.sections()}
+    position = {"world": 1, "parallel": {}, ARCHITECTURE: model.sections()}
     new = not out.exists()
-    with Reader(folder, source.tensors, source.opened) as reader:
-        final = rewrite(reader, wanted, out, 0, position, files, str(folder))
+    final = rewrite(values, wanted, out, 0, position, files, what)
+    if small is None:
+        return final
     try:
-        keep_companions(source, out / COMPANIONS)
+        keep_companions(small, out / COMPANIONS)
     except BaseException:
         remove(out if new else final)
         raise
-    return final, source
+    return final
 
 
 def companions_of(path: Path) -> Path | None:

@@ -21,7 +21,7 @@ from ..checkpoint.files import write_durably
 from ..checkpoint.manifest import read_json, read_plain, reason, short
 from ..checkpoint.reader import listed, opened
 from ..checkpoint.tensors import DTYPES, Chunk, Opened, Saved
-from ..checkpoint.tools import INDEX, WEIGHTS
+from ..checkpoint.tools import INDEX, WEIGHTS, Reader
 from .architecture import Architecture
 from .families import FAMILIES, read_config
 from .names import Layout, Part, Shape, names, theirs
@@ -57,6 +57,10 @@ class Weights:
     record: dict[str, Any]
     #: what the reader should know, in sentences
     notes: tuple[str, ...] = ()
+
+    def reader(self) -> Reader:
+        """Return a reader of the tensors."""
+        return Reader(self.path, self.tensors, self.opened)
 
 
 @dataclass(frozen=True)
