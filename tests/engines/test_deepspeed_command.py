@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from equimoe.launch.recipes import RECIPES  # noqa: E402
 from equimoe.moe.engines.deepspeed.config import check_degrees  # noqa: E402
 from equimoe.moe.observe.metrics import read_records  # noqa: E402
 from tests.helpers import small  # noqa: E402
-from tests.helpers.command import Ended, launch  # noqa: E402
+from tests.helpers.command import Ended, Within, launch  # noqa: E402
 
 Run = Callable[..., Ended]
 
@@ -33,9 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     (tmp_path / "whole.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
 
-    def command(folder: str, *options: str, world: int = 2) -> Ended:
+    def command(folder: str, *options: str, world: int = 2, within: Within = nullcontext) -> Ended:
         base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / folder)]
-        return launch([*base, *options], world, cwd=tmp_path, timeout=100)
+        return launch([*base, *options], world, cwd=tmp_path, timeout=100, within=within)
 
     return command
 
@@ -43,6 +43,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     records = read_records(folder / "metrics.jsonl")
     return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
+
+
+def test_one_process_needs_no_launcher(run: Run, tmp_path: Path) -> None:
+    @contextmanager
+    def alone() -> Iterator[None]:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        yield
+
+    for folder, engine in (("torch", "torch"), ("alone", "deepspeed")):
+        options = ["--engine", engine, "--parallel.ep", "1"]
+        assert run(folder, *options, world=1, within=alone).codes == [0]
+    for ours, theirs in zip(losses(tmp_path / "torch"), losses(tmp_path / "alone"), strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

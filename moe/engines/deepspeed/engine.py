@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from contextlib import nullcontext
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -73,7 +74,8 @@ def build_deepspeed_engine(
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     made = optimizer(trained)
     split_groups(made)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
+    with _local_rank():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=made, config=config)
     refuse_other_ep(made)
     if zero_stage == 3:
         gather_routers(model)
@@ -90,6 +92,18 @@ def _join(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def _local_rank() -> Iterator[None]:
+    """Within the block, set the variable of a launcher that DeepSpeed demands of a single process, too."""
+    alone = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if alone:
+            del os.environ["LOCAL_RANK"]
 
 
 class _Runner(WholeModel):
