@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C loses nothing, and needs no traceback
 
 import numpy as np
 import torch
@@ -40,9 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         process = env.this_process()
     with loaded.one_line(process):
         torch.set_num_threads(env.threads(process))
-        for name in ("batch", "limit", "samples", "seq_len"):
-            if (value := getattr(arguments, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+        for name, least in {"batch": 1, "limit": 1, "samples": 1, "seq_len": 1, "seed": 0}.items():
+            if (value := getattr(arguments, name)) is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least {least}")
+        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+            env.stop(process, env.CANNOT_WRITE, f"--json={arguments.json}: its folder does not exist; create it")
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
         seq_len = arguments.seq_len or source.seq_len
@@ -86,7 +92,8 @@ def _documents(
             held = load_corpus(config, tokenizer).heldout
             found = {domain: [stream] for domain, stream in held.items()}
     except ValueError as error:
-        env.stop(process, env.DATA, str(error))
+        text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
+        env.stop(process, env.DATA, text.replace(", or None for the text that comes with Python", ""))
     end = tokenizer.end_of_document
     texts = {domain: [text for stream in found[domain] for text in _texts(stream, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}
@@ -102,7 +109,11 @@ def _texts(stream: Any, end: int) -> list[list[int]]:
     return [[end, *part.tolist()] for part in parts if part.size]
 
 
-def summary(domains: list[str], sums_N2: np.ndarray, samples: int, seed: int) -> dict[str, dict[str, float]]:
+#: what is known about a domain; error bars are None if there is only one document or one bootstrap sample
+Figures = dict[str, float | None]
+
+
+def summary(domains: list[str], sums_N2: np.ndarray, samples: int, seed: int) -> dict[str, Figures]:
     """Return loss, perplexity and error bars of each domain and of "all", from the [loss, tokens] of each document.
 
     The error bars come from ``samples`` bootstrap samples: as many documents of each domain, drawn with replacement.
@@ -117,34 +128,33 @@ def summary(domains: list[str], sums_N2: np.ndarray, samples: int, seed: int) ->
     return found
 
 
-def _figures(sums_N2: np.ndarray, sums_R2: np.ndarray) -> dict[str, float]:
-    loss, tokens = sums_N2.sum(0)
-    loss, losses_R = loss / tokens, sums_R2[:, 0] / sums_R2[:, 1]
-    low, high = np.quantile(losses_R, [0.025, 0.975])
-    return {
-        "documents": len(sums_N2),
-        "tokens": int(tokens),
-        "loss": float(loss),
-        "loss_std": float(losses_R.std(ddof=1)) if len(losses_R) > 1 else 0.0,
-        "perplexity": _exp(loss),
-        "perplexity_low": _exp(low),
-        "perplexity_high": _exp(high),
-    }
+def _figures(sums_N2: np.ndarray, sums_R2: np.ndarray) -> Figures:
+    total, tokens = sums_N2.sum(0)
+    found: Figures = {"documents": len(sums_N2), "tokens": int(tokens), "loss": float(total / tokens)}
+    std = low = high = None
+    if len(sums_N2) > 1 and len(sums_R2) > 1:
+        losses_R = sums_R2[:, 0] / sums_R2[:, 1]
+        std, (low, high) = float(losses_R.std(ddof=1)), map(_exp, np.quantile(losses_R, [0.025, 0.975]))
+    bars = {"loss_std": std, "perplexity": _exp(total / tokens), "perplexity_low": low, "perplexity_high": high}
+    return found | bars
 
 
 def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
+def table(found: dict[str, Figures]) -> list[str]:
     """Format the result of :func:`summary`."""
     width = max(len(printable(name)) for name in [*found, "domain"])
     lines = [f"{'domain':<{width}}  {'documents':>9}  {'tokens':>11}  {'loss':>7}     std  perplexity   95 % interval"]
     for name, row in found.items():
-        between = f"{row['perplexity_low']:.4g} to {row['perplexity_high']:.4g}"
+        std, between = f"{'-':>6}", "-"
+        if row["loss_std"] is not None:
+            std, between = f"{row['loss_std']:.4f}", f"{row['perplexity_low']:.4g} to {row['perplexity_high']:.4g}"
         counts = f"{row['documents']:>9,}  {row['tokens']:>11,}"
-        loss = f"{row['loss']:>7.4f}  {row['loss_std']:.4f}  {row['perplexity']:>10.4g}"
-        lines.append(f"{printable(name):<{width}}  {counts}  {loss}   {between}")
+        lines.append(
+            f"{printable(name):<{width}}  {counts}  {row['loss']:>7.4f}  {std}  {row['perplexity']:>10.4g}   {between}"
+        )
     return lines
 
 

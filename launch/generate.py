@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C loses nothing, and needs no traceback
 
 import numpy as np
 import torch
@@ -33,12 +37,12 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(env.threads(process))
         if arguments.batch < 1:
             raise ValueError(f"--batch={arguments.batch}: must be at least 1")
-        sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+        sampling = _sampling(arguments)
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
         prompts = read_prompts(arguments.prompt, arguments.prompts)
-        # a text begins as a document does
-        ids = [[tokenizer.end_of_document, *map(int, tokenizer.encode(prompt))] for prompt in prompts]
+        marks = loaded.marks(source, tokenizer)
+        ids = [marks.prompt(prompt) for prompt in prompts]
         longest = max(map(len, ids)) + sampling.max_tokens
         experts = source.weights.architecture.moe.num_experts
         with loaded.ranks(process, arguments, experts, "equimoe.launch.generate", given) as mesh:
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             dp = loaded.readers(mesh)
             stream = Stream(prompts[0], tokenizer) if len(prompts) == 1 and process.rank == 0 else None
             shown = (lambda _, token: stream.add(token)) if stream is not None else (lambda *_: None)
-            settings = {"stop": tokenizer.end_of_document, "dp": dp, "batch": arguments.batch}
+            settings = {"stop": marks.stops, "dp": dp, "batch": arguments.batch}
             texts = generate(model, ids, sampling, **settings, on_token=shown)
             everywhere = {number: text for part in gather(texts) for number, text in part.items()}
             if stream is not None:
@@ -59,7 +63,15 @@ def main(argv: list[str] | None = None) -> None:
             elif process.rank == 0:
                 for number, prompt in enumerate(prompts):
                     text = tokenizer.decode(np.array(everywhere[number]))
-                    print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=not _prints_unicode()))
+                    print(as_json({"prompt": prompt, "text": text}))
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    try:
+        return Sampling(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    except ValueError as error:  # it names the field, such as max_tokens
+        name, _, rest = str(error).partition("=")
+        raise ValueError(f"--{name.replace('_', '-')}={rest}") from None
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
@@ -67,7 +79,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
     prompts = list(given)
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = [line.removesuffix("\r") for line in file.read_text(encoding="utf-8-sig").split("\n")]
         except UnicodeDecodeError:
             raise ValueError(f"--prompts={file}: is not UTF-8 text") from None
         for number, line in enumerate(lines, 1):
@@ -115,6 +127,12 @@ class Stream:
         if not _prints_unicode():
             safe = safe.encode("ascii", "backslashreplace").decode()
         print(safe, end="", flush=True)
+
+
+def as_json(record: dict[str, str]) -> str:
+    """Return a line of JSON without characters that control a terminal."""
+    text = json.dumps(record, ensure_ascii=not _prints_unicode())
+    return "".join(letter if printable(letter) == letter else json.dumps(letter)[1:-1] for letter in text)
 
 
 def _prints_unicode() -> bool:

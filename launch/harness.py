@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..moe.serve import Sampling, Window, generate, score
+from ..moe.train.data import HuggingFaceTokenizer
 from . import loaded
 
 
@@ -27,7 +28,8 @@ class EquiMoE(TemplateLM):
     * ``max_length``: tokens that the model reads at once; by default the sequence length of the run.
     * ``max_gen_toks``: new tokens of a continuation, unless the task says how many.
 
-    Texts get no special tokens; one without a context begins with the end-of-document token. Raises ValueError, or
+    Texts get no special tokens, except that one without a context begins with the beginning-of-text token, or with the
+    end-of-document token if the model has none. Raises ValueError, or
     CheckpointError, if the folder has no model.
     """
 
@@ -45,6 +47,7 @@ class EquiMoE(TemplateLM):
         super().__init__()
         source = loaded.find(Path(path))
         self.tokens = loaded.tokenizer_of(source, tokenizer)
+        self.marks = loaded.marks(source, self.tokens)
         self.max_length, self.max_gen_toks = max_length or source.seq_len, max_gen_toks
         self.batch_size = batch_size
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -54,6 +57,11 @@ class EquiMoE(TemplateLM):
     def eot_token_id(self) -> int:
         """The id of the end-of-document token."""
         return self.tokens.end_of_document
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id before a text without a context."""
+        return self.marks.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the ids of a text, without special tokens."""
@@ -74,7 +82,7 @@ class EquiMoE(TemplateLM):
         parts, owners = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            windows = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
             for context, continuation in map(make_disjoint_window, windows):
                 parts.append((None, context, continuation))
                 owners.append(number)
@@ -93,16 +101,21 @@ class EquiMoE(TemplateLM):
             room = self.max_length - tokens
             if room < 1:
                 raise ValueError(f"max_gen_toks={tokens}: leaves no room in max_length={self.max_length}; lower it")
-            prompts = [(self.tok_encode(requests[n].args[0]) or [self.eot_token_id])[-room:] for n in numbers]
+            prompts = [(self.tok_encode(requests[n].args[0]) or [self.prefix_token_id])[-room:] for n in numbers]
             sampling = Sampling(tokens, temperature, top_p)
-            texts = generate(self.model, prompts, sampling, stop=self.eot_token_id, batch=self.batch_size)
+            texts = generate(self.model, prompts, sampling, stop=self.marks.stops, batch=self.batch_size)
             for place, number in enumerate(numbers):
-                text = self.tokens.decode(np.array(texts[place]))
+                text = self._decode(texts[place])
                 until = requests[number].args[1].get("until") or []
                 for end in [until] if isinstance(until, str) else until:
                     text = text.split(end)[0] if end else text
                 found[number] = text
         return found
+
+    def _decode(self, ids: list[int]) -> str:
+        if isinstance(self.tokens, HuggingFaceTokenizer):
+            return self.tokens.decode(np.array(ids), skip_special=True)
+        return self.tokens.decode(np.array(ids))
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[int, float, float]:
         tokens = int(settings.get("max_gen_toks", settings.get("max_new_tokens", self.max_gen_toks)))

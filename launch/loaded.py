@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from ..moe.interop.hf import Weights, is_folder
 from ..moe.model import Attention, Decoder
 from ..moe.parallel import Mesh, ParallelConfig, build_mesh, parallelize
 from ..moe.parallel.tied import allocate
-from ..moe.train.data import Tokenizer, load_tokenizer
+from ..moe.train.data import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 from . import env, joining
+from .memory import is_out_of_memory
 
 #: sequence length of a model whose folder does not say on what it was trained
 SEQ_LEN = 4096
 #: seconds in which all ranks must join, and after which a collective fails
 JOIN_S, COLLECTIVE_S = 180.0, 600.0
+#: files of a transformers model that say after which tokens a text ends
+GENERATION, CONFIG = "generation_config.json", "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,6 +44,8 @@ class Source:
     data: dict[str, Any]
     #: path of the tokenizer, or "bytes"; None if unknown
     tokenizer: str | None
+    #: folder with the small files of a transformers model, if the weights come from one
+    side: Path | None = None
 
     @property
     def seq_len(self) -> int:
@@ -53,13 +59,13 @@ def find(path: Path) -> Source:
         raise ValueError(f"--run-dir={path}: is not a folder; give that of a run, a checkpoint or a transformers model")
     if is_folder(path):
         file = path / "tokenizer.json"
-        return Source(weights_of(path), str(path), {}, str(file) if file.is_file() else None)
+        return Source(weights_of(path), str(path), {}, str(file) if file.is_file() else None, path)
     folder, manifest = tools.newest_valid(path)
     data = manifest["position"].get("config", {}).get("data", {})
     side = companions_of(folder)
     kept = None if side is None else side / "tokenizer.json"
     tokenizer = data.get("tokenizer") or (str(kept) if kept is not None and kept.is_file() else None)
-    return Source(weights_of(folder, manifest), f"{folder}, step {manifest['step']}", data, tokenizer)
+    return Source(weights_of(folder, manifest), f"{folder}, step {manifest['step']}", data, tokenizer, side)
 
 
 def tokenizer_of(source: Source, given: str | None) -> Tokenizer:
@@ -70,11 +76,48 @@ def tokenizer_of(source: Source, given: str | None) -> Tokenizer:
     try:
         found = load_tokenizer(name)
     except ValueError as error:
-        raise ValueError(f"{error}; say where it is with --tokenizer") from None
+        text = str(error).replace("data.tokenizer=", "--tokenizer=")
+        raise ValueError(text if given else f"{text}; say where it is with --tokenizer") from None
     if found.vocab_size > vocabulary:
         size = f"has {found.vocab_size} tokens, but the model knows {vocabulary}"
         raise ValueError(f"--tokenizer={name}: {size}; give the one that it was trained with")
     return found
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The special tokens of texts: of a run, those between the documents of its training."""
+
+    #: id before a text without a context
+    prefix: int
+    #: ids after which a text ends
+    stops: frozenset[int]
+    #: returns the ids of a text to continue
+    prompt: Callable[[str], list[int]]
+
+
+def marks(source: Source, tokenizer: Tokenizer) -> Marks:
+    """Return the special tokens: those of the training, or what transformers uses for a model that it has trained."""
+    end = tokenizer.end_of_document
+    stops = {end} | {i for name in (GENERATION, CONFIG) for i in _ends(source.side, name)}
+
+    def document(text: str) -> list[int]:
+        return [end, *map(int, tokenizer.encode(text))]
+
+    if source.data or source.side is None or not isinstance(tokenizer, HuggingFaceTokenizer):
+        return Marks(end, frozenset(stops), document)
+    begin = tokenizer.id_of(special_token(source.side / "tokenizer_config.json", "bos_token"))
+    prefix = end if begin is None else begin
+    return Marks(prefix, frozenset(stops), lambda text: tokenizer.encode_prompt(text) or [prefix])
+
+
+def _ends(side: Path | None, name: str) -> list[int]:
+    """Return ``eos_token_id`` of a file of a transformers model."""
+    try:
+        found = json.loads((side / name).read_text(encoding="utf-8"))["eos_token_id"] if side is not None else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
 
 
 def build(source: Source, mesh: Mesh | None, device: torch.device, seq_len: int, dtype: torch.dtype) -> Decoder:
@@ -136,6 +179,13 @@ def one_line(process: env.Process) -> Iterator[None]:
         env.stop(process, env.CHECKPOINT, str(error))
     except ValueError as error:
         env.stop(process, env.CONFIG, str(error))
+    except BrokenPipeError:
+        raise  # nobody reads the output any more
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = "the model, or the cache of such long texts, does not fit into this machine's memory"
+        env.stop(process, env.MEMORY, f"{why} ({str(error).splitlines()[0] if str(error) else 'out of memory'})")
     except OSError as error:
         env.stop(process, env.DATA, f"{error.filename}: cannot be read or written ({error.strerror})")
 

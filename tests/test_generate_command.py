@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +69,37 @@ def test_a_stream_holds_back_parts_of_characters_and_escapes_controls(capsys: py
     assert "".join(shown) == "é aü\\x1b[31m\n€\ufffdb" and shown[1] == "" and capsys.readouterr().out == "\ufffd\n"
 
 
+def test_a_line_ends_where_a_text_editor_ends_it(tmp_path: Path) -> None:
+    """JSON may contain other separators of lines, and Windows writes another end and a byte order mark."""
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert generate.read_prompts([], tmp_path / "a.jsonl") == ["a\u2028b\x85c"]
+    (tmp_path / "b.txt").write_bytes("\ufeffone\fmore\u2028x\r\n\r\ntwo".encode())
+    assert generate.read_prompts([], tmp_path / "b.txt") == ["one\fmore\u2028x", "two"]
+
+
+def test_json_controls_no_terminal() -> None:
+    record = {"prompt": "\x9b31m\u202ex", "text": "é\n\x1b\u2028"}
+    line = generate.as_json(record)
+    assert json.loads(line) == record and not set("\x9b\u202e\u2028\x1b\n") & set(line)
+
+
+def test_generate_ends_quietly_when_asked_to_or_when_nobody_reads(trained: Path) -> None:
+    options = ["--run-dir", "run", "--prompt", "a", "--max-tokens", "100000"]
+    command = [sys.executable, "-m", "equimoe.launch.generate", *options]
+    for code in (-signal.SIGINT, env.UNREAD):
+        process = subprocess.Popen(command, cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1) == "a"
+        if code == env.UNREAD:
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(30) == code
+        assert all(line.startswith("note: ") for line in process.stderr.read().splitlines())
+
+
 def test_texts_longer_than_those_of_the_training_are_noted(trained: Path) -> None:
     ended = run(trained, generate, "--prompt", "a", "--max-tokens", "30")
     assert ended.codes == [0]
@@ -75,11 +110,12 @@ def test_texts_longer_than_those_of_the_training_are_noted(trained: Path) -> Non
     ("options", "code", "words"),
     [
         ([], env.CONFIG, ["--prompt: is missing"]),
-        (["--prompt", "a", "--max-tokens", "0"], env.CONFIG, ["max_tokens=0"]),
-        (["--prompt", "a", "--top-p", "2"], env.CONFIG, ["top_p=2.0"]),
+        (["--prompt", "a", "--max-tokens", "0"], env.CONFIG, ["--max-tokens=0"]),
+        (["--prompt", "a", "--max-tokens", "99999999999"], env.MEMORY, ["does not fit", "allocate"]),
+        (["--prompt", "a", "--top-p", "2"], env.CONFIG, ["--top-p=2.0"]),
         (["--prompt", "a", "--tp", "2"], env.CONFIG, ["--tp=2", "number of processes"]),
         (["--prompt", "a", "--processes", "0"], env.CONFIG, ["--processes=0"]),
-        (["--prompt", "a", "--tokenizer", "nowhere"], env.CONFIG, ["nowhere", "--tokenizer"]),
+        (["--prompt", "a", "--tokenizer", "nowhere"], env.CONFIG, ["--tokenizer='nowhere'"]),
         (["--prompts", "nowhere"], env.DATA, ["nowhere", "No such file"]),
         (["--prompts", "bad.jsonl"], env.CONFIG, ["--prompts=bad.jsonl: line 2"]),
         (["--prompts", "latin.txt"], env.CONFIG, ["--prompts=latin.txt: is not UTF-8"]),
@@ -116,7 +152,7 @@ def test_the_commands_of_the_page_run_as_they_stand(trained: Path) -> None:
 # ---- evaluate
 
 
-def evaluated(folder: Path, *options: str, world: int = 1) -> dict[str, dict[str, float]]:
+def evaluated(folder: Path, *options: str, world: int = 1) -> dict[str, Any]:
     ended = run(folder, evaluate, *options, "--json", "found.json", world=world)
     assert ended.codes == [0] * world and ended.errors == [], ended
     assert ended.out[0].splitlines()[-1].startswith("all ") and ended.out[1:] == [""] * (world - 1)
@@ -132,7 +168,8 @@ def test_held_out_text_is_that_of_the_training(trained: Path) -> None:
     assert found["all"]["loss"] == pytest.approx(last["loss"], rel=0.1)
     for row in found.values():
         assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
-        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+        if row["documents"] > 1:
+            assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
 
 
 @pytest.mark.parametrize("options", [["--ep", "2"], ["--tp", "2"]], ids=" ".join)
@@ -143,6 +180,13 @@ def test_other_text_is_evaluated_the_same_on_two_ranks(trained: Path, options: l
     two = evaluated(trained, *data, *options, world=2)
     for domain, row in alone.items():
         assert two[domain] == pytest.approx(row, rel=1e-5)
+
+
+@pytest.mark.parametrize(("documents", "samples"), [(1, 100), (5, 1)])
+def test_there_is_no_error_bar_without_a_choice_of_documents(documents: int, samples: int) -> None:
+    found = evaluate.summary(["a"] * documents, np.array([[2.0, 1.0]] * documents), samples, seed=0)
+    assert found["a"]["loss_std"] is found["a"]["perplexity_low"] is found["a"]["perplexity_high"] is None
+    assert evaluate.table(found)[1].split()[4::2] == ["-", "-"]
 
 
 def test_bootstrap_errors_are_those_of_a_ratio_of_sums() -> None:
@@ -162,7 +206,9 @@ def test_bootstrap_errors_are_those_of_a_ratio_of_sums() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--data", "nowhere"], env.DATA, ["nowhere", "does not exist"]),
+        (["--data", "nowhere"], env.DATA, ["--data='nowhere'", "does not exist"]),
+        (["--json", "nowhere/x.json"], env.CANNOT_WRITE, ["--json=nowhere/x.json: its folder does not exist"]),
+        (["--seed", "-1"], env.CONFIG, ["--seed=-1"]),
         (["--data", "empty"], env.DATA, ["empty", "has no files"]),
         (["--limit", "0"], env.CONFIG, ["--limit=0"]),
         (["--seq-len", "0"], env.CONFIG, ["--seq-len=0"]),

@@ -5,7 +5,7 @@ B sequences, S positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
-    stop: int | None = None,
+    stop: Collection[int] = (),
     dp: Axis = LOCAL,
     batch: int = 8,
     on_token: OnToken = lambda prompt, token: None,
@@ -35,8 +35,8 @@ def generate(
     """Continue prompts, which are lists of token ids; return the new tokens of this rank's prompts by number.
 
     Every rank of ``dp`` must call this with the same prompts; they share them, ``batch`` at a time on each rank. A text
-    ends after ``stop``, which is part of the result, or after ``sampling.max_tokens``. Raises ValueError for a prompt
-    that is empty, has ids outside of the vocabulary, or leaves no room for its continuation.
+    ends after a token of ``stop``, which is part of the result, or after ``sampling.max_tokens``. Raises ValueError for
+    a prompt that is empty, has ids outside of the vocabulary, or leaves no room for its continuation.
     """
     _check(model, prompts, sampling)
     own = range(dp.rank, len(prompts), dp.size)
@@ -89,7 +89,9 @@ def _any(here: bool, dp: Axis) -> bool:
 class _Batch:
     """Some prompts of this rank, which are continued together."""
 
-    def __init__(self, model: Decoder, prompts: dict[int, Sequence[int]], sampling: Sampling, stop: int | None) -> None:
+    def __init__(
+        self, model: Decoder, prompts: dict[int, Sequence[int]], sampling: Sampling, stop: Collection[int]
+    ) -> None:
         self.model, self.sampling, self.stop = model, sampling, stop
         self.numbers = list(prompts)
         self.texts: dict[int, list[int]] = {number: [] for number in prompts}
@@ -115,7 +117,7 @@ class _Batch:
             token = choose(logits_BV[row], self.sampling, self.generators[row])
             self.texts[number].append(token)
             on_token(number, token)
-            self.finished[row] = token == self.stop or len(self.texts[number]) == self.sampling.max_tokens
+            self.finished[row] = token in self.stop or len(self.texts[number]) == self.sampling.max_tokens
             self.seen[row] += len(self.new[row])
             self.new[row] = [token]
 

@@ -92,7 +92,9 @@ def test_a_text_ends_after_the_stop_token() -> None:
     plain = generate(model, PROMPTS, Sampling(20, temperature=0))
     stop = plain[1][5]
     seen: list[tuple[int, int]] = []
-    found = generate(model, PROMPTS, Sampling(20, temperature=0), stop=stop, on_token=lambda n, t: seen.append((n, t)))
+    found = generate(
+        model, PROMPTS, Sampling(20, temperature=0), stop={stop}, on_token=lambda n, t: seen.append((n, t))
+    )
     for number, text in plain.items():
         end = text.index(stop) + 1 if stop in text else 20
         assert found[number] == text[:end] == [token for n, token in seen if n == number]

@@ -9,17 +9,19 @@ from .corpus import Corpus, load_corpus, read_documents
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
 from .token_file import DataError
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 
 __all__ = [
     "Batches",
     "Corpus",
     "Cursor",
     "DataError",
+    "HuggingFaceTokenizer",
     "Tokenizer",
     "bigram_loss",
     "heldout_batches",
     "load_corpus",
     "load_tokenizer",
     "read_documents",
+    "special_token",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,8 @@ class HuggingFaceTokenizer:
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         # ids may have gaps, so the size is the largest id + 1, not the number of entries
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        known = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
+        ends = (*END_OF_DOCUMENT, special_token(path.with_name("tokenizer_config.json"), "eos_token"))
+        known = [vocabulary[token] for token in ends if token in vocabulary]
         self.end_of_document = known[0] if known else self.vocab_size
         self.vocab_size = max(self.vocab_size, self.end_of_document + 1)
         remedy = f"has an id of {self.vocab_size - 1}, more than any vocabulary needs; save it again with smaller ids"
@@ -83,9 +85,30 @@ class HuggingFaceTokenizer:
         ids = self._backend.encode(clean, add_special_tokens=False).ids
         return np.asarray(ids, dtype=id_dtype(self.vocab_size))
 
-    def decode(self, ids: np.ndarray) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of ``text`` with the special tokens that the tokenizer itself adds to a text."""
+        clean = text.encode("utf-8", errors="replace").decode("utf-8")
+        return [int(i) for i in self._backend.encode(clean, add_special_tokens=True).ids]
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token; None if there is no such token."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def decode(self, ids: np.ndarray, skip_special: bool = False) -> str:
+        """Return the text of ``ids``, without end-of-document ids; ``skip_special`` leaves out all special tokens."""
         kept = [int(i) for i in ids if i != self.end_of_document]
-        return str(self._backend.decode(kept, skip_special_tokens=False))
+        return str(self._backend.decode(kept, skip_special_tokens=skip_special))
+
+
+def special_token(file: Path, name: str) -> str:
+    """Return a special token that a ``tokenizer_config.json`` names, such as "eos_token"; empty if it names none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    found = found.get("content") if isinstance(found, dict) else found
+    return found if isinstance(found, str) else ""
 
 
 def load_tokenizer(name: str) -> Tokenizer:
