@@ -13,7 +13,6 @@ E experts, K top-k, D hidden, F expert width, G experts per copy.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,16 +26,10 @@ from torch import Tensor
 from ..checkpoint.tools import Reader
 from ..config import MoEConfig, RouterConfig
 from .architecture import Architecture, canonical
-from .computed import Box, Computed, inner, mean, saved, whole
+from .computed import Box, Computed, FeedForwards, Kind, generator, inner, mean, normal, router_row, saved
 from .convert import write_first
 from .hf import Weights
 from .merge import same_models
-
-#: deviation of the new routers' weights
-ROUTER_STD = 0.02
-#: random numbers that share a generator
-_BLOCK = 1 << 16
-Kind = Literal["gate", "up", "down"]
 
 
 @dataclass(frozen=True)
@@ -163,20 +156,18 @@ class Upcycled(Computed):
 
     def router(self, prefix: str, expert: int) -> Tensor:
         """Return an expert's row of a router. The experts of a copy have the same."""
-        copy = expert // self.recipe.granularity
-        return ROUTER_STD * normal(self.recipe.seed, f"{prefix}router", copy, copy + 1, self.moe.hidden_size)[0]
+        return router_row(self.recipe.seed, prefix, expert // self.recipe.granularity, self.moe.hidden_size)
 
 
 class Experts:
-    """The experts' matrices, row by row. Holds a dense feed-forward's gate and up projection, or its down projection.
+    """The experts' matrices, row by row.
 
     Expert e is part ``e % G`` of copy ``e // G``.
     """
 
     def __init__(self, readers: Sequence[Reader], recipe: Recipe, moe: MoEConfig) -> None:
-        self.readers, self.recipe, self.moe = readers, recipe, moe
-        self.factors = recipe.factors()
-        self._held: dict[Kind, tuple[tuple[int, str], Tensor]] = {}
+        self.recipe, self.moe, self.models = recipe, moe, len(readers)
+        self.factors, self.dense = recipe.factors(), FeedForwards(readers)
 
     def gate_up(self, prefix: str, expert: int, rows: slice) -> Tensor:
         """Return rows of an expert's gate and up projection, which follow each other."""
@@ -196,8 +187,8 @@ class Experts:
     def dropped(self, prefix: str, expert: int) -> Tensor:
         """Return the channels of an expert that are drawn again: the same in its three matrices."""
         width = self.moe.intermediate_size
-        generator = _generator(self.recipe.seed, f"{prefix}{expert} channels")
-        return torch.randperm(width, generator=generator)[: int(self.recipe.ratio * width)].sort().values
+        draws = generator(self.recipe.seed, f"{prefix}{expert} channels")
+        return torch.randperm(width, generator=draws)[: int(self.recipe.ratio * width)].sort().values
 
     def _rows(self, kind: Kind, prefix: str, expert: int, first: int, last: int) -> Tensor:
         dense = self._part(kind, prefix, expert)
@@ -220,29 +211,6 @@ class Experts:
     def _part(self, kind: Kind, prefix: str, expert: int) -> Tensor:
         """Return an expert's part of a dense matrix."""
         part, width = expert % self.recipe.granularity, self.moe.intermediate_size
-        dense = self._dense(kind, prefix, expert // self.recipe.granularity)
-        return dense.narrow(1 if kind == "down" else 0, part * width, width)
-
-    def _dense(self, kind: Kind, prefix: str, copy: int) -> Tensor:
-        source = copy * len(self.readers) // (self.moe.num_experts // self.recipe.granularity)
-        if kind in self._held and self._held[kind][0] == (source, prefix):
-            return self._held[kind][1]
-        for other in ("gate", "up") if kind == "down" else ("down", kind):
-            self._held.pop(other, None)
-        self._held[kind] = (source, prefix), whole(self.readers[source], f"{prefix}{kind}_proj.weight")
-        return self._held[kind][1]
-
-
-def normal(seed: int, name: str, first: int, last: int, width: int) -> Tensor:
-    """Return rows ``first`` to ``last`` of a matrix of standard normal numbers, which depends on seed and name only."""
-    each = max(1, _BLOCK // width)
-    found = []
-    for number in range(first // each, math.ceil(last / each)):
-        block = torch.randn(each, width, generator=_generator(seed, f"{name} {number}"))
-        found.append(block[max(first - number * each, 0) : last - number * each])
-    return torch.cat(found)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        copies = self.moe.num_experts // self.recipe.granularity
+        model = expert // self.recipe.granularity * self.models // copies
+        return self.dense.matrix(kind, prefix, model).narrow(1 if kind == "down" else 0, part * width, width)
