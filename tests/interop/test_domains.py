@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from equimoe.launch import initial
+from equimoe.launch.upcycle import main as upcycle
 from equimoe.moe import MoEConfig
 from equimoe.moe.interop.domains import (
     Divided,
@@ -23,6 +24,7 @@ from equimoe.moe.interop.domains import (
 )
 from equimoe.moe.model import Decoder
 from tests.helpers.grown import HIDDEN, LAYERS, LENGTH, VOCABULARY, WIDTH, logits, tensors, write
+from tests.helpers.small import write_texts
 
 LAYER = "model.blocks.1.mlp."
 
@@ -118,3 +120,24 @@ def test_soft_targets_prefer_the_domain_whose_channels_are_active() -> None:
     right, wrong = targets.log() + 3 * F.one_hot(torch.tensor([0, 1]), 3)[:, None], -targets.log()
     domains = torch.tensor([0, 1])
     assert distillation_loss(right, domains, targets) < distillation_loss(wrong, domains, targets)
+
+
+def test_the_command_measures_text_by_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, texts = write(tmp_path / "dense"), write_texts(tmp_path / "texts")
+    options = ["--method", "read-me", "--data", str(texts), "--tokenizer", "bytes", "--tokens", "300"]
+    upcycle([str(source), "--out", str(tmp_path / "moe"), *options, "--keep-channels", "0.5"])
+    assert "channels of one domain: domain0 " in capsys.readouterr().out
+    assert logits(tmp_path / "moe").isfinite().all()
+    found = initial.weights(tmp_path / "moe").architecture.moe
+    assert found.num_experts == 3 and found.intermediate_size + found.shared_intermediate_size <= WIDTH
+    for wrong, message in (
+        (["--keep-channels", "0"], "--keep-channels=0.0: must be at most 1"),
+        (["--top-k", "4"], "--top-k=4: must be between 1 and the number of domains, 3"),
+        (["--tokens", "0"], "--tokens=0: must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            upcycle([str(source), "--out", str(tmp_path / "wrong"), *options, *wrong])
+        assert message in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+    with pytest.raises(SystemExit):
+        upcycle([str(source), "--out", str(tmp_path / "wrong"), "--method", "read-me"])
+    assert "--data: is missing" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_belady_is_never_worse_than_lru() -> None:
 
 @pytest.mark.parametrize(
     ("requests", "capacity", "hits"),
-    [([1, 2, 1, 3, 1, 2], 2, (2, 3)), ([1, 2, 3, 1, 2, 3], 2, (0, 2)), ([1, 1, 1], 1, (2, 2)), ([], 2, (0, 0))],
+    [([1, 2, 1, 3, 1, 2], 2, (2, 2)), ([1, 2, 3, 1, 2, 3], 2, (0, 2)), ([1, 1, 1], 1, (2, 2)), ([], 2, (0, 0))],
 )
 def test_worked_by_hand(requests: list[int], capacity: int, hits: tuple[int, int]) -> None:
     assert (lru(requests, capacity), belady(requests, capacity)) == hits
