@@ -1,6 +1,6 @@
 """Compares Drop-Upcycling with sparse upcycling and with training from scratch, at equal tokens.
 
-    python benchmarks/upcycling.py [--quick] [--seeds 3] [--steps N] [--jobs 2] [--runs DIR] [--out DIR]
+    python benchmarks/upcycling.py [--quick] [--seeds 3] [--steps N] [--arms sparse,drop] [--jobs 2] [--out DIR]
 
 A small dense model is trained on the text that comes with Python, and then grown into an MoE model by each method. All
 models then train on the same new sequences; one has random weights, one stays dense, and one with random weights also
@@ -176,14 +176,14 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             job.result()
         jobs = {}
         for seed in range(args.seeds):
-            for name in ARMS:
+            for name in args.arms:
                 if not (args.runs / str(seed) / f"{name}.result.json").exists():
                     jobs[pool.submit(run, name, args.size, seed, args.runs / str(seed))] = name, seed
         for job in as_completed(jobs):
             record = job.result()
             loss, seconds = record["evaluations"][-1]["loss"], record["seconds"]
             print(f"{record['arm']:<12} seed {record['seed']}  held-out loss {loss:.4f}  {seconds:4.0f} s", flush=True)
-    files = [args.runs / str(seed) / f"{name}.result.json" for name in ARMS for seed in range(args.seeds)]
+    files = [args.runs / str(seed) / f"{name}.result.json" for name in args.arms for seed in range(args.seeds)]
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -208,12 +208,13 @@ def markdown(result: dict[str, Any]) -> str:
     quarters = [0, *range(1, EVALUATIONS + 1)]
     shares = ["start", *(f"{n}/{EVALUATIONS} of the steps" for n in quarters[1:])]
     rows = []
-    for name, arm in ARMS.items():
+    shown = [name for name in ARMS if values(records, name, -1)]
+    for name in shown:
         divergence = values(records, name, -1, "divergence")
         cells = [spread(values(records, name, at)) for at in quarters]
-        rows.append([f"{name}: {arm.label}", *cells, spread(divergence, ".3f") if divergence else "-"])
+        rows.append([f"{name}: {ARMS[name].label}", *cells, spread(divergence, ".3f") if divergence else "-"])
     differences = []
-    for one, other in PAIRS:
+    for one, other in (pair for pair in PAIRS if set(pair) <= set(shown)):
         each = [
             [a - b for a, b in zip(values(records, one, at), values(records, other, at), strict=True)]
             for at in quarters
@@ -251,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=positive, help=f"after the dense model's {FULL.dense_steps} (default {FULL.steps})"
     )
+    parser.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(ARMS)} (default: all)")
     parser.add_argument("--jobs", type=positive, default=CORES, help="runs at the same time (default %(default)s)")
     parser.add_argument("--runs", type=Path, help="folder for the runs (default runs/upcycling)")
     parser.add_out()
@@ -260,18 +262,23 @@ def main(argv: list[str] | None = None) -> int:
         if args.steps < EVALUATIONS:
             parser.error(f"--steps={args.steps}: give at least {EVALUATIONS}")
         args.size = replace(args.size, steps=args.steps)
+    chosen = args.arms.split(",") if args.arms else tuple(ARMS)
+    if unknown := set(chosen) - set(ARMS):
+        parser.error(f"--arms={','.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+    args.arms = [name for name in ARMS if name in chosen]
     size, begin, before = args.size, time.perf_counter(), load_averages()
     args.runs = args.runs or ROOT / "runs" / f"upcycling-{size.dense_steps}-{size.steps}"
     runs = run_all(args)
     result: dict[str, Any] = {
         "facts": facts(),
-        "command": "python benchmarks/upcycling.py" + " --quick" * args.quick,
+        "command": " ".join(["python benchmarks/upcycling.py", *(sys.argv[1:] if argv is None else argv)]),
         "settings": asdict(size) | {"seeds": args.seeds},
         "runs": runs,
         **spent(begin, before),
     }
     text = markdown(result)
-    print(text, "written: ", *write(result, text, args.out, "upcycling" + "-quick" * args.quick), sep="\n")
+    name = "upcycling" + ("-quick" if args.quick else f"-{size.steps}" if size.steps != FULL.steps else "")
+    print(text, "written: ", *write(result, text, args.out, name), sep="\n")
     return 0
 
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..moe import checkpoint
 from ..moe.checkpoint.manifest import printable
+from ..moe.interop.domains import divide, domain_masks
 from ..moe.interop.hf import Weights
 from ..moe.interop.merge import Assembly, average, merge
 from ..moe.interop.upcycle import Recipe, upcycle
-from . import env, initial
+from . import domains, env, initial
 from .usage import Parser
 
 Write = Callable[[list[Weights], dict[str, Any], Path, int | None], Path]
@@ -51,6 +54,25 @@ def _assemble(sources: list[Weights], given: dict[str, Any], out: Path, files: i
     return merge(sources, Assembly(**({"weights": equal} | given)), out, files)
 
 
+def _read_me(sources: list[Weights], given: dict[str, Any], out: Path, files: int | None) -> Path:
+    if "data" not in given:
+        raise ValueError("--data: is missing; give a folder with a folder of text for each domain")
+    measured = domains.activity(sources[0].path, given["data"], given.get("tokenizer"), given.get("tokens", 100_000))
+    masks_NLF = domain_masks(torch.stack(list(measured.values())), given.get("keep_channels", 0.5))
+    final = divide(sources[0], masks_NLF, out, given.get("top_k", 2), given.get("seed", 0), files)
+    common_LF = masks_NLF.all(0)
+    own = [
+        f"{printable(domain)} {_share(mask_LF & ~common_LF)}"
+        for domain, mask_LF in zip(measured, masks_NLF, strict=True)
+    ]
+    print(f"channels of one domain: {', '.join(own)}; of all domains: {_share(common_LF)}")
+    return final
+
+
+def _share(mask_LF: torch.Tensor) -> str:
+    return f"{float(mask_LF.float().mean()):.0%}"
+
+
 _GROW = ("num_experts", "top_k", "normalize_weights", "moe_every", "dense_layers", "seed")
 METHODS = {
     "sparse": Method("experts are copies of the feed-forward (sparse upcycling)", False, _GROW, _grow()),
@@ -65,6 +87,12 @@ METHODS = {
         False,
         (*_GROW, "ratio", "granularity", "scaled"),
         _grow(ratio=0.5),
+    ),
+    "read-me": Method(
+        "experts are the channels that are active on a domain's text (Read-ME)",
+        False,
+        ("data", "keep_channels", "tokens", "tokenizer", "top_k", "seed"),
+        _read_me,
     ),
     "join": Method(
         "each model's feed-forwards become experts, other weights are averaged (Branch-Train-MiX)", True, _GROW, _grow()
@@ -141,6 +169,10 @@ OPTIONS = {
     "moe_every": "--moe-every",
     "dense_layers": "--dense-layers",
     "seed": "--seed",
+    "data": "--data",
+    "keep_channels": "--keep-channels",
+    "tokens": "--tokens",
+    "tokenizer": "--tokenizer",
     "weights": "--weights",
     "tensors": "--tensors",
     "routers": "--routers",
@@ -180,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     add("moe_every", "only every n-th block becomes MoE; default 1", type=int, metavar="N")
     add("dense_layers", "the first n blocks stay dense; default 0", type=int, metavar="N")
     add("seed", "seed of new random weights; default 0", type=int)
+    add("data", "text of several domains, such as a folder with a folder for each", metavar="PATH")
+    add("keep_channels", "share of the channels that a domain keeps; default 0.5", type=float, metavar="R")
+    add("tokens", "tokens of each domain that are read; default 100000", type=int, metavar="N")
+    add("tokenizer", "tokenizer.json, or 'bytes'; default: the model's own", metavar="PATH")
     add("weights", "a weight per model; they sum to 1; default equal", type=float, nargs="+", metavar="W")
     add("tensors", "what is merged: routed experts (default), or all but routers", choices=("experts", "all"))
     add("routers", "merge the routers too", action="store_const", const=True)

@@ -15,12 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import Saved
-from ..checkpoint.tools import Reader, pieces
+from ..checkpoint.tools import Reader
+from .computed import Box, Computed, inner, saved
 from .convert import companions_of, write_first
 from .hf import Weights, is_folder
-
-Box = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -98,21 +96,15 @@ def _facts(architecture: object) -> dict[str, object]:
     return found
 
 
-class Merged:
-    """The tensors of a merged model, computed by boxes: any box has the values that the whole tensor has there."""
+class Merged(Computed):
+    """The tensors of a merged model."""
 
     def __init__(self, readers: Sequence[Reader], how: Assembly) -> None:
         self.readers, self.how = readers, how
-        self.wanted = {name: Saved(torch.float32, entry.shape, ()) for name, entry in readers[0].saved.items()}
+        self.wanted = {name: saved(entry.shape) for name, entry in readers[0].saved.items()}
         self._differs: dict[tuple[str, Box], bool] = {}
 
-    def blocks(self, name: str, offsets: Box, sizes: Box) -> Iterator[Tensor]:
-        """See :class:`equimoe.moe.checkpoint.tools.Source`."""
-        for at, count in pieces(offsets, sizes, torch.float32.itemsize):
-            yield self.box(name, at, count)
-
     def box(self, name: str, offsets: Box, sizes: Box) -> Tensor:
-        """Return a box of a tensor."""
         if not self.how.merges(name):
             return self.readers[0].box(name, offsets, sizes).float()
         if self.how.threshold is None:
@@ -123,8 +115,8 @@ class Merged:
             last = tuple(min(o + n, a + c) for o, n, a, c in zip(offsets, sizes, at, count, strict=True))
             if not all(begin < end for begin, end in zip(first, last, strict=True)):
                 continue
-            within = tuple(slice(b - o, e - o) for b, e, o in zip(first, last, offsets, strict=True))
             part = tuple(end - begin for begin, end in zip(first, last, strict=True))
+            within = inner(tuple(begin - o for begin, o in zip(first, offsets, strict=True)), part)
             if self._different(name, at, count):
                 found[within] = self._sum(name, first, part)
             else:
@@ -153,14 +145,6 @@ class Merged:
             )
         )
         return math.sqrt(math.fsum(squares) / max(1, math.prod(sizes)))
-
-
-def mean(readers: Sequence[Reader], name: str, offsets: Box, sizes: Box) -> Tensor:
-    """Return the mean of a box of several models."""
-    if len(readers) == 1:
-        return readers[0].box(name, offsets, sizes).float()
-    total = sum((reader.box(name, offsets, sizes).double() for reader in readers), torch.zeros((), dtype=torch.float64))
-    return (total / len(readers)).float()
 
 
 def _matrices(name: str, shape: Box) -> Iterator[tuple[Box, Box]]:

@@ -13,9 +13,8 @@ E experts, K top-k, D hidden, F expert width, G experts per copy.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,20 +23,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.tensors import Saved
-from ..checkpoint.tools import Reader, pieces
+from ..checkpoint.tools import Reader
 from ..config import MoEConfig, RouterConfig
 from .architecture import Architecture, canonical
+from .computed import Box, Computed, FeedForwards, Kind, generator, inner, mean, normal, router_row, saved
 from .convert import write_first
 from .hf import Weights
-from .merge import mean, same_models
-
-#: deviation of the new routers' weights
-ROUTER_STD = 0.02
-#: random numbers that share a generator
-_BLOCK = 1 << 16
-Box = tuple[int, ...]
-Kind = Literal["gate", "up", "down"]
+from .merge import same_models
 
 
 @dataclass(frozen=True)
@@ -127,12 +119,12 @@ def upcycle(sources: Sequence[Weights], recipe: Recipe, out: Path, files: int | 
         return write_first(values, values.wanted, model, out, files, str(sources[0].path), None)
 
 
-class Upcycled:
-    """The tensors of the grown model, computed by boxes: any box has the values that the whole tensor has there."""
+class Upcycled(Computed):
+    """The tensors of the grown model."""
 
     def __init__(self, readers: Sequence[Reader], recipe: Recipe, model: Architecture) -> None:
         self.readers, self.recipe, self.moe = readers, recipe, model.moe
-        self.wanted: dict[str, Saved] = {}
+        self.wanted = {}
         experts, hidden, width = model.moe.num_experts, model.moe.hidden_size, model.moe.intermediate_size
         shapes = {
             "router.weight": (experts, hidden),
@@ -144,46 +136,38 @@ class Upcycled:
         for name, entry in readers[0].saved.items():
             prefix, mlp, _ = name.partition(".mlp.")
             if not (mlp and model.is_moe(int(prefix.rpartition(".")[2]))):
-                self.wanted[name] = Saved(torch.float32, entry.shape, ())
+                self.wanted[name] = saved(entry.shape)
                 continue
             for leaf, shape in shapes.items():
-                self.wanted[f"{prefix}{mlp}{leaf}"] = Saved(torch.float32, shape, ())
+                self.wanted[f"{prefix}{mlp}{leaf}"] = saved(shape)
                 self.made[f"{prefix}{mlp}{leaf}"] = leaf, prefix + mlp
         self.experts = Experts(readers, recipe, model.moe)
 
-    def blocks(self, name: str, offsets: Box, sizes: Box) -> Iterator[Tensor]:
-        """See :class:`equimoe.moe.checkpoint.tools.Source`."""
-        for at, count in pieces(offsets, sizes, torch.float32.itemsize):
-            yield self.box(name, at, count)
-
     def box(self, name: str, offsets: Box, sizes: Box) -> Tensor:
-        """Return a box of a tensor."""
         if name not in self.made:
             return mean(self.readers, name, offsets, sizes)
         leaf, prefix = self.made[name]
         numbers = range(offsets[0], offsets[0] + sizes[0])
-        inner = tuple(slice(first, first + count) for first, count in zip(offsets[1:], sizes[1:], strict=True))
+        part = inner(offsets[1:], sizes[1:])
         if leaf == "router.weight":
-            return torch.stack([self.router(prefix, expert)[inner] for expert in numbers])
+            return torch.stack([self.router(prefix, expert)[part] for expert in numbers])
         rows = self.experts.gate_up if leaf == "experts.gate_up_proj" else self.experts.down
-        return torch.stack([rows(prefix, expert, inner[0])[:, inner[1]] for expert in numbers])
+        return torch.stack([rows(prefix, expert, part[0])[:, part[1]] for expert in numbers])
 
     def router(self, prefix: str, expert: int) -> Tensor:
         """Return an expert's row of a router. The experts of a copy have the same."""
-        copy = expert // self.recipe.granularity
-        return ROUTER_STD * normal(self.recipe.seed, f"{prefix}router", copy, copy + 1, self.moe.hidden_size)[0]
+        return router_row(self.recipe.seed, prefix, expert // self.recipe.granularity, self.moe.hidden_size)
 
 
 class Experts:
-    """The experts' matrices, row by row. Holds a dense feed-forward's gate and up projection, or its down projection.
+    """The experts' matrices, row by row.
 
     Expert e is part ``e % G`` of copy ``e // G``.
     """
 
     def __init__(self, readers: Sequence[Reader], recipe: Recipe, moe: MoEConfig) -> None:
-        self.readers, self.recipe, self.moe = readers, recipe, moe
-        self.factors = recipe.factors()
-        self._held: dict[Kind, tuple[tuple[int, str], Tensor]] = {}
+        self.recipe, self.moe, self.models = recipe, moe, len(readers)
+        self.factors, self.dense = recipe.factors(), FeedForwards(readers)
 
     def gate_up(self, prefix: str, expert: int, rows: slice) -> Tensor:
         """Return rows of an expert's gate and up projection, which follow each other."""
@@ -203,19 +187,19 @@ class Experts:
     def dropped(self, prefix: str, expert: int) -> Tensor:
         """Return the channels of an expert that are drawn again: the same in its three matrices."""
         width = self.moe.intermediate_size
-        generator = _generator(self.recipe.seed, f"{prefix}{expert} channels")
-        return torch.randperm(width, generator=generator)[: int(self.recipe.ratio * width)].sort().values
+        draws = generator(self.recipe.seed, f"{prefix}{expert} channels")
+        return torch.randperm(width, generator=draws)[: int(self.recipe.ratio * width)].sort().values
 
     def _rows(self, kind: Kind, prefix: str, expert: int, first: int, last: int) -> Tensor:
-        whole = self._part(kind, prefix, expert)
-        rows = whole[first:last] * self.factors[kind]
+        dense = self._part(kind, prefix, expert)
+        rows = dense[first:last] * self.factors[kind]
         channels = self.dropped(prefix, expert)
         if not len(channels):
             return rows
         by_row = kind != "down"
-        replaced = (whole[channels] if by_row else whole[:, channels]).double() * self.factors[kind]
+        replaced = (dense[channels] if by_row else dense[:, channels]).double() * self.factors[kind]
         name = f"{prefix}{expert} {kind}"
-        drawn = normal(self.recipe.seed, name, first, last, whole.shape[1]).double()
+        drawn = normal(self.recipe.seed, name, first, last, dense.shape[1]).double()
         drawn = (replaced.mean() + replaced.std(correction=0) * drawn).float()
         if by_row:
             mine = channels[(channels >= first) & (channels < last)] - first
@@ -227,32 +211,6 @@ class Experts:
     def _part(self, kind: Kind, prefix: str, expert: int) -> Tensor:
         """Return an expert's part of a dense matrix."""
         part, width = expert % self.recipe.granularity, self.moe.intermediate_size
-        whole = self._dense(kind, prefix, expert // self.recipe.granularity)
-        return whole.narrow(1 if kind == "down" else 0, part * width, width)
-
-    def _dense(self, kind: Kind, prefix: str, copy: int) -> Tensor:
-        source = copy * len(self.readers) // (self.moe.num_experts // self.recipe.granularity)
-        if kind in self._held and self._held[kind][0] == (source, prefix):
-            return self._held[kind][1]
-        for other in ("gate", "up") if kind == "down" else ("down", kind):
-            self._held.pop(other, None)
-        reader, name = self.readers[source], f"{prefix}{kind}_proj.weight"
-        shape = reader.saved[name].shape
-        whole = reader.box(name, (0,) * len(shape), shape).float()
-        self._held[kind] = (source, prefix), whole
-        return whole
-
-
-def normal(seed: int, name: str, first: int, last: int, width: int) -> Tensor:
-    """Return rows ``first`` to ``last`` of a matrix of standard normal numbers, which depends on seed and name only."""
-    each = max(1, _BLOCK // width)
-    found = []
-    for number in range(first // each, math.ceil(last / each)):
-        block = torch.randn(each, width, generator=_generator(seed, f"{name} {number}"))
-        found.append(block[max(first - number * each, 0) : last - number * each])
-    return torch.cat(found)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        copies = self.moe.num_experts // self.recipe.granularity
+        model = expert // self.recipe.granularity * self.models // copies
+        return self.dense.matrix(kind, prefix, model).narrow(1 if kind == "down" else 0, part * width, width)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from equimoe.launch import env, initial
 from equimoe.launch.options import parse
 from equimoe.launch.upcycle import main
-from equimoe.moe.interop import upcycle
+from equimoe.moe.interop import computed
 from equimoe.moe.interop.convert import write_first
 from equimoe.moe.interop.upcycle import Recipe, Upcycled
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -179,10 +179,10 @@ def test_any_number_of_files_and_any_box_has_the_same_values(ratio: str, tmp_pat
 
 
 def test_random_rows_are_the_same_in_any_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upcycle, "_BLOCK", 50)  # 7 rows
-    whole = upcycle.normal(0, "a", 0, 40, 7)
+    monkeypatch.setattr(computed, "_BLOCK", 50)  # 7 rows
+    whole = computed.normal(0, "a", 0, 40, 7)
     for first, last in ((0, 1), (6, 7), (6, 9), (13, 30), (39, 40)):
-        assert torch.equal(upcycle.normal(0, "a", first, last, 7), whole[first:last])
+        assert torch.equal(computed.normal(0, "a", first, last, 7), whole[first:last])
     assert len(whole.unique()) == 280 and abs(float(whole.std()) - 1) < 0.2
 
 

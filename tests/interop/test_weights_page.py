@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from equimoe.launch.upcycle import METHODS
 from equimoe.moe.interop import ADAPTERS
 from equimoe.moe.interop.families import FAMILIES
 from tests.helpers.fresh import python
+from tests.helpers.small import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "weights.md").read_text()
@@ -24,6 +26,7 @@ SCRIPTS = {
     if "```python" in section
 }
 TRAINER, PARALLEL, OWN = "Swap the layers of a Hugging Face model", "Expert parallelism", "Blocks of your own"
+GROW = "Grow and join experts"
 BACK = "Train a Hugging Face model here, and go back"
 
 
@@ -65,18 +68,52 @@ def test_the_script_for_blocks_of_ones_own(tmp_path: Path) -> None:
     assert float(line.removeprefix("difference ")) < 1e-5
 
 
+def run(commands: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(["bash", "-ec", commands], cwd=folder, env=env, capture_output=True, text=True, timeout=350)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def commands(section: str) -> list[str]:
+    text = PAGE.split(f"## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+
+
 @pytest.mark.engines
 @pytest.mark.timeout(400)
 def test_the_commands_that_train_and_go_back(tmp_path: Path) -> None:
     need("transformers")
     python(SCRIPTS[BACK], tmp_path, ROOT)
-    (commands,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
-    done = subprocess.run(["bash", "-ec", commands], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=350)
-    assert done.returncode == 0, done.stderr
-    assert "step 5" in done.stdout and done.stdout.splitlines()[-1] == "mixtral"
+    (block,) = commands(BACK)
+    out = run(block, tmp_path)
+    assert "step 5" in out and out.splitlines()[-1] == "mixtral"
     assert (tmp_path / "trained" / "generation_config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_commands_that_grow_and_join(tmp_path: Path) -> None:
+    """With fewer steps and shorter sequences."""
+    (tmp_path / "texts").mkdir()
+    made = write_texts(tmp_path / "made")
+    for number, domain in enumerate(("code", "prose")):
+        (made / f"domain{number}").rename(tmp_path / "texts" / domain)
+    short = "--steps 2 --data.seq_len 16 --log.eval_sequences 1"
+    out = "".join(run(block.replace("--steps 20", short), tmp_path) for block in commands(GROW))
+    found = re.findall(r"wrote (\w+)/step-00000000: (.*?);", out)
+    assert found == [
+        ("grown", "8 experts of width 512, 2 per token, in 4 of 4 blocks"),
+        ("joined", "2 experts of width 512, 2 per token, in 4 of 4 blocks"),
+        ("averaged", "4 dense blocks"),
+    ]
+    assert (tmp_path / "moe" / "checkpoints" / "step-00000002").exists()
+
+
+def test_the_table_of_methods_names_them_all() -> None:
+    (table,) = re.findall(r"\| method \| makes of .*?\n\n", PAGE, re.DOTALL)
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE) == list(METHODS)
 
 
 def test_the_table_of_conversions_names_every_family() -> None:
