@@ -14,6 +14,7 @@ from ..moe import checkpoint
 from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
 from ..moe.interop.convert import DTYPES, export_checkpoint, import_folder
+from ..moe.interop.hf import is_folder
 from . import env
 from .text import counted
 from .usage import Parser
@@ -41,6 +42,11 @@ def import_(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--files={arguments.files}: must be at least 1")
     if not arguments.dir.is_dir():
         raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder")
+    if not is_folder(arguments.dir) and tools.held(arguments.dir):
+        raise checkpoint.CheckpointError(
+            f"{arguments.dir}: holds checkpoints of this package, not a transformers model; to make one of them, use "
+            "export; to train from them, use --init.from"
+        )
     final, source = import_folder(arguments.dir, arguments.out, arguments.files)
     for note in source.notes:
         print(f"note: {note}")

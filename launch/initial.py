@@ -7,7 +7,7 @@ from typing import Any
 
 from ..moe.checkpoint import tools
 from ..moe.interop.architecture import flat
-from ..moe.interop.convert import companions_of, model_of, weights_of
+from ..moe.interop.convert import SOURCES, companions_of, model_of, weights_of
 from ..moe.interop.hf import COMPANIONS, Weights, is_folder, keep_companions
 from ..moe.train.loop import Trainer
 
@@ -20,7 +20,7 @@ class Initial:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise ValueError(f"--init.from={path}: is not a folder; give that of a transformers model or a checkpoint")
+            raise ValueError(f"--init.from={path}: is not a folder; give that of {SOURCES}")
         self.path = path
         self.model = model_of(path)
         self.sections = dict(flat(self.model.sections()))
@@ -70,7 +70,7 @@ def keep(path: Path, run_dir: Path) -> None:
 
 def weights(path: Path) -> Weights:
     """Describe the weights in the folder of a transformers model, a checkpoint or a run."""
-    return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path))
+    return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path, SOURCES))
 
 
 def _place(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:

@@ -15,7 +15,7 @@ import torch
 from ..moe import BalanceConfig, checkpoint
 from ..moe.checkpoint import tools
 from ..moe.collectives import LOCAL, Axis
-from ..moe.interop.convert import companions_of, weights_of
+from ..moe.interop.convert import SOURCES, companions_of, weights_of
 from ..moe.interop.hf import Weights, is_folder
 from ..moe.model import Attention, Decoder
 from ..moe.parallel import Mesh, ParallelConfig, build_mesh, parallelize
@@ -56,11 +56,11 @@ class Source:
 def find(path: Path) -> Source:
     """Find the weights that a folder holds. Raises ValueError, or CheckpointError, if it holds none."""
     if not path.is_dir():
-        raise ValueError(f"--run-dir={path}: is not a folder; give that of a run, a checkpoint or a transformers model")
+        raise ValueError(f"--run-dir={path}: is not a folder; give that of {SOURCES}")
     if is_folder(path):
         file = path / "tokenizer.json"
         return Source(weights_of(path), str(path), {}, str(file) if file.is_file() else None, path)
-    folder, manifest = tools.newest_valid(path)
+    folder, manifest = tools.newest_valid(path, SOURCES)
     data = manifest["position"].get("config", {}).get("data", {})
     side = companions_of(folder)
     kept = None if side is None else side / "tokenizer.json"
@@ -159,7 +159,7 @@ def _frozen(model: Decoder) -> Decoder:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options with which a command finds and places its model."""
-    what = "folder of a run, a checkpoint or a transformers model; of a run, its newest valid checkpoint is used"
+    what = f"folder of {SOURCES}; of a run, its newest valid checkpoint is used"
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help=what)
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or 'bytes'; default: the model's own")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")

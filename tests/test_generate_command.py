@@ -120,7 +120,11 @@ def test_texts_longer_than_those_of_the_training_are_noted(trained: Path) -> Non
         (["--prompts", "bad.jsonl"], env.CONFIG, ["--prompts=bad.jsonl: line 2"]),
         (["--prompts", "latin.txt"], env.CONFIG, ["--prompts=latin.txt: is not UTF-8"]),
         (["--prompt", "a", "--run-dir", "nowhere"], env.CONFIG, ["--run-dir=nowhere"]),
-        (["--prompt", "a", "--run-dir", "texts"], env.CHECKPOINT, ["texts: no checkpoint"]),
+        (
+            ["--prompt", "a", "--run-dir", "texts"],
+            env.CHECKPOINT,
+            ["texts: no checkpoint; give the folder of a run, a checkpoint or a transformers model"],
+        ),
         (["--temperature", "x"], env.CONFIG, ["--temperature"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
@@ -213,7 +217,7 @@ def test_bootstrap_errors_are_those_of_a_ratio_of_sums() -> None:
         (["--limit", "0"], env.CONFIG, ["--limit=0"]),
         (["--seq-len", "0"], env.CONFIG, ["--seq-len=0"]),
         (["--domain-by", "nothing"], env.CONFIG, ["data.domain_by='nothing'"]),
-        (["--run-dir", "texts"], env.CHECKPOINT, ["no checkpoint"]),
+        (["--run-dir", "texts"], env.CHECKPOINT, ["no checkpoint", "or a transformers model"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .manifest import REMEDY, TENSORS, CheckpointError, read_json, reason, short
+from .manifest import REMEDY, TENSORS, CheckpointError, printable, read_json, reason, short
 from .tensors import DTYPE_OF_NAME, DTYPES, Chunk, Saved
 
 MAX_TENSORS_BYTES = 1 << 30
@@ -82,14 +82,18 @@ def _saved(name: str, entry: Any) -> Saved:
     return Saved(DTYPE_OF_NAME[entry["dtype"]], shape, tuple(chunks))
 
 
-def listed(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return the dtype, by its name in safetensors files, and the shape of each tensor of a safetensors file."""
+def listed(file: Path, called: Path | None = None, remedy: str = REMEDY) -> dict[str, tuple[str, list[int]]]:
+    """Return the dtype, by its name in safetensors files, and the shape of each tensor of a safetensors file.
+
+    ``called`` is the name that it has in errors, if it is another.
+    """
     try:
         with safe_open(file, framework="pt", device="cpu") as content:
             parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
             return {key: (part.get_dtype(), list(part.get_shape())) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: refused: {reason(error)}") from None
+        why = reason(error) if isinstance(error, OSError) else f"is damaged or incomplete ({printable(str(error))})"
+        raise CheckpointError(f"{called or file}: refused: {why}; {remedy}") from None
 
 
 def _check_header(file: Path, expected: dict[str, tuple[str, list[int]]]) -> None:

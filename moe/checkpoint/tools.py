@@ -22,23 +22,35 @@ from .tensors import Chunk, Opened, Saved
 #: prefix of the names of weights, among those of moments and other state
 WEIGHTS = "model."
 INDEX = "model.safetensors.index.json"
+#: folders that mean a checkpoint, in errors
+WHAT = "a checkpoint or of a run"
 #: bytes that are in memory at a time, if a row of a tensor is not larger
 BLOCK_BYTES = 4 << 20
 
 
-def find(folder: Path) -> list[Path]:
-    """List the checkpoints that ``folder`` means: itself, or those of a run, oldest first."""
-    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
-        return [folder]
-    found = candidates(folder) or candidates(folder / "checkpoints")
-    if not found:
-        raise CheckpointError(f"{folder}: no checkpoint; give the folder of a checkpoint or of a run")
+def find(folder: Path, what: str = WHAT) -> list[Path]:
+    """List the checkpoints that ``folder`` means: itself, or those of a run, oldest first.
+
+    Raises CheckpointError if there is none; ``what`` says which folders the caller takes.
+    """
+    if not (found := held(folder)):
+        raise CheckpointError(f"{folder}: no checkpoint; give the folder of {what}")
     return found
 
 
-def newest_valid(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that ``folder`` means, verified, and its manifest: itself, or a run's newest valid one."""
-    first = find(folder)[0]
+def held(folder: Path) -> list[Path]:
+    """List the checkpoints like :func:`find`; there may be none."""
+    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
+        return [folder]
+    return candidates(folder) or candidates(folder / "checkpoints")
+
+
+def newest_valid(folder: Path, what: str = WHAT) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that ``folder`` means, verified, and its manifest: itself, or a run's newest valid one.
+
+    For ``what`` see :func:`find`.
+    """
+    first = find(folder, what)[0]
     if first == folder:
         return folder, read_manifest(folder)
     choice = choose(first.parent)

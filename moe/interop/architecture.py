@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..config import AttentionConfig, MoEConfig, RotaryScaling, RouterConfig
+from ..config.checks import require
+
+#: most decoder blocks
+MOST_LAYERS = 10_000
+#: most experts and heads in all blocks: conversion keeps a list of their tensors
+_MOST_PARTS = 1 << 18
 
 #: fields of ``MoEConfig`` and ``RouterConfig`` that belong to the architecture; the others are the user's choice
 _MOE: tuple[str, ...] = (
@@ -33,6 +39,14 @@ class Architecture:
     attention: AttentionConfig
     #: whether routers have an expert bias
     expert_bias: bool = False
+
+    def __post_init__(self) -> None:
+        layers, heads, experts = self.num_layers, self.num_heads, self.moe.num_experts
+        require(1 <= layers <= MOST_LAYERS, "model.num_layers", layers, f"must be between 1 and {MOST_LAYERS}")
+        require(heads >= 1, "model.num_heads", heads, "must be at least 1")
+        parts = layers * (experts + heads)
+        why = f"all blocks together have {parts} experts and heads, more than {_MOST_PARTS}; such models are not read"
+        require(parts <= _MOST_PARTS, "model.num_layers", layers, why)
 
     def is_moe(self, block: int) -> bool:
         """Return whether a block has an MoE feed-forward."""

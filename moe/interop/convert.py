@@ -38,6 +38,8 @@ from .names import Layout, Part, Shape, names, theirs
 
 #: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
 ARCHITECTURE = "architecture"
+#: the folders that hold weights, in errors
+SOURCES = "a run, a checkpoint or a transformers model"
 #: dtypes in which weights can be written
 DTYPES = ("float32", "bfloat16", "float16")
 #: the part of a name that marks a tensor that is fp32 unless the imported model has another dtype
@@ -48,7 +50,7 @@ def model_of(path: Path) -> Architecture:
     """Return the architecture of the model in a transformers folder, a checkpoint or a run, without reading weights."""
     if is_folder(path):
         return config_of(path)[1]
-    found = find(path)[-1]
+    found = find(path, SOURCES)[-1]
     manifest = parse_manifest(found)
     return _architecture(found, manifest, contents(found, manifest))
 

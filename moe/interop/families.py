@@ -138,7 +138,8 @@ def _dense(c: Given) -> tuple[int, int]:
     listed = c.values.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(number) is int for number in listed):
         raise c.error("mlp_only_layers", "must be a list of numbers")
-    moe = {i for i in range(layers) if i not in listed and (i + 1) % every == 0}
+    dense = set(listed)
+    moe = {i for i in range(layers) if i not in dense and (i + 1) % every == 0}
     first = min(moe, default=layers)
     if not moe or moe != {i for i in range(first, layers) if (i + 1) % every == 0}:
         raise c.error("mlp_only_layers", "this decoder can have dense feed-forwards only in its first blocks")
@@ -255,7 +256,7 @@ def _deepseek(c: Given, router: RouterConfig, expert_bias: bool) -> Architecture
     c.only("num_key_value_heads", (heads,), f"must be num_attention_heads={heads}")
     base, scaling = rotary(c, 1e4)
     found = c.values.get("rope_parameters") or c.values.get("rope_scaling") or {}
-    if scaling is not None and (all_dims := Given(found, c.where).real("mscale_all_dim", 0.0)):
+    if scaling is not None and (all_dims := Given(found, c.where).real("mscale_all_dim", 0.0, zero=True)):
         scaling = replace(scaling, score_scale=magnitude(scaling.factor, all_dims) ** 2)
     attention = AttentionConfig(
         "latent",

@@ -8,6 +8,25 @@ from typing import Any
 
 from ..config import AttentionConfig, RotaryScaling
 from .adapters import ACTIVATIONS
+from .architecture import MOST_LAYERS
+
+#: the largest whole number that a field may have, if it is not ``_MOST``: no file can make a reader allocate or loop
+#: without end, and no tensor has more than 2**63 bytes
+_MOST_OF = {
+    "num_hidden_layers": MOST_LAYERS,
+    "first_k_dense_replace": MOST_LAYERS,
+    "vocab_size": 1 << 30,
+    "max_position_embeddings": 1 << 48,
+    "original_max_position_embeddings": 1 << 48,
+    "sliding_window": 1 << 48,
+} | dict.fromkeys(
+    (
+        *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"),
+        *("n_group", "topk_group", "num_attention_heads", "num_key_value_heads"),
+    ),
+    1 << 16,
+)
+_MOST = 1 << 20
 
 
 class Given:
@@ -25,15 +44,17 @@ class Given:
         name = next((name for name in names if self.values.get(name) is not None), names[0])
         value = self.values.get(name, default)
         value = default if value is None else value
-        if type(value) is not int or not least <= value < 1 << 48:
-            raise self.error(name, f"must be a whole number of at least {least}")
+        most = _MOST_OF.get(name, _MOST)
+        if type(value) is not int or not least <= value <= most:
+            raise self.error(name, f"must be a whole number of at least {least} and at most {most}")
         return value
 
-    def real(self, name: str, default: float | None = None) -> float:
+    def real(self, name: str, default: float | None = None, zero: bool = False) -> float:
+        """Return a positive number, or 0 if ``zero`` allows that. It is so limited that its square is finite."""
         value: Any = self.values.get(name, default)
         value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(name, "must be a finite number")
+        if type(value) not in (int, float) or not (1e-30 <= value <= 1e30 or (zero and value == 0)):
+            raise self.error(name, f"must be {'0 or ' if zero else ''}a positive number between 1e-30 and 1e30")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -80,8 +101,8 @@ def rotary(c: Given, default: float) -> tuple[float, RotaryScaling | None]:
         return base, RotaryScaling("llama3", factor, original, fast, slow)
     r.only("truncate", (True,), "this decoder rounds the pairs between which it blends")
     fast, slow = r.real("beta_fast", 32.0), r.real("beta_slow", 1.0)
-    table, all_dims = found.get("attention_factor"), r.real("mscale_all_dim", 0.0)
-    if table is None and r.real("mscale", 0.0) and all_dims:
+    table, all_dims = found.get("attention_factor"), r.real("mscale_all_dim", 0.0, zero=True)
+    if table is None and r.real("mscale", 0.0, zero=True) and all_dims:
         table = magnitude(factor, r.real("mscale")) / magnitude(factor, all_dims)
     table = None if table is None else r.real("attention_factor", table)
     return base, RotaryScaling("yarn", factor, original, fast, slow, table)

@@ -77,6 +77,9 @@ def is_folder(path: Path) -> bool:
 
 def config_of(folder: Path) -> tuple[str, Architecture, dict[str, Any]]:
     """Return the family and architecture of the model in a folder, and its ``config.json``."""
+    if not is_folder(folder):
+        why = "missing, or a broken link; give the folder of a transformers model"
+        raise CheckpointError(f"{folder / CONFIG}: refused: {why}")
     values = _json(folder / CONFIG)
     return (*read_config(values, str(folder / CONFIG)), values)
 
@@ -87,7 +90,7 @@ def open_folder(folder: Path) -> Weights:
     files = _files(folder)
     found: dict[str, tuple[str, str, Shape]] = {}
     for file, expected in files.items():
-        for name, (dtype, shape) in listed(_target(folder / file)).items():
+        for name, (dtype, shape) in listed(_target(folder / file), folder / file, "download it again").items():
             if name in found or (expected is not None and name not in expected):
                 raise CheckpointError(
                     f"{folder / file}: refused: {short(name)}: the index does not say that it is here"
@@ -215,8 +218,9 @@ def companions(folder: Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(folder.iterdir()):
         if _KEPT.fullmatch(file.name) or (file.name == RECORD and folder.name == COMPANIONS):
+            target = _target(file)
             try:
-                found[file.name] = read_plain(_target(file), _MAX_JSON)
+                found[file.name] = read_plain(target, _MAX_JSON)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be read ({reason(error)})") from None
     return found
@@ -227,15 +231,19 @@ def _target(file: Path) -> Path:
 
     Raises CheckpointError for a link to elsewhere, which would bring another file of this machine into an export.
     """
-    folder, target = file.parent.resolve(), file.resolve()
+    try:
+        folder, target = file.parent.resolve(), file.resolve()
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{file}: refused: is a link to itself; copy the file") from None
     if target.parent not in (folder, folder.parent.parent / "blobs"):
         raise CheckpointError(f"{file}: refused: is a link to a file outside of its folder; copy the file")
     return target
 
 
 def _json(file: Path) -> dict[str, Any]:
+    target = _target(file)
     try:
-        found = read_json(_target(file), _MAX_JSON)
+        found = read_json(target, _MAX_JSON)
         if not isinstance(found, dict):
             raise ValueError("must be an object")
     except (OSError, ValueError, RecursionError) as error:

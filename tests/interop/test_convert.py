@@ -123,7 +123,8 @@ def test_links_to_elsewhere_are_refused(name: str, tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as stopped:
         main(["import", str(model), "--out", str(tmp_path / "ours")])
     assert stopped.value.code == env.CHECKPOINT
-    assert f"{name}: refused: is a link to a file outside of its folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{name}: refused: is a link to a file outside of its folder" in error and error.count(name) == 1
     assert not (tmp_path / "ours").exists()
 
 
@@ -196,11 +197,34 @@ def indexed(places: Any) -> Callable[[Path], None]:
     return write_index
 
 
+def folder_instead(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+def damaged_shard(folder: Path) -> None:
+    weights = read(folder)
+    (folder / "model.safetensors").unlink()
+    write(folder / "new", config("mixtral"), weights, files=2)
+    for file in (folder / "new").iterdir():
+        file.rename(folder / file.name)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+
+
 NORM = "model.norm.weight"
+DAMAGED = "model/model.safetensors: refused: is damaged or incomplete ("
 FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "truncated": (cut, env.CHECKPOINT, "model.safetensors: refused: "),
-    "header beyond the file": (huge_header, env.CHECKPOINT, "model.safetensors: refused: "),
-    "not a file": (lambda f: (f / "model.safetensors").write_text("weights"), env.CHECKPOINT, "safetensors: refused: "),
+    "truncated": (cut, env.CHECKPOINT, DAMAGED),
+    "header beyond the file": (huge_header, env.CHECKPOINT, DAMAGED),
+    "not a file": (lambda f: (f / "model.safetensors").write_text("weights"), env.CHECKPOINT, DAMAGED),
+    "empty": (lambda f: (f / "model.safetensors").write_text(""), env.CHECKPOINT, DAMAGED),
+    "a folder": (folder_instead, env.CHECKPOINT, "model.safetensors: refused: "),
+    "damaged shard": (damaged_shard, env.CHECKPOINT, "model-00002-of-00002.safetensors: refused: is damaged or "),
+    "link to itself": (
+        lambda f: (f / "tokenizer.json").symlink_to("tokenizer.json"),
+        env.CHECKPOINT,
+        "tokenizer.json: refused: is a link to itself; copy the file",
+    ),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),
         env.CHECKPOINT,
@@ -276,16 +300,20 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damage_is_named_in_one_line(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_named_in_one_line(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage, code, message = FAULTS[fault]
     values = config("mixtral")
     damage(write(tmp_path / "model", values, tensors(values)))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["import", str(tmp_path / "model"), "--out", str(tmp_path / "ours")])
+        main(["import", "model", "--out", "ours"])
     error = capsys.readouterr().err
     assert stopped.value.code == code, error
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
-    assert str(tmp_path / "model") in error
+    assert error.startswith("error: model") and error.count("\n") == 1 and message in error
+    assert str(tmp_path) not in error, "the file is named as it was given"
+    assert "SafetensorError" not in error and ("is damaged" not in error or error.endswith("; download it again\n"))
     assert not (tmp_path / "ours").exists()
 
 
@@ -293,6 +321,10 @@ def test_damage_is_named_in_one_line(fault: str, tmp_path: Path, capsys: pytest.
     ("how", "code", "message"),
     [
         (["import", "nowhere", "--out", "x"], env.CHECKPOINT, "nowhere: is not a folder"),
+        (["import", "ours", "--out", "x"], env.CHECKPOINT, "ours: holds checkpoints of this package, not a transfor"),
+        (["import", "ours/step-00000000", "--out", "x"], env.CHECKPOINT, "to make one of them, use export; to train"),
+        (["import", "run", "--out", "x"], env.CHECKPOINT, "run: holds checkpoints of this package"),
+        (["import", "empty", "--out", "x"], env.CHECKPOINT, "; give the folder of a transformers model"),
         (["import", "model", "--out", "ours"], env.CONFIG, "--out=ours: already contains "),
         (["import", "model", "--out", "x", "--files", "0"], env.CONFIG, "--files=0: must be at least 1"),
         (["import", "model", "--out", "x", "--files", "99"], env.CONFIG, "--files=99: the tensors of model can be "),
@@ -316,6 +348,9 @@ def test_wrong_options(
     write(Path("model"), values, tensors(values))
     Path("file").write_text("")
     main(["import", "model", "--out", "ours"])
+    Path("empty").mkdir()
+    Path("run").mkdir()
+    Path("run/checkpoints").symlink_to("../ours")
     with pytest.raises(SystemExit) as stopped:
         main(how)
     error = capsys.readouterr().err

@@ -15,6 +15,7 @@ from equimoe.moe.interop.architecture import architecture
 from equimoe.moe.interop.families import FAMILIES, family_of, read_config
 from equimoe.moe.interop.names import names, theirs
 from equimoe.moe.model import Decoder
+from tests.helpers.hf_folders import config as tiny
 from tests.helpers.published import PUBLISHED, config_of
 
 SCALED = {"type": "yarn", "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
@@ -148,7 +149,10 @@ def changed(name: str, **settings: Any) -> Callable[[], dict[str, Any]]:
         (changed("Mixtral-8x7B", num_local_experts=-1), "config.json: num_local_experts=-1: must be a whole number "),
         (changed("Mixtral-8x7B", num_experts_per_tok=9), "config.json: top_k=9: must be at most num_experts=8"),
         (changed("Mixtral-8x7B", num_key_value_heads=5), "config.json: attention.num_kv_heads=5: must divide "),
-        (changed("Mixtral-8x7B", rms_norm_eps="small"), "config.json: rms_norm_eps='small': must be a finite number"),
+        (
+            changed("Mixtral-8x7B", rms_norm_eps="small"),
+            "config.json: rms_norm_eps='small': must be a positive number ",
+        ),
         (
             changed("Mixtral-8x7B", rope_scaling={"type": "dynamic"}),
             "config.json: rope_scaling: rope_type=None: is an ",
@@ -184,6 +188,73 @@ def test_what_is_refused(values: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         read_config(values(), "config.json")
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_experts_per_tok")
+_QWEN = (*_WIDTHS, "num_experts", "moe_intermediate_size", "num_key_value_heads", "decoder_sparse_step")
+_DEEPSEEK = (
+    *(*_WIDTHS, "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_group", "topk_group"),
+)
+_WHOLE: dict[str, tuple[str, ...]] = {
+    "mixtral": (*_WIDTHS, "num_local_experts", "num_key_value_heads", "head_dim"),
+    "qwen2_moe": (*_QWEN, "shared_expert_intermediate_size"),
+    "qwen3_moe": (*_QWEN, "head_dim"),
+    "olmoe": (*_WIDTHS, "num_experts", "num_key_value_heads", "head_dim"),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_number_is_so_large_that_reading_has_no_end(kind: str) -> None:
+    for field in ("num_hidden_layers", "vocab_size", *_WHOLE[kind]):
+        for value in (10**12, 10**400, -1):
+            with pytest.raises(ValueError) as error:
+                read_config(tiny(kind, **{field: value}), "config.json")
+            text = str(error.value)
+            assert text.startswith(f"config.json: {field}={str(value)[:70]}") and "must be a whole number of " in text
+            assert "\n" not in text and len(text) < 250
+
+
+def test_blocks_and_experts_are_limited_together() -> None:
+    with pytest.raises(ValueError, match=r"^config.json: model.num_layers=10000: all blocks together have 655400000 "):
+        read_config(tiny("qwen3_moe", num_hidden_layers=10_000, num_experts=65536), "config.json")
+    many = list(range(10_000)) * 200
+    with pytest.raises(ValueError, match=r"^config.json: mlp_only_layers=.*: this decoder can have dense"):
+        read_config(tiny("qwen3_moe", num_hidden_layers=10_000, mlp_only_layers=many), "config.json")
+    sections = read_config(tiny("mixtral"), "config.json")[1].sections()
+    for field, value in (("num_layers", 10**12), ("num_layers", 0), ("num_heads", 10**12), ("num_heads", 0)):
+        with pytest.raises(ValueError, match="^model.num_"):  # as in the manifest of a checkpoint
+            architecture(sections | {"model": sections["model"] | {field: value}}, False)
+
+
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = _YARN | {"type": "llama3", "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "scaling"),
+    [
+        ("qwen3_moe", "rms_norm_eps", None),
+        ("qwen3_moe", "rope_theta", None),
+        ("deepseek_v2", "routed_scaling_factor", None),
+        ("deepseek_v3", "routed_scaling_factor", None),
+        ("mixtral", "rope_theta", {"type": "default"}),
+        ("mixtral", "factor", {"type": "linear"}),
+        *(("mixtral", field, _YARN) for field in ("factor", "beta_fast", "beta_slow", "attention_factor")),
+        *(("mixtral", field, _LLAMA3) for field in ("factor", "high_freq_factor", "low_freq_factor")),
+        ("deepseek_v3", "mscale", _YARN | {"mscale_all_dim": 1.0}),
+        ("deepseek_v3", "mscale_all_dim", _YARN),
+    ],
+)
+def test_reals_must_be_positive(kind: str, field: str, scaling: dict[str, Any] | None) -> None:
+    for value in (-1.0, 0, 1e300, 10**400, 1e-300, math.nan):
+        if value == 0 and field.startswith("mscale"):
+            continue
+        more = {field: value} if scaling is None else {"rope_scaling": scaling | {field: value}}
+        with pytest.raises(ValueError, match=rf"^config.json: .*{field}=.*: must be (0 or )?a positive number betwee"):
+            read_config(tiny(kind, **more), "config.json")
 
 
 @pytest.mark.parametrize(

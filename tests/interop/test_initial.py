@@ -190,8 +190,11 @@ def test_the_configuration_is_that_of_the_weights(tmp_path: Path) -> None:
         (["--model.vocab_size", "300"], "model.vocab_size=300: the model of --init.from=model has 260; leave it out"),
         (["--config", "own.yaml"], "model.num_layers=9: the model of --init.from=model has 2; leave it out"),
         (["--moe.balance.bias_update_rate", "0"], "moe.balance.bias_update_rate=0: the routers of --init.from=model "),
-        (["--init.from", "nowhere"], "--init.from=nowhere: is not a folder; give that of a transformers model or a "),
-        (["--init.from", "empty"], "empty: no checkpoint; give the folder of a checkpoint or of a run"),
+        (["--init.from", "nowhere"], "--init.from=nowhere: is not a folder; give that of a run, a checkpoint or "),
+        (
+            ["--init.from", "empty"],
+            "empty: no checkpoint; give the folder of a run, a checkpoint or a transformers model",
+        ),
         (["--init.from", ""], "--init.from=: is empty; give a value, or leave the option out"),
     ],
 )
