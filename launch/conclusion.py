@@ -45,8 +45,8 @@ def conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments
     print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
     print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
     print(f"report:     {report}")
-    generate = f"{shlex.quote(sys.executable)} -m equimoe.launch.generate --run-dir {shlex.quote(str(run_dir))}"
-    print(f"generate:   {printable(generate)} --prompt 'The'")
+    generate = shlex.join([_python(), "-m", "equimoe.launch.generate", "--run-dir", str(run_dir), "--prompt", "The "])
+    print(f"generate:   {printable(generate)}")
     longer = replace(config, steps=2 * config.steps)
     command = printable(command_to_continue(arguments, env.this_process(), longer.steps))
     if (rise := rise_on_resume(config.optim, config.steps, longer, config.steps)) is None:
@@ -87,6 +87,10 @@ def command_to_continue(arguments: list[str], process: env.Process, steps: int) 
     more = [*kept, "--resume", "--steps", str(steps)]
     if process.local_world < process.world:
         return f"run the same command on every machine with the options {shlex.join(more)}"
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable
     processes = ["--processes", str(process.world)] if process.world > 1 else []
-    return shlex.join([python, "-m", "equimoe.launch.train", *processes, *more])
+    return shlex.join([_python(), "-m", "equimoe.launch.train", *processes, *more])
+
+
+def _python() -> str:
+    """Return the path of this Python, as a user in this folder writes it."""
+    return os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else sys.executable

@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("equimoe.launch.report.PLOTS", ())  # they take time
         ended = launch(["--config", "small.yaml", "--run-dir", "run"], cwd=folder)
     assert ended.codes == [0], ended
-    assert re.search(r"^generate: +\S+ -m equimoe.launch.generate --run-dir run --prompt 'The'$", ended.out[0], re.M)
+    assert re.search(r"^generate: +\S+ -m equimoe.launch.generate --run-dir run --prompt 'The '$", ended.out[0], re.M)
     return folder
 
 
