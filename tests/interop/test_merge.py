@@ -95,6 +95,14 @@ def test_the_threshold_is_the_root_mean_square_difference_of_a_matrix(models: li
         assert_same(merged([models[0], tmp_path / "donor"], tmp_path / f"{threshold}", *options), wanted)
 
 
+def test_one_model_that_differs_is_enough(models: list[Path], tmp_path: Path) -> None:
+    options = ["--weights", "0.5", "0.25", "0.25", "--threshold"]
+    merge = [models[0], models[0], models[1]]
+    everything = merged(merge, tmp_path / "everything", *options[:-1])
+    assert_same(merged(merge, tmp_path / "low", *options, "0.05"), everything)
+    assert_same(merged(merge, tmp_path / "high", *options, "9"), tensors(models[0]))
+
+
 @pytest.mark.parametrize("threshold", [[], ["--threshold", "0.28"]])
 def test_any_number_of_files_has_the_same_values(threshold: list[str], models: list[Path], tmp_path: Path) -> None:
     options = ["--weights", "0.5", "0.2", "0.3", *threshold]
