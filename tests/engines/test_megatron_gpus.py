@@ -27,8 +27,9 @@ from tests.helpers.megatron_tensors import Whole, joined  # noqa: E402
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 ROOT = Path(__file__).resolve().parents[2]
-#: relative errors. On CPUs, those of bf16 are 0.002 and 0.05; without the balance loss, the router's gradient has 0.5.
-LOSS, GRADIENT = 0.01, 0.1
+#: relative errors. On CPUs, those of bf16 are 0.002 and 0.05, or 0.21 if a token near the border between two experts goes
+#: to the other one; without the balance loss, the router's gradient has 0.5.
+LOSS, GRADIENT = 0.01, 0.3
 BALANCE = {"moe_aux_loss_coeff": 1.0}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one GPU": (1, {}),
@@ -75,15 +76,11 @@ def error(found: Whole, right: Whole, name: str) -> float:
 
 
 def compare(runs: list[Run], sharded: bool) -> None:
-    """Gradients of the first step are compared, unless the distributed optimizer has sharded them.
-
-    In bf16, a token near the border between two experts may go to the other one in the second step, which changes the
-    norm by a fifth.
-    """
+    """Gradients of the first step are compared, unless the distributed optimizer has sharded them."""
     right = one_process()
     for found in runs:
         assert found.losses == pytest.approx(right.losses, rel=LOSS)
-        assert found.norms[0] == pytest.approx(right.norms[0], rel=GRADIENT)
+        assert found.norms == pytest.approx(right.norms, rel=GRADIENT)
     for kind in ("weights",) if sharded else ("gradients", "weights"):
         whole, wanted = joined([found.parts[kind] for found in runs]), joined([right.parts[kind]])
         assert whole.keys() == wanted.keys()
