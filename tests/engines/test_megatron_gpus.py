@@ -27,8 +27,8 @@ from tests.helpers.megatron_tensors import Whole, joined  # noqa: E402
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 ROOT = Path(__file__).resolve().parents[2]
-#: relative errors. On CPUs, those of bf16 are 0.002 and 0.05, or 0.21 if a token near the border between two experts goes
-#: to the other one; without the balance loss, the router's gradient has 0.5.
+#: relative errors. On CPUs, those of bf16 are 0.002 and 0.05, or 0.21 if a token near the border between two experts
+#: goes to the other one; without the balance loss, the router's gradient has 0.5.
 LOSS, GRADIENT = 0.01, 0.3
 BALANCE = {"moe_aux_loss_coeff": 1.0}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
