@@ -17,22 +17,14 @@ from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
 from . import env
 from .text import counted
-from .usage import Parser
+from .usage import Parser, run_on_files
 
 
 @env.command
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 67 if a checkpoint is damaged, 64 for a wrong option, 73 if a file cannot be written."""
     arguments = _parser().parse_args(argv)
-    try:
-        COMMANDS[arguments.command](arguments)
-    except checkpoint.CheckpointError as error:
-        env.stop(env.Process(), env.CHECKPOINT, str(error))
-    except ValueError as error:
-        env.stop(env.Process(), env.CONFIG, str(error))
-    except OSError as error:
-        out = getattr(arguments, "out", arguments.dir)
-        env.stop(env.Process(), env.CANNOT_WRITE, f"{out}: cannot be written or read ({error.strerror})")
+    run_on_files(COMMANDS[arguments.command], arguments)
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from ..moe.interop.convert import DTYPES, export_checkpoint, import_folder
 from ..moe.interop.hf import is_folder
 from . import env
 from .text import counted
-from .usage import Parser
+from .usage import Parser, run_on_files
 
 
 @env.command
@@ -26,14 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     a file cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        COMMANDS[arguments.command](arguments)
-    except checkpoint.CheckpointError as error:
-        env.stop(env.Process(), env.CHECKPOINT, str(error))
-    except ValueError as error:
-        env.stop(env.Process(), env.CONFIG, str(error))
-    except OSError as error:
-        env.stop(env.Process(), env.CANNOT_WRITE, f"{arguments.out}: cannot be written or read ({error.strerror})")
+    run_on_files(COMMANDS[arguments.command], arguments)
 
 
 def import_(arguments: argparse.Namespace) -> None:

@@ -39,11 +39,8 @@ FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype")
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 64 for a wrong option, 66 for text that cannot be read, 67 for a damaged checkpoint."""
     given = sys.argv[1:] if argv is None else argv
-    arguments, process = _parser().parse_args(given), env.Process()
-    with loaded.one_line(process):
-        process = env.this_process()
-    with loaded.one_line(process):
-        torch.set_num_threads(env.threads(process))
+    arguments = _parser().parse_args(given)
+    with loaded.this_rank() as process:
         for name, least in {"batch": 1, "limit": 1, "samples": 1, "seq_len": 1, "seed": 0}.items():
             if (value := getattr(arguments, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least {least}")

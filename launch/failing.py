@@ -112,8 +112,10 @@ class Failure:
         It does after a rank was killed. If that was on another node, all ranks of this one get the signal.
         """
         store, own = self.meeting.store, self.meeting.places[self.process.rank][0]
-        if self.killed() or store is None or all(host == own for host, _ in self.meeting.places):
-            return bool(self.killed())
+        if self.killed():
+            return True
+        if store is None or all(host == own for host, _ in self.meeting.places):
+            return False
         _within(PATIENCE_S, lambda: store.set(f"signalled/{self.process.rank}", ""))
         others = [r for r, (host, _) in enumerate(self.meeting.places) if host == own and r != self.process.rank]
         asked, deadline = [f"signalled/{r}" for r in others], time.monotonic() + SAME_SIGNAL_S

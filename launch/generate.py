@@ -16,7 +16,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C loses nothing, and needs no traceback
 
 import numpy as np
-import torch
 
 from ..moe.checkpoint.ranks import gather
 from ..moe.observe.printable import printable
@@ -30,11 +29,8 @@ from .usage import Parser
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exits with 64 for a wrong option, 66 for an unreadable file, 67 for a damaged checkpoint."""
     given = sys.argv[1:] if argv is None else argv
-    arguments, process = _parser().parse_args(given), env.Process()
-    with loaded.one_line(process):
-        process = env.this_process()
-    with loaded.one_line(process):
-        torch.set_num_threads(env.threads(process))
+    arguments = _parser().parse_args(given)
+    with loaded.this_rank() as process:
         if arguments.batch < 1:
             raise ValueError(f"--batch={arguments.batch}: must be at least 1")
         sampling = _sampling(arguments)

@@ -148,13 +148,7 @@ def build(source: Source, mesh: Mesh | None, device: torch.device, seq_len: int,
     state = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("router.bias_E")}
     named = {f"model.{name}": value.detach() for name, value in state.items()}
     checkpoint.load_weights(source.weights.path, named, source.weights.tensors, source.weights.opened)
-    return _frozen(model).eval()
-
-
-def _frozen(model: Decoder) -> Decoder:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +162,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ep", type=int, default=0, metavar="N", help="ranks over which experts are split; default all"
     )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that split all else; default 1")
+
+
+@contextmanager
+def this_rank() -> Iterator[env.Process]:
+    """Within the block, this process's place is known, and errors end it with one line. All ranks must fail alike."""
+    process = env.Process()
+    with one_line(process):
+        process = env.this_process()
+    with one_line(process):
+        torch.set_num_threads(env.threads(process))
+        yield process
 
 
 @contextmanager

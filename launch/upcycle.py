@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from ..moe import checkpoint
 from ..moe.checkpoint.manifest import printable
 from ..moe.interop.domains import divide, domain_masks
 from ..moe.interop.hf import Weights
 from ..moe.interop.merge import Assembly, average, merge
 from ..moe.interop.upcycle import Recipe, upcycle
 from . import domains, env, initial
-from .usage import Parser
+from .usage import Parser, run_on_files
 
 Write = Callable[[list[Weights], dict[str, Any], Path, int | None], Path]
 
@@ -113,14 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     file cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except checkpoint.CheckpointError as error:
-        env.stop(env.Process(), env.CHECKPOINT, str(error))
-    except ValueError as error:
-        env.stop(env.Process(), env.CONFIG, str(error))
-    except OSError as error:
-        env.stop(env.Process(), env.CANNOT_WRITE, f"{arguments.out}: cannot be written or read ({error.strerror})")
+    run_on_files(_run, arguments)
 
 
 def _run(arguments: argparse.Namespace) -> None:
