@@ -52,9 +52,8 @@ def one_process(world: int) -> list[Tensor]:
     return [p.detach() for p in (*alone.parameters(), alone[1].router.bias_E)]
 
 
-def train(rank: int, stage: int, micro_batches: int | None, stray: bool = False) -> list[Tensor]:
-    own = model(micro_batches)
-    config = {
+def settings(stage: int) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": PASSES,
         "gradient_clipping": 0,
@@ -62,6 +61,11 @@ def train(rank: int, stage: int, micro_batches: int | None, stray: bool = False)
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
+
+
+def train(rank: int, stage: int, micro_batches: int | None, stray: bool = False) -> list[Tensor]:
+    own = model(micro_batches)
+    config = settings(stage)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=own, optimizer=optimizer, config=config)
     for number in range(STEPS * PASSES):
@@ -113,15 +117,7 @@ def overflowing(rank: int, stage: int, known: bool = True) -> tuple[list[bool], 
     """
     get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed asks whether the CPU is fast at it
     own, applied, biases = model(PASSES), [], []
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": PASSES,
-        "gradient_clipping": 0,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-        "fp16": {"enabled": True, "initial_scale_power": 10, "hysteresis": 1},
-    }
+    config = settings(stage) | {"fp16": {"enabled": True, "initial_scale_power": 10, "hysteresis": 1}}
     optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=own, optimizer=optimizer, config=config)
     if known:

@@ -9,27 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, Placement, counting_pass
+from equimoe.moe import MoE, Placement, counting_pass
 from tests.helpers import oracle
-
-
-def make(**balance: object) -> MoE:
-    torch.manual_seed(0)
-    config = BalanceConfig(**{"coefficient": 1.0, **balance})  # type: ignore[arg-type]
-    return MoE(MoEConfig(hidden_size=6, intermediate_size=8, num_experts=4, top_k=2, balance=config, init_std=0.5))
-
-
-def batches(count: int, seed: int = 1) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(5 + 3 * i, 6, generator=generator) for i in range(count)]
-
-
-def balance_only(layer: MoE, x: torch.Tensor) -> None:
-    (layer(x) * 0).sum().backward()
-
-
-def seen(layer: MoE) -> list[int]:
-    return [int(visit.tokens_B.sum()) for visit in layer.balancer.visits]
+from tests.helpers.one_layer import balance_only, batches, make, seen
 
 
 @pytest.mark.parametrize("given", [None, 3])
