@@ -18,6 +18,7 @@ from equimoe.launch import env, evaluate, generate
 from equimoe.launch.options import to_yaml
 from tests.helpers import small
 from tests.helpers.command import Ended, launch, one_line
+from tests.helpers.slow import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def test_json_controls_no_terminal() -> None:
     assert json.loads(line) == record and not set("\x9b\u202e\u2028\x1b\n") & set(line)
 
 
+@pytest.mark.slow
 def test_generate_ends_quietly_when_asked_to_or_when_nobody_reads(trained: Path) -> None:
     options = ["--run-dir", "run", "--prompt", "a", "--max-tokens", "100000"]
     command = [sys.executable, "-m", "equimoe.launch.generate", *options]
@@ -176,7 +178,7 @@ def test_held_out_text_is_that_of_the_training(trained: Path) -> None:
             assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
 
 
-@pytest.mark.parametrize("options", [["--ep", "2"], ["--tp", "2"]], ids=" ".join)
+@pytest.mark.parametrize("options", slow_but([["--ep", "2"]], [["--ep", "2"], ["--tp", "2"]]), ids=" ".join)
 def test_other_text_is_evaluated_the_same_on_two_ranks(trained: Path, options: list[str]) -> None:
     data = ["--data", "texts", "--seq-len", "11", "--limit", "4", "--batch", "3"]
     alone = evaluated(trained, *data)

@@ -146,6 +146,7 @@ def test_one_rank_that_fails_ends_all(
     refused(run(), env.DATA, "rank 1: ", "Input/output error", "texts/domain0/0.txt")
 
 
+@pytest.mark.faults
 def test_run_folder_of_another_run_then_resume(run: Callable[..., Ended], tmp_path: Path) -> None:
     assert run().codes == [0, 0]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}

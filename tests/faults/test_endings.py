@@ -52,6 +52,7 @@ def test_a_hang_outside_of_steps_is_named_too(
     assert exit_code(tmp_path / "run") == (env.HANG if phase == "evaluate" else None)  # there is no folder yet
 
 
+@pytest.mark.faults
 def test_a_hang_of_a_single_process_is_named_too(run: Run, tmp_path: Path) -> None:
     ended = run("--parallel.timeout_s", "2", faults="sleep@step=5,phase=data,seconds=600", world=1)
     assert ended.codes == [env.HANG] and ended.seconds < 30, ended
@@ -60,6 +61,7 @@ def test_a_hang_of_a_single_process_is_named_too(run: Run, tmp_path: Path) -> No
     assert exit_code(tmp_path / "run") == env.HANG
 
 
+@pytest.mark.faults
 def test_a_process_that_was_stopped_does_not_hang(run: Run) -> None:
     """As after Ctrl-Z and ``fg``, in the middle of a step."""
 
@@ -177,6 +179,7 @@ def test_a_second_signal_is_not_restarted(run: Run, tmp_path: Path, told: Path) 
     assert told.read_text() == "1\n" and exit_code(tmp_path / "run") == 128 + signal.SIGTERM
 
 
+@pytest.mark.faults
 def test_one_rank_with_a_final_error_is_not_restarted(run: Run, tmp_path: Path, told: Path) -> None:
     ended = run(faults="oom@rank=1,step=2,phase=forward")
     assert ended.codes == [env.MEMORY] * 2 and told.read_text() == "1\n", ended
@@ -267,6 +270,7 @@ def test_a_report_to_torchrun_that_cannot_be_written_hides_no_exit_code(
     assert ended.value.code == env.CANNOT_WRITE
 
 
+@pytest.mark.faults
 def test_the_run_folder_has_the_exit_code_of_the_last_job(run: Run, tmp_path: Path) -> None:
     folder, alone = tmp_path / "run", {"world": 1}
     assert run(**alone).codes == [0] and exit_code(folder) == 0

@@ -33,7 +33,7 @@ def assert_equal_ends(one: Path, other: Path, step: int = 8) -> None:
     assert losses(one) == losses(other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 @pytest.mark.timeout(180)
 def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path: Path, number: signal.Signals) -> None:
     """The other rank must stop after the same step. Step 6 is one that is not saved otherwise."""
@@ -53,6 +53,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path:
     report("6 SIGTERM" if number == signal.SIGTERM else "6 SIGINT", "holds", steps_lost=0, exit_code=ended.codes[0])
 
 
+@pytest.mark.faults
 def test_a_signal_that_comes_twice_within_a_second_is_one_request(run: Run, tmp_path: Path) -> None:
     """A scheduler signals the ranks, and torchrun, which forwards it."""
     ended = run(faults="term@rank=1,step=6,phase=dispatch,times=2")
@@ -84,6 +85,7 @@ def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
     report("7 SIGSTOP of a rank", "holds", exit_code=env.HANG, seconds=ended.seconds)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(180)
 @pytest.mark.faults
 def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
@@ -121,6 +123,7 @@ def test_an_error_of_all_ranks_is_printed_once(run: Run) -> None:
     assert errors == ["error: rank 0, step 5, phase step: ValueError: injected on rank 0 in phase data"], ended
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(180)
 def test_an_error_is_printed_although_the_stores_holder_was_killed(run: Run) -> None:
     ended = run(faults="kill@rank=0,step=5,phase=data;sleep@rank=1,step=5,phase=data,seconds=1;raise@rank=1,step=5")
@@ -136,7 +139,7 @@ def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
     assert line.startswith("error: rank 1, step 2, phase step: out of memory: MoE layer of block 0: CUDA out of"), ended
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("phase", ["dispatch", *(pytest.param(p, marks=pytest.mark.faults) for p in ("data", "optim"))])
 @pytest.mark.timeout(180)
 def test_a_killed_rank_is_named(run: Run, tmp_path: Path, phase: str, rank: int) -> None:
@@ -157,6 +160,7 @@ def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> No
     report("48 a killed rank, and a NaN on another", "holds")
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(180)
 def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch compares them if it is asked to; both ranks then fail at the same time, and one of them speaks."""
@@ -195,6 +199,7 @@ def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypat
     report("8 straggler", "holds", named=True, steps=8)
 
 
+@pytest.mark.faults
 def test_a_few_looks_name_nobody(run: Run, tmp_path: Path) -> None:
     assert run("--log.every", "1").codes == [0, 0]
     trained = [r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"]

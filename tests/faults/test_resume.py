@@ -110,9 +110,10 @@ PHASES = {"shard": _shard, "manifest": _manifest, "rename": _rename, "retention"
 CASES = [("shard", 1), ("shard", 0), ("manifest", 0), ("rename", 0), ("retention", 0)]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("phase", "killed"),
-    [pytest.param(*case, marks=[pytest.mark.faults] if case != ("rename", 0) else []) for case in CASES],
+    CASES,
 )
 def test_a_kill_within_a_save_loses_no_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, killed: int

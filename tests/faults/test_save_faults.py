@@ -156,7 +156,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return partial(command(tmp_path, monkeypatch, steps=5, checkpoint=CheckpointConfig(1, keep_last=2)), world=2)
 
 
-@pytest.mark.parametrize("room", [pytest.param(200, marks=pytest.mark.faults), 30_000])
+@pytest.mark.faults
+@pytest.mark.parametrize("room", [200, 30_000])
 def test_a_run_on_a_full_disk_ends_with_73_and_resumes(tmp_path: Path, run: Run, room: int) -> None:
     """Either the first save fails, or a later one."""
 

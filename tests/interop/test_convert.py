@@ -407,6 +407,7 @@ measured("export", "ours", "--out", "back")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
     """The model has 100 MB, and its largest tensors 26 MB each."""

@@ -89,6 +89,7 @@ def test_a_run_on_any_mesh_has_the_weights(mesh: str, kind: str, tmp_path: Path,
     assert again == pytest.approx(found[:1], rel=3e-2 if "bfloat16" in mesh else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_reads_only_its_part(tmp_path: Path, texts: str) -> None:
     """Under expert parallelism, a rank reads the tensors of its own experts only."""
     seen: list[str] = []

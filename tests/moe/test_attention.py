@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from equimoe.moe.parallel import ParallelConfig
 from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import ModelConfig, TrainConfig
 from tests.helpers import oracle, parity
+from tests.helpers.slow import slow_but
 
 GROUPED = AttentionConfig(num_kv_heads=2, head_width=6, qk_norm=True, rotary_base=500.0)
 LATENT = AttentionConfig(
@@ -236,19 +238,23 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("kind", SPLIT)
+RANKS = {
+    "tp": ParallelConfig(tp=2),
+    "cp": ParallelConfig(cp=2),
+    "fsdp": ParallelConfig(data_parallel="fsdp"),
+    "pp": ParallelConfig(pp=2, dp_shard=1),
+}
+
+
 @pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(tp=2),
-        ParallelConfig(cp=2),
-        ParallelConfig(data_parallel="fsdp"),
-        ParallelConfig(pp=2, dp_shard=1),
-    ],
-    ids=["tp", "cp", "fsdp", "pp"],
+    ("ranks", "kind"),
+    slow_but(
+        [("tp", "grouped"), ("tp", "latent_biases"), ("cp", "biases"), ("fsdp", "latent"), ("pp", "grouped")],
+        product(RANKS, SPLIT),
+    ),
 )
-def test_two_ranks_are_one(kind: str, parallel: ParallelConfig) -> None:
-    of = parity.Composition(2, parallel, attention=SPLIT[kind])
+def test_two_ranks_are_one(ranks: str, kind: str) -> None:
+    of = parity.Composition(2, RANKS[ranks], attention=SPLIT[kind])
     assert max(parity.compare(of).values()) < of.limit
 
 
@@ -268,7 +274,11 @@ def test_windows_and_joint_norms_on_two_ranks(parallel: ParallelConfig, joint: b
 
 
 @pytest.mark.parametrize(
-    ("world", "parallel"), [(2, ParallelConfig(tp=2)), (4, ParallelConfig(tp=2, ep=2, data_parallel="fsdp"))]
+    ("world", "parallel"),
+    slow_but(
+        [(2, ParallelConfig(tp=2))],
+        [(2, ParallelConfig(tp=2)), (4, ParallelConfig(tp=2, ep=2, data_parallel="fsdp"))],
+    ),
 )
 def test_a_tied_weight_on_several_ranks(world: int, parallel: ParallelConfig) -> None:
     of = parity.Composition(world, parallel, tied=True)

@@ -106,7 +106,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", slow_but(["ddp", "pp", "tp_ddp", "biases", "joint"], MAPPINGS))
+@pytest.mark.parametrize("name", slow_but(["ddp", "pp", "tp_ddp"], MAPPINGS))
 def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
     config = MAPPINGS[name]
     for rank, real in enumerate(run_ranks(counted, 4, config, timeout=120.0)):
