@@ -71,7 +71,8 @@ def check_resume(folder: Path, mesh: str) -> None:
     for layer in (0, 1):
         experts = saved[f"model.blocks.{layer}.mlp.experts.gate_up_proj"]
         assert len({expert.numpy().tobytes() for expert in experts}) == 4, mesh
-        assert saved[f"model.blocks.{layer}.mlp.router.bias_E"].count_nonzero() > 0, mesh
+    # in one layer, an even number of steps may happen to cancel
+    assert any(saved[f"model.blocks.{layer}.mlp.router.bias_E"].any() for layer in (0, 1)), mesh
 
 
 # ---- a rank is killed within a save
