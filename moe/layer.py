@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Visit, initial_bias
-from .collectives import reset
+from .collectives import Route, reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import RoutedExperts, SharedExperts
-from .placement import Placement
+from .placement import Placement, Replicas
 from .routing import Router
 from .types import Routing, RoutingStats
 
@@ -81,12 +81,28 @@ class MoE(nn.Module):
         self.duplicates = DropDuplicates(placement.copies)
         self.capacity = build_capacity(self.config, placement)
         self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
+        #: how experts' weights are copied between ranks in every forward; None: not at all
+        self.route: Route | None = None
+
+    def hold(self, replicas: Replicas, node_size: int) -> None:
+        """Hold replicas of other ranks' experts from the next forward on. Tokens prefer holders on their own node.
+
+        Every ep rank must call this with the same ``replicas``, between steps. They have the owners of the layer's
+        placement. Nodes are ``node_size`` consecutive ep ranks. Raises ValueError for other owners.
+        """
+        ep = self.balancer.placement.ep
+        if replicas.owners != self.balancer.owners:
+            raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
+        self.route = Route(ep, replicas.sent_by(ep.rank), replicas.received_by(ep.rank)) if len(replicas) else None
+        self.dispatcher.address(replicas.seen_from(ep.rank, node_size) if len(replicas) else replicas.owners)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
         router, experts, shared = self.parts()
+        if self.route is not None:
+            experts = experts.replicated(self.route)  # overlaps with routing and the exchange of rows
         visit, decision = self.balancer.begin(self, x_TD)
         routing = router(x_TD, mask_T, sequences, decision)
         if self.capacity is not None:

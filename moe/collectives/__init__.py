@@ -22,6 +22,7 @@ from .no_gradient import (
     sum_over,
 )
 from .rows import PendingRows, all_gather_rows, exchange_rows, reduce_scatter_rows, start_all_gather, start_exchange
+from .sparse import PendingCopies, Route, start_sparse_all_gather
 from .tokens import gather_tokens, part_sizes, split_tokens
 from .traffic import Traffic, record_traffic
 
@@ -35,7 +36,9 @@ __all__ = [
     "Pending",
     "Plain",
     "Traffic",
+    "PendingCopies",
     "PendingRows",
+    "Route",
     "Wire",
     "axis_of",
     "assume_splits",
@@ -65,6 +68,7 @@ __all__ = [
     "split_tokens",
     "splits",
     "start_exchange",
+    "start_sparse_all_gather",
     "start_all_gather",
     "sum_over",
     "world_axis",

@@ -15,7 +15,7 @@ from .kept import once
 from .traffic import note
 
 
-class _Direction(NamedTuple):
+class Direction(NamedTuple):
     """One direction of an exchange: the number of rows sent to and received from each rank, in rank order."""
 
     verb: str
@@ -35,7 +35,7 @@ class _Direction(NamedTuple):
 class RowCollective:
     """A collective that has started, and how to decode the rows that it receives."""
 
-    def __init__(self, rows: Tensor, direction: _Direction, codec: Codec) -> None:
+    def __init__(self, rows: Tensor, direction: Direction, codec: Codec) -> None:
         self.direction, self.codec, self.dtype = direction, codec, rows.dtype
         axis, sent, received = direction.axis, direction.sent, direction.received
         payload = codec.encode(rows).contiguous()
@@ -68,7 +68,7 @@ class RowCollective:
 class _Exchange:
     """Connects the start of an exchange with its end: ``forward`` for rows, ``backward`` for their gradients."""
 
-    def __init__(self, forward: _Direction, backward: _Direction, wire: Wire) -> None:
+    def __init__(self, forward: Direction, backward: Direction, wire: Wire) -> None:
         self.forward, self.backward, self.wire = forward, backward, wire
         self.running: RowCollective | None = None
 
@@ -135,7 +135,7 @@ def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axi
         )
     name = "exchange_rows"
     return PendingRows(
-        rows, _Exchange(_Direction(name, axis, sent, received), _Direction(name, axis, received, sent), wire)
+        rows, _Exchange(Direction(name, axis, sent, received), Direction(name, axis, received, sent), wire)
     )
 
 
@@ -175,9 +175,9 @@ def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> 
         )
 
 
-def all_gathering(sizes: list[int], axis: Axis) -> _Direction:
-    return _Direction("all_gather_rows", axis, None, sizes)
+def all_gathering(sizes: list[int], axis: Axis) -> Direction:
+    return Direction("all_gather_rows", axis, None, sizes)
 
 
-def _reduce_scatter(sizes: list[int], axis: Axis) -> _Direction:
-    return _Direction("reduce_scatter_rows", axis, sizes, [sizes[axis.rank]] * axis.size, summed=True)
+def _reduce_scatter(sizes: list[int], axis: Axis) -> Direction:
+    return Direction("reduce_scatter_rows", axis, sizes, [sizes[axis.rank]] * axis.size, summed=True)

@@ -38,7 +38,7 @@ class AllGatherDispatcher(Dispatcher):
         sizes = self.sizes_of(x_TD, axis)
         rows = start_all_gather(as_computed(x_TD), sizes, axis, self.dispatch_wire)
         weights_SK = all_gather_rows(routing.weights_TK, sizes, axis)
-        slots_TK = self.owners.to_slots(routing.ids_TK).int()
+        slots_TK = self.holders.to_slots(routing.ids_TK).int()
         slots_SK = all_gather_rows(slots_TK, sizes, axis).long() - axis.rank * self.slots
         here_SK = torch.where((slots_SK >= 0) & (slots_SK < self.slots), slots_SK, -1)
         return AllGatherFlight(rows, weights_SK, here_SK, sizes)

@@ -37,11 +37,11 @@ class AllToAllDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.make_plan: Callable[..., ExchangePlan] = dropless
         if self.capacity is not None and self.capacity.pad:
-            self.make_plan = partial(padded, capacity=self.capacity, num_experts=self.owners.num_experts)
+            self.make_plan = partial(padded, capacity=self.capacity, num_experts=self.holders.num_experts)
 
     def send(self, x_TD: Tensor, routing: Routing) -> AllToAllFlight:
         plan = self.make_plan(
-            self.owners.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend
+            self.holders.to_slots(routing.ids_TK), self.all_slots, self.axis, self.chunks, self.backend
         )
         x_SD, weights_SK = as_computed(x_TD), routing.weights_TK
         if plan.order.inverse_SK.shape[0] > x_SD.shape[0]:

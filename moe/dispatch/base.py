@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,24 @@ from .codecs import WIRES
 
 #: (rows, axis) -> number of rows on each rank of the axis
 SizesOf = Callable[[Tensor, Axis], list[int]]
+
+
+class Holders(Protocol):
+    """Where experts can be computed: their owners, or also ranks with replicas."""
+
+    @property
+    def slots(self) -> int:
+        """Number of slots of every rank."""
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+
+    def experts_of(self, rank: int) -> list[int]:
+        """Return the experts that a rank holds, in the order of their slots."""
+
+    def to_slots(self, ids_TK: Tensor) -> Tensor:
+        """Map this rank's choices, int64 [T, K], to slot numbers; -1 stays -1."""
 
 
 class Dispatcher(ABC):
@@ -40,15 +58,20 @@ class Dispatcher(ABC):
         config: DispatchConfig | None = None,
         capacity: CapacityConfig | None = None,
     ) -> None:
-        self.owners = Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners
-        #: numbers of slots per rank and in total, and of experts that this rank owns
-        self.slots, self.all_slots = self.owners.slots, self.owners.slots * axis.size
-        self.experts_here = len(self.owners.experts_of(axis.rank))
         self.axis, self.etp, self.backend = axis, etp, backend
+        self.address(Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners)
         self.config = DispatchConfig() if config is None else config
         self.capacity = capacity
         self.dispatch_wire, self.combine_wire = WIRES[self.config.wire]
         self.sizes_of: SizesOf = equal_sizes if self.config.equal_tokens else exchange_sizes
+
+    def address(self, holders: Holders) -> None:
+        """Send rows to these holders from now on. All ranks must do this before the same forward."""
+        #: says to which slot of which rank a choice goes
+        self.holders = holders
+        #: numbers of slots per rank and in total, and of experts that this rank holds
+        self.slots, self.all_slots = holders.slots, holders.slots * self.axis.size
+        self.experts_here = len(holders.experts_of(self.axis.rank))
 
     @abstractmethod
     def send(self, x_TD: Tensor, routing: Routing) -> Any:
@@ -75,11 +98,27 @@ class Dispatcher(ABC):
             sources = (rows_SD, weights_SK, ids_SK.int())
             rows_SD, weights_SK, ids_SK = (all_gather_rows(t, sizes, self.etp) for t in sources)
         ids_SK = ids_SK.long()
+        if not self.experts_here:
+            y_SD = _Nothing.apply(rows_SD, weights_SK, *getattr(experts, "parameters", tuple)())
+            return reduce_scatter_rows(y_SD, sizes, self.etp)
         if self.experts_here < self.slots:  # rows for empty slots are padding
             ids_SK = torch.where(ids_SK < self.experts_here, ids_SK, -1)
         order = sort_by_expert(ids_SK, self.experts_here, backend=self.backend)
         y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
         return reduce_scatter_rows(y_SD, sizes, self.etp)
+
+
+class _Nothing(torch.autograd.Function):
+    """Computes zeros on a rank without experts. All ranks run the same backward, so nothing is cut off."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_SD, *others)
+        return torch.zeros_like(rows_SD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
 def as_computed(x_TD: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class BudgetedDispatcher(AllToAllDispatcher):
         self.budget = budget
 
     def send(self, x_TD: Tensor, routing: Routing) -> AllToAllFlight:
-        x_SD, slots_TK = as_computed(x_TD), self.owners.to_slots(routing.ids_TK)
+        x_SD, slots_TK = as_computed(x_TD), self.holders.to_slots(routing.ids_TK)
         found = survey(slots_TK, self.all_slots, self.axis, self.etp, self.backend)
         parts = self.budget.parts(found.loads, x_SD.element_size())
         if not parts:
@@ -185,8 +185,7 @@ class BudgetedDispatcher(AllToAllDispatcher):
         )
 
     def _expert(self, rank: int, slot: int) -> int:
-        owners: Owners = self.owners
-        return int(list(owners.experts_of(rank))[slot])
+        return self.holders.experts_of(rank)[slot]
 
 
 class _Again(torch.autograd.Function):

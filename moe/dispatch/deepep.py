@@ -44,7 +44,7 @@ class DeepEPDispatcher(Dispatcher):
                 f"dispatch.name='deepep': rows are {x_TD.dtype}, but deep_ep sends only bf16; use autocast to bf16"
             )
         exchange = _DeepEPExchange(buffer_for(self.buffer_class, self.axis, x_TD), self.all_slots)
-        slots_TK = self.owners.to_slots(routing.ids_TK)
+        slots_TK = self.holders.to_slots(routing.ids_TK)
         return DeepEPFlight(exchange, *_Dispatch.apply(x_TD, routing.weights_TK.float(), slots_TK, exchange))
 
     def finish(self, flight: DeepEPFlight, experts: Experts) -> Tensor:

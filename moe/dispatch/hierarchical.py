@@ -63,7 +63,7 @@ class HierarchicalDispatcher(Dispatcher):
         self.between, self.within = split_axis(self.axis, size)
 
     def send(self, x_TD: Tensor, routing: Routing) -> Hop:
-        slots_TK = self.owners.to_slots(routing.ids_TK)
+        slots_TK = self.holders.to_slots(routing.ids_TK)
         return self.start_hop(self.between, as_computed(x_TD), routing.weights_TK, slots_TK)
 
     def finish(self, flight: Hop, experts: Experts) -> Tensor:

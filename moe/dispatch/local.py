@@ -23,7 +23,7 @@ class LocalDispatcher(Dispatcher):
 
     def send(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         x_TD = as_computed(x_TD) if self.etp.size > 1 else x_TD
-        return x_TD, routing.weights_TK, self.owners.to_slots(routing.ids_TK)
+        return x_TD, routing.weights_TK, self.holders.to_slots(routing.ids_TK)
 
     def finish(self, flight: tuple[Tensor, Tensor, Tensor], experts: Experts) -> Tensor:
         return self.compute(*flight, experts, self.sizes_of)

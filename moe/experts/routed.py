@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.expert_mlp import expert_mlp
-from ..collectives import fill_normal
+from ..collectives import Route, fill_normal, start_sparse_all_gather
 from ..types import DispatchPlan
+from .replicated import ReplicatedExperts
 
 
 class RoutedExperts(nn.Module):
@@ -46,8 +47,16 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
-        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        return self.compute(rows_SD, plan, _local(self.gate_up_proj), _local(self.down_proj))
+
+    def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Do the same with these weights, of any number of experts."""
         return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
+
+    def replicated(self, route: Route) -> ReplicatedExperts:
+        """Start to copy experts between ranks, and return this rank's own experts together with those it gets."""
+        weights = _local(self.gate_up_proj), _local(self.down_proj)
+        return ReplicatedExperts(self.compute, start_sparse_all_gather(weights, route))
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -1,6 +1,18 @@
-"""Which ranks a layer works on, and which of them owns which expert."""
+"""Which ranks a layer works on, which of them owns which expert, and which hold replicas of it in a step."""
 
 from .owners import Owners
 from .placement import Placement
+from .plan import Forecast, calibrate, materialize, reshard, rows_by_rank
+from .replicas import Destinations, Replicas
 
-__all__ = ["Owners", "Placement"]
+__all__ = [
+    "Destinations",
+    "Forecast",
+    "Owners",
+    "Placement",
+    "Replicas",
+    "calibrate",
+    "materialize",
+    "reshard",
+    "rows_by_rank",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -17,7 +18,7 @@ class Owners:
     """
 
     def __init__(self, ranks: int, rank_of_E: Sequence[int], slot_of_E: Sequence[int]) -> None:
-        """Raises ValueError if a rank owns no expert, or its slots have gaps or duplicates."""
+        """Raises ValueError if a rank's slots have gaps or duplicates. A rank may own no expert."""
         self.ranks, self.num_experts = ranks, len(rank_of_E)
         self.rank_of_E, self.slot_of_E = tuple(rank_of_E), tuple(slot_of_E)
         if len(slot_of_E) != self.num_experts:
@@ -34,8 +35,6 @@ class Owners:
             taken = [self.slot_of_E[expert] for expert in experts]
             if taken != list(range(len(taken))):
                 raise ValueError(f"slot_of_E: rank {rank} has slots {taken}; number them from 0, each once")
-            if not taken:
-                raise ValueError(f"rank_of_E: rank {rank} owns no expert; give each rank at least one")
         self._tables: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -45,6 +44,22 @@ class Owners:
             raise ValueError(f"num_experts={num_experts}: must be divisible by parallel.ep={ranks}; change one of them")
         each = num_experts // ranks
         return cls(ranks, [e // each for e in range(num_experts)], [e % each for e in range(num_experts)])
+
+    @classmethod
+    def of_ranks(cls, ranks: int, rank_of_E: Sequence[int]) -> Owners:
+        """Assign each expert to the given rank, where it gets the next slot."""
+        taken: Counter[int] = Counter()
+        slot_of_E = []
+        for rank in rank_of_E:
+            slot_of_E.append(taken[rank])
+            taken[rank] += 1
+        return cls(ranks, rank_of_E, slot_of_E)
+
+    @classmethod
+    def spread(cls, num_experts: int, ranks: int) -> Owners:
+        """Assign runs of consecutive experts of the same length; the last ranks get fewer, or none, as in a DTensor."""
+        each = -(-num_experts // ranks)
+        return cls.of_ranks(ranks, [e // each for e in range(num_experts)])
 
     @cached_property
     def slots(self) -> int:
@@ -84,7 +99,7 @@ class Owners:
 
     def mean_by_rank(self, values_XE: Tensor) -> Tensor:
         """Average per-expert values over each rank's experts, [X, P]."""
-        return self.by_rank(values_XE) / self.by_rank(torch.ones_like(values_XE))
+        return self.by_rank(values_XE) / self.by_rank(torch.ones_like(values_XE)).clamp_min(1)
 
     def to_experts(self, values_P: Tensor) -> Tensor:
         """Expand per-rank values to the rank's experts, [E]."""

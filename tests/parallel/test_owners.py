@@ -22,6 +22,7 @@ from equimoe.moe import (
     Owners,
     Placement,
 )
+from equimoe.moe.placement import Replicas
 from equimoe.moe.collectives import world_axis
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -35,6 +36,7 @@ OWNERS = {
     "in order": (0, 0, 1, 1, 2, 2, 3, 3),
     "mixed": (2, 0, 3, 1, 0, 2, 1, 3),
     "unequal": (1, 1, 1, 0, 2, 2, 0, 3),
+    "none on a rank": (1, 1, 1, 0, 2, 2, 0, 0),
 }
 
 
@@ -64,11 +66,21 @@ def backward(layer: MoE, x_TD: Tensor) -> dict[str, Tensor]:
     return {"y": y_TD.detach(), "x": x_TD.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
 
-def on_ranks(rank: int, world: int, name: str, changes: dict[str, Any]) -> dict[str, Tensor]:
+def replicas_of(held: Owners) -> Replicas:
+    """Return a replica on every other rank for one expert, on one rank for some, and none for others."""
+    ranks = range(WORLD)
+    return Replicas(
+        held, [[r for r in ranks if r != owner and (e == 2 or (e + r) % 4 == 0)] for e, owner in enumerate(held.rank_of_E)]
+    )
+
+
+def on_ranks(rank: int, world: int, name: str, changes: dict[str, Any], replicated: bool) -> dict[str, Tensor]:
     layer, held, axis = make(**changes), owners(name), world_axis()
     for weight_name, weight in list(layer.experts.named_parameters()):
         setattr(layer.experts, weight_name, nn.Parameter(weight.detach()[held.experts_of(rank)]))
     layer.place(Placement(tokens=axis, ep=axis, owners=held))
+    if replicated:
+        layer.hold(replicas_of(held), node_size=2)
     return backward(layer, tokens(rank))
 
 
@@ -84,10 +96,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", OWNERS)
+@pytest.mark.parametrize("replicated", [False, True], ids=["owned", "replicated"])
 @pytest.mark.usefixtures("poison")
-def test_equals_one_process(name: str, variant: str) -> None:
+def test_equals_one_process(replicated: bool, name: str, variant: str) -> None:
     changes = VARIANTS[variant]
-    results = run_ranks(on_ranks, WORLD, name, changes)
+    results = run_ranks(on_ranks, WORLD, name, changes, replicated)
     alone, held = make(**changes), owners(name)
     # the balancer and the capacity limit get the owners, but experts do not move
     spread_experts(alone, WORLD)
@@ -125,7 +138,6 @@ def test_owners() -> None:
         ((0, 0, 2), (0, 1, 0), r"rank_of_E\[2\]=2: must be at least 0 and less than ranks=2"),
         ((0, 0, 1), (0, 2, 0), r"slot_of_E: rank 0 has slots \[0, 2\]; number them from 0, each once"),
         ((0, 0, 1), (0, 0, 0), r"slot_of_E: rank 0 has slots \[0, 0\]"),
-        ((0, 0, 0), (0, 1, 2), r"rank_of_E: rank 1 owns no expert; give each rank at least one"),
         ((0, 0, 1), (0, 1), r"slot_of_E: has length 2; give one slot for each expert, 3 in all"),
     ],
 )

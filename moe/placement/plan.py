@@ -1,0 +1,160 @@
+"""Decides which experts are replicated in a step, and which rank owns which expert, from loads.
+
+Pure functions: the same loads give the same answer on every rank. From Hecate, "Unlocking Efficient Sparse Model
+Training via Fully Sharded Sparse Data Parallelism". L layers, E experts, P ranks, W steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .owners import Owners
+from .replicas import Replicas
+
+
+class Forecast:
+    """The load that the next step is expected to have: the mean of the last ``window`` steps."""
+
+    def __init__(self, window: int) -> None:
+        self.steps: deque[Tensor] = deque(maxlen=window)
+
+    def observe(self, counts_LE: Tensor) -> None:
+        """Add the choices of a step on all ranks, int64 [L, E]."""
+        self.steps.append(counts_LE.cpu())
+
+    @property
+    def loads_LE(self) -> Tensor | None:
+        """fp64 [L, E]; None before the first step. Sums are of integers, so all ranks have the same bits."""
+        return torch.stack(list(self.steps)).sum(0).double() / len(self.steps) if self.steps else None
+
+
+def busiest(loads_E: Sequence[float], number: int) -> list[int]:
+    """Return the ``number`` busiest experts, the busiest first, ties by number; those without load are left out."""
+    order = sorted(range(len(loads_E)), key=lambda expert: (-loads_E[expert], expert))
+    return [expert for expert in order[:number] if loads_E[expert] > 0]
+
+
+def materialize(loads_E: Sequence[float], owners: Owners, overlap: int, memory: int, node_size: int) -> Replicas:
+    """Choose the replicas of a layer in a step: Algorithm 1.
+
+    ``overlap`` is the number of experts whose transfer hides behind other work of the layer, ``memory`` the number of
+    replicas that a rank has room for. The ``overlap`` busiest experts are replicated: on all ranks if these have room
+    for all of them, otherwise in proportion to their load, on nodes without the expert first.
+    """
+    ranks = owners.ranks
+    chosen = busiest(loads_E, overlap)
+    memory = min(memory, len(chosen))
+    on: list[list[int]] = [[] for _ in loads_E]
+    if len(chosen) <= memory:
+        for expert in chosen:
+            on[expert] = [rank for rank in range(ranks) if rank != owners.rank_of_E[expert]]
+        return Replicas(owners, on)
+    free_P = np.full(ranks, memory)
+    total = sum(loads_E[expert] for expert in chosen)
+    for expert in chosen:
+        number = int(ranks * memory * loads_E[expert] / total + 0.5)
+        on[expert] = spread(number, owners.rank_of_E[expert], free_P, node_size)
+        free_P[on[expert]] -= 1
+    return Replicas(owners, on)
+
+
+def spread(number: int, owner: int, free_P: np.ndarray, node_size: int) -> list[int]:
+    """Choose up to ``number`` ranks with a free slot for replicas of an expert.
+
+    Nodes that lack the expert come first, then those with the most free slots; within a node, ranks with the most.
+    """
+    ranks_P = np.arange(len(free_P))
+    node_P = ranks_P // node_size
+    possible_P = (free_P > 0) & (ranks_P != owner)
+    node_free_P = np.bincount(node_P, weights=free_P)[node_P]
+    within = np.lexsort((ranks_P, -free_P, ~possible_P, node_P))  # by node, and within it by free slots
+    round_P = np.empty_like(ranks_P)
+    round_P[within] = ranks_P - node_P * node_size  # how many of its node come before it
+    round_P += node_P == owner // node_size
+    order = np.lexsort((ranks_P, node_P, -node_free_P, round_P))
+    return [int(rank) for rank in order if possible_P[rank]][:number]
+
+
+def reshard(loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, node_size: int) -> list[Owners]:
+    """Choose new owners for the experts of all layers jointly: Algorithm 2.
+
+    The ``overlap`` busiest experts of a layer are replicated anyway, so who owns them matters little. The others go, the
+    layer with the busiest of them first, to the node with the least load, and to its rank with the least. Ranks own
+    equally many experts of all layers together, up to one. The replicated ones keep their owner if it has room.
+    """
+    layers, ranks = range(len(owners)), owners[0].ranks
+    nodes = -(-ranks // node_size)
+    room_P = np.full(ranks, -(-sum(len(loads) for loads in loads_LE) // ranks))
+    load_P = np.zeros(ranks)
+    node_P = np.arange(ranks) // node_size
+    hot = [set(busiest(loads, overlap)) for loads in loads_LE]
+    cold = [sorted(set(range(len(loads_LE[i]))) - hot[i], key=lambda e: (-loads_LE[i][e], e)) for i in layers]
+    found: list[dict[int, int]] = [{} for _ in layers]
+
+    def give(layer: int, expert: int, rank: int, load: float) -> None:
+        found[layer][expert] = rank
+        room_P[rank] -= 1
+        load_P[rank] += load
+
+    for layer in sorted(layers, key=lambda i: (-loads_LE[i][cold[i][0]] if cold[i] else 0.0, i)):
+        for expert in cold[layer]:
+            node_load_N = np.bincount(node_P, weights=load_P, minlength=nodes)
+            node_room_N = np.bincount(node_P, weights=room_P, minlength=nodes)
+            node_load_N[node_room_N == 0] = np.inf
+            node = np.lexsort((np.arange(nodes), -node_room_N, node_load_N))[0]
+            members = np.flatnonzero((node_P == node) & (room_P > 0))
+            rank = members[np.lexsort((members, -room_P[members], load_P[members]))[0]]
+            give(layer, expert, int(rank), float(loads_LE[layer][expert]))
+    for layer in layers:
+        for expert in sorted(hot[layer]):
+            owner = owners[layer].rank_of_E[expert]
+            give(layer, expert, owner if room_P[owner] > 0 else int(np.argmax(room_P)), 0.0)
+    return [Owners.of_ranks(ranks, [found[i][e] for e in range(len(loads_LE[i]))]) for i in layers]
+
+
+def rows_by_rank(counts_PE: Tensor, replicas: Replicas, node_size: int) -> Tensor:
+    """Return how many rows each rank computes, int64 [P], if rank p's tokens make ``counts_PE[p]`` choices."""
+    rows_P = [0] * replicas.owners.ranks
+    for source, counts_E in enumerate(counts_PE.tolist()):
+        for expert, ranks in enumerate(replicas.choices_of(source, node_size)):
+            each, rest = divmod(counts_E[expert], len(ranks))
+            for i, rank in enumerate(ranks):
+                rows_P[rank] += each + ((i - source) % len(ranks) < rest)
+    return torch.tensor(rows_P)
+
+
+def calibrate(
+    counts_PE: Tensor, planned: Replicas, overlap: int, memory: int, node_size: int, rows_per_expert: float
+) -> Replicas:
+    """Return the replicas for the load that a layer's routing really has, or ``planned`` if they are not worth it.
+
+    ``counts_PE`` are the choices that each rank's tokens made. The planned replicas stay; where ranks have room left,
+    further ones are chosen for the load per holder. They delay the layer, because their transfer hides behind nothing:
+    they are accepted if the busiest rank saves more rows than it could compute during that, ``rows_per_expert`` for
+    each replica that a rank sends or receives.
+    """
+    owners, loads_E = planned.owners, counts_PE.sum(0).tolist()
+    shares_E = [load / len(planned.holders_of(expert)) for expert, load in enumerate(loads_E)]
+    free_P = np.full(owners.ranks, memory)
+    on = [list(ranks) for ranks in planned.ranks_of_E]
+    for ranks in on:
+        free_P[ranks] -= 1
+    best, least = planned, int(rows_by_rank(counts_PE, planned, node_size).max())
+    moved_P = np.zeros(owners.ranks)
+    for expert in busiest(shares_E, overlap):
+        possible_P = free_P * ~np.isin(np.arange(owners.ranks), on[expert])
+        new = spread(owners.ranks, owners.rank_of_E[expert], possible_P, node_size)
+        on[expert] += new
+        free_P[new] -= 1
+        moved_P[new] += 1
+        moved_P[owners.rank_of_E[expert]] += len(new)
+        tried = Replicas(owners, on)
+        cost = int(rows_by_rank(counts_PE, tried, node_size).max()) + rows_per_expert * float(moved_P.max())
+        if cost < least:
+            best, least = tried, int(cost)
+    return best

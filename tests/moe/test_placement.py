@@ -1,0 +1,219 @@
+"""Checks which experts are replicated and who owns them against step-by-step references, on random loads."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from equimoe.moe.placement import Forecast, Owners, Replicas, calibrate, materialize, reshard, rows_by_rank
+
+CASES = [(seed, ranks, node) for seed in range(12) for ranks, node in ((1, 1), (2, 2), (4, 2), (8, 4), (6, 2), (8, 8))]
+
+
+def random_loads(seed: int, experts: int) -> list[int]:
+    """Return loads with ties and experts without load."""
+    draw = random.Random(seed)
+    return [draw.choice((0, 1, 5, 5, draw.randrange(1000))) for _ in range(experts)]
+
+
+def random_owners(seed: int, experts: int, ranks: int) -> Owners:
+    draw = random.Random(seed + 1)
+    return Owners.of_ranks(ranks, [draw.randrange(ranks) for _ in range(experts)])
+
+
+def random_replicas(seed: int, experts: int, ranks: int) -> Replicas:
+    draw, owners = random.Random(seed + 2), random_owners(seed, experts, ranks)
+    return Replicas(owners, [[r for r in range(ranks) if r != o and draw.random() < 0.3] for o in owners.rank_of_E])
+
+
+def top(loads: Sequence[float], number: int) -> list[int]:
+    left, found = dict(enumerate(loads)), []
+    while left and len(found) < number:
+        best = max(left, key=lambda expert: (left[expert], -expert))
+        if left.pop(best) > 0:
+            found.append(best)
+    return found
+
+
+def replicas_one_by_one(loads: list[int], owners: Owners, overlap: int, memory: int, node: int) -> list[set[int]]:
+    """Place one replica after another. A node's free slots are those before the expert's first replica is placed."""
+    ranks, chosen = range(owners.ranks), top(loads, overlap)
+    on: list[set[int]] = [set() for _ in loads]
+    memory = min(memory, len(chosen))
+    free = dict.fromkeys(ranks, memory)
+    everywhere = len(chosen) <= memory
+    total = sum(loads[e] for e in chosen)
+    for expert in chosen:
+        number = owners.ranks if everywhere else int(owners.ranks * memory * loads[expert] / total + 0.5)
+        of_node = Counter({n: 0 for n in range(-(-owners.ranks // node))})
+        for rank in ranks:
+            of_node[rank // node] += free[rank]
+        held = Counter({owners.rank_of_E[expert] // node: 1})
+        for _ in range(number):
+            able = [r for r in ranks if free[r] and r != owners.rank_of_E[expert] and r not in on[expert]]
+            if not able:
+                break
+            rank = min(able, key=lambda r: (held[r // node], -of_node[r // node], r // node, -free[r], r))
+            on[expert].add(rank)
+            held[rank // node] += 1
+        for rank in on[expert]:
+            free[rank] -= 1
+    return on
+
+
+@pytest.mark.parametrize(("seed", "ranks", "node"), CASES)
+def test_replicas_are_those_of_placing_one_after_another(seed: int, ranks: int, node: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(8):
+        experts, overlap, memory = draw.randrange(1, 12), draw.randrange(6), draw.randrange(5)
+        loads, owners = random_loads(draw.randrange(999), experts), random_owners(draw.randrange(999), experts, ranks)
+        found = materialize(loads, owners, overlap, memory, node)
+        assert [set(r) for r in found.ranks_of_E] == replicas_one_by_one(loads, owners, overlap, memory, node)
+        extra = [len(found.experts_of(r)) - len(owners.experts_of(r)) for r in range(ranks)]
+        assert max(extra) <= min(memory, overlap)
+        assert all(not ranks for load, ranks in zip(loads, found.ranks_of_E, strict=True) if not load)
+
+
+@pytest.mark.parametrize(("overlap", "memory"), [(0, 3), (3, 0), (0, 0)])
+def test_without_a_budget_nothing_is_replicated(overlap: int, memory: int) -> None:
+    assert len(materialize([5, 3, 2, 9], Owners.consecutive(4, 2), overlap, memory, 2)) == 0
+
+
+def test_one_hot_expert_on_32_ranks() -> None:
+    """Half of all choices go to one expert: card B1, AT-2."""
+    ranks, experts, choices = 32, 64, 64 * 63
+    owners = Owners.consecutive(experts, ranks)
+    counts_PE = torch.full((ranks, experts), choices // (experts - 1))
+    counts_PE[:, 0] = choices
+    loads = counts_PE.sum(0).tolist()
+
+    def imbalance(replicas: Replicas) -> float:
+        rows_P = rows_by_rank(counts_PE, replicas, 8).double()
+        return float(rows_P.max() / rows_P.mean())
+
+    assert 16.0 <= imbalance(Replicas(owners)) <= 16.3
+    assert imbalance(materialize(loads, owners, 1, 1, 8)) <= 1.02
+
+
+def owners_one_by_one(loads: list[list[int]], owners: list[Owners], overlap: int, node: int) -> list[dict[int, int]]:
+    ranks, layers = range(owners[0].ranks), range(len(loads))
+    room = dict.fromkeys(ranks, -(-sum(map(len, loads)) // len(ranks)))
+    load: Counter[int] = Counter()
+    hot = [top(of_layer, overlap) for of_layer in loads]
+    cold = [[e for e in top([x + 1 for x in loads[i]], len(loads[i])) if e not in hot[i]] for i in layers]
+    found: list[dict[int, int]] = [{} for _ in layers]
+    for layer in sorted(layers, key=lambda i: -max((loads[i][e] for e in cold[i]), default=0)):
+        for expert in cold[layer]:
+            nodes = {r // node: [s for s in ranks if s // node == r // node] for r in ranks if room[r]}
+            best = min(nodes, key=lambda n: (sum(load[r] for r in nodes[n]), -sum(room[r] for r in nodes[n]), n))
+            rank = min((r for r in nodes[best] if room[r]), key=lambda r: (load[r], -room[r], r))
+            found[layer][expert] = rank
+            room[rank] -= 1
+            load[rank] += loads[layer][expert]
+    for layer in layers:
+        for expert in sorted(hot[layer]):
+            owner = owners[layer].rank_of_E[expert]
+            rank = owner if room[owner] else max(ranks, key=lambda r: (room[r], -r))
+            found[layer][expert] = rank
+            room[rank] -= 1
+    return found
+
+
+@pytest.mark.parametrize(("seed", "ranks", "node"), CASES)
+def test_owners_are_those_of_placing_one_after_another(seed: int, ranks: int, node: int) -> None:
+    draw = random.Random(seed)
+    layers, experts, overlap = draw.randrange(1, 5), draw.randrange(1, 10), draw.randrange(4)
+    loads = [random_loads(draw.randrange(999), experts) for _ in range(layers)]
+    before = [random_owners(draw.randrange(999), experts, ranks) for _ in range(layers)]
+    found = reshard(loads, before, overlap, node)
+    wanted = owners_one_by_one(loads, before, overlap, node)
+    assert [list(o.rank_of_E) for o in found] == [[of[e] for e in range(experts)] for of in wanted]
+    held = [sum(len(o.experts_of(r)) for o in found) for r in range(ranks)]
+    assert max(held) <= -(-layers * experts // ranks)
+
+
+@pytest.mark.parametrize(("seed", "ranks", "node"), CASES)
+def test_every_choice_goes_to_a_holder_and_near_ones_first(seed: int, ranks: int, node: int) -> None:
+    experts = 7
+    replicas = random_replicas(seed, experts, ranks)
+    counts_PE = torch.zeros(ranks, experts, dtype=torch.int64)
+    rows: Counter[int] = Counter()
+    for source in range(ranks):
+        ids_TK = torch.randint(-1, experts, (40, 2))
+        seen = replicas.seen_from(source, node)
+        slots_TK = seen.to_slots(ids_TK)
+        used: dict[int, Counter] = {e: Counter() for e in range(experts)}
+        for expert, slot in zip(ids_TK.flatten().tolist(), slots_TK.flatten().tolist(), strict=True):
+            if expert < 0:
+                assert slot == -1
+                continue
+            rank = slot // seen.slots
+            assert replicas.experts_of(rank)[slot % seen.slots] == expert
+            used[expert][rank] += 1
+            counts_PE[source, expert] += 1
+        for expert, found in used.items():
+            holders = replicas.holders_of(expert)
+            near = [r for r in holders if r // node == source // node]
+            allowed = [source] if source in holders else near or holders
+            assert set(found) <= set(allowed)
+            assert max(found.values(), default=0) - min((found[r] for r in allowed), default=0) <= 1
+            rows += found
+    assert rows_by_rank(counts_PE, replicas, node).tolist() == [rows[r] for r in range(ranks)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_sent_is_what_is_received(seed: int) -> None:
+    ranks, experts = 5, 9
+    replicas = random_replicas(seed, experts, ranks)
+    for to in range(ranks):
+        arrived = [
+            replicas.owners.experts_of(source)[slot] for source in range(ranks) for slot in replicas.sent_by(source)[to]
+        ]
+        assert replicas.experts_of(to) == [*replicas.owners.experts_of(to), *arrived]
+        assert replicas.received_by(to) == [len(replicas.sent_by(source)[to]) for source in range(ranks)]
+    assert len(replicas) == sum(sum(map(len, replicas.sent_by(source))) for source in range(ranks))
+
+
+def test_calibration_recovers_from_a_forecast_that_is_wrong() -> None:
+    ranks, experts = 8, 16
+    owners = Owners.consecutive(experts, ranks)
+    counts_PE = torch.full((ranks, experts), 10)
+    counts_PE[:, 3] = 200
+    planned = materialize([100 if e == 12 else 1 for e in range(experts)], owners, 1, 1, 4)  # expected expert 12
+    before = int(rows_by_rank(counts_PE, planned, 4).max())
+    full = calibrate(counts_PE, planned, 1, 1, 4, 0.0)
+    assert full.ranks_of_E[3] == (owners.rank_of_E[12],), "no other rank has room left"
+    found = calibrate(counts_PE, planned, 1, 2, 4, 0.0)
+    assert set(planned.ranks_of_E[12]) == set(found.ranks_of_E[12]) and len(found.ranks_of_E[3]) == ranks - 1
+    assert int(rows_by_rank(counts_PE, found, 4).max()) < before / 4
+    assert calibrate(counts_PE, planned, 1, 2, 4, 1e6) == planned, "the transfer would take longer"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calibration_never_makes_the_busiest_rank_busier(seed: int) -> None:
+    planned = random_replicas(seed, 9, 6)
+    counts_PE = torch.randint(0, 50, (6, 9)) ** 2
+    room = max(len(planned.experts_of(r)) - len(planned.owners.experts_of(r)) for r in range(6)) + 1
+    found = calibrate(counts_PE, planned, 2, room, 3, 1.0)
+    assert rows_by_rank(counts_PE, found, 3).max() <= rows_by_rank(counts_PE, planned, 3).max()
+    extra = [len(found.experts_of(r)) - len(planned.owners.experts_of(r)) for r in range(6)]
+    assert max(extra) <= room
+
+
+def test_a_forecast_is_the_mean_of_the_last_steps() -> None:
+    forecast = Forecast(2)
+    assert forecast.loads_LE is None
+    for value in (100, 1, 4):
+        forecast.observe(torch.tensor([[value, 0]]))
+    assert forecast.loads_LE.tolist() == [[2.5, 0.0]]
+
+
+@pytest.mark.parametrize("ranks", [[0], [1, 1], [4], [-1]])
+def test_replicas_that_cannot_be(ranks: Any) -> None:
+    with pytest.raises(ValueError, match=r"ranks_of_E\[0\]=.*: must be different ranks below 4, without the owner 0"):
+        Replicas(Owners.consecutive(4, 4), [ranks, [], [], []])
