@@ -5,6 +5,7 @@ fill. A :class:`Saver` saves while training goes on.
 """
 
 from .agreement import Choice, ViewError, choose, describe, probe
+from .logical import Boxes, State, owned
 from .manifest import MANIFEST, CheckpointError, read_manifest
 from .saver import Saver, save
 from .state import expect_moments, restore_optimizer, training_state
@@ -14,6 +15,7 @@ from .writer import LostFolderError, NonFiniteStateError, SaveError
 
 __all__ = [
     "MANIFEST",
+    "Boxes",
     "CheckpointError",
     "Choice",
     "LostFolderError",
@@ -22,6 +24,7 @@ __all__ = [
     "SaveError",
     "Saved",
     "Saver",
+    "State",
     "ViewError",
     "choose",
     "complete",
@@ -31,6 +34,7 @@ __all__ = [
     "load",
     "load_weights",
     "newest",
+    "owned",
     "probe",
     "read_manifest",
     "restore_optimizer",

@@ -26,6 +26,8 @@ class Boxes:
     dtype: torch.dtype
     #: offsets of each box -> view of its values
     views: dict[tuple[int, ...], Tensor]
+    #: the tensor that holds the parts
+    of: Tensor
 
     def size(self) -> torch.Size:
         """Return the shape of the whole tensor."""
@@ -43,19 +45,36 @@ class Boxes:
         return items
 
 
-def logical(name: str, value: Tensor) -> Tensor | Boxes:
+#: tensors by logical names
+State = dict[str, Tensor | Boxes]
+
+
+def logical(name: str, value: Tensor | Boxes) -> Tensor | Boxes:
     """Return ``value`` with its shape on any mesh, and this rank's part of it. The result shares its memory."""
     if not isinstance(value, DTensor):
         return value
-    offsets, local = _offsets(name, value), value.to_local()
+    local, (begin, size) = value.to_local(), _box(value)
+    if size != tuple(local.shape):
+        raise ValueError(f"{name}: this rank holds {tuple(local.shape)}, where {value.placements} give {size}")
+    return _boxes(name, value, {begin: local})
+
+
+def owned(name: str, value: DTensor, experts: list[int]) -> Boxes:
+    """Return this rank's part of a weight, or of its moments, whose rows are those of ``experts`` in this order."""
+    (_, *rest), _ = _box(value)
+    parts = {(expert, *rest): row[None] for expert, row in zip(experts, value.to_local(), strict=True)}
+    return _boxes(name, value, parts)
+
+
+def _boxes(name: str, value: DTensor, parts: dict[tuple[int, ...], Tensor]) -> Boxes:
+    """Return parts of a tensor, by their offsets, with its shape on any mesh."""
     if value.dim() != 4 or _STACKED not in name:
-        return Boxes(value.shape, value.dtype, {offsets: local})
+        return Boxes(value.shape, value.dtype, parts, value)
     experts, halves, width, hidden = value.shape
-    expert, half, row, column = offsets
-    views: dict[tuple[int, ...], Tensor] = {
-        (expert, (half + i) * width + row, column): local[:, i] for i in range(local.shape[1])
-    }
-    return Boxes(torch.Size((experts, halves * width, hidden)), value.dtype, views)
+    views: dict[tuple[int, ...], Tensor] = {}
+    for (expert, half, row, column), part in parts.items():
+        views |= {(expert, (half + i) * width + row, column): part[:, i] for i in range(part.shape[1])}
+    return Boxes(torch.Size((experts, halves * width, hidden)), value.dtype, views, value)
 
 
 def view_of(value: Tensor | Boxes, index: MetadataIndex) -> Tensor:
@@ -63,15 +82,15 @@ def view_of(value: Tensor | Boxes, index: MetadataIndex) -> Tensor:
     return value.views[tuple(index.offset or ())] if isinstance(value, Boxes) else value
 
 
-def _offsets(name: str, value: DTensor) -> tuple[int, ...]:
-    """Return where this rank's part of ``value`` begins.
+def _box(value: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where this rank's part of ``value`` begins, and its shape.
 
     FSDP splits what other parallelism has left of a dimension. torch's own function for this is wrong if the parts are
     uneven.
     """
     begin, size = [0] * value.dim(), list(value.shape)
     coordinate = value.device_mesh.get_coordinate()
-    assert coordinate is not None, f"{name}: this rank is not in the mesh"
+    assert coordinate is not None, "this rank is not in the mesh"
     splits = list(zip(value.placements, value.device_mesh.shape, coordinate, strict=True))
     for placement, ranks, index in sorted(splits, key=lambda split: isinstance(split[0], _StridedShard)):
         if isinstance(placement, (Shard, _StridedShard)):
@@ -80,7 +99,4 @@ def _offsets(name: str, value: DTensor) -> tuple[int, ...]:
             first = min(index * part, size[dim])
             begin[dim] += first
             size[dim] = min(part, size[dim] - first)
-    local = value.to_local().shape
-    if tuple(size) != tuple(local):
-        raise ValueError(f"{name}: this rank holds {tuple(local)}, where {value.placements} give {tuple(size)}")
-    return tuple(begin)
+    return tuple(begin), tuple(size)

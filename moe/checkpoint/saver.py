@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import ranks
 from .files import free_bytes, remove
-from .logical import logical
+from .logical import State, logical
 from .manifest import printable
 from .retention import Retention
 from .store import commit
@@ -47,7 +47,7 @@ class Saver:
         #: says on rank 0 why the folder is not this run's any more; empty if it is
         self.guard: Callable[[], str] = lambda: ""
 
-    def start(self, root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any]) -> Path:
+    def start(self, root: Path, step: int, state: State, position: dict[str, Any]) -> Path:
         """Begin to write ``state`` (logical name -> tensor or DTensor) and ``position`` (JSON) as ``root/step-...``.
 
         Waits for the save before. When this returns, the values have been copied and may change. Returns the path that
@@ -139,7 +139,7 @@ class Saver:
             self._stager = None
 
 
-def save(root: Path, step: int, state: dict[str, Tensor], position: dict[str, Any], keep_last: int) -> Path:
+def save(root: Path, step: int, state: State, position: dict[str, Any], keep_last: int) -> Path:
     """Save one checkpoint, see :meth:`Saver.start`, and wait for it. Every rank must call this."""
     saver = Saver(keep_last)
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import legacy, reader
 from .files import remove, sync, write_durably
-from .logical import logical
+from .logical import State, logical
 from .manifest import FOLDER, LEGACY_SCHEMA, MANIFEST, TENSORS, CheckpointError, encode, printable
 from .ranks import gather
 from .reshard import fill
@@ -100,7 +100,7 @@ def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
     return _format(manifest).contents(path, manifest)
 
 
-def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+def load(path: Path, state: State, manifest: dict[str, Any]) -> None:
     """Fill the tensors of ``state`` in place. Every rank must call this.
 
     The names, dtypes and shapes of all ranks together must equal the checkpoint's. Generators and moments may differ: a
@@ -124,7 +124,7 @@ def load(path: Path, state: dict[str, Tensor], manifest: dict[str, Any]) -> None
     fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opener(manifest))
 
 
-def load_weights(path: Path, weights: dict[str, Tensor], saved: dict[str, Saved], opened: Opened) -> None:
+def load_weights(path: Path, weights: State, saved: dict[str, Saved], opened: Opened) -> None:
     """Fill ``weights`` in place, in their own dtype, from the tensors ``saved`` in folder ``path``.
 
     Every rank must call this, and reads only its own parts. The names and shapes of all ranks together must be those of

@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from . import ranks
 from .files import free_bytes, remove, write_tensors
-from .logical import Boxes, view_of
+from .logical import Boxes, State, view_of
 from .manifest import printable
 from .reader import key_of
 from .tensors import Chunk, Saved
@@ -42,7 +42,6 @@ SPARE = 1.2
 #: how long ranks wait for each other's files
 _PATIENCE = timedelta(hours=1)
 
-State = dict[str, Tensor | Boxes]
 #: the only key of what DCP is given as a state, because it logs each key, which takes longer than planning
 STATE = "state"
 

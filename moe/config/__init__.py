@@ -7,6 +7,7 @@ Each section configures one part of the system. The sections of a training run a
 from .checks import check_literals, require
 from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
 from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig, Score
+from .placement import PlacementConfig
 
 __all__ = [
     "AttentionConfig",
@@ -15,6 +16,7 @@ __all__ = [
     "DispatchConfig",
     "ExtraLossConfig",
     "MoEConfig",
+    "PlacementConfig",
     "RecomputeConfig",
     "RotaryScaling",
     "RouterConfig",

@@ -12,7 +12,7 @@ from .budgeted import Budget, BudgetedDispatcher, OverBudgetError
 from .capacity import Capacity, build_capacity
 from .deepep import deepep
 from .duplicates import DropDuplicates
-from .hierarchical import HierarchicalDispatcher
+from .hierarchical import HierarchicalDispatcher, node_size
 from .local import LocalDispatcher
 
 #: all take the arguments of :class:`Dispatcher`
@@ -49,4 +49,5 @@ __all__ = [
     "OverlappedDispatcher",
     "build_capacity",
     "build_dispatcher",
+    "node_size",
 ]

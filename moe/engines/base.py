@@ -9,6 +9,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..checkpoint import State
+
 #: (trainable parameters by their names in the whole model) -> their optimizer
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], Optimizer]
 
@@ -88,7 +90,7 @@ class Engine(Protocol):
         communication. An engine that keeps them in its own buffers returns none."""
         ...
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """Return the model and optimizer tensors that a checkpoint must hold, by logical names. Changes nothing.
 
         To resume, fill these tensors in place and pass them to :meth:`restore`.
@@ -103,6 +105,6 @@ class Engine(Protocol):
         """
         ...
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
         """Resume from a filled ``state``: adopt its tensors that did not exist before, such as optimizer moments."""
         ...

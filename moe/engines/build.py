@@ -10,6 +10,7 @@ from torch import nn
 
 from ..balance import Step
 from ..collectives import Axis, private_axis, world_axis
+from ..config import PlacementConfig
 from ..layer import MoE
 from ..model import Decoder
 from ..parallel import LossFunction, Mesh, check_alike, model_has_values, parallelize, token_losses
@@ -17,6 +18,7 @@ from ..parallel.stages import split, stage_ids
 from ..parallel.tied import check_stages, materialize, tied_weights
 from .balance import StepBalance
 from .base import OptimizerFactory
+from .experts import ExpertPlacement
 from .reduce import Reducer, reduction_axes
 from .runners import Precision, Runner, Stages, WholeModel
 from .torch import TorchEngine
@@ -37,6 +39,7 @@ def build_engine(
     precision: Precision = nullcontext,
     micro_batches: int = 1,
     shape: tuple[int, int] | None = None,
+    placement: PlacementConfig | None = None,
 ) -> TorchEngine:
     """Split ``model`` over ``mesh`` and build the engine that trains it. Every rank must call this.
 
@@ -49,6 +52,7 @@ def build_engine(
     * ``dtype``: FSDP2's compute dtype. ``precision``: returns the context of every forward (autocast).
     * ``micro_batches``, ``shape``: micro-batches per step, and the shape [B, S] of one before its sequences are split.
       Only a pipeline needs them.
+    * ``placement``: how experts are replicated under ``parallel.experts="fssdp"``.
     """
     device = device or next(model.parameters()).device
     exact = any(m.config.balance.estimator == "exact" for m in model.modules() if isinstance(m, MoE))
@@ -64,6 +68,7 @@ def build_engine(
         materialize(parts, device)
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
+    experts = _placement(parts, mesh, placement or PlacementConfig())
     runner: Runner
     if mesh is not None and mesh.degrees.pp > 1:
         assert isinstance(model, Decoder)
@@ -77,7 +82,14 @@ def build_engine(
             axes = {name: own[axis.name] for name, axis in axes.items()}
         reducer = Reducer(parameters, axes)
         runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer), [Step.of(parts[0])]
-    return TorchEngine(parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), optimizer, device, max_norm)
+    return TorchEngine(parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm)
+
+
+def _placement(parts: list[nn.Module], mesh: Mesh | None, config: PlacementConfig) -> ExpertPlacement:
+    layers = {name: m for part in parts for name, m in part.named_modules() if isinstance(m, MoE)}
+    if mesh is None or mesh.degrees.experts != "fssdp":
+        return ExpertPlacement({}, config)
+    return ExpertPlacement(layers, config, mesh["ep"], mesh["stage"])
 
 
 def _distinct(axes: dict[str, Axis]) -> list[Axis]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import expect_moments, restore_optimizer, training_state
+from ..checkpoint import Boxes, State, expect_moments, restore_optimizer, training_state
 from ..collectives import LOCAL
 from ..parallel import Mesh, clip_grad_norm_, forget_step, free_gathered
 from ..parallel.grad_norm import local_part
 from .balance import StepBalance
 from .base import Accept, Batch, Computed, OptimizerFactory, StepResult
+from .experts import ExpertPlacement
 from .inputs import accepted, count_tokens, evaluation_mode, local_batches
 from .reduce import Reducer
 from .runners import Runner
@@ -34,11 +35,12 @@ class TorchEngine:
         runner: Runner,
         reducer: Reducer,
         balance: StepBalance,
+        experts: ExpertPlacement,
         optimizer: OptimizerFactory,
         device: torch.device,
         max_norm: float,
     ) -> None:
-        self.parts, self.balance = parts, balance
+        self.parts, self.balance, self.experts = parts, balance, experts
         #: this rank's parameters by their names in the whole model. Modules cannot be asked for them, because FSDP
         #: temporarily replaces its parameters with gathered ones.
         self.parameters = parameters
@@ -54,6 +56,7 @@ class TorchEngine:
             local = local_batches(batches, self._mesh, self._device)
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.balance.begin(len(local), routed)
+            self.experts.begin()
             self._reducer.begin()
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
             self._reducer.finish()
@@ -70,6 +73,8 @@ class TorchEngine:
             for parameter in self.parameters.values():
                 parameter.grad = None
         self.balance.end(applied)
+        if applied:
+            self.experts.end(self.optimizer)
         return StepResult(losses, norm, applied)
 
     def _gradient(self) -> list[Tensor]:
@@ -100,9 +105,10 @@ class TorchEngine:
         found = training_state(self._trained(), self.optimizer, {})
         return {name: value for name, value in found.items() if name.startswith("optimizer.")}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """See :meth:`equimoe.moe.engines.base.Engine.state`."""
-        return {f"model.{name}": weight for name, weight in self.weights().items()} | self.moments()
+        state = {f"model.{name}": weight for name, weight in self.weights().items()} | self.moments()
+        return self.experts.marked(state)
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`."""
@@ -113,10 +119,11 @@ class TorchEngine:
         if self.optimizer is not None:
             expect_moments(frozen, self.optimizer)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
         if self.optimizer is not None:
-            restore_optimizer(self._trained(), self.optimizer, state)
+            tensors = {name: value.of if isinstance(value, Boxes) else value for name, value in state.items()}
+            restore_optimizer(self._trained(), self.optimizer, tensors)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer holds."""

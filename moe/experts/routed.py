@@ -38,6 +38,8 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width if gated else width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         self.init_std = init_std
+        #: dtype in which the experts compute; None: that of their weights
+        self.dtype: torch.dtype | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,7 +49,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
-        return self.compute(rows_SD, plan, _local(self.gate_up_proj), _local(self.down_proj))
+        return self.compute(rows_SD, plan, *self._weights())
 
     def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
         """Do the same with these weights, of any number of experts."""
@@ -55,8 +57,12 @@ class RoutedExperts(nn.Module):
 
     def replicated(self, route: Route) -> ReplicatedExperts:
         """Start to copy experts between ranks, and return this rank's own experts together with those it gets."""
-        weights = _local(self.gate_up_proj), _local(self.down_proj)
-        return ReplicatedExperts(self.compute, start_sparse_all_gather(weights, route))
+        return ReplicatedExperts(self.compute, start_sparse_all_gather(self._weights(), route))
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the weights, in the dtype in which the experts compute."""
+        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        return (gate_up, down) if self.dtype is None else (gate_up.to(self.dtype), down.to(self.dtype))
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ class ParallelConfig:
     ep: int = 1
     #: ranks that split each expert's width
     etp: int = 1
+    #: "ep" gives each expert edp replicas, with optimizer states on each; "fssdp" (fully sharded sparse data
+    #: parallelism) one owner among all these ranks, and replicates the busiest experts' weights anew in every step
+    experts: Literal["ep", "fssdp"] = "ep"
     #: with tp > 1, shard the tokens over the tp ranks outside the layers that tp splits
     sequence_parallel: bool = True
     #: "ddp" replicates weights over data-parallel ranks; "fsdp" (torch's FSDP2) shards them over dp_shard x cp
@@ -75,9 +78,22 @@ class ParallelConfig:
         what = "the number of processes" if dense["pp"] == 1 else "the number of processes of a pipeline stage"
         stage = world // dense["pp"]
         asked = self
-        if self.edp == self.ep == -1:
+        if self.experts == "fssdp":
+            asked = self._one_owner(stage)
+        elif self.edp == self.ep == -1:
             asked = replace(self, ep=1 if stage % self.etp else math.gcd(stage // self.etp, num_experts))
         return replace(self, **dense, **asked._fill(EXPERT_DEGREES, stage, what))
+
+    def _one_owner(self, stage: int) -> ParallelConfig:
+        """Distribute the experts over all ranks of a pipeline stage that do not split them."""
+        ranks = stage // self.etp
+        for name, value, only in (("ep", self.ep, ranks), ("edp", self.edp, 1)):
+            if value not in (1, -1, only):
+                raise ValueError(
+                    f"parallel.{name}={value}: with parallel.experts='fssdp' each expert has one owner among all "
+                    f"{ranks} ranks of a pipeline stage over etp; leave it out"
+                )
+        return replace(self, ep=max(ranks, 1), edp=-1)
 
     def _fill(self, names: tuple[str, ...], total: int, what: str) -> dict[str, Any]:
         degrees = {name: getattr(self, name) for name in names}

@@ -19,14 +19,16 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     consecutive parts in rank order. Raises ValueError for sizes that the degrees do not divide.
     """
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
-    if config.num_experts % ep.size:
+    uneven = degrees.experts == "fssdp"
+    if config.num_experts % ep.size and not uneven:
         number = config.num_experts
         raise ValueError(f"moe.num_experts={number}: must be divisible by parallel.ep={ep.size}; change one of them")
     if config.intermediate_size % etp.size:
         width = config.intermediate_size
         what = f"must be divisible by parallel.etp={etp.size}; change one of them"
         raise ValueError(f"moe.intermediate_size={width}: {what}")
-    owners = Owners.consecutive(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
+    assign = Owners.spread if uneven else Owners.consecutive
+    owners = assign(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
     layer.place(
         Placement(
             tokens=mesh["stage"],
@@ -52,5 +54,7 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
             width = weight.dim() - (2 if name == "gate_up_proj" else 1)
             own, axes = own.chunk(etp.size, width)[etp.rank], mesh.expert["ep", "etp"]
             placements.append(Shard(width))
-        split = DTensor.from_local(own.clone(), axes, placements, run_check=False)
+        split = DTensor.from_local(
+            own.clone(), axes, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        )
         layer.experts.register_parameter(name, nn.Parameter(split, requires_grad=weight.requires_grad))

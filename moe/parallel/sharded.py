@@ -32,6 +32,12 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     routers = list(dict.fromkeys(layer.router for layer in layers)) if dtype is not None else []
     check_units(model, tied_weights(model), [*dict.fromkeys(layer.experts for layer in layers), *routers, *blocks])
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
+    owned: set[nn.Parameter] = set()
+    if mesh.degrees.experts == "fssdp":  # each expert has one owner, so nothing is left to shard
+        owned = {weight for layer in layers for weight in layer.experts.parameters()}
+        for layer in layers:
+            layer.experts.dtype = dtype
+        layers = []
     for experts, layer in {layer.experts: layer for layer in layers}.items():  # layers may share experts
         # with chunked dispatch the experts run several times per forward, but their weights should be gathered once
         once = layer.config.dispatch.chunks > 1
@@ -45,8 +51,8 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     for router in routers:
         fully_shard(router, mesh=dense, mp_policy=exact)
     for block in blocks:
-        fully_shard(block, mesh=dense, mp_policy=policy)
-    fully_shard(model, mesh=dense, mp_policy=policy)
+        fully_shard(block, mesh=dense, mp_policy=policy, ignored_params=owned)
+    fully_shard(model, mesh=dense, mp_policy=policy, ignored_params=owned)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..config import (
     AttentionConfig,
     MoEConfig,
+    PlacementConfig,
     RecomputeConfig,
     check_literals,
     require,
@@ -281,6 +282,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -309,7 +311,9 @@ class TrainConfig:
                 )
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         require(
-            self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,
+            self.parallel.ep == -1
+            or self.parallel.experts == "fssdp"
+            or self.moe.num_experts % self.parallel.ep == 0,
             "parallel.ep",
             self.parallel.ep,
             f"must divide moe.num_experts={self.moe.num_experts}",
@@ -322,7 +326,7 @@ class TrainConfig:
         """
         found = self.parallel.resolve(world, self.moe.num_experts)
         require(
-            self.moe.num_experts % found.ep == 0,
+            self.moe.num_experts % found.ep == 0 or found.experts == "fssdp",
             "parallel.ep",
             found.ep,
             f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "

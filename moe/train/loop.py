@@ -236,7 +236,7 @@ class Trainer:
             "layers": rows,
         }
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> checkpoint.State:
         """Return all tensors that a resume needs, including the state of load balancing.
 
         Random generators are not among them: :func:`seed_step` sets them in every step.

@@ -23,6 +23,33 @@ COMPOSITIONS: dict[str, C] = {
     "dp 2, ep 2, sequence scope": C(2, P(ep=2), scope="sequence"),
     "dp 2, ep 2, capacity": C(2, P(ep=2), capacity=CapacityConfig(1.0), tokens="equal"),
     "dp 2, ep 2, bf16": C(2, P(ep=2), dtype=BF16),
+    # fully sharded sparse data parallelism: other replicas in every step
+    "fssdp, dp 2": C(2, P(experts="fssdp")),
+    "fssdp, dp 4, recompute": C(4, P(experts="fssdp"), recompute=True),
+    "fssdp, dp 4, no tokens on a rank": C(4, P(experts="fssdp"), tokens="zero"),
+    "fssdp, dp 8, three experts": C(8, P(experts="fssdp"), experts=3, micro_batches=1),
+    "fssdp, dp 2, micro scope": C(2, P(experts="fssdp"), scope="micro"),
+    "fssdp, dp 2, capacity": C(2, P(experts="fssdp"), capacity=CapacityConfig(1.0), tokens="equal"),
+    "fssdp, dp 2, padded capacity": C(
+        2, P(experts="fssdp"), capacity=CapacityConfig(1.0, pad=True), tokens="equal"
+    ),
+    "fssdp, dp 2, bf16": C(2, P(experts="fssdp"), dtype=BF16),
+    "fssdp, fsdp 2, bf16": C(2, P(experts="fssdp", data_parallel="fsdp"), dtype=BF16),
+    "fssdp, fsdp 4, five experts, recompute": C(
+        4, P(experts="fssdp", data_parallel="fsdp"), experts=5, recompute=True
+    ),
+    "fssdp, hsdp 2 x 2": C(4, P(experts="fssdp", dp_replicate=2, data_parallel="fsdp"), tokens="zero"),
+    "fssdp, tp 2, dp 2": C(4, P(experts="fssdp", tp=2)),
+    "fssdp, tp 2, no sp": C(2, P(experts="fssdp", tp=2, sequence_parallel=False)),
+    "fssdp, cp 2, dp 2, no tokens on a rank": C(4, P(experts="fssdp", cp=2), tokens="zero"),
+    "fssdp, pp 2, dp 2, recompute": C(4, P(experts="fssdp", pp=2), recompute=True),
+    "fssdp, etp 2, dp 4": C(4, P(experts="fssdp", etp=2)),
+    "fssdp, hierarchical, 2 nodes, dp 4": C(4, P(experts="fssdp"), dispatch=D("hierarchical", node_size=2)),
+    "fssdp, all_gather, dp 4": C(4, P(experts="fssdp"), dispatch=D("all_gather")),
+    "fssdp, overlapped 2, dp 2, recompute, exchanges kept": C(
+        2, P(experts="fssdp"), dispatch=D("overlapped", chunks=2), recompute=R(keep_exchanges=True)
+    ),
+    "fssdp, dp 2, little memory": C(2, P(experts="fssdp"), dispatch=D(memory_mb=1)),
     # recomputation
     "dp 2, ep 2, recompute attention": C(2, P(ep=2), recompute=R("attention")),
     "dp 2, ep 2, recompute feed-forward": C(2, P(ep=2), recompute=R("feed_forward")),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
 from equimoe.moe.config import AttentionConfig, RecomputeConfig
-from equimoe.moe.engines import Batch, Engine, build_engine
+from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
+from equimoe.moe.placement import Owners, Replicas
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
@@ -123,7 +125,7 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
     if mesh is None and bf16 and of.parallel.data_parallel == "fsdp":
         model.forward = partial(_in_bf16, copy.copy(model))
 
-    engine: Engine = build_engine(
+    engine = build_engine(
         model,
         mesh,
         optimizer,
@@ -133,6 +135,7 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         dtype=torch.bfloat16 if bf16 else None,
         precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
     )
+    engine.experts.plan = partial(_at_random, random.Random(0))
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = batch(step, of)
@@ -142,6 +145,14 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         result["loss"].append(float(sum(n.double().sum() for n in found.losses)) / float(whole[2].sum()))
         result["norm"].append(float(found.norm))
     return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
+
+
+def _at_random(draw: random.Random, loads_LE: Tensor | None, owners: list[Owners]) -> list[Replicas]:
+    """Choose replicas that have nothing to do with the load."""
+    return [
+        Replicas(of, [[r for r in range(of.ranks) if r != own and draw.random() < 0.4] for own in of.rank_of_E])
+        for of in owners
+    ]
 
 
 def _in_bf16(model: torch.nn.Module, *args: Any) -> Tensor:

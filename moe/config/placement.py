@@ -1,0 +1,45 @@
+"""How experts are placed on ranks while training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checks import require
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Which experts are replicated in a step, and when owners change, under ``parallel.experts='fssdp'``.
+
+    The method is that of Hecate, "Unlocking Efficient Sparse Model Training via Fully Sharded Sparse Data Parallelism".
+    """
+
+    #: busiest experts per layer that are replicated: as many as can be sent while the layer's attention computes
+    overlap: int = 2
+    #: memory for a layer's replicas on a rank, in MiB of weights; None: as much as ``overlap`` experts take
+    memory_mb: int | None = None
+    #: the load of a step is expected to be the mean of this many steps before it
+    window: int = 5
+    #: optimizer steps after which experts move to new owners; 0: never
+    reshard_every: int = 0
+    #: ranks per node, adjacent ones; None: those that the launcher says
+    node_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("overlap", 0), ("window", 1), ("reshard_every", 0)):
+            require(getattr(self, name) >= least, f"placement.{name}", getattr(self, name), f"must be at least {least}")
+        for name in ("memory_mb", "node_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"placement.{name}", value, "must be at least 1, or left out")
+
+    def replicas_per_rank(self, expert_bytes: int) -> int:
+        """Return how many replicas of a layer fit on a rank. Raises ValueError if none does."""
+        if self.memory_mb is None or not self.overlap:
+            return self.overlap
+        room = (self.memory_mb << 20) // expert_bytes
+        if not room:
+            raise ValueError(
+                f"placement.memory_mb={self.memory_mb}: an expert takes {expert_bytes / (1 << 20):.1f} MiB; raise it, or "
+                "set placement.overlap=0 to replicate nothing"
+            )
+        return room

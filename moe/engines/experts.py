@@ -1,0 +1,124 @@
+"""Places experts while training: replicas for every step, and new owners from time to time.
+
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..checkpoint import Boxes, owned
+from ..collectives import LOCAL, Axis, exchange_rows, sum_over
+from ..config import PlacementConfig
+from ..dispatch import node_size
+from ..layer import MoE
+from ..placement import Forecast, Owners, Replicas, materialize, reshard
+
+#: chooses the replicas of a step for every layer, from the expected loads fp64 [L, E] (None: unknown) and the owners
+Planner = Callable[["Tensor | None", Sequence[Owners]], list[Replicas]]
+
+
+class ExpertPlacement:
+    """Decides before every step which ranks hold which experts of ``layers``, alike on all ranks of ``axis``.
+
+    ``stage`` has the ranks that hold different tokens of the same layers. Without layers, nothing is done.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, MoE], config: PlacementConfig, axis: Axis = LOCAL, stage: Axis = LOCAL
+    ) -> None:
+        self.layers, self.config, self.axis, self.stage = list(layers.values()), config, axis, stage
+        self._name_of = {layer: name for name, layer in layers.items()}
+        self.forecast = Forecast(config.window)
+        self.steps = 0
+        self.plan: Planner = self._most_loaded
+        #: ranks per node, and replicas of a layer that a rank has room for
+        self.node_size = 1 if axis.size == 1 else min(config.node_size or node_size(axis), axis.size)
+        self.room = min((config.replicas_per_rank(_bytes_of_expert(layer)) for layer in self.layers), default=0)
+
+    @property
+    def owners(self) -> list[Owners]:
+        return [layer.balancer.owners for layer in self.layers]
+
+    def begin(self) -> None:
+        """Choose the replicas of the step that begins."""
+        for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
+            layer.hold(replicas, self.node_size)
+
+    def _most_loaded(self, loads_LE: Tensor | None, owners: Sequence[Owners]) -> list[Replicas]:
+        if loads_LE is None:
+            return [Replicas(of_layer) for of_layer in owners]
+        c = self.config
+        return [
+            materialize(loads_E, of_layer, c.overlap, self.room, self.node_size)
+            for loads_E, of_layer in zip(loads_LE.tolist(), owners, strict=True)
+        ]
+
+    def end(self, optimizer: Optimizer | None) -> None:
+        """Observe the load of the step that has ended, and move experts to new owners if it is time."""
+        if not self.layers:
+            return
+        self.forecast.observe(self._counts_LE())
+        self.steps += 1
+        every = self.config.reshard_every
+        if every and self.steps % every == 0:
+            loads = self.forecast.loads_LE
+            assert loads is not None
+            self.move(reshard(loads.tolist(), self.owners, self.config.overlap, self.node_size), optimizer)
+
+    def marked(self, state: dict[str, Tensor]) -> dict[str, Tensor | Boxes]:
+        """Return a ``state``, by logical names, in which experts' tensors say which experts this rank owns."""
+        found: dict[str, Tensor | Boxes] = dict(state)
+        for layer, name in self._name_of.items():
+            experts = layer.balancer.owners.experts_of(self.axis.rank)
+            prefix = f"{name}.experts." if name else "experts."
+            for key, value in state.items():
+                if key.partition(".")[2].startswith(prefix) and isinstance(value, DTensor):
+                    found[key] = owned(key, value, experts)
+        return found
+
+    def _counts_LE(self) -> Tensor:
+        """Return the choices of the step that has ended, on all ranks, int64 [L, E]."""
+        ended = [layer.balancer.previous_step for layer in self.layers]
+        if all(layer.balancer.counting_axis == self.stage for layer in self.layers):
+            return torch.stack([step.counts_E for step in ended])  # the balance has summed them
+        return sum_over(torch.stack([step.local_counts_ME.sum(0) for step in ended]), self.stage).get()
+
+    @torch.no_grad()
+    def move(self, owners: Sequence[Owners], optimizer: Optimizer | None) -> None:
+        """Give every layer's experts to new owners, with their moments. Bits stay."""
+        for layer, of_layer in zip(self.layers, owners, strict=True):
+            before = layer.balancer.owners
+            if of_layer == before:
+                continue
+            for weight in layer.experts.parameters():
+                held = [weight]
+                if optimizer is not None:
+                    held += [t for t in optimizer.state.get(weight, {}).values() if isinstance(t, DTensor)]
+                for tensor in held:
+                    tensor._local_tensor = _moved(tensor.to_local(), before, of_layer, self.axis)
+            layer.place(replace(layer.balancer.placement, owners=of_layer))
+
+
+def _bytes_of_expert(layer: MoE) -> int:
+    """Return the bytes of an expert's weights on a rank."""
+    whole = sum(weight.numel() * weight.element_size() for weight in layer.experts.parameters())
+    return whole // layer.config.num_experts // layer.balancer.placement.etp.size
+
+
+def _moved(rows: Tensor, before: Owners, after: Owners, axis: Axis) -> Tensor:
+    """Return this rank's rows under the owners ``after``; ``rows`` are those under ``before``."""
+    own, slot = before.experts_of(axis.rank), before.slot_of_E
+    sent = [[e for e in own if after.rank_of_E[e] == rank] for rank in range(axis.size)]
+    wanted = after.experts_of(axis.rank)
+    arriving = [[e for e in before.experts_of(rank) if e in set(wanted)] for rank in range(axis.size)]
+    leaving = [slot[e] for experts in sent for e in experts]
+    found = exchange_rows(rows[leaving], [len(s) for s in sent], [len(a) for a in arriving], axis)
+    order = {e: i for i, e in enumerate(e for experts in arriving for e in experts)}
+    return found[[order[e] for e in wanted]].clone()
