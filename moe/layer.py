@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Visit, initial_bias
-from .collectives import Route, reset
+from .collectives import Route, once, reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
-from .experts import RoutedExperts, SharedExperts
+from .experts import ReplicatedExperts, RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
 from .routing import Router
 from .types import Routing, RoutingStats
@@ -83,6 +83,10 @@ class MoE(nn.Module):
         self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
         #: how experts' weights are copied between ranks in every forward; None: not at all
         self.route: Route | None = None
+        #: whether replicas are freed after the forward and copied again in the backward
+        self.free_replicas = False
+        #: experts whose weights are on the way since before the forward
+        self._early: ReplicatedExperts | None = None
 
     def hold(self, replicas: Replicas, node_size: int) -> None:
         """Hold replicas of other ranks' experts from the next forward on. Tokens prefer holders on their own node.
@@ -94,6 +98,7 @@ class MoE(nn.Module):
         if replicas.owners != self.balancer.owners:
             raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
         self.route = Route(ep, replicas.sent_by(ep.rank), replicas.received_by(ep.rank)) if len(replicas) else None
+        self._early = None
         self.dispatcher.address(replicas.seen_from(ep.rank, node_size) if len(replicas) else replicas.owners)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -102,7 +107,7 @@ class MoE(nn.Module):
         x_TD, mask_T, sequences = self._flatten(x, mask)
         router, experts, shared = self.parts()
         if self.route is not None:
-            experts = experts.replicated(self.route)  # overlaps with routing and the exchange of rows
+            experts = once(partial(self._replicated, self.route))
         visit, decision = self.balancer.begin(self, x_TD)
         routing = router(x_TD, mask_T, sequences, decision)
         if self.capacity is not None:
@@ -112,10 +117,20 @@ class MoE(nn.Module):
         flight = self.dispatcher.send(x_TD, routing)
         shared_TD = None if shared is None else shared(x_TD)  # overlaps with the exchange of rows
         y_TD = self.dispatcher.finish(flight, experts)
+        if self.free_replicas and self.route is not None:
+            y_TD = experts.free(y_TD)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
+
+    def start_replicas(self) -> None:
+        """Start to copy the weights of the experts to be replicated; whatever comes before the forward overlaps."""
+        self._early = None if self.route is None else self.parts()[1].replicated(self.route)
+
+    def _replicated(self, route: Route) -> ReplicatedExperts:
+        early, self._early = self._early, None
+        return early or self.parts()[1].replicated(route)
 
     def parts(self) -> tuple[Any, Any, Any]:
         """Return the router, the routed experts, and the shared experts or None."""
@@ -155,4 +170,5 @@ class MoE(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats": None}  # statistics may hold unfinished all-reduces, which cannot be copied
+        # both may hold unfinished collectives, which cannot be copied
+        return {**self.__dict__, "_stats": None, "_early": None}

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from .axes import Axis
 from .codec import PLAIN
-from .kept import once
 from .rows import Direction, RowCollective
 
 
@@ -75,7 +74,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, copying: _Copying, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.copying, route = copying, copying.route
-        copying.running = once(lambda: copying.start(weights, route.rows, route.there))
+        copying.running = copying.start(weights, route.rows, route.there)
         return tuple(w.new_zeros(()).expand(len(w) + sum(route.received), *w.shape[1:]) for w in weights)
 
     @staticmethod

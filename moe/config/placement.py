@@ -22,6 +22,8 @@ class PlacementConfig:
     window: int = 5
     #: optimizer steps after which experts move to new owners; 0: never
     reshard_every: int = 0
+    #: free replicas after the forward, and copy them again in the backward; recomputation does so anyway
+    rematerialize: bool = False
     #: ranks per node, adjacent ones; None: those that the launcher says
     node_size: int | None = None
 

@@ -38,6 +38,8 @@ class ExpertPlacement:
         self.forecast = Forecast(config.window)
         self.steps = 0
         self.plan: Planner = self._most_loaded
+        for layer in self.layers:
+            layer.free_replicas = config.rematerialize
         #: ranks per node, and replicas of a layer that a rank has room for
         self.node_size = 1 if axis.size == 1 else min(config.node_size or node_size(axis), axis.size)
         self.room = min((config.replicas_per_rank(_bytes_of_expert(layer)) for layer in self.layers), default=0)

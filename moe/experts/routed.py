@@ -57,7 +57,7 @@ class RoutedExperts(nn.Module):
 
     def replicated(self, route: Route) -> ReplicatedExperts:
         """Start to copy experts between ranks, and return this rank's own experts together with those it gets."""
-        return ReplicatedExperts(self.compute, start_sparse_all_gather(self._weights(), route))
+        return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(), route))
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the weights, in the dtype in which the experts compute."""

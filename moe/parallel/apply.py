@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import MoE
-from ..model import Attention, Decoder
+from ..model import Attention, Block, Decoder
 from .context import ContextAttention, positions
 from .expert import apply_expert_parallel
 from .mesh import Mesh
@@ -38,6 +38,10 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None, *, reduc
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         apply_expert_parallel(layer, mesh, positions_S=positions_S)
+    if degrees.experts == "fssdp":
+        for block in model.modules():
+            if isinstance(block, Block) and isinstance(block.mlp, MoE):
+                block.register_forward_pre_hook(_start_replicas)
     if degrees.tp > 1:
         apply_tensor_parallel(_decoder(model, "tp"), mesh.dense["tp"], degrees.sequence_parallel)
     tie_again(model, tied)
@@ -72,6 +76,11 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
         held_S = positions(attention.cos_SR.shape[0], axis.size, axis.rank)
         attention.hold(held_S)
     return None if held_S is None else held_S.tensor_split(mesh["tp"].size)[mesh["tp"].rank]
+
+
+def _start_replicas(block: Block, _inputs: object) -> None:
+    """Let the copies of experts' weights travel while the block's attention computes."""
+    block.mlp.start_replicas()
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

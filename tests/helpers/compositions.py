@@ -49,6 +49,10 @@ COMPOSITIONS: dict[str, C] = {
     "fssdp, overlapped 2, dp 2, recompute, exchanges kept": C(
         2, P(experts="fssdp"), dispatch=D("overlapped", chunks=2), recompute=R(keep_exchanges=True)
     ),
+    "fssdp, dp 4, replicas freed": C(4, P(experts="fssdp"), rematerialize=True),
+    "fssdp, fsdp 2, bf16, overlapped 2, replicas freed": C(
+        2, P(experts="fssdp", data_parallel="fsdp"), dtype=BF16, dispatch=D("overlapped", chunks=2), rematerialize=True
+    ),
     "fssdp, dp 2, little memory": C(2, P(experts="fssdp"), dispatch=D(memory_mb=1)),
     # recomputation
     "dp 2, ep 2, recompute attention": C(2, P(ep=2), recompute=R("attention")),

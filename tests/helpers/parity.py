@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
-from equimoe.moe.config import AttentionConfig, RecomputeConfig
+from equimoe.moe.config import AttentionConfig, PlacementConfig, RecomputeConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
@@ -49,6 +49,8 @@ class Composition:
     moe_every: int = 2
     #: whether embedding and head are one weight
     tied: bool = False
+    #: whether replicas of experts are freed between forward and backward
+    rematerialize: bool = False
 
     @property
     def limit(self) -> float:
@@ -134,8 +136,9 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         shape=(SEQUENCES // dp // micro_batches, LENGTH),
         dtype=torch.bfloat16 if bf16 else None,
         precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
+        placement=PlacementConfig(rematerialize=of.rematerialize),
     )
-    engine.experts.plan = partial(_at_random, random.Random(0))
+    engine.experts.plan = partial(at_random, random.Random(0))
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = batch(step, of)
@@ -147,7 +150,7 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
     return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
 
 
-def _at_random(draw: random.Random, loads_LE: Tensor | None, owners: list[Owners]) -> list[Replicas]:
+def at_random(draw: random.Random, loads_LE: Tensor | None, owners: list[Owners]) -> list[Replicas]:
     """Choose replicas that have nothing to do with the load."""
     return [
         Replicas(of, [[r for r in range(of.ranks) if r != own and draw.random() < 0.4] for own in of.rank_of_E])
@@ -184,7 +187,7 @@ def alone(of: Composition) -> dict[str, Any]:
     precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does
     parallel = ParallelConfig(data_parallel="ddp" if precise else of.parallel.data_parallel)
     same = replace(of, world=ranks, parallel=parallel, micro_batches=1 if together else dp * of.micro_batches)
-    return _reference(replace(same, recompute=False, dispatch=DispatchConfig()))
+    return _reference(replace(same, recompute=False, rematerialize=False, dispatch=DispatchConfig()))
 
 
 @cache

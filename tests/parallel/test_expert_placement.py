@@ -1,0 +1,223 @@
+"""Checks training with replicas of experts and with owners that change: against plain expert parallelism."""
+
+# L layers, E experts, P ranks.
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe import checkpoint
+from equimoe.moe.collectives import record_traffic
+from equimoe.moe.config import PlacementConfig
+from equimoe.moe.engines import Batch, build_engine
+from equimoe.moe.engines.torch import TorchEngine
+from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
+from equimoe.moe.placement import Owners, Replicas
+from equimoe.moe.train.config import OptimConfig
+from equimoe.moe.train.optim import build_optimizer
+from tests.helpers import oracle, parity
+from tests.helpers.checkpoints import load_all
+from tests.helpers.fork import run_ranks
+from tests.helpers.parity import Composition, batch
+from tests.helpers.slow import slow_but
+
+EP, FSSDP = ParallelConfig(ep=-1, edp=1), ParallelConfig(experts="fssdp")
+
+
+def engine_of(
+    mesh: Mesh, config: PlacementConfig | None = None, experts: int = 8, dtype: torch.dtype = torch.float32
+) -> TorchEngine:
+    of = Composition(mesh["stage"].size, mesh.degrees, experts=experts)
+
+
+    def adamw(named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(named.values(), OptimConfig())
+
+    return build_engine(parity.make(of, 1).to(dtype), mesh, adamw, max_norm=1.0, placement=config)
+
+
+def train(engine: TorchEngine, mesh: Mesh, steps: range) -> list[float]:
+    norms, of = [], Composition(mesh["stage"].size, mesh.degrees)
+    dp, rank = mesh["dp"].size, mesh["dp"].rank
+    for step in steps:
+        part = (t.chunk(dp)[rank] for t in batch(step, of))
+        found = engine.step([Batch(*part)], lr=1e-3)
+        assert found.applied
+        norms.append(float(found.norm))
+    return norms
+
+
+def at_random(draw: random.Random, _loads: Any, owners: list[Owners]) -> list[Replicas]:
+    return parity.at_random(draw, None, owners)
+
+
+def random_owners(draw: random.Random, engine: TorchEngine) -> list[Owners]:
+    """Give some ranks many experts of a layer, and others none."""
+    return [Owners.of_ranks(o.ranks, [draw.randrange(o.ranks) for _ in o.rank_of_E]) for o in engine.experts.owners]
+
+
+def saved(engine: TorchEngine, root: Path, step: int) -> dict[str, Tensor]:
+    checkpoint.save(root, step, engine.state(), {}, keep_last=99)
+    return load_all(root / f"step-{step:08d}")
+
+
+def twenty_steps(rank: int, world: int, root: Path, how: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float], int]:
+    """Train 20 steps; return the state, the norms, and this rank's elements of experts' moments."""
+    mesh = build_mesh(EP if how == "ep" else FSSDP)
+    engine, draw, norms = engine_of(mesh, dtype=dtype), random.Random(1), []
+    if how != "ep":
+        engine.experts.plan = partial(at_random, draw)
+    for begin in range(0, 20, 4):
+        norms += train(engine, mesh, range(begin, begin + 4))
+        if how == "moved":
+            engine.experts.move(random_owners(draw, engine), engine.optimizer)
+    moments = sum(t.to_local().numel() for name, t in engine.moments().items() if name.endswith("proj.exp_avg"))
+    return saved(engine, root / how, 20), norms, moments
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype"), slow_but([(2, torch.float64)], product((2, 4, 8), (torch.float32, torch.float64)))
+)
+def test_twenty_steps_equal_plain_expert_parallelism(world: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """In fp32, rounding errors of 20 steps remain: moments average gradients of both signs, and so have larger ones."""
+    limit = 1e-6 if dtype == torch.float32 else 1e-12
+    want, norms, held = run_ranks(twenty_steps, world, tmp_path, "ep", dtype)[0]
+    assert held
+    for how in ("replicated", "moved"):
+        results = run_ranks(twenty_steps, world, tmp_path, how, dtype)
+        found, seen, _ = results[0]
+        assert found.keys() == want.keys()
+        for name, value in want.items():
+            allowed = limit * (5 if name.startswith("optimizer.") else 1)
+            assert oracle.relative_error(found[name], value) < allowed, (how, name)
+        assert seen == pytest.approx(norms, rel=limit)
+        whole = sum(v.numel() for name, v in want.items() if name.endswith("proj.exp_avg"))
+        assert sum(moments for *_, moments in results) == whole, "each expert has its moments on one rank"
+        again, same, _ = run_ranks(twenty_steps, world, tmp_path / "again", how, dtype)[0]
+        assert same == seen and all(torch.equal(again[name], found[name]) for name in found)
+
+
+def moves(rank: int, world: int, root: Path) -> None:
+    mesh = build_mesh(FSSDP)
+    engine, draw = engine_of(mesh, experts=5), random.Random(2)
+    for step in range(1, 7):
+        train(engine, mesh, range(step, step + 1))
+        before = saved(engine, root / "before", step)
+        engine.experts.move(random_owners(draw, engine), engine.optimizer)
+        after = saved(engine, root / "after", step)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_moving_experts_changes_no_bit(tmp_path: Path) -> None:
+    run_ranks(moves, 3, tmp_path)
+
+
+def resumed(rank: int, world: int, root: Path, first: ParallelConfig, then: ParallelConfig, move: bool) -> list[float]:
+    mesh = build_mesh(first)
+    engine = engine_of(mesh)
+    train(engine, mesh, range(4))
+    if move:
+        engine.experts.move(random_owners(random.Random(3), engine), engine.optimizer)
+    checkpoint.save(root, 4, engine.state(), {}, keep_last=1)
+    mesh = build_mesh(then)
+    other = engine_of(mesh)
+    path = checkpoint.newest(root)
+    manifest = checkpoint.read_manifest(path)
+    other.expect(checkpoint.contents(path, manifest))
+    state = other.state()
+    checkpoint.load(path, state, manifest)
+    other.restore(state)
+    loaded = saved(other, root.parent / "loaded", 4)
+    assert all(torch.equal(loaded[name], value) for name, value in load_all(path).items())
+    return train(other, mesh, range(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "move"), [(FSSDP, EP, True), (EP, FSSDP, False), (FSSDP, FSSDP, True)], ids=["out", "in", "both"]
+)
+def test_a_checkpoint_is_resumed_under_any_ownership(
+    first: ParallelConfig, then: ParallelConfig, move: bool, tmp_path: Path
+) -> None:
+    def straight(rank: int, world: int) -> list[float]:
+        mesh = build_mesh(EP)
+        return train(engine_of(mesh), mesh, range(6))[4:]
+
+    found = run_ranks(resumed, 2, tmp_path / "run", first, then, move)[0]
+    assert found == pytest.approx(run_ranks(straight, 2)[0], rel=3e-6)  # norms are summed in another order
+
+
+def wire(rank: int, world: int, replicated: bool) -> tuple[dict[str, int], int, int]:
+    """Return bytes that this rank sent for experts in a step, replicas in all layers, and bytes of an expert."""
+    mesh = build_mesh(FSSDP)
+    engine = engine_of(mesh)
+    plans: list[list[Replicas]] = []
+
+    def plan(_loads: Any, owners: list[Owners]) -> list[Replicas]:
+        plans.append(at_random(random.Random(4), None, owners) if replicated else [Replicas(o) for o in owners])
+        return plans[-1]
+
+    engine.experts.plan = plan
+    with record_traffic() as traffic:
+        train(engine, mesh, range(1))
+    sent = {"sparse_all_gather": 0, "sparse_reduce_scatter": 0}
+    for entry in traffic:
+        if entry.verb in sent:
+            sent[entry.verb] += entry.sent
+    layer = engine.experts.layers[0]
+    expert = sum(p.numel() * p.element_size() for p in layer.experts.parameters()) // layer.config.num_experts
+    return sent, sum(map(len, plans[0])), expert
+
+
+def test_bytes_are_those_of_the_replicas() -> None:
+    results = run_ranks(wire, 4, True)
+    _, replicas, expert = results[0]
+    assert replicas > 4
+    for verb in ("sparse_all_gather", "sparse_reduce_scatter"):
+        assert sum(sent[verb] for sent, *_ in results) == replicas * expert
+
+
+def test_without_replicas_nothing_is_sent() -> None:
+    for sent, replicas, _ in run_ranks(wire, 4, False):
+        assert replicas == 0 and set(sent.values()) == {0}
+
+
+def planned(rank: int, world: int, config: PlacementConfig, steps: int) -> list[Any]:
+    mesh = build_mesh(FSSDP)
+    engine = engine_of(mesh, config)
+    train(engine, mesh, range(steps))
+    engine.experts.begin()
+    loads = engine.experts.forecast.loads_LE
+    return [
+        [layer.dispatcher.holders.experts_of(rank) for layer in engine.experts.layers],
+        loads.tolist(),
+        engine.experts.owners,
+    ]
+
+
+def test_the_busiest_experts_of_the_last_steps_are_replicated() -> None:
+    results = run_ranks(planned, 4, PlacementConfig(overlap=2, window=2), 3)
+    for rank, (held, loads, owners) in enumerate(results):
+        assert loads == results[0][1] and sum(map(sum, loads)) > 0
+        for of_layer, load, own in zip(held, loads, owners, strict=True):
+            busiest = sorted(range(8), key=lambda e: (-load[e], e))[:2]  # noqa: B023
+            assert set(of_layer) == {*own.experts_of(rank), *busiest}
+
+
+def test_owners_change_as_asked() -> None:
+    *_, owners = run_ranks(planned, 4, PlacementConfig(overlap=1, reshard_every=2), 4)[0]
+    assert any(o != Owners.spread(8, 4) for o in owners)
+
+
+def test_a_memory_budget_below_one_expert_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^placement.memory_mb=1: an expert takes 3.0 MiB; raise it, or set"):
+        PlacementConfig(memory_mb=1).replicas_per_rank(3 << 20)
+    assert PlacementConfig(memory_mb=7).replicas_per_rank(3 << 20) == 2
+    assert PlacementConfig(overlap=0, memory_mb=1).replicas_per_rank(3 << 20) == 0
