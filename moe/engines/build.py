@@ -68,7 +68,7 @@ def build_engine(
         materialize(parts, device)
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
-    experts = _placement(parts, mesh, placement or PlacementConfig())
+    experts = _placement(parts, mesh, placement or PlacementConfig(), dtype)
     runner: Runner
     if mesh is not None and mesh.degrees.pp > 1:
         assert isinstance(model, Decoder)
@@ -85,11 +85,13 @@ def build_engine(
     return TorchEngine(parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm)
 
 
-def _placement(parts: list[nn.Module], mesh: Mesh | None, config: PlacementConfig) -> ExpertPlacement:
+def _placement(
+    parts: list[nn.Module], mesh: Mesh | None, config: PlacementConfig, dtype: torch.dtype | None
+) -> ExpertPlacement:
     layers = {name: m for part in parts for name, m in part.named_modules() if isinstance(m, MoE)}
     if mesh is None or mesh.degrees.experts != "fssdp":
         return ExpertPlacement({}, config)
-    return ExpertPlacement(layers, config, mesh["ep"], mesh["stage"])
+    return ExpertPlacement(layers, config, mesh["ep"], mesh["stage"], dtype)
 
 
 def _distinct(axes: dict[str, Axis]) -> list[Axis]:

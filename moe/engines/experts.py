@@ -27,11 +27,17 @@ Planner = Callable[["Tensor | None", Sequence[Owners]], list[Replicas]]
 class ExpertPlacement:
     """Decides before every step which ranks hold which experts of ``layers``, alike on all ranks of ``axis``.
 
-    ``stage`` has the ranks that hold different tokens of the same layers. Without layers, nothing is done.
+    ``stage`` has the ranks that hold different tokens of the same layers, ``dtype`` is the one in which experts compute
+    if it is not their weights'. Without layers, nothing is done.
     """
 
     def __init__(
-        self, layers: Mapping[str, MoE], config: PlacementConfig, axis: Axis = LOCAL, stage: Axis = LOCAL
+        self,
+        layers: Mapping[str, MoE],
+        config: PlacementConfig,
+        axis: Axis = LOCAL,
+        stage: Axis = LOCAL,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.layers, self.config, self.axis, self.stage = list(layers.values()), config, axis, stage
         self._name_of = {layer: name for name, layer in layers.items()}
@@ -42,7 +48,7 @@ class ExpertPlacement:
             layer.free_replicas = config.rematerialize
         #: ranks per node, and replicas of a layer that a rank has room for
         self.node_size = 1 if axis.size == 1 else min(config.node_size or node_size(axis), axis.size)
-        self.room = min((config.replicas_per_rank(_bytes_of_expert(layer)) for layer in self.layers), default=0)
+        self.room = min((config.replicas_per_rank(_bytes_of_expert(layer, dtype)) for layer in self.layers), default=0)
 
     @property
     def owners(self) -> list[Owners]:
@@ -108,9 +114,10 @@ class ExpertPlacement:
             layer.place(replace(layer.balancer.placement, owners=of_layer))
 
 
-def _bytes_of_expert(layer: MoE) -> int:
-    """Return the bytes of an expert's weights on a rank."""
-    whole = sum(weight.numel() * weight.element_size() for weight in layer.experts.parameters())
+def _bytes_of_expert(layer: MoE, dtype: torch.dtype | None) -> int:
+    """Return the bytes of an expert's weights on a rank, in the dtype in which it computes."""
+    size = None if dtype is None else dtype.itemsize
+    whole = sum(weight.numel() * (size or weight.element_size()) for weight in layer.experts.parameters())
     return whole // layer.config.num_experts // layer.balancer.placement.etp.size
 
 

@@ -49,20 +49,26 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
-        return self.compute(rows_SD, plan, *self._weights())
+        return self.compute(rows_SD, plan, *self._weights(self.dtype))
 
     def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
         """Do the same with these weights, of any number of experts."""
         return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
 
     def replicated(self, route: Route) -> ReplicatedExperts:
-        """Start to copy experts between ranks, and return this rank's own experts together with those it gets."""
-        return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(), route))
+        """Start to copy experts between ranks, and return this rank's own experts together with those it gets.
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the weights, in the dtype in which the experts compute."""
+        Under autocast, weights travel in the dtype in which the experts compute.
+        """
+        dtype, device = self.dtype, self.down_proj.device.type
+        if dtype is None and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(dtype), route))
+
+    def _weights(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the weights, in ``dtype`` if it is given."""
         gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
-        return (gate_up, down) if self.dtype is None else (gate_up.to(self.dtype), down.to(self.dtype))
+        return (gate_up, down) if dtype is None else (gate_up.to(dtype), down.to(dtype))
 
 
 def _local(weight: Tensor) -> Tensor:

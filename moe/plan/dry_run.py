@@ -129,6 +129,7 @@ def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, simulated: int) 
         device=CPU,
         dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
         precision=partial(mixed_precision, config, CPU),
+        placement=config.placement,
     )
 
 

@@ -209,7 +209,7 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
     moe = config.moe
-    hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, moe.num_experts // degrees.ep
+    hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, -(-moe.num_experts // degrees.ep)
     yield Weight(moe.num_experts, hidden)
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
     yield Weight(experts, width * hidden, expert=True)

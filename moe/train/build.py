@@ -90,7 +90,16 @@ def engine_of(
     if config.engine == "torch":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         shape = (config.data.micro_batch, config.data.seq_len)
-        return build_engine(model, mesh, optimizer, shape=shape, dtype=dtype, micro_batches=micro_batches, **shared)
+        return build_engine(
+            model,
+            mesh,
+            optimizer,
+            shape=shape,
+            dtype=dtype,
+            micro_batches=micro_batches,
+            placement=config.placement,
+            **shared,
+        )
     try:
         if config.engine == "megatron":
             from ..engines.megatron import build_megatron_engine

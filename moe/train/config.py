@@ -309,15 +309,31 @@ class TrainConfig:
                     f"{name}.{given[0]}={getattr(section, given[0])}: has no effect with engine={self.engine!r}; set "
                     f"engine={name!r}, or leave it out"
                 )
+        self._check_placement()
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
+        sparse = self.parallel.experts == "fssdp"
         require(
-            self.parallel.ep == -1
-            or self.parallel.experts == "fssdp"
-            or self.moe.num_experts % self.parallel.ep == 0,
+            sparse or self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,
             "parallel.ep",
             self.parallel.ep,
             f"must divide moe.num_experts={self.moe.num_experts}",
         )
+
+    def _check_placement(self) -> None:
+        fssdp = self.parallel.experts == "fssdp"
+        if fssdp and self.engine != "torch":
+            raise ValueError(f"parallel.experts='fssdp': engine={self.engine!r} owns the experts; use engine='torch'")
+        if fssdp and self.moe.dispatch.name == "deepep":
+            raise ValueError("parallel.experts='fssdp': moe.dispatch.name='deepep' knows no replicas; use 'all_to_all'")
+        given = [f.name for f in fields(self.placement) if getattr(self.placement, f.name) != f.default]
+        if given and not fssdp:
+            raise ValueError(
+                f"placement.{given[0]}={getattr(self.placement, given[0])}: has no effect with parallel.experts='ep'; "
+                "set parallel.experts='fssdp', or leave it out"
+            )
+        if fssdp:
+            values = (2 + self.moe.gated) * self.moe.hidden_size * self.moe.intermediate_size
+            self.placement.replicas_per_rank(values // max(self.parallel.etp, 1) * (2 if self.dtype == "bfloat16" else 4))
 
     def degrees(self, world: int) -> ParallelConfig:
         """Return the parallel degrees for ``world`` ranks, with every -1 resolved.

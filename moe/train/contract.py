@@ -14,7 +14,7 @@ MAY_CHANGE = (
     *("steps", "engine", "dtype", "data.path", "data.micro_batch", "model.recompute", "recompute"),
     *("moe.dispatch", "moe.backend", "moe.recompute_experts", "moe.balance.micro_batches"),
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction", "optim.min_lr_ratio"),
-    *("parallel", "deepspeed", "megatron", "checkpoint", "health", "log"),
+    *("parallel", "placement", "deepspeed", "megatron", "checkpoint", "health", "log"),
 )
 
 #: name under which other training data can be allowed
