@@ -81,6 +81,8 @@ class MoE(nn.Module):
         self.duplicates = DropDuplicates(placement.copies)
         self.capacity = build_capacity(self.config, placement)
         self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
+        #: which ranks hold which experts, if these are replicated
+        self.replicas: Replicas | None = None
         #: how experts' weights are copied between ranks in every forward; None: not at all
         self.route: Route | None = None
         #: whether replicas are freed after the forward and copied again in the backward
@@ -88,18 +90,19 @@ class MoE(nn.Module):
         #: experts whose weights are on the way since before the forward
         self._early: ReplicatedExperts | None = None
 
-    def hold(self, replicas: Replicas, node_size: int) -> None:
+    def hold(self, replicas: Replicas) -> None:
         """Hold replicas of other ranks' experts from the next forward on. Tokens prefer holders on their own node.
 
-        Every ep rank must call this with the same ``replicas``, between steps. They have the owners of the layer's
-        placement. Nodes are ``node_size`` consecutive ep ranks. Raises ValueError for other owners.
+        Every ep rank must call this with the same ``replicas``, between steps. Raises ValueError if they have other
+        owners than the layer's placement.
         """
         ep = self.balancer.placement.ep
         if replicas.owners != self.balancer.owners:
             raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
         self.route = Route(ep, replicas.sent_by(ep.rank), replicas.received_by(ep.rank)) if len(replicas) else None
         self._early = None
-        self.dispatcher.address(replicas.seen_from(ep.rank, node_size) if len(replicas) else replicas.owners)
+        self.dispatcher.address(replicas.seen_from(ep.rank) if len(replicas) else replicas.owners)
+        self.replicas = replicas
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         whole = x.shape

@@ -5,7 +5,7 @@ N own rows, R received rows, P ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,8 @@ class Route:
     sent: list[list[int]]
     #: number of rows from each rank
     received: list[int]
+    #: bytes that this rank has sent, one entry per exchange
+    log: list[int] = field(default_factory=list)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -58,6 +60,7 @@ class _Copying:
         # by views, because a list as an index would be copied to the device, for which the host waits
         parts = [t if rows is None else torch.stack([t[row] for row in rows]) if rows else t[:0] for t in tensors]
         payload = torch.cat([part.flatten(1) for part in parts], dim=1)
+        self.route.log.append(payload.nbytes)
         return RowCollective(payload, direction, PLAIN.forward)
 
     def wait(self) -> list[Tensor]:

@@ -57,7 +57,7 @@ class ExpertPlacement:
     def begin(self) -> None:
         """Choose the replicas of the step that begins."""
         for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
-            layer.hold(replicas, self.node_size)
+            layer.hold(replicas)
 
     def _most_loaded(self, loads_LE: Tensor | None, owners: Sequence[Owners]) -> list[Replicas]:
         if loads_LE is None:

@@ -42,6 +42,12 @@ the record itself has a field of the same name that summarises all layers in thi
 * straggler (mean), straggler_max (worst): rows that the router sends to the busiest expert-parallel rank in a
   micro-batch, divided by the mean of the ranks that exchange rows with it; average and maximum over micro-batches and
   groups of ranks. Rows are counted before any drop. 1.0 without expert parallelism.
+* replicated_straggler (mean), with parallel.experts="fssdp": the same factor with the replicas of experts that ranks
+  held in the step; straggler is what it would be without.
+* replicas (mean): replicas of experts on all ranks, each (size of an expert) bytes of weights in every forward.
+* copied_bytes (mean): bytes that all ranks sent for them in the step: weights there, and gradients back.
+* forecast_error (mean): distance of the load that the replicas were chosen for from that of the step, as shares of all
+  choices, relative to the latter.
 * projected_straggler {degree: factor} (mean): the same factor for this number of expert-parallel ranks, assuming that
   all of them get text like that of one data-parallel rank's micro-batch. It is rather too high, because different text
   on different ranks evens out the load.

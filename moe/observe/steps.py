@@ -6,7 +6,8 @@ L MoE layers, M micro-batches of the step on this rank, E experts, X any number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..layer import MoE
 from ..parallel import Mesh
 from ..placement import Owners
 from ..types import load_summary
-from .waiting import possible_degrees, straggler
+from .waiting import busiest_over_mean, possible_degrees, straggler
 
 ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_error")
 
@@ -86,6 +87,10 @@ class Columns(NamedTuple):
             "busiest": self.ranks,  # each rank's largest factor in its own column, so that the sum keeps them apart
             **dict.fromkeys(("used", "losses", "scaled_losses"), len(self.losses)),
             **dict.fromkeys((*ESTIMATE, *(f"has_{name}" for name in ESTIMATE)), 1),
+            # under replication: straggler factor (as above), replicas, bytes of their weights and gradients, and relative
+            # error of the expected load; the last two with the number of ranks that say so
+            "replicated": 1,
+            **dict.fromkeys(("replicas", "copied_bytes", "forecast_error", "has_replicas", "has_forecast_error"), 1),
             "score": 2,
         }
 
@@ -116,7 +121,9 @@ def observe(
     if not layers:
         return
     own_LMX, rows_LME = _together(layers, mesh)
-    for place, layer, own_MX, rows_ME, score in zip(places, layers, own_LMX, rows_LME, scores, strict=True):
+    factors_LM = _replicated(layers, mesh)
+    rest = zip(own_LMX, rows_LME, factors_LM, scores, strict=True)
+    for place, layer, (own_MX, rows_ME, replicated_M, score) in zip(places, layers, rest, strict=True):
         totals, stats, row = layer.balancer.previous_step, layer.stats, columns.split(table[place])
         assert totals is not None
         row["counts"] += totals.local_counts_ME.sum(0)
@@ -132,6 +139,14 @@ def observe(
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(columns.degrees):
             row["projected"][i] = straggler(own_ME, Owners.consecutive(columns.experts, ranks)).sum()
+        if layer.replicas is not None:
+            row["replicated"] += replicated_M.sum()
+            row["replicas"] += len(layer.replicas)
+            row["copied_bytes"] += 0 if layer.route is None else sum(layer.route.log)
+            row["has_replicas"] += 1.0
+            if layer.replicas.expected_E is not None:
+                row["forecast_error"] += forecast_error(layer.replicas.expected_E, totals.counts_E)
+                row["has_forecast_error"] += 1.0
         for term in totals.terms:
             i = columns.losses.index(term.name)
             row["used"][i] = 1.0
@@ -142,6 +157,29 @@ def observe(
             row[f"has_{name}"] += 1.0
         if score is not None:
             row["score"] += score
+
+
+def forecast_error(expected_E: Sequence[float], counts_E: Tensor) -> float:
+    """Return |expected load - load| / |load|, where both are shares of all choices."""
+    expected = torch.as_tensor(expected_E, dtype=torch.float64, device=counts_E.device)
+    wanted = counts_E.double() / counts_E.sum().clamp_min(1)
+    return float((expected / expected.sum().clamp_min(1e-300) - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def _replicated(layers: list[MoE], mesh: Mesh | None) -> list[Tensor]:
+    """Return the straggler factor of each layer's micro-batches [M] with replicas; NaN without."""
+    found = []
+    for layer in layers:
+        totals, replicas = layer.balancer.previous_step, layer.replicas
+        assert totals is not None
+        if replicas is None or mesh is None:
+            found.append(torch.full_like(totals.local_tokens_M, math.nan, dtype=torch.float64))
+            continue
+        rows_MP = replicas.rows_sent(totals.local_counts_ME, mesh["ep"].rank)
+        for axis in ("ep", "etp"):
+            rows_MP = sum_over(rows_MP, mesh[axis]).get()
+        found.append(busiest_over_mean(rows_MP))
+    return found
 
 
 def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
@@ -188,6 +226,12 @@ def layer_record(row: Tensor, columns: Columns) -> dict[str, Any]:
             zip(map(str, columns.degrees), (of["projected"] / micro_batches).tolist(), strict=True)
         ),
     }
+    if of["has_replicas"] > 0:
+        record["replicated_straggler"] = float(of["replicated"] / micro_batches)
+        record["replicas"] = round(float(of["replicas"] / of["has_replicas"]))
+        record["copied_bytes"] = int(of["copied_bytes"])
+    if of["has_forecast_error"] > 0:
+        record["forecast_error"] = float(of["forecast_error"] / of["has_forecast_error"])
     said = [name for name in ESTIMATE if of[f"has_{name}"] > 0]
     record |= {name: float(of[name] / of[f"has_{name}"]) for name in said}
     if of["score"][1] > 0:
@@ -207,7 +251,8 @@ def step_record(rows: list[dict[str, Any]], fraction: float) -> dict[str, Any]:
     if not rows:
         return {"balance": 1.0, "max_over_mean": 1.0}
     projected = by_name("projected_straggler", mean)
-    everywhere = [name for name in (*ESTIMATE, "score_sum") if all(name in row for row in rows)]
+    placed = ("replicated_straggler", "replicas", "copied_bytes", "forecast_error")
+    everywhere = [name for name in (*ESTIMATE, *placed, "score_sum") if all(name in row for row in rows)]
     return {
         "balance": mean(row["balance"] for row in rows),
         "max_over_mean": max(row["max_over_mean"] for row in rows),

@@ -14,7 +14,12 @@ def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
 
     It is 1.0 when balanced or without rows, and at most the number of ranks.
     """
-    load_XP = owners.by_rank(counts_XE).double()
+    return busiest_over_mean(owners.by_rank(counts_XE))
+
+
+def busiest_over_mean(rows_XP: Tensor) -> Tensor:
+    """Return fp64 [X]: the largest number of rows divided by the mean; 1.0 without rows."""
+    load_XP = rows_XP.double()
     mean_X = load_XP.mean(-1)
     return torch.where(mean_X > 0, load_XP.amax(-1) / mean_X.clamp_min(1e-300), 1.0)
 

@@ -53,14 +53,14 @@ def materialize(loads_E: Sequence[float], owners: Owners, overlap: int, memory: 
     if len(chosen) <= memory:
         for expert in chosen:
             on[expert] = [rank for rank in range(ranks) if rank != owners.rank_of_E[expert]]
-        return Replicas(owners, on)
+        return Replicas(owners, on, node_size, loads_E)
     free_P = np.full(ranks, memory)
     total = sum(loads_E[expert] for expert in chosen)
     for expert in chosen:
         number = int(ranks * memory * loads_E[expert] / total + 0.5)
         on[expert] = spread(number, owners.rank_of_E[expert], free_P, node_size)
         free_P[on[expert]] -= 1
-    return Replicas(owners, on)
+    return Replicas(owners, on, node_size, loads_E)
 
 
 def spread(number: int, owner: int, free_P: np.ndarray, node_size: int) -> list[int]:
@@ -117,20 +117,12 @@ def reshard(loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overl
     return [Owners.of_ranks(ranks, [found[i][e] for e in range(len(loads_LE[i]))]) for i in layers]
 
 
-def rows_by_rank(counts_PE: Tensor, replicas: Replicas, node_size: int) -> Tensor:
+def rows_by_rank(counts_PE: Tensor, replicas: Replicas) -> Tensor:
     """Return how many rows each rank computes, int64 [P], if rank p's tokens make ``counts_PE[p]`` choices."""
-    rows_P = [0] * replicas.owners.ranks
-    for source, counts_E in enumerate(counts_PE.tolist()):
-        for expert, ranks in enumerate(replicas.choices_of(source, node_size)):
-            each, rest = divmod(counts_E[expert], len(ranks))
-            for i, rank in enumerate(ranks):
-                rows_P[rank] += each + ((i - source) % len(ranks) < rest)
-    return torch.tensor(rows_P)
+    return sum(replicas.rows_sent(counts_E[None], rank)[0] for rank, counts_E in enumerate(counts_PE))  # type: ignore
 
 
-def calibrate(
-    counts_PE: Tensor, planned: Replicas, overlap: int, memory: int, node_size: int, rows_per_expert: float
-) -> Replicas:
+def calibrate(counts_PE: Tensor, planned: Replicas, overlap: int, memory: int, rows_per_expert: float) -> Replicas:
     """Return the replicas for the load that a layer's routing really has, or ``planned`` if they are not worth it.
 
     ``counts_PE`` are the choices that each rank's tokens made. The planned replicas stay; where ranks have room left,
@@ -144,17 +136,17 @@ def calibrate(
     on = [list(ranks) for ranks in planned.ranks_of_E]
     for ranks in on:
         free_P[ranks] -= 1
-    best, least = planned, int(rows_by_rank(counts_PE, planned, node_size).max())
+    best, least = planned, int(rows_by_rank(counts_PE, planned).max())
     moved_P = np.zeros(owners.ranks)
     for expert in busiest(shares_E, overlap):
         possible_P = free_P * ~np.isin(np.arange(owners.ranks), on[expert])
-        new = spread(owners.ranks, owners.rank_of_E[expert], possible_P, node_size)
+        new = spread(owners.ranks, owners.rank_of_E[expert], possible_P, planned.node_size)
         on[expert] += new
         free_P[new] -= 1
         moved_P[new] += 1
         moved_P[owners.rank_of_E[expert]] += len(new)
-        tried = Replicas(owners, on)
-        cost = int(rows_by_rank(counts_PE, tried, node_size).max()) + rows_per_expert * float(moved_P.max())
+        tried = Replicas(owners, on, planned.node_size, planned.expected_E)
+        cost = int(rows_by_rank(counts_PE, tried).max()) + rows_per_expert * float(moved_P.max())
         if cost < least:
             best, least = tried, int(cost)
     return best

@@ -18,15 +18,23 @@ from .owners import Owners
 class Replicas:
     """The owner of every expert, and the ranks that hold a replica of its weights during a step.
 
-    A rank's slots are those of its own experts, then those of its replicas, ordered by owner and by slot there.
+    A rank's slots are those of its own experts, then those of its replicas, ordered by owner and by slot there. Nodes
+    are ``node_size`` consecutive ranks; None: all ranks are one node.
     """
 
-    def __init__(self, owners: Owners, ranks_of_E: Sequence[Iterable[int]] | None = None) -> None:
+    def __init__(
+        self,
+        owners: Owners,
+        ranks_of_E: Sequence[Iterable[int]] | None = None,
+        node_size: int | None = None,
+        expected_E: Sequence[float] | None = None,
+    ) -> None:
         """``ranks_of_E`` are the ranks with a replica of each expert; None: no replicas.
 
-        Raises ValueError for a rank that does not exist, holds the expert already, or is named twice.
+        ``expected_E`` is the load that they were chosen for, if any. Raises ValueError for a rank that does not exist,
+        holds the expert already, or is named twice.
         """
-        self.owners = owners
+        self.owners, self.node_size, self.expected_E = owners, node_size or owners.ranks, expected_E
         given = [()] * owners.num_experts if ranks_of_E is None else ranks_of_E
         self.ranks_of_E = tuple(tuple(sorted(ranks)) for ranks in given)
         if len(self.ranks_of_E) != owners.num_experts:
@@ -80,25 +88,36 @@ class Replicas:
             received[self.owners.rank_of_E[expert]] += 1
         return received
 
-    def choices_of(self, rank: int, node_size: int) -> list[list[int]]:
-        """Return the ranks that this rank's tokens of each expert are divided over evenly.
+    def choices_of(self, rank: int) -> list[list[int]]:
+        """Return the ranks that this rank's tokens of each expert are divided over evenly, the first one's first.
 
-        That is this rank if it holds the expert; else the ranks of its node that do; else all that do. Nodes are
-        ``node_size`` consecutive ranks.
+        That is this rank if it holds the expert; else the ranks of its node that do; else all that do. Ranks begin at
+        different ones, so that what does not divide evenly does not all go to the first holder.
         """
-        found = []
+        node, found = rank // self.node_size, []
         for expert in range(self.owners.num_experts):
             holders = self.holders_of(expert)
-            near = [r for r in holders if r // node_size == rank // node_size]
-            found.append([rank] if rank in holders else near or holders)
+            near = [r for r in holders if r // self.node_size == node]
+            ranks = [rank] if rank in holders else near or holders
+            found.append([ranks[(i + rank) % len(ranks)] for i in range(len(ranks))])
         return found
 
-    def seen_from(self, rank: int, node_size: int) -> Destinations:
+    def rows_sent(self, counts_XE: Tensor, rank: int) -> Tensor:
+        """Return how many rows a rank sends to each rank, int64 [X, P], if its tokens make ``counts_XE`` choices."""
+        rows_XP = torch.zeros(len(counts_XE), self.owners.ranks, dtype=torch.int64, device=counts_XE.device)
+        for expert, ranks in enumerate(self.choices_of(rank)):
+            for i, to in enumerate(ranks):
+                rows_XP[:, to] += (counts_XE[:, expert].long() + len(ranks) - 1 - i) // len(ranks)
+        return rows_XP
+
+    def seen_from(self, rank: int) -> Destinations:
         """Return where the tokens of a rank go."""
-        return Destinations(self, rank, node_size)
+        return Destinations(self, rank)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Replicas) and (self.owners, self.ranks_of_E) == (other.owners, other.ranks_of_E)
+        return isinstance(other, Replicas) and (
+            (self.owners, self.ranks_of_E, self.node_size) == (other.owners, other.ranks_of_E, other.node_size)
+        )
 
     def __hash__(self) -> int:
         return hash((self.owners, self.ranks_of_E))
@@ -110,15 +129,15 @@ class Replicas:
 class Destinations:
     """Maps the choices of one rank's tokens to slots: slot s of rank p has the number ``p * slots + s``."""
 
-    def __init__(self, replicas: Replicas, rank: int, node_size: int) -> None:
+    def __init__(self, replicas: Replicas, rank: int) -> None:
         self.slots, self.experts_of, self.num_experts = replicas.slots, replicas.experts_of, replicas.owners.num_experts
-        slot_of = [{expert: slot for slot, expert in enumerate(held)} for held in map(self.experts_of, range(replicas.owners.ranks))]
-        choices = replicas.choices_of(rank, node_size)
+        held = [self.experts_of(r) for r in range(replicas.owners.ranks)]
+        slot_of = {(r, expert): slot for r, experts in enumerate(held) for slot, expert in enumerate(experts)}
+        choices = replicas.choices_of(rank)
         widest = max(map(len, choices))
+        slots = [[r * self.slots + slot_of[r, e] for r in ranks] for e, ranks in enumerate(choices)]
         self._number_E = torch.tensor([len(ranks) for ranks in choices])
-        # ranks start at different places, so that what does not divide evenly does not all go to the first holder
-        rows = [[ranks[(i + rank) % len(ranks)] for i in range(widest)] for ranks in choices]
-        self._slots_EC = torch.tensor([[r * self.slots + slot_of[r][e] for r in ranks] for e, ranks in enumerate(rows)])
+        self._slots_EC = torch.tensor([of + [of[0]] * (widest - len(of)) for of in slots])
 
     def to_slots(self, ids_TK: Tensor) -> Tensor:
         """Map experts, int64 [T, K], to slot numbers; -1 stays -1. An expert's j-th token goes to its j-th choice."""

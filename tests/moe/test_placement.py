@@ -26,9 +26,10 @@ def random_owners(seed: int, experts: int, ranks: int) -> Owners:
     return Owners.of_ranks(ranks, [draw.randrange(ranks) for _ in range(experts)])
 
 
-def random_replicas(seed: int, experts: int, ranks: int) -> Replicas:
+def random_replicas(seed: int, experts: int, ranks: int, node: int) -> Replicas:
     draw, owners = random.Random(seed + 2), random_owners(seed, experts, ranks)
-    return Replicas(owners, [[r for r in range(ranks) if r != o and draw.random() < 0.3] for o in owners.rank_of_E])
+    on = [[r for r in range(ranks) if r != o and draw.random() < 0.3] for o in owners.rank_of_E]
+    return Replicas(owners, on, node)
 
 
 def top(loads: Sequence[float], number: int) -> list[int]:
@@ -93,7 +94,7 @@ def test_one_hot_expert_on_32_ranks() -> None:
     loads = counts_PE.sum(0).tolist()
 
     def imbalance(replicas: Replicas) -> float:
-        rows_P = rows_by_rank(counts_PE, replicas, 8).double()
+        rows_P = rows_by_rank(counts_PE, replicas).double()
         return float(rows_P.max() / rows_P.mean())
 
     assert 16.0 <= imbalance(Replicas(owners)) <= 16.3
@@ -140,12 +141,12 @@ def test_owners_are_those_of_placing_one_after_another(seed: int, ranks: int, no
 @pytest.mark.parametrize(("seed", "ranks", "node"), CASES)
 def test_every_choice_goes_to_a_holder_and_near_ones_first(seed: int, ranks: int, node: int) -> None:
     experts = 7
-    replicas = random_replicas(seed, experts, ranks)
+    replicas = random_replicas(seed, experts, ranks, node)
     counts_PE = torch.zeros(ranks, experts, dtype=torch.int64)
     rows: Counter[int] = Counter()
     for source in range(ranks):
         ids_TK = torch.randint(-1, experts, (40, 2))
-        seen = replicas.seen_from(source, node)
+        seen = replicas.seen_from(source)
         slots_TK = seen.to_slots(ids_TK)
         used: dict[int, Counter] = {e: Counter() for e in range(experts)}
         for expert, slot in zip(ids_TK.flatten().tolist(), slots_TK.flatten().tolist(), strict=True):
@@ -163,13 +164,13 @@ def test_every_choice_goes_to_a_holder_and_near_ones_first(seed: int, ranks: int
             assert set(found) <= set(allowed)
             assert max(found.values(), default=0) - min((found[r] for r in allowed), default=0) <= 1
             rows += found
-    assert rows_by_rank(counts_PE, replicas, node).tolist() == [rows[r] for r in range(ranks)]
+    assert rows_by_rank(counts_PE, replicas).tolist() == [rows[r] for r in range(ranks)]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_sent_is_what_is_received(seed: int) -> None:
     ranks, experts = 5, 9
-    replicas = random_replicas(seed, experts, ranks)
+    replicas = random_replicas(seed, experts, ranks, 2)
     for to in range(ranks):
         arrived = [
             replicas.owners.experts_of(source)[slot] for source in range(ranks) for slot in replicas.sent_by(source)[to]
@@ -185,22 +186,22 @@ def test_calibration_recovers_from_a_forecast_that_is_wrong() -> None:
     counts_PE = torch.full((ranks, experts), 10)
     counts_PE[:, 3] = 200
     planned = materialize([100 if e == 12 else 1 for e in range(experts)], owners, 1, 1, 4)  # expected expert 12
-    before = int(rows_by_rank(counts_PE, planned, 4).max())
-    full = calibrate(counts_PE, planned, 1, 1, 4, 0.0)
+    before = int(rows_by_rank(counts_PE, planned).max())
+    full = calibrate(counts_PE, planned, 1, 1, 0.0)
     assert full.ranks_of_E[3] == (owners.rank_of_E[12],), "no other rank has room left"
-    found = calibrate(counts_PE, planned, 1, 2, 4, 0.0)
+    found = calibrate(counts_PE, planned, 1, 2, 0.0)
     assert set(planned.ranks_of_E[12]) == set(found.ranks_of_E[12]) and len(found.ranks_of_E[3]) == ranks - 1
-    assert int(rows_by_rank(counts_PE, found, 4).max()) < before / 4
-    assert calibrate(counts_PE, planned, 1, 2, 4, 1e6) == planned, "the transfer would take longer"
+    assert int(rows_by_rank(counts_PE, found).max()) < before / 4
+    assert calibrate(counts_PE, planned, 1, 2, 1e6) == planned, "the transfer would take longer"
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_calibration_never_makes_the_busiest_rank_busier(seed: int) -> None:
-    planned = random_replicas(seed, 9, 6)
+    planned = random_replicas(seed, 9, 6, 3)
     counts_PE = torch.randint(0, 50, (6, 9)) ** 2
     room = max(len(planned.experts_of(r)) - len(planned.owners.experts_of(r)) for r in range(6)) + 1
-    found = calibrate(counts_PE, planned, 2, room, 3, 1.0)
-    assert rows_by_rank(counts_PE, found, 3).max() <= rows_by_rank(counts_PE, planned, 3).max()
+    found = calibrate(counts_PE, planned, 2, room, 1.0)
+    assert rows_by_rank(counts_PE, found).max() <= rows_by_rank(counts_PE, planned).max()
     extra = [len(found.experts_of(r)) - len(planned.owners.experts_of(r)) for r in range(6)]
     assert max(extra) <= room
 

@@ -69,9 +69,8 @@ def backward(layer: MoE, x_TD: Tensor) -> dict[str, Tensor]:
 def replicas_of(held: Owners) -> Replicas:
     """Return a replica on every other rank for one expert, on one rank for some, and none for others."""
     ranks = range(WORLD)
-    return Replicas(
-        held, [[r for r in ranks if r != owner and (e == 2 or (e + r) % 4 == 0)] for e, owner in enumerate(held.rank_of_E)]
-    )
+    on = [[r for r in ranks if r != own and (e == 2 or (e + r) % 4 == 0)] for e, own in enumerate(held.rank_of_E)]
+    return Replicas(held, on, node_size=2)
 
 
 def on_ranks(rank: int, world: int, name: str, changes: dict[str, Any], replicated: bool) -> dict[str, Tensor]:
@@ -80,7 +79,7 @@ def on_ranks(rank: int, world: int, name: str, changes: dict[str, Any], replicat
         setattr(layer.experts, weight_name, nn.Parameter(weight.detach()[held.experts_of(rank)]))
     layer.place(Placement(tokens=axis, ep=axis, owners=held))
     if replicated:
-        layer.hold(replicas_of(held), node_size=2)
+        layer.hold(replicas_of(held))
     return backward(layer, tokens(rank))
 
 
