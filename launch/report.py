@@ -126,7 +126,7 @@ PLOTS = (
         "micro-batch, so they are rather too high. This imbalance is the price of global balance; a small micro-batch "
         "loss (balance.extra.micro, 1 % of the main coefficient) reduces it. Right: the time lost, estimated from "
         "floating-point operations alone. It is valid if experts are compute-bound and ranks do nothing else while "
-        "they wait.",
+        "they wait. With replicas of experts, the dotted line on the left is what the ranks would have without them.",
         routing_figures.draw_straggler,
     ),
     Plot(

@@ -191,14 +191,27 @@ def draw_straggler(run: Run, style: Style) -> Drawn | str:
     worst = numbers(records, "straggler_max")
     if _seen(worst) and np.nanmax(worst) > 1.0:
         panels[0].plot(steps, worst, color=COLORS[5], alpha=0.4, linewidth=0.9, label="this run, worst micro-batch")
-    draw_line(panels[0], steps, factor, color=COLORS[5], linewidth=1.8, label="this run")
+    replicated = numbers(records, "replicated_straggler")
+    if _seen(replicated):
+        label = "this run, without its replicas"
+        draw_line(panels[0], steps, factor, color=COLORS[5], linestyle=":", linewidth=1.5, label=label)
+    now = np.where(np.isfinite(replicated), replicated, factor)
+    draw_line(panels[0], steps, now, color=COLORS[5], linewidth=1.8, label="this run")
     draw_line(panels[1], steps, 100 * waiting, color=COLORS[5], linewidth=1.8, label="this run")
     figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside right upper")
     finish(panels[0], "rows of the busiest rank", "rows / mean of the ranks")
     finish(panels[1], "estimated waiting", "% of a step's time")
     projected = [f"{_last(numbers(records, 'projected_straggler', d))} on {d}" for d in degrees]
     text = f"Rows of the busiest rank over the mean {_last(factor)} at the end" + ("; projected " if projected else "")
-    return figure, f"{text}{', '.join(projected)}. Estimated waiting {_last(100 * waiting, '.1f')} % of a step's time."
+    text = f"{text}{', '.join(projected)}. Estimated waiting {_last(100 * waiting, '.1f')} % of a step's time."
+    if _seen(replicated):
+        copied, error = numbers(records, "copied_bytes") / (1 << 20), 100 * numbers(records, "forecast_error")
+        text += (
+            f" With {_last(numbers(records, 'replicas'), '.1f')} replicas per layer {_last(replicated)}; their weights "
+            f"and gradients are {_last(copied, '.1f')} MiB per layer and step, and the load was expected with an error "
+            f"of {_last(error, '.0f')} %."
+        )
+    return figure, text
 
 
 # ---- domains

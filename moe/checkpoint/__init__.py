@@ -5,7 +5,7 @@ fill. A :class:`Saver` saves while training goes on.
 """
 
 from .agreement import Choice, ViewError, choose, describe, probe
-from .logical import Boxes, State, owned
+from .logical import Boxes, State, owned, tensors_of
 from .manifest import MANIFEST, CheckpointError, read_manifest
 from .saver import Saver, save
 from .state import expect_moments, restore_optimizer, training_state
@@ -39,5 +39,6 @@ __all__ = [
     "read_manifest",
     "restore_optimizer",
     "save",
+    "tensors_of",
     "training_state",
 ]

@@ -6,6 +6,7 @@ of F then contains the gate and the up half. Everywhere else, and in a checkpoin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,12 @@ class Boxes:
 
 
 #: tensors by logical names
-State = dict[str, Tensor | Boxes]
+State = Mapping[str, Tensor | Boxes]
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """Return the tensors of which a state has parts."""
+    return {name: value.of if isinstance(value, Boxes) else value for name, value in state.items()}
 
 
 def logical(name: str, value: Tensor | Boxes) -> Tensor | Boxes:

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from . import legacy, reader
 from .files import remove, sync, write_durably
 from .logical import State, logical

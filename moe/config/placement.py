@@ -41,7 +41,7 @@ class PlacementConfig:
         room = (self.memory_mb << 20) // expert_bytes
         if not room:
             raise ValueError(
-                f"placement.memory_mb={self.memory_mb}: an expert takes {expert_bytes / (1 << 20):.1f} MiB; raise it, or "
-                "set placement.overlap=0 to replicate nothing"
+                f"placement.memory_mb={self.memory_mb}: an expert takes {expert_bytes / (1 << 20):.1f} MiB; raise it, "
+                "or set placement.overlap=0 to replicate nothing"
             )
         return room

@@ -18,7 +18,6 @@ from ...kernels.permute import combine, permute
 from ...kernels.sort_by_expert import sort_by_expert
 from ..collectives import Axis, exchange_counts, exchange_sizes, gather_counts, keeping, on_host, start_exchange
 from ..config import MoEConfig
-from ..placement import Owners
 from ..types import Experts, Routing
 from .all_to_all import AllToAllDispatcher, AllToAllFlight
 from .base import as_computed

@@ -82,7 +82,9 @@ def build_engine(
             axes = {name: own[axis.name] for name, axis in axes.items()}
         reducer = Reducer(parameters, axes)
         runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer), [Step.of(parts[0])]
-    return TorchEngine(parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm)
+    return TorchEngine(
+        parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm
+    )
 
 
 def _placement(

@@ -93,7 +93,8 @@ class ExpertPlacement:
 
     def _counts_LE(self) -> Tensor:
         """Return the choices of the step that has ended, on all ranks, int64 [L, E]."""
-        ended = [layer.balancer.previous_step for layer in self.layers]
+        ended = [step for step in (layer.balancer.previous_step for layer in self.layers) if step is not None]
+        assert len(ended) == len(self.layers), "a layer has not run"
         if all(layer.balancer.counting_axis == self.stage for layer in self.layers):
             return torch.stack([step.counts_E for step in ended])  # the balance has summed them
         return sum_over(torch.stack([step.local_counts_ME.sum(0) for step in ended]), self.stage).get()
@@ -106,11 +107,10 @@ class ExpertPlacement:
             if of_layer == before:
                 continue
             for weight in layer.experts.parameters():
-                held = [weight]
-                if optimizer is not None:
-                    held += [t for t in optimizer.state.get(weight, {}).values() if isinstance(t, DTensor)]
-                for tensor in held:
-                    tensor._local_tensor = _moved(tensor.to_local(), before, of_layer, self.axis)
+                moments = {} if optimizer is None else optimizer.state.get(weight, {})
+                for tensor in (weight, *moments.values()):
+                    if isinstance(tensor, DTensor):
+                        tensor._local_tensor = _moved(tensor.to_local(), before, of_layer, self.axis)
             layer.place(replace(layer.balancer.placement, owners=of_layer))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import Boxes, State, expect_moments, restore_optimizer, training_state
+from ..checkpoint import State, expect_moments, restore_optimizer, tensors_of, training_state
 from ..collectives import LOCAL
 from ..parallel import Mesh, clip_grad_norm_, forget_step, free_gathered
 from ..parallel.grad_norm import local_part
@@ -122,8 +122,7 @@ class TorchEngine:
     def restore(self, state: State) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
         if self.optimizer is not None:
-            tensors = {name: value.of if isinstance(value, Boxes) else value for name, value in state.items()}
-            restore_optimizer(self._trained(), self.optimizer, tensors)
+            restore_optimizer(self._trained(), self.optimizer, tensors_of(state))
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer holds."""

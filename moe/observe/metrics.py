@@ -53,9 +53,10 @@ the record itself has a field of the same name that summarises all layers in thi
   on different ranks evens out the load.
 
 waiting and projected_waiting {degree: share} exist only in the record itself. They estimate the time that ranks wait
-for the busiest one, as a share of the time of a step without waiting: the sum over layers of (straggler - 1) times the
-routed experts' share of the model's floating-point operations. This assumes that time is proportional to operations,
-and that ranks do nothing else meanwhile (no overlapped exchange, no padding to a capacity).
+for the busiest one, as a share of the time of a step without waiting: the sum over layers of (straggler - 1), or with
+replicas of (replicated_straggler - 1), times the routed experts' share of the model's floating-point operations. This
+assumes that time is proportional to operations, and that ranks do nothing else meanwhile (no overlapped exchange, no
+padding to a capacity).
 
 A number that is not finite is written as null, and its record gets ``"nonfinite": true``. Files of older versions have
 fewer fields.
@@ -338,6 +339,7 @@ def progress_line(record: Record, steps: int) -> str:
         ("grad_norm", "grad_norm", ".2f"),
         ("balance", "balance", ".2f"),
         ("max_over_mean", "max/mean", ".2f"),
+        ("replicated_straggler", "busiest rank", ".2f"),
         ("lr", "lr", ".1e"),
         ("tokens_per_s", "tokens/s", ",.0f"),
     ):

@@ -87,8 +87,8 @@ class Columns(NamedTuple):
             "busiest": self.ranks,  # each rank's largest factor in its own column, so that the sum keeps them apart
             **dict.fromkeys(("used", "losses", "scaled_losses"), len(self.losses)),
             **dict.fromkeys((*ESTIMATE, *(f"has_{name}" for name in ESTIMATE)), 1),
-            # under replication: straggler factor (as above), replicas, bytes of their weights and gradients, and relative
-            # error of the expected load; the last two with the number of ranks that say so
+            # under replication: straggler factor (as above), replicas, bytes of their weights and gradients, relative
+            # error of the expected load, and the numbers of ranks that say so
             "replicated": 1,
             **dict.fromkeys(("replicas", "copied_bytes", "forecast_error", "has_replicas", "has_forecast_error"), 1),
             "score": 2,
@@ -134,7 +134,8 @@ def observe(
         row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
-        factor_M = straggler(rows_ME, layer.balancer.owners)
+        owners = layer.balancer.owners if layer.replicas is None else layer.replicas.owners  # they may have moved since
+        factor_M = straggler(rows_ME, owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(columns.degrees):
@@ -261,7 +262,7 @@ def step_record(rows: list[dict[str, Any]], fraction: float) -> dict[str, Any]:
         **{name: mean(row[name] for row in rows) for name in everywhere},
         "straggler": mean(row["straggler"] for row in rows),
         "straggler_max": max(row["straggler_max"] for row in rows),
-        "waiting": fraction * sum(row["straggler"] - 1.0 for row in rows),
+        "waiting": fraction * sum(row.get("replicated_straggler", row["straggler"]) - 1.0 for row in rows),
         "projected_straggler": projected,
         "projected_waiting": {degree: fraction * len(rows) * (factor - 1.0) for degree, factor in projected.items()},
     }

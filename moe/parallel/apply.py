@@ -80,6 +80,7 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
 
 def _start_replicas(block: Block, _inputs: object) -> None:
     """Let the copies of experts' weights travel while the block's attention computes."""
+    assert isinstance(block.mlp, MoE)
     block.mlp.start_replicas()
 
 

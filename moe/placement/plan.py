@@ -80,12 +80,15 @@ def spread(number: int, owner: int, free_P: np.ndarray, node_size: int) -> list[
     return [int(rank) for rank in order if possible_P[rank]][:number]
 
 
-def reshard(loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, node_size: int) -> list[Owners]:
+def reshard(
+    loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, node_size: int
+) -> list[Owners]:
     """Choose new owners for the experts of all layers jointly: Algorithm 2.
 
-    The ``overlap`` busiest experts of a layer are replicated anyway, so who owns them matters little. The others go, the
-    layer with the busiest of them first, to the node with the least load, and to its rank with the least. Ranks own
-    equally many experts of all layers together, up to one. The replicated ones keep their owner if it has room.
+    The ``overlap`` busiest experts of a layer are replicated anyway, so who owns them matters little. The others go to
+    the node with the least load, and to its rank with the least, beginning with the layer that has the busiest of them.
+    Ranks own equally many experts of all layers together, up to one. The replicated ones keep their owner if it has
+    room.
     """
     layers, ranks = range(len(owners)), owners[0].ranks
     nodes = -(-ranks // node_size)
@@ -119,7 +122,24 @@ def reshard(loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overl
 
 def rows_by_rank(counts_PE: Tensor, replicas: Replicas) -> Tensor:
     """Return how many rows each rank computes, int64 [P], if rank p's tokens make ``counts_PE[p]`` choices."""
-    return sum(replicas.rows_sent(counts_E[None], rank)[0] for rank, counts_E in enumerate(counts_PE))  # type: ignore
+    counts, owners = counts_PE.cpu().numpy(), replicas.owners
+    ranks_P = np.arange(owners.ranks)
+    same_node_PP = ranks_P[:, None] // replicas.node_size == ranks_P // replicas.node_size
+    rows_P = np.bincount(owners.rank_of_E, weights=counts.sum(0), minlength=owners.ranks).astype(np.int64)
+    for expert, others in enumerate(replicas.ranks_of_E):
+        if not others:
+            continue
+        counts_P = counts[:, expert]
+        rows_P[owners.rank_of_E[expert]] -= counts_P.sum()
+        # [source, holder]: the rules of Replicas.choices_of
+        holds_P = np.isin(ranks_P, replicas.holders_of(expert))
+        near_PP = same_node_PP & holds_P
+        to_PP = np.where(near_PP.any(1)[:, None], near_PP, holds_P)
+        to_PP[holds_P] = np.eye(owners.ranks, dtype=bool)[holds_P]
+        number_P1 = to_PP.sum(1)[:, None]
+        turn_PP = (to_PP.cumsum(1) - 1 - ranks_P[:, None]) % number_P1
+        rows_P += (to_PP * ((counts_P[:, None] + number_P1 - 1 - turn_PP) // number_P1)).sum(0)
+    return torch.from_numpy(rows_P)
 
 
 def calibrate(counts_PE: Tensor, planned: Replicas, overlap: int, memory: int, rows_per_expert: float) -> Replicas:

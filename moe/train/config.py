@@ -333,7 +333,9 @@ class TrainConfig:
             )
         if fssdp:
             values = (2 + self.moe.gated) * self.moe.hidden_size * self.moe.intermediate_size
-            self.placement.replicas_per_rank(values // max(self.parallel.etp, 1) * (2 if self.dtype == "bfloat16" else 4))
+            self.placement.replicas_per_rank(
+                values // max(self.parallel.etp, 1) * (2 if self.dtype == "bfloat16" else 4)
+            )
 
     def degrees(self, world: int) -> ParallelConfig:
         """Return the parallel degrees for ``world`` ranks, with every -1 resolved.

@@ -241,7 +241,7 @@ class Trainer:
 
         Random generators are not among them: :func:`seed_step` sets them in every step.
         """
-        state = self.engine.state()
+        state = dict(self.engine.state())
         for number, layer in self.layers.items():
             balance = layer.balancer.state(self.device)
             state |= {f"balance.{number}.{name}": value for name, value in balance.items()}
@@ -300,7 +300,8 @@ class Trainer:
         self.engine.restore(state)
         for number, layer in self.layers.items():
             own = f"balance.{number}."
-            layer.balancer.restore({name[len(own) :]: t for name, t in state.items() if name.startswith(own)})
+            tensors = checkpoint.tensors_of({n: value for n, value in state.items() if n.startswith(own)})
+            layer.balancer.restore({name.removeprefix(own): tensor for name, tensor in tensors.items()})
 
     def begin(self, path: Path, tensors: dict[str, checkpoint.Saved], opened: checkpoint.Opened) -> None:
         """Start from the weights ``tensors`` in folder ``path``, which ``opened`` opens. Every rank must call it."""

@@ -30,14 +30,10 @@ COMPOSITIONS: dict[str, C] = {
     "fssdp, dp 8, three experts": C(8, P(experts="fssdp"), experts=3, micro_batches=1),
     "fssdp, dp 2, micro scope": C(2, P(experts="fssdp"), scope="micro"),
     "fssdp, dp 2, capacity": C(2, P(experts="fssdp"), capacity=CapacityConfig(1.0), tokens="equal"),
-    "fssdp, dp 2, padded capacity": C(
-        2, P(experts="fssdp"), capacity=CapacityConfig(1.0, pad=True), tokens="equal"
-    ),
+    "fssdp, dp 2, padded capacity": C(2, P(experts="fssdp"), capacity=CapacityConfig(1.0, pad=True), tokens="equal"),
     "fssdp, dp 2, bf16": C(2, P(experts="fssdp"), dtype=BF16),
     "fssdp, fsdp 2, bf16": C(2, P(experts="fssdp", data_parallel="fsdp"), dtype=BF16),
-    "fssdp, fsdp 4, five experts, recompute": C(
-        4, P(experts="fssdp", data_parallel="fsdp"), experts=5, recompute=True
-    ),
+    "fssdp, fsdp 4, five experts, recompute": C(4, P(experts="fssdp", data_parallel="fsdp"), experts=5, recompute=True),
     "fssdp, hsdp 2 x 2": C(4, P(experts="fssdp", dp_replicate=2, data_parallel="fsdp"), tokens="zero"),
     "fssdp, tp 2, dp 2": C(4, P(experts="fssdp", tp=2)),
     "fssdp, tp 2, no sp": C(2, P(experts="fssdp", tp=2, sequence_parallel=False)),

@@ -51,7 +51,7 @@ def replicas_one_by_one(loads: list[int], owners: Owners, overlap: int, memory: 
     total = sum(loads[e] for e in chosen)
     for expert in chosen:
         number = owners.ranks if everywhere else int(owners.ranks * memory * loads[expert] / total + 0.5)
-        of_node = Counter({n: 0 for n in range(-(-owners.ranks // node))})
+        of_node = Counter(dict.fromkeys(range(-(-owners.ranks // node)), 0))
         for rank in ranks:
             of_node[rank // node] += free[rank]
         held = Counter({owners.rank_of_E[expert] // node: 1})

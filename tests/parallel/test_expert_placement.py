@@ -37,7 +37,6 @@ def engine_of(
 ) -> TorchEngine:
     of = Composition(mesh["stage"].size, mesh.degrees, experts=experts)
 
-
     def adamw(named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         return build_optimizer(named.values(), OptimConfig())
 
@@ -69,7 +68,9 @@ def saved(engine: TorchEngine, root: Path, step: int) -> dict[str, Tensor]:
     return load_all(root / f"step-{step:08d}")
 
 
-def twenty_steps(rank: int, world: int, root: Path, how: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[float], int]:
+def twenty_steps(
+    rank: int, world: int, root: Path, how: str, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], list[float], int]:
     """Train 20 steps; return the state, the norms, and this rank's elements of experts' moments."""
     mesh = build_mesh(EP if how == "ep" else FSSDP)
     engine, draw, norms = engine_of(mesh, dtype=dtype), random.Random(1), []

@@ -22,8 +22,8 @@ from equimoe.moe import (
     Owners,
     Placement,
 )
-from equimoe.moe.placement import Replicas
 from equimoe.moe.collectives import world_axis
+from equimoe.moe.placement import Replicas
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.placed import spread_experts

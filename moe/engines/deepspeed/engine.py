@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ...balance import Step
+from ...checkpoint import State, tensors_of
 from ...collectives import world_axis
 from ...layer import MoE
 from ...parallel import LocalBatch, LossFunction, Mesh, check_alike, parallelize, token_losses
@@ -211,9 +212,10 @@ class DeepSpeedEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`. Frozen weights have no moments here."""
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
-        self._shards.restore({key: v.to_local() if isinstance(v, DTensor) else v for key, v in state.items()})
+        tensors = tensors_of(state).items()
+        self._shards.restore({key: v.to_local() if isinstance(v, DTensor) else v for key, v in tensors})
 
     def _biases(self) -> dict[str, Tensor]:
         return {name: b for name, b in self.parts[0].named_buffers() if name.endswith("router.bias_E")}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ...balance import Step, random_state_kept
+from ...checkpoint import State, tensors_of
 from ...collectives import global_ranks, world_axis
 from ...layer import MoE
 from ...model import Decoder
@@ -364,12 +365,12 @@ class MegatronEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`. Frozen weights have no moments here."""
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: State) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
-        moments = self._whole_moments()
+        moments, saved = self._whole_moments(), tensors_of(state)
         for name, of_weight in moments.items():
             for key, value in of_weight.items():
-                found = state[f"optimizer.{name}.{key}"]
+                found = saved[f"optimizer.{name}.{key}"]
                 found = found.to_local() if isinstance(found, DTensor) else found
                 (value if key == "step" else self._held[name].view(value)).copy_(found)
         by_parameter = {self._held[name].parameter: of_weight for name, of_weight in moments.items()}

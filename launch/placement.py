@@ -1,0 +1,134 @@
+"""Replays a run's loads on other ranks: ``python -m equimoe.launch.placement --loads RUN --ranks 32 --nodes 4``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moe.config import PlacementConfig
+from ..moe.observe.metrics import METRICS_FILE, read_records, write_atomically
+from ..moe.plan.replay import METHODS, Machine, Outcome, replay
+from . import env
+from .text import counted
+from .usage import Parser, run_on_files
+
+MIB = 1 << 20
+
+
+@env.command
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exits with code 64 for an option that does not fit, 73 if a file cannot be read or written."""
+    arguments = _parser().parse_args(argv)
+    run_on_files(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for name in ("ranks", "nodes", "tokens", "tflops", "bandwidth"):
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name}={getattr(arguments, name)}: must be greater than 0")
+    if arguments.ranks % arguments.nodes:
+        raise ValueError(f"--nodes={arguments.nodes}: must divide --ranks={arguments.ranks}; use a divisor")
+    if arguments.latency < 0:
+        raise ValueError(f"--latency={arguments.latency}: must be at least 0")
+    config = PlacementConfig(arguments.overlap, arguments.memory_mb, arguments.window, arguments.reshard_every)
+    file = arguments.loads / METRICS_FILE if arguments.loads.is_dir() else arguments.loads
+    try:
+        records = read_records(file)
+    except OSError as error:
+        raise ValueError(f"--loads={file}: cannot be read ({error.strerror}); give a run's folder") from None
+    counts_SLE, moe = loads_of(records, file)
+    machine = _machine(arguments, moe)
+    # choices of a micro-batch on all ranks, in the proportions that were recorded
+    scale = arguments.tokens * machine.ranks * moe["top_k"] / counts_SLE.sum(-1, keepdim=True).clamp_min(1)
+    counts_SLE = (counts_SLE * scale).round().long()
+    found = {name: replay(counts_SLE, method, machine, config) for name, method in METHODS.items()}
+    print(describe(found, machine, config, counts_SLE, arguments.tokens))
+    if arguments.out is not None:
+        text = json.dumps({"machine": asdict(machine), "methods": {n: asdict(o) for n, o in found.items()}}, indent=2)
+        write_atomically(arguments.out, f"{text}\n".encode())
+
+
+def loads_of(records: list[dict[str, Any]], file: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Return the choices of all recorded steps, int64 [S, L, E], and the configuration of the run's layers.
+
+    Raises ValueError if there are none.
+    """
+    steps = [
+        [layer["counts"] for layer in r["layers"]] for r in records if r.get("kind") == "train" and r.get("layers")
+    ]
+    runs = [r["config"]["moe"] for r in records if r.get("kind") == "run"]
+    if not steps or not runs:
+        raise ValueError(f"--loads={file}: has no loads of MoE layers; give the metrics of a run, or its folder")
+    try:
+        return torch.tensor(steps, dtype=torch.int64), runs[-1]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--loads={file}: its loads cannot be read ({error})") from None
+
+
+def _machine(arguments: argparse.Namespace, moe: dict[str, Any]) -> Machine:
+    values = (2 + moe["gated"]) * moe["hidden_size"] * moe["intermediate_size"]
+    return Machine(
+        ranks=arguments.ranks,
+        node_size=arguments.ranks // arguments.nodes,
+        seconds_per_row=3 * 2 * values / (arguments.tflops * 1e12),
+        expert_bytes=2 * values,
+        bandwidth=arguments.bandwidth * 1e9,
+        latency=arguments.latency * 1e-6,
+    )
+
+
+def describe(
+    found: dict[str, Outcome], machine: Machine, config: PlacementConfig, counts_SLE: Tensor, tokens: int
+) -> str:
+    """Format the outcomes as a table."""
+    steps, layers, experts = counts_SLE.shape
+    lines = [
+        f"{counted(steps, 'recorded step')}, {counted(layers, 'layer')} of {experts} experts, replayed on "
+        f"{counted(machine.ranks, 'rank')}, {machine.node_size} per node, {tokens:,} tokens each",
+        f"an expert: {machine.expert_bytes / MIB:.2f} MiB in bf16; a copy of it takes as long as "
+        f"{machine.rows_per_copy:,.0f} rows (model)",
+        f"copies of {counted(config.overlap, 'expert')} per layer and rank hide behind other work",
+        "",
+        f"{'':<30}{'busiest rank':>17}{'copied':>12}{'moved':>12}{'replicas':>12}{'time':>9}",
+        f"{'':<30}{'mean':>8}{'worst':>9}{'MiB':>12}{'MiB':>12}{'MiB':>12}{'ms':>9}",
+    ]
+    for name, o in found.items():
+        lines.append(
+            f"{name:<30}{o.straggler:>8.3f}{o.straggler_max:>9.2f}{o.copied_bytes / MIB:>12.1f}"
+            f"{o.moved_bytes / MIB:>12.1f}{o.replica_bytes / MIB:>12.1f}{1e3 * o.seconds:>9.3f}"
+        )
+    lines += [
+        "",
+        "busiest rank: its rows over the mean. copied: weights and gradients of replicas, of all ranks, per layer and",
+        "step. moved: weights and moments that change owners, likewise. replicas: the most on a rank. time: a layer's",
+        "experts, forward and backward, with the copies that delay it, modelled as latency + bytes / bandwidth.",
+    ]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m equimoe.launch.placement", description=(__doc__ or "").split(":")[0])
+    add = parser.add_argument
+    add("--loads", type=Path, required=True, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    add("--ranks", type=int, required=True, help="ranks that the experts are distributed over")
+    add("--nodes", type=int, default=1, help="nodes that the ranks are on; default 1")
+    add("--tokens", type=int, default=4096, help="tokens of a rank in a micro-batch; default 4096")
+    add("--overlap", type=int, default=2, help="experts per layer whose copies hide behind other work; default 2")
+    add("--memory-mb", type=int, help="MiB for a layer's replicas on a rank; default: those of --overlap experts")
+    add("--window", type=int, default=5, help="recorded steps whose mean load is expected next; default 5")
+    add("--reshard-every", type=int, default=10, help="recorded steps between changes of owners; 0: never; default 10")
+    add("--tflops", type=float, default=400.0, help="TFLOP/s of a rank's grouped products; default 400")
+    add("--bandwidth", type=float, default=50.0, help="GB/s that a rank sends and receives; default 50")
+    add("--latency", type=float, default=20.0, help="microseconds per copy; default 20")
+    add("--out", type=Path, metavar="FILE", help="also write the result to this JSON file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

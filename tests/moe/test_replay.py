@@ -1,0 +1,138 @@
+"""Checks the replay of recorded loads on other ranks against cases that are known by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from equimoe.launch.placement import loads_of, main
+from equimoe.moe.config import PlacementConfig
+from equimoe.moe.placement import Owners, Replicas
+from equimoe.moe.plan.replay import METHODS, Layer, Machine, Outcome, Placed, cost_of, divided, replay
+
+RANKS, EXPERTS = 8, 16
+#: a copy takes as long as 10 rows
+MACHINE = Machine(RANKS, 4, seconds_per_row=1e-6, expert_bytes=1000, bandwidth=1e9, latency=4e-6)
+CONFIG = PlacementConfig(overlap=1, window=2, reshard_every=2)
+
+
+def steady(hot: int = 3, steps: int = 6) -> torch.Tensor:
+    """Return loads in which one expert gets half of all choices in every step."""
+    counts_SLE = torch.full((steps, 1, EXPERTS), 800)
+    counts_SLE[..., hot] = 800 * (EXPERTS - 1)
+    return counts_SLE
+
+
+def flipping(steps: int = 8) -> torch.Tensor:
+    """Return loads whose hot expert changes in every step."""
+    return torch.cat([steady(5 * (step % 2) + 3, 1) for step in range(steps)])
+
+
+def outcomes(counts_SLE: torch.Tensor, config: PlacementConfig = CONFIG) -> dict[str, Outcome]:
+    return {name: replay(counts_SLE, method, MACHINE, config) for name, method in METHODS.items()}
+
+
+def test_choices_are_divided_evenly() -> None:
+    counts_PE = divided(torch.tensor([7, 0, 16, 9]), 4)
+    assert counts_PE.sum(0).tolist() == [7, 0, 16, 9]
+    assert (counts_PE.amax(0) - counts_PE.amin(0)).max() <= 1
+
+
+def test_a_steady_hot_expert() -> None:
+    found = outcomes(steady(steps=20))
+    plain = 8 * (15 + 1) / (15 + 15)
+    assert found["expert parallel"].straggler == pytest.approx(plain)
+    assert found["replicate to all (FasterMoE)"].straggler < 1.1
+    # the first step has no forecast
+    assert found["FSSDP"].straggler_max == pytest.approx(plain) and found["FSSDP"].straggler < 1.3
+    assert found["exchange positions (SmartMoE)"].straggler > 0.9 * plain / (16 / 15), (
+        "one expert is too much for a rank"
+    )
+    assert found["expert parallel"].copied_bytes == found["exchange positions (SmartMoE)"].copied_bytes == 0
+    assert found["FSSDP"].copied_bytes == pytest.approx(2 * 7 * 1000 * 19 / 20)
+    assert found["FSSDP"].moved_bytes > 0 and found["replicate to all (FasterMoE)"].moved_bytes == 0
+    assert found["FSSDP"].replica_bytes == 1000
+
+
+def test_loads_that_flip_need_calibration() -> None:
+    found = outcomes(flipping(), replace(CONFIG, memory_mb=1, window=1))
+    assert found["FSSDP"].straggler > 0.9 * found["expert parallel"].straggler
+    assert found["FSSDP, calibrated"].straggler < 0.5 * found["FSSDP"].straggler
+    assert found["FSSDP, calibrated"].seconds < found["FSSDP"].seconds
+
+
+def test_methods_that_look_at_the_routing_are_never_slower_than_expert_parallelism() -> None:
+    torch.manual_seed(0)
+    for _ in range(5):
+        counts_SLE = (torch.rand(4, 2, EXPERTS) ** 4 * 3000).long()
+        found = outcomes(counts_SLE)
+        for name in ("replicate to all (FasterMoE)", "least loaded (LLEP)"):
+            assert found[name].seconds <= found["expert parallel"].seconds * (1 + 1e-12)
+
+
+def test_the_time_of_copies() -> None:
+    owners = Owners.consecutive(4, 4)
+    machine = replace(MACHINE, ranks=4)
+    counts_PE = torch.full((4, 4), 5)
+    layer = Layer(owners, None, counts_PE, machine, CONFIG, room=2)
+    assert cost_of(layer, Placed(Replicas(owners))) == pytest.approx(20e-6)
+    on_all = Replicas(owners, [[1, 2, 3], [], [], []])
+    # rank 0 sends three copies, of which one hides behind other work
+    busiest = 20 + 5  # all tokens of its own expert, and its own tokens of expert 0
+    assert cost_of(layer, Placed(on_all)) == pytest.approx((busiest + 2 * 10) * 1e-6)
+    assert cost_of(layer, Placed(on_all, Replicas(owners))) == pytest.approx((busiest + 3 * 10) * 1e-6)
+
+
+def metrics(folder: Path, records: list[object]) -> Path:
+    file = folder / "metrics.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return file
+
+
+RUN = {"kind": "run", "config": {"moe": {"top_k": 2, "gated": True, "hidden_size": 64, "intermediate_size": 32}}}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [{"kind": "train", "layers": [{"counts": row.tolist()} for row in step]} for step in steady()]
+    metrics(tmp_path, [RUN, *steps])
+    main(["--loads", str(tmp_path), "--ranks", "8", "--nodes", "2", "--out", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    assert "6 recorded steps, 1 layer of 16 experts, replayed on 8 ranks, 4 per node" in printed
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["methods"].keys() == METHODS.keys() and all(name in printed for name in METHODS)
+    assert found["machine"]["expert_bytes"] == 2 * 3 * 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        ([RUN], [], "--loads=.*metrics.jsonl: has no loads of MoE layers; give the metrics of a run, or its folder"),
+        (None, [], r"--loads=.*: cannot be read \(No such file or directory\); give a run's folder"),
+        ([RUN], ["--nodes", "3"], "--nodes=3: must divide --ranks=8; use a divisor"),
+        ([RUN], ["--ranks", "0"], "--ranks=0: must be greater than 0"),
+        ([RUN], ["--bandwidth", "nan"], "--bandwidth=nan: must be greater than 0"),
+        ([RUN], ["--overlap", "-1"], "placement.overlap=-1: must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    records: list[object] | None, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if records is not None:
+        metrics(tmp_path, records)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--loads", str(tmp_path), "--ranks", "8", *options])
+    assert stopped.value.code == 64
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    with pytest.raises(ValueError, match=f"^error: {message}"):
+        raise ValueError(lines[0])
+
+
+def test_loads_of_unequal_layers_are_refused() -> None:
+    ragged = {"kind": "train", "layers": [{"counts": [1, 2]}, {"counts": [1]}]}
+    with pytest.raises(ValueError, match="its loads cannot be read"):
+        loads_of([RUN, ragged], Path("x"))
