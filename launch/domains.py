@@ -30,7 +30,10 @@ def activity(folder: Path, data: str, tokenizer: str | None, tokens: int) -> dic
 
 
 def _read(data: str, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
-    found = read_documents(DataConfig(path=data), tokenizer)
+    try:
+        found = read_documents(DataConfig(path=data), tokenizer)
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.path=", "--data=").partition(", or None")[0]) from None
     return {domain: [list(map(int, text[: len(text)])) for text in texts] for domain, texts in found.items()}
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.files import remove, sync, write_blocks, write_durably
 from ..checkpoint.manifest import parse_manifest, reason
 from ..checkpoint.store import opener
 from ..checkpoint.tensors import DTYPE_OF_NAME, Saved
-from ..checkpoint.tools import INDEX, WEIGHTS, Reader, Source, bytes_of, find, rewrite
+from ..checkpoint.tools import INDEX, WEIGHTS, Reader, Source, bytes_of, find, held, rewrite
 from ..checkpoint.writer import FILE_BYTES
 from .architecture import Architecture, architecture
 from .families import FAMILIES, family_of
@@ -101,8 +101,7 @@ def write_first(
     ``out`` also gets the ``small`` files of a transformers model, if given. See :func:`rewrite` and
     :func:`import_folder`.
     """
-    if (out / COMPANIONS).exists():
-        raise ValueError(f"--out={out}: already contains {COMPANIONS}; choose another folder")
+    _check_new(out)
     if files is None:
         most = max(len(wanted), *(entry.shape[0] for entry in wanted.values()))
         files = min(most, math.ceil(sum(map(bytes_of, wanted.values())) / FILE_BYTES))
@@ -117,6 +116,16 @@ def write_first(
         remove(out if new else final)
         raise
     return final
+
+
+def _check_new(out: Path) -> None:
+    """Raise ValueError if a model that is already in ``out`` would hide the new checkpoint, or the other way round."""
+    if is_folder(out):
+        raise ValueError(f"--out={out}: holds a transformers model; choose another folder")
+    if (out / COMPANIONS).exists():
+        raise ValueError(f"--out={out}: already contains {COMPANIONS}; choose another folder")
+    if there := held(out):
+        raise ValueError(f"--out={out}: already contains {there[-1].name}; choose another folder")
 
 
 def companions_of(path: Path) -> Path | None:

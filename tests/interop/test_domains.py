@@ -134,6 +134,7 @@ def test_the_command_measures_text_by_domain(tmp_path: Path, capsys: pytest.Capt
         (["--keep-channels", "0"], "--keep-channels=0.0: must be at most 1"),
         (["--top-k", "4"], "--top-k=4: must be between 1 and the number of domains, 3"),
         (["--tokens", "0"], "--tokens=0: must be at least 1"),
+        (["--data", "none"], "--data='none': does not exist or is not accessible; give a file or folder\n"),
     ):
         with pytest.raises(SystemExit):
             upcycle([str(source), "--out", str(tmp_path / "wrong"), *options, *wrong])

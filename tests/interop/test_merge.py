@@ -17,8 +17,11 @@ from equimoe.moe.checkpoint import tools
 from equimoe.moe.checkpoint.tools import Reader
 from equimoe.moe.interop.convert import write_first
 from tests.helpers import hf_folders
+from tests.helpers.begun import MESHES, begun
+from tests.helpers.fork import run_ranks
 from tests.helpers.grown import Held, dense, tensors, write
 from tests.helpers.hf_folders import assert_same
+from tests.helpers.small import write_texts
 
 GATE_UP = "model.blocks.1.mlp.experts.gate_up_proj"
 
@@ -113,6 +116,22 @@ def test_any_number_of_files_has_the_same_values(threshold: list[str], models: l
     assert_same(merged(sharded, tmp_path / "many", *options, "--files", "4"), one)
 
 
+@pytest.mark.parametrize("mesh", ["ep", "tp", "pp", "fsdp, bfloat16"])
+def test_checkpoints_of_any_mesh_are_merged_alike(mesh: str, models: list[Path], tmp_path: Path) -> None:
+    """A step on the mesh changes no bit; then the result is that of checkpoints of one process."""
+    world, options = MESHES[mesh]
+    options = [*options, "--data.path", str(write_texts(tmp_path / "texts"))]
+    runs = [tmp_path / f"run{number}" for number in range(2)]
+    for model, run_dir in zip(models, runs, strict=False):
+        run_ranks(begun, world, options, model, run_dir)
+    assert len(list(runs[0].glob("checkpoints/*/*.safetensors"))) >= 2  # it is in parts
+    for number, how in enumerate(
+        (["--weights", "0.3", "0.7"], ["--tensors", "all", "--routers", "--threshold", "0.28"])
+    ):
+        one = merged(models[:2], tmp_path / f"one{number}", *how)
+        assert_same(merged(runs, tmp_path / f"many{number}", *how, "--files", "2"), one)
+
+
 @pytest.mark.parametrize("threshold", [[], ["--threshold", "0.28"]])
 def test_only_a_block_is_in_memory(
     threshold: list[str], models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +182,26 @@ def test_what_does_not_fit_is_refused(
     error = capsys.readouterr().err
     assert stopped.value.code == env.CONFIG and message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_no_model_is_hidden_by_the_result(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that holds a model or a run would mean either that or the result."""
+    values = hf_folders.config("qwen3_moe")
+    folder = hf_folders.write(tmp_path / "theirs", values, hf_folders.tensors(values))
+    tools.reshard(*tools.newest_valid(models[0]), tmp_path / "run" / "checkpoints", 1)
+    for out, message in (
+        (folder, "holds a transformers model; choose another folder"),
+        (tmp_path / "run", "already contains step-00000000; choose another folder"),
+        (tmp_path / "run" / "checkpoints", "already contains step-00000000; choose another folder"),
+    ):
+        before = sorted(out.iterdir())
+        with pytest.raises(SystemExit):
+            merged(models[:2], out)
+        error = capsys.readouterr().err
+        assert f"--out={out}: {message}" in error and len(error.splitlines()) == 1
+        assert sorted(out.iterdir()) == before
 
 
 def test_dense_models_have_no_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

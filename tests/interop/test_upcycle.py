@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from equimoe.launch import env, initial
+from equimoe.launch import env, initial, loaded
 from equimoe.launch.options import parse
 from equimoe.launch.upcycle import main
 from equimoe.moe.interop import computed
@@ -18,7 +18,7 @@ from equimoe.moe.interop.convert import write_first
 from equimoe.moe.interop.upcycle import Recipe, Upcycled
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
-from tests.helpers.grown import HIDDEN, WIDTH, Held, dense, logits, tensors, write
+from tests.helpers.grown import HIDDEN, LENGTH, VOCABULARY, WIDTH, Held, dense, logits, tensors, write
 from tests.helpers.hf_folders import assert_same
 from tests.helpers.small import write_texts
 
@@ -57,6 +57,32 @@ def test_outputs_are_those_of_the_dense_model(method: str, options: list[str], t
     found, wanted = logits(run(source, tmp_path / "moe", method, *options)), logits(source)
     assert float(wanted.std()) > 0.1
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "granularity"), [("sparse", 1), ("fine", 4)])
+def test_gradients_are_those_of_the_dense_model(method: str, granularity: int, tmp_path: Path) -> None:
+    """By the chain rule: a weight's gradient is the sum of its copies' gradients, times their factors."""
+    options = ["--granularity", "4", "--top-k", "8", "--experts", "16"] if granularity > 1 else ["--experts", "4"]
+    source = write(tmp_path / "dense")
+    wanted, found = gradients(source), gradients(run(source, tmp_path / "moe", method, *options))
+    factors = {"gate": 1.0, "up": granularity**0.5, "down": granularity**0.5}
+    for layer in ("blocks.0.mlp.", "blocks.1.mlp."):
+        for kind, copies in zip(("gate", "up", "down"), experts(found, layer), strict=True):
+            parts = copies.unflatten(0, (-1, granularity)).sum(0) * factors[kind]
+            whole = torch.cat(list(parts), dim=1 if kind == "down" else 0)
+            torch.testing.assert_close(whole, wanted[f"{layer}{kind}_proj.weight"], atol=1e-8, rtol=1e-5)
+        of_copies = found[f"{layer}router.weight"].unflatten(0, (-1, granularity)).sum(1)
+        assert float(of_copies.abs().max()) < 1e-8  # gate weights sum to 1 over equal copies
+    for name in wanted.keys() & found.keys():
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-8, rtol=1e-5, msg=name)
+
+
+def gradients(folder: Path) -> dict[str, Tensor]:
+    """Return the gradients of a checkpoint's model for some tokens, by name."""
+    model = loaded.build(loaded.find(folder), None, torch.device("cpu"), LENGTH, torch.float64).requires_grad_()
+    ids = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 #: activation, matrices that are scaled, normalised gate weights
