@@ -8,7 +8,7 @@ from typing import Any
 from ..moe.checkpoint import tools
 from ..moe.interop.architecture import flat
 from ..moe.interop.convert import SOURCES, companions_of, model_of, weights_of
-from ..moe.interop.hf import COMPANIONS, Weights, is_folder, keep_companions
+from ..moe.interop.hf import COMPANIONS, Weights, companions, is_folder, keep_companions
 from ..moe.train.loop import Trainer
 
 #: expert bias update rate of a run whose model has an expert bias, if none is given (DeepSeek-V3, arXiv 2412.19437)
@@ -18,11 +18,17 @@ BIAS_UPDATE_RATE = 0.001
 class Initial:
     """The configuration that weights determine. Raises ValueError if ``path`` has no weights that a run can use."""
 
-    def __init__(self, path: Path) -> None:
-        if not path.is_dir():
+    def __init__(self, path: Path, begun: Path | None = None) -> None:
+        """``begun``: folder of a run that may have started from them. It holds the same model, so a resume needs no
+        ``path``.
+        """
+        self.path, source = path, path
+        if begun is not None and begun.is_dir() and tools.held(begun):
+            source = begun
+        elif not path.is_dir():
             raise ValueError(f"--init.from={path}: is not a folder; give that of {SOURCES}")
-        self.path = path
-        self.model = model_of(path)
+        self.places = (path, source)
+        self.model = model_of(source)
         self.sections = dict(flat(self.model.sections()))
 
     def apply(self, values: dict[str, Any]) -> None:
@@ -33,9 +39,9 @@ class Initial:
         balance = values["moe"]["balance"]
         if self.model.expert_bias:
             balance["bias_update_rate"] = balance["bias_update_rate"] or BIAS_UPDATE_RATE
-        small = self.path if is_folder(self.path) else companions_of(self.path)
-        if small is not None and (small / "tokenizer.json").is_file() and values["data"]["tokenizer"] == "bytes":
-            values["data"]["tokenizer"] = str(small / "tokenizer.json")
+        tokenizer = next(filter(None, map(tokenizer_in, self.places)), None)
+        if tokenizer is not None and values["data"]["tokenizer"] == "bytes":
+            values["data"]["tokenizer"] = str(tokenizer)
 
     def check(self, values: dict[str, Any]) -> None:
         """Raise ValueError if a configuration describes another model."""
@@ -60,12 +66,19 @@ def begin(trainer: Trainer, path: Path) -> None:
 
 def keep(path: Path, run_dir: Path) -> None:
     """Copy the small files of the model that a run starts from to its folder, for an export."""
-    if (run_dir / COMPANIONS).exists():
+    if (run_dir / COMPANIONS).exists() or not path.is_dir():
         return
     if is_folder(path):
-        keep_companions(weights_of(path), run_dir / COMPANIONS)
+        keep_companions(companions(weights_of(path)), run_dir / COMPANIONS)
     elif (found := companions_of(path)) is not None:
-        keep_companions(found, run_dir / COMPANIONS)
+        keep_companions(companions(found), run_dir / COMPANIONS)
+
+
+def tokenizer_in(path: Path) -> Path | None:
+    """Return the tokenizer of the transformers model that the weights in folder ``path`` come from."""
+    small = path if is_folder(path) else companions_of(path)
+    file = None if small is None else small / "tokenizer.json"
+    return file if file is not None and file.is_file() else None
 
 
 def weights(path: Path) -> Weights:

@@ -63,8 +63,9 @@ def find(path: Path) -> Source:
     folder, manifest = tools.newest_valid(path, SOURCES)
     data = manifest["position"].get("config", {}).get("data", {})
     side = companions_of(folder)
-    kept = None if side is None else side / "tokenizer.json"
-    tokenizer = data.get("tokenizer") or (str(kept) if kept is not None and kept.is_file() else None)
+    kept, tokenizer = None if side is None else side / "tokenizer.json", data.get("tokenizer")
+    if kept is not None and kept.is_file() and (tokenizer is None or not Path(str(tokenizer)).exists()):
+        tokenizer = str(kept)
     return Source(weights_of(folder, manifest), f"{folder}, step {manifest['step']}", data, tokenizer, side)
 
 

@@ -95,7 +95,9 @@ def parse(argv: list[str]) -> Launch:
     if run["processes"] is not None and run["processes"] < 1:
         raise ValueError(f"--processes={run['processes']}: must be at least 1")
     values = asdict(start)
-    initial = None if run["init.from"] is None else Initial(Path(run["init.from"]))
+    run_dir = Path(run["run_dir"] or f"runs/{recipe}")
+    begun = run_dir if run["resume"] or run["requeue"] else None
+    initial = None if run["init.from"] is None else Initial(Path(run["init.from"]), begun)
     if initial is not None:
         initial.apply(values)
     for file in files:
@@ -108,7 +110,7 @@ def parse(argv: list[str]) -> Launch:
     return Launch(
         config=_build(TrainConfig, values),
         recipe=recipe,
-        run_dir=Path(run["run_dir"] or f"runs/{recipe}"),
+        run_dir=run_dir,
         processes=run["processes"],
         init=None if initial is None else initial.path,
         resume=run["resume"],

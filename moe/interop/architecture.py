@@ -52,6 +52,11 @@ class Architecture:
         """Return whether a block has an MoE feed-forward."""
         return block >= self.dense_layers and self.moe_every > 0 and (block + 1) % self.moe_every == 0
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no block has an MoE feed-forward."""
+        return not any(map(self.is_moe, range(self.num_layers)))
+
     def sections(self) -> dict[str, Any]:
         """Return the fields of a run's configuration that the architecture determines, as nested mappings."""
         own = {name: value for name, value in vars(self).items() if name not in ("moe", "attention", "expert_bias")}
@@ -121,9 +126,16 @@ def canonical(found: Architecture) -> Architecture:
     if router.groups == 1:
         router = replace(router, group_worth="two_best")
     found = replace(found, attention=a, moe=replace(moe, router=router))
-    if all(found.is_moe(block) for block in range(found.num_layers)):
+    if all(map(found.is_moe, range(found.num_layers))):
         found = replace(found, intermediate_size=None)
+    if found.is_dense:
+        found = replace(found, moe_every=0, dense_layers=0, moe=no_moe(moe.hidden_size, found.intermediate_size or 1))
     return found
+
+
+def no_moe(hidden_size: int, width: int) -> MoEConfig:
+    """Return the layer of a model that has no MoE layers. Only ``hidden_size`` has a meaning."""
+    return MoEConfig(hidden_size, width, num_experts=8, top_k=2)
 
 
 def _canonical_scaling(scaling: RotaryScaling) -> RotaryScaling:

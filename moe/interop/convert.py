@@ -34,7 +34,7 @@ from .hf import (
     neighbours,
     open_folder,
 )
-from .names import Layout, Part, Shape, names, theirs
+from .names import Layout, Part, Shape, empty, names, theirs
 
 #: key of a checkpoint's position that describes the model of an imported checkpoint; a run has "config"
 ARCHITECTURE = "architecture"
@@ -42,6 +42,8 @@ ARCHITECTURE = "architecture"
 SOURCES = "a run, a checkpoint or a transformers model"
 #: dtypes in which weights can be written
 DTYPES = ("float32", "bfloat16", "float16")
+#: fields of ``config.json`` that a model keeps when it is grown
+_GENERAL = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 #: the part of a name that marks a tensor that is fp32 unless the imported model has another dtype
 _BIAS = "e_score_correction_bias"
 
@@ -50,9 +52,15 @@ def model_of(path: Path) -> Architecture:
     """Return the architecture of the model in a transformers folder, a checkpoint or a run, without reading weights."""
     if is_folder(path):
         return config_of(path)[1]
-    found = find(path, SOURCES)[-1]
-    manifest = parse_manifest(found)
-    return _architecture(found, manifest, contents(found, manifest))
+    problem = None
+    for found in reversed(find(path, SOURCES)):
+        try:
+            manifest = parse_manifest(found)
+            return _architecture(found, manifest, contents(found, manifest))
+        except CheckpointError as error:  # of a run, an older one may be valid
+            problem = problem or error
+    assert problem is not None, "there is a checkpoint"
+    raise problem
 
 
 def weights_of(path: Path, manifest: dict[str, Any] | None = None) -> Weights:
@@ -83,7 +91,7 @@ def import_folder(folder: Path, out: Path, files: int | None = None) -> tuple[Pa
     source = open_folder(folder)
     wanted = {name: replace(entry, dtype=torch.float32) for name, entry in source.tensors.items()}
     with source.reader() as reader:
-        final = write_first(reader, wanted, source.architecture, out, files, str(folder), source)
+        final = write_first(reader, wanted, source.architecture, out, files, str(folder), companions(source))
     return final, source
 
 
@@ -94,11 +102,11 @@ def write_first(
     out: Path,
     files: int | None,
     what: str,
-    small: Weights | Path | None,
+    small: dict[str, bytes],
 ) -> Path:
     """Write weights as a checkpoint of step 0 in folder ``out``; return its path.
 
-    ``out`` also gets the ``small`` files of a transformers model, if given. See :func:`rewrite` and
+    ``out`` also gets the ``small`` files of a transformers model, if there are any. See :func:`rewrite` and
     :func:`import_folder`.
     """
     _check_new(out)
@@ -108,7 +116,7 @@ def write_first(
     position = {"world": 1, "parallel": {}, ARCHITECTURE: model.sections()}
     new = not out.exists()
     final = rewrite(values, wanted, out, 0, position, files, what)
-    if small is None:
+    if not small:
         return final
     try:
         keep_companions(small, out / COMPANIONS)
@@ -131,7 +139,34 @@ def _check_new(out: Path) -> None:
 def companions_of(path: Path) -> Path | None:
     """Return the folder with the small files of the model of a checkpoint or a run; None if there is none."""
     places = (path / COMPANIONS, path.parent / COMPANIONS, path.parent.parent / COMPANIONS)
-    return next((place for place in places if is_folder(place)), None)
+    return next((place for place in places if is_folder(place) or (place / RECORD).exists()), None)
+
+
+def small_files(source: Weights) -> dict[str, bytes]:
+    """Return the small files of the transformers model that weights come from; empty if they come from none."""
+    if is_folder(source.path):
+        return companions(source)
+    side = companions_of(source.path)
+    return {} if side is None else companions(side)
+
+
+def small_files_of_new(source: Weights, model: Architecture) -> dict[str, bytes]:
+    """Return the small files of a model that has been made of ``source``.
+
+    Its ``config.json`` is left out if no model of transformers computes the same.
+    """
+    small = small_files(source)
+    if not small:
+        return {}
+    record = _record(source.path, small.get(RECORD)) | {"layout": "v4"}
+    found = small | {RECORD: json.dumps(record, indent=1).encode()}
+    try:
+        before = dict(json.loads(found.pop(CONFIG, b"{}")))
+        _, values = family_of(model)
+    except (ValueError, TypeError, RecursionError):
+        return found
+    values |= {name: before[name] for name in _GENERAL if name in before}
+    return found | {CONFIG: json.dumps(values, indent=2).encode()}
 
 
 def export_checkpoint(
@@ -154,6 +189,7 @@ def export_checkpoint(
         if WEIGHTS + name not in saved or saved[WEIGHTS + name].shape != tensor.shape:
             raise CheckpointError(f"{path}: {name} of shape {tensor.shape} is missing")
     tensors = theirs(ours)
+    tensors |= {name: (shape, []) for name, shape in empty(FAMILIES[kind], wanted).items()}
     if wanted.tie_embeddings and record.get("head"):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     usual, others = dtype or record.get("dtype", "float32"), {} if dtype else record.get("others", {})
@@ -192,7 +228,7 @@ def _record(side: Path | None, content: bytes | None) -> dict[str, Any]:
 
 def _config(wanted: Architecture, side: Path | None, position: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the family, and the content of ``config.json``."""
-    if side is None:
+    if side is None or not is_folder(side):
         kind, values = family_of(wanted)
         length = position["config"]["data"]["seq_len"] if "config" in position else None
         return kind, values if length is None else values | {"max_position_embeddings": length}
@@ -214,7 +250,10 @@ def _blocks_of(
     """Return a function that yields the values of a tensor of transformers, whose name it gets."""
 
     def blocks(name: str) -> Iterator[Tensor]:
-        for ours, part in tensors[name][1]:
+        shape, parts = tensors[name]
+        if not parts:
+            yield torch.zeros(shape, dtype=dtypes[name])
+        for ours, part in parts:
             if part.interleaved:
                 rows = reader.box(WEIGHTS + ours, part.offsets, part.sizes)
                 yield rows[neighbours(part.sizes[0])].to(dtypes[name])

@@ -22,7 +22,7 @@ from ..config import MoEConfig, RouterConfig
 from ..experts import SwiGLU
 from .architecture import Architecture, canonical
 from .computed import Box, Computed, FeedForwards, Kind, inner, router_row, saved
-from .convert import write_first
+from .convert import small_files_of_new, write_first
 from .hf import Weights
 
 #: sharpness of the soft targets, weight of the hard targets, and their smoothing, as published
@@ -98,7 +98,9 @@ def divide(
     model = divided(source.architecture, masks_NLF, top_k)
     with source.reader() as reader:
         values = Divided(reader, masks_NLF, model, seed)
-        return write_first(values, values.wanted, model, out, files, str(source.path), None)
+        return write_first(
+            values, values.wanted, model, out, files, str(source.path), small_files_of_new(source, model)
+        )
 
 
 class Divided(Computed):

@@ -24,7 +24,7 @@ from ..checkpoint.tensors import DTYPES, Chunk, Opened, Saved
 from ..checkpoint.tools import INDEX, WEIGHTS, Reader
 from .architecture import Architecture
 from .families import FAMILIES, read_config
-from .names import Layout, Part, Shape, names, theirs
+from .names import Layout, Part, Shape, empty, names, theirs
 
 CONFIG, SINGLE = "config.json", "model.safetensors"
 #: folder next to checkpoints, for the small files of a transformers model, which an export needs
@@ -100,6 +100,8 @@ def open_folder(folder: Path) -> Weights:
             raise CheckpointError(f"{folder / file}: refused: {short(lacking[0])} is missing, unlike the index says")
     layout: Layout = "v5" if any(name.endswith(".experts.gate_up_proj") for name in found) else "v4"
     ours = names(FAMILIES[kind], wanted, layout)
+    for name in empty(FAMILIES[kind], wanted):
+        found.pop(name, None)
     left_out = _compare(folder, found, {name: shape for name, (shape, _) in theirs(ours).items()}, wanted)
     tensors = {}
     for name, tensor in ours.items():
@@ -203,18 +205,16 @@ def neighbours(rows: int) -> Tensor:
     return torch.arange(rows).view(2, -1).T.flatten()
 
 
-def keep_companions(source: Weights | Path, into: Path) -> None:
-    """Copy the small files of a model into the new folder ``into``, for a later export."""
+def keep_companions(small: dict[str, bytes], into: Path) -> None:
+    """Write the small files of a model to the new folder ``into``, for a later export."""
     into.mkdir(parents=True)
-    folder = source if isinstance(source, Path) else source.path
-    for name, content in companions(folder).items():
+    for name, content in small.items():
         write_durably(into / name, [content])
-    if isinstance(source, Weights):
-        write_durably(into / RECORD, [json.dumps(source.record, indent=1).encode()])
 
 
-def companions(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the small files of a model, by name."""
+def companions(source: Weights | Path) -> dict[str, bytes]:
+    """Return the contents of the small files of a model, or of those in a folder, by name."""
+    folder = source if isinstance(source, Path) else source.path
     found = {}
     for file in sorted(folder.iterdir()):
         if _KEPT.fullmatch(file.name) or (file.name == RECORD and folder.name == COMPANIONS):
@@ -223,6 +223,8 @@ def companions(folder: Path) -> dict[str, bytes]:
                 found[file.name] = read_plain(target, _MAX_JSON)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be read ({reason(error)})") from None
+    if isinstance(source, Weights):
+        found[RECORD] = json.dumps(source.record, indent=1).encode()
     return found
 
 

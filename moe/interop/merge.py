@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..checkpoint.tools import Reader
 from .computed import Box, Computed, inner, saved
-from .convert import companions_of, write_first
-from .hf import Weights, is_folder
+from .convert import small_files, write_first
+from .hf import Weights
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,9 @@ def merge(sources: Sequence[Weights], how: Assembly, out: Path, files: int | Non
     base = sources[0]
     if how.tensors == "experts" and not any(map(how.merges, base.tensors)):
         raise ValueError(f"{base.path}: has no MoE layers; use --tensors all")
-    small = base if is_folder(base.path) else companions_of(base.path)
     with ExitStack() as stack:
         values = Merged([stack.enter_context(source.reader()) for source in sources], how)
-        return write_first(values, values.wanted, base.architecture, out, files, str(base.path), small)
+        return write_first(values, values.wanted, base.architecture, out, files, str(base.path), small_files(base))
 
 
 def same_models(sources: Sequence[Weights]) -> None:

@@ -81,6 +81,17 @@ def theirs(ours: dict[str, Ours]) -> dict[str, tuple[Shape, list[tuple[str, Part
     return found
 
 
+def empty(family: Family, a: Architecture) -> dict[str, Shape]:
+    """Return the tensors of transformers that no tensor of the decoder needs: of a shared expert without channels."""
+    found: dict[str, Shape] = {}
+    if family.empty_shared and not a.moe.shared_intermediate_size:
+        for block in filter(a.is_moe, range(a.num_layers)):
+            mlp, d = f"model.layers.{block}.mlp.", a.moe.hidden_size
+            found |= {f"{mlp}{family.shared}.{name}": one.shape for name, one in _swiglu("", d, 0).items()}
+            found[f"{mlp}{family.shared_gate}.weight"] = (1, d)
+    return found
+
+
 def _same(name: str, shape: Shape) -> Ours:
     return Ours(shape, (Part((0,) * len(shape), shape, name),))
 

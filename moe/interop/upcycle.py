@@ -27,7 +27,7 @@ from ..checkpoint.tools import Reader
 from ..config import MoEConfig, RouterConfig
 from .architecture import Architecture, canonical
 from .computed import Box, Computed, FeedForwards, Kind, generator, inner, mean, normal, router_row, saved
-from .convert import write_first
+from .convert import small_files_of_new, write_first
 from .hf import Weights
 from .merge import same_models
 
@@ -116,7 +116,9 @@ def upcycle(sources: Sequence[Weights], recipe: Recipe, out: Path, files: int | 
     with ExitStack() as stack:
         readers = [stack.enter_context(source.reader()) for source in sources]
         values = Upcycled(readers, recipe, model)
-        return write_first(values, values.wanted, model, out, files, str(sources[0].path), None)
+        return write_first(
+            values, values.wanted, model, out, files, str(sources[0].path), small_files_of_new(sources[0], model)
+        )
 
 
 class Upcycled(Computed):

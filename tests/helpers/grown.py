@@ -43,7 +43,7 @@ def write(folder: Path, seed: int = 0, model: Architecture | None = None, files:
     decoder = Decoder(**sizes, intermediate_size=a.intermediate_size or 1, moe=a.moe, moe_every=a.moe_every)
     tensors = {f"model.{name}": 10 * value.detach() for name, value in decoder.named_parameters()}
     wanted = {name: Saved(torch.float32, tuple(value.shape), ()) for name, value in tensors.items()}
-    write_first(Held(tensors), wanted, a, folder, files, "a test", None)
+    write_first(Held(tensors), wanted, a, folder, files, "a test", {})
     return folder
 
 

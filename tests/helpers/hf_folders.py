@@ -37,6 +37,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_key_value_heads": 2},
     "deepseek_v2": _LATENT | {"topk_method": "group_limited_greedy"},
     "deepseek_v3": _LATENT | {"tie_word_embeddings": True},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 6},
 }
 
 

@@ -58,10 +58,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOss", _LOCAL | {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
 }
 
+#: the same of dense models
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (prefix, {"intermediate_size": 24} | own)
+    for name, prefix, own in (
+        ("llama", "Llama", {}),
+        ("mistral", "Mistral", {"sliding_window": 5}),
+        ("dense qwen2", "Qwen2", {}),
+        ("dense qwen3", "Qwen3", {"head_dim": 8}),
+    )
+}
+
 
 def build(family: str, **settings: Any) -> Any:
     """Return the model, in training mode; the same one for the same arguments."""
-    prefix, own = FAMILIES[family]
+    prefix, own = (FAMILIES | DENSE)[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_BASE, **own, **settings})
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)

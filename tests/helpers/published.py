@@ -78,6 +78,31 @@ PUBLISHED: dict[str, Published] = {
             "num_nextn_predict_layers": 1,
         },
     ),
+    "Llama-3.1-8B": Published(
+        8.03e9,
+        _model("llama", 4096, 32, 32, 128256, num_key_value_heads=8, intermediate_size=14336, attention_bias=False)
+        | {"rms_norm_eps": 1e-5, "mlp_bias": False, "pretraining_tp": 1, "rope_theta": 5e5}
+        | {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+            | {"original_max_position_embeddings": 8192}
+        },
+    ),
+    "Mistral-7B": Published(
+        7.24e9,
+        _model("mistral", 4096, 32, 32, 32000, num_key_value_heads=8, intermediate_size=14336, sliding_window=4096)
+        | {"rms_norm_eps": 1e-5, "rope_theta": 1e4},
+    ),
+    "Qwen2.5-7B": Published(
+        7.62e9,
+        _model("qwen2", 3584, 28, 28, 152064, num_key_value_heads=4, intermediate_size=18944, rope_theta=1e6)
+        | {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    ),
+    "Qwen3-8B": Published(
+        8.19e9,
+        _model("qwen3", 4096, 36, 32, 151936, num_key_value_heads=8, intermediate_size=12288, head_dim=128)
+        | {"rope_theta": 1e6, "attention_bias": False, "use_sliding_window": False, "sliding_window": None}
+        | {"max_window_layers": 36},
+    ),
 }
 
 

@@ -282,9 +282,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "no configuration": (lambda f: (f / "config.json").unlink(), env.CHECKPOINT, "config.json: refused: missing, or "),
     "no json": (lambda f: (f / "config.json").write_text("{"), env.CHECKPOINT, "config.json: refused: "),
     "unknown architecture": (
-        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        lambda f: (f / "config.json").write_text('{"model_type": "gemma"}'),
         env.CONFIG,
-        "config.json: model_type='llama': is an unknown architecture; use one of ",
+        "config.json: model_type='gemma': is an unknown architecture; use one of ",
     ),
     "unknown activation": (
         lambda f: (f / "config.json").write_text(json.dumps(config("mixtral", hidden_act="relu"))),

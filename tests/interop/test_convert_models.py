@@ -49,6 +49,12 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek v2", YARN),
     ("deepseek v2 lite", {"q_lora_rank": None}),
     ("deepseek v3", YARN | {"attention_bias": True}),
+    ("llama", LLAMA3 | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "head_dim": 12}),
+    ("mistral", {"num_key_value_heads": 1}),
+    ("dense qwen2", YARN),
+    ("dense qwen2", {"use_sliding_window": True, "sliding_window": 5} | KINDS),
+    ("dense qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
     ("deepseek v3 plain", {"first_k_dense_replace": 0, "q_lora_rank": None, "tie_word_embeddings": True}),
 ]
 IDS = [f"{family} {number}" for number, (family, _) in enumerate(MODELS)]
@@ -114,7 +120,9 @@ def test_logits_and_gradients(family: str, settings: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("v4", [True, False])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "deepseek v2", "deepseek v3"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2", "qwen3", "olmoe", "deepseek v2", "deepseek v3", "llama", "dense qwen2"]
+)
 def test_there_and_back(family: str, v4: bool, tmp_path: Path) -> None:
     """Both layouts are those that transformers writes, and it loads what comes back, with a tokenizer's files."""
     import transformers
@@ -137,7 +145,9 @@ def test_there_and_back(family: str, v4: bool, tmp_path: Path) -> None:
     assert torch.equal(again.generate(ids, max_new_tokens=5), first.generate(ids, max_new_tokens=5))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2", "qwen3", "olmoe", "deepseek v2", "deepseek v3"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2", "qwen3", "olmoe", "deepseek v2", "deepseek v3", "llama", "dense qwen3"]
+)
 def test_training_goes_on_as_in_transformers(family: str, tmp_path: Path) -> None:
     """Ten steps of AdamW on the same data, without a balance loss, have the same losses."""
     theirs = saved(tmp_path / "model", family)

@@ -131,6 +131,19 @@ def test_dense_blocks_and_windows() -> None:
         read_config(qwen2, "config.json")
 
 
+def test_models_that_other_families_have() -> None:
+    """Qwen2-MoE without shared experts has what Mixtral has, and biases and dense blocks."""
+    _, found = read_config(config_of("Mixtral-8x7B"), "config.json")
+    for more in ({"model": {"moe_every": 2, "intermediate_size": 8}}, {"attention": {"bias": "inputs"}}):
+        sections = found.sections()
+        for name, values in more.items():
+            sections[name] |= values
+        wanted = architecture(sections, False)
+        kind, written = family_of(wanted)
+        assert kind == "qwen2_moe" and written["shared_expert_intermediate_size"] == 0
+        assert read_config(written, "config.json")[1] == wanted
+
+
 def changed(name: str, **settings: Any) -> Callable[[], dict[str, Any]]:
     return lambda: config_of(name) | settings
 
@@ -140,7 +153,7 @@ def changed(name: str, **settings: Any) -> Callable[[], dict[str, Any]]:
     [
         (lambda: [], "config.json: must be an object"),
         (lambda: {}, "config.json: model_type=None: is an unknown architecture; use one of mixtral, qwen3_moe, "),
-        (changed("Mixtral-8x7B", model_type="llama"), "config.json: model_type='llama': is an unknown architecture; "),
+        (changed("Mixtral-8x7B", model_type="gemma"), "config.json: model_type='gemma': is an unknown architecture; "),
         (changed("Mixtral-8x7B", model_type=["mixtral"]), "config.json: model_type=['mixtral']: is an unknown archite"),
         (changed("Mixtral-8x7B", hidden_act="relu"), "config.json: hidden_act='relu': is an unknown activation; use "),
         (changed("Mixtral-8x7B", router_jitter_noise=0.1), "config.json: router_jitter_noise=0.1: this router has no "),
@@ -203,6 +216,7 @@ _WHOLE: dict[str, tuple[str, ...]] = {
     "olmoe": (*_WIDTHS, "num_experts", "num_key_value_heads", "head_dim"),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), (*_WIDTHS[:-1], "num_key_value_heads", "head_dim")),
 }
 
 
@@ -260,7 +274,7 @@ def test_reals_must_be_positive(kind: str, field: str, scaling: dict[str, Any] |
 @pytest.mark.parametrize(
     ("name", "section", "field", "value", "message"),
     [
-        ("Mixtral-8x7B", "attention", "bias", "inputs", "mixtral, which cannot have attention.bias='inputs'"),
+        ("Mixtral-8x7B", "attention", "bias", "all", "mixtral, which cannot have attention.bias='all'"),
         (
             "Qwen3-30B-A3B",
             "moe",

@@ -89,7 +89,7 @@ def test_the_threshold_is_the_root_mean_square_difference_of_a_matrix(models: li
     donor[GATE_UP][gate] += 0.1
     donor[GATE_UP][3] += 0.2
     found = initial.weights(models[0])
-    write_first(Held(donor), found.tensors, found.architecture, tmp_path / "donor", 2, "a test", None)
+    write_first(Held(donor), found.tensors, found.architecture, tmp_path / "donor", 2, "a test", {})
     for threshold, places in ((0.15, (up, 3)), (0.41, (up,)), (0.42, ())):
         wanted = {name: value.clone() for name, value in base.items()}
         for place in places:

@@ -168,7 +168,7 @@ def test_new_values_have_the_mean_and_deviation_of_those_they_replace(tmp_path: 
     values = tensors(source)
     for kind, (mean, scale) in shift.items():
         values[f"{LAYER}{kind}_proj.weight"].mul_(scale).add_(mean)
-    write_first(Held(values), found.tensors, found.architecture, tmp_path / "other", None, "a test", None)
+    write_first(Held(values), found.tensors, found.architecture, tmp_path / "other", None, "a test", {})
     moe = tensors(run(tmp_path / "other", tmp_path / "moe", "drop", "--experts", "4", "--ratio", "0.5"))
     intact = kept(values, moe)[0]
     for kind, ours, whole in zip(("gate", "up", "down"), experts(moe), feed_forward(values), strict=True):

@@ -13,8 +13,19 @@ from ..architecture import Architecture, flat
 from ..given import Given
 from .common import Family
 from .deepseek import read_v2, read_v3, write_v2, write_v3
-from .mixtral import read_mixtral, write_mixtral
-from .qwen import read_olmoe, read_qwen2, read_qwen3, write_olmoe, write_qwen2, write_qwen3
+from .mixtral import read_llama, read_mistral, read_mixtral, write_llama, write_mistral, write_mixtral
+from .qwen import (
+    read_dense_qwen2,
+    read_dense_qwen3,
+    read_olmoe,
+    read_qwen2,
+    read_qwen3,
+    write_dense_qwen2,
+    write_dense_qwen3,
+    write_olmoe,
+    write_qwen2,
+    write_qwen3,
+)
 
 #: ``model_type`` of a ``config.json`` -> family
 FAMILIES: dict[str, Family] = {
@@ -22,10 +33,14 @@ FAMILIES: dict[str, Family] = {
         "MixtralForCausalLM", read_mixtral, write_mixtral, block="block_sparse_moe", expert=("w1", "w3", "w2")
     ),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", read_qwen3, write_qwen3),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", read_qwen2, write_qwen2, shared="shared_expert"),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", read_qwen2, write_qwen2, shared="shared_expert", empty_shared=True),
     "olmoe": Family("OlmoeForCausalLM", read_olmoe, write_olmoe),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", read_v2, write_v2, interleaved=True),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", read_v3, write_v3, interleaved=True, expert_bias=True),
+    "llama": Family("LlamaForCausalLM", read_llama, write_llama, dense=True),
+    "mistral": Family("MistralForCausalLM", read_mistral, write_mistral, dense=True),
+    "qwen2": Family("Qwen2ForCausalLM", read_dense_qwen2, write_dense_qwen2, dense=True),
+    "qwen3": Family("Qwen3ForCausalLM", read_dense_qwen3, write_dense_qwen3, dense=True),
 }
 
 
@@ -50,6 +65,8 @@ def family_of(wanted: Architecture) -> tuple[str, dict[str, Any]]:
     """Return the family whose models can compute as this architecture, and the fields of its ``config.json``."""
     near = []
     for kind, family in FAMILIES.items():
+        if family.dense != wanted.is_dense:
+            continue
         if family.expert_bias != wanted.expert_bias or family.interleaved != (wanted.attention.kind == "latent"):
             continue
         written = family.write(wanted)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...config import AttentionConfig, MoEConfig
 from ..adapters import ACTIVATIONS
-from ..architecture import Architecture, canonical
+from ..architecture import Architecture, canonical, no_moe
 from ..given import Given, rotary, written_rotary
 
 
@@ -34,6 +34,10 @@ class Family:
     interleaved: bool = False
     #: whether the router has ``e_score_correction_bias``
     expert_bias: bool = False
+    #: whether no block has experts
+    dense: bool = False
+    #: whether files have the tensors of a shared expert of width 0, which transformers builds
+    empty_shared: bool = False
 
 
 def architecture(
@@ -58,18 +62,27 @@ def architecture(
     )
 
 
+def dense(c: Given, attention: AttentionConfig) -> Architecture:
+    """Return the architecture of a model without experts."""
+    silu(c, "dense feed-forwards")
+    c.only("mlp_bias", (False,), "feed-forwards of this decoder have no biases")
+    width = c.whole("intermediate_size")
+    return architecture(c, no_moe(c.whole("hidden_size"), width), attention, (0, 0), intermediate_size=width)
+
+
 def silu(c: Given, what: str) -> str:
     if (found := c.activation()) != "silu":
         raise c.error("hidden_act", f"{what} of this decoder have silu; only models without them may have another one")
     return found
 
 
-def grouped(c: Given, rotary_base: float, **more: Any) -> AttentionConfig:
+def grouped(c: Given, rotary_base: float, head_width: int | None = None, **more: Any) -> AttentionConfig:
+    """``head_width``: that of a file that does not say it."""
     base, scaling = rotary(c, rotary_base)
     heads, hidden = c.whole("num_attention_heads"), c.whole("hidden_size")
     found = AttentionConfig(
         num_kv_heads=c.whole("num_key_value_heads", default=heads),
-        head_width=c.whole("head_dim", default=hidden // heads),
+        head_width=c.whole("head_dim", default=head_width or hidden // heads),
         rotary_base=base,
         scaling=scaling,
         **more,
@@ -84,12 +97,12 @@ def biases(c: Given) -> dict[str, Any]:
 
 def written(a: Architecture) -> dict[str, Any]:
     names = {value: name for name, value in reversed(ACTIVATIONS.items())}
-    return {
+    sizes = {"intermediate_size": a.intermediate_size} if a.is_dense else {"num_experts_per_tok": a.moe.top_k}
+    return sizes | {
         "hidden_size": a.moe.hidden_size,
         "num_hidden_layers": a.num_layers,
         "num_attention_heads": a.num_heads,
         "num_key_value_heads": a.attention.num_kv_heads or a.num_heads,
-        "num_experts_per_tok": a.moe.top_k,
         "hidden_act": names.get(a.moe.activation, a.moe.activation),
         "rms_norm_eps": a.norm_eps,
         "tie_word_embeddings": a.tie_embeddings,

@@ -1,4 +1,4 @@
-"""Qwen2-MoE, Qwen3-MoE and OLMoE."""
+"""Qwen2-MoE, Qwen3-MoE and OLMoE, and the dense models Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from ...config import MoEConfig, RouterConfig
 from ..architecture import Architecture
 from ..given import Given
-from .common import architecture, biases, grouped, silu, written
+from .common import architecture, biases, dense, grouped, silu, written
 
 
-def _dense(c: Given) -> tuple[int, int]:
+def _dense_blocks(c: Given) -> tuple[int, int]:
     """Return after how many dense blocks every n-th has an MoE layer."""
     every, layers = c.whole("decoder_sparse_step", default=1), c.whole("num_hidden_layers")
     listed = c.values.get("mlp_only_layers") or []
@@ -37,14 +37,14 @@ def _qwen_moe(c: Given, **more: Any) -> MoEConfig:
 
 
 def read_qwen2(c: Given) -> Architecture:
-    width = c.whole("shared_expert_intermediate_size", least=1)
-    moe = _qwen_moe(c, shared_intermediate_size=width, shared_gate=True)
+    width = c.whole("shared_expert_intermediate_size", least=0)
+    moe = _qwen_moe(c, shared_intermediate_size=width, shared_gate=width > 0)
     bias = "inputs" if c.flag("qkv_bias", True) else "none"
-    attention = grouped(c, 1e4, bias=bias, **_qwen2_window(c))
-    return architecture(c, moe, attention, _dense(c), intermediate_size=c.whole("intermediate_size"))
+    attention = grouped(c, 1e4, bias=bias, **_late_window(c))
+    return architecture(c, moe, attention, _dense_blocks(c), intermediate_size=c.whole("intermediate_size"))
 
 
-def _qwen2_window(c: Given) -> dict[str, Any]:
+def _late_window(c: Given) -> dict[str, Any]:
     """Return the window, and from which block on. transformers 5 lists the kind of each block's attention."""
     if not c.flag("use_sliding_window"):
         return {}
@@ -60,16 +60,19 @@ def _qwen2_window(c: Given) -> dict[str, Any]:
     return {"window": window, "window_from": first} if first < layers else {}
 
 
-def write_qwen2(a: Architecture) -> dict[str, Any]:
+def _write_late_window(a: Architecture) -> dict[str, Any]:
     t = a.attention
     windowed = [t.window is not None and block >= t.window_from for block in range(a.num_layers)]
-    return _write_qwen(a) | {
-        "shared_expert_intermediate_size": a.moe.shared_intermediate_size,
-        "qkv_bias": t.bias == "inputs",
+    return {
         "use_sliding_window": t.window is not None,
         "sliding_window": t.window,
         "layer_types": ["sliding_attention" if here else "full_attention" for here in windowed],
     }
+
+
+def write_qwen2(a: Architecture) -> dict[str, Any]:
+    own = {"shared_expert_intermediate_size": a.moe.shared_intermediate_size, "qkv_bias": a.attention.bias == "inputs"}
+    return _write_qwen(a) | own | _write_late_window(a)
 
 
 def _write_qwen(a: Architecture) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def read_qwen3(c: Given) -> Architecture:
     windowed = c.flag("use_sliding_window") and c.values.get("sliding_window") is not None
     window = c.whole("sliding_window") if windowed else None
     attention = grouped(c, 1e4, qk_norm=True, window=window, **biases(c))
-    return architecture(c, _qwen_moe(c), attention, _dense(c), intermediate_size=c.whole("intermediate_size"))
+    return architecture(c, _qwen_moe(c), attention, _dense_blocks(c), intermediate_size=c.whole("intermediate_size"))
 
 
 def write_qwen3(a: Architecture) -> dict[str, Any]:
@@ -120,3 +123,19 @@ def write_olmoe(a: Architecture) -> dict[str, Any]:
         "norm_topk_prob": a.moe.router.normalize_weights,
         "attention_bias": a.attention.bias == "all",
     }
+
+
+def read_dense_qwen2(c: Given) -> Architecture:
+    return dense(c, grouped(c, 1e4, bias="inputs", **_late_window(c)))
+
+
+def write_dense_qwen2(a: Architecture) -> dict[str, Any]:
+    return written(a) | {"head_dim": a.attention.head_width} | _write_late_window(a)
+
+
+def read_dense_qwen3(c: Given) -> Architecture:
+    return dense(c, grouped(c, 1e4, 128, qk_norm=True, **biases(c), **_late_window(c)))
+
+
+def write_dense_qwen3(a: Architecture) -> dict[str, Any]:
+    return write_dense_qwen2(a) | {"attention_bias": a.attention.bias == "all"}
