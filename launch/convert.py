@@ -52,6 +52,11 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the weights of a checkpoint as a folder that transformers loads."""
     if arguments.file_bytes < 1:
         raise ValueError(f"--file-bytes={arguments.file_bytes}: must be at least 1")
+    if is_folder(arguments.dir) and not tools.held(arguments.dir):
+        raise checkpoint.CheckpointError(
+            f"{arguments.dir}: is a transformers model already; to make a checkpoint of it, use import; to train from "
+            "it, use --init.from"
+        )
     path, manifest = tools.newest_valid(arguments.dir)
     how = (arguments.layout, arguments.dtype, arguments.file_bytes)
     family, files = export_checkpoint(path, manifest, arguments.out, *how)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                 stream.end()
             elif process.rank == 0:
                 for number, prompt in enumerate(prompts):
-                    text = tokenizer.decode(np.array(everywhere[number]))
+                    text = tokenizer.decode(np.array(everywhere[number]), skip_special=True)
                     print(as_json({"prompt": prompt, "text": text}))
 
 
@@ -108,7 +108,7 @@ class Stream:
     def add(self, token: int) -> None:
         """Print what has become certain with another token: the rest may be the first bytes of a character."""
         self.ids.append(token)
-        text = self.tokenizer.decode(np.array(self.ids))
+        text = self._text()
         certain = len(text.rstrip("\ufffd"))
         if certain > self.shown:
             self._print(text[self.shown : certain])
@@ -116,7 +116,10 @@ class Stream:
 
     def end(self) -> None:
         """Print the rest and end the line."""
-        self._print(self.tokenizer.decode(np.array(self.ids))[self.shown :] + "\n")
+        self._print(self._text()[self.shown :] + "\n")
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(np.array(self.ids), skip_special=True)
 
     def _print(self, text: str) -> None:
         safe = "".join(letter if letter in "\n\t" else printable(letter) for letter in text)

@@ -17,7 +17,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..moe.serve import Sampling, Window, generate, score
-from ..moe.train.data import HuggingFaceTokenizer
 from . import loaded
 
 
@@ -105,17 +104,12 @@ class EquiMoE(TemplateLM):
             sampling = Sampling(tokens, temperature, top_p)
             texts = generate(self.model, prompts, sampling, stop=self.marks.stops, batch=self.batch_size)
             for place, number in enumerate(numbers):
-                text = self._decode(texts[place])
+                text = self.tokens.decode(np.array(texts[place]), skip_special=True)
                 until = requests[number].args[1].get("until") or []
                 for end in [until] if isinstance(until, str) else until:
                     text = text.split(end)[0] if end else text
                 found[number] = text
         return found
-
-    def _decode(self, ids: list[int]) -> str:
-        if isinstance(self.tokens, HuggingFaceTokenizer):
-            return self.tokens.decode(np.array(ids), skip_special=True)
-        return self.tokens.decode(np.array(ids))
 
     def _sampling(self, settings: dict[str, Any]) -> tuple[int, float, float]:
         tokens = int(settings.get("max_gen_toks", settings.get("max_new_tokens", self.max_gen_toks)))

@@ -70,6 +70,22 @@ def test_a_stream_holds_back_parts_of_characters_and_escapes_controls(capsys: py
     assert "".join(shown) == "é aü\\x1b[31m\n€\ufffdb" and shown[1] == "" and capsys.readouterr().out == "\ufffd\n"
 
 
+def test_special_tokens_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from equimoe.moe.train.data import load_tokenizer
+
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "one": 1, "two": 2}, unk_token="<unk>"))
+    backend.add_special_tokens(["</s>", "<pad>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    pad = tokenizer.encode("<pad>").tolist()
+    stream = generate.Stream("zero ", tokenizer)
+    for token in [1, *pad, 2, *pad]:
+        stream.add(token)
+    stream.end()
+    assert capsys.readouterr().out == "zero one two\n"
+
+
 def test_a_line_ends_where_a_text_editor_ends_it(tmp_path: Path) -> None:
     """JSON may contain other separators of lines, and Windows writes another end and a byte order mark."""
     (tmp_path / "a.jsonl").write_text(

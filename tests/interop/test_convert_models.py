@@ -128,7 +128,7 @@ def test_there_and_back(family: str, v4: bool, tmp_path: Path) -> None:
     import transformers
 
     theirs = saved(tmp_path / "model", family, v4).bfloat16()
-    theirs.save_pretrained(tmp_path / "model", save_original_format=v4, max_shard_size="20KB")
+    theirs.save_pretrained(tmp_path / "model", save_original_format=v4, max_shard_size="10KB")
     (tmp_path / "model" / "model.safetensors").unlink(missing_ok=True)
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     convert(["import", str(tmp_path / "model"), "--out", str(tmp_path / "ours")])

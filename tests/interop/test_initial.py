@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from equimoe.launch import env, initial
+from equimoe.launch import env, generate, initial
 from equimoe.launch.convert import main as convert
 from equimoe.launch.options import parse
 from equimoe.launch.train import _facts as facts_of
@@ -118,6 +118,26 @@ class _Patched:
     def __exit__(self, *error: object) -> None:
         rank = env.this_process().rank
         self.file.with_name(f"{self.file.name}{rank}").write_text("\n".join(self.seen))
+
+
+def test_a_resumed_run_needs_the_weights_no_more(tmp_path: Path, texts: str) -> None:
+    """Neither the folder nor its tokenizer, of which the run has a copy; also if its newest checkpoint is damaged."""
+    tokenizers = pytest.importorskip("tokenizers")
+    source, run_dir = model(tmp_path / "model"), tmp_path / "run"
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "alpha": 1}, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.save(str(source / "tokenizer.json"))
+    argv = ["--init.from", str(source), "--run-dir", str(run_dir), *STILL, "--data.path", texts]
+    argv += ["--checkpoint.every", "1"]
+    assert (ended := launch(argv)).codes == [0], ended.err
+    source.rename(tmp_path / "elsewhere")
+    (run_dir / "checkpoints" / "step-00000002" / "manifest.json").write_text("{")
+    ended = launch([*argv, "--resume", "--steps", "3"])
+    assert ended.codes == [0], ended.err
+    assert "resumed with data.tokenizer changed" in ended.out[0] + ended.err[0] and len(losses(run_dir)) == 3
+    one_line(launch([*argv[:3], str(tmp_path / "new"), *argv[4:]]), env.CONFIG, "model: is not a folder")
+    tokens = ["--prompt", "alpha", "--max-tokens", "2"]
+    assert (ended := launch(["--run-dir", str(run_dir), *tokens], main=generate.main)).codes == [0], ended.err
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of ``text``, shape ``(T,)``, without adding special tokens."""
 
-    def decode(self, ids: np.ndarray) -> str:
-        """Return the text of ``ids``, without end-of-document ids."""
+    def decode(self, ids: np.ndarray, skip_special: bool = False) -> str:
+        """Return the text of ``ids``, without end-of-document ids; ``skip_special`` leaves out all special tokens."""
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -49,7 +49,7 @@ class ByteTokenizer:
         raw = text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
-    def decode(self, ids: np.ndarray) -> str:
+    def decode(self, ids: np.ndarray, skip_special: bool = False) -> str:
         """Return the text of ``ids``. Bytes that are not UTF-8 become U+FFFD, so the result can always be printed."""
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
@@ -96,7 +96,6 @@ class HuggingFaceTokenizer:
         return None if found is None else int(found)
 
     def decode(self, ids: np.ndarray, skip_special: bool = False) -> str:
-        """Return the text of ``ids``, without end-of-document ids; ``skip_special`` leaves out all special tokens."""
         kept = [int(i) for i in ids if i != self.end_of_document]
         return str(self._backend.decode(kept, skip_special_tokens=skip_special))
 
