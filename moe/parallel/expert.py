@@ -27,6 +27,11 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
         width = config.intermediate_size
         what = f"must be divisible by parallel.etp={etp.size}; change one of them"
         raise ValueError(f"moe.intermediate_size={width}: {what}")
+    if ep.size * etp.size > 1 and hasattr(getattr(layer, "experts", None), "get_base_layer"):
+        raise ValueError(
+            f"parallel.ep={ep.size}, parallel.etp={etp.size}: the experts have an adapter of PEFT, which cannot be "
+            "split over ranks; set both to 1, or adapt other modules"
+        )
     assign = Owners.spread if uneven else Owners.consecutive
     owners = assign(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
     layer.place(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from ..experts import SwiGLU
+from ..layer import MoE
 from ..model import Attention, Decoder, GroupedAttention, JointNorm, LatentAttention
 
 
@@ -68,7 +69,13 @@ def check_divisible(model: Decoder, tp: int) -> None:
 
     Heads and widths must divide evenly. The vocabulary need not, but every rank must get at least one entry.
     """
+    whole = {part for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}
     for name, module in model.named_modules():
+        if hasattr(module, "get_base_layer") and module not in whole:
+            raise ValueError(
+                f"parallel.tp={tp}: {name} has an adapter of PEFT, which tensor parallelism cannot split; set "
+                "parallel.tp=1, or adapt other modules"
+            )
         if isinstance(module, Attention):
             grouped = isinstance(module, GroupedAttention) and module.group > 1
             _divided("attention.num_kv_heads" if grouped else "model.num_heads", module.split_heads, tp)
