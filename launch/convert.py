@@ -2,7 +2,7 @@
 
 ``import`` reads a folder with config.json and safetensors files; training starts from the result, or from the folder
 itself, with ``--init.from``. ``export`` reads the folder of a checkpoint or of a run, which may be training; then it
-means the run's newest valid checkpoint.
+means the run's newest valid checkpoint. ``layers`` reads the MoE layers in a checkpoint of DeepSpeed or Megatron-Core.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ..moe import checkpoint
 from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
 from ..moe.interop.convert import DTYPES, export_checkpoint, import_folder
+from ..moe.interop.foreign import EXPERT, write_layers
 from ..moe.interop.hf import is_folder
 from . import env
 from .text import counted
@@ -65,7 +66,19 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"wrote {out}: {family} of step {manifest['step']}, {counted(len(files), 'file')}, {size:,} bytes")
 
 
-COMMANDS = {"import": import_, "export": export}
+def layers(arguments: argparse.Namespace) -> None:
+    """Write the MoE layers of a checkpoint of DeepSpeed or Megatron-Core, one safetensors file each."""
+    if not arguments.dir.is_dir():
+        raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder")
+    written = 0
+    for file, weights in write_layers(arguments.dir, arguments.out, arguments.expert):
+        experts, _, width = weights["experts.down_proj"].shape
+        print(f"wrote {printable(str(file))}: {experts} experts of width {width}")
+        written += 1
+    print(f"{counted(written, 'layer')}; load one with layer.load_state_dict(safetensors.torch.load_file(FILE))")
+
+
+COMMANDS = {"import": import_, "export": export, "layers": layers}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m equimoe.launch.convert", description=f"{summary.split(':')[0]}. {' '.join(more.split())}"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|layers")
     one = commands.add_parser("import", help=import_.__doc__, description=import_.__doc__)
     one.add_argument("dir", type=Path, metavar="MODEL", help="folder of a transformers model")
     one.add_argument("--out", type=Path, required=True, help="folder in which the checkpoint gets a folder of its own")
@@ -89,6 +102,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     two.add_argument("--dtype", choices=DTYPES, help="default: that of the imported model, or float32")
     two.add_argument("--file-bytes", type=int, default=5 << 30, help="largest file; default 5 GiB")
+    three = commands.add_parser("layers", help=layers.__doc__, description=layers.__doc__)
+    three.add_argument("dir", type=Path, metavar="DIR", help="folder of a checkpoint, or in which a run saves them")
+    three.add_argument("--out", type=Path, required=True, help="new folder for the files; it must not exist")
+    three.add_argument(
+        "--expert",
+        nargs="+",
+        default=list(EXPERT),
+        metavar="NAME",
+        help="of DeepSpeed's experts, the linear layers: gate, up and down projection, or the two of experts without a "
+        f"gate; default {' '.join(EXPERT)}",
+    )
     return parser
 
 

@@ -56,8 +56,9 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "megatron": ("moe/engines/megatron/",),
     "transformers": (),
     "lm_eval": ("launch/harness.py",),
-    # the reader of old checkpoints: zipfile and pickletools parse, and run nothing
-    **dict.fromkeys(("pickletools", "zipfile"), ("moe/checkpoint/legacy.py",)),
+    # the readers of torch's files: zipfile and pickletools parse, and run nothing
+    "pickletools": ("moe/checkpoint/pickles.py",),
+    "zipfile": ("moe/checkpoint/torch_files.py",),
     **dict.fromkeys(("pickle", "_pickle", "cloudpickle", "copyreg", "dill", "joblib", "marshal", "shelve"), ()),
 }
 
@@ -242,7 +243,8 @@ GOOD = {
     "moe/engines/__init__.py": "from ..parallel import parallelize",
     "moe/train/__init__.py": "from ..engines import build_engine",
     "moe/checkpoint/__init__.py": "import torch.distributed as dist\nfrom safetensors import safe_open",
-    "moe/checkpoint/legacy.py": "import pickletools\nimport zipfile",
+    "moe/checkpoint/pickles.py": "import pickletools",
+    "moe/checkpoint/torch_files.py": "import zipfile",
     "launch/__init__.py": "",
     "launch/train.py": "from ..moe import checkpoint, interop\nfrom . import env",
     "launch/env.py": "import torch.distributed as dist",
@@ -293,9 +295,9 @@ def test_the_checker_accepts_a_good_tree(tmp_path: Path) -> None:
         ("launch/train.py", "import torch\ntorch.load('x')", "torch.load is banned"),
         ("launch/train.py", "from torch import save", "torch.save runs code"),
         ("launch/train.py", "import pickle", "pickle is for"),
-        ("moe/checkpoint/legacy.py", "import pickle", "pickle is for nobody"),
-        ("moe/checkpoint/legacy.py", "def f():\n    from _pickle import loads", "_pickle is for nobody"),
-        ("moe/checkpoint/__init__.py", "import zipfile", "zipfile is for moe/checkpoint/legacy.py"),
+        ("moe/checkpoint/pickles.py", "import pickle", "pickle is for nobody"),
+        ("moe/checkpoint/pickles.py", "def f():\n    from _pickle import loads", "_pickle is for nobody"),
+        ("moe/checkpoint/__init__.py", "import zipfile", "zipfile is for moe/checkpoint/torch_files.py"),
         (
             "moe/checkpoint/__init__.py",
             "from ..parallel import parallelize",

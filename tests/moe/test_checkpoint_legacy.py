@@ -206,9 +206,9 @@ def put(where: Any, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda all, w, info: put(info, relative_path="../victim"), "outside the files of the manifest"),
-        (lambda all, w, info: put(info, relative_path="/etc/passwd"), "outside the files of the manifest"),
-        (lambda all, w, info: put(info, relative_path=".metadata"), "outside the files of the manifest"),
+        (lambda all, w, info: put(info, relative_path="../victim"), "outside the files of the checkpoint"),
+        (lambda all, w, info: put(info, relative_path="/etc/passwd"), "outside the files of the checkpoint"),
+        (lambda all, w, info: put(info, relative_path=".metadata"), "outside the files of the checkpoint"),
         (lambda all, w, info: put(info, relative_path=("a",)), "found a tuple instead of a str"),
         (lambda all, w, info: put(info, relative_path=doubled(60)), "found a tuple instead of a str"),
         (lambda all, w, info: put(info, offset=doubled(60)), "found a tuple instead of a int"),
@@ -216,8 +216,8 @@ def put(where: Any, **fields: Any) -> None:
         (lambda all, w, info: put(w.chunks[0], offsets=doubled(60)), ""),
         (lambda all, w, info: put(info, offset=-1), "is not a size"),
         (lambda all, w, info: put(info, offset=True), "found a bool instead of a int"),
-        (lambda all, w, info: put(info, offset=1.0), "BINFLOAT"),
-        (lambda all, w, info: put(info, length=2**62), "outside the files of the manifest"),
+        (lambda all, w, info: put(info, offset=1.0), "found a float instead"),
+        (lambda all, w, info: put(info, length=2**62), "outside the files of the checkpoint"),
         (lambda all, w, info: put(info, length=2**90), "is not a size"),
         (lambda all, w, info: put(info, length=10), "not a zip file"),
         (lambda all, w, info: put(info, transform_descriptors=["zstd"]), "in a way that our checkpoints do not use"),
