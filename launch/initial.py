@@ -48,9 +48,10 @@ class Initial:
         for name, value in self.sections.items():
             section, field = _place(values, name)
             if section[field] != value:
-                raise ValueError(
-                    f"{name}={section[field]!r}: the model of --init.from={self.path} has {value!r}; leave it out"
-                )
+                has = f"the model of --init.from={self.path} has {value!r}; leave it out"
+                if self.model.is_dense and name.startswith(("moe.", "model.moe_every")):
+                    has = f"the model of --init.from={self.path} is dense; give it experts with equimoe.launch.upcycle"
+                raise ValueError(f"{name}={section[field]!r}: {has}")
         if self.model.expert_bias and not values["moe"]["balance"]["bias_update_rate"]:
             raise ValueError(
                 f"moe.balance.bias_update_rate=0: the routers of --init.from={self.path} have an expert bias; leave it "

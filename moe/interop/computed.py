@@ -44,6 +44,11 @@ def saved(shape: Box) -> Saved:
     return Saved(torch.float32, shape, ())
 
 
+def share_of(ratio: float, count: int) -> int:
+    """Return floor(ratio * count) of a ratio in decimals: 0.29 of 100 are 29, although the product is below 29."""
+    return math.floor(round(ratio * count, 6))
+
+
 def inner(offsets: Box, sizes: Box) -> tuple[slice, ...]:
     """Return a box as slices."""
     return tuple(slice(first, first + count) for first, count in zip(offsets, sizes, strict=True))

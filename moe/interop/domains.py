@@ -21,7 +21,7 @@ from ..checkpoint.tools import Reader
 from ..config import MoEConfig, RouterConfig
 from ..experts import SwiGLU
 from .architecture import Architecture, canonical
-from .computed import Box, Computed, FeedForwards, Kind, inner, router_row, saved
+from .computed import Box, Computed, FeedForwards, Kind, inner, router_row, saved, share_of
 from .convert import small_files_of_new, write_first
 from .hf import Weights
 
@@ -62,7 +62,7 @@ def mean_activity(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 def domain_masks(activity_NLF: Tensor, keep: float) -> Tensor:
     """Return which channels each domain keeps in each block: the share ``keep`` with the highest activity."""
-    count = int(keep * activity_NLF.shape[-1]) if 0 < keep <= 1 else 0
+    count = share_of(keep, activity_NLF.shape[-1]) if 0 < keep <= 1 else 0
     if not count:
         raise ValueError(f"--keep-channels={keep}: must be at most 1, and at least one channel; 0.5 is usual")
     best = activity_NLF.topk(count, dim=-1).indices

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..checkpoint.tools import Reader
 from ..config import MoEConfig, RouterConfig
 from .architecture import Architecture, canonical
-from .computed import Box, Computed, FeedForwards, Kind, generator, inner, mean, normal, router_row, saved
+from .computed import Box, Computed, FeedForwards, Kind, generator, inner, mean, normal, router_row, saved, share_of
 from .convert import small_files_of_new, write_first
 from .hf import Weights
 from .merge import same_models
@@ -74,7 +74,9 @@ class Recipe:
             raise ValueError("has MoE layers already; give a model whose feed-forwards are all dense")
         if g < 1 or width % g:
             raise ValueError(f"--granularity={g}: must divide the width of the feed-forwards, {width}")
-        if self.num_experts < 1 or self.num_experts % (g * models):
+        if self.num_experts < 1:
+            raise ValueError(f"--experts={self.num_experts}: must be at least 1; 8 is usual")
+        if self.num_experts % (g * models):
             what = f"--granularity={g}" if models == 1 else f"the number of models, {models}, times --granularity={g}"
             raise ValueError(f"--experts={self.num_experts}: must be a multiple of {what}")
         if self.top_k < 1 or self.top_k % g:
@@ -190,7 +192,7 @@ class Experts:
         """Return the channels of an expert that are drawn again: the same in its three matrices."""
         width = self.moe.intermediate_size
         draws = generator(self.recipe.seed, f"{prefix}{expert} channels")
-        return torch.randperm(width, generator=draws)[: int(self.recipe.ratio * width)].sort().values
+        return torch.randperm(width, generator=draws)[: share_of(self.recipe.ratio, width)].sort().values
 
     def _rows(self, kind: Kind, prefix: str, expert: int, first: int, last: int) -> Tensor:
         dense = self._part(kind, prefix, expert)

@@ -203,6 +203,13 @@ def test_what_is_refused(options: list[str], message: str, tmp_path: Path, monke
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def test_a_dense_model_gets_experts_by_another_command(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", "llama")
+    for option in (["--model.moe_every", "1"], ["--moe.num_experts", "4"]):
+        with pytest.raises(ValueError, match="is dense; give it experts with equimoe.launch.upcycle"):
+            parse(["--init.from", str(folder), *option])
+
+
 def test_weights_that_are_damaged_end_the_run(tmp_path: Path, texts: str) -> None:
     folder = model(tmp_path / "model")
     file = folder / "model.safetensors"

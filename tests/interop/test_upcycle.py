@@ -241,7 +241,13 @@ def test_a_run_starts_from_the_grown_model(tmp_path: Path) -> None:
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5) and losses[0][2] != losses[1][2]
 
 
+@pytest.mark.parametrize(("ratio", "count", "share"), [(0.29, 100, 29), (0.5, 37, 18), (0.999, 100, 99), (1.0, 7, 7)])
+def test_a_share_of_the_channels_is_rounded_down(ratio: float, count: int, share: int) -> None:
+    assert computed.share_of(ratio, count) == share
+
+
 WRONG = {
+    "--experts=0: must be at least 1": ["sparse", "--experts", "0"],
     "--experts=8: must be a multiple of --granularity=3": ["fine", "--granularity", "3", "--experts", "8"],
     "--granularity=5: must divide the width of the feed-forwards, 24": ["fine", "--granularity", "5"],
     "--top-k=3: must be a multiple of --granularity=2": ["fine", "--top-k", "3"],
