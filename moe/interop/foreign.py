@@ -89,7 +89,7 @@ def _newest(folder: Path) -> Path:
         if (folder / name).is_file():
             found = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
             place = folder / (where.format(found) if found != "release" else found)
-            if not re.fullmatch(r"[\w.-]+", found) or not place.is_dir():
+            if not re.fullmatch(r"\w[\w.-]*", found) or not place.is_dir():
                 raise CheckpointError(f"{folder / name}: names {short(found)}, which is no folder next to it")
             return place
     return folder

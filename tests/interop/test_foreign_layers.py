@@ -115,6 +115,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "was saved with tensor parallelism",
     ),
     "a name elsewhere": (lambda f: (f.parent / "latest").write_text("../run/one"), "latest: names '../run/one', which"),
+    "a folder above": (lambda f: (f.parent / "latest").write_text(".."), "latest: names '..', which is no folder"),
     "nothing": (lambda f: [file.unlink() for file in f.iterdir()], "holds neither .metadata, as checkpoints of"),
     "no metadata": (lambda f: (f / ".metadata").write_bytes(pickle.dumps(Planted())), "the pickle names posix.system"),
 }
