@@ -8,7 +8,6 @@ the missing runs. It writes a table (.md), a picture (.png) and all numbers (.js
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -187,16 +186,16 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             *as_lines(result),
             "",
-            f"{s['layers']} layers of {s['experts']} experts, top-{s['top_k']}, on {RANKS} ranks; {s['steps']} steps of "
-            f"{s['global_batch']} sequences of {s['seq_len']} bytes, in micro-batches of {s['micro_batch']}. `-fssdp` "
-            "replicates in every step the two experts that were busiest in the five steps before, on all ranks. "
+            f"{s['layers']} layers of {s['experts']} experts, top-{s['top_k']}, on {RANKS} ranks; {s['steps']} steps "
+            f"of {s['global_batch']} sequences of {s['seq_len']} bytes, in micro-batches of {s['micro_batch']}. "
+            "`-fssdp` replicates in every step the two experts that were busiest in the five steps before, on all ranks. "
             "`global+micro` adds a micro-batch loss with 1 % of the coefficient. Loss in nats per token of held-out "
-            "text; divergence in bits, how differently domains are routed; busiest rank: its rows in a micro-batch over "
-            "the mean, mean of the second half of the run; \u00b1 standard deviation over seeds.",
+            "text; divergence in bits, how differently domains are routed; busiest rank: its rows in a micro-batch "
+            "over the mean, mean of the second half of the run; \u00b1 standard deviation over seeds.",
             "",
             table(["arm", *(title for _, title, *_ in COLUMNS)], rows),
             "",
-            "What replicas change in the held-out loss, per seed. They change only the order in which numbers are added.",
+            "What replicas change in the held-out loss, per seed. They change only the order of additions.",
             "",
             table(["balance", *(f"seed {seed}" for seed in seeds)], changes),
             "",
