@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .balance import Balancer, Visit, initial_bias
-from .collectives import Route, once, reset
+from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
-from .experts import ReplicatedExperts, RoutedExperts, SharedExperts
+from .experts import RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
+from .replication import Calibration, Replication
 from .routing import Router
 from .types import Routing, RoutingStats
 
@@ -81,59 +82,43 @@ class MoE(nn.Module):
         self.duplicates = DropDuplicates(placement.copies)
         self.capacity = build_capacity(self.config, placement)
         self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
-        #: which ranks hold which experts, if these are replicated
-        self.replicas: Replicas | None = None
-        #: how experts' weights are copied between ranks in every forward; None: not at all
-        self.route: Route | None = None
-        #: whether replicas are freed after the forward and copied again in the backward
-        self.free_replicas = False
-        #: experts whose weights are on the way since before the forward
-        self._early: ReplicatedExperts | None = None
+        #: the replicas of experts that the ranks hold in this step; None: none
+        self.replication: Replication | None = None
 
-    def hold(self, replicas: Replicas) -> None:
+    def hold(self, replicas: Replicas, free: bool = False, calibration: Calibration | None = None) -> None:
         """Hold replicas of other ranks' experts from the next forward on. Tokens prefer holders on their own node.
 
-        Every ep rank must call this with the same ``replicas``, between steps. Raises ValueError if they have other
-        owners than the layer's placement.
+        Every ep rank must call this with the same ``replicas``, between steps. See :class:`Replication` for the other
+        arguments. Raises ValueError if the replicas have other owners than the layer's placement.
         """
-        ep = self.balancer.placement.ep
         if replicas.owners != self.balancer.owners:
             raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
-        self.route = Route(ep, replicas.sent_by(ep.rank), replicas.received_by(ep.rank)) if len(replicas) else None
-        self._early = None
-        self.dispatcher.address(replicas.seen_from(ep.rank) if len(replicas) else replicas.owners)
-        self.replicas = replicas
+        self.replication = Replication(replicas, self.balancer.placement.ep, self.dispatcher, free, calibration)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         whole = x.shape
         x, mask = self.duplicates.split(x, mask)
         x_TD, mask_T, sequences = self._flatten(x, mask)
         router, experts, shared = self.parts()
-        if self.route is not None:
-            experts = once(partial(self._replicated, self.route))
+        held = experts if self.replication is None else self.replication.begin(experts)
         visit, decision = self.balancer.begin(self, x_TD)
         routing = router(x_TD, mask_T, sequences, decision)
         if self.capacity is not None:
             routing = self.capacity(routing)
-        if visit is not None and self.balancer.count(visit, routing, mask_T):
+        counted = visit is not None and self.balancer.count(visit, routing, mask_T)
+        if visit is not None and counted:
             self._keep_stats(routing, visit)
+        if self.replication is not None:
+            held = self.replication.adapt(held, experts, routing, counted)
         flight = self.dispatcher.send(x_TD, routing)
         shared_TD = None if shared is None else shared(x_TD)  # overlaps with the exchange of rows
-        y_TD = self.dispatcher.finish(flight, experts)
-        if self.free_replicas and self.route is not None:
-            y_TD = experts.free(y_TD)
+        y_TD = self.dispatcher.finish(flight, held)
+        if self.replication is not None:
+            y_TD = self.replication.end(y_TD, held)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
-
-    def start_replicas(self) -> None:
-        """Start to copy the weights of the experts to be replicated; whatever comes before the forward overlaps."""
-        self._early = None if self.route is None else self.parts()[1].replicated(self.route)
-
-    def _replicated(self, route: Route) -> ReplicatedExperts:
-        early, self._early = self._early, None
-        return early or self.parts()[1].replicated(route)
 
     def parts(self) -> tuple[Any, Any, Any]:
         """Return the router, the routed experts, and the shared experts or None."""
@@ -174,4 +159,4 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # both may hold unfinished collectives, which cannot be copied
-        return {**self.__dict__, "_stats": None, "_early": None}
+        return {**self.__dict__, "_stats": None, "replication": None}

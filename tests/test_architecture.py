@@ -13,7 +13,7 @@ FOLDERS = ("moe", "kernels", "launch")
 
 BASE = ("moe.collectives", "moe.placement", "moe.types", "moe.config", "moe.version", "kernels")
 STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
-LAYER = ("moe.layer", *STAGES, *BASE)
+LAYER = ("moe.layer", "moe.replication", *STAGES, *BASE)
 MODEL = ("moe.model", *LAYER)
 PARALLEL = ("moe.parallel", *MODEL)
 TRAIN = ("moe.train", "moe.engines", "moe.checkpoint", "moe.health", "moe.observe", *PARALLEL)
@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
     **dict.fromkeys(("moe.collectives", "moe.placement", "moe.types", "moe.config", "moe.version"), BASE),
     **dict.fromkeys(STAGES, BASE),
-    "moe.layer": LAYER,
+    **dict.fromkeys(("moe.layer", "moe.replication"), LAYER),
     "moe": LAYER,  # moe/__init__.py
     "moe.model": LAYER,
     "moe.interop": ("moe.checkpoint", *LAYER),
@@ -66,7 +66,15 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 PICKLING_STORAGES = ("FileSystemReader", "FileSystemWriter", "FsspecReader", "FsspecWriter")
 
 #: no copy to the host here: it waits for the device
-SYNC_FREE = ("moe/layer.py", "moe/routing/", "moe/balance/", "moe/experts/", "moe/dispatch/", "moe/collectives/")
+SYNC_FREE = (
+    "moe/layer.py",
+    "moe/replication.py",
+    "moe/routing/",
+    "moe/balance/",
+    "moe/experts/",
+    "moe/dispatch/",
+    "moe/collectives/",
+)
 SYNCS = ("item", "tolist", "cpu")
 #: the dropless exchange has to tell the host its split sizes; weights are filled once, before training
 SYNCS_ALLOWED = {("moe/collectives/no_gradient.py", "tolist"): 2, ("moe/collectives/initial.py", "tolist"): 1}

@@ -127,6 +127,8 @@ class PendingCopies:
     """A sparse all-gather that has started; :meth:`wait` returns own rows and received ones."""
 
     def __init__(self, weights: tuple[Tensor, ...], route: Route | None) -> None:
+        #: number of rows from other ranks
+        self.received = 0 if route is None else sum(route.received)
         self._copying = None if route is None else _Copying(route, tuple(w.detach() for w in weights))
         self._tokens = weights if self._copying is None else _Start.apply(self._copying, *weights)
 

@@ -24,12 +24,18 @@ class PlacementConfig:
     reshard_every: int = 0
     #: free replicas after the forward, and copy them again in the backward; recomputation does so anyway
     rematerialize: bool = False
+    #: after routing, add replicas for the real load where memory is left, if the busiest rank saves more than this many
+    #: rows per copy (as many as it computes in the time of one); the host then waits for every layer. None: never
+    calibrate: int | None = None
     #: ranks per node, adjacent ones; None: those that the launcher says
     node_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("overlap", 0), ("window", 1), ("reshard_every", 0)):
             require(getattr(self, name) >= least, f"placement.{name}", getattr(self, name), f"must be at least {least}")
+        require(
+            self.calibrate is None or self.calibrate >= 0, "placement.calibrate", self.calibrate, "must be at least 0"
+        )
         for name in ("memory_mb", "node_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"placement.{name}", value, "must be at least 1, or left out")

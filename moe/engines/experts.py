@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from ..collectives import LOCAL, Axis, exchange_rows, sum_over
 from ..config import PlacementConfig
 from ..dispatch import node_size
 from ..layer import MoE
-from ..placement import Forecast, Owners, Replicas, materialize, reshard
+from ..placement import Forecast, Owners, Replicas, calibrate, materialize, reshard
+from ..replication import Calibration
 
 #: chooses the replicas of a step for every layer, from the expected loads fp64 [L, E] (None: unknown) and the owners
 Planner = Callable[["Tensor | None", Sequence[Owners]], list[Replicas]]
@@ -44,8 +46,6 @@ class ExpertPlacement:
         self.forecast = Forecast(config.window)
         self.steps = 0
         self.plan: Planner = self._most_loaded
-        for layer in self.layers:
-            layer.free_replicas = config.rematerialize
         #: ranks per node, and replicas of a layer that a rank has room for
         self.node_size = 1 if axis.size == 1 else min(config.node_size or node_size(axis), axis.size)
         self.room = min((config.replicas_per_rank(_bytes_of_expert(layer, dtype)) for layer in self.layers), default=0)
@@ -57,7 +57,14 @@ class ExpertPlacement:
     def begin(self) -> None:
         """Choose the replicas of the step that begins."""
         for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
-            layer.hold(replicas)
+            layer.hold(replicas, self.config.rematerialize, self._calibration)
+
+    @property
+    def _calibration(self) -> Calibration | None:
+        rows = self.config.calibrate
+        if rows is None:
+            return None
+        return partial(calibrate, overlap=self.config.overlap, memory=self.room, rows_per_expert=rows)
 
     def _most_loaded(self, loads_LE: Tensor | None, owners: Sequence[Owners]) -> list[Replicas]:
         if loads_LE is None:

@@ -18,11 +18,14 @@ Compute = Callable[[Tensor, DispatchPlan, Tensor, Tensor], Tensor]
 class ReplicatedExperts:
     """A rank's own experts and its replicas, for one forward. Their weights may still be on the way.
 
-    ``start`` starts to copy the weights.
+    ``start`` starts to copy the weights. With ``first``, the replicas come after those that it has.
     """
 
-    def __init__(self, compute: Compute, start: Callable[[], PendingCopies]) -> None:
-        self._compute, self._start, self._pending = compute, start, start()
+    def __init__(
+        self, compute: Compute, start: Callable[[], PendingCopies], first: ReplicatedExperts | None = None
+    ) -> None:
+        self._compute, self._first, self._pending = compute, first, start()
+        self._starts = [*(() if first is None else first._starts), start]
         self._weights: tuple[Tensor, ...] = ()
 
     def __call__(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -32,7 +35,8 @@ class ReplicatedExperts:
     def parameters(self) -> Iterator[Tensor]:
         """Return the weights of all experts that the rank holds; wait for them first."""
         if not self._weights:
-            self._weights = self._pending.wait()
+            first = () if self._first is None else tuple(self._first.parameters())
+            self._weights, self._first = _joined(first, self._pending), None
         return iter(self._weights)
 
     def free(self, y_TD: Tensor) -> Tensor:
@@ -42,9 +46,20 @@ class ReplicatedExperts:
     @torch.no_grad()
     def copy_again(self) -> None:
         """Fill the freed weights in place."""
-        for weight, value in zip(self._weights, self._start().wait(), strict=True):
+        values: tuple[Tensor, ...] = ()
+        for pending in [start() for start in self._starts]:
+            values = _joined(values, pending)
+        for weight, value in zip(self._weights, values, strict=True):
             weight.untyped_storage().resize_(weight.nbytes)
             weight.data.copy_(value)  # autograd would take another in-place change for an error
+
+
+def _joined(first: tuple[Tensor, ...], pending: PendingCopies) -> tuple[Tensor, ...]:
+    """Append the rows that have been received to ``first``; if that is empty, to this rank's own."""
+    weights = pending.wait()
+    if not first:
+        return weights
+    return tuple(torch.cat((f, w[len(w) - pending.received :])) for f, w in zip(first, weights, strict=True))
 
 
 class _Freed(torch.autograd.Function):

@@ -55,15 +55,17 @@ class RoutedExperts(nn.Module):
         """Do the same with these weights, of any number of experts."""
         return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
 
-    def replicated(self, route: Route) -> ReplicatedExperts:
+    def replicated(self, route: Route, first: ReplicatedExperts | None = None) -> ReplicatedExperts:
         """Start to copy experts between ranks, and return this rank's own experts together with those it gets.
+
+        With ``first``, those it gets come after the experts that ``first`` has.
 
         Under autocast, weights travel in the dtype in which the experts compute.
         """
         dtype, device = self.dtype, self.down_proj.device.type
         if dtype is None and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(dtype), route))
+        return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(dtype), route), first)
 
     def _weights(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the weights, in ``dtype`` if it is given."""

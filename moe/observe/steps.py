@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,19 +135,21 @@ def observe(
         row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
-        owners = layer.balancer.owners if layer.replicas is None else layer.replicas.owners  # they may have moved since
+        owners = (
+            layer.balancer.owners if layer.replication is None else layer.replication.replicas.owners
+        )  # they may have moved since
         factor_M = straggler(rows_ME, owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(columns.degrees):
             row["projected"][i] = straggler(own_ME, Owners.consecutive(columns.experts, ranks)).sum()
-        if layer.replicas is not None:
+        if (replication := layer.replication) is not None:
             row["replicated"] += replicated_M.sum()
-            row["replicas"] += len(layer.replicas)
-            row["copied_bytes"] += 0 if layer.route is None else sum(layer.route.log)
+            row["replicas"] += fmean(len(used) for used in replication.used[-totals.micro_batches :])
+            row["copied_bytes"] += replication.sent_bytes
             row["has_replicas"] += 1.0
-            if layer.replicas.expected_E is not None:
-                row["forecast_error"] += forecast_error(layer.replicas.expected_E, totals.counts_E)
+            if (expected_E := replication.replicas.expected_E) is not None:
+                row["forecast_error"] += forecast_error(expected_E, totals.counts_E)
                 row["has_forecast_error"] += 1.0
         for term in totals.terms:
             i = columns.losses.index(term.name)
@@ -171,12 +174,14 @@ def _replicated(layers: list[MoE], mesh: Mesh | None) -> list[Tensor]:
     """Return the straggler factor of each layer's micro-batches [M] with replicas; NaN without."""
     found = []
     for layer in layers:
-        totals, replicas = layer.balancer.previous_step, layer.replicas
+        totals, replication = layer.balancer.previous_step, layer.replication
         assert totals is not None
-        if replicas is None or mesh is None:
+        if replication is None or mesh is None:
             found.append(torch.full_like(totals.local_tokens_M, math.nan, dtype=torch.float64))
             continue
-        rows_MP = replicas.rows_sent(totals.local_counts_ME, mesh["ep"].rank)
+        counts_ME, used = totals.local_counts_ME, replication.used[-totals.micro_batches :]
+        rank = mesh["ep"].rank
+        rows_MP = torch.stack([of.rows_sent(c[None], rank)[0] for c, of in zip(counts_ME, used, strict=True)])
         for axis in ("ep", "etp"):
             rows_MP = sum_over(rows_MP, mesh[axis]).get()
         found.append(busiest_over_mean(rows_MP))

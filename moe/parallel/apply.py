@@ -81,7 +81,8 @@ def apply_context_parallel(model: Decoder, mesh: Mesh) -> Tensor | None:
 def _start_replicas(block: Block, _inputs: object) -> None:
     """Let the copies of experts' weights travel while the block's attention computes."""
     assert isinstance(block.mlp, MoE)
-    block.mlp.start_replicas()
+    if block.mlp.replication is not None:
+        block.mlp.replication.start(block.mlp.experts)
 
 
 def _decoder(model: nn.Module, degree: str) -> Decoder:

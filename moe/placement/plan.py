@@ -165,7 +165,7 @@ def calibrate(counts_PE: Tensor, planned: Replicas, overlap: int, memory: int, r
         free_P[new] -= 1
         moved_P[new] += 1
         moved_P[owners.rank_of_E[expert]] += len(new)
-        tried = Replicas(owners, on, planned.node_size, planned.expected_E)
+        tried = Replicas(owners, on, planned.node_size, planned.expected_E, planned)
         cost = int(rows_by_rank(counts_PE, tried).max()) + rows_per_expert * float(moved_P.max())
         if cost < least:
             best, least = tried, int(cost)

@@ -19,7 +19,8 @@ class Replicas:
     """The owner of every expert, and the ranks that hold a replica of its weights during a step.
 
     A rank's slots are those of its own experts, then those of its replicas, ordered by owner and by slot there. Nodes
-    are ``node_size`` consecutive ranks; None: all ranks are one node.
+    are ``node_size`` consecutive ranks; None: all ranks are one node. With ``planned``, all its replicas come first,
+    and only the others are still to be sent.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Replicas:
         ranks_of_E: Sequence[Iterable[int]] | None = None,
         node_size: int | None = None,
         expected_E: Sequence[float] | None = None,
+        planned: Replicas | None = None,
     ) -> None:
         """``ranks_of_E`` are the ranks with a replica of each expert; None: no replicas.
 
@@ -35,6 +37,7 @@ class Replicas:
         holds the expert already, or is named twice.
         """
         self.owners, self.node_size, self.expected_E = owners, node_size or owners.ranks, expected_E
+        self.planned = planned
         given = [()] * owners.num_experts if ranks_of_E is None else ranks_of_E
         self.ranks_of_E = tuple(tuple(sorted(ranks)) for ranks in given)
         if len(self.ranks_of_E) != owners.num_experts:
@@ -66,25 +69,31 @@ class Replicas:
 
     @cached_property
     def _held(self) -> list[list[int]]:
-        held = [list(self.owners.experts_of(rank)) for rank in range(self.owners.ranks)]
-        for rank in range(self.owners.ranks):
-            for expert in self.owners.experts_of(rank):
-                for to in self.ranks_of_E[expert]:
+        ranks = range(self.owners.ranks)
+        held = [list((self.planned or self.owners).experts_of(rank)) for rank in ranks]
+        for owner in ranks:
+            for expert in self.owners.experts_of(owner):
+                for to in self._new_ranks(expert):
                     held[to].append(expert)
         return held
+
+    def _new_ranks(self, expert: int) -> list[int]:
+        """Return the ranks that are still to get a replica of an expert."""
+        before = () if self.planned is None else self.planned.ranks_of_E[expert]
+        return [rank for rank in self.ranks_of_E[expert] if rank not in before]
 
     def sent_by(self, rank: int) -> list[list[int]]:
         """Return, for every rank, the slots of this rank's own experts that it gets."""
         sent: list[list[int]] = [[] for _ in range(self.owners.ranks)]
         for slot, expert in enumerate(self.owners.experts_of(rank)):
-            for to in self.ranks_of_E[expert]:
+            for to in self._new_ranks(expert):
                 sent[to].append(slot)
         return sent
 
     def received_by(self, rank: int) -> list[int]:
         """Return the number of replicas that this rank gets from every rank."""
         received = [0] * self.owners.ranks
-        for expert in self._held[rank][len(self.owners.experts_of(rank)) :]:
+        for expert in self._held[rank][len((self.planned or self.owners).experts_of(rank)) :]:
             received[self.owners.rank_of_E[expert]] += 1
         return received
 

@@ -49,6 +49,17 @@ COMPOSITIONS: dict[str, C] = {
     "fssdp, fsdp 2, bf16, overlapped 2, replicas freed": C(
         2, P(experts="fssdp", data_parallel="fsdp"), dtype=BF16, dispatch=D("overlapped", chunks=2), rematerialize=True
     ),
+    "fssdp, dp 4, calibrated, recompute": C(4, P(experts="fssdp"), recompute=True, calibrate=True),
+    "fssdp, fsdp 2, bf16, calibrated, replicas freed": C(
+        2, P(experts="fssdp", data_parallel="fsdp"), dtype=BF16, rematerialize=True, calibrate=True
+    ),
+    "fssdp, cp 2, overlapped 2, calibrated, recompute, exchanges kept": C(
+        2,
+        P(experts="fssdp", cp=2),
+        dispatch=D("overlapped", chunks=2),
+        recompute=R(keep_exchanges=True),
+        calibrate=True,
+    ),
     "fssdp, dp 2, little memory": C(2, P(experts="fssdp"), dispatch=D(memory_mb=1)),
     # recomputation
     "dp 2, ep 2, recompute attention": C(2, P(ep=2), recompute=R("attention")),

@@ -51,6 +51,8 @@ class Composition:
     tied: bool = False
     #: whether replicas of experts are freed between forward and backward
     rematerialize: bool = False
+    #: whether replicas are added after routing
+    calibrate: bool = False
 
     @property
     def limit(self) -> float:
@@ -136,7 +138,9 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         shape=(SEQUENCES // dp // micro_batches, LENGTH),
         dtype=torch.bfloat16 if bf16 else None,
         precision=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
-        placement=PlacementConfig(rematerialize=of.rematerialize),
+        placement=PlacementConfig(
+            overlap=4, memory_mb=1, rematerialize=of.rematerialize, calibrate=0 if of.calibrate else None
+        ),
     )
     engine.experts.plan = partial(at_random, random.Random(0))
     result: dict[str, Any] = {"loss": [], "norm": []}
@@ -187,7 +191,7 @@ def alone(of: Composition) -> dict[str, Any]:
     precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does
     parallel = ParallelConfig(data_parallel="ddp" if precise else of.parallel.data_parallel)
     same = replace(of, world=ranks, parallel=parallel, micro_batches=1 if together else dp * of.micro_batches)
-    return _reference(replace(same, recompute=False, rematerialize=False, dispatch=DispatchConfig()))
+    return _reference(replace(same, recompute=False, rematerialize=False, calibrate=False, dispatch=DispatchConfig()))
 
 
 @cache

@@ -217,6 +217,23 @@ def test_owners_change_as_asked() -> None:
     assert any(o != Owners.spread(8, 4) for o in owners)
 
 
+def calibrated(rank: int, world: int, rows: int | None) -> tuple[list[float], list[int]]:
+    """Return the norms of three steps, and the replicas of each forward of the last."""
+    mesh = build_mesh(EP if rows is None else FSSDP)
+    engine = engine_of(mesh, PlacementConfig(overlap=2, memory_mb=1, calibrate=rows))
+    norms = train(engine, mesh, range(3))
+    return norms, [] if rows is None else [len(of) for of in engine.experts.layers[0].replication.used]
+
+
+def test_after_routing_replicas_are_added_for_the_real_load() -> None:
+    norms, _ = run_ranks(calibrated, 4, None)[0]
+    for rows, adds in ((0, True), (10**9, False)):
+        found, used = run_ranks(calibrated, 4, rows)[0]
+        assert found == pytest.approx(norms, rel=1e-6)
+        planned = 2 * 3  # the two experts that are expected to be the busiest, on three ranks each
+        assert len(used) == 1 and (used[0] > planned if adds else used[0] == planned)
+
+
 def test_a_memory_budget_below_one_expert_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^placement.memory_mb=1: an expert takes 3.0 MiB; raise it, or set"):
         PlacementConfig(memory_mb=1).replicas_per_rank(3 << 20)
