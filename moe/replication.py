@@ -1,4 +1,7 @@
-"""The replicas of experts that a layer holds in a step, and how they travel.  T tokens, D hidden, E experts, P ranks."""
+"""The replicas of experts that a layer holds in a step, and how they travel.
+
+T tokens, D hidden, E experts, P ranks.
+"""
 
 from __future__ import annotations
 

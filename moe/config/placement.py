@@ -33,9 +33,8 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         for name, least in (("overlap", 0), ("window", 1), ("reshard_every", 0)):
             require(getattr(self, name) >= least, f"placement.{name}", getattr(self, name), f"must be at least {least}")
-        require(
-            self.calibrate is None or self.calibrate >= 0, "placement.calibrate", self.calibrate, "must be at least 0"
-        )
+        possible = self.calibrate is None or self.calibrate >= 0
+        require(possible, "placement.calibrate", self.calibrate, "must be at least 0, or left out")
         for name in ("memory_mb", "node_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"placement.{name}", value, "must be at least 1, or left out")

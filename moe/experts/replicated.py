@@ -25,7 +25,7 @@ class ReplicatedExperts:
         self, compute: Compute, start: Callable[[], PendingCopies], first: ReplicatedExperts | None = None
     ) -> None:
         self._compute, self._first, self._pending = compute, first, start()
-        self._starts = [*(() if first is None else first._starts), start]
+        self._starts: list[Callable[[], PendingCopies]] = [*(() if first is None else first._starts), start]
         self._weights: tuple[Tensor, ...] = ()
 
     def __call__(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:

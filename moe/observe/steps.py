@@ -135,9 +135,8 @@ def observe(
         row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
-        owners = (
-            layer.balancer.owners if layer.replication is None else layer.replication.replicas.owners
-        )  # they may have moved since
+        # experts may have moved after the step
+        owners = layer.balancer.owners if layer.replication is None else layer.replication.replicas.owners
         factor_M = straggler(rows_ME, owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()

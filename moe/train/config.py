@@ -327,8 +327,8 @@ class TrainConfig:
             raise ValueError("parallel.experts='fssdp': moe.dispatch.name='deepep' knows no replicas; use 'all_to_all'")
         if self.placement.calibrate is not None and self.moe.dispatch.memory_mb is not None:
             raise ValueError(
-                f"placement.calibrate={self.placement.calibrate}: moe.dispatch.memory_mb computes in parts, which cannot "
-                "follow replicas that change from forward to forward; leave one of them out"
+                f"placement.calibrate={self.placement.calibrate}: moe.dispatch.memory_mb computes in parts, which "
+                "cannot follow replicas that change from forward to forward; leave one of them out"
             )
         given = [f.name for f in fields(self.placement) if getattr(self.placement, f.name) != f.default]
         if given and not fssdp:
