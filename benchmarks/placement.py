@@ -190,8 +190,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"of {s['global_batch']} sequences of {s['seq_len']} bytes, in micro-batches of {s['micro_batch']}. "
             "`-fssdp` replicates in every step the two experts that were busiest in the five steps before, on all "
             "ranks. `global+micro` adds a micro-batch loss with 1 % of the coefficient. Loss in nats per token of "
-            "held-out text; divergence in bits, how differently domains are routed; busiest rank: its rows in a micro-batch "
-            "over the mean, mean of the second half of the run; \u00b1 standard deviation over seeds.",
+            "held-out text; divergence in bits, how differently domains are routed; busiest rank: its rows in a "
+            "micro-batch over the mean, mean of the second half of the run; \u00b1 standard deviation over seeds.",
             "",
             table(["arm", *(title for _, title, *_ in COLUMNS)], rows),
             "",
