@@ -26,7 +26,7 @@ SPEC := setup.py pyproject.toml constraints.txt
 # no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow faults engines check types kernels bench measure balance clean
+.PHONY: help train test test-slow faults defences engines check types kernels bench measure balance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
 	@echo "make test-slow run the slow tests, about 10 minutes   [ARGS=\"-k routing\"]"
 	@echo "make faults  inject every fault of the fault table, and print it; about 20 minutes   [ARGS=\"-k save\"]"
+	@echo "make defences switch off the defence against each fault, and see that a test fails; 15 minutes   [ARGS=\"-k 13\"]"
 	@echo "make engines run the tests with DeepSpeed, Transformers and others, about 7 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
@@ -63,6 +64,9 @@ test-slow: $(VENV)/.stamp-dev
 
 faults: $(VENV)/.stamp-dev
 	$(PY) tests/faults/run.py $(ARGS)
+
+defences: $(VENV)/.stamp-dev
+	$(PY) tests/faults/defences.py $(ARGS)
 
 engines: $(VENV)/.stamp-engines
 	$(PY) tests/engines/run.py $(ARGS)

@@ -325,6 +325,7 @@ def test_make_runs_fast_and_slow_tests_apart(make) -> None:
     assert f"\ntests/side_by_side.py -m {fast}\n" in make("test")[1]
     assert "\ntests/engines/run.py -k zero\n" in make("engines", "ARGS=-k zero")[1]
     assert "\ntests/faults/run.py -k save\n" in make("faults", "ARGS=-k save")[1]
+    assert "\ntests/faults/defences.py -k 13\n" in make("defences", "ARGS=-k 13")[1]
     assert f"\ntests/side_by_side.py -m {slow}\n" in make("test-slow")[1]
 
 

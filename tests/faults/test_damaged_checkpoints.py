@@ -87,8 +87,12 @@ def test_truncated_files_are_found(tmp_path: Path) -> None:
     for name in (SHARD, "tensors.json", checkpoint.MANIFEST):
         content = (path / name).read_bytes()
         for part in range(20):
-            (path / name).write_bytes(content[: len(content) * part // 20])
-            with pytest.raises(CheckpointError, match=name):
+            left = len(content) * part // 20
+            (path / name).write_bytes(content[:left])
+            words = (
+                "not a readable manifest" if name == checkpoint.MANIFEST else f"{left} instead of {len(content)} bytes"
+            )
+            with pytest.raises(CheckpointError, match=f"{name}: {words}"):
                 load_all(path)
         (path / name).write_bytes(content)
     report("12", "60 of 60 truncations found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from equimoe.moe import checkpoint
 from equimoe.moe.health import heartbeat
 from tests.faults.agents import Job
 from tests.faults.conftest import Run
+from tests.faults.table import report
 from tests.helpers.command import print_to
 
 
@@ -77,6 +80,20 @@ def test_a_process_that_was_stopped_does_not_hang(run: Run) -> None:
 
     ended = run("--parallel.timeout_s", "1.5", faults="sleep@step=2,phase=data,seconds=1.2", world=1, within=stopped)
     assert ended.codes == [0] and ended.seconds > 2.5, ended
+
+
+def test_a_clock_that_jumps_changes_nothing(run: Run) -> None:
+    """As when somebody corrects the machine's clock: again and again, an hour ahead and back."""
+
+    @contextmanager
+    def jumping() -> Iterator[None]:
+        real, looks = time.time, itertools.count()
+        with mock.patch("time.time", lambda: real() + 3600 * (next(looks) % 2)):
+            yield
+
+    ended = run(within=jumping)
+    assert ended.codes == [0, 0] and ended.errors == [], ended
+    report("46", "a clock that jumps: works")
 
 
 # ---- signals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
@@ -101,7 +102,8 @@ def _pickled_metadata(path: Path, sentinel: Path) -> None:
 def _outside(name: str) -> Callable[[Path, Path], None]:
     def change(path: Path, sentinel: Path) -> None:
         (path.parent.parent / "outside").write_bytes((path / SHARD).read_bytes())
-        forge(path, files={name.format(path.parent.parent): {"bytes": 1, "sha256": "0"}})
+        files = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+        forge(path, files=files | {name.format(path.parent.parent): files[SHARD]})
 
     return change
 
@@ -111,21 +113,23 @@ def _linked_shard(path: Path, sentinel: Path) -> None:
     (path / SHARD).symlink_to("../elsewhere")
 
 
-MALICIOUS: dict[str, Callable[[Path, Path], None]] = {
-    "pickle as a shard": _pickled_shard,
-    "pickle as the description": _pickled_description,
-    ".metadata with __reduce__": _pickled_metadata,
-    "path with ..": _outside("../../outside"),
-    "absolute path": _outside("{}/outside"),
-    "shard that is a link": _linked_shard,
+#: name -> what is changed, and words of the refusal
+MALICIOUS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "pickle as a shard": (_pickled_shard, "is damaged or incomplete"),
+    "pickle as the description": (_pickled_description, "tensors.json: refused: "),
+    ".metadata with __reduce__": (_pickled_metadata, "the pickle names builtins.exec"),
+    "path with ..": (_outside("../../outside"), "not a plain file of a checkpoint"),
+    "absolute path": (_outside("{}/outside"), "not a plain file of a checkpoint"),
+    "shard that is a link": (_linked_shard, "not a plain file of a checkpoint"),
 }
 
 
 @pytest.mark.parametrize("kind", MALICIOUS)
 def test_malicious_checkpoints_execute_nothing(tmp_path: Path, kind: str) -> None:
     sentinel, path = tmp_path / "sentinel", save(tmp_path / "run", 1)
-    MALICIOUS[kind](path, sentinel)
-    with nothing_happens(tmp_path), pytest.raises(CheckpointError) as caught:
+    change, words = MALICIOUS[kind]
+    change(path, sentinel)
+    with nothing_happens(tmp_path), pytest.raises(CheckpointError, match=words) as caught:
         load_all(path)
     assert "\n" not in str(caught.value) and not sentinel.exists()
     report("15", "pickles executed: 0")

@@ -76,14 +76,15 @@ def unread() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize(
-    "within",
-    [printing("ascii"), printing("latin-1"), printing("utf-8"), full_disk, closed, unread],
-    ids=["ascii", "latin-1", "utf-8", "full-disk", "closed", "unread"],
-)
-def test_a_finished_run_has_its_report(run: Callable[..., Ended], tmp_path: Path, within: Within) -> None:
-    ended = run("--run-dir", NAMES[1], within=within)
+ENCODINGS = ("ascii", "latin-1", "utf-8")
+TERMINALS = {name: printing(name) for name in ENCODINGS} | {"full-disk": full_disk, "closed": closed, "unread": unread}
+
+
+@pytest.mark.parametrize("terminal", TERMINALS)
+def test_a_finished_run_has_its_report(run: Callable[..., Ended], tmp_path: Path, terminal: str) -> None:
+    ended = run("--run-dir", NAMES[1], within=TERMINALS[terminal])
     assert ended.codes == [0], ended
+    assert ("\ncontinue:" in ended.out[0]) == (terminal in ENCODINGS), ended  # all that it had to say
     folder = Path(os.fsdecode(os.fsencode(tmp_path / NAMES[1])))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Ελληνικά" in page and "\x1b" not in page and "\u202e" not in page
