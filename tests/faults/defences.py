@@ -109,7 +109,7 @@ def run(tree: Path, tests: list[str], limit_s: float, *options: str) -> tuple[in
 
 
 def outcomes(report: Path) -> dict[str, str]:
-    """Return, for each test of a report in JUnit's format, why it failed; empty if it passed. Skipped ones are left out."""
+    """Return why each test of a report in JUnit's format failed; empty if it passed. Skipped tests are left out."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((part for kind in ("failure", "error") if (part := case.find(kind)) is not None), None)
@@ -124,9 +124,7 @@ def passing(trees: list[Path], defences: list[Defence]) -> set[str]:
     nodes = sorted({defence.node for defence in defences})
     with ThreadPoolExecutor(len(trees)) as pool:
         shares = [nodes[i :: len(trees)] for i in range(len(trees))]
-        results = pool.map(
-            lambda pair: run(pair[0], pair[1], ALL_S)[1] if pair[1] else {}, zip(trees, shares, strict=True)
-        )
+        results = pool.map(lambda tree, share: run(tree, share, ALL_S)[1] if share else {}, trees, shares)
         found = {name: why for result in results for name, why in result.items()}
     of = {node: [why for name, why in found.items() if name == node or name.startswith(f"{node}[")] for node in nodes}
     return {node for node, whys in of.items() if whys and not any(whys)}
@@ -154,9 +152,7 @@ def shortened(text: str, most: int = 120) -> str:
 def main(arguments: list[str]) -> int:
     """Check the selected defences; return 0 if each of them is seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "-k", nargs="+", default=[], metavar="ROW", help="only rows with this number or word in the title"
-    )
+    parser.add_argument("-k", nargs="+", default=[], metavar="ROW", help="only rows with this number or word")
     defences = selected(parser.parse_args(arguments).k)
     if wrong := misfits(defences):
         print("\n".join(wrong))

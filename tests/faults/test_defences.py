@@ -43,7 +43,7 @@ def test_what_counts_as_seen(tmp_path: Path, off: str, seen: bool, how: str) -> 
         "import pytest\nimport part\n\n@pytest.mark.parametrize('n', [3, 7])\ndef test_limit(n):\n"
         "    assert part.limit() == min(n, 3)\n"
     )
-    defence = Defence("1", "part.py", "3", off, "tests/test_part.py::test_limit")
+    defence = Defence("1", "part.py", "tests/test_part.py::test_limit", "3", off)
     with without(defence, tmp_path):
         found = judge(defence, *run(tmp_path, [defence.node], 60, "-x"))
     assert found[0] == seen and found[1].startswith(how), found
