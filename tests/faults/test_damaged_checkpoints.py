@@ -89,10 +89,8 @@ def test_truncated_files_are_found(tmp_path: Path) -> None:
         for part in range(20):
             left = len(content) * part // 20
             (path / name).write_bytes(content[:left])
-            said = (
-                f"{left} instead of {len(content)} bytes" if name != checkpoint.MANIFEST else "not a readable manifest"
-            )
-            with pytest.raises(CheckpointError, match=f"{name}: {said}"):
+            what = "not a readable manifest" if name == checkpoint.MANIFEST else f"{left} instead of {len(content)}"
+            with pytest.raises(CheckpointError, match=f"{name}: {what}"):
                 load_all(path)
         (path / name).write_bytes(content)
     report("12", "60 of 60 truncations found")
