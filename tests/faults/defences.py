@@ -50,8 +50,8 @@ def misfits(defences: list[Defence]) -> list[str]:
 
 def selected(words: list[str]) -> list[Defence]:
     """Return the defences of the rows with these numbers, or with one of these words in their title."""
-    rows = {row for row, title in ROWS.items() if not words or any(w == row or w in title for w in words)}
-    return [defence for defence in DEFENCES if defence.row in rows]
+    named = [row for row, title in ROWS.items() if any(w == row if w.isdigit() else w in title for w in words)]
+    return [defence for defence in DEFENCES if not words or defence.row in named]
 
 
 def copy_tree(tree: Path) -> None:
@@ -114,8 +114,8 @@ def outcomes(report: Path) -> dict[str, str]:
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((part for kind in ("failure", "error") if (part := case.find(kind)) is not None), None)
         if case.find("skipped") is None:
-            name = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
-            found[name] = "" if problem is None else problem.attrib.get("message") or "without a message"
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            found[name] = "" if problem is None else problem.get("message") or "without a message"
     return found
 
 
@@ -144,8 +144,9 @@ def judge(defence: Defence, code: int | None, why: dict[str, str]) -> tuple[bool
 
 def shortened(text: str, most: int = 120) -> str:
     """Return the beginning of a failure's message, or what a rank has raised, in one line."""
-    raised = [line for line in text.splitlines()[1:] if re.match(r"[A-Za-z_.]+(Error|Exception|Exit)\b", line)]
-    line = " ".join((raised[0] if "failed first: Traceback" in text and raised else text).split())
+    line = " ".join(text.split())
+    raised = re.search(r"[\w.]+(Error|Exception|Exit): .*", line.partition("failed first: Traceback")[2])
+    line = line if raised is None else raised[0]
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 

@@ -151,8 +151,8 @@ def _line(text: str) -> Callable[[Path], Path]:
 
 HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '%s', 'fortran_order': False, 'shape': (%s,), }"
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "beyond 2^32": (_npy(np.array([1] * 99 + [1 << 33])), "id 8589934592 at position 99 is outside"),
-    "2^64 - 1": (_npy(np.array([1] * 99 + [(1 << 64) - 1], np.uint64)), "id 18446744073709551615 at position 99"),
+    "beyond 2^32": (_npy(np.array([1] * 99 + [1 << 33])), "id 8589934592 at position 99 is outside the 257 ids"),
+    "2^64 - 1": (_npy(np.array([1] * 99 + [(1 << 64) - 1], np.uint64)), "id 18446744073709551615 at position 99 is"),
     "negative": (_npy(np.array([1, 2, -1] * 50)), "id -1 at position 2 is negative"),
     "floats": (_npy(np.ones(99)), "holds float64"),
     "two-dimensional": (_npy(np.ones((9, 9), np.int64)), "one-dimensional"),

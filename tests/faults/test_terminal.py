@@ -179,8 +179,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*at, key))
 
 
-def check_page(folder: Path, text: str) -> None:
-    """Write a report of these metrics, or refuse them in a ValueError."""
+def check_page(folder: Path, text: str) -> bool:
+    """Write a report of these metrics, or refuse them in a ValueError; return whether there is a page."""
     (folder / "metrics.jsonl").write_text(text)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -188,8 +188,9 @@ def check_page(folder: Path, text: str) -> None:
             page = write_report(folder).read_text(encoding="utf-8")
         except ValueError as refused:
             assert "\n" not in str(refused)
-            return
+            return False
     assert not any(bad in page for bad in ("\x1b", "\u202e", "<script>"))
+    return True
 
 
 def damaged(seed: int) -> str:
@@ -215,7 +216,7 @@ def test_hostile_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         '{"kind": "train", "step": []}',
         "9" * 10_000,
     ):
-        check_page(tmp_path, f"{line}\n{json.dumps(RECORDS[0])}\n")
+        assert check_page(tmp_path, f"{line}\n{json.dumps(RECORDS[0])}\n")  # of the other line
     check_page(tmp_path, json.dumps({"kind": "run", "config": json.loads('{"a":' * 600 + "1" + "}" * 600)}) + "\n")
     report("14", "page or one line", kind="metrics", cases=107)
 

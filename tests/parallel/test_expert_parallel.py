@@ -88,6 +88,7 @@ def test_equals_one_process(world: int, ep: int, lengths: tuple[int, ...], again
                 assert oracle.relative_error(result[kind][name], value) < 1e-10, (kind, name)
 
 
+@pytest.mark.usefixtures("poison")
 def test_every_token_on_one_experts_rank() -> None:
     """All choices go to the first rank's experts: other ranks get nothing and must still take part."""
 
