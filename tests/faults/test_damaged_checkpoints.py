@@ -216,7 +216,8 @@ def test_retention_counts_valid_checkpoints_only(tmp_path: Path, damage: Callabl
     for step in (10, 20, 40):
         save(tmp_path, step)
     damage(tmp_path / "step-00000040")
-    (tmp_path / "step-00000030.tmp").mkdir()  # abandoned
+    for step in (15, 30):
+        (tmp_path / f"step-{step:08d}.tmp").mkdir()  # abandoned
     save(tmp_path, 30, keep)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == (["step-00000020"] if keep == 2 else []) + ["step-00000030", "step-00000040"]
