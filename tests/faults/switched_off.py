@@ -491,7 +491,7 @@ class time:
             "if name is None or int(os.environ[name]) < 2:",
             "if True:"),
     Defence("59", "launch/env.py",
-            "test_cluster.py::test_torchrun_does_not_retry_what_would_fail_again[wrong0-64]",
+            "test_endings.py::test_one_rank_with_a_final_error_is_not_restarted",
             "if may_restart(process, code):",
             "if False:"),
     Defence("59", "launch/train.py",
