@@ -175,7 +175,7 @@ import pickletools
             "begin[dim] += 0"),
     Defence("19", "moe/engines/torch.py",
             "test_resume.py::test_10_steps_and_a_resume_and_10_steps_equal_20[one process]",
-            "restore_optimizer(self._trained(), self.optimizer, state)",
+            "restore_optimizer(self._trained(), self.optimizer, tensors_of(state))",
             "pass"),
     Defence("19", "moe/train/loop.py",
             "test_health.py::test_first_record_after_a_resume_covers_the_whole_interval",
@@ -410,7 +410,7 @@ class time:
             "except ZeroDivisionError as error:\n            if not self._warned:"),
     Defence("50", "moe/engines/torch.py",
             "test_soak.py::test_many_random_faults_leave_no_trace",
-            "restore_optimizer(self._trained(), self.optimizer, state)",
+            "restore_optimizer(self._trained(), self.optimizer, tensors_of(state))",
             "pass"),
     # more than one node
     Defence("51", "launch/joining.py",
