@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +30,19 @@ from tests.faults.switched_off import DEFENCES, Defence  # noqa: E402
 
 #: entries that run side by side, each in its own copy of the tree
 WORKERS = 2
-#: seconds for a test without its defence, and for all tests with theirs
-LIMIT_S, ALL_S = 100, 900
+#: seconds for a test without its defence, or this many times as long as with it, on a machine that is busy
+LIMIT_S, TIMES = 100, 3
+#: seconds for all tests with their defences
+ALL_S = 1800
 #: errors of a replacement that is not the code that it should be
 MISTAKES = re.compile(r"\b(NameError|SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
+
+
+class Ended(NamedTuple):
+    """How a test ended: why it failed, empty if it passed, and the seconds that it took."""
+
+    why: str
+    seconds: float
 
 
 def misfits(defences: list[Defence]) -> list[str]:
@@ -75,8 +85,8 @@ def without(defence: Defence, tree: Path) -> Iterator[None]:
         file.write_text(before)
 
 
-def run(tree: Path, tests: list[str], limit_s: float, *options: str) -> tuple[int | None, dict[str, str]]:
-    """Run tests in a copy of the tree; return pytest's exit code and, by test, why it failed; empty if it passed.
+def run(tree: Path, tests: list[str], limit_s: float, *options: str) -> tuple[int | None, dict[str, Ended]]:
+    """Run tests in a copy of the tree; return pytest's exit code, and how each test ended.
 
     The code is None after ``limit_s`` seconds.
     """
@@ -108,35 +118,37 @@ def run(tree: Path, tests: list[str], limit_s: float, *options: str) -> tuple[in
     return code, outcomes(report) if report.exists() else {}
 
 
-def outcomes(report: Path) -> dict[str, str]:
-    """Return why each test of a report in JUnit's format failed; empty if it passed. Skipped tests are left out."""
+def outcomes(report: Path) -> dict[str, Ended]:
+    """Return how each test of a report in JUnit's format ended. Skipped tests are left out."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((part for kind in ("failure", "error") if (part := case.find(kind)) is not None), None)
         if case.find("skipped") is None:
             name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-            found[name] = "" if problem is None else problem.get("message") or "without a message"
+            why = "" if problem is None else problem.get("message") or "without a message"
+            found[name] = Ended(why, float(case.get("time", 0)))
     return found
 
 
-def passing(trees: list[Path], defences: list[Defence]) -> set[str]:
-    """Return the tests of these defences that pass with them."""
+def passing(trees: list[Path], defences: list[Defence]) -> dict[str, float]:
+    """Return the tests of these defences that pass with them, and the seconds that they take."""
     nodes = sorted({defence.node for defence in defences})
     with ThreadPoolExecutor(len(trees)) as pool:
         shares = [nodes[i :: len(trees)] for i in range(len(trees))]
         results = pool.map(lambda tree, share: run(tree, share, ALL_S)[1] if share else {}, trees, shares)
-        found = {name: why for result in results for name, why in result.items()}
-    of = {node: [why for name, why in found.items() if name == node or name.startswith(f"{node}[")] for node in nodes}
-    return {node for node, whys in of.items() if whys and not any(whys)}
+        found = [entry for result in results for entry in result.items()]
+    of = {node: [ended for name, ended in found if name == node or name.startswith(f"{node}[")] for node in nodes}
+    sound = {node: all_of for node, all_of in of.items() if all_of and not any(ended.why for ended in all_of)}
+    return {node: sum(ended.seconds for ended in all_of) for node, all_of in sound.items()}
 
 
-def judge(defence: Defence, code: int | None, why: dict[str, str]) -> tuple[bool, str]:
+def judge(defence: Defence, code: int | None, tests: dict[str, Ended]) -> tuple[bool, str]:
     """Return whether a test has failed as it should without its defence, and say how it ended."""
     if code is None:
-        return defence.hang, "does not end without its defence" if defence.hang else f"DOES NOT END within {LIMIT_S} s"
+        return defence.hang, "does not end without its defence" if defence.hang else "DOES NOT END"
     if code == 0:
         return False, "STILL PASSES"
-    text = next(filter(None, why.values()), "")
+    text = next((ended.why for ended in tests.values() if ended.why), "")
     if code != 1 or not text or MISTAKES.search(text):
         return False, f"BROKEN: pytest ended with {code}: {shortened(text)}"
     return True, f"fails without its defence: {shortened(text)}"
@@ -172,7 +184,8 @@ def main(arguments: list[str]) -> int:
             tree = trees.get()
             try:
                 with without(defence, tree):
-                    return judge(defence, *run(tree, [defence.node], LIMIT_S, "-x"))
+                    limit_s = max(LIMIT_S, TIMES * sound[defence.node])
+                    return judge(defence, *run(tree, [defence.node], limit_s, "-x"))
             finally:
                 trees.put(tree)
 

@@ -48,7 +48,10 @@ def test_what_counts_as_seen(tmp_path: Path, off: str, seen: bool, how: str) -> 
         found = judge(defence, *run(tmp_path, [defence.node], 60, "-x"))
     assert found[0] == seen and found[1].startswith(how), found
     if seen:
-        assert run(tmp_path, [defence.node], 60) == (0, {f"{defence.node}[{n}]": "" for n in (3, 7)})
+        code, tests = run(tmp_path, [defence.node], 60)
+        assert code == 0 and {name: ended.why for name, ended in tests.items()} == {
+            f"{defence.node}[{n}]": "" for n in (3, 7)
+        }
 
 
 def test_only_a_defence_against_a_hang_is_seen_by_a_hang(tmp_path: Path) -> None:
