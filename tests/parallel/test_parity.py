@@ -15,6 +15,8 @@ FAST = (
     "dp 2, ep 2, capacity",
     "dp 2, ep 2, bf16",
     "fsdp 2, tp 2, ep 4, recompute, exchanges kept",
+    "fssdp, dp 4, no tokens on a rank",
+    "fssdp, fsdp 2, bf16, calibrated, replicas freed",
     "hsdp 2 x 2, ep 2",
     "tp 2, ep 2 > dp 1",
     "cp 2, ring",
