@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..moe.config import PlacementConfig
 from ..moe.observe.metrics import METRICS_FILE, read_records, write_atomically
+from ..moe.placement import write_owners
 from ..moe.plan.replay import METHODS, Machine, Outcome, replay
 from . import env
 from .text import counted
@@ -36,7 +37,12 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--nodes={arguments.nodes}: must divide --ranks={arguments.ranks}; use a divisor")
     if arguments.latency < 0:
         raise ValueError(f"--latency={arguments.latency}: must be at least 0")
-    config = PlacementConfig(arguments.overlap, arguments.memory_mb, arguments.window, arguments.reshard_every)
+    config = PlacementConfig(
+        overlap=arguments.overlap,
+        memory_mb=arguments.memory_mb,
+        window=arguments.window,
+        reshard_every=arguments.reshard_every,
+    )
     file = arguments.loads / METRICS_FILE if arguments.loads.is_dir() else arguments.loads
     try:
         records = read_records(file)
@@ -49,8 +55,11 @@ def _run(arguments: argparse.Namespace) -> None:
     counts_SLE = (counts_SLE * scale).round().long()
     found = {name: replay(counts_SLE, method, machine, config) for name, method in METHODS.items()}
     print(describe(found, machine, config, counts_SLE, arguments.tokens))
+    if arguments.write_owners is not None:
+        write_atomically(arguments.write_owners, write_owners(found["FSSDP"].owners).encode())
     if arguments.out is not None:
-        text = json.dumps({"machine": asdict(machine), "methods": {n: asdict(o) for n, o in found.items()}}, indent=2)
+        methods = {name: {k: v for k, v in vars(o).items() if k != "owners"} for name, o in found.items()}
+        text = json.dumps({"machine": asdict(machine), "methods": methods}, indent=2)
         write_atomically(arguments.out, f"{text}\n".encode())
 
 
@@ -126,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tflops", type=float, default=400.0, help="TFLOP/s of a rank's grouped products; default 400")
     add("--bandwidth", type=float, default=50.0, help="GB/s that a rank sends and receives; default 50")
     add("--latency", type=float, default=20.0, help="microseconds per copy; default 20")
+    add("--write-owners", type=Path, metavar="FILE", help="write the last owners of FSSDP, for placement.owners")
     add("--out", type=Path, metavar="FILE", help="also write the result to this JSON file")
     return parser
 

@@ -20,6 +20,8 @@ class PlacementConfig:
     memory_mb: int | None = None
     #: the load of a step is expected to be the mean of this many steps before it
     window: int = 5
+    #: file that says which rank owns which expert at the start; None: equal runs of consecutive experts
+    owners: str | None = None
     #: optimizer steps after which experts move to new owners; 0: never
     reshard_every: int = 0
     #: free replicas after the forward, and copy them again in the backward; recomputation does so anyway
@@ -33,6 +35,8 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         for name, least in (("overlap", 0), ("window", 1), ("reshard_every", 0)):
             require(getattr(self, name) >= least, f"placement.{name}", getattr(self, name), f"must be at least {least}")
+        named = self.owners is None or self.owners.strip() != ""
+        require(named, "placement.owners", self.owners, "is empty; give a JSON file, or leave it out")
         possible = self.calibrate is None or self.calibrate >= 0
         require(possible, "placement.calibrate", self.calibrate, "must be at least 0, or left out")
         for name in ("memory_mb", "node_size"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..collectives import LOCAL, Axis, exchange_rows, sum_over
 from ..config import PlacementConfig
 from ..dispatch import node_size
 from ..layer import MoE
-from ..placement import Forecast, Owners, Replicas, calibrate, materialize, reshard
+from ..placement import Forecast, Owners, Replicas, calibrate, materialize, read_owners, reshard
 from ..replication import Calibration
 
 #: chooses the replicas of a step for every layer, from the expected loads fp64 [L, E] (None: unknown) and the owners
@@ -47,8 +48,18 @@ class ExpertPlacement:
         self.steps = 0
         self.plan: Planner = self._most_loaded
         #: ranks per node, and replicas of a layer that a rank has room for
-        self.node_size = 1 if axis.size == 1 else min(config.node_size or node_size(axis), axis.size)
+        self.node_size = 1 if axis.size == 1 else config.node_size or node_size(axis)
         self.room = min((config.replicas_per_rank(_bytes_of_expert(layer, dtype)) for layer in self.layers), default=0)
+        if axis.size % self.node_size:
+            raise ValueError(
+                f"placement.node_size={self.node_size}: must divide the {axis.size} ranks that experts are distributed "
+                "over; use a divisor"
+            )
+        if len({layer.experts for layer in self.layers}) < len(self.layers):
+            raise ValueError("parallel.experts='fssdp': two layers share their experts; use parallel.experts='ep'")
+        if config.owners is not None and self.layers:
+            numbers = [layer.config.num_experts for layer in self.layers]
+            self.move(read_owners(Path(config.owners), numbers, axis.size), None)
 
     @property
     def owners(self) -> list[Owners]:

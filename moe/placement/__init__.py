@@ -1,5 +1,6 @@
 """Which ranks a layer works on, which of them owns which expert, and which hold replicas of it in a step."""
 
+from .file import read_owners, write_owners
 from .owners import Owners
 from .placement import Placement
 from .plan import Forecast, calibrate, materialize, reshard, rows_by_rank
@@ -13,6 +14,8 @@ __all__ = [
     "Replicas",
     "calibrate",
     "materialize",
+    "read_owners",
     "reshard",
     "rows_by_rank",
+    "write_owners",
 ]

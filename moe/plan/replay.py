@@ -182,6 +182,8 @@ class Outcome:
     moved_bytes: float
     #: seconds of the experts of a layer in a step, with the copies that delay it
     seconds: float
+    #: owners of each layer's experts after the last step
+    owners: list[Owners]
 
 
 def replay(
@@ -219,6 +221,7 @@ def replay(
         float(table[:, 2].max()),
         moved / len(table),
         float(seconds),
+        owners,
     )
 
 

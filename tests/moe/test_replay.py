@@ -11,7 +11,7 @@ import torch
 
 from equimoe.launch.placement import loads_of, main
 from equimoe.moe.config import PlacementConfig
-from equimoe.moe.placement import Owners, Replicas
+from equimoe.moe.placement import Owners, Replicas, read_owners
 from equimoe.moe.plan.replay import METHODS, Layer, Machine, Outcome, Placed, cost_of, divided, replay
 
 RANKS, EXPERTS = 8, 16
@@ -99,10 +99,14 @@ RUN = {"kind": "run", "config": {"moe": {"top_k": 2, "gated": True, "hidden_size
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = [{"kind": "train", "layers": [{"counts": row.tolist()} for row in step]} for step in steady()]
     metrics(tmp_path, [RUN, *steps])
-    main(["--loads", str(tmp_path), "--ranks", "8", "--nodes", "2", "--out", str(tmp_path / "out.json")])
+    out, file = str(tmp_path / "out.json"), str(tmp_path / "owners.json")
+    ranks = ["--ranks", "8", "--nodes", "2", "--reshard-every", "2", "--overlap", "0"]
+    main(["--loads", str(tmp_path), *ranks, "--out", out, "--write-owners", file])
     printed = capsys.readouterr().out
     assert "6 recorded steps, 1 layer of 16 experts, replayed on 8 ranks, 4 per node" in printed
     found = json.loads((tmp_path / "out.json").read_text())
+    owners = read_owners(tmp_path / "owners.json", [EXPERTS], RANKS)
+    assert owners != [Owners.spread(EXPERTS, RANKS)]
     assert found["methods"].keys() == METHODS.keys() and all(name in printed for name in METHODS)
     assert found["machine"]["expert_bytes"] == 2 * 3 * 64 * 32
 

@@ -20,7 +20,7 @@ from equimoe.moe.config import PlacementConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.engines.torch import TorchEngine
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
-from equimoe.moe.placement import Owners, Replicas
+from equimoe.moe.placement import Owners, Replicas, write_owners
 from equimoe.moe.train.config import OptimConfig
 from equimoe.moe.train.optim import build_optimizer
 from tests.helpers import oracle, parity
@@ -215,6 +215,29 @@ def test_the_busiest_experts_of_the_last_steps_are_replicated() -> None:
 def test_owners_change_as_asked() -> None:
     *_, owners = run_ranks(planned, 4, PlacementConfig(overlap=1, reshard_every=2), 4)[0]
     assert any(o != Owners.spread(8, 4) for o in owners)
+
+
+def owned_by_file(rank: int, world: int, file: str) -> list[Owners]:
+    return engine_of(build_mesh(FSSDP), PlacementConfig(owners=file)).experts.owners
+
+
+def test_a_file_names_the_first_owners(tmp_path: Path) -> None:
+    owners = [Owners.of_ranks(2, [1, 0, 0, 0, 1, 0, 0, 0]), Owners.of_ranks(2, [0] * 8)]
+    (tmp_path / "owners.json").write_text(write_owners(owners))
+    assert run_ranks(owned_by_file, 2, str(tmp_path / "owners.json"))[0] == owners
+
+
+def refused(rank: int, world: int) -> str:
+    with pytest.raises(ValueError) as found:
+        engine_of(build_mesh(FSSDP), PlacementConfig(node_size=2))
+    return str(found.value)
+
+
+def test_nodes_that_do_not_fit_the_ranks_are_refused() -> None:
+    for found in run_ranks(refused, 3):
+        assert found == (
+            "placement.node_size=2: must divide the 3 ranks that experts are distributed over; use a divisor"
+        )
 
 
 def calibrated(rank: int, world: int, rows: int | None) -> tuple[list[float], list[int]]:
