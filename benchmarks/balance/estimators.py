@@ -4,8 +4,8 @@
 
 A small model is trained on the text that comes with Python, balanced over whole steps. At four stages of training, the
 layers' own balancers compute the gradient of the balance loss alone, micro-batch by micro-batch, and it is compared
-with a single pass over the whole step. Everything is in fp64, so that only the estimate differs. ``carry`` gets the
-counts of the previous step, routed with the previous step's weights.
+with a single pass over the whole step. Everything is in fp64, so that only the estimate differs. ``carry`` and
+``adaptive`` get the counts of the steps before, each routed with the weights of its own step.
 
 The step is divided into M micro-batches in three orders:
     shuffled    the order of the training data
@@ -46,7 +46,9 @@ from equimoe.moe.train.data import Batches, Corpus, load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from equimoe.moe.types import load_summary
 
-ESTIMATORS = ("rolling", "carry", "exact")
+ESTIMATORS = ("rolling", "carry", "adaptive", "exact")
+#: steps before the measured one that ``adaptive`` has seen, if there are so many
+HISTORY = 12
 ORDERS = ("shuffled", "by domain", "drifting")
 
 #: every step is one micro-batch, so all estimators would train the same model
@@ -103,29 +105,37 @@ def frozen(model: Decoder, dtype: torch.dtype = torch.float64) -> Decoder:
     return copy
 
 
-def balancers(model: Decoder, estimator: str, micro_batches: int, before: Sequence[Tensor] | None) -> list[Balancer]:
-    """Give each layer a new balancer with coefficient 1. ``before`` holds the previous step's counts, int64 [E + 1]."""
+def balancers(
+    model: Decoder, estimator: str, micro_batches: int, before: Sequence[Sequence[Tensor]] = ()
+) -> list[Balancer]:
+    """Give each layer a new balancer with coefficient 1.
+
+    ``before`` has, for each earlier step and layer, the counts and tokens of its parts, int64 [parts, E + 1].
+    """
     config = BalanceConfig(coefficient=1.0, estimator=estimator, micro_batches=micro_batches)  # type: ignore[arg-type]
     layers = model.moe_layers()
-    for layer in layers:
+    for i, layer in enumerate(layers):
         layer.balancer = Balancer(config, layer.config.num_experts, layer.config.top_k)
-    for layer, previous_X in zip(layers, before, strict=True) if before else ():
-        layer.balancer.previous_X = torch.cat((previous_X, previous_X.new_tensor([micro_batches])))
+        for step in before:
+            layer.balancer.observe(step[i].unflatten(0, (micro_batches, -1)).sum(1))
     return [layer.balancer for layer in layers]
 
 
-def count(model: Decoder, inputs_BS: Tensor) -> list[Tensor]:
-    """Route a step without training on it; return each layer's counts and number of tokens, int64 [E + 1]."""
-    made = balancers(model, "rolling", 1, None)
-    with counting_pass():
-        model(inputs_BS)
-    for balancer in made:
-        balancer.step.end(applied=False)
-    return [balancer.previous_X[:-1] for balancer in made if balancer.previous_X is not None]
+def count(model: Decoder, inputs_BS: Tensor, parts: int) -> list[Tensor]:
+    """Route a step without training on it; return each layer's counts and tokens of its parts, int64 [parts, E + 1]."""
+    found = []
+    for part in inputs_BS.chunk(parts):
+        made = balancers(model, "rolling", 1)
+        with counting_pass():
+            model(part)
+        for balancer in made:
+            balancer.step.end(applied=False)
+        found.append([balancer.previous_X[:-1] for balancer in made if balancer.previous_X is not None])
+    return [torch.stack(of_layer) for of_layer in zip(*found, strict=True)]
 
 
 def gradients(
-    model: Decoder, inputs_BS: Tensor, micro_batches: int, estimator: str, before: Sequence[Tensor] | None = None
+    model: Decoder, inputs_BS: Tensor, micro_batches: int, estimator: str, before: Sequence[Sequence[Tensor]] = ()
 ) -> Pass:
     """Compute the routers' gradients of the balance loss, through all layers, of a step in several micro-batches.
 
@@ -185,13 +195,12 @@ class Steps:
         order_B = torch.randperm(self.batch, generator=torch.Generator().manual_seed(step))
         return torch.cat((inputs_BS[:half], own_BS[half:]))[order_B]
 
-    def pair(self, order: str, step: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs of the step before ``step``, and those of ``step``."""
+    def inputs(self, order: str, step: int) -> Tensor:
+        """Return the inputs of a step."""
         if order == "drifting":
-            return self._drifting(step - 1), self._drifting(step)
-        before_BS, _ = self._read(self.all, step - 1)
+            return self._drifting(step)
         inputs_BS, domain_B = self._read(self.all, step)
-        return before_BS, inputs_BS[domain_B.argsort(stable=True)] if order == "by domain" else inputs_BS
+        return inputs_BS[domain_B.argsort(stable=True)] if order == "by domain" else inputs_BS
 
 
 def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -202,12 +211,12 @@ def measure(plan: Plan, say: Callable[[str], None] = lambda _: None) -> dict[str
     result: dict[str, Any] = {"domains": corpus.domains, "points": [], "moved": [], "rounding": [], "training": {}}
     for stage, step in plan.stages.items():
         begin = time.perf_counter()
-        previous = trainer.model
+        earlier = []
         while trainer.step < step:
-            previous = frozen(trainer.model) if trainer.step == step - 1 else previous
+            earlier += [frozen(trainer.model)] if trainer.step >= step - HISTORY else []
             trainer.train_step()
         result["training"][stage] = state = {"step": step, **training_state(trainer)}
-        measure_stage(result, plan, stage, steps, previous, trainer.model)
+        measure_stage(result, plan, stage, steps, earlier, trainer.model)
         say(f"{stage}: step {step}, loss {state['loss']:.3f}, {time.perf_counter() - begin:.0f} s")
     return result
 
@@ -222,22 +231,24 @@ def training_state(trainer: Trainer) -> dict[str, float]:
 
 
 def measure_stage(
-    result: dict[str, Any], plan: Plan, stage: str, steps: Steps, previous: Decoder, model: Decoder
+    result: dict[str, Any], plan: Plan, stage: str, steps: Steps, earlier: list[Decoder], model: Decoder
 ) -> None:
-    """Add the measurements of one stage; ``previous`` has the weights of the step before."""
+    """Add the measurements of one stage; ``earlier`` have the weights of the steps before."""
     now, step = frozen(model), plan.stages[stage]
     for order in ORDERS:
         for trial in range(plan.trials):
-            before_BS, inputs_BS = steps.pair(order, step + trial)
-            before, exact = count(previous, before_BS), gradients(now, inputs_BS, 1, "rolling")
-            moved = fmean(relative_error(b[:-1] / b[-1], load) for b, load in zip(before, exact.load, strict=True))
+            inputs_BS, first = steps.inputs(order, step + trial), step + trial - len(earlier)
+            before = [count(of, steps.inputs(order, first + i), plan.micro_batches[-1]) for i, of in enumerate(earlier)]
+            exact = gradients(now, inputs_BS, 1, "rolling")
+            last = [parts.sum(0) for parts in before[-1]]
+            moved = fmean(relative_error(b[:-1] / b[-1], load) for b, load in zip(last, exact.load, strict=True))
             result["moved"].append({"stage": stage, "order": order, "trial": trial, "moved": moved})
             for micro_batches in plan.micro_batches:
                 place = {"stage": stage, "order": order, "trial": trial, "micro_batches": micro_batches}
-                for estimator in ESTIMATORS[: None if trial == 0 else 2]:
+                for estimator in ESTIMATORS[: None if trial == 0 else -1]:
                     found = gradients(now, inputs_BS, micro_batches, estimator, before)
                     result["points"] += points(found, exact, {**place, "estimator": estimator})
-    _, inputs_BS = steps.pair("shuffled", step)
+    inputs_BS = steps.inputs("shuffled", step)
     exact, single = gradients(now, inputs_BS, 1, "rolling"), frozen(model, torch.float32)
     for micro_batches in (1, plan.micro_batches[-1]):
         found = gradients(single, inputs_BS, micro_batches, "exact")
@@ -262,12 +273,12 @@ def gradient_table(found: list[dict[str, Any]], by: Sequence[str]) -> str:
     """Return a table with a row for each combination of the fields ``by``."""
     columns = ["cosine", "worst cosine", "error", "worst error", "estimator_error"]
     header = [field.replace("_", "-") for field in by]
-    header += [f"{name} {column}" for name in ESTIMATORS[:2] for column in columns] + ["exact error, worst"]
+    header += [f"{name} {column}" for name in ESTIMATORS[:-1] for column in columns] + ["exact error, worst"]
     rows = []
     for key in dict.fromkeys(tuple(point[field] for field in by) for point in found):
         here = [p for p in found if tuple(p[field] for field in by) == key]
         row = [str(value) for value in key]
-        for name in ESTIMATORS[:2]:
+        for name in ESTIMATORS[:-1]:
             row += _cells([p for p in here if p["estimator"] == name])
         rows.append([*row, f"{max(p['error'] for p in here if p['estimator'] == 'exact'):.0e}"])
     return table(header, rows)
@@ -281,30 +292,30 @@ def _cells(of: list[dict[str, Any]]) -> list[str]:
     return [*figures, f"{fmean(p['estimator_error'] for p in of):.3f}"]
 
 
-def carry_over_rolling(found: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
-    """Return by order and stage: the mean error of ``carry`` divided by that of ``rolling``, for each M."""
+def ratios(found: list[dict[str, Any]], name: str, others: Sequence[str]) -> dict[tuple[str, str], list[float]]:
+    """Return by order and stage: the mean error of an estimator over the least of the others, for each M."""
     errors: dict[tuple, list[float]] = {}
     for point in found:
         key = point["order"], point["stage"], point["micro_batches"], point["estimator"]
         errors.setdefault(key, []).append(point["error"])
-    ratios: dict[tuple[str, str], list[float]] = {}
-    for (order, stage, many, name), of in errors.items():
-        if name == "carry":
-            ratios.setdefault((order, stage), []).append(fmean(of) / fmean(errors[order, stage, many, "rolling"]))
-    return ratios
+    of: dict[tuple[str, str], list[float]] = {}
+    for (order, stage, many, estimator), values in errors.items():
+        if estimator == name:
+            least = min(fmean(errors[order, stage, many, other]) for other in others)
+            of.setdefault((order, stage), []).append(fmean(values) / least)
+    return of
 
 
-def carry_table(found: list[dict[str, Any]], moved: list[dict[str, Any]]) -> str:
-    """Return :func:`carry_over_rolling` (median, least, most over M), and how far the load moved since last step."""
-    ratios = carry_over_rolling(found)
-    stages = list(dict.fromkeys(stage for _, stage in ratios))
+def ratio_table(of: dict[tuple[str, str], list[float]], moved: list[dict[str, Any]]) -> str:
+    """Return :func:`ratios` (median, least, most over M), and how far the load moved since the last step."""
+    stages = list(dict.fromkeys(stage for _, stage in of))
     rows = []
-    for order in dict.fromkeys(order for order, _ in ratios):
+    for order in dict.fromkeys(order for order, _ in of):
         row = [order]
         for stage in stages:
-            of = ratios[order, stage]
+            here = of[order, stage]
             by = fmean(m["moved"] for m in moved if (m["order"], m["stage"]) == (order, stage))
-            row.append(f"{median(of):.2f} ({min(of):.2f} - {max(of):.2f}), {by:.3f}")
+            row.append(f"{median(here):.2f} ({min(here):.2f} - {max(here):.2f}), {by:.3f}")
         rows.append(row)
     return table(["order", *stages], rows)
 
@@ -339,8 +350,10 @@ def prediction_table(found: list[dict[str, Any]]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """Return the whole result as Markdown."""
     found = result["points"]
-    ratios = [ratio for of in carry_over_rolling(found).values() for ratio in of]
-    worse = f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}"
+    carried, mixed = ratios(found, "carry", ["rolling"]), ratios(found, "adaptive", ["rolling", "carry"])
+    of_carry, of_mixed = ([ratio for row in of.values() for ratio in row] for of in (carried, mixed))
+    worse = f"{sum(ratio > 1 for ratio in of_carry)} of {len(of_carry)}"
+    near = f"{sum(ratio <= 1.05 for ratio in of_mixed)} of {len(of_mixed)}"
     rounding = [[r["stage"], str(r["micro_batches"]), f"{r['error']:.0e}"] for r in result["rounding"]]
     lines = [f"# Estimators of the step's load, {result['facts']['cpu']}", "", *as_lines(result)]
     for stage, at in result["training"].items():
@@ -353,10 +366,14 @@ def markdown(result: dict[str, Any]) -> str:
         "Error of `carry` divided by error of `rolling`": (
             f"Median over M, least and most. Above 1, `carry` is worse: {worse} rows. The last number is the relative\n"
             "distance of this step's load from the previous step's.\n\n",
-            carry_table(found, result["moved"]),
+            ratio_table(carried, result["moved"]),
+        ),
+        "Error of `adaptive` divided by the smaller of the two": (
+            f"As above. At most 1.05 in {near} rows; mean {fmean(of_mixed):.2f}.\n\n",
+            ratio_table(mixed, result["moved"]),
         ),
         "How well a layer can predict the error": (
-            "One point per layer, M, stage and step of data, of `rolling` and `carry`.\n\n",
+            "One point per layer, M, stage and step of data, of all but `exact`.\n\n",
             prediction_table(found),
         ),
         "Error of `exact` in fp32": ("", table(["stage", "micro-batches", "worst layer"], rounding)),

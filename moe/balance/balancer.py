@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..collectives import LOCAL, Axis, world_axis
 from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..types import Decision, Routing
+from .agreement import Agreement
 from .attach import attach
 from .auto import AutoStep, may_hold_copies
 from .bias import bias_rule
@@ -66,6 +68,8 @@ class Balancer:
         self.bias = bias_rule(config)
         #: int64 [E + 2], counts, tokens and micro-batches of the previous step; all zero before a resume fills it
         self.previous_X: Tensor | None = None
+        #: how well earlier steps have predicted each other, if the estimator is "adaptive"
+        self.agreement: Agreement | None = None
         self.reach = reach
         self._terms = loss_terms(config)
         scopes = [SCOPES[name] for name, _ in self._terms]
@@ -240,7 +244,7 @@ class Balancer:
         step, layer, placement, owners = self.step, self.layer, self.placement, self.owners
         own_BX, batch_X = visit.own.get(), visit.total
         seen, micro_batches = len(layer.known), step.expected(layer)
-        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.previous_X)
+        estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.previous_X, self.agreement)
         if step.tokens is not None:
             estimate = estimate._replace(step_tokens=step.tokens.double() * layer.runs)
         return StepView(
@@ -332,16 +336,29 @@ class Balancer:
             "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),
         }
 
+    def observe(self, totals_MX: Tensor) -> None:
+        """Remember a step that has ended: counts and tokens of its micro-batches, int64 [M, E + 1]."""
+        if self.config.estimator == "adaptive":
+            self.agreement = self.agreement or Agreement(totals_MX.device)
+            self.agreement.observe(totals_MX, self.previous_X)
+        self.previous_X = F.pad(totals_MX.sum(0), (0, 1), value=len(totals_MX))
+
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint must hold: the previous step's load if ``carry`` needs it.
 
         To resume, fill them in place and pass them to :meth:`restore`. The expert bias is a buffer of the router.
         """
-        if self.config.estimator != "carry":
+        if self.config.estimator not in ("carry", "adaptive"):
             return {}
         empty_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
-        return {"step_before": empty_X if self.previous_X is None else self.previous_X}
+        state = {"step_before": empty_X if self.previous_X is None else self.previous_X}
+        if self.config.estimator == "adaptive":
+            state["agreement"] = (self.agreement or Agreement(device)).values
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Resume from a filled :meth:`state`."""
         self.previous_X = state.get("step_before")
+        if (values := state.get("agreement")) is not None:
+            self.agreement = Agreement(values.device)
+            self.agreement.values = values

@@ -5,6 +5,7 @@ micro-batches are known, with counts c of S tokens, and that the previous step h
 
     rolling    c / S                                   (Algorithm 1 of arXiv 2501.11873)
     carry      (c + w C) / (S + w T),  w = (M - n)/M'  (the previous step stands in for the remaining micro-batches)
+    adaptive   c / S + the rest of the step, as a mixture of rolling and carry: :mod:`.agreement` derives its weight
     exact      c / S, where n = M: a counting pass, or all forwards before the first backward
 
 ``rolling`` is biased if each forward is followed by its backward: over random orders of G equal micro-batches, the
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .agreement import Agreement
+
 
 class Estimate(NamedTuple):
     """The estimated load of the whole step on all ranks, in fp64."""
@@ -30,13 +33,17 @@ class Estimate(NamedTuple):
     step_tokens: Tensor
 
 
-def rolling(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
+def rolling(
+    known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None, agreement: Agreement | None = None
+) -> Estimate:
     """Take the load of the micro-batches that are known. The others count as having the same load and length."""
     counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
     return Estimate(counts_E, tokens, tokens * (max(micro_batches, seen) / seen))
 
 
-def carry(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None) -> Estimate:
+def carry(
+    known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None, agreement: Agreement | None = None
+) -> Estimate:
     """Take the load of the micro-batches that are known, and the previous step's load for the others.
 
     In the first step, this is :func:`rolling`.
@@ -52,10 +59,33 @@ def carry(known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | N
     return Estimate(so_far.counts_E + weight * previous_X[:-2], tokens, step_tokens)
 
 
+def adaptive(
+    known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None, agreement: Agreement | None = None
+) -> Estimate:
+    """Expect of the other micro-batches a mixture of the known ones' load and the previous step's load.
+
+    In the first step, this is :func:`rolling`.
+    """
+    carried = carry(known_X, seen, micro_batches, previous_X)
+    if previous_X is None or agreement is None or seen >= micro_batches:
+        return carried
+    counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
+    weight = agreement.weight(known_X[:-1], previous_X[:-2], seen / micro_batches)
+    weight = torch.where(previous_X[-1] > 0, weight, 0.0)  # after a resume, there may be no previous step
+    whole, rest = micro_batches / seen, 1 - weight
+    return Estimate(
+        rest * whole * counts_E + weight * carried.counts_E,
+        rest * whole * tokens + weight * carried.tokens,
+        rest * whole * tokens + weight * carried.step_tokens,
+    )
+
+
 #: name -> function from (counts and tokens of the known micro-batches, int64 [E + 1]; their number; the number in the
-#: step; counts, tokens and number of micro-batches of the previous step, int64 [E + 2], or None) to the estimate
-ESTIMATORS: dict[str, Callable[[Tensor, int, int, Tensor | None], Estimate]] = {
+#: step; counts, tokens and number of micro-batches of the previous step, int64 [E + 2], or None; how well steps have
+#: predicted each other, or None) to the estimate
+ESTIMATORS: dict[str, Callable[[Tensor, int, int, Tensor | None, Agreement | None], Estimate]] = {
     "rolling": rolling,
     "carry": carry,
+    "adaptive": adaptive,
     "exact": rolling,  # the balancer verifies that all micro-batches are known
 }

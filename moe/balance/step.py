@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..collectives import Axis, private_axis
 from .losses import Loss, Term
@@ -117,7 +116,8 @@ class LayerStep:
         self.visits, self.first_known = {}, None
         if not ended or balancer is None:
             return
-        total = torch.stack([v.total for v in ended]).sum(0)
+        totals_MX = torch.stack([v.total for v in ended])
+        total = totals_MX.sum(0)
         for v in ended:
             v.step_total = total
         self.previous_step = StepTotals(
@@ -131,7 +131,7 @@ class LayerStep:
             losses=[v.loss for v in ended if v.loss is not None],
             terms=[term for v in ended for term in v.terms],
         )
-        balancer.previous_X = F.pad(total, (0, 1), value=len(ended))
+        balancer.observe(totals_MX)
         module, bias = self.module(), balancer.bias
         trained = module is not None and any(p.requires_grad for p in module.parameters())
         if applied and bias is not None and trained and module.router.bias_E is not None:

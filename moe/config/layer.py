@@ -91,9 +91,10 @@ class BalanceConfig:
     #: coefficient of the main loss; 0 switches it off (the load is still counted)
     coefficient: float = 0.01
     #: how the load of the whole step is estimated before the step is complete. ``rolling``: the counts so far in this
-    #: step; ``carry``: the counts so far, plus the previous step's counts for the remaining micro-batches; ``exact``:
-    #: the counts of the whole step, for which the training loop must run a :func:`counting_pass` first
-    estimator: Literal["rolling", "carry", "exact"] = "rolling"
+    #: step; ``carry``: the counts so far, plus the previous step's counts for the remaining micro-batches;
+    #: ``adaptive``: between these two, weighted by how well either has predicted earlier steps; ``exact``: the counts
+    #: of the whole step, for which the training loop must run a :func:`counting_pass` first
+    estimator: Literal["rolling", "carry", "adaptive", "exact"] = "rolling"
     #: micro-batches per optimizer step; a layer that runs twice per forward has two for each. None means, in this
     #: order: the number counted ahead; the number in the previous step; the number seen so far (first step only)
     micro_batches: int | None = None

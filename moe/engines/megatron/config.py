@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from ...config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig
 
-Estimator = Literal["rolling", "carry", "exact"]
+Estimator = Literal["rolling", "carry", "adaptive", "exact"]
 RouterName = Literal["equimoe", "megatron"]
 
 #: Megatron's name of a balance loss -> this package's scope

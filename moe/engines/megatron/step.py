@@ -77,7 +77,8 @@ class MegatronStep(OwnStep):
 
     def expected(self, layer: LayerStep) -> int:
         """Return the number of micro-batches by which losses are divided; :meth:`scale` undoes it."""
-        carried = layer.balancer.config.estimator == "carry" and layer.previous_step is not None
+        carries = layer.balancer.config.estimator in ("carry", "adaptive")
+        carried = carries and layer.previous_step is not None
         previous = layer.previous_step.micro_batches if carried and layer.previous_step is not None else 0
         return max(len(layer.known), previous)
 
