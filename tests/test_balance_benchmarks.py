@@ -52,26 +52,43 @@ def weigh(model: Decoder, coefficient: float) -> None:
 
 def routed(model: Decoder, inputs_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Return each layer's counts [E] and differentiable sums of probabilities [E], from the router's inputs."""
-    counted, inputs, layers = estimators.count(model, inputs_BS), [], model.moe_layers()
+    counted, inputs, layers = estimators.count(model, inputs_BS, 1), [], model.moe_layers()
     hooks = [layer.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
     weigh(model, 0.0)
     model(inputs_BS)
     for hook in hooks:
         hook.remove()
     sums = [(x_TD @ layer.router.weight.T).softmax(-1).sum(0) for x_TD, layer in zip(inputs, layers, strict=True)]
-    return [(counts_X[:-1].double(), sums_E) for counts_X, sums_E in zip(counted, sums, strict=True)]
+    return [(counts_1X[0, :-1].double(), sums_E) for counts_1X, sums_E in zip(counted, sums, strict=True)]
+
+
+def mixed(counts_ME: Tensor, n: int, before_MX: Tensor) -> Tensor:
+    """Weigh the known micro-batches and the step before, after one step: by its variance and by how far it is away."""
+    share_E, before_ME = counts_ME[:n].sum(0) / counts_ME[:n].sum(), before_MX[:, :-1].double()
+    before_E = before_ME.sum(0) / before_ME.sum()
+    apart_M = (before_ME / before_ME.sum(1, keepdim=True) - before_E).square().sum(1)
+    v = float(apart_M.sum()) / (M - 1) / M
+    drift = max(float((share_E - before_E).square().sum()) - v * (M / n + 1), 0.0)
+    weight = v * M / n / (v * M / n + drift + v)
+    carried_E = counts_ME[:n].sum(0) + before_ME.sum(0) * (M - n) / M
+    return (1 - weight) * counts_ME[:n].sum(0) * M / n + weight * carried_E if n < M else counts_ME.sum(0)
 
 
 def by_hand(model: Decoder, inputs_BS: Tensor, estimator: str, before: list[Tensor]) -> list[Tensor]:
-    """Compute the gradients [E, D] of all layers' losses from the definitions of the estimators."""
+    """Compute the gradients [E, D] of all layers' losses from the definitions of the estimators.
+
+    ``before`` has the counts and tokens of the micro-batches of the step before, [M, E + 1] of each layer.
+    """
     shares = [routed(model, share) for share in inputs_BS.chunk(M)]
     tokens, loss, k = inputs_BS.numel(), torch.zeros(()), model.moe_layers()[0].config.top_k
-    for layer, previous_X in enumerate(before):
+    for layer, before_MX in enumerate(before):
+        previous_X = before_MX.sum(0)
         counts_ME = torch.stack([share[layer][0] for share in shares])
         for n, share in enumerate(shares, start=1):
             load_E = {
                 "rolling": counts_ME[:n].sum(0) * M / n,
                 "carry": counts_ME[:n].sum(0) + previous_X[:-1] * (M - n) / M,
+                "adaptive": mixed(counts_ME, n, before_MX),
                 "exact": counts_ME.sum(0),
             }[estimator]
             loss = loss + len(load_E) / (k * tokens) * (load_E * share[layer][1]).sum() / tokens
@@ -87,10 +104,12 @@ def test_each_estimator_has_the_gradient_of_its_definition(
     trained: tuple[Trainer, Decoder, estimators.Steps], order: str
 ) -> None:
     trainer, previous, steps = trained
-    before_BS, inputs_BS = steps.pair(order, trainer.step)
-    before, model = estimators.count(previous, before_BS), estimators.frozen(trainer.model)
+    before_BS, inputs_BS = steps.inputs(order, trainer.step - 1), steps.inputs(order, trainer.step)
+    before, model = estimators.count(previous, before_BS, M), estimators.frozen(trainer.model)
     whole = estimators.gradients(model, inputs_BS, 1, "rolling").gradients
-    found = {name: estimators.gradients(model, inputs_BS, M, name, before).gradients for name in estimators.ESTIMATORS}
+    found = {
+        name: estimators.gradients(model, inputs_BS, M, name, [before]).gradients for name in estimators.ESTIMATORS
+    }
     for name, got in found.items():
         assert far(got, by_hand(model, inputs_BS, name, before)) < 1e-10, name
         assert (far(got, whole) < 1e-10) == (name == "exact"), name
@@ -102,7 +121,7 @@ def test_it_is_what_the_coefficient_adds_to_a_training_gradient(
 ) -> None:
     trainer, _, steps = trained
     model = estimators.frozen(trainer.model)
-    _, inputs_BS = steps.pair("shuffled", trainer.step)
+    inputs_BS = steps.inputs("shuffled", trainer.step)
     weights = [layer.router.weight for layer in model.moe_layers()]
     want, found = estimators.gradients(model, inputs_BS, M, "rolling").gradients, []
     for coefficient in (0.0, 0.5):
@@ -117,18 +136,18 @@ def test_it_is_what_the_coefficient_adds_to_a_training_gradient(
 
 def test_the_step_before_is_the_one_that_was_trained_on(trained: tuple[Trainer, Decoder, estimators.Steps]) -> None:
     trainer, previous, steps = trained
-    before_BS, shuffled_BS = steps.pair("shuffled", trainer.step)
-    for got_X, layer in zip(estimators.count(previous, before_BS), trainer.model.moe_layers(), strict=True):
-        want_X = layer.balancer.previous_X[:-1]
+    before_BS, shuffled_BS = (steps.inputs("shuffled", trainer.step + i) for i in (-1, 0))
+    for got_MX, layer in zip(estimators.count(previous, before_BS, M), trainer.model.moe_layers(), strict=True):
+        got_X, want_X = got_MX.sum(0), layer.balancer.previous_X[:-1]
         assert got_X[-1] == want_X[-1] == before_BS.numel()
         assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose other experts than fp32
     (batch,) = trainer.batches.sample(trainer.step - 1, 0, 1, 1, B)
     assert torch.equal(before_BS, batch[0])
     domain_of = {tuple(row): int(d) for row, d in zip(*map(Tensor.tolist, _next(trainer)), strict=True)}
-    domains = [domain_of[tuple(row)] for row in steps.pair("by domain", trainer.step)[1].tolist()]
+    domains = [domain_of[tuple(row)] for row in steps.inputs("by domain", trainer.step).tolist()]
     assert domains == sorted(domains) and sorted(domains) == sorted(domain_of[tuple(r)] for r in shuffled_BS.tolist())
-    one, two = steps.pair("drifting", trainer.step)
-    assert torch.equal(steps.pair("drifting", trainer.step + 1)[0], two) and not torch.equal(one, two)
+    one, two = (steps.inputs("drifting", trainer.step + i) for i in (0, 1))
+    assert torch.equal(steps.inputs("drifting", trainer.step), one) and not torch.equal(one, two)
 
 
 def _next(trainer: Trainer) -> tuple[Tensor, Tensor]:
@@ -146,14 +165,17 @@ def test_ranks_and_tables() -> None:
         for name, figures in {
             "rolling": [(0.9, 0.1), (0.7, 0.5)],
             "carry": [(0.8, 0.6), (0.4, 0.2)],
+            "adaptive": [(0.9, 0.2), (0.8, 0.1)],
             "exact": [(1.0, 1e-15), (1.0, 3e-15)],
         }.items()
         for layer, (cosine, error) in enumerate(figures)
     ]
     row = estimators.gradient_table(found, ("order", "micro_batches")).splitlines()[-1]
-    cells = "shuffled 2 0.800 0.700 0.300 0.500 0.100 0.600 0.400 0.400 0.600 0.100 3e-15"
+    cells = "shuffled 2 0.800 0.700 0.300 0.500 0.100 0.600 0.400 0.400 0.600 0.100"
+    cells += " 0.850 0.800 0.150 0.200 0.100 3e-15"
     assert row.strip("| ").split(" | ") == ["shuffled", *cells.split()[1:]]
-    assert estimators.carry_over_rolling(found) == {("shuffled", "end"): [pytest.approx(4 / 3)]}
+    assert estimators.ratios(found, "carry", ["rolling"]) == {("shuffled", "end"): [pytest.approx(4 / 3)]}
+    assert estimators.ratios(found, "adaptive", ["rolling", "carry"]) == {("shuffled", "end"): [pytest.approx(1 / 2)]}
 
 
 def test_the_estimators_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,12 +188,17 @@ def test_the_estimators_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exact = [p["error"] for p in points if p["estimator"] == "exact"]
     # layers, stages, orders, M; the other estimators have two steps of data
     assert len(exact) == 2 * 2 * 3 * 2 and max(exact) < 1e-6
-    assert len(points) == 5 * len(exact)
+    assert len(points) == 7 * len(exact)
     others = [p for p in points if p["estimator"] != "exact"]
     assert min(p["error"] for p in others) > 1e-4 and all(p["estimator_error"] < p["gradient_error"] for p in others)
     assert max(r["error"] for r in result["rounding"]) < 1e-2
     text = path.with_suffix(".md").read_text()
-    assert text.count("| by domain | end |") == 2 and result["facts"]["cpu"] in text and "## Error of `carry`" in text
+    assert (
+        text.count("| by domain | end |") == 2
+        and "## Error of `adaptive`" in text
+        and result["facts"]["cpu"] in text
+        and "## Error of `carry`" in text
+    )
 
 
 def test_the_formula_of_bytes() -> None:
