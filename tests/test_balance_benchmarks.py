@@ -193,12 +193,8 @@ def test_the_estimators_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert min(p["error"] for p in others) > 1e-4 and all(p["estimator_error"] < p["gradient_error"] for p in others)
     assert max(r["error"] for r in result["rounding"]) < 1e-2
     text = path.with_suffix(".md").read_text()
-    assert (
-        text.count("| by domain | end |") == 2
-        and "## Error of `adaptive`" in text
-        and result["facts"]["cpu"] in text
-        and "## Error of `carry`" in text
-    )
+    assert text.count("| by domain | end |") == 2 and result["facts"]["cpu"] in text
+    assert "## Error of `carry`" in text and "## Error of `adaptive`" in text
 
 
 def test_the_formula_of_bytes() -> None:

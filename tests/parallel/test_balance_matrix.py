@@ -180,19 +180,20 @@ def worst_error(world: int, parallel: P) -> float:
 
 
 @pytest.mark.parametrize("name", slow_but(["fsdp 2"], ["fsdp 2", "cp 2, dp 2, ep 4", "tp 2, dp 2, ep 4", "tp 4"]))
-def test_rolling_and_carry_equal_one_process_in_the_same_order(name: str) -> None:
+def test_estimators_equal_one_process_in_the_same_order(name: str) -> None:
     """The counts that a backward sees must be those of micro-batches over all ranks, whatever the mapping."""
     world, parallel = MAPPINGS[name]
-    estimators, dp = ("rolling", "carry"), parallel.resolve(world).dp
+    estimators, dp = ("rolling", "carry", "adaptive"), parallel.resolve(world).dp
 
     def script(rank: int, world: int) -> list[dict[str, Tensor]]:
         mesh = build_mesh(parallel) if world > 1 else None
-        steps = [own(mesh, 4, dp, step) for step in range(2)]
+        steps = [own(mesh, 4, dp, step) for step in range(3)]
         return [train(make(2, 4, e == "carry", estimator=e), mesh, steps) for e in estimators]
 
     want = script(0, 1)
     router = "blocks.0.mlp.router.weight"
-    assert oracle.relative_error(want[0][router], want[1][router]) > 1e-2
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert oracle.relative_error(want[one][router], want[other][router]) > 1e-3
     for result in run_ranks(script, world):
         for i, found in enumerate(result):
             worst = max((oracle.relative_error(value, want[i][n]), n) for n, value in found.items())

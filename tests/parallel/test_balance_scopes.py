@@ -279,9 +279,9 @@ def test_bias_moves_alike_on_all_ranks_by_the_load_of_all(wrapper: str, world: i
 
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2, "data_parallel": "fsdp"}, {"pp": 2}], ids=str)
 def test_a_resumed_run_goes_on_alike(parallel: dict[str, Any], tmp_path: Path) -> None:
-    """The checkpoint must hold bias and carried counts; without them the next steps would differ."""
+    """The checkpoint must hold bias, carried counts and their worth; without them the next steps would differ."""
     texts = small.write_texts(tmp_path / "texts")
-    balance = BalanceConfig(coefficient=0.05, estimator="carry", bias_update_rate=0.01)
+    balance = BalanceConfig(coefficient=0.05, estimator="adaptive", bias_update_rate=0.01)
     config = small.on(texts, balance=balance)
     config = replace(config, parallel=replace(config.parallel, **parallel))
 
@@ -303,7 +303,8 @@ def test_a_resumed_run_goes_on_alike(parallel: dict[str, Any], tmp_path: Path) -
         second = trainer()
         assert not any(layer.router.bias_E.any() for layer in second.layers.values())
         second.resume(path, checkpoint.read_manifest(path))
-        state = {name: value for name, value in second.state().items() if "bias_E" in name or "step_before" in name}
+        kept = ("bias_E", "step_before", "agreement")
+        state = {name: value for name, value in second.state().items() if name.endswith(kept)}
         return go_on(first), go_on(second), {name: value.clone() for name, value in state.items()}
 
     names: set[str] = set()
@@ -312,5 +313,5 @@ def test_a_resumed_run_goes_on_alike(parallel: dict[str, Any], tmp_path: Path) -
         assert all(bool(value.any()) for value in state.values())
         names |= state.keys()
     assert names == {f"model.blocks.{i}.mlp.router.bias_E" for i in range(2)} | {
-        f"balance.{i}.step_before" for i in range(2)
+        f"balance.{i}.{name}" for i in range(2) for name in ("step_before", "agreement")
     }
