@@ -96,6 +96,8 @@ def described(
     for name, entry in tensors.items():
         found[name] = saved = _saved(name, entry, places)
         saved.check()
+        if math.prod(saved.shape) * saved.dtype.itemsize > sum(sizes.values()):
+            raise ValueError(f"{short(name)}: the shape {short(saved.shape)} is larger than all files")
     return found
 
 
@@ -178,7 +180,7 @@ class Archive:
         if len(data) != size(count) * dtype.itemsize or sizes != shape or len(sizes) != len(strides):
             raise ValueError(f"the tensor does not have the shape {short(shape)}")
         last = size(offset) + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-        if math.prod(sizes) == 0 or last >= count:
+        if math.prod(sizes) == 0 or last >= count or math.prod(sizes) > count:  # a stride of 0 repeats numbers
             raise ValueError("the tensor is larger than its storage")
         return torch.as_strided(torch.frombuffer(data, dtype=dtype), sizes, strides, offset)
 

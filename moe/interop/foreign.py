@@ -6,7 +6,7 @@ E experts, F expert width, D hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,33 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from ..checkpoint.files import remove, sync, write_tensors
-from ..checkpoint.manifest import METADATA, reason, short
+from ..checkpoint.manifest import METADATA, read_plain, reason, short
 from ..checkpoint.pickles import Name
-from ..checkpoint.tensors import Saved
+from ..checkpoint.tensors import Chunk, Saved
 from ..checkpoint.tools import Reader
 from ..checkpoint.torch_files import BROKEN, METADATA_NAMES, TENSOR_NAMES, Archive, described, opened
+from .hf import linked
 
 #: usual names of an expert's gate, up and down projection
 EXPERT = ("gate_proj", "up_proj", "down_proj")
 #: files of a run's folder that name the newest checkpoint, and the folder of that checkpoint
 _NEWEST = {"latest": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
-_MAX_PICKLE_BYTES = 256 << 20
+_MAX_PICKLE_BYTES, _MAX_NAME_BYTES = 256 << 20, 4096
+#: the sizes of each weight; in a layer, a letter is the same size everywhere. U is F, or 2 F with a gate
+_SIZES = {
+    "router.weight": "ED",
+    "experts.gate_up_proj": "EUD",
+    "experts.down_proj": "EDF",
+    "router.bias_E": "E",
+    "shared.mlp.gate_proj.weight": "SD",
+    "shared.mlp.up_proj.weight": "SD",
+    "shared.mlp.down_proj.weight": "DS",
+    "shared.gate.weight": "1D",
+}
 
 _FILE = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_(\d+)_model_states\.pt", re.ASCII)
 _REST = "mp_rank_00_model_states.pt"
-_OF_EXPERT = re.compile(r"(.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.+)", re.ASCII)
+_OF_EXPERT = re.compile(r"(.+)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d{1,9})\.(.+)", re.ASCII)
 _DEEPSPEED_NAMES = TENSOR_NAMES | {Name("torch", "Size")}
 
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -86,8 +98,9 @@ def write_layers(folder: Path, out: Path, expert: Sequence[str] = EXPERT) -> Ite
 
 def _newest(folder: Path) -> Path:
     for name, where in _NEWEST.items():
-        if (folder / name).is_file():
-            found = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
+        if (folder / name).exists():
+            with _refused(folder / name) as target:
+                found = read_plain(target, _MAX_NAME_BYTES).decode(errors="replace").strip()
             place = folder / (where.format(found) if found != "release" else found)
             if not re.fullmatch(r"\w[\w.-]*", found) or not place.is_dir():
                 raise CheckpointError(f"{folder / name}: names {short(found)}, which is no folder next to it")
@@ -137,9 +150,12 @@ def _stacked(
                 "name its linear layers with --expert; they can have no biases"
             )
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    left = sum(file.stat().st_size for file in {file for expert in experts.values() for file, _ in expert.values()})
     for number in range(len(experts)):
         for name in names:
             found[name].append(_tensor(*experts[number][f"{name}.weight"]))
+            if (left := left - found[name][-1].nbytes) < 0:
+                raise CheckpointError(f"{folder}: refused: {short(layer)} is larger than its files")
     try:
         *first, down = (torch.stack(found[name]) for name in names)
         return {"experts.gate_up_proj": torch.cat(first, dim=1), "experts.down_proj": down}
@@ -149,7 +165,7 @@ def _stacked(
 
 def _content(file: Path) -> dict[Any, Any]:
     """Return the content of a file of ``torch.save``, with a record instead of each tensor."""
-    with _refused(file), file.open("rb") as stream, Archive(stream, _MAX_PICKLE_BYTES) as archive:
+    with _refused(file) as target, target.open("rb") as stream, Archive(stream, _MAX_PICKLE_BYTES) as archive:
         found = archive.interpret(_DEEPSPEED_NAMES)
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             raise ValueError("holds no tensors by name")
@@ -157,16 +173,22 @@ def _content(file: Path) -> dict[Any, Any]:
 
 
 def _tensor(file: Path, record: Any) -> Tensor:
-    with _refused(file), file.open("rb") as stream, Archive(stream, _MAX_PICKLE_BYTES) as archive:
+    with _refused(file) as target, target.open("rb") as stream, Archive(stream, _MAX_PICKLE_BYTES) as archive:
         return archive.tensor(record).contiguous()
 
 
 @contextmanager
-def _refused(file: Path) -> Iterator[None]:
+def _refused(file: Path) -> Iterator[Path]:
+    """Yield the file that ``file`` is or links to. What is wrong with it becomes a CheckpointError that names it."""
+    target = linked(file)
     try:
-        yield
+        if target.exists() and not target.is_file():
+            raise ValueError("is no regular file")
+        yield target
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; save with ZeRO 0, 1 or 2") from None
+    except CheckpointError:
+        raise
     except (*BROKEN, RecursionError) as error:
         raise CheckpointError(f"{file}: refused: {reason(error)}") from None
 
@@ -176,11 +198,9 @@ def _refused(file: Path) -> Iterator[None]:
 
 def _megatron(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     file = folder / METADATA
-    sizes = {part.name: part.stat().st_size for part in folder.glob("*.distcp") if part.is_file()}
-    with _refused(file):
-        if file.stat().st_size > _MAX_PICKLE_BYTES:
-            raise ValueError(f"larger than {_MAX_PICKLE_BYTES} bytes")
-        saved = described(file.read_bytes(), _MEGATRON_NAMES, sizes, _is_weight)
+    sizes = {part.name: linked(part).stat().st_size for part in folder.glob("*.distcp") if part.is_file()}
+    with _refused(file) as target:
+        saved = described(read_plain(target, _MAX_PICKLE_BYTES), _MEGATRON_NAMES, sizes, _is_weight)
     layers: dict[tuple[str, str | None], dict[str, str]] = {}
     for key in saved:
         match = _OF_LAYER.fullmatch(key)
@@ -189,13 +209,20 @@ def _megatron(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     layers = {place: leaves for place, leaves in layers.items() if "router.weight" in leaves}
     if not layers:
         raise CheckpointError(f"{file}: describes no MoE layer of Megatron-Core")
-    with Reader(folder, saved, opened) as reader:
+    with Reader(folder, saved, _opened) as reader:
         for (prefix, number), leaves in layers.items():
             if number is not None:
                 yield _named(prefix, number), _layer(folder, _Weights(reader, leaves, ()), _named(prefix, number))
                 continue
             for block in range(saved[leaves["router.weight"]].shape[0]):
                 yield _named(prefix, block), _layer(folder, _Weights(reader, leaves, (block,)), _named(prefix, block))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]:
+    """See :data:`equimoe.moe.checkpoint.tensors.Opened`."""
+    with opened(linked(file)) as read:
+        yield read
 
 
 def _is_weight(key: str) -> bool:
@@ -220,6 +247,8 @@ class _Weights:
         if (key := self.left.pop(leaf, None)) is None:
             return None
         saved: Saved = self.reader.saved[key]
+        if any(block >= size for block, size in zip(self.block, saved.shape, strict=False)):
+            raise ValueError(f"{short(key)} is of fewer layers than the router")
         rest = saved.shape[len(self.block) :]
         return self.reader.box(key, (*self.block, *(0 for _ in rest)), (*(1 for _ in self.block), *rest)).view(rest)
 
@@ -232,6 +261,15 @@ class _Weights:
 
 
 def _layer(folder: Path, weights: _Weights, layer: str) -> dict[str, Tensor]:
+    with _refused(folder / METADATA):
+        found = _taken(weights)
+    if weights.left:
+        other = short(min(weights.left.values()))
+        raise CheckpointError(f"{folder}: refused: {other} is no weight that this package's layer has")
+    return _checked(folder, layer, found)
+
+
+def _taken(weights: _Weights) -> dict[str, Tensor]:
     found = {"router.weight": weights.take("router.weight"), "router.bias_E": weights.take("router.expert_bias")}
     router = found["router.weight"]
     number = 0 if router is None else router.shape[0]
@@ -243,19 +281,24 @@ def _layer(folder: Path, weights: _Weights, layer: str) -> dict[str, Tensor]:
         found |= {"shared.mlp.gate_proj.weight": gate, "shared.mlp.up_proj.weight": up}
         found["shared.mlp.down_proj.weight"] = weights.take("shared_experts.linear_fc2.weight")
         found["shared.gate.weight"] = weights.take("shared_experts.gate_weight")
-    if weights.left:
-        other = short(min(weights.left.values()))
-        raise CheckpointError(f"{folder}: refused: {other} is no weight that this package's layer has")
-    return _checked(folder, layer, {name: value for name, value in found.items() if value is not None})
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _checked(folder: Path, layer: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights, if their shapes are those of a layer."""
-    router, up, down = (found.get(n) for n in ("router.weight", "experts.gate_up_proj", "experts.down_proj"))
-    if router is None or up is None or down is None:
+    """Return the weights, if none is missing, and shapes and dtypes are those of a layer."""
+    routed, shared = ("router.weight", "experts.gate_up_proj", "experts.down_proj"), "shared.mlp.down_proj.weight"
+    if any(name not in found for name in routed):
         raise CheckpointError(f"{folder}: refused: the router or the experts of {short(layer)} are missing")
-    (experts, hidden), width = router.shape, down.shape[-1]
-    if down.shape != (experts, hidden, width) or up.shape not in {(experts, n * width, hidden) for n in (1, 2)}:
-        shapes = ", ".join(str(list(value.shape)) for value in (router, up, down))
+    if any(name.startswith("shared") for name in found) and shared not in found:
+        raise CheckpointError(f"{folder}: refused: a projection of the shared experts of {short(layer)} is missing")
+    sizes = {"1": 1}
+    fits = True
+    for name, value in found.items():
+        fits &= value.dim() == len(_SIZES[name])
+        fits &= all(sizes.setdefault(k, n) == n for k, n in zip(_SIZES[name], value.shape, strict=False))
+    if not fits or sizes["U"] not in (sizes["F"], 2 * sizes["F"]):
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
         raise CheckpointError(f"{folder}: refused: the weights of {short(layer)} have the shapes {shapes}")
+    if other := [name for name, value in found.items() if not value.is_floating_point()]:
+        raise CheckpointError(f"{folder}: refused: {other[0]} of {short(layer)} is {found[other[0]].dtype}")
     return found

@@ -90,7 +90,7 @@ def open_folder(folder: Path) -> Weights:
     files = _files(folder)
     found: dict[str, tuple[str, str, Shape]] = {}
     for file, expected in files.items():
-        for name, (dtype, shape) in listed(_target(folder / file), folder / file, "download it again").items():
+        for name, (dtype, shape) in listed(linked(folder / file), folder / file, "download it again").items():
             if name in found or (expected is not None and name not in expected):
                 raise CheckpointError(
                     f"{folder / file}: refused: {short(name)}: the index does not say that it is here"
@@ -176,7 +176,7 @@ def _compare(
 @contextmanager
 def _opened(file: Path) -> Iterator[Callable[[Chunk, tuple[slice, ...]], Tensor]]:
     """See :data:`equimoe.moe.checkpoint.tensors.Opened`."""
-    with opened(_target(file)) as read_rows:
+    with opened(linked(file)) as read_rows:
 
         def read(chunk: Chunk, box: tuple[slice, ...]) -> Tensor:
             assert isinstance(chunk, PartChunk)
@@ -218,7 +218,7 @@ def companions(source: Weights | Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(folder.iterdir()):
         if _KEPT.fullmatch(file.name) or (file.name == RECORD and folder.name == COMPANIONS):
-            target = _target(file)
+            target = linked(file)
             try:
                 found[file.name] = read_plain(target, _MAX_JSON)
             except (OSError, ValueError) as error:
@@ -228,7 +228,7 @@ def companions(source: Weights | Path) -> dict[str, bytes]:
     return found
 
 
-def _target(file: Path) -> Path:
+def linked(file: Path) -> Path:
     """Return the file that ``file`` is, or is a link to, as in the download cache of Hugging Face.
 
     Raises CheckpointError for a link to elsewhere, which would bring another file of this machine into an export.
@@ -243,7 +243,7 @@ def _target(file: Path) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    target = _target(file)
+    target = linked(file)
     try:
         found = read_json(target, _MAX_JSON)
         if not isinstance(found, dict):

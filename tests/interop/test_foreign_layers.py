@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,6 +79,33 @@ class Planted:
         return os.system, ("touch planted",)
 
 
+def linked(file: Path) -> None:
+    outside = file.parents[2] / "outside"
+    file.rename(outside / file.name)
+    file.symlink_to(outside / file.name)
+
+
+def replaced(value: Tensor) -> Callable[[Path], None]:
+    """Give all matrices of a DeepSpeed checkpoint the same value."""
+
+    def damage(folder: Path) -> None:
+        for e in range(E):
+            name = f"layer_0_expert_{e}_mp_rank_00_model_states.pt"
+            changed(name, lambda c: c.update(dict.fromkeys(c, value)))(folder)
+        changed(REST, lambda c: c["module"].update({f"{PREFIX}gate.wg.weight": value}))(folder)
+
+    return damage
+
+
+def repeated(folder: Path) -> None:
+    """Let many experts refer to the same numbers of one file."""
+    value = torch.zeros(100, 100)
+    shared = {f"{PREFIX}experts.deepspeed_experts.{e}.{n}.weight": value for e in range(90) for n in EXPERT}
+    torch.save(shared, folder / EXPERT_1)
+    for e in (0, 2):
+        (folder / EXPERT_1.replace("expert_1", f"expert_{e}")).unlink()
+
+
 def changed(file: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = torch.load(folder / file, weights_only=False)
@@ -106,9 +134,27 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(EXPERT_1, lambda c: c.update({f"{OF_EXPERT}up_proj.weight": torch.ones(F + 1, D)})),
         "the experts of 'net.moe' have different shapes",
     ),
+    "one number, repeated": (replaced(torch.zeros(1).expand(9, 9)), "the tensor is larger than its storage"),
+    "experts that share numbers": (repeated, "'net.moe' is larger than its files"),
+    "one dimension": (replaced(torch.zeros(4)), "the weights of 'net.moe' have the shapes router.weight [4], "),
+    "five dimensions": (replaced(torch.zeros(1, 1, 1, 1, 1)), "the weights of 'net.moe' have the shapes router.weight"),
+    "whole numbers": (replaced(torch.ones(E, E, dtype=torch.int64)), "router.weight of 'net.moe' is torch.int64"),
+    "a long number": (
+        changed(EXPERT_1, lambda c: c.update({f"{PREFIX}experts.deepspeed_experts.{'9' * 5000}.w": torch.ones(1)})),
+        "is no weight of an expert",
+    ),
+    "a pipe": (
+        lambda f: ((f / EXPERT_1).unlink(), os.mkfifo(f / EXPERT_1)),
+        f"{EXPERT_1}: refused: is no regular file",
+    ),
+    "a link": (lambda f: linked(f / EXPERT_1), f"{EXPERT_1}: refused: is a link to a file outside of its folder"),
+    "a long name": (
+        lambda f: (f.parent / "latest").write_bytes(b"x" * 5000),
+        "latest: refused: larger than 4096 bytes",
+    ),
     "another router": (
         changed(REST, lambda c: c["module"].update({f"{PREFIX}gate.wg.weight": torch.ones(E + 1, D)})),
-        "the weights of 'net.moe' have the shapes [4, 6], [3, 8, 6], [3, 6, 4]",
+        "have the shapes router.weight [4, 6], experts.gate_up_proj [3, 8, 6], experts.down_proj [3, 6, 4]",
     ),
     "tensor parallelism": (
         lambda f: (f / EXPERT_1).rename(f / EXPERT_1.replace("rank_00", "rank_01")),
@@ -127,14 +173,71 @@ def test_damage_is_named_in_one_line(
 ) -> None:
     damage, message = FAULTS[fault]
     folder = write(tmp_path / "run")
+    (tmp_path / "outside").mkdir()
     damage(folder / "one")
     monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["outside", "run"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line with which the folder ``run`` is refused."""
     with pytest.raises(SystemExit) as stopped:
         convert(["layers", "run", "--out", "out"])
     error = capsys.readouterr().err
     assert stopped.value.code == env.CHECKPOINT, error
-    assert error.startswith("error: run") and error.count("\n") == 1 and message in error, error
-    assert not (tmp_path / "planted").exists() and sorted(file.name for file in tmp_path.iterdir()) == ["run"]
+    assert error.startswith("error: run") and error.count("\n") == 1, error
+    return error
+
+
+def declared(*shape: int) -> Callable[[Path], None]:
+    """Describe the router as a tensor of another shape."""
+
+    def damage(folder: Path) -> None:
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        entry = metadata.state_dict_metadata["layers.0.mlp.router.weight"]
+        entry.size = entry.chunks[0].sizes = torch.Size(shape)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return damage
+
+
+UP, DOWN = "layers.0.mlp.shared_experts.linear_fc1.weight", "layers.0.mlp.shared_experts.linear_fc2.weight"
+LAYER = {
+    "layers.0.mlp.router.weight": torch.ones(E, D),
+    "layers.0.mlp.experts.experts.linear_fc1.weight": torch.ones(E, 2 * F, D),
+    "layers.0.mlp.experts.experts.linear_fc2.weight": torch.ones(E, D, F),
+}
+#: all layers in one tensor, of which only the router has two
+STACKED = {name.replace(".0.", "."): torch.stack([v] * (2 if "router" in name else 1)) for name, v in LAYER.items()}
+FAULTS_OF_MEGATRON: dict[str, tuple[dict[str, Tensor], Callable[[Path], object], str]] = {
+    "shared experts without a gate": (LAYER | {UP: torch.ones(4, D), DOWN: torch.ones(D, 4)}, str, "have the shapes"),
+    "half of the shared experts": (LAYER | {UP: torch.ones(4, D)}, str, "a projection of the shared experts of 'layer"),
+    "a number": (LAYER | {UP: torch.tensor(1.0)}, str, ".metadata: refused: RuntimeError chunk expects at least"),
+    "a router of one number": (LAYER | {"layers.0.mlp.router.weight": torch.tensor(1.0)}, str, "refused: IndexError"),
+    "another bias": (LAYER | {"layers.0.mlp.router.expert_bias": torch.ones(9)}, str, "router.bias_E [9]"),
+    "experts of fewer layers": (STACKED, str, "linear_fc1.weight' is of fewer layers than the router"),
+    "a huge router": (
+        LAYER,
+        declared(10**9, 10**9),
+        "router.weight': the shape [1000000000, 1000000000] is larger than",
+    ),
+    "a link": (LAYER, lambda f: linked(f / "__0_0.distcp"), "__0_0.distcp: refused: is a link to a file outside of"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_MEGATRON)
+def test_damage_of_megatrons_layers_is_named_in_one_line(
+    fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, damage, message = FAULTS_OF_MEGATRON[fault]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outside").mkdir()
+    dcp.save(layer, checkpoint_id="run/one", no_dist=True)
+    damage(tmp_path / "run" / "one")
+    Path("run/latest").write_text("one")
+    assert message in refusal(capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["outside", "run"]
 
 
 def test_reading_runs_and_writes_nothing(tmp_path: Path) -> None:
