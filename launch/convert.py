@@ -73,7 +73,7 @@ def layers(arguments: argparse.Namespace) -> None:
     written = 0
     for file, weights in write_layers(arguments.dir, arguments.out, arguments.expert):
         experts, _, width = weights["experts.down_proj"].shape
-        print(f"wrote {printable(str(file))}: {experts} experts of width {width}")
+        print(f"wrote {printable(str(file))}: {counted(experts, 'expert')} of width {width}")
         written += 1
     print(f"{counted(written, 'layer')}; load one with layer.load_state_dict(safetensors.torch.load_file(FILE))")
 

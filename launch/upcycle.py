@@ -16,10 +16,12 @@ import torch
 
 from ..moe.checkpoint.manifest import printable
 from ..moe.interop.domains import divide, domain_masks
+from ..moe.interop.families import family_of
 from ..moe.interop.hf import Weights
 from ..moe.interop.merge import Assembly, average, merge
 from ..moe.interop.upcycle import Recipe, upcycle
 from . import domains, env, initial
+from .text import counted
 from .usage import Parser, run_on_files
 
 Write = Callable[[list[Weights], dict[str, Any], Path, int | None], Path]
@@ -130,7 +132,12 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{OPTIONS[field]}: has no effect with --method={arguments.method}; leave it out")
     sources = [initial.weights(folder) for folder in arguments.dirs]
     final = method.write(sources, given, out, arguments.files)
-    print(f"wrote {printable(str(final))}: {described(initial.weights(out))}")
+    found = initial.weights(out)
+    print(f"wrote {printable(str(final))}: {described(found)}")
+    try:
+        family_of(found.architecture)
+    except ValueError as error:
+        print(f"note: convert export cannot write it: {error}")
     print(f"train: python -m equimoe.launch.train --init.from {printable(str(out))}")
 
 
@@ -138,7 +145,7 @@ def described(found: Weights) -> str:
     """Describe a model in a few words."""
     a, total = found.architecture, sum(_numbers(entry.shape) for entry in found.tensors.values())
     blocks = sum(map(a.is_moe, range(a.num_layers)))
-    experts = f"{a.moe.num_experts} experts of width {a.moe.intermediate_size}, {a.moe.top_k} per token"
+    experts = f"{counted(a.moe.num_experts, 'expert')} of width {a.moe.intermediate_size}, {a.moe.top_k} per token"
     kind = f"{experts}, in {blocks} of {a.num_layers} blocks" if blocks else f"{a.num_layers} dense blocks"
     return f"{kind}; {total:,} parameters"
 

@@ -76,6 +76,19 @@ def test_logits_are_those_of_the_dense_model(
     assert again == initial.weights(tmp_path / "grown").architecture
 
 
+def test_a_model_that_transformers_does_not_have_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When it is made, and not only when it has been trained and is exported."""
+    how = ["--method", "sparse", "--experts", "1", "--top-k", "1"]
+    for name, bias, announced in (("without", False, False), ("with", True, True)):
+        dense(tmp_path / name, "llama", attention_bias=bias)
+        upcycle([str(tmp_path / name), "--out", str(tmp_path / f"{name} grown"), *how])
+        printed = capsys.readouterr().out
+        note = "note: convert export cannot write it: no model of transformers computes as this checkpoint's; the"
+        assert (note in printed) == announced and ": 1 expert of width 24, 1 per token" in printed
+
+
 def test_the_grown_model_is_trained_and_exported_in_the_dense_models_dtype(tmp_path: Path) -> None:
     import transformers
 
