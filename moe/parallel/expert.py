@@ -27,7 +27,8 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
         width = config.intermediate_size
         what = f"must be divisible by parallel.etp={etp.size}; change one of them"
         raise ValueError(f"moe.intermediate_size={width}: {what}")
-    if ep.size * etp.size > 1 and hasattr(getattr(layer, "experts", None), "get_base_layer"):
+    experts = getattr(layer, "experts", None)
+    if ep.size * etp.size > 1 and (hasattr(experts, "get_base_layer") or hasattr(experts, "original_module")):
         raise ValueError(
             f"parallel.ep={ep.size}, parallel.etp={etp.size}: the experts have an adapter of PEFT, which cannot be "
             "split over ranks; set both to 1, or adapt other modules"

@@ -71,7 +71,11 @@ def check_divisible(model: Decoder, tp: int) -> None:
     """
     whole = {part for layer in model.modules() if isinstance(layer, MoE) for part in layer.modules()}
     for name, module in model.named_modules():
-        if hasattr(module, "get_base_layer") and module not in whole:
+        split = hasattr(module, "get_base_layer")
+        if hasattr(module, "original_module"):  # PEFT trains a copy of it (modules_to_save)
+            parts = module.original_module.modules()
+            split = any(isinstance(part, (nn.Linear, nn.Embedding)) and part not in whole for part in parts)
+        if split and module not in whole:
             raise ValueError(
                 f"parallel.tp={tp}: {name} has an adapter of PEFT, which tensor parallelism cannot split; set "
                 "parallel.tp=1, or adapt other modules"
