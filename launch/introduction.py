@@ -17,9 +17,10 @@ def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
     """Print the sizes of the model, the mesh and the text, and ``notes``."""
     corpus, config = trainer.corpus, trainer.config
     print(f"{launch.recipe}: {trainer.parameters:,} parameters, {trainer.active_parameters:,} active per token")
+    number = len(trainer.moe_numbers)
+    layers = f"{counted(number, 'MoE layer')} of {counted(config.moe.num_experts, 'expert')}, top-{config.moe.top_k}"
     print(
-        f"{counted(len(trainer.moe_numbers), 'MoE layer')} of {counted(config.moe.num_experts, 'expert')}, "
-        f"top-{config.moe.top_k}; {counted(trainer.axis.size, 'rank')}{_degrees(trainer)}, "
+        f"{layers if number else 'no MoE layer'}; {counted(trainer.axis.size, 'rank')}{_degrees(trainer)}, "
         f"{counted(trainer.micro_batches, 'micro-batch')} per step"
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -89,15 +90,21 @@ def test_a_model_that_transformers_does_not_have_is_announced(
         assert (note in printed) == announced and ": 1 expert of width 24, 1 per token" in printed
 
 
+def train(folder: Path, model: str, *options: str) -> str:
+    """Train ``model`` in ``folder`` for two steps on two ranks; return what the first one prints."""
+    argv = ["--init.from", str(folder / model), "--run-dir", str(folder / "run"), "--steps", "2", *options]
+    argv += ["--data.path", str(write_texts(folder / "texts")), "--data.seq_len", "16", "--data.global_batch", "16"]
+    argv += ["--log.eval_sequences", "1", "--log.tensorboard", "false"]
+    assert (ended := launch(argv, 2, timeout=120)).codes == [0, 0], ended.err
+    return ended.out[0]
+
+
 def test_the_grown_model_is_trained_and_exported_in_the_dense_models_dtype(tmp_path: Path) -> None:
     import transformers
 
     dense(tmp_path / "dense", "dense qwen3", torch.bfloat16, vocab_size=300)
     upcycle([str(tmp_path / "dense"), "--out", str(tmp_path / "grown"), "--method", "drop", "--experts", "4"])
-    options = ["--steps", "2", "--data.path", str(write_texts(tmp_path / "texts")), "--data.seq_len", "16"]
-    options += ["--data.global_batch", "16", "--log.eval_sequences", "1", "--log.tensorboard", "false"]
-    run = ["--init.from", str(tmp_path / "grown"), "--run-dir", str(tmp_path / "run"), *options, "--parallel.ep", "2"]
-    assert (ended := launch(run, 2)).codes == [0, 0], ended.err
+    train(tmp_path, "grown", "--parallel.ep", "2")
     convert(["export", str(tmp_path / "run"), "--out", str(tmp_path / "moe")])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
     assert model.dtype == torch.bfloat16 and model.config.num_experts == 4
@@ -105,10 +112,12 @@ def test_the_grown_model_is_trained_and_exported_in_the_dense_models_dtype(tmp_p
 
 
 def test_a_run_trains_a_dense_model(tmp_path: Path) -> None:
-    """Without growing it; the export is the model that it was."""
-    dense(tmp_path / "dense", "llama")
+    """Without growing it; the export is a dense model too."""
+    before = dense(tmp_path / "dense", "llama", vocab_size=300).state_dict()
     found = parse(["--init.from", str(tmp_path / "dense")]).config
     assert found.model.moe_every == 0 and found.model.intermediate_size == 24
-    convert(["import", str(tmp_path / "dense"), "--out", str(tmp_path / "ours")])
-    convert(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "back")])
+    assert "\nno MoE layer; 2 ranks (ddp, tp 2" in train(tmp_path, "dense", "--parallel.tp", "2")
+    convert(["export", str(tmp_path / "run"), "--out", str(tmp_path / "back")])
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
+    after = load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
