@@ -50,21 +50,18 @@ class Agreement:
 
         ``previous_X`` has the choices, tokens and micro-batches of the step before, int64 [E + 2].
         """
-        many = len(totals_MX)
-        shares_ME, step_E = _shares(totals_MX[:, :-1]), _shares(totals_MX[:, :-1].sum(0))
-        old_3B, old_variance, old_change, steps, pairs = self._split()
-        variance = (shares_ME - step_E).square().sum() / max(many - 1, 1) / many
-        if many > 1:
-            old_variance, steps = _averaged(old_variance, variance, steps)
+        measured_3B, v, change, steps, pairs = self._split()
+        many, counts_ME = len(totals_MX), totals_MX[:, :-1]
+        step_E = _shares(counts_ME.sum(0))
         if previous_X is not None:
-            q_E = _shares(previous_X[:-2])
-            exists = (previous_X[-1] > 0).double()  # after a resume, there may be none
-            change, new_pairs = _averaged(old_change, (step_E - q_E).square().sum(), pairs)
+            q_E, exists = _shares(previous_X[:-2]), previous_X[-1] > 0  # after a resume, there may be none
             if many > 1:
-                old_3B = torch.where(exists > 0, _averaged(old_3B, self._errors(totals_MX, q_E), pairs)[0], old_3B)
-            old_change = torch.where(exists > 0, change, old_change)
-            pairs = torch.where(exists > 0, new_pairs, pairs)
-        self.values = torch.cat((old_3B.flatten(), torch.stack((old_variance, old_change, steps, pairs))))
+                measured_3B, _ = _averaged(measured_3B, self._errors(counts_ME, q_E), pairs, exists)
+            change, pairs = _averaged(change, (step_E - q_E).square().sum(), pairs, exists)
+        if many > 1:
+            apart = (_shares(counts_ME) - step_E).square().sum()
+            v, steps = _averaged(v, apart / (many - 1) / many, steps)
+        self.values = torch.cat((measured_3B.flatten(), torch.stack((v, change, steps, pairs))))
 
     def weight(self, known_E: Tensor, previous_E: Tensor, fraction: float) -> Tensor:
         """Return w, the weight of the previous step in what is expected of the rest, when a ``fraction`` is known."""
@@ -82,10 +79,10 @@ class Agreement:
         return (measured_3B, *rest)
 
     @staticmethod
-    def _errors(totals_MX: Tensor, q_E: Tensor) -> Tensor:
+    def _errors(counts_ME: Tensor, q_E: Tensor) -> Tensor:
         """Return the square errors A, B and X of a step, [3, BINS - 1]."""
-        many, counts_ME = len(totals_MX), totals_MX[:, :-1].cumsum(0)
-        x_NE, u_NE = _shares(counts_ME[:-1]), _shares(counts_ME[-1] - counts_ME[:-1])
+        many, so_far_ME = len(counts_ME), counts_ME.cumsum(0)
+        x_NE, u_NE = _shares(so_far_ME[:-1]), _shares(so_far_ME[-1] - so_far_ME[:-1])
         pairs = ((x_NE, u_NE), (q_E, u_NE), (x_NE, q_E))
         errors_3N = torch.stack([(one - other).square().sum(-1).expand(many - 1) for one, other in pairs])
         # each fraction gets the mean over the positions that are nearest to it, or else the nearest position
@@ -95,10 +92,11 @@ class Agreement:
         return errors_3N @ (near_BN / near_BN.sum(1, keepdim=True)).T
 
 
-def _averaged(old: Tensor, new: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an average with one more value, and the total weight."""
+def _averaged(old: Tensor, new: Tensor, weight: Tensor, counts: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+    """Return an average with one more value, if that ``counts``, and the total weight."""
     total = DECAY * weight + 1
-    return (DECAY * weight * old + new) / total, total
+    found = (DECAY * weight * old + new) / total
+    return (found, total) if counts is True else (torch.where(counts, found, old), torch.where(counts, total, weight))
 
 
 def _at(values_3B: Tensor, fraction: float) -> Tensor:
