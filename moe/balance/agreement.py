@@ -92,11 +92,11 @@ class Agreement:
         return errors_3N @ (near_BN / near_BN.sum(1, keepdim=True)).T
 
 
-def _averaged(old: Tensor, new: Tensor, weight: Tensor, counts: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+def _averaged(old: Tensor, new: Tensor, weight: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return an average with one more value, if that ``counts``, and the total weight."""
     total = DECAY * weight + 1
     found = (DECAY * weight * old + new) / total
-    return (found, total) if counts is True else (torch.where(counts, found, old), torch.where(counts, total, weight))
+    return (found, total) if counts is None else (torch.where(counts, found, old), torch.where(counts, total, weight))
 
 
 def _at(values_3B: Tensor, fraction: float) -> Tensor:
