@@ -101,9 +101,9 @@ def contents(path: Path, manifest: dict[str, Any]) -> dict[str, Saved]:
 def load(path: Path, state: State, manifest: dict[str, Any]) -> None:
     """Fill the tensors of ``state`` in place. Every rank must call this.
 
-    The names, dtypes and shapes of all ranks together must equal the checkpoint's. Generators and moments may differ: a
-    rank without a saved generator keeps its own, a weight without saved moments keeps those in ``state``, and saved
-    moments of weights that this run does not train are skipped.
+    The names, dtypes and shapes of all ranks together must equal the checkpoint's. Generators, moments and the
+    placement of experts may differ: what is not saved keeps its value in ``state``, and saved moments of weights that
+    this run does not train are skipped.
     """
     saved: dict[str, Saved] = {}
     refusal = None
@@ -157,7 +157,7 @@ def _may_lack(name: str, want: dict[str, Any], have: dict[str, Any]) -> bool:
         lacking = have if name in want else want
         none = not any(f"optimizer.{weight}.{moment}" in lacking for moment in MOMENTS)
         return none and f"model.{weight}" in lacking
-    return kind == "generator"
+    return kind in ("generator", "placement")
 
 
 def opener(manifest: dict[str, Any]) -> Opened:

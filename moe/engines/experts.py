@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..checkpoint import Boxes, owned
+from ..checkpoint import Boxes, State, owned, tensors_of
 from ..collectives import LOCAL, Axis, exchange_rows, sum_over
 from ..config import PlacementConfig
 from ..dispatch import node_size
@@ -108,6 +108,39 @@ class ExpertPlacement:
                 if key.partition(".")[2].startswith(prefix) and isinstance(value, DTensor):
                     found[key] = owned(key, value, experts)
         return found
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return what a resume needs to place experts as this run would: loads of the last steps, and owners.
+
+        Fill the tensors in place and pass them to :meth:`remember`. Their names say for which number of ranks and which
+        window they are.
+        """
+        if not self.layers:
+            return {}
+        found = {f"{self._run}.steps": torch.tensor(self.steps)}
+        for i, (layer, name) in enumerate(self._name_of.items()):
+            loads = [step[i] for step in self.forecast.steps]
+            lacking = [torch.full((layer.config.num_experts,), -1)] * (self.config.window - len(loads))
+            owners = torch.tensor(layer.balancer.owners.rank_of_E)
+            found[f"{self._run}.{name}"] = torch.stack([*lacking, *loads, owners])
+        return found
+
+    def remember(self, state: State, optimizer: Optimizer | None) -> None:
+        """Go on from a filled :meth:`memory`. The weights in ``state`` are in place under the present owners."""
+        if not self.layers:
+            return
+        tensors = tensors_of({name: value for name, value in state.items() if name.startswith(self._run)})
+        self.steps = int(tensors[f"{self._run}.steps"])
+        of_layers = [tensors[f"{self._run}.{name}"] for name in self._name_of.values()]
+        for n in range(self.config.window):
+            loads_LE = torch.stack([table[n] for table in of_layers])
+            if bool((loads_LE >= 0).all()):
+                self.forecast.observe(loads_LE)
+        self.move([Owners.of_ranks(self.axis.size, table[-1].tolist()) for table in of_layers], optimizer)
+
+    @property
+    def _run(self) -> str:
+        return f"placement.{self.axis.size} ranks.window {self.config.window}"
 
     def _counts_LE(self) -> Tensor:
         """Return the choices of the step that has ended, on all ranks, int64 [L, E]."""

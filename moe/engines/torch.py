@@ -108,7 +108,7 @@ class TorchEngine:
     def state(self) -> State:
         """See :meth:`equimoe.moe.engines.base.Engine.state`."""
         state = {f"model.{name}": weight for name, weight in self.weights().items()} | self.moments()
-        return self.experts.marked(state)
+        return self.experts.marked(state) | self.experts.memory()
 
     def expect(self, names: Collection[str]) -> None:
         """See :meth:`equimoe.moe.engines.base.Engine.expect`."""
@@ -123,6 +123,7 @@ class TorchEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.restore`."""
         if self.optimizer is not None:
             restore_optimizer(self._trained(), self.optimizer, tensors_of(state))
+        self.experts.remember(state, self.optimizer)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer holds."""

@@ -8,8 +8,9 @@ raise an error; ``nan`` fills one tensor with NaN, ``flip`` flips one bit of it,
 
 Phases: ``start`` (before main), ``setup`` (the model is built), ``data``, ``forward`` (a MoE layer begins),
 ``dispatch`` (it sends its rows), ``backward`` (it got its output's gradient), ``optim`` (before the update), ``step``
-(after it), ``save:shard`` (a shard is on disk, not flushed), ``save:manifest`` (before the manifest is written),
-``save:rename`` (before the folder gets its final name), ``evaluate``. A save belongs to the step in its folder's name.
+(after it), ``move`` (an expert moves to another owner), ``save:shard`` (a shard is on disk, not flushed),
+``save:manifest`` (before the manifest is written), ``save:rename`` (before the folder gets its final name),
+``evaluate``. A save belongs to the step in its folder's name.
 
 Fields: ``rank``, ``step`` (counted from 1) and ``phase``, all optional: what is left out matches everything.
 ``times`` (default 1; 0: no limit) limits how often a fault fires in one run folder, over all restarts. ``seconds`` is
@@ -38,13 +39,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from equimoe.launch import train
 from equimoe.moe import MoE
 from equimoe.moe.dispatch.base import Dispatcher
+from equimoe.moe.engines import experts
 from equimoe.moe.train.data import Batches
 from equimoe.moe.train.loop import Trainer
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
 KINDS = (*SIGNALS, "sleep", "raise", "oom", "nan", "flip", "scale")
 SAVES = ("save:shard", "save:manifest", "save:rename")
-PHASES = ("start", "setup", "data", "forward", "dispatch", "backward", "optim", "step", "evaluate", *SAVES)
+PHASES = ("start", "setup", "data", "forward", "dispatch", "backward", "optim", "step", "move", "evaluate", *SAVES)
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def install(injector: Injector) -> None:
     wrap = _wrapper(injector)
     wrap(Trainer, "__init__", before=lambda trainer, *_, **__: injector.reach("setup"), after=_remember(injector))
     wrap(Trainer, "train_step", before=_count(injector), after=lambda *_: injector.reach("step"))
+    wrap(experts, "_moved", before=lambda *_: injector.reach("move"))
     wrap(Trainer, "evaluate", before=lambda *_: injector.reach("evaluate"))
     wrap(Batches, "read", before=lambda *_, **__: injector.reach("data"))
     wrap(MoE, "forward", before=_forward(injector), after=_watch_gradient(injector))

@@ -160,6 +160,21 @@ def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> No
     report("48 a killed rank, and a NaN on another", "holds")
 
 
+@pytest.mark.timeout(180)
+@pytest.mark.faults
+def test_a_kill_while_experts_move_loses_nothing(run: Run, tmp_path: Path) -> None:
+    """The checkpoint before the move is whole, and the resumed run ends in the same bits as an uninterrupted one."""
+    options = ["--parallel.ep=1", "--parallel.experts=fssdp", "--placement.reshard_every=1", "--placement.window=1"]
+    options += ["--placement.overlap=0"]
+    ended = run(*options, faults="kill@rank=1,step=6,phase=move")
+    assert -signal.SIGKILL in ended.codes, ended
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000004"
+    assert run(*options, "--resume").codes == [0, 0]
+    assert run(*options, folder="straight").codes == [0, 0]
+    assert_equal_ends(tmp_path / "run", tmp_path / "straight")
+    report("1 a rank is killed while experts move", "holds")
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(180)
 def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
