@@ -25,6 +25,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -33,7 +34,9 @@ from benchmarks.checkout import ROOT
 from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from equimoe.launch.env import command
+from equimoe.moe.config import PlacementConfig
 from equimoe.moe.observe.metrics import METRICS_FILE, read_records, write_atomically
+from equimoe.moe.plan.replay import METHODS, Machine, replay
 
 RANKS = 4
 
@@ -203,9 +206,25 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
+def flipping(steps: int = 24, ranks: int = 8, experts: int = 32) -> dict[str, list[float]]:
+    """Return the busiest rank in every step, if another expert gets a third of all choices in each."""
+    counts_SLE = torch.full((steps, 1, experts), 1000)
+    for step in range(steps):
+        counts_SLE[step, 0, step * 7 % experts] = 1000 * experts // 2
+    machine = Machine(ranks, ranks, seconds_per_row=1e-6, expert_bytes=1000, bandwidth=1e9, latency=4e-6)
+    config = PlacementConfig(overlap=2, memory_mb=1)
+    names = ("expert parallel", "FSSDP", "FSSDP, calibrated")
+    return {name: replay(counts_SLE, METHODS[name], machine, config).curve for name in names}
+
+
 def draw(result: dict[str, Any], file: Path) -> None:
-    """Draw the busiest rank over training, with and without replicas, for every way to balance."""
-    figure, panels = pyplot.subplots(1, len(BALANCE), figsize=(10, 3.4), sharey=True, layout="constrained")
+    """Draw the busiest rank over training for every way to balance, and where the busiest expert always changes."""
+    figure, (*panels, flips) = pyplot.subplots(1, len(BALANCE) + 1, figsize=(13, 3.4), layout="constrained")
+    for name, curve in flipping().items():
+        flips.plot(range(1, len(curve) + 1), curve, label=name)
+    flips.set_title("another busy expert in every step (replay)")
+    flips.set_xlabel("step")
+    flips.legend()
     for axes, balance in zip(panels, BALANCE, strict=True):
         curves = [r["curve"] for r in result["runs"] if r["arm"] == f"{balance}-fssdp"]
         if curves:
@@ -215,7 +234,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
                 axes.plot(steps, values, label=label)
         axes.set_title(f"{balance} balance")
         axes.set_xlabel("step")
-        axes.set_ylim(bottom=1.0)
+        axes.set_ylim(bottom=1.0, top=max(axes.get_ylim()[1], 1.6))
     panels[0].set_ylabel("rows of the busiest rank / mean")
     panels[-1].legend()
     figure.savefig(file, dpi=110)

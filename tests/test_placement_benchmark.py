@@ -52,6 +52,11 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_loads_that_flip_need_calibration() -> None:
+    found = {name: sum(curve) / len(curve) for name, curve in placement.flipping().items()}
+    assert found["FSSDP"] > 0.9 * found["expert parallel"] and found["FSSDP, calibrated"] < 1.2
+
+
 def test_a_run_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARMS, "wrong", ["--moe.top_k=99"])
     with pytest.raises(RuntimeError, match="wrong, seed 0: exit code 64(.|\n)*moe.top_k=99"):

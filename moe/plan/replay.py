@@ -182,6 +182,8 @@ class Outcome:
     moved_bytes: float
     #: seconds of the experts of a layer in a step, with the copies that delay it
     seconds: float
+    #: the first of these for each step, the mean over layers
+    curve: list[float]
     #: owners of each layer's experts after the last step
     owners: list[Owners]
 
@@ -221,6 +223,7 @@ def replay(
         float(table[:, 2].max()),
         moved / len(table),
         float(seconds),
+        table[:, 0].reshape(len(counts_SLE), layers).mean(1).tolist(),
         owners,
     )
 
