@@ -62,18 +62,6 @@ def routed(model: Decoder, inputs_BS: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(counts_1X[0, :-1].double(), sums_E) for counts_1X, sums_E in zip(counted, sums, strict=True)]
 
 
-def mixed(counts_ME: Tensor, n: int, before_MX: Tensor) -> Tensor:
-    """Weigh the known micro-batches and the step before, after one step: by its variance and by how far it is away."""
-    share_E, before_ME = counts_ME[:n].sum(0) / counts_ME[:n].sum(), before_MX[:, :-1].double()
-    before_E = before_ME.sum(0) / before_ME.sum()
-    apart_M = (before_ME / before_ME.sum(1, keepdim=True) - before_E).square().sum(1)
-    v = float(apart_M.sum()) / (M - 1) / M
-    drift = max(float((share_E - before_E).square().sum()) - v * (M / n + 1), 0.0)
-    weight = v * M / n / (v * M / n + drift + v)
-    carried_E = counts_ME[:n].sum(0) + before_ME.sum(0) * (M - n) / M
-    return (1 - weight) * counts_ME[:n].sum(0) * M / n + weight * carried_E if n < M else counts_ME.sum(0)
-
-
 def by_hand(model: Decoder, inputs_BS: Tensor, estimator: str, before: list[Tensor]) -> list[Tensor]:
     """Compute the gradients [E, D] of all layers' losses from the definitions of the estimators.
 
@@ -88,7 +76,7 @@ def by_hand(model: Decoder, inputs_BS: Tensor, estimator: str, before: list[Tens
             load_E = {
                 "rolling": counts_ME[:n].sum(0) * M / n,
                 "carry": counts_ME[:n].sum(0) + previous_X[:-1] * (M - n) / M,
-                "adaptive": mixed(counts_ME, n, before_MX),
+                "adaptive": counts_ME[:n].sum(0) * M / n,  # as rolling, after a single step
                 "exact": counts_ME.sum(0),
             }[estimator]
             loss = loss + len(load_E) / (k * tokens) * (load_E * share[layer][1]).sum() / tokens

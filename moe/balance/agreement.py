@@ -18,8 +18,8 @@ variance between them, divided by M), and t the square of the drift,
 
     A = v (1/f + 1/(1-f)),    B = t + v (1 + 1/(1-f)),    X = t + v (1/f + 1).
 
-v is measured within steps, and t is what the square difference of successive steps exceeds 2 v by. In the second step
-there is no such difference yet; |x - q|^2 of the step itself takes its place.
+v is measured within steps, and t is what the square difference of successive steps exceeds 2 v by. Before two steps
+have ended, nothing is known of how they agree, and w is 0.
 """
 
 from __future__ import annotations
@@ -63,16 +63,13 @@ class Agreement:
             v, steps = _averaged(v, apart / (many - 1) / many, steps)
         self.values = torch.cat((measured_3B.flatten(), torch.stack((v, change, steps, pairs))))
 
-    def weight(self, known_E: Tensor, previous_E: Tensor, fraction: float) -> Tensor:
+    def weight(self, fraction: float) -> Tensor:
         """Return w, the weight of the previous step in what is expected of the rest, when a ``fraction`` is known."""
         measured_3B, v, change, _, pairs = self._split()
-        distance = (_shares(known_E) - _shares(previous_E)).square().sum()
-        drift_now = (distance - v * (1 / fraction + 1)).clamp_min(0)
-        drift = torch.where(pairs > 0, (change - 2 * v).clamp_min(0), drift_now)
-        rest = 1 / (1 - fraction)
-        model_3 = torch.stack((v * (1 / fraction + rest), drift + v * (1 + rest), drift + v * (1 / fraction + 1)))
-        a, b, x = torch.where(pairs > 0, _at(measured_3B, fraction) + MODEL * model_3, model_3)
-        return ((a + x - b) / (2 * x).clamp_min(1e-300)).clamp(0.0, 1.0)
+        drift, begun, rest = (change - 2 * v).clamp_min(0), 1 / fraction, 1 / (1 - fraction)
+        model_3 = torch.stack((v * (begun + rest), drift + v * (1 + rest), drift + v * (begun + 1)))
+        a, b, x = _at(measured_3B, fraction) + MODEL * model_3
+        return torch.where(pairs > 0, ((a + x - b) / (2 * x).clamp_min(1e-300)).clamp(0.0, 1.0), 0.0)
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         measured_3B, rest = self.values[:-4].view(3, BINS - 1), self.values[-4:]

@@ -64,13 +64,13 @@ def adaptive(
 ) -> Estimate:
     """Expect of the other micro-batches a mixture of the known ones' load and the previous step's load.
 
-    In the first step, this is :func:`rolling`.
+    In the first two steps, this is :func:`rolling`.
     """
     carried = carry(known_X, seen, micro_batches, previous_X)
     if previous_X is None or agreement is None or seen >= micro_batches:
         return carried
     counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
-    weight = agreement.weight(known_X[:-1], previous_X[:-2], seen / micro_batches)
+    weight = agreement.weight(seen / micro_batches)
     weight = torch.where(previous_X[-1] > 0, weight, 0.0)  # after a resume, there may be no previous step
     whole, rest = micro_batches / seen, 1 - weight
     return Estimate(
