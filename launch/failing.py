@@ -48,7 +48,7 @@ LOST = (
 PATIENCE_S = 2.0
 #: seconds in which all ranks of a node get a signal that torchrun sends
 SAME_SIGNAL_S = 0.5
-#: seconds for which the rank that holds the store stays, so that others with the same error find that it was reported
+#: seconds for which the rank that holds the store stays, so that others find that the end was reported
 HOLDER_STAYS_S = 1.0
 #: exit code of a rank that ends with a traceback
 FAILED = 1
@@ -98,9 +98,13 @@ class Failure:
         print(f"error: {line}", file=sys.stderr, flush=True)
         if code == FAILED:
             traceback.print_exception(problem, file=sys.stderr)
+        self.stay()
+        _end(code, self.process, line)
+
+    def stay(self) -> None:
+        """Wait a moment if this rank holds the store, in which the others look for the reason why the run ends."""
         if self.process.world > 1 and self.process.rank == self.meeting.holder:
             time.sleep(HOLDER_STAYS_S)
-        _end(code, self.process, line)
 
     def speaks(self, code: int) -> bool:
         """Return whether this rank is the one to say that the run ends with ``code``: the first that asks."""

@@ -35,6 +35,8 @@ class Signals:
         self.process, self.graceful = process, False
         #: returns whether this rank is the one to report that the run ends at once, given the exit code
         self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
+        #: waits until the other ranks have read why the run ends
+        self.stay: Callable[[], None] = lambda: None
         #: returns whether torchrun may have sent the signal because it restarts the run
         self.restarting: Callable[[], bool] = lambda: True
         #: returns the other ranks that have ended, after which torchrun asks those that are left to stop
@@ -113,6 +115,7 @@ class Signals:
             record_exit(self.process, code)
         if may_restart(self.process, code) and not self.restarting():
             end_agent(code, tells=speaks)
+        self.stay()
         os._exit(code)
 
 

@@ -138,7 +138,7 @@ def _train(attempt: Attempt) -> None:
     store, holder = meeting.second, meeting.holder
     signals = attempt.signals
     signals.speaks, signals.restarting = failure.speaks, failure.restarting
-    signals.killed, signals.end_after = failure.killed, failure.end_after
+    signals.killed, signals.end_after, signals.stay = failure.killed, failure.end_after, failure.stay
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
