@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 
 from ..checkpoint import Boxes, State, owned, tensors_of
@@ -79,11 +80,11 @@ class ExpertPlacement:
 
     def _most_loaded(self, loads_LE: Tensor | None, owners: Sequence[Owners]) -> list[Replicas]:
         if loads_LE is None:
-            return [Replicas(of_layer) for of_layer in owners]
+            return [Replicas(of_layer, node_size=self.node_size) for of_layer in owners]
         c = self.config
         return [
             materialize(loads_E, of_layer, c.overlap, self.room, self.node_size)
-            for loads_E, of_layer in zip(loads_LE.tolist(), owners, strict=True)
+            for loads_E, of_layer in zip(_by_layer(loads_LE, owners), owners, strict=True)
         ]
 
     def end(self, optimizer: Optimizer | None) -> None:
@@ -96,7 +97,8 @@ class ExpertPlacement:
         if every and self.steps % every == 0:
             loads = self.forecast.loads_LE
             assert loads is not None
-            self.move(reshard(loads.tolist(), self.owners, self.config.overlap, self.node_size), optimizer)
+            loads_of = _by_layer(loads, self.owners)
+            self.move(reshard(loads_of, self.owners, self.config.overlap, self.node_size), optimizer)
 
     def marked(self, state: dict[str, Tensor]) -> dict[str, Tensor | Boxes]:
         """Return a ``state``, by logical names, in which experts' tensors say which experts this rank owns."""
@@ -119,7 +121,7 @@ class ExpertPlacement:
             return {}
         found = {f"{self._run}.steps": torch.tensor(self.steps)}
         for i, (layer, name) in enumerate(self._name_of.items()):
-            loads = [step[i] for step in self.forecast.steps]
+            loads = [step[i, : layer.config.num_experts] for step in self.forecast.steps]
             lacking = [torch.full((layer.config.num_experts,), -1)] * (self.config.window - len(loads))
             owners = torch.tensor(layer.balancer.owners.rank_of_E)
             found[f"{self._run}.{name}"] = torch.stack([*lacking, *loads, owners])
@@ -132,8 +134,9 @@ class ExpertPlacement:
         tensors = tensors_of({name: value for name, value in state.items() if name.startswith(self._run)})
         self.steps = int(tensors[f"{self._run}.steps"])
         of_layers = [tensors[f"{self._run}.{name}"] for name in self._name_of.values()]
+        self.forecast = Forecast(self.config.window)
         for n in range(self.config.window):
-            loads_LE = torch.stack([table[n] for table in of_layers])
+            loads_LE = pad_sequence([table[n] for table in of_layers], batch_first=True)
             if bool((loads_LE >= 0).all()):
                 self.forecast.observe(loads_LE)
         self.move([Owners.of_ranks(self.axis.size, table[-1].tolist()) for table in of_layers], optimizer)
@@ -143,12 +146,21 @@ class ExpertPlacement:
         return f"placement.{self.axis.size} ranks.window {self.config.window}"
 
     def _counts_LE(self) -> Tensor:
-        """Return the choices of the step that has ended, on all ranks, int64 [L, E]."""
-        ended = [step for step in (layer.balancer.previous_step for layer in self.layers) if step is not None]
-        assert len(ended) == len(self.layers), "a layer has not run"
-        if all(layer.balancer.counting_axis == self.stage for layer in self.layers):
-            return torch.stack([step.counts_E for step in ended])  # the balance has summed them
-        return sum_over(torch.stack([step.local_counts_ME.sum(0) for step in ended]), self.stage).get()
+        """Return the choices of the step that has ended, on all ranks, int64 [L, E].
+
+        Layers with fewer experts have zeros after them. So do layers that were not counted, because neither they nor
+        anything before them is trained: nothing is known of their load, and they get no replicas.
+        """
+        summed = all(layer.balancer.counting_axis == self.stage for layer in self.layers)
+        counts: list[Tensor] = []
+        for layer in self.layers:
+            step, experts, device = layer.balancer.previous_step, layer.config.num_experts, layer.router.weight.device
+            if step is None:
+                counts.append(torch.zeros(experts, dtype=torch.int64, device=device))
+            else:
+                counts.append(step.counts_E if summed else step.local_counts_ME.sum(0))
+        counts_LE = pad_sequence(counts, batch_first=True)
+        return counts_LE if summed else sum_over(counts_LE, self.stage).get()  # the balance has summed them, or not
 
     @torch.no_grad()
     def move(self, owners: Sequence[Owners], optimizer: Optimizer | None) -> None:
@@ -163,6 +175,11 @@ class ExpertPlacement:
                     if isinstance(tensor, DTensor):
                         tensor._local_tensor = _moved(tensor.to_local(), before, of_layer, self.axis)
             layer.place(replace(layer.balancer.placement, owners=of_layer))
+
+
+def _by_layer(loads_LE: Tensor, owners: Sequence[Owners]) -> list[list[float]]:
+    """Return the loads of each layer's experts."""
+    return [loads_E[: of.num_experts] for loads_E, of in zip(loads_LE.tolist(), owners, strict=True)]
 
 
 def _bytes_of_expert(layer: MoE, dtype: torch.dtype | None) -> int:

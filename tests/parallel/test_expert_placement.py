@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from functools import partial
 from itertools import product
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from equimoe.moe import checkpoint
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, checkpoint
 from equimoe.moe.collectives import record_traffic
 from equimoe.moe.config import PlacementConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.engines.torch import TorchEngine
+from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
 from equimoe.moe.placement import Owners, Replicas, write_owners
 from equimoe.moe.train.config import OptimConfig
@@ -26,7 +28,7 @@ from equimoe.moe.train.optim import build_optimizer
 from tests.helpers import oracle, parity
 from tests.helpers.checkpoints import load_all
 from tests.helpers.fork import run_ranks
-from tests.helpers.parity import Composition, batch
+from tests.helpers.parity import VOCABULARY, Composition, batch
 from tests.helpers.slow import slow_but
 
 EP, FSSDP = ParallelConfig(ep=-1, edp=1), ParallelConfig(experts="fssdp")
@@ -278,6 +280,71 @@ def test_after_routing_replicas_are_added_for_the_real_load() -> None:
         assert found == pytest.approx(norms, rel=1e-6)
         planned = 2 * 3  # the two experts that are expected to be the busiest, on three ranks each
         assert len(used) == 1 and (used[0] > planned if adds else used[0] == planned)
+
+
+def copied(rank: int, world: int) -> None:
+    mesh = build_mesh(FSSDP)
+    engine = engine_of(mesh)
+    engine.experts.plan = partial(at_random, random.Random(1))
+    train(engine, mesh, range(2))
+    model = engine.parts[0].eval()
+    assert isinstance(model, Decoder) and all(len(layer.replication.replicas) for layer in model.moe_layers())
+    inputs, _, mask = batch(0, Composition(world))
+    with torch.no_grad():
+        assert torch.allclose(copy.deepcopy(model)(inputs, mask), model(inputs, mask), atol=1e-6)
+
+
+def test_a_copy_of_a_model_that_holds_replicas_holds_none() -> None:
+    run_ranks(copied, 3)
+
+
+class Unlike(nn.Module):
+    """Two MoE layers with different numbers of experts."""
+
+    def __init__(self, trains_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        balance = BalanceConfig("global", 0.1, estimator="rolling")
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.layers = nn.ModuleList(MoE(MoEConfig(16, 8, num_experts=e, top_k=2, balance=balance)) for e in (8, 4))
+        self.head = nn.Linear(16, VOCABULARY)
+        if not trains_first:
+            self.embedding.requires_grad_(False)
+            self.layers[0].requires_grad_(False)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + layer(x, mask)
+        return self.head(x)
+
+
+def unlike(rank: int, world: int, root: Path, parallel: ParallelConfig, trains_first: bool) -> tuple[list[float], Any]:
+    """Return the norms of two steps and of two after a resume, and the numbers of replicas that layers then have."""
+    mesh, config = build_mesh(parallel), PlacementConfig(overlap=2, reshard_every=3)
+    first, second = (
+        build_engine(Unlike(trains_first), mesh, lambda named: torch.optim.AdamW(named.values()), placement=config)
+        for _ in range(2)
+    )
+    norms = train(first, mesh, range(2))
+    checkpoint.save(root, 2, first.state(), {}, keep_last=1)
+    path = checkpoint.newest(root)
+    state = second.state()
+    checkpoint.load(path, state, checkpoint.read_manifest(path))
+    second.restore(state)
+    norms += train(second, mesh, range(2, 4))
+    second.experts.begin()
+    return norms, [0 if (held := layer.replication) is None else len(held.replicas) for layer in second.experts.layers]
+
+
+@pytest.mark.parametrize(("trains_first", "replicas"), [(True, [2, 2]), (False, [0, 2])])
+def test_layers_may_have_different_experts_or_be_frozen(
+    trains_first: bool, replicas: list[int], tmp_path: Path
+) -> None:
+    """A frozen layer has no counts, and so no replicas."""
+    want, _ = run_ranks(unlike, 2, tmp_path / "ep", EP, trains_first)[0]
+    for norms, held in run_ranks(unlike, 2, tmp_path / "fssdp", FSSDP, trains_first):
+        assert norms == pytest.approx(want, rel=1e-5) and held == replicas
 
 
 def test_a_memory_budget_below_one_expert_is_refused() -> None:
