@@ -160,3 +160,7 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # both may hold unfinished collectives, which cannot be copied
         return {**self.__dict__, "_stats": None, "replication": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.dispatcher.address(self.balancer.owners)  # a copy holds no replicas
