@@ -61,6 +61,7 @@ def build_engine(
         raise ValueError(f"mesh=None: {world.size} ranks would train separate models; pass build_mesh(...)")
     check_alike(model, world)
     parts: list[nn.Module] = [model]
+    layers = {name: m.config.num_experts for name, m in model.named_modules() if isinstance(m, MoE)}
     if mesh is not None:
         whole = [model] if mesh.degrees.pp == 1 else _stages(model, mesh)
         parts = [parallelize(part, mesh, dtype, reduced=True) for part in whole]
@@ -68,7 +69,7 @@ def build_engine(
         materialize(parts, device)
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
-    experts = _placement(parts, mesh, placement or PlacementConfig(), dtype)
+    experts = _placement(parts, layers, mesh, placement or PlacementConfig(), dtype)
     runner: Runner
     if mesh is not None and mesh.degrees.pp > 1:
         assert isinstance(model, Decoder)
@@ -88,12 +89,16 @@ def build_engine(
 
 
 def _placement(
-    parts: list[nn.Module], mesh: Mesh | None, config: PlacementConfig, dtype: torch.dtype | None
+    parts: list[nn.Module],
+    whole: dict[str, int],
+    mesh: Mesh | None,
+    config: PlacementConfig,
+    dtype: torch.dtype | None,
 ) -> ExpertPlacement:
     layers = {name: m for part in parts for name, m in part.named_modules() if isinstance(m, MoE)}
     if mesh is None or mesh.degrees.experts != "fssdp":
         return ExpertPlacement({}, config)
-    return ExpertPlacement(layers, config, mesh["ep"], mesh["stage"], dtype)
+    return ExpertPlacement(layers, config, mesh["ep"], mesh["stage"], dtype, whole)
 
 
 def _distinct(axes: dict[str, Axis]) -> list[Axis]:

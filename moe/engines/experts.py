@@ -32,7 +32,8 @@ class ExpertPlacement:
     """Decides before every step which ranks hold which experts of ``layers``, alike on all ranks of ``axis``.
 
     ``stage`` has the ranks that hold different tokens of the same layers, ``dtype`` is the one in which experts compute
-    if it is not their weights'. Without layers, nothing is done.
+    if it is not their weights'. ``whole`` are the numbers of experts of all layers, if other pipeline stages have some.
+    Without layers, nothing is done.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class ExpertPlacement:
         axis: Axis = LOCAL,
         stage: Axis = LOCAL,
         dtype: torch.dtype | None = None,
+        whole: Mapping[str, int] | None = None,
     ) -> None:
         self.layers, self.config, self.axis, self.stage = list(layers.values()), config, axis, stage
         self._name_of = {layer: name for name, layer in layers.items()}
@@ -59,8 +61,9 @@ class ExpertPlacement:
         if len({layer.experts for layer in self.layers}) < len(self.layers):
             raise ValueError("parallel.experts='fssdp': two layers share their experts; use parallel.experts='ep'")
         if config.owners is not None and self.layers:
-            numbers = [layer.config.num_experts for layer in self.layers]
-            self.move(read_owners(Path(config.owners), numbers, axis.size), None)
+            numbers = whole or {name: layer.config.num_experts for name, layer in layers.items()}
+            found = dict(zip(numbers, read_owners(Path(config.owners), [*numbers.values()], axis.size), strict=True))
+            self.move([found[name] for name in layers], None)
 
     @property
     def owners(self) -> list[Owners]:

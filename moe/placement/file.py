@@ -32,7 +32,7 @@ def read_owners(path: Path, num_experts: Sequence[int], ranks: int) -> list[Owne
         raise ValueError(f"{path}: cannot be read as owners of experts ({why})") from None
     of_layers = found if isinstance(found, list) else [found] * len(num_experts)
     if len(of_layers) != len(num_experts):
-        raise ValueError(f"{path}: has owners for {len(of_layers)} layers; this rank's model has {len(num_experts)}")
+        raise ValueError(f"{path}: has owners for {len(of_layers)} layers; the model has {len(num_experts)}")
     return [
         _owners(f"{path}, layer {i}", of, number, ranks)
         for i, (of, number) in enumerate(zip(of_layers, num_experts, strict=True))

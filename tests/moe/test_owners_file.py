@@ -34,7 +34,7 @@ def test_one_object_is_for_all_layers(tmp_path: Path) -> None:
         ('{"0": [0, 1, 2], "2": []}', "layer 0: rank 2 does not exist; ranks are 0 to 1"),
         ('{"0": [0, 1, 2, 3]}', "layer 0: expert 3 does not exist; experts are 0 to 2"),
         ('{"0": [0, 1, true]}', "layer 0: expert True does not exist"),
-        ('[{"0": [0, 1, 2]}]', "has owners for 1 layers; this rank's model has 2"),
+        ('[{"0": [0, 1, 2]}]', "has owners for 1 layers; the model has 2"),
         ("[1, 2]", "layer 0: must map each rank to the list of its experts"),
         ("{", "cannot be read as owners of experts"),
         ("[" * 100_000, "cannot be read as owners of experts"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from equimoe.moe.train.optim import build_optimizer
 from tests.helpers import oracle, parity
 from tests.helpers.checkpoints import load_all
 from tests.helpers.fork import run_ranks
-from tests.helpers.parity import VOCABULARY, Composition, batch
+from tests.helpers.parity import LENGTH, SEQUENCES, VOCABULARY, Composition, batch
 from tests.helpers.slow import slow_but
 
 EP, FSSDP = ParallelConfig(ep=-1, edp=1), ParallelConfig(experts="fssdp")
@@ -42,7 +43,17 @@ def engine_of(
     def adamw(named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         return build_optimizer(named.values(), OptimConfig())
 
-    return build_engine(parity.make(of, 1).to(dtype), mesh, adamw, max_norm=1.0, placement=config)
+    micro_batches = mesh.degrees.pp
+    shape = (SEQUENCES // mesh["dp"].size // micro_batches, LENGTH)
+    return build_engine(
+        parity.make(of, micro_batches).to(dtype),
+        mesh,
+        adamw,
+        max_norm=1.0,
+        micro_batches=micro_batches,
+        shape=shape,
+        placement=config,
+    )
 
 
 def train(engine: TorchEngine, mesh: Mesh, steps: range) -> list[float]:
@@ -242,14 +253,17 @@ def test_owners_change_as_asked() -> None:
     assert any(o != Owners.spread(8, 4) for o in owners)
 
 
-def owned_by_file(rank: int, world: int, file: str) -> list[Owners]:
-    return engine_of(build_mesh(FSSDP), PlacementConfig(owners=file)).experts.owners
+def owned_by_file(rank: int, world: int, file: str, parallel: ParallelConfig = FSSDP) -> list[Owners]:
+    return engine_of(build_mesh(parallel), PlacementConfig(owners=file)).experts.owners
 
 
 def test_a_file_names_the_first_owners(tmp_path: Path) -> None:
     owners = [Owners.of_ranks(2, [1, 0, 0, 0, 1, 0, 0, 0]), Owners.of_ranks(2, [0] * 8)]
     (tmp_path / "owners.json").write_text(write_owners(owners))
     assert run_ranks(owned_by_file, 2, str(tmp_path / "owners.json"))[0] == owners
+    stages = replace(FSSDP, pp=2)
+    of_stages = run_ranks(owned_by_file, 4, str(tmp_path / "owners.json"), stages)
+    assert of_stages == [owners[:1], owners[:1], owners[1:], owners[1:]], "each stage takes its layers' owners"
 
 
 def refused(rank: int, world: int) -> str:
