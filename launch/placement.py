@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from .text import counted
 from .usage import Parser, run_on_files
 
 MIB = 1 << 20
+#: what the cost of an expert depends on
+NEEDED = ("hidden_size", "intermediate_size", "top_k", "gated")
+#: largest number of choices; up to it, fp64 holds all whole numbers
+MOST = 1 << 53
 
 
 @env.command
@@ -31,12 +36,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     for name in ("ranks", "nodes", "tokens", "tflops", "bandwidth"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name}={getattr(arguments, name)}: must be greater than 0")
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise ValueError(f"--{name}={getattr(arguments, name)}: must be greater than 0, and finite")
     if arguments.ranks % arguments.nodes:
         raise ValueError(f"--nodes={arguments.nodes}: must divide --ranks={arguments.ranks}; use a divisor")
-    if arguments.latency < 0:
-        raise ValueError(f"--latency={arguments.latency}: must be at least 0")
+    if not 0 <= arguments.latency < math.inf:
+        raise ValueError(f"--latency={arguments.latency}: must be at least 0, and finite")
     config = PlacementConfig(
         overlap=arguments.overlap,
         memory_mb=arguments.memory_mb,
@@ -50,37 +55,46 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--loads={file}: cannot be read ({error.strerror}); give a run's folder") from None
     counts_SLE, moe = loads_of(records, file)
     machine = _machine(arguments, moe)
+    if (most := MOST // machine.ranks // moe["top_k"]) < arguments.tokens:
+        raise ValueError(f"--tokens={arguments.tokens}: must be at most {most} on {counted(machine.ranks, 'rank')}")
     # choices of a micro-batch on all ranks, in the proportions that were recorded
     scale = arguments.tokens * machine.ranks * moe["top_k"] / counts_SLE.sum(-1, keepdim=True).clamp_min(1)
     counts_SLE = (counts_SLE * scale).round().long()
     found = {name: replay(counts_SLE, method, machine, config) for name, method in METHODS.items()}
     print(describe(found, machine, config, counts_SLE, arguments.tokens))
-    if arguments.write_owners is not None:
-        write_atomically(arguments.write_owners, write_owners(found["FSSDP"].owners).encode())
-    if arguments.out is not None:
-        methods = {name: {k: v for k, v in vars(o).items() if k != "owners"} for name, o in found.items()}
-        text = json.dumps({"machine": asdict(machine), "methods": methods}, indent=2)
-        write_atomically(arguments.out, f"{text}\n".encode())
+    methods = {name: {k: v for k, v in vars(o).items() if k != "owners"} for name, o in found.items()}
+    text = json.dumps({"machine": asdict(machine), "methods": methods}, indent=2) + "\n"
+    for path, content in ((arguments.write_owners, write_owners(found["FSSDP"].owners)), (arguments.out, text)):
+        try:
+            if path is not None:
+                write_atomically(path, content.encode())
+        except OSError as error:
+            env.stop(env.Process(), env.CANNOT_WRITE, f"{path}: cannot be written ({error.strerror})")
 
 
-def loads_of(records: list[dict[str, Any]], file: Path) -> tuple[Tensor, dict[str, Any]]:
+def loads_of(records: list[dict[str, Any]], file: Path) -> tuple[Tensor, dict[str, int]]:
     """Return the choices of all recorded steps, int64 [S, L, E], and the configuration of the run's layers.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or if they are not those of a run.
     """
-    steps = [
-        [layer["counts"] for layer in r["layers"]] for r in records if r.get("kind") == "train" and r.get("layers")
-    ]
-    runs = [r["config"]["moe"] for r in records if r.get("kind") == "run"]
-    if not steps or not runs:
+    trained = [r for r in records if r.get("kind") == "train" and r.get("layers")]
+    runs = [r for r in records if r.get("kind") == "run"]
+    if not trained or not runs:
         raise ValueError(f"--loads={file}: has no loads of MoE layers; give the metrics of a run, or its folder")
     try:
-        return torch.tensor(steps, dtype=torch.int64), runs[-1]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--loads={file}: its loads cannot be read ({error})") from None
+        counts_SLE = torch.tensor([[layer["counts"] for layer in r["layers"]] for r in trained], dtype=torch.float64)
+        moe = {name: int(runs[-1]["config"]["moe"][name]) for name in NEEDED}
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"--loads={file}: its loads cannot be read ({type(error).__name__}: {error})") from None
+    possible = counts_SLE.dim() == 3 and counts_SLE.numel() and bool((counts_SLE >= 0).all())
+    if not possible or not bool((counts_SLE.sum(-1) < MOST).all()):
+        raise ValueError(f"--loads={file}: its loads cannot be read (counts must be whole numbers of at least 0)")
+    if wrong := [name for name, value in moe.items() if value < (name != "gated")]:
+        raise ValueError(f"--loads={file}: its loads cannot be read (moe.{wrong[0]}={moe[wrong[0]]})")
+    return counts_SLE.long(), moe
 
 
-def _machine(arguments: argparse.Namespace, moe: dict[str, Any]) -> Machine:
+def _machine(arguments: argparse.Namespace, moe: dict[str, int]) -> Machine:
     values = (2 + moe["gated"]) * moe["hidden_size"] * moe["intermediate_size"]
     return Machine(
         ranks=arguments.ranks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,17 @@ def metrics(folder: Path, records: list[object]) -> Path:
     return file
 
 
-RUN = {"kind": "run", "config": {"moe": {"top_k": 2, "gated": True, "hidden_size": 64, "intermediate_size": 32}}}
+RUN: dict[str, Any] = {
+    "kind": "run",
+    "config": {"moe": {"top_k": 2, "gated": True, "hidden_size": 64, "intermediate_size": 32}},
+}
+
+
+STEP = {"kind": "train", "layers": [{"counts": [1, 2]}]}
+
+
+def changed(run: dict[str, Any], **moe: int) -> dict[str, Any]:
+    return run | {"config": {"moe": run["config"]["moe"] | moe}}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +130,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([RUN], ["--nodes", "3"], "--nodes=3: must divide --ranks=8; use a divisor"),
         ([RUN], ["--ranks", "0"], "--ranks=0: must be greater than 0"),
         ([RUN], ["--bandwidth", "nan"], "--bandwidth=nan: must be greater than 0"),
+        ([RUN], ["--latency", "nan"], "--latency=nan: must be at least 0, and finite"),
+        ([RUN], ["--tflops", "inf"], "--tflops=inf: must be greater than 0, and finite"),
         ([RUN], ["--overlap", "-1"], "placement.overlap=-1: must be at least 0"),
+        ([RUN, STEP], ["--tokens", f"{10**20}"], f"--tokens={10**20}: must be at most {2**53 // 16} on 8 ranks"),
+        ([{"kind": "run"}, STEP], [], r"--loads=.*: its loads cannot be read \(KeyError: 'config'\)"),
+        ([changed(RUN, hidden_size=0), STEP], [], r"--loads=.*: its loads cannot be read \(moe.hidden_size=0\)"),
+        ([RUN, {"kind": "train", "layers": [3]}], [], r"--loads=.*: its loads cannot be read \(TypeError: .*"),
+        *(
+            (
+                [RUN, {"kind": "train", "layers": [{"counts": counts}]}],
+                [],
+                r"--loads=.*: its loads cannot be read \(counts",
+            )
+            for counts in ([1, -1], [1, float("nan")], [2**62, 2**62], [])
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -134,6 +159,15 @@ def test_mistakes_are_one_line(
     assert len(lines) == 1
     with pytest.raises(ValueError, match=f"^error: {message}"):
         raise ValueError(lines[0])
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics(tmp_path, [RUN, STEP])
+    for option in ("--out", "--write-owners"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--loads", str(tmp_path), "--ranks", "8", option, str(tmp_path / "no" / "x")])
+        assert stopped.value.code == 73
+        assert capsys.readouterr().err == f"error: {tmp_path}/no/x: cannot be written (No such file or directory)\n"
 
 
 def test_loads_of_unequal_layers_are_refused() -> None:
