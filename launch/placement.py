@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, default=1, help="nodes that the ranks are on; default 1")
     add("--tokens", type=int, default=4096, help="tokens of a rank in a micro-batch; default 4096")
     add("--overlap", type=int, default=2, help="experts per layer whose copies hide behind other work; default 2")
-    add("--memory-mb", type=int, help="MiB for a layer's replicas on a rank; default: those of --overlap experts")
+    room = "MiB for a layer's replicas on a rank; default: those of --overlap experts, which leaves none to calibrate"
+    add("--memory-mb", type=int, help=room)
     add("--window", type=int, default=5, help="recorded steps whose mean load is expected next; default 5")
     add("--reshard-every", type=int, default=10, help="recorded steps between changes of owners; 0: never; default 10")
     add("--tflops", type=float, default=400.0, help="TFLOP/s of a rank's grouped products; default 400")

@@ -26,8 +26,9 @@ class PlacementConfig:
     reshard_every: int = 0
     #: free replicas after the forward, and copy them again in the backward; recomputation does so anyway
     rematerialize: bool = False
-    #: after routing, add replicas for the real load where memory is left, if the busiest rank saves more than this many
-    #: rows per copy (as many as it computes in the time of one); the host then waits for every layer. None: never
+    #: after routing, add replicas for the real load where ``memory_mb`` leaves room, if the busiest rank saves more
+    #: than this many rows per copy (as many as it computes in the time of one); the host then waits for every layer.
+    #: None: never
     calibrate: int | None = None
     #: ranks per node, adjacent ones; None: those that the launcher says
     node_size: int | None = None
@@ -42,6 +43,9 @@ class PlacementConfig:
         for name in ("memory_mb", "node_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"placement.{name}", value, "must be at least 1, or left out")
+        finds_room = self.calibrate is None or (self.overlap and self.memory_mb is not None)
+        remedy = "has no effect without placement.overlap and placement.memory_mb, with room for more replicas than "
+        require(finds_room, "placement.calibrate", self.calibrate, remedy + "placement.overlap; set both")
 
     def replicas_per_rank(self, expert_bytes: int) -> int:
         """Return how many replicas of a layer fit on a rank. Raises ValueError if none does."""

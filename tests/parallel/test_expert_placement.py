@@ -366,3 +366,11 @@ def test_a_memory_budget_below_one_expert_is_refused() -> None:
         PlacementConfig(memory_mb=1).replicas_per_rank(3 << 20)
     assert PlacementConfig(memory_mb=7).replicas_per_rank(3 << 20) == 2
     assert PlacementConfig(overlap=0, memory_mb=1).replicas_per_rank(3 << 20) == 0
+
+
+@pytest.mark.parametrize("without", [{"overlap": 0, "memory_mb": 1}, {"memory_mb": None}])
+def test_calibration_without_room_is_refused(without: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^placement.calibrate=8: has no effect without placement.overlap and placement"
+    ):
+        PlacementConfig(calibrate=8, **without)
