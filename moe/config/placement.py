@@ -43,7 +43,7 @@ class PlacementConfig:
         for name in ("memory_mb", "node_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"placement.{name}", value, "must be at least 1, or left out")
-        finds_room = self.calibrate is None or (self.overlap and self.memory_mb is not None)
+        finds_room = self.calibrate is None or (self.overlap > 0 and self.memory_mb is not None)
         remedy = "has no effect without placement.overlap and placement.memory_mb, with room for more replicas than "
         require(finds_room, "placement.calibrate", self.calibrate, remedy + "placement.overlap; set both")
 

@@ -72,6 +72,8 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
     # Triton's kernels are custom ops, which can run on fake tensors
     dispatch = replace(config.moe.dispatch, memory_mb=None)  # routing is balanced, so nothing exceeds it
     config = replace(config, parallel=degrees, moe=replace(config.moe, backend="triton", dispatch=dispatch))
+    # nor does a load that is balanced and known call for further replicas or other owners
+    config = replace(config, placement=replace(config.placement, calibrate=None, reshard_every=0))
     micro_batches = config.micro_batches(degrees.dp)
     if degrees.pp > 1:  # check the whole step, because only some of its micro-batches are simulated
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
@@ -149,6 +151,8 @@ def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: Fa
     optimizer.register_step_pre_hook(
         lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
     )
+    if layers := engine.experts.layers:  # as in the steps after the first one: a load is known
+        engine.experts.forecast.observe(torch.ones(len(layers), config.moe.num_experts, dtype=torch.int64))
     with mode, recorder:
         ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
         engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(simulated)], config.optim.lr)

@@ -21,7 +21,7 @@ from equimoe.launch.dryrun import describe, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, RotaryScaling, RouterConfig
+from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, PlacementConfig, RotaryScaling, RouterConfig
 from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
@@ -189,6 +189,26 @@ def test_bytes_of_fully_sharded_weights_by_hand() -> None:
     assert sent["reduce_scatter"] == own
     assert sent["all_gather"] == found.micro_batches * (2 * own - outside)
     assert {kind.axis for kind, _, _ in found.traffic if kind.verb in RING} == {"fsdp"}
+
+
+def test_bytes_of_replicas_by_hand() -> None:
+    """Rank 0 owns the experts that are replicated: it sends each to three ranks, and they return gradients."""
+    sparse, calls, sent = replace(SMALL, parallel=ParallelConfig(experts="fssdp")), [], []
+    for placement in (
+        PlacementConfig(overlap=0),
+        PlacementConfig(overlap=2, reshard_every=1),
+        PlacementConfig(overlap=2, memory_mb=1, calibrate=0),
+    ):
+        found = [dry(replace(sparse, placement=placement), 4, rank) for rank in (0, 3)]
+        calls.append([sum(calls for kind, calls, _ in of.traffic if kind.axis == "ep") for of in found])
+        sent.append([sum(size for kind, _, size in of.traffic if kind.axis == "ep") for of in found])
+    layers, expert = MODEL.num_layers - MODEL.dense_layers, 4 * 3 * 16 * 12
+    forwards = layers * found[0].micro_batches
+    slots = 2 * 3 * 8  # numbers of rows, int64, for two more slots of each of the others
+    more = [forwards * (2 * 3 * expert + slots), forwards * (2 * expert + slots)]
+    assert [b - a for a, b in zip(sent[0], sent[1], strict=True)] == more
+    assert [b - a for a, b in zip(calls[0], calls[1], strict=True)] == [2 * forwards] * 2
+    assert (sent[2], calls[2]) == (sent[1], calls[1])
 
 
 def test_products_of_attention_with_a_window_by_hand() -> None:
