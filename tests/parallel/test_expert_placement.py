@@ -78,7 +78,12 @@ def random_owners(draw: random.Random, engine: TorchEngine) -> list[Owners]:
 
 def saved(engine: TorchEngine, root: Path, step: int) -> dict[str, Tensor]:
     checkpoint.save(root, step, engine.state(), {}, keep_last=99)
-    return load_all(root / f"step-{step:08d}")
+    return trained(load_all(root / f"step-{step:08d}"))
+
+
+def trained(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without those that say how experts were placed."""
+    return {name: value for name, value in state.items() if not name.startswith("placement.")}
 
 
 def twenty_steps(
@@ -150,8 +155,7 @@ def resumed(rank: int, world: int, root: Path, first: ParallelConfig, then: Para
     checkpoint.load(path, state, manifest)
     other.restore(state)
     loaded = saved(other, root.parent / "loaded", 4)
-    whole = {name: value for name, value in load_all(path).items() if not name.startswith("placement.")}
-    assert all(torch.equal(loaded[name], value) for name, value in whole.items())
+    assert all(torch.equal(loaded[name], value) for name, value in trained(load_all(path)).items())
     return train(other, mesh, range(4, 6))
 
 
