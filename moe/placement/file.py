@@ -55,18 +55,17 @@ def _owners(where: str, experts_of: Any, num_experts: int, ranks: int) -> Owners
     if not isinstance(experts_of, dict) or not all(isinstance(experts, list) for experts in experts_of.values()):
         raise ValueError(f"{where}: must map each rank to the list of its experts")
     rank_of: dict[int, int] = {}
-    slot_of: dict[int, int] = {}
     for name, experts in experts_of.items():
         if not name.isdecimal() or int(name) >= ranks:
             raise ValueError(f"{where}: rank {name[:20]} does not exist; ranks are 0 to {ranks - 1}")
-        for slot, expert in enumerate(experts):
+        for expert in experts:
             if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
                 raise ValueError(
                     f"{where}: expert {str(expert)[:20]} does not exist; experts are 0 to {num_experts - 1}"
                 )
             if expert in rank_of:
                 raise ValueError(f"{where}: expert {expert} has two owners, ranks {rank_of[expert]} and {int(name)}")
-            rank_of[expert], slot_of[expert] = int(name), slot
+            rank_of[expert] = int(name)
     if missing := [expert for expert in range(num_experts) if expert not in rank_of]:
         raise ValueError(f"{where}: expert {missing[0]} has no owner; name it under a rank")
-    return Owners(ranks, [rank_of[e] for e in range(num_experts)], [slot_of[e] for e in range(num_experts)])
+    return Owners.of_ranks(ranks, [rank_of[e] for e in range(num_experts)])  # slots as after a resume

@@ -16,13 +16,13 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    owners = [Owners(3, (1, 0, 1, 2), (1, 0, 0, 0)), Owners.consecutive(3, 3)]
+    owners = [Owners.of_ranks(3, (1, 0, 1, 2)), Owners.consecutive(3, 3)]
     assert read_owners(written(tmp_path, write_owners(owners)), [4, 3], 3) == owners
 
 
 def test_one_object_is_for_all_layers(tmp_path: Path) -> None:
     found = read_owners(written(tmp_path, '{"1": [2, 0], "0": [1]}'), [3, 3], 2)
-    assert found == [Owners(2, (1, 0, 1), (1, 0, 0))] * 2
+    assert found == [Owners.of_ranks(2, (1, 0, 1))] * 2
 
 
 @pytest.mark.parametrize(
