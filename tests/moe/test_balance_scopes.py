@@ -148,7 +148,7 @@ def test_every_scope_can_be_chosen_as_the_main_loss_and_as_an_extra_one() -> Non
     ("wrong", "message"),
     [
         ({"extra": {"micro": -1.0}}, "balance.extra.micro=-1.0: must not be negative; 0 switches it off"),
-        ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, exact"),
+        ({"estimator": "last"}, "balance.estimator='last': use one of rolling, carry, adaptive, exact"),
         ({"scale_convention": "x"}, "balance.scale_convention='x': use one of exact, megatron"),
         ({"bias_rule": "x"}, "balance.bias_rule='x': use one of sign, proportional"),
         ({"bias_update_rate": -1.0}, "balance.bias_update_rate=-1.0: must not be negative"),

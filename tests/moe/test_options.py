@@ -29,6 +29,7 @@ ALSO = {
     "deepspeed.config": ["--engine=deepspeed"],
     "megatron.distributed_optimizer": ["--engine=megatron"],
     **{name: ["--parallel.experts=fssdp"] for name in fields_of() if name.startswith("placement.")},
+    "placement.calibrate": ["--parallel.experts=fssdp", "--placement.memory_mb=9"],
     "moe.router.kept_groups": ["--moe.router.groups=2"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
     "moe.capacity.max_tokens": ["--moe.capacity.pad"],
