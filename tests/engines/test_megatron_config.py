@@ -149,7 +149,8 @@ def test_routers_and_estimators() -> None:
     wrong: Any = "exact "
     assert error_of(lambda: moe_config(config, wrong)) == "router='exact ': use one of equimoe, megatron"
     assert (
-        error_of(lambda: moe_config(config, estimator=wrong)) == "estimator='exact ': use one of rolling, carry, exact"
+        error_of(lambda: moe_config(config, estimator=wrong))
+        == "estimator='exact ': use one of rolling, carry, adaptive, exact"
     )
     assert error_of(lambda: moe_config(config, "megatron", "exact")) == (
         "estimator='exact': Megatron-Core's router has only 'rolling'; use router='equimoe'"
