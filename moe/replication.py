@@ -60,10 +60,8 @@ class Replication:
 
     def begin(self, experts: Any) -> Any:
         """Return the experts that this rank holds in a forward; their weights may still be on the way."""
-        early, self._early = self._early, None
-        if self._route is None:
-            return experts
-        return once(partial(_first, early, experts, self._route))
+        early, route, self._early = self._early, self._route, None
+        return experts if route is None else once(lambda: early or experts.replicated(route))
 
     def adapt(self, held: Any, experts: Any, routing: Routing, counted: bool) -> Any:
         """Return the experts that this rank holds for choices that have been made: ``held``, or more of them.
@@ -99,7 +97,3 @@ class Replication:
         rank = self.axis.rank
         self.routes.append(Route(self.axis, replicas.sent_by(rank), replicas.received_by(rank)))
         return self.routes[-1]
-
-
-def _first(early: ReplicatedExperts | None, experts: Any, route: Route) -> ReplicatedExperts:
-    return early or experts.replicated(route)

@@ -37,8 +37,8 @@ class ParallelConfig:
     ep: int = 1
     #: ranks that split each expert's width
     etp: int = 1
-    #: "ep" gives each expert edp replicas, with optimizer states on each; "fssdp" (fully sharded sparse data
-    #: parallelism) one owner among all these ranks, and replicates the busiest experts' weights anew in every step
+    #: "ep" gives each expert edp replicas, with optimizer states on each. "fssdp" (fully sharded sparse data
+    #: parallelism) gives it one owner, and copies the busiest experts' weights to the other ranks in every step
     experts: Literal["ep", "fssdp"] = "ep"
     #: with tp > 1, shard the tokens over the tp ranks outside the layers that tp splits
     sequence_parallel: bool = True

@@ -166,11 +166,19 @@ def all_ranks(ranks: int, place: str) -> str:
     [
         (1, 1, all_ranks(1, "phase=setup")),
         (1, 2, all_ranks(2, "phase=setup")),
+        (1, 2, "term@rank=0,phase=setup;sleep@rank=1,phase=setup,seconds=0.4;term@rank=1,phase=setup"),
         (1, 1, all_ranks(1, "step=5,phase=data")),
         (1, 2, all_ranks(2, "step=5,phase=data")),
         (2, 1, "term@rank=0,step=5,phase=data"),
     ],
-    ids=["setup-one-rank", "setup-two-ranks", "one-rank", "two-ranks", "a-rank-of-two-nodes"],
+    ids=[
+        "setup-one-rank",
+        "setup-two-ranks",
+        "setup-one-by-one",
+        "one-rank",
+        "two-ranks",
+        "a-rank-of-two-nodes",
+    ],
 )
 def test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted(
     options: list[str], tmp_path: Path, nodes: int, processes: int, faults: str

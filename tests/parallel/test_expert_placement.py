@@ -139,6 +139,17 @@ def test_moving_experts_changes_no_bit(tmp_path: Path) -> None:
     run_ranks(moves, 3, tmp_path)
 
 
+def resume(engine: TorchEngine, root: Path) -> Path:
+    """Restore the newest checkpoint in ``root``, and return its path."""
+    path = checkpoint.newest(root)
+    manifest = checkpoint.read_manifest(path)
+    engine.expect(checkpoint.contents(path, manifest))
+    state = engine.state()
+    checkpoint.load(path, state, manifest)
+    engine.restore(state)
+    return path
+
+
 def resumed(rank: int, world: int, root: Path, first: ParallelConfig, then: ParallelConfig, move: bool) -> list[float]:
     mesh = build_mesh(first)
     engine = engine_of(mesh)
@@ -148,12 +159,7 @@ def resumed(rank: int, world: int, root: Path, first: ParallelConfig, then: Para
     checkpoint.save(root, 4, engine.state(), {}, keep_last=1)
     mesh = build_mesh(then)
     other = engine_of(mesh)
-    path = checkpoint.newest(root)
-    manifest = checkpoint.read_manifest(path)
-    other.expect(checkpoint.contents(path, manifest))
-    state = other.state()
-    checkpoint.load(path, state, manifest)
-    other.restore(state)
+    path = resume(other, root)
     loaded = saved(other, root.parent / "loaded", 4)
     assert all(torch.equal(loaded[name], value) for name, value in trained(load_all(path)).items())
     return train(other, mesh, range(4, 6))
@@ -180,11 +186,7 @@ def goes_on(rank: int, world: int, root: Path) -> tuple[list[float], list[float]
     first, second = engine_of(mesh, config), engine_of(mesh, config)
     train(first, mesh, range(4))
     checkpoint.save(root, 4, first.state(), {}, keep_last=1)
-    path = checkpoint.newest(root)
-    manifest = checkpoint.read_manifest(path)
-    state = second.state()
-    checkpoint.load(path, state, manifest)
-    second.restore(state)
+    resume(second, root)
     moved = first.experts.owners == second.experts.owners != [Owners.spread(8, world)] * 2
     return train(first, mesh, range(4, 7)), train(second, mesh, range(4, 7)), moved
 
