@@ -169,13 +169,12 @@ class MoELayer(MoE):
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the weights for Megatron-Core's ``dist_checkpointing``."""
-        self._step.undo_if_skipped(self.router)
         return sharded_layer(self, prefix, sharded_offsets, metadata)
 
     def _place(self) -> None:
         config, groups = self.megatron, self.groups
         tp, ep = axis_of("tp", groups.tp), axis_of("ep", groups.ep)
-        self._step = step = MegatronStep(self.balancer, config.calculate_per_token_loss, self._log)
+        step = MegatronStep(self.balancer, config.calculate_per_token_loss, self._log)
         self.place(
             Placement(
                 tokens=axis_of("tokens", groups.tp_dp_cp),

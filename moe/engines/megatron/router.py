@@ -65,22 +65,19 @@ class ExactRouter(Router):
         if self.bias_E is not None:
             self.local_tokens_per_expert += counts_E
 
-    def forget(self) -> None:
-        """Begin a step: forget the choices of one that broke off."""
-        if self.bias_E is not None:
-            self.local_tokens_per_expert.zero_()
-            self._at_start = self.bias_E, self.bias_E._version, self.bias_E.clone()
-
-    def undo_move(self) -> None:
-        """Give the bias the value that it had when the step began.
+    def forget(self, skipped: bool) -> None:
+        """Begin a step: forget the choices of one that broke off, and undo the move of the bias if it was ``skipped``.
 
         Megatron moves the bias before it knows whether gradients have overflowed, in which case weights stay.
         """
-        if self.bias_E is None or self._at_start is None:
+        if self.bias_E is None:
             return
-        bias_E, version, value_E = self._at_start
-        if bias_E is self.bias_E and bias_E._version == version + 1:  # else a checkpoint has been loaded, too
-            bias_E.copy_(value_E)
+        if skipped and self._at_start is not None:
+            bias_E, version, value_E = self._at_start
+            if bias_E is self.bias_E and bias_E._version == version + 1:  # else a checkpoint has been loaded, too
+                bias_E.copy_(value_E)
+        self.local_tokens_per_expert.zero_()
+        self._at_start = self.bias_E, self.bias_E._version, self.bias_E.clone()
 
     def reset_global_aux_loss_tracker(self) -> None:
         """Called by Megatron-Core when the gradients of a step are complete."""
@@ -127,11 +124,8 @@ class MegatronRouter(TopKRouter):
         super().__init__(config=config, pg_collection=groups)
         self.top_k = config.moe_router_topk
 
-    def forget(self) -> None:
-        """Do nothing: Megatron-Core keeps the counts of a step that broke off."""
-
-    def undo_move(self) -> None:
-        """Do nothing: Megatron-Core keeps the move of the bias in a step that it skips."""
+    def forget(self, skipped: bool) -> None:
+        """Do nothing: Megatron-Core keeps the counts of a step that broke off, and the move of the bias."""
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None

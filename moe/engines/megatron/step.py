@@ -42,16 +42,10 @@ class MegatronStep(OwnStep):
         """Called after every optimizer step in the process."""
         self._updated = True
 
-    def undo_if_skipped(self, router: Any) -> None:
-        """Undo the move of the bias in the newest step if its weights have stayed."""
-        if not (self._updated or self._changed()):
-            router.undo_move()
-
     def visit(self, layer: LayerStep, module: Any, x: Tensor) -> Visit:
         if _zeroed(module.router.weight):
             layer.visits = {key: v for key, v in layer.visits.items() if v.ahead}
-            self.undo_if_skipped(module.router)
-            module.router.forget()
+            module.router.forget(skipped=not (self._updated or self._changed()))
             self._updated = False
         found = super().visit(layer, module, x)
         _watch(module.router.weight)
