@@ -26,6 +26,7 @@ class ModelConfig:
 
     #: number of decoder blocks
     num_layers: int = 4
+    #: attention heads of a block
     num_heads: int = 4
     #: width of the dense feed-forwards
     intermediate_size: int = 512
@@ -121,9 +122,13 @@ class OptimConfig:
 
     #: peak learning rate
     lr: float = 3e-3
+    #: decay of AdamW's mean of gradients, per step
     beta1: float = 0.9
+    #: decay of AdamW's mean of squared gradients, per step
     beta2: float = 0.95
+    #: added to the root of AdamW's mean of squared gradients
     eps: float = 1e-8
+    #: share of a weight that a step takes away, times the learning rate
     weight_decay: float = 0.1
     #: learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
