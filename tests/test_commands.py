@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 from equimoe.launch import checkpoint, convert, dryrun, evaluate, generate, mesh, options
@@ -18,6 +19,7 @@ DOCUMENTS = (
     "docs/engines.md",
     "docs/balance.md",
     "docs/checkpoints.md",
+    "docs/clusters.md",
     "launch/slurm/train.sbatch",
 )
 #: options of DeepSpeed's launcher that the documents use, with the number of their values
@@ -47,7 +49,8 @@ def parse(words: list[str], world: int = 1) -> None:
         parse(rest)
     elif name == "sbatch":
         script = rest.index("launch/slurm/train.sbatch")
-        ours("equimoe.launch.train", rest[script + 1 :], 8 * int(rest[rest.index("--nodes") + 1]))
+        nodes = int(rest[rest.index("--nodes") + 1]) if "--nodes" in rest else 2
+        ours("equimoe.launch.train", [word.replace("%a", "3") for word in rest[script + 1 :]], 8 * nodes)
     elif name == "torchrun":
         started = get_args_parser().parse_args(rest)
         if started.module:
@@ -67,7 +70,7 @@ def parse(words: list[str], world: int = 1) -> None:
 
 def ours(module: str, arguments: list[str], world: int) -> None:
     if module == "equimoe.launch.train":
-        if arguments != ["--help"]:
+        if arguments[:1] != ["--help"]:
             launch = options.parse(arguments)
             degrees = launch.config.degrees(launch.processes or world)
             assert launch.config.micro_batches(degrees.dp) > 0
@@ -87,8 +90,9 @@ def test_parses(document: str, command: str) -> None:
 
 def test_the_example_for_kubernetes() -> None:
     text = (ROOT / "launch/k8s/train.yaml").read_text()
-    (recipe,), (extra,) = re.findall(r"name: RECIPE\n +value: (\w+)", text), re.findall(r'such as "([^"]+)"', text)
-    ours("equimoe.launch.train", ["--recipe", recipe, *extra.split()], 16)
+    ((args, more),) = re.findall(r" args: \[(.*)\] # for example also: (.*)", text)
+    for words in (args, f"{args}, {more}"):
+        ours("equimoe.launch.train", [str(word) for word in yaml.safe_load(f"[{words}]")], 16)
 
 
 def test_a_wrong_option_is_found() -> None:
