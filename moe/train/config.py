@@ -394,6 +394,13 @@ class TrainConfig:
             remedy = f"a forward has {tokens} tokens per rank, and almost all rows would be empty; set it to {tokens}"
             require(capacity.max_tokens <= 1000 * tokens, "moe.capacity.max_tokens", capacity.max_tokens, remedy)
 
+    def _batch_that_fits(self, data_parallel: int) -> str:
+        """Say which batch sizes near the present ones fit the ranks."""
+        whole, micro_batch = self.data.global_batch, self.data.micro_batch
+        larger = f"set data.global_batch={-(-whole // (micro_batch * data_parallel)) * micro_batch * data_parallel}"
+        smaller = next((m for m in range(micro_batch, 0, -1) if whole % (m * data_parallel) == 0), None)
+        return larger if smaller is None else f"set data.micro_batch={smaller}, or {larger.removeprefix('set ')}"
+
     def micro_batches(self, data_parallel: int) -> int:
         """Return the micro-batches per optimizer step on each of ``data_parallel`` data-parallel ranks."""
         together = self.data.micro_batch * data_parallel
@@ -402,7 +409,7 @@ class TrainConfig:
             "data.global_batch",
             self.data.global_batch,
             "must be a multiple of data.micro_batch * data-parallel ranks = "
-            f"{self.data.micro_batch} * {data_parallel}; change one of them",
+            f"{self.data.micro_batch} * {data_parallel}; {self._batch_that_fits(data_parallel)}",
         )
         micro_batches = self.data.global_batch // together
         require(

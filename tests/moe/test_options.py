@@ -15,6 +15,7 @@ from equimoe.launch.options import ONLY_WITH, Launch, fields_of, hints_of, parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.launch.text import option_text
 from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig
+from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from tests.helpers.small import changed
 
@@ -395,6 +396,35 @@ def test_options_that_need_others_exist() -> None:
         assert field in fields_of()
     assert parse(["--optim.schedule", "wsd", "--optim.decay_fraction", "0.5"]).config.optim.decay_fraction == 0.5
     assert parse(["--recompute.layers", "none"]).config == config, "an option that changes nothing is fine"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("world", [8, 64, 1024, 16384])
+def test_a_recipe_runs_on_any_number_of_ranks_or_says_what_to_change(recipe: str, world: int) -> None:
+    def start(*options: str) -> None:
+        config = parse(["--recipe", recipe, *options]).config
+        degrees = config.degrees(world)
+        number = config.micro_batches(degrees.dp)
+        if degrees.pp > 1:
+            of_rank, layers = degrees.stages_of_rank, config.model.num_layers
+            check_pipeline(degrees.schedule, degrees.pp, of_rank, number, layers, config.data.micro_batch)
+
+    try:
+        return start()
+    except ValueError as error:
+        message = str(error)
+    batch = re.search(r"set (?:data.micro_batch=(\d+), or )?data.global_batch=(\d+)$", message)
+    if batch is not None:
+        micro, whole = batch.groups()
+        start("--data.global_batch", whole)
+        if micro is not None:
+            start("--data.micro_batch", micro)
+    elif factor := re.search(r"multiply data.global_batch by (\d+)(?:/(\d+))?, ", message):
+        whole = RECIPES[recipe]().data.global_batch
+        start("--data.global_batch", str(whole * int(factor[1]) // int(factor[2] or 1)))
+    else:
+        needed = re.search(r"make the number of processes a multiple of (\d+)", message)
+        assert needed is not None and world % int(needed[1]), message
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
