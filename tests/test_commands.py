@@ -13,15 +13,8 @@ from torch.distributed.run import get_args_parser
 from equimoe.launch import checkpoint, convert, dryrun, evaluate, generate, mesh, options
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/engines.md",
-    "docs/balance.md",
-    "docs/checkpoints.md",
-    "docs/clusters.md",
-    "launch/slurm/train.sbatch",
-)
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES, "launch/slurm/train.sbatch")
 #: options of DeepSpeed's launcher that the documents use, with the number of their values
 DEEPSPEED = {"--hostfile": 1, "--no_local_rank": 0, "--module": 0}
 PARSERS = {module.__name__: module._parser for module in (checkpoint, convert, evaluate, generate, mesh)}
