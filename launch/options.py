@@ -6,7 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -253,7 +253,10 @@ def _override(values: dict[str, Any], name: str, text: str | None) -> None:
 
 def value_of(config: TrainConfig, name: str) -> Any:
     """Return the value of a field by its dotted name; None if its section is off."""
-    return reduce(lambda section, part: getattr(section, part, None), name.split("."), config)
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _check_effect(name: str, config: TrainConfig, recipe: TrainConfig) -> None:

@@ -428,3 +428,22 @@ def test_losses_that_depend_on_owners_and_the_bias_equal_one_process() -> None:
         assert found == pytest.approx(norms, rel=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(bias, biases, strict=True))
         assert oracle.relative_error(embedding, weight) < 1e-12
+
+
+def watched(rank: int, world: int, how: str) -> list[float]:
+    """Train with gradients that somebody else holds too, which autograd then copies."""
+    mesh = build_mesh(EP if how == "ep" else FSSDP)
+    engine, draw, held, norms = engine_of(mesh), random.Random(3), [], []
+    for layer in engine.parts[0].moe_layers():
+        for weight in layer.experts.parameters():
+            weight.register_hook(held.append)
+    for step in range(4):
+        if how == "moved":
+            engine.experts.move(random_owners(draw, engine), engine.optimizer)
+        norms += train(engine, mesh, range(step, step + 1))
+    return norms
+
+
+def test_gradients_of_unevenly_owned_experts_may_be_held_by_others() -> None:
+    """Autograd copies such a gradient, and allocates the copy as if all ranks owned equally many experts."""
+    assert run_ranks(watched, 2, "moved")[0] == pytest.approx(run_ranks(watched, 2, "ep")[0], rel=1e-6)
