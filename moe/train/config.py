@@ -83,6 +83,9 @@ class DataConfig:
     domain_field: str = "domain"
     #: bytes to read of each domain of the built-in text; None: all. Text from ``path`` is always read completely
     builtin_bytes_per_domain: int | None = None
+    #: whether positions attend to earlier documents of their sequence: "joined" lets them, "separate" keeps attention
+    #: within each document
+    documents: Literal["joined", "separate"] = "joined"
     #: integer type of the ids in a flat token file
     token_dtype: Literal["uint16", "uint32"] = "uint16"
 

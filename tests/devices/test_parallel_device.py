@@ -140,7 +140,7 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> No
         parameters = list(model.parameters())
         optimizer = build_optimizer(parameters, OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
-        batch = take_local_batch(ids, ids, ids == 0, mesh)
+        batch = take_local_batch(ids, ids, ids == 0, mesh=mesh)
         with Watch(reads=TOKENS), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             model(batch.inputs, batch.mask)  # here the positions move to the device, once
         balance = Step.of(model)  # as an engine drives it

@@ -36,6 +36,8 @@ class Corpus:
     vocab_size: int
     #: one-line remarks for the user about what was read
     notes: tuple[str, ...] = ()
+    #: id that ends a document; None: unknown
+    end_of_document: int | None = None
 
 
 @dataclass(eq=False)
@@ -82,7 +84,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     if short:
         notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
     fingerprint = _fingerprint(train, heldout, tokenizer)
-    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes))
+    end = tokenizer.end_of_document
+    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes), end)
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:
