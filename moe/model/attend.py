@@ -87,9 +87,7 @@ def one_by_one(
     return torch.cat(found, dim=2)[0].unflatten(1, (q_BNSH.shape[0], -1)).transpose(0, 1)
 
 
-def by_mask(
-    q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, documents: Documents, window: int | None = None
-) -> Tensor:
+def by_mask(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, documents: Documents, window: int | None = None) -> Tensor:
     """Attend with a mask [B, 1, S, S]: computes all pairs of positions, but runs everywhere and never waits."""
     return _masked(q_BNSH, k_BMSH, v_BMSW, documents.seen(window))
 

@@ -58,9 +58,7 @@ class Block(nn.Module):
         for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):
             reset(part)
 
-    def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents: Documents | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         return self.run_block(self._whole, x_BSD, mask_BS, documents)
 
     def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None) -> Tensor:

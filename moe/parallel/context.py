@@ -70,9 +70,7 @@ class ContextAttention:
             raise ValueError(f"exchange={exchange!r}: unknown; use one of {', '.join(KV_EXCHANGES)}")
         self.axis, self.exchange = axis, exchange
 
-    def __call__(
-        self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, documents: Documents | None = None
-    ) -> Tensor:
+    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, documents: Documents | None = None) -> Tensor:
         """Return this rank's rows of F.scaled_dot_product_attention(is_causal=True) on the whole sequences.
 
         Query head n uses key head n // (N / M). v may differ from k in width. Accumulates in fp32 (fp64 for fp64).

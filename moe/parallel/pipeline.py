@@ -87,9 +87,7 @@ class Pipeline:
         schedule_class = getattr(schedules, self.kind.torch_class)
         self._schedule = schedule_class(given, micro_batches, loss_fn=self._loss, scale_grads=False)
 
-    def step(
-        self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction
-    ) -> list[Tensor]:
+    def step(self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction) -> list[Tensor]:
         """Run forward and backward of all micro-batches; gradients accumulate in ``.grad``.
 
         All ranks of the pipeline must pass the same lists: ``inputs`` int64 [B, S], ``labels`` [B, ...] of any shape,
@@ -117,9 +115,7 @@ class Pipeline:
             self._counting = False
 
     @torch.no_grad()
-    def evaluate(
-        self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction
-    ) -> list[Tensor]:
+    def evaluate(self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction) -> list[Tensor]:
         """Run the forwards and return the losses like :meth:`step`, without changing any state.
 
         Accepts fewer micro-batches than a step has.

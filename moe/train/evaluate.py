@@ -58,7 +58,9 @@ def evaluate(
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
             found = engine.evaluate([Batch(*b, documents_of(b[0], config, corpus)) for _, *b in several])
-        for (domain, _, labels_BS, mask_BS), losses_BS in zip(several, found, strict=False):  # empty before the last stage
+        for (domain, _, labels_BS, mask_BS), losses_BS in zip(
+            several, found, strict=False
+        ):  # empty before the last stage
             if tp.rank == 0:  # all ranks of a tensor-parallel group have the same losses
                 sums_N2[place[domain], 0] += losses_BS.double().sum()
                 sums_N2[place[domain], 1] += (mask_BS & (labels_BS != IGNORED)).sum() * (cp.rank == 0)

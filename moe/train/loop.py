@@ -95,7 +95,8 @@ class Trainer:
             self.engine = engine_of(config, model, mesh, device, self.micro_batches)
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
-        self.batches = Batches(corpus.train, config.data.seq_len, config.data.global_batch, config.seed)
+        size = (config.data.seq_len, config.data.global_batch)
+        self.batches = Batches(corpus.train, *size, config.seed, corpus.train_masks)
         self.losses = DomainLosses(len(corpus.domains), device)
         self.columns = Columns.of(config.moe, self.axis.size)
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed

@@ -73,7 +73,9 @@ def varied(given: list[Batch], step: int) -> list[Batch]:
             )
             for batch in given
         ]
-    return [replace(batch, labels=torch.full_like(batch.labels, IGNORED)) for batch in given] if step % 3 == 2 else given
+    return (
+        [replace(batch, labels=torch.full_like(batch.labels, IGNORED)) for batch in given] if step % 3 == 2 else given
+    )
 
 
 def whole(engine: TorchEngine) -> dict[str, Tensor]:

@@ -169,9 +169,7 @@ class DeepSpeedEngine:
         self.balance.end(applied)
         return StepResult(losses, norm, applied)
 
-    def _update(
-        self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None
-    ) -> tuple[Tensor, bool]:
+    def _update(self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None) -> tuple[Tensor, bool]:
         """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self._shards.optimizer.param_groups:
             group["lr"] = lr

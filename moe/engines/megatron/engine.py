@@ -325,9 +325,7 @@ class MegatronEngine:
         valid = valid_positions(batch).to(torch.int)
         return losses_BS.sum(), valid, {"losses": losses_BS.detach()}
 
-    def _update(
-        self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None
-    ) -> tuple[Tensor, bool]:
+    def _update(self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None) -> tuple[Tensor, bool]:
         """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Corpus:
     vocab_size: int
     #: one-line remarks for the user about what was read
     notes: tuple[str, ...] = ()
+    #: uint8, shape ``(T,)``, for domains with instruction data: 1 for an id that is trained on, as a label
+    train_masks: Mapping[str, Tokens] = field(default_factory=dict)
+    heldout_masks: Mapping[str, Tokens] = field(default_factory=dict)
     #: id that ends a document; None: unknown
     end_of_document: int | None = None
 
@@ -85,7 +88,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
         notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
     fingerprint = _fingerprint(train, heldout, tokenizer)
     end = tokenizer.end_of_document
-    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes), end)
+    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes), end_of_document=end)
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...config import require
+from ...parallel import IGNORED
 from .corpus import Corpus, Tokens
 
 
@@ -24,16 +25,24 @@ class Batches:
     ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: to resume, only the numbers are
     needed.
 
-    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does. Raises ``ValueError`` if
-    there are fewer sequences than ``global_batch``.
+    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does, and ``masks`` to those of
+    :attr:`Corpus.train_masks`. Raises ``ValueError`` if there are fewer sequences than ``global_batch``.
     """
 
-    def __init__(self, train: Mapping[str, Tokens], seq_len: int, global_batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        train: Mapping[str, Tokens],
+        seq_len: int,
+        global_batch: int,
+        seed: int,
+        masks: Mapping[str, Tokens] | None = None,
+    ) -> None:
         require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
         require(global_batch >= 1, "data.global_batch", global_batch, "must be at least 1")
         require(seed >= 0, "seed", seed, "must not be negative")
         self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
         self._streams = list(train.values())
+        self._masks = [(masks or {}).get(domain) for domain in train]
         counts = [max(len(stream) - 1, 0) // seq_len for stream in self._streams]
         #: index of each domain's first sequence, followed by the number of all sequences
         self._bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
@@ -60,7 +69,8 @@ class Batches:
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return the micro-batches that ``rank`` of ``data_parallel`` reads of a step with these sequence ``numbers``.
 
-        Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``. The sequences of a step are ordered as
+        Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``; labels that are not trained on are
+        :data:`IGNORED`. The sequences of a step are ordered as
         [rank][micro-batch][sequence]. Raises ``ValueError`` if ``data_parallel * micro_batches * micro_batch`` is not
         the global batch.
         """
@@ -73,13 +83,17 @@ class Batches:
         return [self._gather(mine[i * micro_batch : (i + 1) * micro_batch]) for i in range(micro_batches)]
 
     def _gather(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        places = (divmod(g, self.sequences) for g in numbers)
-        sequence_B = np.array([self._order(epoch)[place] for epoch, place in places])
+        in_epochs = (divmod(g, self.sequences) for g in numbers)
+        sequence_B = np.array([self._order(epoch)[place] for epoch, place in in_epochs])
         domain_B = np.searchsorted(self._bounds, sequence_B, side="right") - 1
         start_B = (sequence_B - self._bounds[domain_B]) * self.seq_len
-        rows = [self._streams[d][s : s + self.seq_len + 1] for d, s in zip(domain_B, start_B, strict=True)]
+        places = list(zip(domain_B, start_B, strict=True))
+        rows = [self._streams[d][s : s + self.seq_len + 1] for d, s in places]
         tokens = torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.int64))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(domain_B.astype(np.int64))
+        labels_BS = tokens[:, 1:].contiguous()
+        for row_S, (d, s) in zip(labels_BS, places, strict=True):
+            _ignore(row_S, self._masks[d], s + 1)
+        return tokens[:, :-1].contiguous(), labels_BS, torch.from_numpy(domain_B.astype(np.int64))
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -88,6 +102,13 @@ class Batches:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._orders[epoch] = generator.permutation(self.sequences)
         return self._orders[epoch]
+
+
+def _ignore(labels_S: Tensor, mask: Tokens | None, first: int) -> None:
+    """Overwrite the labels that are not trained on; the first is id number ``first`` of the stream of ``mask``."""
+    if mask is not None:
+        trained_S = np.asarray(mask[first : first + len(labels_S)]).astype(bool)
+        labels_S.masked_fill_(torch.from_numpy(~trained_S), IGNORED)
 
 
 def heldout_starts(tokens: int, seq_len: int, sequences: int | None) -> np.ndarray:
@@ -110,7 +131,8 @@ def heldout_batches(
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Yield ``(domain, inputs_BS, labels_BS, mask_BS)`` domain by domain, B = ``micro_batch``, S = ``seq_len``.
 
-    Inputs and labels are int64; where the bool mask is False they are padding (0). Every rank of ``world`` gets the
+    Inputs and labels are int64; where the bool mask is False they are padding (0). Labels that are not trained on are
+    :data:`IGNORED`. Every rank of ``world`` gets the
     same number of batches with the same shapes and domains. Together the ranks see each evaluated token once. Domains
     with fewer than two held-out tokens are left out.
     """
@@ -127,4 +149,5 @@ def heldout_batches(
                 tokens = torch.from_numpy(stream[start : start + seq_len + 1].astype(np.int64))
                 size = len(tokens) - 1
                 inputs_BS[row, :size], labels_BS[row, :size], mask_BS[row, :size] = tokens[:-1], tokens[1:], True
+                _ignore(labels_BS[row, :size], corpus.heldout_masks.get(domain), int(start) + 1)
             yield domain, inputs_BS, labels_BS, mask_BS
