@@ -2,8 +2,8 @@
 
 Prints, for each domain, the loss in nats per token and the perplexity, with error bars: the standard deviation, and the
 95 % interval, over bootstrap samples of the documents. Without --data, a run is evaluated on the text that it has held
-out. A document begins with the end-of-document token, and is read in parts of --seq-len tokens. A model that was trained
-with --data.documents separate predicts only a document's first token from it, as in training.
+out. A document begins with the end-of-document token, and is read in parts of --seq-len tokens. A model trained with
+--data.documents separate sees that token only when it predicts a document's first one, as in training.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _documents(
     try:
         if arguments.data is not None:
             read = read_documents(config, tokenizer)
-            found = {domain: [(document, None) for document in of_domain] for domain, of_domain in read.items()}
+            found: dict[str, list[Any]] = {domain: [(ids, None) for ids in read[domain]] for domain in read}
         else:
             corpus = load_corpus(config, tokenizer)
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}

@@ -17,9 +17,16 @@ from .base import Accept, Batch, Computed
 
 def local_batches(batches: Sequence[Batch], mesh: Mesh | None, device: torch.device) -> list[LocalBatch]:
     """Return this rank's part of each micro-batch, on ``device``."""
-    parts = ((b.inputs, b.labels, b.mask, b.documents) for b in batches)
-    moved = [[None if t is None else t.to(device) for t in part] for part in parts]
-    return [take_local_batch(*part, mesh=mesh) for part in moved]
+    moved = [
+        (
+            b.inputs.to(device),
+            b.labels.to(device),
+            None if b.mask is None else b.mask.to(device),
+            None if b.documents is None else b.documents.to(device),
+        )
+        for b in batches
+    ]
+    return [take_local_batch(*batch, mesh=mesh) for batch in moved]
 
 
 def count_tokens(

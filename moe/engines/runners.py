@@ -148,5 +148,9 @@ def _filled(batch: LocalBatch, rows: int, mask_shape: tuple[int, ...]) -> LocalB
     more = rows - len(batch.inputs)
     mask = batch.inputs.new_ones((len(batch.inputs), mask_shape[1]), dtype=torch.bool)
     mask = mask if batch.mask is None else batch.mask
-    parts = (batch.inputs, batch.labels, mask, batch.starts)
-    return LocalBatch(*(t if t is None else torch.cat((t, t.new_zeros((more, *t.shape[1:])))) for t in parts))
+
+    def pad(t: Tensor) -> Tensor:
+        return torch.cat((t, t.new_zeros((more, *t.shape[1:]))))
+
+    starts = None if batch.starts is None else pad(batch.starts)
+    return LocalBatch(pad(batch.inputs), pad(batch.labels), pad(mask), starts)

@@ -128,7 +128,8 @@ def _masked(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, seen: Tensor) -> Ten
 def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # imported late: it imports torch's compiler
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    plain: Callable[..., Any] = flex_attention
+    return torch.compile(plain) if compiled else plain
 
 
 def autocast(t: Tensor) -> Tensor:

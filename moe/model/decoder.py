@@ -78,8 +78,10 @@ class Decoder(nn.Module):
 
     ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. ``starts`` int64 [B, S] packs several
     documents into a sequence: it is the position at which each position's document starts, see
-    :func:`.documents.document_starts`, and no position attends to another document. Block i (from 0) has an MoE feed-forward
-    if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with ``moe_every=0`` no block has one.
+    :func:`.documents.document_starts`, and no position attends to another document.
+
+    Block i (from 0) has an MoE feed-forward if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with
+    ``moe_every=0`` no block has one.
 
     A pipeline stage is a copy with only some of the embedding, blocks and head. Without the embedding its input is
     hidden states; without the head its output is hidden states. With ``tie_embeddings``, embedding and head are one

@@ -151,7 +151,7 @@ class _Batch:
 
     def _starts(self, ids_BS: Tensor) -> Tensor:
         """Return the position at which each new position's document starts [B, S]."""
-        after_BS = torch.where(ids_BS == self.end, self.now.positions_BS + 1, 0)
+        after_BS = (self.now.positions_BS + 1) * (ids_BS == self.end)
         before_B1 = torch.tensor(self.document, device=ids_BS.device)[:, None]
         starts_BT = torch.cat((before_B1, after_BS), 1).cummax(1).values
         for row, ids in enumerate(self.new):

@@ -57,7 +57,7 @@ def evaluate(
     batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
-            found = engine.evaluate([Batch(*b, documents_of(b[0], config, corpus)) for _, *b in several])
+            found = engine.evaluate([Batch(x, y, m, documents_of(x, config, corpus)) for _, x, y, m in several])
         for (domain, _, labels_BS, mask_BS), losses_BS in zip(
             several, found, strict=False
         ):  # empty before the last stage
