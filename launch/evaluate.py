@@ -95,7 +95,7 @@ def _documents(
         text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
         env.stop(process, env.DATA, text.replace(", or None for the text that comes with Python", ""))
     end = tokenizer.end_of_document
-    texts = {domain: [text for part in found[domain] for text in _texts(*part, end)] for domain in found}
+    texts = {domain: [t for ids, mask in found[domain] for t in _texts(ids, mask, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}
     if not texts:
         env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
