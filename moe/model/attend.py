@@ -74,16 +74,14 @@ def one_by_one(
     q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, documents: Documents, window: int | None = None
 ) -> Tensor:
     """Attend in one document after the other, as in sequences of their own."""
+    if len(documents.lengths) == len(q_BNSH):
+        return _whole(q_BNSH, k_BMSH, v_BMSW, window)
 
     def split(t_BNSX: Tensor) -> tuple[Tensor, ...]:
         return t_BNSX.transpose(0, 1).flatten(1, 2)[None].split(documents.lengths, dim=2)
 
-    found = []
-    for q, k, v in zip(split(q_BNSH), split(k_BMSH), split(v_BMSW), strict=True):
-        if window is None or window >= q.shape[2]:
-            found.append(causal_attention(q, k, v))
-        else:
-            found.append(windowed_attention(q, k, v, window=window))
+    parts = zip(split(q_BNSH), split(k_BMSH), split(v_BMSW), strict=True)
+    found = [_whole(q, k, v, window) for q, k, v in parts]
     return torch.cat(found, dim=2)[0].unflatten(1, (q_BNSH.shape[0], -1)).transpose(0, 1)
 
 
@@ -115,6 +113,11 @@ def _way(q: Tensor, v: Tensor) -> str:
         return "one_by_one"
     fits = min(q.shape[-1], v.shape[-1]) >= 16 and q.dtype != torch.float64  # as the kernels of FlexAttention need it
     return "blocks" if fits and importlib.util.find_spec("triton") is not None else "mask"
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    narrow = window is not None and window < q.shape[2]
+    return windowed_attention(q, k, v, window=window) if narrow else causal_attention(q, k, v)
 
 
 def _masked(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, seen: Tensor) -> Tensor:
