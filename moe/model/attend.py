@@ -116,8 +116,9 @@ def _way(q: Tensor, v: Tensor) -> str:
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    narrow = window is not None and window < q.shape[2]
-    return windowed_attention(q, k, v, window=window) if narrow else causal_attention(q, k, v)
+    if window is None or window >= q.shape[2]:
+        return causal_attention(q, k, v)
+    return windowed_attention(q, k, v, window=window)
 
 
 def _masked(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, seen: Tensor) -> Tensor:

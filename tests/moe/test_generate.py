@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from equimoe.moe import BalanceConfig, MoEConfig
 from equimoe.moe.config import AttentionConfig, RotaryScaling
 from equimoe.moe.model import Decoder
 from equimoe.moe.model.documents import document_numbers, document_starts
+from equimoe.moe.model.past import Past
 from equimoe.moe.parallel import ParallelConfig, build_mesh, parallelize
 from equimoe.moe.serve import Sampling, Window, generate, score, windows
 from equimoe.moe.serve.sample import choose
@@ -103,8 +106,16 @@ def test_a_text_ends_after_the_stop_token() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["grouped", "window", "latent, scaled"])
-def test_tokens_after_the_end_of_a_document_do_not_see_it(attention: str) -> None:
+def test_tokens_after_the_end_of_a_document_do_not_see_it(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training on separate documents: in prompts, and if a document ends in the new text."""
+    attend = Past.attend
+
+    def watched(past: Past, *args: Any, **how: Any) -> torch.Tensor:
+        starts_BS = past.now.starts_BS
+        assert starts_BS is None or (starts_BS <= past.now.positions_BS).all(), "a position does not see itself"
+        return attend(past, *args, **how)
+
+    monkeypatch.setattr(Past, "attend", watched)
     model, end = decoder(attention).eval(), 25
     prompts = [[end, 1, 2, 3], [7, 8, end, 9, 10], [5], [end, end], [6, 6, 1, 40, 2, end]]
     seen, want = 0, {}
