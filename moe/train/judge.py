@@ -62,7 +62,7 @@ class Judge:
         self.fault = None
         if sound < self._axis.size:
             self.fault = Fault("nonfinite", self._name_ranks(computed, here), loss, norm)
-        elif tokens and self.config.spike != "ignore" and self.window.is_spike(loss, self.config.spike_sigmas):
+        elif self.config.spike != "ignore" and self.window.is_spike(loss, self.config.spike_sigmas):
             self.fault = Fault("spike", f"loss={loss:.4f}: is far above the losses of the last steps", loss, norm)
         elif tokens:  # a step without labels has no loss
             self.window.add(loss)
