@@ -29,6 +29,7 @@ from ..moe.serve import score, windows
 from ..moe.train.config import DataConfig
 from ..moe.train.data import Tokenizer, load_corpus, read_documents
 from . import env, loaded
+from .tokens import TOKENS
 from .usage import Parser
 
 #: options that are fields of section ``data``
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
             env.stop(process, env.CANNOT_WRITE, f"--json={arguments.json}: its folder does not exist; create it")
         source = loaded.find(arguments.run_dir)
-        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
+        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer, arguments.end_of_document)
         seq_len = arguments.seq_len or source.seq_len
         documents = _documents(arguments, source, tokenizer, process)
         experts = source.weights.architecture.moe.num_experts
@@ -78,7 +79,7 @@ def _documents(
     settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
     settings |= {name: getattr(arguments, name) for name in FIELDS if getattr(arguments, name) is not None}
     if arguments.data is not None:
-        settings |= {"path": arguments.data, "tokenizer": "bytes"}
+        settings |= {"path": arguments.data, "tokenizer": "bytes", "end_of_document": None}
     elif not source.data:
         raise ValueError("--data: is missing; only a run has held-out text")
     config = DataConfig(**settings)
@@ -86,7 +87,7 @@ def _documents(
         if arguments.data is not None:
             found = read_documents(config, tokenizer)
         else:
-            held = load_corpus(config, tokenizer).heldout
+            held = load_corpus(config, tokenizer, _tokens(arguments.run_dir)).heldout
             found = {domain: [stream] for domain, stream in held.items()}
     except ValueError as error:
         text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
@@ -97,6 +98,11 @@ def _documents(
     if not texts:
         env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
     return texts
+
+
+def _tokens(path: Path) -> Path | None:
+    """Return the folder with the tokens of the run that ``path`` is or belongs to; None if it has none."""
+    return next((folder / TOKENS for folder in (path, *path.parents[:2]) if (folder / TOKENS).is_dir()), None)
 
 
 def _texts(stream: Any, end: int) -> list[list[int]]:

@@ -1,10 +1,12 @@
 """The data pipeline: tokenise text, split it into training and held-out tokens, and pack it into batches.
 
-It also fits a bigram model to the same tokens as a baseline. Nothing here communicates: every rank reads the same files
-and builds the same corpus, and the sequences of a step depend only on the step and the seed.
+Short text is kept in memory. Long text is tokenised once, into a store on disk, from which every rank reads what it
+needs. A bigram model is fitted to the same tokens as a baseline. Nothing here communicates: every rank opens the same
+corpus, and the sequences of a step depend only on the step and the seed.
 """
 
 from .bigram import bigram_loss
+from .build import Wanted, wanted_store
 from .corpus import Corpus, load_corpus, read_documents
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
@@ -18,10 +20,12 @@ __all__ = [
     "DataError",
     "HuggingFaceTokenizer",
     "Tokenizer",
+    "Wanted",
     "bigram_loss",
     "heldout_batches",
     "load_corpus",
     "load_tokenizer",
     "read_documents",
     "special_token",
+    "wanted_store",
 ]

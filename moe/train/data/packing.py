@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...config import require
-from .corpus import Corpus, Tokens
+from .corpus import Corpus
+from .stream import Tokens
 
 
 class Batches:
