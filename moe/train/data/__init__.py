@@ -6,10 +6,11 @@ corpus, and the sequences of a step depend only on the step and the seed.
 """
 
 from .bigram import bigram_loss
-from .build import Wanted, wanted_store
+from .build import Wanted, store_at, wanted_store
 from .corpus import Corpus, load_corpus, read_documents
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
+from .store import check as check_store
 from .token_file import DataError
 from .tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 
@@ -22,10 +23,12 @@ __all__ = [
     "Tokenizer",
     "Wanted",
     "bigram_loss",
+    "check_store",
     "heldout_batches",
     "load_corpus",
     "load_tokenizer",
     "read_documents",
     "special_token",
+    "store_at",
     "wanted_store",
 ]

@@ -65,10 +65,14 @@ class Wanted:
     about: dict[str, Any]
 
     @property
+    def manifest(self) -> dict[str, Any]:
+        """What the store says about itself, if it is there."""
+        return store.manifest_of(self.folder) or {}
+
+    @property
     def complete(self) -> bool:
         """Whether the store is there, and is the one that is asked for."""
-        manifest = store.manifest_of(self.folder)
-        return manifest is not None and all(manifest.get(name) == value for name, value in self.about.items())
+        return all(self.manifest.get(name) == value for name, value in self.about.items())
 
     def build(
         self, workers: int = 1, progress: Progress | None = None, waiting: Callable[[], None] = lambda: None
@@ -83,9 +87,7 @@ class Wanted:
                     _build(self, building, workers, progress)
         except OSError as error:
             why = f"cannot be written ({error.strerror or error})"
-            raise DataError(
-                f"data.cache={str(self.folder.parent)!r}: {why}; set data.cache to another folder"
-            ) from None
+            raise DataError(f"data.cache={str(self.folder)!r}: {why}; choose another folder") from None
 
 
 def wanted(config: DataConfig, tokenizer: Tokenizer, found: Found, folder: Path, within: bool = True) -> Wanted:
@@ -225,7 +227,7 @@ class _Tokenisers:
     def __init__(self, wanted: Wanted, workers: int) -> None:
         self._tokenizer, self._waiting, self._most = wanted.tokenizer, deque[Future[None]](), 2 * workers
         self._pool = None
-        if workers > 1:
+        if workers > 1 and wanted.config.tokenizer != "bytes":  # bytes are tokenised faster than they are sent
             name = (wanted.config.tokenizer, wanted.config.end_of_document)
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, name)
 
@@ -296,3 +298,10 @@ def wanted_store(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -
     """Return the store that ``load_corpus`` with the same arguments reads; None if it needs none, or is given one."""
     source = None if config.path is None else open_path(config, tokenizer, cache)
     return source if isinstance(source, Wanted) else None
+
+
+def store_at(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> Wanted:
+    """Return the store of ``config.path`` that is to be in ``folder`` itself. Raises ValueError if others are there."""
+    if folder.exists() and store.manifest_of(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"data.cache={str(folder)!r}: holds other files; give a new or an empty folder")
+    return wanted(config, tokenizer, find(config, folder), folder, within=False)
