@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _prepare(wanted: Wanted | None, process: env.Process, meeting: Meeting, hear
     builder = 0 if sees else process.rank - process.local_rank
     gathered(process, None)
     if wanted is not None and process.rank == 0:
-        (wanted.folder.parent / mark).unlink(missing_ok=True)
+        with suppress(OSError):
+            (wanted.folder.parent / mark).unlink(missing_ok=True)
     report = Report(heartbeat, meeting.store, f"{mark}/{builder}", process.rank == 0)
     if process.rank != builder:
         report.wait()
@@ -78,11 +80,9 @@ def _prepare(wanted: Wanted | None, process: env.Process, meeting: Meeting, hear
 
 
 def _mark(wanted: Wanted, mark: str) -> None:
-    try:
+    with suppress(OSError):  # the build says what is wrong
         wanted.folder.parent.mkdir(parents=True, exist_ok=True)
         (wanted.folder.parent / mark).touch()
-    except OSError:
-        pass  # the build says what is wrong
 
 
 def _build(wanted: Wanted, process: env.Process, report: Report) -> None:
