@@ -57,7 +57,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
                 raise needs(path, "zstandard") from None
             damaged += (zstandard.ZstdError,)
             with path.open("rb") as raw:
-                yield _Whole(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # type: ignore
+                yield _Frames(raw, zstandard.ZstdDecompressor())  # type: ignore[misc]
         else:
             with path.open("rb") as file:
                 yield file
@@ -68,28 +68,32 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise unreadable(path, error) from None
 
 
-class _Whole:
-    """Lines of a decompressed stream, whose reader has none, and its bytes."""
+class _Frames:
+    """The bytes and the lines of a file of one or several Zstandard frames."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, raw: IO[bytes], decompressor: Any) -> None:
+        self._raw, self._decompressor = raw, decompressor
 
     def read(self) -> bytes:
         return b"".join(self._blocks())
 
     def _blocks(self) -> Iterator[bytes]:
-        while block := self._stream.read(1 << 20):
-            yield block
+        frame = None
+        while block := self._raw.read(1 << 16):
+            while block:
+                frame = frame or self._decompressor.decompressobj()
+                yield frame.decompress(block)
+                block = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+        if frame is not None:
+            raise EOFError("it ends within a frame")
 
     def __iter__(self) -> Iterator[bytes]:
         rest = b""
         for block in self._blocks():
-            first, *lines = block.split(b"\n")
-            rest += first
-            if lines:
-                yield rest + b"\n"
-                yield from (line + b"\n" for line in lines[:-1])
-                rest = lines[-1]
+            *lines, last = (rest + block).split(b"\n") if b"\n" in block else [rest + block]
+            yield from (line + b"\n" for line in lines)
+            rest = last
         if rest:
             yield rest
 
