@@ -5,6 +5,8 @@ needs. A bigram model is fitted to the same tokens as a baseline. Nothing here c
 corpus, and the sequences of a step depend only on the step and the seed.
 """
 
+from .ahead import STEPS as READ_AHEAD
+from .ahead import Ahead
 from .bigram import bigram_loss
 from .build import Wanted, store_at, wanted_store
 from .corpus import Corpus, load_corpus, read_documents
@@ -15,6 +17,8 @@ from .token_file import DataError
 from .tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 
 __all__ = [
+    "READ_AHEAD",
+    "Ahead",
     "Batches",
     "Corpus",
     "Cursor",

@@ -22,6 +22,8 @@ DISCOUNTS = (0.5, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95)
 STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 #: whether the back-off uses Kneser-Ney continuation counts instead of token counts
 CONTINUATION = (True, False)
+#: most training tokens to which the model is fitted: of a longer text, the beginning of each domain, in proportion
+MOST = 1 << 26
 #: share of each domain's training tokens, taken from its end, on which the hyperparameters are chosen
 TAIL = 0.05
 
@@ -35,6 +37,8 @@ def bigram_loss(
     (as in a Pitman-Yor process, Teh 2006) and backs off to Kneser-Ney continuation counts or to token counts; the
     hyperparameters are those that do best on the end of the training text.
 
+    Of a text of more than :data:`MOST` tokens, only so many are read.
+
     The labels are the same as those of :func:`heldout_batches` for the same ``seq_len`` and ``sequences_per_domain``.
     The defaults give every held-out token except the first of each domain. Domains without labels are left out. Raises
     ``ValueError`` if ``vocab_size`` is smaller than the corpus's.
@@ -42,7 +46,9 @@ def bigram_loss(
     remedy = f"must be at least {corpus.vocab_size}, the size of the corpus's vocabulary"
     require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, remedy)
     head, tail = [], []
-    for stream in corpus.train.values():
+    total = sum(map(len, corpus.train.values()))
+    for whole in corpus.train.values():
+        stream = whole[: len(whole) * MOST // total] if total > MOST else whole
         cut = len(stream) - int(len(stream) * TAIL)
         head.append(stream[:cut])
         tail.append(stream[max(cut - 1, 0) :])
@@ -57,6 +63,9 @@ def bigram_loss(
         if len(starts):
             label = (starts[:, None] + np.arange(1, seq_len + 1)).ravel()
             label = label[label < len(stream)]
+            if domain in corpus.heldout_masks:
+                label = label[corpus.heldout_masks[domain][label] != 0]
+        if len(starts) and len(label):
             keys = _keys(stream[label - 1], stream[label], vocab_size)
             nats = model.nats(keys, model.find(keys), *variant)
             losses[domain] = float(nats.mean())

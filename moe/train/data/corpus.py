@@ -47,7 +47,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache: Path | None = N
     """Read and tokenise ``config.path``, or the text that comes with Python.
 
     Short text is kept in memory. Long text is tokenised into a store in ``config.cache``, or in the folder ``cache``,
-    unless it is there already, and read from there when it is needed. Without either folder, all text is kept in memory.
+    unless it is there already, and read from there when it is needed. Without either folder, all text stays in memory.
 
     Of each domain's tokens, ``config.heldout_fraction`` is held out, or up to 1.5 times that: whole documents if they
     fit, else the ends of all. The split does not depend on the names or the order of documents. Each flat token file is

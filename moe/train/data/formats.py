@@ -163,7 +163,8 @@ def parquet(place: Place) -> Iterator[Document]:
         with files.ParquetFile(place.path, memory_map=False, pre_buffer=False) as file:
             names = file.schema_arrow.names
             for batch in file.iter_batches(ROWS, columns=columns(place, names), use_threads=False):
-                for number, record in enumerate(_rows(batch, place), number + 1):
+                for record in _rows(batch, place):
+                    number += 1
                     yield document_of(record, place, number, names)
     except (pyarrow.ArrowException, OSError) as error:
         raise _not_a_table(place, "Parquet", number, error) from None
@@ -186,7 +187,8 @@ def arrow(place: Place) -> Iterator[Document]:
             for batch in batches:
                 wanted = batch.select(columns(place, names))
                 for start in range(0, len(wanted), ROWS):
-                    for number, record in enumerate(_rows(wanted.slice(start, ROWS), place), number + 1):
+                    for record in _rows(wanted.slice(start, ROWS), place):
+                        number += 1
                         yield document_of(record, place, number, names)
     except (pyarrow.ArrowException, OSError) as error:
         raise _not_a_table(place, "Arrow", number, error) from None

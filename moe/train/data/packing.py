@@ -49,13 +49,14 @@ class Batches:
         require(global_batch >= 1, "data.global_batch", global_batch, "must be at least 1")
         require(seed >= 0, "seed", seed, "must not be negative")
         self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
-        self._streams = list(train.values())
-        self._masks = [None if masks is None else masks.get(domain) for domain in train]
+        #: of each domain, and the loss mask of each; None: every id is trained on
+        self.streams = list(train.values())
+        self.masks = [None if masks is None else masks.get(domain) for domain in train]
         #: domain -> its sequences per epoch
         self.counts = {domain: max(len(stream) - 1, 0) // seq_len for domain, stream in train.items()}
         #: sequences of all domains
         self.sequences = sum(self.counts.values())
-        tokens = sum(map(len, self._streams))
+        tokens = sum(map(len, self.streams))
         remedy = (
             f"the training text has fewer sequences of data.seq_len={seq_len}, {self.sequences} from {tokens} tokens; "
             "give more text or lower data.global_batch"
@@ -108,13 +109,15 @@ class Batches:
         found = np.array([self.order.place(number) for number in numbers], np.int64).reshape(-1, 2)
         return found[:, 0].copy(), found[:, 1] * self.seq_len
 
-    def read_streams(self, domain_B: np.ndarray, start_B: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def read_streams(
+        self, domain_B: np.ndarray, start_B: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Read ``size`` ids from each of these places, and their loss masks; None if no domain has one."""
         places = list(zip(domain_B.tolist(), start_B.tolist(), strict=True))
-        tokens = np.stack([np.asarray(self._streams[d][s : s + size]).astype(np.uint32) for d, s in places])
-        if all(mask is None for mask in self._masks):
+        tokens = np.stack([np.asarray(self.streams[d][s : s + size]).astype(np.uint32) for d, s in places])
+        if all(mask is None for mask in self.masks):
             return tokens, None
-        masks = [self._masks[d] for d, _ in places]
+        masks = [self.masks[d] for d, _ in places]
         one = np.ones(size, np.uint8)
         rows = [one if m is None else np.asarray(m[s : s + size]) for m, (_, s) in zip(masks, places, strict=True)]
         return tokens, np.stack(rows)

@@ -65,3 +65,32 @@ Tokens = np.ndarray | TokenFile | Stream
 def constant(value: int, length: int, dtype: Any) -> np.ndarray:
     """Return ``length`` times the same value, in the memory of one."""
     return np.broadcast_to(np.array(value, dtype), (length,))
+
+
+def described(tokens: Tokens | None) -> list[dict[str, Any]] | None:
+    """Describe where ids are, for another process: an argument of :func:`joined`.
+
+    Returns None for no ids. Raises ValueError if they are only in memory.
+    """
+    if tokens is None:
+        return None
+    found = []
+    for piece in tokens.pieces if isinstance(tokens, Stream) else [tokens]:
+        if isinstance(piece, TokenFile):
+            found.append(piece.place)
+        elif not len(piece) or piece.strides == (0,):
+            found.append({"value": int(piece[0]) if len(piece) else 0, "length": len(piece), "dtype": piece.dtype.str})
+        else:
+            raise ValueError("the ids are only in this process")
+    return found
+
+
+def joined(pieces: list[dict[str, Any]] | None) -> Stream | None:
+    """Open ids that :func:`described` described."""
+    if pieces is None:
+        return None
+    opened = [
+        TokenFile.at(piece) if "path" in piece else constant(piece["value"], piece["length"], piece["dtype"])
+        for piece in pieces
+    ]
+    return Stream(opened, np.result_type(*(piece.dtype for piece in opened)) if opened else np.uint16)
