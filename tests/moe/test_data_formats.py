@@ -88,11 +88,11 @@ FORMATS = {
     "text": as_text,
     "jsonl": raw("x.jsonl", lines()),
     "jsonl with a byte order mark": raw("x.jsonl", b"\xef\xbb\xbf" + lines()),
-    "jsonl with empty lines, without the last line end": raw("x.ndjson", b"\n" + lines().replace(b"\n", b"\n\n").rstrip()),
+    "jsonl with empty lines": raw("x.ndjson", b"\n" + lines().replace(b"\n", b"\n\n").rstrip()),
     "jsonl.gz": raw("x.jsonl.gz", gzip.compress(lines())),
     "jsonl.gz in parts": raw("x.jsonl.gz", gzip.compress(lines(TEXTS[:9])) + gzip.compress(lines(TEXTS[9:]))),
     "jsonl.zst": raw("x.jsonl.zst", zstandard.compress(lines())),
-    "jsonl.zst in parts": raw("X.JSONL.ZST", zstandard.compress(lines(TEXTS[:9])) + zstandard.compress(lines(TEXTS[9:]))),
+    "jsonl.zst in parts": raw("X.JSONL.ZST", b"".join(map(zstandard.compress, (lines(TEXTS[:9]), lines(TEXTS[9:]))))),
     "json list": raw("x.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
     "json with lines": raw("x.json", lines()),
     "parquet": as_parquet,
@@ -219,7 +219,7 @@ def damaged_dataset(folder: Path) -> Path:
 ODD = {
     "truncated gz": (raw("x.jsonl.gz", gzip.compress(lines())[:-200]), "x.jsonl.gz': cannot be decompressed ("),
     "gz that is none": (raw("x.jsonl.gz", lines()), "x.jsonl.gz': cannot be decompressed (Not a gzipped file"),
-    "damaged gz": (raw("x.jsonl.gz", gzip.compress(lines())[:60] + b"\0" * 900), "x.jsonl.gz': cannot be decompressed ("),
+    "damaged gz": (raw("x.jsonl.gz", gzip.compress(lines())[:60] + b"\0" * 900), "x.jsonl.gz': cannot be "),
     "zst that is none": (raw("x.jsonl.zst", lines()), "x.jsonl.zst': cannot be decompressed ("),
     "damaged zst": (raw("x.jsonl.zst", zstandard.compress(lines())[:90] + b"\xff" * 90), "x.jsonl.zst': cannot be "),
     "text in parquet": (raw("x.parquet", lines()), "x.parquet': cannot be read as Parquet ("),
@@ -243,7 +243,7 @@ ODD = {
         )[1],
         "data.text_field='text': is missing in '",
     ),
-    "wide ids": (in_file("x.bin", np.arange(99, dtype="<u4").tofile), "every second id is 0 as uint16, so its ids are wider; set data.token_dtype=uint32"),
+    "wide ids": (in_file("x.bin", np.arange(99, dtype="<u4").tofile), "ids are wider; set data.token_dtype=uint32"),
     "wider ids": (in_file("x.bin", np.arange(99, dtype="<i8").tofile), "set data.token_dtype=int64"),
     "truncated zst": (raw("x.jsonl.zst", zstandard.compress(lines())[:-9]), "(it ends within a frame); it is damaged"),
     "index of text": (damaged(lambda raw: b"text" * 99), "x.idx': is not an index of Megatron"),
@@ -258,7 +258,7 @@ ODD = {
     "long sequence": (put(LENGTHS, "<i", 1 << 30), "x.idx': document 1 or one after it lies outside '"),
     "negative length": (put(LENGTHS, "<i", -1), "x.idx': document 1 or one after it lies outside '"),
     "document outside": (put(EDGES + 8, "<q", 99), "x.idx': document 1 or one after it has sequences outside 0..3"),
-    "unknown id": (lambda folder: megatron(folder, [[1, 2], [3, 900]]), "x.bin:2': id 900 at position 1 is outside the 257"),
+    "unknown id": (lambda folder: megatron(folder, [[1, 2], [3, 900]]), "x.bin:2': id 900 at position 1 is outside"),
 }  # fmt: skip
 
 
@@ -278,8 +278,9 @@ def test_the_index_of_a_file_that_is_not_there_is_left_out_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("parquet", "pyarrow"), ("arrow file", "pyarrow"), ("saved dataset", "datasets"), ("jsonl.zst", "zstandard")]
-)  # fmt: skip
+    ("name", "package"),
+    [("parquet", "pyarrow"), ("arrow file", "pyarrow"), ("saved dataset", "datasets"), ("jsonl.zst", "zstandard")],
+)
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, name, package):
     path = FORMATS[name](tmp_path)
     monkeypatch.setitem(__import__("sys").modules, package, None)

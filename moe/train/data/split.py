@@ -116,7 +116,7 @@ def _heldout(lengths: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarr
 
 
 def _join(pieces: Sequence[Tokens], separator: int, dtype: np.dtype) -> Tokens:
-    """Join pieces into one stream with ``separator`` between them. A single piece of uint16 or uint32 keeps its type."""
+    """Join pieces to one stream with ``separator`` between them. A single one of uint16 or uint32 stays as it is."""
     if not pieces:
         return np.empty(0, dtype)
     if len(pieces) == 1 and pieces[0].dtype in (dtype, np.uint16, np.uint32):

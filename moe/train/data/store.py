@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -320,7 +321,5 @@ def keep_fingerprint(folder: Path, name: str, fingerprint: str) -> None:
         found = json.loads((folder / SPLITS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         found = {}
-    try:
+    with suppress(OSError):
         write_json(folder / SPLITS, found | {name: fingerprint})
-    except OSError:
-        pass

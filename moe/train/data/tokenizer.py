@@ -27,7 +27,8 @@ CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 #: followed by a space, and none looks behind. Those of GPT-2, GPT-4 and Llama 3, Qwen, and DeepSeek-V3
 SAFE_PATTERNS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -197,8 +198,8 @@ def _end_of_document(path: Path, settings: Path, vocabulary: dict[str, int], ask
         f"its tokenizer_config.json names {configured!r}, which it does not have" if configured else "no file says it"
     )
     raise ValueError(
-        f"data.tokenizer={str(path)!r}: which token ends a document is unknown ({what}); set data.end_of_document to one "
-        "of its tokens"
+        f"data.tokenizer={str(path)!r}: which token ends a document is unknown ({what}); set data.end_of_document to "
+        "one of its tokens"
     )
 
 
