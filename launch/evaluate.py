@@ -30,7 +30,7 @@ from ..moe.train.config import DataConfig
 from ..moe.train.data import Tokenizer, load_corpus, read_documents
 from . import env, loaded
 from .tokens import TOKENS
-from .usage import Parser
+from .usage import Parser, a_path
 
 #: options that are fields of section ``data``
 FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype")
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap samples; default 1000")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap samples; default 0")
     parser.add_argument("--batch", type=int, default=8, help="sequences that a rank reads together; default 8")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the result to this file")
     return parser
 
 

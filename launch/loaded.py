@@ -23,6 +23,7 @@ from ..moe.parallel.tied import allocate
 from ..moe.train.data import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 from . import env, joining
 from .memory import is_out_of_memory
+from .usage import a_path
 
 #: sequence length of a model whose folder does not say on what it was trained
 SEQ_LEN = 4096
@@ -157,7 +158,7 @@ def build(source: Source, mesh: Mesh | None, device: torch.device, seq_len: int,
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options with which a command finds and places its model."""
     what = f"folder of {SOURCES}; of a run, its newest valid checkpoint is used"
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help=what)
+    parser.add_argument("--run-dir", type=a_path, required=True, metavar="DIR", help=what)
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or 'bytes'; default: the model's own")
     parser.add_argument(
         "--end-of-document", metavar="TOKEN", help="token that ends a document; default: the model's own"

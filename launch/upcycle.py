@@ -22,7 +22,7 @@ from ..moe.interop.merge import Assembly, average, merge
 from ..moe.interop.upcycle import Recipe, upcycle
 from . import domains, env, initial
 from .text import counted
-from .usage import Parser, run_on_files
+from .usage import Parser, a_path, run_on_files
 
 Write = Callable[[list[Weights], dict[str, Any], Path, int | None], Path]
 
@@ -189,9 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Methods: " + "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + ".",
     )
     parser.add_argument(
-        "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a model; a run's newest checkpoint"
+        "dirs", nargs="+", type=a_path, metavar="DIR", help="folder of a model; a run's newest checkpoint"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder in which the checkpoint gets one of its own")
+    parser.add_argument("--out", type=a_path, required=True, help="folder in which the checkpoint gets one of its own")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--files", type=int, help="number of files; default one per GiB")
 

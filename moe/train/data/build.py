@@ -134,7 +134,8 @@ def _held(folder: Path, key: str, waiting: Callable[[], None]) -> Iterator[Path]
 
 def _build(wanted: Wanted, building: Path, workers: int, progress: Progress | None) -> None:
     notes = wanted.found.notes()
-    chunks = _chunks(documents(wanted.found, notes), wanted, flat := [], progress)
+    flat: list[Flat] = []
+    chunks = _chunks(documents(wanted.found, notes), wanted, flat, progress)
     stems: list[Path] = []
     with _Tokenisers(wanted, workers) as tokenisers:
         first = 0

@@ -71,13 +71,22 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache: Path | None = N
     short = [repr(domain) for domain, tokens in train.items() if len(tokens) <= config.seq_len]
     if short:
         notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
-    masks = [
+    train_masks, heldout_masks = (
         {domain: mask for domain, s in streams.items() if (mask := getattr(s, name)) is not None}
         for name in ("train_mask", "heldout_mask")
-    ]
+    )
     fingerprint = _known_fingerprint(library.folder, config, streams, tokenizer)
-    size = tokenizer.vocab_size
-    return Corpus(tuple(train), train, heldout, fingerprint, size, tuple(notes), *masks, library.folder)
+    return Corpus(
+        tuple(train),
+        train,
+        heldout,
+        fingerprint,
+        tokenizer.vocab_size,
+        tuple(notes),
+        train_masks,
+        heldout_masks,
+        library.folder,
+    )
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:

@@ -81,7 +81,8 @@ def _messages(found: list[Any], where: str) -> list[dict[str, Any]]:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):  # parts, as of multimodal data
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise ValueError(f"data.path={where}: message {number} needs a 'role' and a 'content', both text")
         messages.append({**message, "content": content})

@@ -173,4 +173,4 @@ def merged(runs: Sequence[Run]) -> Iterator[Part | None]:
         index, source = index[order], source[order]
         copy = np.r_[False, index["digest"][1:] == index["digest"][:-1]][: len(index)]
         for row, run, again in zip(index, source, copy, strict=True):
-            yield None if again else runs[run].part(row)
+            yield None if again else runs[int(run)].part(row)

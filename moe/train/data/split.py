@@ -107,11 +107,11 @@ def _heldout(lengths: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarr
             whole[i] = True
             taken += int(length)
     missing, others, seen = max(int(target) - taken, 0), total - taken, 0
-    for i in np.flatnonzero(~whole) if missing else ():
+    for place in np.flatnonzero(~whole) if missing else ():
         # round the running sum instead of each part, so that the parts add up exactly
-        length = int(lengths[i])
-        tails[i] = missing * (seen + length) // others - missing * seen // others
-        seen += length
+        own = int(lengths[place])
+        tails[place] = missing * (seen + own) // others - missing * seen // others
+        seen += own
     return whole, tails
 
 

@@ -78,7 +78,7 @@ def described(tokens: Tokens | None) -> list[dict[str, Any]] | None:
     for piece in tokens.pieces if isinstance(tokens, Stream) else [tokens]:
         if isinstance(piece, TokenFile):
             found.append(piece.place)
-        elif not len(piece) or piece.strides == (0,):
+        elif isinstance(piece, np.ndarray) and (not len(piece) or piece.strides == (0,)):
             found.append({"value": int(piece[0]) if len(piece) else 0, "length": len(piece), "dtype": piece.dtype.str})
         else:
             raise ValueError("the ids are only in this process")
