@@ -2,17 +2,15 @@
 
     python benchmarks/data.py [--mb 4000] [--rounds 20] [--out benchmarks/results/data_cpu.txt]
 
-It makes .jsonl files of random words, tokenises them with ``equimoe.launch.tokenize``, and trains a tiny model. For the
-speed, two trainers in one process take turns, in blocks of steps, one on each text. For the memory, a process of its own
-starts as a run does: it tokenises the text, and trains. It is started twice, the second time with the tokens there.
+It makes .jsonl files of random words, and trains a tiny model on them. For the speed, two trainers in one process take
+turns, in blocks of steps, one on each text. For the memory, a process of its own starts as a run does: it tokenises the
+text, and trains. It is started twice, the second time with the tokens there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ if not __package__:
 import numpy as np
 import torch
 
+from benchmarks.shared.records import facts_line
 from equimoe.launch.env import command
 from equimoe.moe import MoEConfig
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
@@ -154,12 +153,11 @@ def report(folder: Path, megabytes: int, rounds: int, steps: int) -> list[str]:
     for path, size in zip(paths, (SHORT, megabytes), strict=True):
         make(path, size)
     lines = [
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+        facts_line(),
         f"texts of {SHORT} MB (kept in memory) and {megabytes} MB (tokenised into a store); tokenizer bytes",
         "",
-        f"{'memory of one process, in MB':<34} {'at the start':>12} {'trained':>9} {'most':>7} {'beyond':>7} {'readers':>8}"
-        f" {'start':>8}",
+        f"{'memory of one process, in MB':<34} {'at the start':>12} {'trained':>9} {'most':>7} {'beyond':>7}"
+        f" {'readers':>8} {'start':>8}",
     ]
     for name, path in (
         ("short text", paths[0]),
@@ -176,9 +174,8 @@ def report(folder: Path, megabytes: int, rounds: int, steps: int) -> list[str]:
     for workers in (1, 0):
         short, long = speeds(paths, folder / "cache", rounds, steps, workers)
         rates = [tokens / median(seconds for seconds, _ in blocks) for blocks in (short, long)]
-        low, middle, high = quantiles(
-            [a / b for (a, _), (b, _) in zip(short, long, strict=True)], n=4, method="inclusive"
-        )
+        ratios = [a / b for (a, _), (b, _) in zip(short, long, strict=True)]
+        low, middle, high = quantiles(ratios, n=4, method="inclusive")
         kind = "tokens/s, 1 process reads ahead" if workers else "tokens/s, read when needed"
         lines.append(f"{kind:<34} {rates[0]:>12,.0f} {rates[1]:>9,.0f} {middle:>8.3f} ({low:.3f} to {high:.3f})")
         waits = [1000 * median(wait for _, wait in blocks) / steps for blocks in (short, long)]
