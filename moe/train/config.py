@@ -111,6 +111,7 @@ class DataConfig:
             ("domain_field", "is empty; name the field that holds the domain"),
             ("end_of_document", "is empty; give a token of the tokenizer, or leave it out"),
             ("cache", "is empty; give a folder, or leave it out"),
+            ("mixture", "is empty; give a share to each domain, as in web=0.7,code=0.3, or leave it out"),
         ):
             value = getattr(self, name)
             require(value is None or value.strip() != "", f"data.{name}", value, remedy)
