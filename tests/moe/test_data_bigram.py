@@ -105,3 +105,24 @@ def test_degenerate_corpora():
     assert bigram_loss(untrained, 4)["all"] == pytest.approx(math.log(4))
     with pytest.raises(ValueError, match=r"^vocab_size=3: must be at least 4, the size of"):
         bigram_loss(untrained, 3)
+
+
+def test_labels_that_are_not_trained_on_are_left_out():
+    """Prompts of random ids are neither fitted nor evaluated: the answers can be predicted exactly."""
+    draw = np.random.default_rng(0)
+    rows = [[*draw.integers(0, 20, 6), *range(20, 26)] for _ in range(400)]
+    ids = np.array(rows).ravel().astype(np.uint16)
+    mask = np.tile([0] * 7 + [1] * 5, 400).astype(np.uint8)
+    masked = Corpus(("d",), {"d": ids}, {"d": ids[:120]}, "", 26, (), {"d": mask}, {"d": mask[:120]})
+    plain = Corpus(("d",), {"d": ids}, {"d": ids[:120]}, "", 26)
+    assert bigram_loss(masked, 26, 4)["d"] < 0.05 < 1.0 < bigram_loss(plain, 26, 4)["d"]
+    nothing = Corpus(("d",), {"d": ids}, {"d": ids[:120]}, "", 26, (), {"d": mask}, {"d": mask[:120] * 0})
+    assert bigram_loss(nothing, 26, 4) == {}
+
+
+def test_only_the_beginning_of_a_very_long_text_is_fitted(monkeypatch):
+    monkeypatch.setattr(bigram, "MOST", 1000)
+    ids = np.concatenate([np.tile([1, 2], 400), np.tile([1, 3], 2000)]).astype(np.uint16)
+    long = Corpus(("a", "b"), {"a": ids, "b": ids}, {"a": ids[:100], "b": ids[-100:]}, "", 4)
+    found = bigram_loss(long, 4, 4)
+    assert found["a"] < 0.1 and found["b"] > 1.0

@@ -12,6 +12,7 @@ from ...config import require
 from .corpus import Corpus
 from .packing import heldout_starts
 from .sources import CHUNK
+from .stream import Tokens
 
 #: largest vocabulary for which pairs are counted in a dense table
 DENSE_UP_TO = 4096
@@ -27,6 +28,9 @@ MOST = 1 << 26
 #: share of each domain's training tokens, taken from its end, on which the hyperparameters are chosen
 TAIL = 0.05
 
+#: a stream, and which of its ids are trained on; None: all
+_Masked = tuple[Tokens, Tokens | None]
+
 
 def bigram_loss(
     corpus: Corpus, vocab_size: int, seq_len: int = 1, sequences_per_domain: int | None = None
@@ -37,7 +41,8 @@ def bigram_loss(
     (as in a Pitman-Yor process, Teh 2006) and backs off to Kneser-Ney continuation counts or to token counts; the
     hyperparameters are those that do best on the end of the training text.
 
-    Of a text of more than :data:`MOST` tokens, only so many are read.
+    Labels that are not trained on, such as the prompts of instruction data, are left out of both. Of a text of more
+    than :data:`MOST` tokens, only so many are read.
 
     The labels are the same as those of :func:`heldout_batches` for the same ``seq_len`` and ``sequences_per_domain``.
     The defaults give every held-out token except the first of each domain. Domains without labels are left out. Raises
@@ -45,13 +50,13 @@ def bigram_loss(
     """
     remedy = f"must be at least {corpus.vocab_size}, the size of the corpus's vocabulary"
     require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, remedy)
-    head, tail = [], []
+    head, tail = list[_Masked](), list[_Masked]()
     total = sum(map(len, corpus.train.values()))
-    for whole in corpus.train.values():
+    for domain, whole in corpus.train.items():
         stream = whole[: len(whole) * MOST // total] if total > MOST else whole
-        cut = len(stream) - int(len(stream) * TAIL)
-        head.append(stream[:cut])
-        tail.append(stream[max(cut - 1, 0) :])
+        cut, mask = len(stream) - int(len(stream) * TAIL), corpus.train_masks.get(domain)
+        for part, place in ((head, slice(cut)), (tail, slice(max(cut - 1, 0), len(stream)))):
+            part.append((stream[place], None if mask is None else mask[place]))
     head_pairs, tail_pairs = _count(head, vocab_size), _count(tail, vocab_size)
     variant = _choose(head_pairs, tail_pairs, vocab_size)
     model = _Bigram(_merge([head_pairs, tail_pairs]), vocab_size)
@@ -65,7 +70,8 @@ def bigram_loss(
             label = label[label < len(stream)]
             if domain in corpus.heldout_masks:
                 label = label[corpus.heldout_masks[domain][label] != 0]
-        if len(starts) and len(label):
+            if not len(label):
+                continue
             keys = _keys(stream[label - 1], stream[label], vocab_size)
             nats = model.nats(keys, model.find(keys), *variant)
             losses[domain] = float(nats.mean())
@@ -87,15 +93,16 @@ def _keys(first: np.ndarray, second: np.ndarray, vocab_size: int) -> np.ndarray:
     return first.astype(np.int64) * vocab_size + second
 
 
-def _chunks(streams: Iterable[np.ndarray], vocab_size: int) -> Iterator[np.ndarray]:
-    """Yield the keys of all adjacent pairs in pieces, because a key takes eight bytes, several times a token's."""
-    for stream in streams:
+def _chunks(streams: Iterable[_Masked], vocab_size: int) -> Iterator[np.ndarray]:
+    """Yield the keys of adjacent pairs in pieces, because a key takes eight bytes, several times a token's."""
+    for stream, mask in streams:
         for start in range(0, len(stream) - 1, CHUNK):
             piece = np.asarray(stream[start : start + CHUNK + 1])
-            yield _keys(piece[:-1], piece[1:], vocab_size)
+            keys = _keys(piece[:-1], piece[1:], vocab_size)
+            yield keys if mask is None else keys[np.asarray(mask[start + 1 : start + CHUNK + 1]) != 0]
 
 
-def _count(streams: Iterable[np.ndarray], vocab_size: int) -> _Pairs:
+def _count(streams: Iterable[_Masked], vocab_size: int) -> _Pairs:
     if vocab_size <= DENSE_UP_TO:
         table = np.zeros(vocab_size**2, np.int64)
         for keys in _chunks(streams, vocab_size):

@@ -39,6 +39,8 @@ class Corpus:
     #: uint8, shape ``(T,)``, for domains with instruction data: 1 for an id that is trained on, as a label
     train_masks: Mapping[str, Tokens] = field(default_factory=dict)
     heldout_masks: Mapping[str, Tokens] = field(default_factory=dict)
+    #: id that ends a document; None: unknown
+    end_of_document: int | None = None
     #: the folder of the tokens; None: they are in memory
     folder: Path | None = None
 
@@ -85,6 +87,7 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache: Path | None = N
         tuple(notes),
         train_masks,
         heldout_masks,
+        tokenizer.end_of_document,
         library.folder,
     )
 

@@ -147,9 +147,9 @@ def heldout_batches(
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """Yield ``(domain, inputs_BS, labels_BS, mask_BS)`` domain by domain, B = ``micro_batch``, S = ``seq_len``.
 
-    Inputs and labels are int64; where the bool mask is False they are padding (0), or the label is not one to train on.
-    Every rank of ``world`` gets the same number of batches with the same shapes and domains. Together the ranks see
-    each evaluated token once. Domains with fewer than two held-out tokens are left out.
+    Inputs and labels are int64; where the bool mask is False they are padding (0). Labels that are not trained on are
+    :data:`IGNORED`. Every rank of ``world`` gets the same number of batches with the same shapes and domains. Together
+    the ranks see each evaluated token once. Domains with fewer than two held-out tokens are left out.
     """
     require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
     require(micro_batch >= 1, "data.micro_batch", micro_batch, "must be at least 1")
@@ -166,5 +166,6 @@ def heldout_batches(
                 size = len(tokens) - 1
                 inputs_BS[row, :size], labels_BS[row, :size], mask_BS[row, :size] = tokens[:-1], tokens[1:], True
                 if trained is not None:
-                    mask_BS[row, :size] = torch.from_numpy(np.asarray(trained[start + 1 : start + 1 + size]) != 0)
+                    ignored = torch.from_numpy(np.asarray(trained[start + 1 : start + 1 + size]) == 0)
+                    labels_BS[row, :size].masked_fill_(ignored, IGNORED)
             yield domain, inputs_BS, labels_BS, mask_BS
