@@ -80,7 +80,7 @@ def test_evaluates_the_labels_of_heldout_batches():
 @pytest.mark.parametrize("vocab_size", [12, 5000])
 def test_probabilities_of_all_next_tokens_sum_to_one(vocab_size):
     corpus = make(12)
-    model = bigram._Bigram(bigram._count(corpus.train.values(), vocab_size), vocab_size)
+    model = bigram._Bigram(bigram._count([(ids, None) for ids in corpus.train.values()], vocab_size), vocab_size)
     for first in (0, 3, vocab_size - 1):
         keys = first * vocab_size + np.arange(vocab_size)
         for variant in ((0.5, 0.0, True), (0.95, 10.0, False), (0.05, 1000.0, True)):
