@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +29,7 @@ from ..parallel import Mesh
 from .build import build_model, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
-from .data import READ_AHEAD as STEPS
-from .data import Ahead, Batches, Corpus, Cursor
+from .data import READ_AHEAD, Ahead, Batches, Corpus, Cursor
 from .evaluate import evaluate
 from .judge import Judge, NonFiniteError
 from .optim import learning_rate
@@ -154,7 +153,8 @@ class Trainer:
         sampled = self.batches.read(
             numbers, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
-        self.ahead.expect(self._next_steps(numbers))
+        later = self.cursor.later(self.step, numbers, min(READ_AHEAD, config.steps - self.step - 1))
+        self.ahead.expect([self.batches.share_of(each, self.data.rank, self.data.size) for each in later])
         batches = [Batch(inputs_BS, labels_BS) for inputs_BS, labels_BS, _ in sampled]
         rate = learning_rate(config.optim, self.step, config.steps)
         accept: Accept = self.judge
@@ -167,15 +167,6 @@ class Trainer:
             for losses_BS, (_, _, domain_B) in zip(result.losses, sampled, strict=False):  # empty before the last stage
                 self.losses.add(losses_BS, domain_B.to(self.device))
         return result
-
-    def _next_steps(self, numbers: list[int]) -> list[Sequence[int]]:
-        """Return the sequences that this rank reads in the next steps, if the step of ``numbers`` is taken."""
-        cursor, found = Cursor.restored(self.cursor.state()), []
-        for step in range(self.step + 1, min(self.step + 1 + STEPS, self.config.steps)):
-            cursor.advance(numbers)
-            numbers = cursor.batch(step, len(numbers))
-            found.append(self.batches.share_of(numbers, self.data.rank, self.data.size))
-        return found
 
     def _skip(self, numbers: list[int]) -> None:
         """Go on without the refused step of these sequences, or raise NonFiniteError."""

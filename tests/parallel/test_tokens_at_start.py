@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ended = run(tmp_path, 2, lambda: long_text(tmp_path), "--data.cache", str(tmp_path / "file" / "cache"))
     one_line(ended, env.DATA, "error: data.cache=", "cannot be written (", "; choose another folder")
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_run_folder_inside_the_data_folder_can_be_resumed(tmp_path: Path, long: bool) -> None:
+    """What a run writes is not trained on; its folder may even hold the stores of its own text."""
+    small.write_texts(tmp_path / "texts")
+    inside = ("--run-dir", str(tmp_path / "texts" / "runs" / "one"))
+    within = (lambda: long_text(tmp_path)) if long else nullcontext
+    first = run(tmp_path, 1, within, *inside)
+    assert first.codes == [0], first
+    again = run(tmp_path, 1, within, *inside, "--resume", "--steps", "3")
+    assert again.codes == [0] and "left out, runs: runs/one/" in again.out[0], again
+    other = run(tmp_path, 1, within, "--run-dir", str(tmp_path / "texts" / "runs" / "two"))
+    (line,) = [line for line in other.out[0].splitlines() if line.startswith("training: ")]
+    assert other.codes == [0] and line.count("domain") == 3 and "runs" not in line
 
 
 def test_a_dry_run_keeps_the_tokens_for_the_run(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..config import DataConfig
 from . import store
 from .build import Wanted, check_some, memory_runs, open_path
 from .builtin import Budget, builtin_documents
-from .sources import CHUNK, documents
+from .sources import CHUNK, LEFT_OUT, documents
 from .split import Streams, split
 from .store import Flat, Library
 from .stream import Tokens
@@ -110,7 +110,10 @@ def _library(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -> Li
     if isinstance(source, Wanted):
         if not source.complete:
             source.build()
-        return store.read(source.folder, tokenizer)
+        library = store.read(source.folder, tokenizer)
+        # other files may be left out now
+        notes = [note for note in library.notes if not note.startswith(LEFT_OUT)]
+        return replace(library, notes=(*source.found.notes(), *notes))
     notes = source.notes()
     runs = memory_runs(documents(source, notes), config, tokenizer, flat)
     check_some(runs, flat, config, notes)

@@ -42,6 +42,8 @@ NOT_DATA = {
     "JSON, whose records are read only if the file is named itself": r".*\.json(\.gz|\.zst)?",
     "checksums and locks": r".*\.(md5|sha\d+|lock|idx)|_SUCCESS|(md5|sha\d+)sums?(\.txt)?",
 }
+#: how remarks about them begin
+LEFT_OUT = "left out, "
 #: folders inside a data folder that are not data: what they are, and files that show it
 RUN = ("runs", {METRICS_FILE, "config.yaml"})
 STORE = ("stores of tokens", {"manifest.json", "0.ids"})
@@ -61,7 +63,7 @@ class Found:
 
     def notes(self) -> list[str]:
         """Say what is left out."""
-        return [f"left out, {kind}: {named(names)}" for kind, names in self.left_out.items()]
+        return [f"{LEFT_OUT}{kind}: {named(names)}" for kind, names in self.left_out.items()]
 
     @property
     def short(self) -> bool:
