@@ -42,10 +42,9 @@ def _plan(trainer: Trainer) -> list[str]:
     read = counted(config.steps * config.data.global_batch, "sequence")
     lines = [f"{counted(config.steps, 'step')}: {read} of {config.data.seq_len} tokens"]
     for domain, epochs in found.items():
-        share = epochs.read / max(sum(each.read for each in found.values()), 1)
         times = "each at most once" if epochs.most <= 1 else f"each up to {epochs.most} times"
         lines.append(
-            f"  {domain}: {share:.1%}, {epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}, {times}"
+            f"  {domain}: {epochs.share:.1%}, {epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}, {times}"
         )
     unread = [repr(domain) for domain in trainer.corpus.domains if domain not in found]
     return lines + ([f"  not trained on: {', '.join(unread)}"] if unread else [])

@@ -28,6 +28,8 @@ class Epochs:
     sequences: int
     #: sequences that are read
     read: int
+    #: part of all sequences that are read
+    share: float
 
     @property
     def epochs(self) -> float:
@@ -56,7 +58,7 @@ class Sequential:
     def epochs(self, domains: Sequence[str], read: int) -> dict[str, Epochs]:
         counts, whole = np.diff(self._bounds).tolist(), int(self._bounds[-1])
         return {
-            domain: Epochs(count, round(read * count / whole))
+            domain: Epochs(count, round(read * count / whole), count / whole)
             for domain, count in zip(domains, counts, strict=True)
             if count
         }
@@ -99,7 +101,7 @@ class Mixture:
         block, found = int(self._bounds[-1]), {}
         for domain, count, quota in zip(domains, self._counts, self._quotas, strict=True):
             if quota:
-                found[domain] = Epochs(count, round(read * quota / block))
+                found[domain] = Epochs(count, round(read * quota / block), quota / block)
         return found
 
 
