@@ -45,13 +45,14 @@ help:
 	@echo "A new $(VENV) is created with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
 
 train: $(VENV)/.stamp-train
-	@if [ -n "$$(ls -A $(RUN_DIR) 2>/dev/null)" ] && ! echo " $(ARGS)" | grep -q -e ' --resume'; then \
+	@run="$(RUN_DIR)"; case "$$run" in "~/"*) run="$$HOME/$${run#??}";; esac; \
+	if [ -n "$$(ls -A "$$run" 2>/dev/null | grep -v '^tokens$$')" ] && ! echo ' $(subst ','"'"',$(ARGS))' | grep -q -e ' --resume'; then \
 		echo "$(RUN_DIR) already holds a run. Choose one of:"; \
 		echo "  make train ARGS=--resume             continue this run"; \
 		echo "  make train RUN_DIR=runs/another      start another run"; \
-		echo "  rm -r $(RUN_DIR) && make train       delete this run and start again"; \
+		echo "  rm -r \"$(RUN_DIR)\" && make train       delete this run and start again"; \
 		exit 1; fi
-	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir $(RUN_DIR) $(ARGS)
+	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir "$(RUN_DIR)" $(ARGS)
 
 # the whole suite runs as two processes, a selection as one
 PYTEST = $(PY) $(if $(strip $(ARGS)),-m pytest,tests/side_by_side.py)

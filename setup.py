@@ -13,14 +13,18 @@ HERE = Path(__file__).parent
 FOLDERS = ("moe", "kernels", "launch")
 VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "moe" / "version.py").read_text(encoding="utf-8"))[0]
 
+# formats of data: datasets on disk, Parquet and Arrow, .zst
+DATA = ["datasets>=4", "pyarrow>=20", "zstandard>=0.23"]
 HF = ["accelerate>=1.15", "peft>=0.21", "tokenizers>=0.22", "transformers>=5"]
 EXTRAS = {
+    "data": [*DATA, "jinja2", "tokenizers>=0.22"],
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     # what `make engines` tests
     "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF],
     "hf": HF,
     "dev": [
+        *DATA,
         "build",
         "hypothesis",
         "mypy",

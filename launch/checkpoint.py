@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..moe import checkpoint
@@ -17,7 +16,7 @@ from ..moe.checkpoint import tools
 from ..moe.checkpoint.manifest import printable
 from . import env
 from .text import counted
-from .usage import Parser, run_on_files
+from .usage import Parser, a_path, run_on_files
 
 
 @env.command
@@ -125,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="verify|show|reshard|export")
     for name, run in COMMANDS.items():
         one = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        one.add_argument("dir", type=Path, metavar="DIR", help="folder of a checkpoint or of a run")
+        one.add_argument("dir", type=a_path, metavar="DIR", help="folder of a checkpoint or of a run")
         if name in ("reshard", "export"):
-            one.add_argument("--out", type=Path, required=True, help=OUT[name])
+            one.add_argument("--out", type=a_path, required=True, help=OUT[name])
         if name == "reshard":
             one.add_argument("--files", type=int, default=1, help="number of files; default 1")
         if name == "export":

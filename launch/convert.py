@@ -8,7 +8,6 @@ means the run's newest valid checkpoint. ``layers`` reads the MoE layers in a ch
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..moe import checkpoint
 from ..moe.checkpoint import tools
@@ -18,7 +17,7 @@ from ..moe.interop.foreign import EXPERT, write_layers
 from ..moe.interop.hf import is_folder
 from . import env
 from .text import counted
-from .usage import Parser, run_on_files
+from .usage import Parser, a_path, run_on_files
 
 
 @env.command
@@ -88,12 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|layers")
     one = commands.add_parser("import", help=import_.__doc__, description=import_.__doc__)
-    one.add_argument("dir", type=Path, metavar="MODEL", help="folder of a transformers model")
-    one.add_argument("--out", type=Path, required=True, help="folder in which the checkpoint gets a folder of its own")
+    one.add_argument("dir", type=a_path, metavar="MODEL", help="folder of a transformers model")
+    one.add_argument("--out", type=a_path, required=True, help="folder in which the checkpoint gets one of its own")
     one.add_argument("--files", type=int, help="number of files; default one per GiB")
     two = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
-    two.add_argument("dir", type=Path, metavar="DIR", help="folder of a checkpoint or of a run")
-    two.add_argument("--out", type=Path, required=True, help="new folder for the model; it must not exist")
+    two.add_argument("dir", type=a_path, metavar="DIR", help="folder of a checkpoint or of a run")
+    two.add_argument("--out", type=a_path, required=True, help="new folder for the model; it must not exist")
     two.add_argument(
         "--layout",
         choices=("v4", "v5"),
@@ -103,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--dtype", choices=DTYPES, help="default: that of the imported model, or float32")
     two.add_argument("--file-bytes", type=int, default=5 << 30, help="largest file; default 5 GiB")
     three = commands.add_parser("layers", help=layers.__doc__, description=layers.__doc__)
-    three.add_argument("dir", type=Path, metavar="DIR", help="folder of a checkpoint, or in which a run saves them")
-    three.add_argument("--out", type=Path, required=True, help="new folder for the files; it must not exist")
+    three.add_argument("dir", type=a_path, metavar="DIR", help="folder of a checkpoint, or in which a run saves them")
+    three.add_argument("--out", type=a_path, required=True, help="new folder for the files; it must not exist")
     three.add_argument(
         "--expert",
         nargs="+",

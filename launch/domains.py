@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +18,14 @@ from . import loaded
 BATCH = 8
 
 
-def activity(folder: Path, data: str, tokenizer: str | None, tokens: int) -> dict[str, Tensor]:
+def activity(
+    folder: Path, data: str, tokens: int, tokenizer: str | None = None, end_of_document: str | None = None
+) -> dict[str, Tensor]:
     """Return the mean magnitude of all channels [L, F] on the first ``tokens`` tokens of each domain."""
     if tokens < 1:
         raise ValueError(f"--tokens={tokens}: must be at least 1")
     source = loaded.find(folder)
-    known = loaded.tokenizer_of(source, tokenizer)
+    known = loaded.tokenizer_of(source, tokenizer, end_of_document)
     texts = {domain: _first(documents, known, tokens) for domain, documents in _read(data, known).items()}
     length = min(source.seq_len, max(map(len, texts.values())))
     model = loaded.build(source, None, torch.device("cpu"), length, torch.float32)
@@ -34,7 +37,7 @@ def _read(data: str, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
         found = read_documents(DataConfig(path=data), tokenizer)
     except ValueError as error:
         raise ValueError(str(error).replace("data.path=", "--data=").partition(", or None")[0]) from None
-    return {domain: [list(map(int, text[: len(text)])) for text in texts] for domain, texts in found.items()}
+    return {domain: [np.asarray(text).tolist() for text in texts] for domain, texts in found.items()}
 
 
 def _first(documents: list[list[int]], tokenizer: Tokenizer, tokens: int) -> Tensor:

@@ -30,7 +30,8 @@ from ..moe.serve import score, windows
 from ..moe.train.config import DataConfig
 from ..moe.train.data import Tokenizer, load_corpus, read_documents
 from . import env, loaded
-from .usage import Parser
+from .tokens import TOKENS
+from .usage import Parser, a_path
 
 #: options that are fields of section ``data``
 FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype")
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
             env.stop(process, env.CANNOT_WRITE, f"--json={arguments.json}: its folder does not exist; create it")
         source = loaded.find(arguments.run_dir)
-        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
+        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer, arguments.end_of_document)
         seq_len = arguments.seq_len or source.seq_len
         documents = _documents(arguments, source, tokenizer, process)
         experts = source.weights.architecture.moe.num_experts
@@ -80,7 +81,7 @@ def _documents(
     settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
     settings |= {name: getattr(arguments, name) for name in FIELDS if getattr(arguments, name) is not None}
     if arguments.data is not None:
-        settings |= {"path": arguments.data, "tokenizer": "bytes"}
+        settings |= {"path": arguments.data, "tokenizer": "bytes", "end_of_document": None}
     elif not source.data:
         raise ValueError("--data: is missing; only a run has held-out text")
     config = DataConfig(**settings)
@@ -89,7 +90,7 @@ def _documents(
             read = read_documents(config, tokenizer)
             found: dict[str, list[Any]] = {domain: [(ids, None) for ids in read[domain]] for domain in read}
         else:
-            corpus = load_corpus(config, tokenizer)
+            corpus = load_corpus(config, tokenizer, _tokens(arguments.run_dir))
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}
     except ValueError as error:
         text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
@@ -100,6 +101,11 @@ def _documents(
     if not texts:
         env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
     return texts
+
+
+def _tokens(path: Path) -> Path | None:
+    """Return the folder with the tokens of the run that ``path`` is or belongs to; None if it has none."""
+    return next((folder / TOKENS for folder in (path, *path.parents[:2]) if (folder / TOKENS).is_dir()), None)
 
 
 #: ids after an end-of-document token, and which of the ids after the first are trained on; None: all
@@ -185,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="bootstrap samples; default 1000")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap samples; default 0")
     parser.add_argument("--batch", type=int, default=8, help="sequences that a rank reads together; default 8")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="also write the result to this file")
     return parser
 
 

@@ -22,7 +22,7 @@ from ..moe.observe.printable import printable
 from ..moe.serve import Sampling, generate
 from ..moe.train.data import Tokenizer
 from . import env, loaded
-from .usage import Parser
+from .usage import Parser, a_path
 
 
 @env.command
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--batch={arguments.batch}: must be at least 1")
         sampling = _sampling(arguments)
         source = loaded.find(arguments.run_dir)
-        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer)
+        tokenizer = loaded.tokenizer_of(source, arguments.tokenizer, arguments.end_of_document)
         prompts = read_prompts(arguments.prompt, arguments.prompts)
         marks = loaded.marks(source, tokenizer)
         ids = [marks.prompt(prompt) for prompt in prompts]
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     loaded.add_options(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help=_PROMPTS)
+    parser.add_argument("--prompts", type=a_path, metavar="FILE", help=_PROMPTS)
     defaults = Sampling()
     parser.add_argument("--max-tokens", type=int, default=defaults.max_tokens, help="new tokens; default %(default)s")
     parser.add_argument(

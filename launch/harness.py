@@ -24,6 +24,7 @@ class EquiMoE(TemplateLM):
     """Scores and continues text with the model in a folder of a run, a checkpoint or a transformers model.
 
     * ``tokenizer``: path of a tokenizer.json, or "bytes"; by default the model's own.
+    * ``end_of_document``: the token that ends a document; by default the model's own.
     * ``max_length``: tokens that the model reads at once; by default the sequence length of the run.
     * ``max_gen_toks``: new tokens of a continuation, unless the task says how many.
 
@@ -37,6 +38,7 @@ class EquiMoE(TemplateLM):
         path: str | Path,
         *,
         tokenizer: str | None = None,
+        end_of_document: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_size: int = 8,
@@ -45,7 +47,7 @@ class EquiMoE(TemplateLM):
     ) -> None:
         super().__init__()
         source = loaded.find(Path(path))
-        self.tokens = loaded.tokenizer_of(source, tokenizer)
+        self.tokens = loaded.tokenizer_of(source, tokenizer, end_of_document)
         self.marks, self.end = loaded.marks(source, self.tokens), loaded.end_of(source, self.tokens)
         self.max_length, self.max_gen_toks = max_length or source.seq_len, max_gen_toks
         self.batch_size = batch_size

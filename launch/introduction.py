@@ -27,9 +27,26 @@ def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
     print(f"text: {printable(_source(config.data))}")
     print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
     print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
+    if corpus.folder is not None:
+        print(f"tokens: {printable(str(corpus.folder))}, read when they are needed")
+    print("\n".join(_plan(trainer)))
     for note in (*corpus.notes, *notes):
         print(f"note: {printable(note)}")
     sys.stdout.flush()
+
+
+def _plan(trainer: Trainer) -> list[str]:
+    """Say how much of each domain the run reads."""
+    config = trainer.config
+    found = trainer.batches.epochs(config.steps)
+    read = counted(config.steps * config.data.global_batch, "sequence")
+    lines = [f"{counted(config.steps, 'step')}: {read} of {config.data.seq_len} tokens"]
+    for domain, epochs in found.items():
+        times = "each at most once" if epochs.most <= 1 else f"each up to {epochs.most} times"
+        of = f"{epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}"
+        lines.append(f"  {domain}: {epochs.share:.1%}, {of}, {times}")
+    unread = [repr(domain) for domain in trainer.corpus.domains if domain not in found]
+    return lines + ([f"  not trained on: {', '.join(unread)}"] if unread else [])
 
 
 def _source(data: DataConfig) -> str:

@@ -23,6 +23,7 @@ from ..moe.parallel.tied import allocate
 from ..moe.train.data import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 from . import env, joining
 from .memory import is_out_of_memory
+from .usage import a_path
 
 #: sequence length of a model whose folder does not say on what it was trained
 SEQ_LEN = 4096
@@ -74,15 +75,17 @@ def end_of(source: Source, tokenizer: Tokenizer) -> int | None:
     return tokenizer.end_of_document if source.data.get("documents") == "separate" else None
 
 
-def tokenizer_of(source: Source, given: str | None) -> Tokenizer:
+def tokenizer_of(source: Source, given: str | None, end_of_document: str | None = None) -> Tokenizer:
     """Load the tokenizer of a model. Raises ValueError if it is unknown or does not fit the vocabulary."""
     name, vocabulary = given or source.tokenizer, source.weights.architecture.vocab_size
     if name is None:
         raise ValueError(f"{source.where}: has no tokenizer.json; say which one it uses with --tokenizer")
     try:
-        found = load_tokenizer(name)
+        found = load_tokenizer(name, end_of_document or source.data.get("end_of_document"))
     except ValueError as error:
         text = str(error).replace("data.tokenizer=", "--tokenizer=")
+        if "data.end_of_document" in text:
+            raise ValueError(text.replace("data.end_of_document", "--end-of-document")) from None
         raise ValueError(text if given else f"{text}; say where it is with --tokenizer") from None
     if found.vocab_size > vocabulary:
         size = f"has {found.vocab_size} tokens, but the model knows {vocabulary}"
@@ -160,8 +163,11 @@ def build(source: Source, mesh: Mesh | None, device: torch.device, seq_len: int,
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options with which a command finds and places its model."""
     what = f"folder of {SOURCES}; of a run, its newest valid checkpoint is used"
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help=what)
+    parser.add_argument("--run-dir", type=a_path, required=True, metavar="DIR", help=what)
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or 'bytes'; default: the model's own")
+    parser.add_argument(
+        "--end-of-document", metavar="TOKEN", help="token that ends a document; default: the model's own"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations")
     parser.add_argument("--processes", type=int, metavar="N", help="ranks to start on this machine; default 1")
     parser.add_argument(

@@ -108,9 +108,9 @@ def parse(argv: list[str]) -> Launch:
     if run["processes"] is not None and run["processes"] < 1:
         raise ValueError(f"--processes={run['processes']}: must be at least 1")
     values = asdict(start)
-    run_dir = Path(run["run_dir"] or f"runs/{recipe}")
+    run_dir = Path(run["run_dir"] or f"runs/{recipe}").expanduser()
     begun = run_dir if run["resume"] or run["requeue"] else None
-    initial = None if run["init.from"] is None else Initial(Path(run["init.from"]), begun)
+    initial = None if run["init.from"] is None else Initial(Path(run["init.from"]).expanduser(), begun)
     if initial is not None:
         initial.apply(values)
     for file in files:
@@ -277,7 +277,7 @@ def _check_effect(name: str, config: TrainConfig, recipe: TrainConfig) -> None:
 
 def _read_yaml(file: str) -> dict[Any, Any]:
     try:
-        found = read_yaml(Path(file))
+        found = read_yaml(Path(file).expanduser())
     except OSError as error:
         raise ValueError(f"--config={file}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:

@@ -18,7 +18,7 @@ from ..moe.placement import write_owners
 from ..moe.plan.replay import METHODS, Machine, Outcome, replay
 from . import env
 from .text import counted
-from .usage import Parser, run_on_files
+from .usage import Parser, a_path, run_on_files
 
 MIB = 1 << 20
 #: what the cost of an expert depends on
@@ -138,7 +138,7 @@ def describe(
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m equimoe.launch.placement", description=(__doc__ or "").split(":")[0])
     add = parser.add_argument
-    add("--loads", type=Path, required=True, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    add("--loads", type=a_path, required=True, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     add("--ranks", type=int, required=True, help="ranks that the experts are distributed over")
     add("--nodes", type=int, default=1, help="nodes that the ranks are on; default 1")
     add("--tokens", type=int, default=4096, help="tokens of a rank in a micro-batch; default 4096")
@@ -150,8 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tflops", type=float, default=400.0, help="TFLOP/s of a rank's grouped products; default 400")
     add("--bandwidth", type=float, default=50.0, help="GB/s that a rank sends and receives; default 50")
     add("--latency", type=float, default=20.0, help="microseconds per copy; default 20")
-    add("--write-owners", type=Path, metavar="FILE", help="write the last owners of FSSDP, for placement.owners")
-    add("--out", type=Path, metavar="FILE", help="also write the result to this JSON file")
+    add("--write-owners", type=a_path, metavar="FILE", help="write the last owners of FSSDP, for placement.owners")
+    add("--out", type=a_path, metavar="FILE", help="also write the result to this JSON file")
     return parser
 
 

@@ -25,12 +25,12 @@ from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.stages import check_pipeline
 from ..moe.train.config import OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
-from ..moe.train.data import Corpus, bigram_loss, load_corpus, load_tokenizer
+from ..moe.train.data import Corpus, bigram_loss
 from ..moe.train.judge import NonFiniteError
 from ..moe.train.loop import Stopped, Trainer, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
-from . import earlier, env, initial, joining
+from . import earlier, env, initial, joining, tokens
 from .conclusion import conclude, conclude_early, constant_rate
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
@@ -162,7 +162,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     ours = together(process, env.CHECKPOINT, lambda: lock is not None and _is_ours(launch, again))
     if gathered(process, ours)[0]:
         process = _own(attempt, failure)
-    corpus = together(process, env.DATA, lambda: _read_corpus(config), "data", lambda found: found.fingerprint[:12])
+    corpus = tokens.load(config.data, run_dir, process, attempt.meeting, heartbeat)
+    together(process, env.DATA, lambda: _check_vocabulary(config, corpus))
     found = _find_checkpoint(launch, process, again)
     notes = [] if found is None else together(process, env.CONFIG, lambda: _check_resumed(launch, found[1]))
     if found is not None and found[1]["step"] >= config.steps:
@@ -269,15 +270,13 @@ def _restarted(lock: RunLock, meeting: joining.Meeting) -> bool:
     return lock.continues and (meeting.restarted or "TORCHELASTIC_RUN_ID" in os.environ)
 
 
-def _read_corpus(config: TrainConfig) -> Corpus:
-    corpus = load_corpus(config.data, load_tokenizer(config.data.tokenizer))
+def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
     vocabulary = config.model.vocab_size
     if vocabulary is not None and vocabulary < corpus.vocab_size:
         raise ValueError(
             f"model.vocab_size={vocabulary}: is less than the tokenizer's {corpus.vocab_size} tokens; leave it "
             "out, or choose another --data.tokenizer"
         )
-    return corpus
 
 
 def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple[Path, dict[str, Any]] | None:

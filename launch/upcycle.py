@@ -22,7 +22,7 @@ from ..moe.interop.merge import Assembly, average, merge
 from ..moe.interop.upcycle import Recipe, upcycle
 from . import domains, env, initial
 from .text import counted
-from .usage import Parser, run_on_files
+from .usage import Parser, a_path, run_on_files
 
 Write = Callable[[list[Weights], dict[str, Any], Path, int | None], Path]
 
@@ -58,7 +58,8 @@ def _assemble(sources: list[Weights], given: dict[str, Any], out: Path, files: i
 def _read_me(sources: list[Weights], given: dict[str, Any], out: Path, files: int | None) -> Path:
     if "data" not in given:
         raise ValueError("--data: is missing; give a folder with a folder of text for each domain")
-    measured = domains.activity(sources[0].path, given["data"], given.get("tokenizer"), given.get("tokens", 100_000))
+    tokenizer = given.get("tokenizer"), given.get("end_of_document")
+    measured = domains.activity(sources[0].path, given["data"], given.get("tokens", 100_000), *tokenizer)
     masks_NLF = domain_masks(torch.stack(list(measured.values())), given.get("keep_channels", 0.5))
     final = divide(sources[0], masks_NLF, out, given.get("top_k", 2), given.get("seed", 0), files)
     common_LF = masks_NLF.all(0)
@@ -92,7 +93,7 @@ METHODS = {
     "read-me": Method(
         "experts are the channels that are active on a domain's text (Read-ME)",
         False,
-        ("data", "keep_channels", "tokens", "tokenizer", "top_k", "seed"),
+        ("data", "keep_channels", "tokens", "tokenizer", "end_of_document", "top_k", "seed"),
         _read_me,
     ),
     "join": Method(
@@ -172,6 +173,7 @@ OPTIONS = {
     "keep_channels": "--keep-channels",
     "tokens": "--tokens",
     "tokenizer": "--tokenizer",
+    "end_of_document": "--end-of-document",
     "weights": "--weights",
     "tensors": "--tensors",
     "routers": "--routers",
@@ -187,9 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Methods: " + "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + ".",
     )
     parser.add_argument(
-        "dirs", nargs="+", type=Path, metavar="DIR", help="folder of a model; a run's newest checkpoint"
+        "dirs", nargs="+", type=a_path, metavar="DIR", help="folder of a model; a run's newest checkpoint"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder in which the checkpoint gets one of its own")
+    parser.add_argument("--out", type=a_path, required=True, help="folder in which the checkpoint gets one of its own")
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--files", type=int, help="number of files; default one per GiB")
 
@@ -215,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     add("keep_channels", "share of the channels that a domain keeps; default 0.5", type=float, metavar="R")
     add("tokens", "tokens of each domain that are read; default 100000", type=int, metavar="N")
     add("tokenizer", "tokenizer.json, or 'bytes'; default: the model's own", metavar="PATH")
+    add("end_of_document", "token that ends a document; default: the model's own", metavar="TOKEN")
     add("weights", "a weight per model; they sum to 1; default equal", type=float, nargs="+", metavar="W")
     add("tensors", "what is merged: routed experts (default), or all but routers", choices=("experts", "all"))
     add("routers", "merge the routers too", action="store_const", const=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from ..moe import checkpoint
@@ -15,6 +16,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         env.stop(env.Process(), env.CONFIG, f"{message}; see --help")
+
+
+def a_path(text: str) -> Path:
+    """Return the path that an option gives; ``~`` is the user's folder, also where the shell does not see it."""
+    return Path(text).expanduser()
 
 
 def run_on_files(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

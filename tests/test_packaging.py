@@ -391,6 +391,18 @@ def test_make_train_says_what_to_do_with_a_run_that_exists(make, tmp_path: Path)
     assert make("train", "RUN_DIR=runs/second")[0] == 0
 
 
+def test_make_train_takes_paths_with_spaces_and_other_letters(make, tmp_path: Path) -> None:
+    code, output = make("train", "RUN_DIR=my runs/\u00e9", "ARGS=--data.path 'my data/\u4e2d' --steps 3")
+    assert code == 0 and "--run-dir my runs/\u00e9 --data.path my data/\u4e2d --steps 3\n" in output
+    # tokens that an interrupted start has left are not a run
+    (tmp_path / "my runs" / "\u00e9" / "tokens").mkdir(parents=True)
+    assert make("train", "RUN_DIR=my runs/\u00e9")[0] == 0
+    (tmp_path / "my runs" / "\u00e9" / "metrics.jsonl").touch()
+    code, output = make("train", "RUN_DIR=my runs/\u00e9", "ARGS=--data.path 'my data'")
+    assert code != 0 and "my runs/\u00e9 already holds a run" in output
+    assert make("train", "RUN_DIR=my runs/\u00e9", "ARGS=--data.path 'my data' --resume")[0] == 0
+
+
 def test_make_runs_fast_and_slow_tests_apart(make) -> None:
     fast, slow = "not slow and not engines and not faults", "slow and not faults"
     assert f"\n-m pytest -m {fast} -k routing\n" in make("test", "ARGS=-k routing")[1]

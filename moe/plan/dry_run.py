@@ -79,7 +79,9 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
         layers, micro_batch = config.model.num_layers, config.data.micro_batch
         check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, micro_batches, layers, micro_batch)
     simulated = min(micro_batches, _enough(config, degrees.pp, micro_batches))
-    vocabulary = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    vocabulary = (
+        config.model.vocab_size or load_tokenizer(config.data.tokenizer, config.data.end_of_document).vocab_size
+    )
     with pretended(rank, world, node):
         mesh = build_mesh(config.parallel, warm_up=False) if world > 1 else None
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # rotary positions and ranks are real tensors

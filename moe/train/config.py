@@ -62,10 +62,16 @@ class ModelConfig:
 class DataConfig:
     """Where the text comes from and how it is split into sequences."""
 
-    #: a text, .jsonl or flat token file, or a folder of such files; None: the text that comes with Python
+    #: text, .jsonl (also .gz, .zst), .parquet, Hugging Face datasets on disk, Megatron's .bin and .idx, flat token
+    #: files, or a folder of such files; or what ``python -m equimoe.launch.tokenize`` has written; None: the text that
+    #: comes with Python
     path: str | None = None
     #: "bytes", or the path of a Hugging Face tokenizer.json
     tokenizer: str = "bytes"
+    #: the token that ends a document, such as "</s>"; None: the one that the tokenizer's files name
+    end_of_document: str | None = None
+    #: folder for the tokens of long text, which runs can share; None: ``tokens`` in the run folder
+    cache: str | None = None
     #: tokens per sequence
     seq_len: int = 256
     #: sequences per optimizer step, over all ranks
@@ -74,20 +80,24 @@ class DataConfig:
     micro_batch: int = 8
     #: share of each domain's tokens that is held out for evaluation and never trained on
     heldout_fraction: float = 0.02
-    #: what determines a document's domain: its top-level folder, its file type, or a field of its .jsonl record;
+    #: what determines a document's domain: its top-level folder, its file type, or a field of its record;
     #: "auto": the field if it exists, else the folder, else the file type
     domain_by: Literal["auto", "folder", "kind", "field"] = "auto"
-    #: field of a .jsonl record that holds the text
+    #: field of a record that holds the text
     text_field: str = "text"
-    #: field of a .jsonl record that holds the domain
+    #: field of a record that holds the domain
     domain_field: str = "domain"
     #: bytes to read of each domain of the built-in text; None: all. Text from ``path`` is always read completely
     builtin_bytes_per_domain: int | None = None
     #: whether positions attend to earlier documents of their sequence: "joined" lets them, "separate" keeps attention
     #: within each document
     documents: Literal["joined", "separate"] = "joined"
-    #: integer type of the ids in a flat token file
-    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    #: integer type of the ids in a flat token file that does not say it itself
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    #: shares of the domains in what is trained on, as in ``web=0.7,code=0.3``; None: in proportion to their sizes
+    mixture: str | None = None
+    #: processes of each rank that read the next steps' sequences from files; 0: the rank reads them itself
+    workers: int = 1
 
     def __post_init__(self) -> None:
         check_literals(self, "data.")
@@ -103,8 +113,14 @@ class DataConfig:
             ("tokenizer", "is empty; use 'bytes' or a path to a tokenizer.json"),
             ("text_field", "is empty; name the field that holds the text"),
             ("domain_field", "is empty; name the field that holds the domain"),
+            ("end_of_document", "is empty; give a token of the tokenizer, or leave it out"),
+            ("cache", "is empty; give a folder, or leave it out"),
+            ("mixture", "is empty; give a share to each domain, as in web=0.7,code=0.3, or leave it out"),
         ):
-            require(getattr(self, name).strip() != "", f"data.{name}", getattr(self, name), remedy)
+            value = getattr(self, name)
+            require(value is None or value.strip() != "", f"data.{name}", value, remedy)
+        require(0 <= self.workers <= 64, "data.workers", self.workers, "must lie in 0..64; 1 is usual")
+        self.shares()
         require(
             self.builtin_bytes_per_domain is None or self.builtin_bytes_per_domain >= 1,
             "data.builtin_bytes_per_domain",
@@ -117,6 +133,23 @@ class DataConfig:
             self.heldout_fraction,
             "must be greater than 0 and less than 1; 0.02 is usual",
         )
+
+    def shares(self) -> dict[str, float] | None:
+        """Return the shares of ``mixture``, which add up to 1, in the order of the domains' names; None without one."""
+        if self.mixture is None:
+            return None
+        found: dict[str, float] = {}
+        for entry in self.mixture.split(","):
+            name, _, number = (part.strip() for part in entry.rpartition("="))
+            try:
+                share = float(number)
+            except ValueError:
+                share = -1.0
+            ok = name != "" and name not in found and 0 < share < math.inf
+            remedy = f"{entry.strip()!r} is wrong; name each domain once, with a positive share, as in web=0.7,code=0.3"
+            require(ok, "data.mixture", self.mixture, remedy)
+            found[name] = share
+        return {name: found[name] / sum(found.values()) for name in sorted(found)}
 
 
 @dataclass(frozen=True)

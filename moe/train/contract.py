@@ -9,9 +9,10 @@ from typing import Any
 from .config import TrainConfig
 
 #: fields and sections that a resumed run may change: how long, where and how fast it runs, and what it writes. All
-#: others say what is trained on what. ``data.path`` and ``data.tokenizer`` may change because the tokens are compared
+#: others say what is trained on what. What says which tokens are read may change because the tokens are compared
 MAY_CHANGE = (
-    *("steps", "engine", "dtype", "data.path", "data.tokenizer", "data.micro_batch", "model.recompute", "recompute"),
+    *("steps", "engine", "dtype", "model.recompute", "recompute", "data.micro_batch", "data.cache", "data.workers"),
+    *("data.path", "data.tokenizer", "data.end_of_document"),
     *("moe.dispatch", "moe.backend", "moe.recompute_experts", "moe.balance.micro_batches"),
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction", "optim.min_lr_ratio"),
     *("parallel", "placement", "deepspeed", "megatron", "checkpoint", "health", "log"),

@@ -29,7 +29,7 @@ from ..parallel import IGNORED, Mesh
 from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
-from .data import Batches, Corpus, Cursor
+from .data import READ_AHEAD, Ahead, Batches, Corpus, Cursor
 from .evaluate import evaluate
 from .judge import Judge, NonFiniteError
 from .optim import learning_rate
@@ -95,8 +95,10 @@ class Trainer:
             self.engine = engine_of(config, model, mesh, device, self.micro_batches)
         #: this rank's MoE layers, keyed by block number
         self.layers = numbered_moe_layers(cast(list[Decoder], self.engine.parts))
-        size = (config.data.seq_len, config.data.global_batch)
-        self.batches = Batches(corpus.train, *size, config.seed, corpus.train_masks)
+        size = config.data.seq_len, config.data.global_batch
+        self.batches = Batches(corpus.train, *size, config.seed, corpus.train_masks, config.data.shares())
+        #: reads the next steps' sequences while this one is computed
+        self.ahead = Ahead(self.batches, config.data.workers)
         self.losses = DomainLosses(len(corpus.domains), device)
         self.columns = Columns.of(config.moe, self.axis.size)
         #: for each layer, fp64 [2]: summed probability of the chosen experts, and tokens; None if not observed
@@ -153,6 +155,8 @@ class Trainer:
         sampled = self.batches.read(
             numbers, self.data.rank, self.data.size, self.micro_batches, config.data.micro_batch
         )
+        later = self.cursor.later(self.step, numbers, min(READ_AHEAD, config.steps - self.step - 1))
+        self.ahead.expect([self.batches.share_of(each, self.data.rank, self.data.size) for each in later])
         batches = [
             Batch(inputs_BS, labels_BS, documents=documents_of(inputs_BS, config, self.corpus))
             for inputs_BS, labels_BS, _ in sampled

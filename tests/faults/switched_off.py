@@ -380,7 +380,7 @@ class time:
             "test_terminal.py::test_a_finished_run_has_its_report[ascii]",
             'stream.reconfigure(errors="backslashreplace")',
             "pass"),
-    Defence("46", "moe/train/data/sources.py",
+    Defence("46", "moe/train/data/document.py",
             "test_hostile_data.py::test_names_that_control_a_terminal_are_escaped_in_the_corpus",
             "name = printable(self.domain)",
             "name = self.domain"),

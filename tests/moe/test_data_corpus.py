@@ -66,7 +66,10 @@ def test_kinds_hidden_binary_and_empty_files(tmp_path):
     assert list(corpus.train) == list(corpus.heldout) == list(corpus.domains)
     assert holds(corpus, "python", ["print('a')", "print('b')"])
     assert holds(corpus, "text", ["read me", "marked"])
-    assert "files skipped because they are not UTF-8 text: 2 of 9" in corpus.notes
+    assert corpus.notes == (
+        "files left out because they are not UTF-8 text: 2 of 9: e.png (NUL byte at 4), f.dat (byte 0xff at 0 is not "
+        "UTF-8)",
+    )
 
 
 def test_folders_name_domains_and_the_kind_can_be_asked_for(tmp_path):
@@ -223,7 +226,7 @@ def test_empty_documents_are_passed_over(tmp_path):
         (
             {"a.png": b"\0\1", "b.txt": ""},
             {},
-            r"data\.path='.*': no text found; files skipped because they are not UTF-8 text: 1 of 2; give",
+            r"data\.path='.*': no text found; files left out because they are not UTF-8 text: 1 of 2: a\.png \(",
         ),
         (
             {"a.bin": b"\1\0\2"},

@@ -9,9 +9,10 @@ from itertools import product
 import numpy as np
 
 from ...config import require
-from .corpus import Corpus, Tokens
+from .corpus import Corpus
 from .packing import heldout_starts
 from .sources import CHUNK
+from .stream import Tokens
 
 #: largest vocabulary for which pairs are counted in a dense table
 DENSE_UP_TO = 4096
@@ -22,9 +23,10 @@ DISCOUNTS = (0.5, 0.05, 0.2, 0.35, 0.65, 0.8, 0.95)
 STRENGTHS = (0.0, 1.0, 10.0, 100.0, 1000.0, 10000.0)
 #: whether the back-off uses Kneser-Ney continuation counts instead of token counts
 CONTINUATION = (True, False)
+#: most training tokens to which the model is fitted: of a longer text, the beginning of each domain, in proportion
+MOST = 1 << 26
 #: share of each domain's training tokens, taken from its end, on which the hyperparameters are chosen
 TAIL = 0.05
-
 
 #: a stream, and which of its ids are trained on; None: all
 _Masked = tuple[Tokens, Tokens | None]
@@ -39,7 +41,8 @@ def bigram_loss(
     (as in a Pitman-Yor process, Teh 2006) and backs off to Kneser-Ney continuation counts or to token counts; the
     hyperparameters are those that do best on the end of the training text.
 
-    Labels that are not trained on, such as the prompts of instruction data, are left out of both.
+    Labels that are not trained on, such as the prompts of instruction data, are left out of both. Of a text of more
+    than :data:`MOST` tokens, only so many are read.
 
     The labels are the same as those of :func:`heldout_batches` for the same ``seq_len`` and ``sequences_per_domain``.
     The defaults give every held-out token except the first of each domain. Domains without labels are left out. Raises
@@ -48,9 +51,11 @@ def bigram_loss(
     remedy = f"must be at least {corpus.vocab_size}, the size of the corpus's vocabulary"
     require(vocab_size >= corpus.vocab_size, "vocab_size", vocab_size, remedy)
     head, tail = list[_Masked](), list[_Masked]()
-    for domain, stream in corpus.train.items():
+    total = sum(map(len, corpus.train.values()))
+    for domain, whole in corpus.train.items():
+        stream = whole[: len(whole) * MOST // total] if total > MOST else whole
         cut, mask = len(stream) - int(len(stream) * TAIL), corpus.train_masks.get(domain)
-        for part, place in ((head, slice(cut)), (tail, slice(max(cut - 1, 0), None))):
+        for part, place in ((head, slice(cut)), (tail, slice(max(cut - 1, 0), len(stream)))):
             part.append((stream[place], None if mask is None else mask[place]))
     head_pairs, tail_pairs = _count(head, vocab_size), _count(tail, vocab_size)
     variant = _choose(head_pairs, tail_pairs, vocab_size)
@@ -64,8 +69,7 @@ def bigram_loss(
             label = (starts[:, None] + np.arange(1, seq_len + 1)).ravel()
             label = label[label < len(stream)]
             if domain in corpus.heldout_masks:
-                mask = corpus.heldout_masks[domain]
-                label = label[np.asarray(mask[: len(mask)])[label] != 0]
+                label = label[corpus.heldout_masks[domain][label] != 0]
             if not len(label):
                 continue
             keys = _keys(stream[label - 1], stream[label], vocab_size)

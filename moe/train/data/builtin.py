@@ -41,14 +41,28 @@ class Budget:
     #: bytes per domain; None: unlimited
     cap: int | None
     spent: dict[str, int] = field(default_factory=dict)
+    #: domains of which not everything was read
+    cut: set[str] = field(default_factory=set)
 
     def left(self, domain: str) -> int:
         """Return the bytes of ``domain`` that may still be read."""
-        return (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
+        left = (1 << 62) - 1 if self.cap is None else max(self.cap - self.spent.get(domain, 0), 0)
+        if not left:
+            self.cut.add(domain)
+        return left
+
+    def notes(self) -> list[str]:
+        """Say which domains the cap has cut."""
+        if not self.cut:
+            return []
+        return [f"data.builtin_bytes_per_domain={self.cap} leaves more text unread of: {', '.join(sorted(self.cut))}"]
 
     def take(self, document: Document) -> Iterator[Document]:
         """Yield the document, truncated to the rest of its domain's budget; nothing if the budget is used up."""
-        raw = (document.text or "").encode("utf-8", errors="replace")[: self.left(document.domain)]
+        whole = (document.text or "").encode("utf-8", errors="replace")
+        raw = whole[: self.left(document.domain)]
+        if len(raw) < len(whole):
+            self.cut.add(document.domain)
         if raw:
             self.spent[document.domain] = self.spent.get(document.domain, 0) + len(raw)
             yield Document(document.domain, document.name, raw.decode("utf-8", errors="ignore"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...config import require
 from ..config import DataConfig
+from . import store
+from .build import Wanted, check_some, memory_runs, open_path
 from .builtin import Budget, builtin_documents
-from .sources import CHUNK, Document, check_ids, file_documents
-from .token_file import TokenFile
+from .sources import CHUNK, LEFT_OUT, documents
+from .split import Streams, split
+from .store import Flat, Library
+from .stream import Tokens
 from .tokenizer import Tokenizer, id_dtype
-
-#: ids in memory or in a file, shape ``(T,)``
-Tokens = np.ndarray | TokenFile
 
 
 @dataclass(frozen=True)
@@ -41,44 +41,31 @@ class Corpus:
     heldout_masks: Mapping[str, Tokens] = field(default_factory=dict)
     #: id that ends a document; None: unknown
     end_of_document: int | None = None
+    #: the folder of the tokens; None: they are in memory
+    folder: Path | None = None
 
 
-@dataclass(eq=False)
-class _Part:
-    """A tokenised document."""
-
-    digest: bytes
-    tokens: Tokens
-    #: whether it comes from a flat token file, whose document boundaries are unknown
-    flat: bool
-
-
-def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache: Path | None = None) -> Corpus:
     """Read and tokenise ``config.path``, or the text that comes with Python.
 
-    Of each domain's tokens, ``config.heldout_fraction`` is held out, or up to 1.5 times that. Whole documents are held
-    out first, in the order of a hash of their contents, as far as they fit. If they do not suffice, the rest is taken
-    from the ends of the other documents, in proportion to their lengths. The split does not depend on the names or the
-    order of documents. Each flat token file is split separately. Repeated documents are read once. A domain that
-    consists of one flat token file stays in the file.
+    Short text is kept in memory. Long text is tokenised into a store in ``config.cache``, or in the folder ``cache``,
+    unless it is there already, and read from there when it is needed. Without either folder, all text stays in memory.
+
+    Of each domain's tokens, ``config.heldout_fraction`` is held out, or up to 1.5 times that: whole documents if they
+    fit, else the ends of all. The split does not depend on the names or the order of documents. Each flat token file is
+    split separately, and stays where it is. Repeated documents are read once.
 
     Raises ``ValueError`` for a path without text, a file whose content does not match its name, ids outside the
     vocabulary, and text too short for one sequence.
     """
-    notes: list[str] = []
-    parts = _read(config, tokenizer, notes)
-    remedy = "give UTF-8 text, .jsonl, or .bin, .tokens or .npy token files"
-    require(bool(parts), "data.path", config.path, "; ".join(["no text found", *notes, remedy]))
-
+    library = _library(config, tokenizer, cache)
+    notes, streams = list(library.notes), {}
     dtype = id_dtype(tokenizer.vocab_size)
-    train: dict[str, Tokens] = {}
-    heldout: dict[str, Tokens] = {}
-    for domain in sorted(parts):
-        kept, held = _split(parts.pop(domain), config.heldout_fraction)
-        train[domain] = _join(kept, tokenizer.end_of_document, dtype)
-        heldout[domain] = _join(held, tokenizer.end_of_document, dtype)
-        if len(heldout[domain]) < 2:
+    for domain, shelf in library.shelves.items():
+        streams[domain] = split(shelf, config.heldout_fraction, tokenizer.end_of_document, dtype)
+        if len(streams[domain].heldout) < 2:
             notes.append(f"domain {domain!r} has too few tokens to hold any out and is not evaluated")
+    train, heldout = ({domain: getattr(s, name) for domain, s in streams.items()} for name in ("train", "heldout"))
     longest = max(map(len, train.values()))
     message = f"no domain has the {config.seq_len + 1} training tokens of one sequence (the longest has {longest}); "
     remedy = message + f"give more text or lower data.seq_len={config.seq_len}"
@@ -86,102 +73,71 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
     short = [repr(domain) for domain, tokens in train.items() if len(tokens) <= config.seq_len]
     if short:
         notes.append(f"too short for one sequence and not trained on: {', '.join(short)}")
-    fingerprint = _fingerprint(train, heldout, tokenizer)
-    end = tokenizer.end_of_document
-    return Corpus(tuple(train), train, heldout, fingerprint, tokenizer.vocab_size, tuple(notes), end_of_document=end)
+    train_masks, heldout_masks = (
+        {domain: mask for domain, s in streams.items() if (mask := getattr(s, name)) is not None}
+        for name in ("train_mask", "heldout_mask")
+    )
+    fingerprint = _known_fingerprint(library.folder, config, streams, tokenizer)
+    return Corpus(
+        tuple(train),
+        train,
+        heldout,
+        fingerprint,
+        tokenizer.vocab_size,
+        tuple(notes),
+        train_masks,
+        heldout_masks,
+        tokenizer.end_of_document,
+        library.folder,
+    )
 
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:
     """Read and tokenise all documents of each domain; a flat token file is one. Raises ValueError as load_corpus."""
-    notes: list[str] = []
-    parts = _read(config, tokenizer, notes)
-    require(bool(parts), "data.path", config.path, "; ".join(["no text found", *notes]))
-    return {domain: [part.tokens for part in parts[domain]] for domain in sorted(parts)}
+    return {domain: shelf.documents() for domain, shelf in _library(config, tokenizer, None).shelves.items()}
 
 
-def _read(config: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> dict[str, list[_Part]]:
-    """Tokenise every document once and group the documents by domain."""
-    parts: dict[str, list[_Part]] = {}
-    seen: set[bytes] = set()
-    twice = 0
-    for document in _documents(config, notes):
-        if document.tokens is not None:
-            root = Path(config.path or "")
-            path = root if root.is_file() else root / document.name
-            check_ids(document.tokens, str(path), tokenizer.vocab_size, config.tokenizer)
-            digest = hashlib.sha256(document.name.encode(errors="surrogateescape")).digest()
-            part = _Part(digest, document.tokens.below(tokenizer.vocab_size), flat=True)
-        else:
-            text = document.text
-            if not text:
-                continue
-            digest = hashlib.sha256(text.encode("utf-8", errors="replace")).digest()
-            if digest in seen:
-                twice += 1
-                continue
-            seen.add(digest)
-            part = _Part(digest, tokenizer.encode(text), flat=False)
-        if len(part.tokens):
-            parts.setdefault(document.domain, []).append(part)
-    if twice and config.path is not None:
-        notes.append(f"documents skipped because they are copies of others: {twice}")
-    return parts
-
-
-def _documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
+def _library(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -> Library:
+    """Return the tokens of a path, from memory or from a store, which is built if it is missing."""
+    flat: list[Flat] = []
     if config.path is None:
-        return builtin_documents(Budget(config.builtin_bytes_per_domain))
-    return file_documents(config, notes)
+        budget = Budget(config.builtin_bytes_per_domain)
+        runs = memory_runs(builtin_documents(budget), config, tokenizer, flat)
+        return store.in_memory(runs, flat, budget.notes(), tokenizer)
+    source = open_path(config, tokenizer, cache)
+    if isinstance(source, Path):
+        return store.read(source, tokenizer)
+    if isinstance(source, Wanted):
+        if not source.complete:
+            source.build()
+        library = store.read(source.folder, tokenizer)
+        # other files may be left out now
+        notes = [note for note in library.notes if not note.startswith(LEFT_OUT)]
+        return replace(library, notes=(*source.found.notes(), *notes))
+    notes = source.notes()
+    runs = memory_runs(documents(source, notes), config, tokenizer, flat)
+    check_some(runs, flat, config, notes)
+    return store.in_memory(runs, flat, notes, tokenizer)
 
 
-def _split(parts: list[_Part], fraction: float) -> tuple[list[Tokens], list[Tokens]]:
-    """Return the training and held-out arrays of one domain. The order of ``parts`` does not matter."""
-    parts = sorted(parts, key=lambda part: part.digest)
-    texts, flat = [p.tokens for p in parts if not p.flat], [[p.tokens] for p in parts if p.flat]
-    kept, held = [], []
-    for arrays in (texts, *flat):
-        for train, heldout in _divide(arrays, fraction):
-            kept += [train] if len(train) else []
-            held += [heldout] if len(heldout) else []
-    return kept, held
+def _known_fingerprint(
+    folder: Path | None, config: DataConfig, streams: dict[str, Streams], tokenizer: Tokenizer
+) -> str:
+    """Return the fingerprint; a store keeps it, because all of its tokens have to be read for it."""
+    if folder is None:
+        return _fingerprint(streams, tokenizer)
+    name = repr(config.heldout_fraction)
+    found = store.known_fingerprint(folder, name)
+    if found is None:
+        found = _fingerprint(streams, tokenizer)
+        store.keep_fingerprint(folder, name, found)
+    return found
 
 
-def _divide(arrays: list[Any], fraction: float) -> Iterator[tuple[Tokens, Tokens]]:
-    """Yield the training part and the held-out part of each array."""
-    total = sum(map(len, arrays))
-    # evaluation needs at least two tokens
-    target = max(fraction * total, min(2, total // 2))
-    # never hold out the longest document as a whole: it may be most of the domain
-    longest = max(range(len(arrays)), key=lambda i: len(arrays[i]), default=0)
-    whole, taken = set(), 0
-    for i, array in enumerate(arrays):
-        if i != longest and taken < target and taken + len(array) <= 1.5 * target:
-            whole.add(i)
-            taken += len(array)
-    missing, others, seen = max(int(target) - taken, 0), total - taken, 0
-    for i, array in enumerate(arrays):
-        if i in whole:
-            yield array[:0], array
-            continue
-        # round the running sum instead of each part, so that the parts add up exactly
-        tail = missing * (seen + len(array)) // others - missing * seen // others
-        seen += len(array)
-        yield array[: len(array) - tail], array[len(array) - tail :]
-
-
-def _join(arrays: list[Tokens], separator: int, dtype: np.dtype) -> Tokens:
-    """Join arrays into one stream with ``separator`` between them. A single unsigned array is not copied."""
-    if len(arrays) == 1 and arrays[0].dtype in (np.uint16, np.uint32):
-        return arrays[0]
-    between = np.array([separator], dtype)
-    pieces = [piece.astype(dtype, copy=False) for array in arrays if len(array) for piece in (between, array)]
-    return np.concatenate(pieces[1:]) if pieces else np.empty(0, dtype)
-
-
-def _fingerprint(train: dict[str, Tokens], heldout: dict[str, Tokens], tokenizer: Tokenizer) -> str:
+def _fingerprint(streams: dict[str, Streams], tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(f"{tokenizer.vocab_size} {tokenizer.end_of_document}".encode())
-    for domain in train:
-        for tokens in (train[domain], heldout[domain]):
+    for domain, s in streams.items():
+        for tokens in (s.train, s.heldout, *(mask for mask in (s.train_mask, s.heldout_mask) if mask is not None)):
             digest.update(f"\n{domain} {len(tokens)} {tokens.dtype.itemsize}\n".encode())
             for start in range(0, len(tokens), CHUNK):
                 digest.update(np.ascontiguousarray(tokens[start : start + CHUNK]).data)

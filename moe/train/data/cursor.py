@@ -24,6 +24,14 @@ class Cursor:
         due = [s for when, first, count in self.postponed if when <= step for s in range(first, first + count)][:size]
         return due + list(range(self.first, self.first + size - len(due)))
 
+    def later(self, step: int, batch: Sequence[int], count: int) -> list[list[int]]:
+        """Return the batches of the ``count`` steps after ``step``, if that and all of them are taken."""
+        cursor, found = Cursor.restored(self.state()), [list(batch)]
+        for after in range(step + 1, step + 1 + count):
+            cursor.advance(found[-1])
+            found.append(cursor.batch(after, len(batch)))
+        return found[1:]
+
     @property
     def waiting(self) -> int:
         """The number of sequences that are to be read once more."""

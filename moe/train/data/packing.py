@@ -5,7 +5,7 @@ B sequences, S tokens per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ...config import require
 from ...parallel import IGNORED
-from .corpus import Corpus, Tokens
+from .corpus import Corpus
+from .order import Epochs, Mixture, Sequential
+from .stream import Tokens
+
+#: (indices of domains, first positions, ids to read) -> ids, and loss masks or None, each [B, ids to read]
+Read = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, "np.ndarray | None"]]
 
 
 class Batches:
@@ -21,12 +26,13 @@ class Batches:
 
     Each domain's stream is split into sequences of ``seq_len`` labels; their inputs are the tokens one position
     earlier. Every token is thus a label once per epoch, except a stream's first token and a rest at its end that does
-    not fill a sequence. Sequence i of a step has the number ``g = step * global_batch + i``; it is entry
-    ``g % sequences`` of the permutation of epoch ``g // sequences``. There is no state: to resume, only the numbers are
-    needed.
+    not fill a sequence. Sequence i of a step has the number ``g = step * global_batch + i``. Without ``shares``, it is
+    entry ``g % sequences`` of the permutation of epoch ``g // sequences``; with them, see :class:`.order.Mixture`.
+    There is no state: to resume, only the numbers are needed.
 
-    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does, and ``masks`` to those of
-    :attr:`Corpus.train_masks`. Raises ``ValueError`` if there are fewer sequences than ``global_batch``.
+    ``train`` maps domains to token arrays of shape ``(T,)``, as :attr:`Corpus.train` does, and ``masks`` some of them
+    to their loss masks. Raises ``ValueError`` if there are fewer sequences than ``global_batch``, or none of a domain
+    in ``shares``.
     """
 
     def __init__(
@@ -36,25 +42,29 @@ class Batches:
         global_batch: int,
         seed: int,
         masks: Mapping[str, Tokens] | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
         require(global_batch >= 1, "data.global_batch", global_batch, "must be at least 1")
         require(seed >= 0, "seed", seed, "must not be negative")
         self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
-        self._streams = list(train.values())
-        self._masks = [(masks or {}).get(domain) for domain in train]
-        counts = [max(len(stream) - 1, 0) // seq_len for stream in self._streams]
-        #: index of each domain's first sequence, followed by the number of all sequences
-        self._bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        #: sequences per epoch
-        self.sequences = int(self._bounds[-1])
-        tokens = sum(map(len, self._streams))
+        #: of each domain, and the loss mask of each; None: every id is trained on
+        self.streams = list(train.values())
+        self.masks = [None if masks is None else masks.get(domain) for domain in train]
+        #: domain -> its sequences per epoch
+        self.counts = {domain: max(len(stream) - 1, 0) // seq_len for domain, stream in train.items()}
+        #: sequences of all domains
+        self.sequences = sum(self.counts.values())
+        tokens = sum(map(len, self.streams))
         remedy = (
             f"the training text has fewer sequences of data.seq_len={seq_len}, {self.sequences} from {tokens} tokens; "
             "give more text or lower data.global_batch"
         )
-        require(self.sequences >= global_batch, "data.global_batch", global_batch, remedy)
-        self._orders: dict[int, np.ndarray] = {}
+        require(self.sequences >= global_batch or bool(shares), "data.global_batch", global_batch, remedy)
+        counts = list(self.counts.values())
+        self.order = Sequential(counts, seed) if shares is None else Mixture(self.counts, shares, seed)
+        #: reads sequences from the streams; a reader that works ahead may take its place
+        self.fetch: Read = self.read_streams
 
     def sample(
         self, step: int, rank: int, data_parallel: int, micro_batches: int, micro_batch: int
@@ -70,45 +80,50 @@ class Batches:
         """Return the micro-batches that ``rank`` of ``data_parallel`` reads of a step with these sequence ``numbers``.
 
         Each is ``(inputs_BS, labels_BS, domain_B)``, int64, B = ``micro_batch``; labels that are not trained on are
-        :data:`IGNORED`. The sequences of a step are ordered as
-        [rank][micro-batch][sequence]. Raises ``ValueError`` if ``data_parallel * micro_batches * micro_batch`` is not
-        the global batch.
+        :data:`IGNORED`. The sequences of a step are ordered as [rank][micro-batch][sequence]. Raises ``ValueError`` if
+        ``data_parallel * micro_batches * micro_batch`` is not the global batch.
         """
         asked = data_parallel * micro_batches * micro_batch
         remedy = f"data_parallel={data_parallel} * micro_batches={micro_batches} * micro_batch={micro_batch} is {asked}"
         require(asked == self.global_batch, "data.global_batch", self.global_batch, remedy + "; make them equal")
         require(0 <= rank < data_parallel, "rank", rank, f"must lie in [0, {data_parallel})")
         require(len(numbers) == asked, "numbers", len(numbers), f"must be the {asked} sequences of a step")
-        mine = numbers[rank * micro_batches * micro_batch : (rank + 1) * micro_batches * micro_batch]
-        return [self._gather(mine[i * micro_batch : (i + 1) * micro_batch]) for i in range(micro_batches)]
+        domain_B, start_B = self.places(self.share_of(numbers, rank, data_parallel))
+        tokens_BS, mask_BS = self.fetch(domain_B, start_B, self.seq_len + 1)
+        tokens = torch.from_numpy(tokens_BS.astype(np.int64))
+        labels = tokens[:, 1:].contiguous()
+        if mask_BS is not None:
+            labels.masked_fill_(torch.from_numpy(mask_BS[:, 1:] == 0), IGNORED)
+        parts = (tokens[:, :-1].contiguous(), labels, torch.from_numpy(domain_B))
+        return list(zip(*(part.split(micro_batch) for part in parts), strict=True))
 
-    def _gather(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        in_epochs = (divmod(g, self.sequences) for g in numbers)
-        sequence_B = np.array([self._order(epoch)[place] for epoch, place in in_epochs])
-        domain_B = np.searchsorted(self._bounds, sequence_B, side="right") - 1
-        start_B = (sequence_B - self._bounds[domain_B]) * self.seq_len
-        places = list(zip(domain_B, start_B, strict=True))
-        rows = [self._streams[d][s : s + self.seq_len + 1] for d, s in places]
-        tokens = torch.from_numpy(np.stack([np.asarray(row) for row in rows]).astype(np.int64))
-        labels_BS = tokens[:, 1:].contiguous()
-        for row_S, (d, s) in zip(labels_BS, places, strict=True):
-            _ignore(row_S, self._masks[d], s + 1)
-        return tokens[:, :-1].contiguous(), labels_BS, torch.from_numpy(domain_B.astype(np.int64))
+    @staticmethod
+    def share_of(numbers: Sequence[int], rank: int, data_parallel: int) -> Sequence[int]:
+        """Return the numbers of the sequences of a step that ``rank`` of ``data_parallel`` reads."""
+        size = len(numbers) // data_parallel
+        return numbers[rank * size : (rank + 1) * size]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            # a step spans at most two epochs
-            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._orders[epoch] = generator.permutation(self.sequences)
-        return self._orders[epoch]
+    def places(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the domain of each sequence, and where it starts in the domain's stream, int64 [B]."""
+        found = np.array([self.order.place(number) for number in numbers], np.int64).reshape(-1, 2)
+        return found[:, 0].copy(), found[:, 1] * self.seq_len
 
+    def read_streams(
+        self, domain_B: np.ndarray, start_B: np.ndarray, size: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Read ``size`` ids from each of these places, and their loss masks; None if no domain has one."""
+        places = list(zip(domain_B.tolist(), start_B.tolist(), strict=True))
+        tokens = np.stack([np.asarray(self.streams[d][s : s + size]).astype(np.uint32) for d, s in places])
+        if all(mask is None for mask in self.masks):
+            return tokens, None
+        masks = [self.masks[d] for d, _ in places]
+        one = np.ones(size, np.uint8)
+        rows = [one if m is None else np.asarray(m[s : s + size]) for m, (_, s) in zip(masks, places, strict=True)]
+        return tokens, np.stack(rows)
 
-def _ignore(labels_S: Tensor, mask: Tokens | None, first: int) -> None:
-    """Overwrite the labels that are not trained on; the first is id number ``first`` of the stream of ``mask``."""
-    if mask is not None:
-        trained_S = np.asarray(mask[first : first + len(labels_S)]).astype(bool)
-        labels_S.masked_fill_(torch.from_numpy(~trained_S), IGNORED)
+    def epochs(self, steps: int) -> dict[str, Epochs]:
+        """Say, for each domain that is read, how much of it ``steps`` steps read."""
+        return self.order.epochs(list(self.counts), steps * self.global_batch)
 
 
 def heldout_starts(tokens: int, seq_len: int, sequences: int | None) -> np.ndarray:
@@ -132,14 +147,14 @@ def heldout_batches(
     """Yield ``(domain, inputs_BS, labels_BS, mask_BS)`` domain by domain, B = ``micro_batch``, S = ``seq_len``.
 
     Inputs and labels are int64; where the bool mask is False they are padding (0). Labels that are not trained on are
-    :data:`IGNORED`. Every rank of ``world`` gets the
-    same number of batches with the same shapes and domains. Together the ranks see each evaluated token once. Domains
-    with fewer than two held-out tokens are left out.
+    :data:`IGNORED`. Every rank of ``world`` gets the same number of batches with the same shapes and domains. Together
+    the ranks see each evaluated token once. Domains with fewer than two held-out tokens are left out.
     """
     require(seq_len >= 1, "data.seq_len", seq_len, "must be at least 1")
     require(micro_batch >= 1, "data.micro_batch", micro_batch, "must be at least 1")
     require(0 <= rank < world, "rank", rank, f"must lie in [0, {world})")
     for domain, stream in corpus.heldout.items():
+        trained = corpus.heldout_masks.get(domain)
         starts = heldout_starts(len(stream), seq_len, sequences_per_domain)
         for first in range(0, len(starts), world * micro_batch):
             mine = starts[first + rank * micro_batch : first + world * micro_batch][:micro_batch]
@@ -149,5 +164,7 @@ def heldout_batches(
                 tokens = torch.from_numpy(stream[start : start + seq_len + 1].astype(np.int64))
                 size = len(tokens) - 1
                 inputs_BS[row, :size], labels_BS[row, :size], mask_BS[row, :size] = tokens[:-1], tokens[1:], True
-                _ignore(labels_BS[row, :size], corpus.heldout_masks.get(domain), int(start) + 1)
+                if trained is not None:
+                    ignored = torch.from_numpy(np.asarray(trained[start + 1 : start + 1 + size]) == 0)
+                    labels_BS[row, :size].masked_fill_(ignored, IGNORED)
             yield domain, inputs_BS, labels_BS, mask_BS

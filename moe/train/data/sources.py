@@ -1,24 +1,26 @@
-"""Reads documents from files and folders: text, .jsonl records and flat token files."""
+"""Finds the data files of a path, and reads their documents in an order that depends only on names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...config import require
+from ...observe.metrics import METRICS_FILE
 from ...observe.printable import printable
 from ..config import DataConfig
+from .document import Document
+from .formats import COMPRESSED, READERS, TOKENS, UNITS, NotTextError, saved_dataset, suffix_of, text, unreadable
+from .records import Place, Reader
 from .token_file import TokenFile
 
-JSONL = (".jsonl", ".ndjson")
-TOKENS = (".bin", ".tokens", ".npy")
 KINDS = {
     ".py": "python", ".pyi": "python", ".md": "markdown", ".txt": "text", "": "text", ".c": "c", ".h": "c",
     ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hh": "cpp", ".hpp": "cpp", ".htm": "html", ".js": "javascript",
@@ -26,32 +28,69 @@ KINDS = {
 }  # fmt: skip
 #: ids that are processed at a time
 CHUNK = 1 << 24
+#: bytes of files whose text is kept in memory, and how many times as long the text of a compressed file may be
+SHORT, EXPANDED = 1 << 26, 8
+COMPRESSED_KINDS = (*COMPRESSED, ".parquet")
+#: files that are named in a remark, of all that it is about
+NAMED = 3
 
-
-#: characters of a domain's name, after escaping
-LONGEST_DOMAIN = 100
+#: kind of a file inside a data folder that is not data -> names that it has
+NOT_DATA = {
+    "of a tokenizer": r"tokenizer(_config)?\.json|tokenizer\.model|.*\.tiktoken|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.(json|txt|bpe)|merges\.txt|spiece\.model|chat_template\.(jinja|json)",
+    "logs": r".*\.(log|out|err)(\.\d+)?|events\.out\.tfevents\..*",
+    "JSON, whose records are read only if the file is named itself": r".*\.json(\.gz|\.zst)?",
+    "checksums and locks": r".*\.(md5|sha\d+|lock|idx)|_SUCCESS|(md5|sha\d+)sums?(\.txt)?",
+}
+#: how remarks about them begin
+LEFT_OUT = "left out, "
+#: folders inside a data folder that are not data: what they are, and files that show it
+RUN = ("runs", {METRICS_FILE, "config.yaml"})
+STORE = ("stores of tokens", {"manifest.json", "0.ids"})
+#: entries of a run folder before the run's first record
+BEGUN = {"lock", "exit_code", "tokens", "checkpoints", "config.yaml", METRICS_FILE}
+#: files of a folder that ``save_to_disk`` has written: of a dataset, and of several splits
+DATASET, SPLITS = {"state.json", "dataset_info.json"}, "dataset_dict.json"
 
 
 @dataclass
-class Document:
-    """One text, or one flat file of ids, with its domain, in whose name unprintable characters are escaped."""
+class Found:
+    """The data below a path."""
 
-    domain: str
-    #: path relative to data.path, for messages
-    name: str
-    text: str | None = None
-    #: ids of a flat token file, shape ``(T,)``
-    tokens: TokenFile | None = None
+    places: list[tuple[Place, Reader]]
+    #: kind -> names of files and folders that are left out
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        name = printable(self.domain)
-        if len(name) > LONGEST_DOMAIN:
-            start = f"{name[:LONGEST_DOMAIN]}..."
-            raise ValueError(
-                f"data.path={self.name!r}: the domain's name {start!r} has more than {LONGEST_DOMAIN} characters; "
-                "shorten it, or choose domains by data.domain_by='kind'"
-            )
-        self.domain = name
+    def notes(self) -> list[str]:
+        """Say what is left out."""
+        return [f"{LEFT_OUT}{kind}: {named(names)}" for kind, names in self.left_out.items()]
+
+    @property
+    def short(self) -> bool:
+        """Whether everything fits into memory easily."""
+        return (
+            sum(size * (EXPANDED if name.endswith(COMPRESSED_KINDS) else 1) for name, size, _ in self.sizes()) <= SHORT
+        )
+
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """Return name, size and time of modification of every file. Raises ValueError for one that is gone."""
+        found = []
+        for place, _ in self.places:
+            files = [place.path, place.path.with_suffix(".idx")] if place.path.suffix == ".bin" else [place.path]
+            for path in sorted(place.path.iterdir()) if place.path.is_dir() else files:
+                if path.exists() or path == place.path:
+                    try:
+                        seen = path.stat()
+                    except OSError as error:
+                        raise unreadable(path, error) from None
+                    found.append((f"{place.name}: {path.name}", seen.st_size, seen.st_mtime_ns))
+        return found
+
+
+def named(names: list[str]) -> str:
+    """Return the first few of names, and the number of the others."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(printable, names[:NAMED])) + more
 
 
 def by_hash(name: str) -> bytes:
@@ -59,153 +98,129 @@ def by_hash(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", errors="surrogateescape")).digest()
 
 
-def file_documents(config: DataConfig, notes: list[str]) -> Iterator[Document]:
-    """Yield all documents of ``config.path``, in an order that depends only on names.
+def find(config: DataConfig, cache: Path | None = None) -> Found:
+    """Find the data of ``config.path``, in the order in which they are read; ``cache`` is none of them.
 
-    Appends remarks for the user to ``notes``. Raises ``ValueError`` for a path or a file that cannot be read.
+    Raises ValueError for a path that does not exist or has no files.
     """
     assert config.path is not None
-    root = Path(config.path)
+    root = Path(config.path).expanduser()
     remedy = "does not exist or is not accessible; give a file or folder, or None for the text that comes with Python"
     require(os.path.exists(root), "data.path", config.path, remedy)
-    files = [(root, root.name)] if root.is_file() else _walk(root)
-    require(bool(files), "data.path", config.path, "has no files (hidden ones are skipped); give a folder with text")
-    skipped = 0
-    for path, name in sorted(files, key=lambda item: by_hash(item[1])):
-        suffix = path.suffix.lower()
-        if suffix in JSONL:
-            yield from _jsonl(path, name, config)
-            continue
-        domain = _domain(path, name, config)
-        if suffix in TOKENS:
-            yield _token_file(path, name, domain, config)
-            continue
-        text = _text(path)
-        if text is None:
-            skipped += 1
-        else:
-            yield Document(domain, name, text)
+    if root.is_file():
+        return Found([_place(root, root.name, config)])
+    files, left_out = _walk(root, None if cache is None else os.path.realpath(cache))
+    remedy = "; ".join(["has no files (hidden ones are skipped)", *Found([], left_out).notes()])
+    require(bool(files), "data.path", config.path, f"{remedy}; give a folder with text")
+    files.sort(key=lambda item: by_hash(item[1]))
+    return Found([_place(path, name, config) for path, name in files], left_out)
+
+
+def documents(found: Found, notes: list[str]) -> Iterator[Document]:
+    """Yield all documents, and append remarks about files that are no text to ``notes``.
+
+    Raises ``ValueError`` for a file that cannot be read.
+    """
+    skipped = []
+    for place, reader in found.places:
+        try:
+            yield from reader(place)
+        except NotTextError as error:
+            skipped.append(f"{place.name} ({error})")
     if skipped:
-        notes.append(f"files skipped because they are not UTF-8 text: {skipped} of {len(files)}")
+        count = f"{len(skipped)} of {len(found.places)}"
+        notes.append(f"files left out because they are not UTF-8 text: {count}: {named(skipped)}")
 
 
-def _walk(root: Path) -> list[tuple[Path, str]]:
-    """Return every non-hidden file below ``root``, with its name relative to ``root``."""
-    files: list[tuple[Path, str]] = []
-    entered: set[str] = set()
-
-    def fail(error: OSError) -> None:
-        raise _unreadable(str(error.filename), error)
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        # a symbolic link to a parent folder would recurse forever
-        fresh = os.path.realpath(folder) not in entered
-        entered.add(os.path.realpath(folder))
-        subfolders[:] = sorted(s for s in subfolders if fresh and not s.startswith("."))
-        for name in names if fresh else ():
-            path = Path(folder, name)
-            # keep broken links, so that reading them raises an error; skip pipes and sockets
-            if not name.startswith(".") and (path.is_file() or not path.exists()):
-                files.append((path, path.relative_to(root).as_posix()))
-    return files
+def _place(path: Path, name: str, config: DataConfig) -> tuple[Place, Reader]:
+    suffix = suffix_of(path)
+    is_folder = path.is_dir()
+    reader = saved_dataset if is_folder else READERS.get(suffix, text)
+    domain = _domain(path, name, config, reader)
+    return Place(path, name, config, domain, "row" if is_folder else UNITS.get(suffix, "line")), reader
 
 
-def _unreadable(path: Path | str, error: OSError) -> ValueError:
-    reason = error.strerror or str(error)
-    return ValueError(f"data.path={str(path)!r}: cannot be read ({reason}); make it readable or move it away")
-
-
-def _domain(path: Path, name: str, config: DataConfig) -> str:
+def _domain(path: Path, name: str, config: DataConfig, reader: Reader) -> str:
     """Return the domain of a file according to ``config.domain_by``."""
-    require(
-        config.domain_by != "field",
-        "data.domain_by",
-        "field",
-        f"{str(path)!r} is not a .jsonl file and has no fields; use 'auto', 'folder' or 'kind'",
-    )
+    suffix = suffix_of(path)
+    if config.domain_by == "field" and (reader is text or suffix in TOKENS):
+        raise ValueError(
+            f"data.domain_by='field': {str(path)!r} is not a .jsonl file and has no fields; use 'auto', 'folder' or "
+            "'kind'"
+        )
     top, _, below = name.partition("/")
     if below and config.domain_by != "kind":
         return top
+    if reader is saved_dataset:
+        return path.resolve().name or "root"
     if config.domain_by == "folder":
         return path.resolve().parent.name or "root"
-    suffix = path.suffix.lower()
     return "tokens" if suffix in TOKENS else KINDS.get(suffix, suffix[1:])
 
 
-def _text(path: Path) -> str | None:
-    """Return the content of a text file, or None if it is binary."""
+def _walk(root: Path, cache: str | None) -> tuple[list[tuple[Path, str]], dict[str, list[str]]]:
+    """Return every data file below ``root`` with its name relative to ``root``, and what is left out, by kind."""
+    files: list[tuple[Path, str]] = []
+    left_out: dict[str, list[str]] = {}
+    entered: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise unreadable(str(error.filename), error)
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        here, real = Path(folder), os.path.realpath(folder)
+        # a symbolic link to a parent folder would recurse forever
+        if real in entered or real == cache:
+            subfolders[:] = []
+            continue
+        entered.add(real)
+        name = here.relative_to(root).as_posix()
+        kind, is_dataset = _kind_of_folder(here, set(names), set(subfolders))
+        if kind and here != root:
+            left_out.setdefault(kind, []).append(f"{name}/")
+        if kind or is_dataset:
+            files += [(here, root.name if here == root else name)] if is_dataset else []
+            subfolders[:] = []
+            continue
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        if SPLITS in names:
+            subfolders[:] = _splits(here, subfolders, left_out)
+        for file in sorted(names):
+            path = here / file
+            # keep broken links, so that reading them raises an error; skip pipes and sockets
+            if file.startswith(".") or not (path.is_file() or not path.exists()):
+                continue
+            kind = next((kind for kind, pattern in NOT_DATA.items() if re.fullmatch(pattern, file, re.I)), "")
+            if not kind:
+                files.append((path, path.relative_to(root).as_posix()))
+            elif not (path.suffix == ".idx" and path.with_suffix(".bin").name in names) and file != SPLITS:
+                left_out.setdefault(kind, []).append(path.relative_to(root).as_posix())
+    return files, left_out
+
+
+def _kind_of_folder(folder: Path, names: set[str], subfolders: set[str]) -> tuple[str, bool]:
+    """Return what a folder is that is not data, and whether it is a saved dataset."""
+    for kind, files in (RUN, STORE):
+        if files <= names:
+            return kind, False
+    entries = names | subfolders
+    if "lock" in names and entries <= BEGUN:
+        return RUN[0], False
+    return "", names >= DATASET
+
+
+def _splits(folder: Path, subfolders: list[str], left_out: dict[str, list[str]]) -> list[str]:
+    """Of the splits of a saved dataset, return the one for training."""
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    try:
-        return None if b"\0" in raw else raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-
-
-def _jsonl(path: Path, name: str, config: DataConfig) -> Iterator[Document]:
-    """Yield one document per line."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _record(line, path, name, number, config)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _record(line: bytes, path: Path, name: str, number: int, config: DataConfig) -> Document:
-    where = f"{str(path)!r} line {number}"
-    try:
-        record: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"data.path={where}: is not JSON ({reason}); write one JSON object per line") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"data.path={where}: is a JSON {type(record).__name__}; write one JSON object per line")
-    fields = ", ".join(map(repr, record)) or "none"
-    text = record.get(config.text_field)
-    if not isinstance(text, str):
-        problem = f"is a {type(text).__name__}, not a string" if config.text_field in record else "is missing"
-        message = f"{problem} in {where}; name the field that holds the text, one of: {fields}"
-        raise ValueError(f"data.text_field={config.text_field!r}: {message}")
-    label = record.get(config.domain_field)
-    labelled = isinstance(label, (str, int)) and label != ""
-    if config.domain_by == "field" and not labelled:
-        message = f"has no text or number in {where}; name the field that holds the domain, one of: {fields}"
-        raise ValueError(f"data.domain_field={config.domain_field!r}: {message}")
-    domain = str(label) if labelled and config.domain_by in ("auto", "field") else _domain(path, name, config)
-    return Document(domain, f"{name}:{number}", text)
-
-
-def _token_file(path: Path, name: str, domain: str, config: DataConfig) -> Document:
-    """Open a flat token file: little-endian ids without a header, or a one-dimensional integer ``.npy``."""
-    try:
-        ids = _npy(path) if path.suffix.lower() == ".npy" else _flat(path, config)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return Document(domain, name, tokens=ids)
-
-
-def _flat(path: Path, config: DataConfig) -> TokenFile:
-    dtype = np.dtype(config.token_dtype).newbyteorder("<")
-    size = path.stat().st_size
-    remedy = f"its size, {size}, is not a multiple of that of {config.token_dtype}; set data.token_dtype to the file's"
-    require(size % dtype.itemsize == 0, "data.path", str(path), remedy)
-    return TokenFile(str(path), dtype, 0, size // dtype.itemsize)
-
-
-def _npy(path: Path) -> TokenFile:
-    try:
-        ids: Any = np.load(path, mmap_mode="r", allow_pickle=False)  # only for the header
-    except (ValueError, EOFError, OverflowError, MemoryError, SyntaxError, RecursionError) as error:
-        message = f"is not a plain .npy array ({' '.join(str(error).split())}); save it with np.save"
-        raise ValueError(f"data.path={str(path)!r}: {message}") from None
-    ok = ids.ndim == 1 and ids.dtype.kind in "iu"
-    remedy = f"holds {ids.dtype} of shape {ids.shape}; save a one-dimensional integer array"
-    require(ok, "data.path", str(path), remedy)
-    return TokenFile(str(path), ids.dtype, ids.offset, len(ids))
+        splits = json.loads((folder / SPLITS).read_text())["splits"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        splits = subfolders
+    if "train" not in splits:
+        return subfolders
+    others = [name for name in subfolders if name != "train"]
+    if others:
+        left_out.setdefault("splits that are not for training", []).extend(f"{folder.name}/{name}/" for name in others)
+    return ["train"]
 
 
 def check_ids(ids: np.ndarray | TokenFile, path: str, vocab_size: int, tokenizer: str) -> None:

@@ -13,6 +13,12 @@ class DataError(ValueError):
     """The training data cannot be read, or are not what they were when the run started."""
 
 
+def neighbours(places: NDArray[Any]) -> list[tuple[int, int]]:
+    """Return where each run of consecutive places starts and stops, so that it can be read at once."""
+    runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+
+
 class _Opened:
     """An open file, which stays readable if somebody deletes or replaces it."""
 
@@ -38,7 +44,7 @@ class TokenFile:
     def __init__(self, path: str, dtype: np.dtype[Any], offset: int, length: int) -> None:
         self.dtype, self._length = dtype, length
         #: position of the first id in the file, in ids; where the ids start, in bytes
-        self._first, self._offset = 0, offset
+        self._first, self.offset = 0, offset
         self._file = _Opened(path)
         #: the file's size that all its ids need; exclusive limit of the ids, None: not checked
         self._size, self._limit = offset + length * dtype.itemsize, cast(int | None, None)
@@ -53,6 +59,26 @@ class TokenFile:
         part._first, part._length, part._limit = self._first + start, max(stop - start, 0), limit
         return part
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the ids are, as arguments of :meth:`at`."""
+        return {
+            "path": self._file.path,
+            "dtype": self.dtype.str,
+            "offset": self.offset,
+            "size": self._size,
+            "first": self._first,
+            "length": self._length,
+            "limit": self._limit,
+        }
+
+    @classmethod
+    def at(cls, place: dict[str, Any]) -> TokenFile:
+        """Open the ids of another process's file, from its :attr:`place`."""
+        dtype = np.dtype(place["dtype"])
+        whole = cls(place["path"], dtype, place["offset"], (place["size"] - place["offset"]) // dtype.itemsize)
+        return whole._part(place["first"], place["first"] + place["length"], place["limit"])
+
     def __len__(self) -> int:
         return self._length
 
@@ -63,10 +89,8 @@ class TokenFile:
         places = np.asarray(place)
         if places.ndim == 0:
             return self._read()[place] if place < 0 else self[int(place) : int(place) + 1]._read()[0]
-        if not len(places):
-            return np.empty(0, self.dtype)
-        low = int(places.min())
-        return self[low : int(places.max()) + 1]._read()[places - low]
+        parts = [self[start:stop]._read() for start, stop in neighbours(places)]
+        return np.concatenate([np.empty(0, self.dtype), *parts])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self._read() if dtype is None else self._read().astype(dtype)
@@ -81,7 +105,7 @@ class TokenFile:
             # on every rank, not only on those whose ids are gone
             size = os.fstat(self._file.descriptor).st_size
             while at < len(view) and size >= self._size:
-                where = self._offset + self._first * self.dtype.itemsize + at
+                where = self.offset + self._first * self.dtype.itemsize + at
                 count = os.preadv(self._file.descriptor, [view[at:]], where)
                 if not count:
                     size = where
