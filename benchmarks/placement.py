@@ -67,9 +67,12 @@ BALANCE: dict[str, list[str]] = {
     "global": ["--moe.balance.scope=global"],
     "global+micro": ["--moe.balance.scope=global", "--moe.balance.extra.micro=0.0001"],
 }
+#: how experts are placed -> options
+REPLICATED = ["--parallel.experts=fssdp", "--placement.overlap=2", "--placement.window=5"]
 PLACEMENT: dict[str, list[str]] = {
     "": [f"--parallel.ep={RANKS}"],
-    "-fssdp": ["--parallel.experts=fssdp", "--placement.overlap=2", "--placement.window=5"],
+    "-fssdp": REPLICATED,
+    "-fssdp-moved": [*REPLICATED, "--placement.reshard_every=20"],
 }
 ARMS = {
     f"{balance}{placement}": BALANCE[balance] + PLACEMENT[placement] for balance in BALANCE for placement in PLACEMENT
@@ -173,15 +176,12 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(
             [name] + [spread([r[key] * scale for r in of_arm if key in r], spec) for key, _, spec, scale in COLUMNS]
         )
+    loss = {(record["arm"], record["seed"]): record["loss"] for record in records}
     changes = []
-    for name in (name for name in shown if f"{name}-fssdp" in shown):
-        pairs = [
-            (a["loss"], b["loss"])
-            for a in records
-            for b in records
-            if a["arm"] == name and b["arm"] == f"{name}-fssdp" and a["seed"] == b["seed"]
-        ]
-        changes.append([name, *(f"{b - a:+.5f}" for a, b in pairs)])
+    for name in shown:
+        plain = name.partition("-")[0]
+        if name != plain and plain in shown:
+            changes.append([name, *(f"{loss[key] - loss[plain, key[1]]:+.5f}" for key in loss if key[0] == name)])
     seeds = sorted({record["seed"] for record in records})
     return "\n".join(
         [
@@ -191,16 +191,17 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"{s['layers']} layers of {s['experts']} experts, top-{s['top_k']}, on {RANKS} ranks; {s['steps']} steps "
             f"of {s['global_batch']} sequences of {s['seq_len']} bytes, in micro-batches of {s['micro_batch']}. "
-            "`-fssdp` replicates in every step the two experts that were busiest in the five steps before, on all "
-            "ranks. `global+micro` adds a micro-batch loss with 1 % of the coefficient. Loss in nats per token of "
-            "held-out text; divergence in bits, how differently domains are routed; busiest rank: its rows in a "
-            "micro-batch over the mean, mean of the second half of the run; \u00b1 standard deviation over seeds.",
+            "`-fssdp` replicates up to two experts in every step on all ranks, chosen by the loads of the five steps "
+            "before; `-fssdp-moved` also moves experts to new owners every 20 steps. `global+micro` adds a micro-batch "
+            "loss with 1 % of the coefficient. Loss in nats per token of held-out text; divergence in bits, how "
+            "differently domains are routed; busiest rank: its rows in a micro-batch over the mean, mean of the second "
+            "half of the run; \u00b1 standard deviation over seeds.",
             "",
             table(["arm", *(title for _, title, *_ in COLUMNS)], rows),
             "",
             "What replicas change in the held-out loss, per seed. They change only the order of additions.",
             "",
-            table(["balance", *(f"seed {seed}" for seed in seeds)], changes),
+            table(["arm", *(f"seed {seed}" for seed in seeds)], changes),
             "",
         ]
     )
@@ -226,12 +227,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
     flips.set_xlabel("step")
     flips.legend()
     for axes, balance in zip(panels, BALANCE, strict=True):
-        curves = [r["curve"] for r in result["runs"] if r["arm"] == f"{balance}-fssdp"]
-        if curves:
-            steps = [point[0] for point in curves[0]]
-            for column, label in ((1, "owners only"), (2, "with replicas")):
-                values = [mean(curve[i][column] for curve in curves) for i in range(len(steps))]
-                axes.plot(steps, values, label=label)
+        for arm, column, label in (
+            ("-fssdp", 1, "owners only"),
+            ("-fssdp", 2, "with replicas"),
+            ("-fssdp-moved", 2, "with replicas and new owners"),
+        ):
+            curves = [r["curve"] for r in result["runs"] if r["arm"] == balance + arm]
+            if curves:
+                values = [mean(curve[i][column] for curve in curves) for i in range(len(curves[0]))]
+                axes.plot([point[0] for point in curves[0]], values, label=label)
         axes.set_title(f"{balance} balance")
         axes.set_xlabel("step")
         axes.set_ylim(bottom=1.0, top=max(axes.get_ylim()[1], 1.6))

@@ -77,7 +77,13 @@ def _report(run_dir: Path) -> str:
 
 
 def command_to_continue(arguments: list[str], process: env.Process, steps: int) -> str:
-    """Return the command that continues this run, for the folder in which it was started."""
+    """Return the command that continues this run, for the folder in which it was started.
+
+    A script that starts the run in its own way says so with the variable ``EQUIMOE_COMMAND``: a command that resumes
+    the run and takes further options.
+    """
+    if command := os.environ.get("EQUIMOE_COMMAND"):
+        return f"{command.strip()} --steps {steps}"
     kept, skip = [], False
     for argument in arguments:
         name = argument.split("=")[0]
@@ -87,8 +93,24 @@ def command_to_continue(arguments: list[str], process: env.Process, steps: int) 
     more = [*kept, "--resume", "--steps", str(steps)]
     if process.local_world < process.world:
         return f"run the same command on every machine with the options {shlex.join(more)}"
+    if launcher := _launcher():
+        return shlex.join([*launcher, *more])
     processes = ["--processes", str(process.world)] if process.world > 1 else []
     return shlex.join([_python(), "-m", "equimoe.launch.train", *processes, *more])
+
+
+def _launcher() -> list[str]:
+    """Return the torchrun command of the user who started this rank, up to the module; empty if there is none."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
+        module = words.index("equimoe.launch.train")
+    except (OSError, ValueError):
+        return []
+    programs = {"torchrun": ["torchrun"], "torch.distributed.run": [_python(), "-m", "torch.distributed.run"]}
+    for place, word in enumerate(words[:module]):
+        if (name := os.path.basename(word)) in programs:
+            return [*programs[name], *words[place + 1 : module + 1]]
+    return []  # --processes has started torchrun
 
 
 def _python() -> str:

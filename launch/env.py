@@ -158,10 +158,15 @@ def threads(process: Process) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     first = given.split(",")[0].strip()  # the numbers after it are those of nested loops
     if not given.strip():
-        return max(1, (os.cpu_count() or 1) // process.world)
+        return max(1, available_cores() // process.local_world)
     if not (first.isascii() and first.isdigit() and len(first) < 5 and int(first) > 0):
         raise ValueError(f"OMP_NUM_THREADS={given}: must begin with a whole number in 1..9999, or be unset")
     return int(first)
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use, which is often less than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _number(name: str, default: str | None = None) -> int:

@@ -2,7 +2,8 @@
 
 Prints, for each domain, the loss in nats per token and the perplexity, with error bars: the standard deviation, and the
 95 % interval, over bootstrap samples of the documents. Without --data, a run is evaluated on the text that it has held
-out. A document begins with the end-of-document token, and is read in parts of --seq-len tokens.
+out. A document begins with the end-of-document token, and is read in parts of --seq-len tokens. A model trained with
+--data.documents separate sees that token only when it predicts a document's first one, as in training.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..moe.observe.metrics import write_atomically
 from ..moe.observe.printable import printable
 from ..moe.serve import score, windows
 from ..moe.train.config import DataConfig
-from ..moe.train.data import Tokenizer, load_corpus, read_documents
+from ..moe.train.data import Tokenizer, load_corpus, read_labelled
 from . import env, loaded
 from .tokens import TOKENS
 from .usage import Parser, a_path
@@ -54,15 +55,16 @@ def main(argv: list[str] | None = None) -> None:
         experts = source.weights.architecture.moe.num_experts
         with loaded.ranks(process, arguments, experts, "equimoe.launch.evaluate", given) as mesh:
             model = loaded.build(source, mesh, process.device, seq_len, loaded.DTYPES[arguments.dtype])
-            texts = [(domain, ids) for domain, of_domain in documents.items() for ids in of_domain]
-            parts = [w for n, (_, ids) in enumerate(texts) for w in windows(n, ids, seq_len)]
+            texts = [(domain, *text) for domain, of_domain in documents.items() for text in of_domain]
+            parts = [w for n, (_, ids, scored) in enumerate(texts) for w in windows(n, ids, seq_len, scored)]
             sums_N2 = torch.zeros(len(texts), 2, dtype=torch.float64)
             dp = loaded.readers(mesh)
-            for n, losses_S, _ in score(model, parts, batch=arguments.batch, dp=dp):
+            end = loaded.end_of(source, tokenizer)
+            for n, losses_S, _ in score(model, parts, end=end, batch=arguments.batch, dp=dp):
                 sums_N2[parts[n].text] += torch.tensor([losses_S.sum(), len(losses_S)], dtype=torch.float64)
             sums_N2 = sum_over(sums_N2.to(process.device), dp).get().cpu()
             if process.rank == 0:
-                found = summary([domain for domain, _ in texts], sums_N2.numpy(), arguments.samples, arguments.seed)
+                found = summary([domain for domain, *_ in texts], sums_N2.numpy(), arguments.samples, arguments.seed)
                 text = printable(arguments.data) if arguments.data else "held-out text"
                 print(f"{printable(source.where)}, on {text}")
                 print("\n".join(table(found)))
@@ -73,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _documents(
     arguments: argparse.Namespace, source: loaded.Source, tokenizer: Tokenizer, process: env.Process
-) -> dict[str, list[list[int]]]:
-    """Return the documents of every domain as ids, each after an end-of-document token."""
+) -> dict[str, list[Text]]:
+    """Return the documents of every domain."""
     known = {field.name for field in fields(DataConfig)}
     settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
     settings |= {name: getattr(arguments, name) for name in FIELDS if getattr(arguments, name) is not None}
@@ -85,15 +87,15 @@ def _documents(
     config = DataConfig(**settings)
     try:
         if arguments.data is not None:
-            found = read_documents(config, tokenizer)
+            found: dict[str, list[Any]] = {**read_labelled(config, tokenizer)}
         else:
-            held = load_corpus(config, tokenizer, _tokens(arguments.run_dir)).heldout
-            found = {domain: [stream] for domain, stream in held.items()}
+            corpus = load_corpus(config, tokenizer, _tokens(arguments.run_dir))
+            found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}
     except ValueError as error:
         text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
         env.stop(process, env.DATA, text.replace(", or None for the text that comes with Python", ""))
     end = tokenizer.end_of_document
-    texts = {domain: [text for stream in found[domain] for text in _texts(stream, end)] for domain in found}
+    texts = {domain: [t for ids, mask in found[domain] for t in _texts(ids, mask, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}
     if not texts:
         env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
@@ -105,11 +107,24 @@ def _tokens(path: Path) -> Path | None:
     return next((folder / TOKENS for folder in (path, *path.parents[:2]) if (folder / TOKENS).is_dir()), None)
 
 
-def _texts(stream: Any, end: int) -> list[list[int]]:
-    """Cut a stream at its end-of-document tokens; each text begins with one."""
+#: ids after an end-of-document token, and which of the ids after the first are trained on; None: all
+Text = tuple[list[int], list[bool] | None]
+
+
+def _texts(stream: Any, mask: Any, end: int) -> list[Text]:
+    """Cut a stream at its end-of-document tokens; each text begins with one. Those without a label are left out.
+
+    ``mask`` is 1 for each id of the stream that is trained on; None: all are.
+    """
     ids = np.asarray(stream[: len(stream)]).astype(np.int64)
-    parts = [part[part != end] for part in np.split(ids, np.flatnonzero(ids == end))]
-    return [[end, *part.tolist()] for part in parts if part.size]
+    labelled = np.ones(len(ids), bool) if mask is None else np.asarray(mask[: len(mask)]).astype(bool)
+    ends = np.flatnonzero(ids == end)
+    found: list[Text] = []
+    for part, scored in zip(np.split(ids, ends), np.split(labelled, ends), strict=True):
+        scored = scored[part != end]
+        if scored.any():
+            found.append(([end, *part[part != end].tolist()], None if mask is None else scored.tolist()))
+    return found
 
 
 #: what is known about a domain; error bars are None if there is only one document or one bootstrap sample

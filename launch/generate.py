@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             dp = loaded.readers(mesh)
             stream = Stream(prompts[0], tokenizer) if len(prompts) == 1 and process.rank == 0 else None
             shown = (lambda _, token: stream.add(token)) if stream is not None else (lambda *_: None)
-            settings = {"stop": marks.stops, "dp": dp, "batch": arguments.batch}
+            end = loaded.end_of(source, tokenizer)
+            settings = {"stop": marks.stops, "end": end, "dp": dp, "batch": arguments.batch}
             texts = generate(model, ids, sampling, **settings, on_token=shown)
             everywhere = {number: text for part in gather(texts) for number, text in part.items()}
             if stream is not None:

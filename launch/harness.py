@@ -48,7 +48,7 @@ class EquiMoE(TemplateLM):
         super().__init__()
         source = loaded.find(Path(path))
         self.tokens = loaded.tokenizer_of(source, tokenizer, end_of_document)
-        self.marks = loaded.marks(source, self.tokens)
+        self.marks, self.end = loaded.marks(source, self.tokens), loaded.end_of(source, self.tokens)
         self.max_length, self.max_gen_toks = max_length or source.seq_len, max_gen_toks
         self.batch_size = batch_size
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -74,7 +74,7 @@ class EquiMoE(TemplateLM):
             ids = (context + continuation)[-(self.max_length + 1) :]
             several.append(Window(number, ids, max(len(ids) - len(continuation) - 1, 0)))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(several)
-        for number, losses_S, best_S in score(self.model, several, batch=self.batch_size):
+        for number, losses_S, best_S in score(self.model, several, end=self.end, batch=self.batch_size):
             found[number] = (-float(losses_S.sum()), bool(best_S.all()))
         return found
 
@@ -104,7 +104,7 @@ class EquiMoE(TemplateLM):
                 raise ValueError(f"max_gen_toks={tokens}: leaves no room in max_length={self.max_length}; lower it")
             prompts = [(self.tok_encode(requests[n].args[0]) or [self.prefix_token_id])[-room:] for n in numbers]
             sampling = Sampling(tokens, temperature, top_p)
-            texts = generate(self.model, prompts, sampling, stop=self.marks.stops, batch=self.batch_size)
+            texts = generate(self.model, prompts, sampling, stop=self.marks.stops, end=self.end, batch=self.batch_size)
             for place, number in enumerate(numbers):
                 text = self.tokens.decode(np.array(texts[place]), skip_special=True)
                 until = requests[number].args[1].get("until") or []

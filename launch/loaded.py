@@ -70,6 +70,11 @@ def find(path: Path) -> Source:
     return Source(weights_of(folder, manifest), f"{folder}, step {manifest['step']}", data, tokenizer, side)
 
 
+def end_of(source: Source, tokenizer: Tokenizer) -> int | None:
+    """Return the id that ends a document for attention, if the model was trained on separate documents."""
+    return tokenizer.end_of_document if source.data.get("documents") == "separate" else None
+
+
 def tokenizer_of(source: Source, given: str | None, end_of_document: str | None = None) -> Tokenizer:
     """Load the tokenizer of a model. Raises ValueError if it is unknown or does not fit the vocabulary."""
     name, vocabulary = given or source.tokenizer, source.weights.architecture.vocab_size

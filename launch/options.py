@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
-import re
 import reprlib
-import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,9 +18,6 @@ from .initial import Initial
 from .recipes import RECIPES
 from .strict_yaml import read_yaml
 from .text import option_text
-
-USAGE = "usage: python -m equimoe.launch.train [--recipe NAME] [--config FILE] [--SECTION.FIELD VALUE] ..."
-
 
 #: limits of every number of the configuration
 LARGEST_INT, LARGEST_FLOAT = 1 << 48, 3.4e38
@@ -68,29 +60,50 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "requeue": (bool, "for schedulers: resume if the run folder has a checkpoint, else start"),
     "dry_run": (bool, "check configuration and data and build the model, but do not train"),
     "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
-    "help": (bool, "print this text"),
+    "help": (str, "print this text, all options, or those of a section, such as moe.balance"),
+}
+#: option or section -> the field that must have one of these values for it to have any effect
+ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("attention.num_kv_heads", "attention.head_width"), ("attention.kind", ("grouped",))),
+    **dict.fromkeys(("attention.qk_norm", "attention.qk_norm_over"), ("attention.kind", ("grouped",))),
+    **dict.fromkeys(("attention.q_lora_rank", "attention.kv_lora_rank"), ("attention.kind", ("latent",))),
+    **dict.fromkeys(("attention.qk_nope_width", "attention.qk_rope_width"), ("attention.kind", ("latent",))),
+    "attention.v_width": ("attention.kind", ("latent",)),
+    "recompute": ("model.recompute", (True,)),
+    "data.builtin_bytes_per_domain": ("data.path", (None,)),
+    "optim.decay_fraction": ("optim.schedule", ("wsd",)),
+    "optim.min_lr_ratio": ("optim.schedule", ("cosine", "wsd")),
+    "placement": ("parallel.experts", ("fssdp",)),
+    "deepspeed": ("engine", ("deepspeed",)),
+    "megatron": ("engine", ("megatron",)),
+    "health.spike_sigmas": ("health.spike", ("stop", "skip", "revisit")),
 }
 
 
 def parse(argv: list[str]) -> Launch:
     """Parse a command line, given without the program's name.
 
-    Later options override earlier ones, options override files, and files override the recipe. ``--help`` prints every
-    option and raises SystemExit(0). Raises a one-line ValueError for an unknown option or key (suggesting the nearest
-    one), a value of the wrong type, a file that cannot be read, or an inconsistent configuration.
+    Later options override earlier ones, options override files, and files override the recipe. ``--help`` prints a help
+    text and raises SystemExit(0). Raises a one-line ValueError for an unknown option or key (suggesting the nearest
+    one), a value of the wrong type, a file that cannot be read, an option without effect, or an inconsistent
+    configuration.
     """
     given = list(_given(argv))
     run: dict[str, Any] = {name: False if hint is bool else None for name, (hint, _) in RUN_OPTIONS.items()}
     files = [text for name, text in given if name == "config"]
     for name, text in given:
-        if name in RUN_OPTIONS:
+        if name == "help":
+            run[name] = text or ""
+        elif name in RUN_OPTIONS:
             run[name] = _from_text(RUN_OPTIONS[name][0], name.replace("_", "-"), text)
     recipe = "quickstart" if run["recipe"] is None else run["recipe"]
     if recipe not in RECIPES:
         raise ValueError(f"--recipe={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
     start = RECIPES[recipe]()
-    if run["help"]:
-        print(help_text(start))
+    if run["help"] is not None:
+        from .help import help_text  # which reads this module
+
+        print(help_text(start, run["help"]))
         raise SystemExit(0)
     if run["processes"] is not None and run["processes"] < 1:
         raise ValueError(f"--processes={run['processes']}: must be at least 1")
@@ -107,8 +120,12 @@ def parse(argv: list[str]) -> Launch:
             _override(values, name, text)
     if initial is not None:
         initial.check(values)
+    config = _build(TrainConfig, values)
+    for name, _ in given:
+        if name not in RUN_OPTIONS:
+            _check_effect(name, config, start)
     return Launch(
-        config=_build(TrainConfig, values),
+        config=config,
         recipe=recipe,
         run_dir=run_dir,
         processes=run["processes"],
@@ -130,11 +147,11 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints_of(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _section(hint: Any) -> Any:
+def section_of(hint: Any) -> Any:
     """Return the dataclass of a ``Section`` or ``Section | None`` hint, or None if it is not a section."""
     return next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
 
@@ -142,8 +159,8 @@ def _section(hint: Any) -> Any:
 def fields_of(cls: type = TrainConfig, prefix: str = "") -> dict[str, Any]:
     """Return the type of every field by dotted name. An optional section also has an entry itself."""
     found: dict[str, Any] = {}
-    for name, hint in _hints(cls).items():
-        section = _section(hint)
+    for name, hint in hints_of(cls).items():
+        section = section_of(hint)
         if section is None or type(None) in get_args(hint):
             found[prefix + name] = hint
         if section is not None:
@@ -157,11 +174,11 @@ def _known(text: str | None) -> str:
     sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
     name = str(text).replace("-", "_")
     if name not in names and name not in sections:
-        raise ValueError(f"--allow-change={text}: no such setting{_suggest(name, [*names, *sorted(sections)])}")
+        raise ValueError(f"--allow-change={text}: no such setting{suggest(name, [*names, *sorted(sections)])}")
     return name
 
 
-def _suggest(name: str, names: list[str], mark: str = "") -> str:
+def suggest(name: str, names: list[str], mark: str = "") -> str:
     """Return ``; did you mean ...?`` with the nearest name, preferring the same field of another section."""
     same = [other for other in names if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     near = same[:1] or difflib.get_close_matches(name, names, n=1)
@@ -174,8 +191,8 @@ def _wanted(hint: Any) -> str:
     kind = parts[0] if parts else hint
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     text = f"one of {', '.join(map(str, get_args(kind)))}" if get_origin(kind) is Literal else words.get(kind, "")
-    if section := _section(hint):
-        text = f"a mapping of {', '.join(_hints(section))}"
+    if section := section_of(hint):
+        text = f"a mapping of {', '.join(hints_of(section))}"
     return text + (" or none" if type(None) in get_args(hint) else "")
 
 
@@ -198,7 +215,7 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             inside = [other for other in names if other.startswith(name + ".")]
             if inside:
                 raise ValueError(f"--{typed}: is a section; set one of its fields, such as --{inside[0]}")
-            raise ValueError(f"--{typed}: no such option{_suggest(name, names, '--')}")
+            raise ValueError(f"--{typed}: no such option{suggest(name, names, '--')}")
         if equals:
             yield name, text
         else:
@@ -215,8 +232,8 @@ def _from_text(hint: Any, name: str, text: str | None) -> Any:
         return None
     if str in (hint, *get_args(hint)) and not text.strip():
         raise ValueError(f"--{name}={text}: is empty; give a value, or leave the option out")
-    if section := _section(hint):
-        raise ValueError(f"--{name}={text}: use none, or set a field, such as --{name}.{next(iter(_hints(section)))}")
+    if section := section_of(hint):
+        raise ValueError(f"--{name}={text}: use none, or set a field, such as --{name}.{next(iter(hints_of(section)))}")
     try:
         return _adapter(hint).validate_strings(text)
     except ValidationError:
@@ -234,6 +251,27 @@ def _override(values: dict[str, Any], name: str, text: str | None) -> None:
     values[last] = value
 
 
+def value_of(config: TrainConfig, name: str) -> Any:
+    """Return the value of a field by its dotted name; None if its section is off."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _check_effect(name: str, config: TrainConfig, recipe: TrainConfig) -> None:
+    """Raise ValueError for an option that changes the recipe, but nothing of what the run does."""
+    needed, value = ONLY_WITH.get(name) or ONLY_WITH.get(name.partition(".")[0]), value_of(config, name)
+    if needed is None or value == value_of(recipe, name):
+        return
+    field, values = needed
+    found = value_of(config, field)
+    if found not in values:
+        remedy = " or ".join(f"--{field} {option_text(wanted)}" for wanted in values)
+        problem = f"--{name}={option_text(value)}: has no effect with {field}={option_text(found)}"
+        raise ValueError(f"{problem}; add {remedy}, or leave it out")
+
+
 # ---- from YAML
 
 
@@ -245,7 +283,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if found is not None and not isinstance(found, dict):
-        raise ValueError(f"{file}: must be a mapping of {', '.join(_hints(TrainConfig))}")
+        raise ValueError(f"{file}: must be a mapping of {', '.join(hints_of(TrainConfig))}")
     return found or {}
 
 
@@ -253,12 +291,12 @@ def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str
     """Override ``values`` with a nested mapping of class ``cls``, checking each key and the type of each value."""
     for key, value in given.items():
         name = str(key).replace("-", "_")
-        if name not in _hints(cls):
-            near = _suggest(prefix + name, [*fields_of(), *_hints(TrainConfig)])
+        if name not in hints_of(cls):
+            near = suggest(prefix + name, [*fields_of(), *hints_of(TrainConfig)])
             remedy = "no such key" + near if name not in fields_of() else "nest the key under its section"
             raise ValueError(f"{file}: {prefix}{key if isinstance(key, str) else reprlib.repr(key)}: {remedy}")
-        hint = _hints(cls)[name]
-        section = _section(hint)
+        hint = hints_of(cls)[name]
+        section = section_of(hint)
         if section is not None and isinstance(value, dict):
             inside = values.get(name) or {}
             _merge(inside, value, section, f"{prefix}{name}.", file)
@@ -276,7 +314,7 @@ def _from_yaml(hint: Any, name: str, value: Any, file: str) -> Any:
             return None
         if isinstance(value, str) and float in kinds:  # YAML 1.1 parses 1e-3 as a string
             return _adapter(hint).validate_strings(value)
-        if _section(hint) is None:
+        if section_of(hint) is None:
             return _adapter(hint).validate_python(value)
     except ValidationError:
         pass
@@ -291,9 +329,9 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def _build(cls: type, values: dict[str, Any], path: str = "") -> Any:
     """Build a dataclass from a nested mapping. The dataclasses validate themselves."""
     made = dict(values)
-    for name, hint in _hints(cls).items():
-        if _section(hint) is not None and made.get(name) is not None:
-            made[name] = _build(_section(hint), made[name], f"{path}{name}.")
+    for name, hint in hints_of(cls).items():
+        if section_of(hint) is not None and made.get(name) is not None:
+            made[name] = _build(section_of(hint), made[name], f"{path}{name}.")
         _check_size(path + name, made.get(name))
     try:
         return cls(**made)
@@ -308,83 +346,3 @@ def _check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value}: must be less than 2**48, the most that a run can use; lower it")
     if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
         raise ValueError(f"{name}={value}: must be at most {LARGEST_FLOAT}, the largest fp32 value; lower it")
-
-
-# ---- help
-
-
-def field_comments(cls: type) -> dict[str, str]:
-    """Return the ``#:`` comment above each field, from the class's source; empty if there is no source file."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except OSError:
-        return {}
-    lines, found = source.splitlines(), {}
-    (node,) = ast.parse(source).body
-    assert isinstance(node, ast.ClassDef)
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            above = [line.strip() for line in lines[: item.lineno - 1]]
-            comment = list(takewhile(lambda line: line.startswith("#:"), reversed(above)))[::-1]
-            text = " ".join(line.removeprefix("#:").strip() for line in comment)
-            found[item.target.id] = re.sub(r":\w+:`([^`]*)`", r"\1", text).replace("``", "")
-    return found
-
-
-def _placeholder(hint: Any) -> str:
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
-    if get_origin(hint) is Literal:
-        text = "|".join(map(str, get_args(hint)))
-    elif bool in kinds:
-        text = "true|false"
-    else:
-        text = {int: "INT", float: "NUMBER", str: "TEXT"}.get(kinds[0], "")
-    return "|".join(filter(None, (text, "none" if type(None) in get_args(hint) else "")))
-
-
-def _row(name: str, placeholder: str, text: str) -> str:
-    left = f"  --{name} {placeholder}".rstrip()
-    pad = " " * 44
-    body = textwrap.fill(text, 116, initial_indent=pad, subsequent_indent=pad)
-    return left + body[len(left) :] if len(left) < len(pad) - 1 else f"{left}\n{body}".rstrip()
-
-
-def _section_help(name: str, hint: Any, current: Any) -> Iterator[str]:
-    cls = _section(hint)
-    title = (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
-    yield f"\n{name}: {title}"
-    if type(None) in get_args(hint):
-        state = "off" if current is None else "on"
-        yield _row(name, "none", f"switch this section off; any option of {name} switches it on (default: {state})")
-    comments, inside = field_comments(cls), []
-    for field, kind in _hints(cls).items():
-        value = getattr(cls() if current is None else current, field)
-        if _section(kind):
-            inside.append((f"{name}.{field}", kind, value))
-        else:
-            text = "; ".join(filter(None, (comments.get(field, ""), f"default {option_text(value)}")))
-            yield _row(f"{name}.{field}", _placeholder(kind), text)
-    for section in inside:
-        yield from _section_help(*section)
-
-
-def help_text(start: TrainConfig) -> str:
-    """Return the help text: every option with its type, its default in ``start``, and its field's comment."""
-    lines = [USAGE, "(on several machines: torchrun ... -m equimoe.launch.train ...)"]
-    lines += ["Dashes and underscores in option names are interchangeable.", ""]
-    for name, (hint, text) in RUN_OPTIONS.items():
-        lines.append(_row(name.replace("_", "-"), "" if hint is bool else _placeholder(hint), text))
-    lines.append("\nrecipes:")
-    for name, recipe in RECIPES.items():
-        summary = (inspect.getdoc(recipe) or "").split("\n\n")[0].replace("\n", " ")
-        lines.append(textwrap.fill(f"{name}: {summary}", 116, initial_indent="  ", subsequent_indent="      "))
-    lines.append("\nrun:")
-    comments = field_comments(TrainConfig)
-    for name, hint in _hints(TrainConfig).items():
-        if _section(hint) is None:
-            text = "; ".join(filter(None, (comments.get(name, ""), f"default {option_text(getattr(start, name))}")))
-            lines.append(_row(name, _placeholder(hint), text))
-    for name, hint in _hints(TrainConfig).items():
-        if _section(hint) is not None:
-            lines.extend(_section_help(name, hint, getattr(start, name)))
-    return "\n".join(lines)

@@ -7,22 +7,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
-from equimoe.launch import checkpoint, convert, dryrun, evaluate, generate, mesh, options
+from equimoe.launch import checkpoint, convert, dryrun, evaluate, generate, mesh, options, placement
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "docs/engines.md",
-    "docs/balance.md",
-    "docs/checkpoints.md",
-    "launch/slurm/train.sbatch",
-)
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *PAGES, "launch/slurm/train.sbatch")
 #: options of DeepSpeed's launcher that the documents use, with the number of their values
 DEEPSPEED = {"--hostfile": 1, "--no_local_rank": 0, "--module": 0}
-PARSERS = {module.__name__: module._parser for module in (checkpoint, convert, evaluate, generate, mesh)}
+PARSERS = {module.__name__: module._parser for module in (checkpoint, convert, evaluate, generate, mesh, placement)}
 STARTS = r"(?:\.venv/bin/)?(?:python -m|torchrun|deepspeed)|make train|[A-Z_]+=\S+ sbatch"
 
 
@@ -47,7 +42,8 @@ def parse(words: list[str], world: int = 1) -> None:
         parse(rest)
     elif name == "sbatch":
         script = rest.index("launch/slurm/train.sbatch")
-        ours("equimoe.launch.train", rest[script + 1 :], 8 * int(rest[rest.index("--nodes") + 1]))
+        nodes = int(rest[rest.index("--nodes") + 1]) if "--nodes" in rest else 2
+        ours("equimoe.launch.train", [word.replace("%a", "3") for word in rest[script + 1 :]], 8 * nodes)
     elif name == "torchrun":
         started = get_args_parser().parse_args(rest)
         if started.module:
@@ -67,7 +63,10 @@ def parse(words: list[str], world: int = 1) -> None:
 
 def ours(module: str, arguments: list[str], world: int) -> None:
     if module == "equimoe.launch.train":
-        if arguments != ["--help"]:
+        if "--init.from" in arguments:  # what the options around it are about is tested with the folder
+            place = arguments.index("--init.from")
+            arguments = [*arguments[:place], *arguments[place + 2 :]]
+        if arguments[:1] != ["--help"]:
             launch = options.parse(arguments)
             degrees = launch.config.degrees(launch.processes or world)
             assert launch.config.micro_batches(degrees.dp) > 0
@@ -87,8 +86,9 @@ def test_parses(document: str, command: str) -> None:
 
 def test_the_example_for_kubernetes() -> None:
     text = (ROOT / "launch/k8s/train.yaml").read_text()
-    (recipe,), (extra,) = re.findall(r"name: RECIPE\n +value: (\w+)", text), re.findall(r'such as "([^"]+)"', text)
-    ours("equimoe.launch.train", ["--recipe", recipe, *extra.split()], 16)
+    ((args, more),) = re.findall(r" args: \[(.*)\] # for example also: (.*)", text)
+    for words in (args, f"{args}, {more}"):
+        ours("equimoe.launch.train", [str(word) for word in yaml.safe_load(f"[{words}]")], 16)
 
 
 def test_a_wrong_option_is_found() -> None:
@@ -99,5 +99,6 @@ def test_a_wrong_option_is_found() -> None:
 
 def test_commands_are_found() -> None:
     found = commands()
-    assert {document for document, _ in found} == set(DOCUMENTS) - {"CONTRIBUTING.md", "docs/balance.md"}
+    without = {"CONTRIBUTING.md", "docs/balance.md", "docs/inference.md", "docs/kernels.md"}
+    assert {document for document, _ in found} == set(DOCUMENTS) - without
     assert {"python", "torchrun", "deepspeed"} <= {re.split(r"[ /]", command)[0] for _, command in found}

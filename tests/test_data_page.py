@@ -80,9 +80,11 @@ def test_the_commands_are_parsed() -> None:
                 parse(line.split()[3:])
 
 
-def test_the_script_runs(tmp_path: Path) -> None:
-    (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    lines = python(script, tmp_path, ROOT)
+def test_the_scripts_run(tmp_path: Path) -> None:
+    engine, batches = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (line,) = python(engine, tmp_path, ROOT)
+    assert line.startswith("torch.Size([4, 32]) ") and float(line.split()[-1]) > 0
+    lines = python(batches, tmp_path, ROOT)
     assert len(lines) == 3 and all(line.startswith("torch.Size([8, 16]) ") for line in lines)
     assert all(60 < int(line.split()[-1]) < 8 * 16 for line in lines)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.balance.picture import PANELS, PICTURE, RESULTS, draw, last
 from equimoe.launch.options import parse
 from tests.helpers.fresh import python
 
@@ -22,14 +25,27 @@ def examples(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
-def test_the_layer_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    counts = " ".join(python(examples("README.md")[0], tmp_path, ROOT)).split("]")[0]
+def test_the_loop_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    (loop,) = examples("README.md")
+    counts = " ".join(python(loop, tmp_path, ROOT)).split("]")[0]
     assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
 
 
+def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
+    (every,) = examples("docs/routers.md")
+    found = dict(line.split(" [") for line in python(every, tmp_path, ROOT))
+    sums = {name: sum(map(int, re.findall(r"\d+", counts))) for name, counts in found.items()}
+    assert len(sums) == 7 and sums["DeepSeek-V3"] == 2 * 32 * 4 and sums["Switch"] == 2 * 32
+
+
+def test_the_op_of_the_kernels_page_runs(tmp_path: Path) -> None:
+    (op,) = examples("docs/kernels.md")
+    assert python(op, tmp_path, ROOT) == ["(10, 32) (4, 32, 16)"]
+
+
 @pytest.mark.slow
-def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(examples("README.md")[1])
+def test_the_engine_of_the_page_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(examples("docs/parallel.md")[0])
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -38,6 +54,60 @@ def test_the_engine_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     norms = [float(line.split()[1]) for line in done.stdout.splitlines()]
     assert len(norms) == 10 and all(0 < norm < 10 for norm in norms)
+
+
+#: what makes a run short: options after those of the page
+SHORT = {
+    "train": "--model.num_layers 1 --moe.hidden_size 48 --data.seq_len 32 --log.eval_sequences 1",
+    "evaluate": "--limit 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_commands_of_the_quickstart_run_in_their_order(tmp_path: Path) -> None:
+    """With fewer steps and a smaller model; what only prints is tested elsewhere."""
+    blocks = re.findall(r"^    (\S.*)$", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    printed = []
+    for line in blocks:
+        words = shlex.split(line)
+        if {"--help", "--print-config"} & set(words):
+            continue
+        if words[0] == "make":
+            options = shlex.split(dict(word.partition("=")[::2] for word in words[2:]).get("ARGS", ""))
+            words = ["-m", "equimoe.launch.train", "--processes", "2", "--run-dir", "runs/quickstart", *options]
+        else:
+            assert words.pop(0) == ".venv/bin/python"
+        kind = words[1].rpartition(".")[2]
+        if kind == "train":
+            steps = "4" if "--resume" in words else "2"
+            words = [word if before != "--steps" else steps for before, word in zip(["", *words], words, strict=False)]
+            words += SHORT["train"].split() + ([] if "--steps" in words else ["--steps", steps])
+            words += [] if "--data.path" in words else ["--data.builtin_bytes_per_domain", "30000"]
+        elif kind == "evaluate":
+            words += SHORT["evaluate"].split()
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+        printed.append(done.stdout)
+    assert len(printed) == 7 and (tmp_path / "runs/quickstart/checkpoints/step-00000004").exists()
+    assert {"config.yaml", "metrics.jsonl", "report.html"} <= set(os.listdir(tmp_path / "runs/quickstart"))
+
+
+def test_the_picture_of_the_readme_is_that_of_the_results(tmp_path: Path) -> None:
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    runs = json.loads(RESULTS.read_text())["runs"]
+    assert ROOT / picture == PICTURE and PICTURE.stat().st_size < 100_000
+    draw(runs, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    by_seed = [b["loss"] - a["loss"] for a, b in zip(*(last(runs, arm) for arm in PANELS), strict=True)]
+    assert all(round(difference, 3) in (-0.018, -0.019) for difference in by_seed), by_seed
+
+
+@pytest.mark.parametrize("target", re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text()))
+def test_targets_that_the_readme_names_exist(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -8,13 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from equimoe.launch import env, evaluate, generate
+from equimoe.launch import env, evaluate, generate, loaded
 from equimoe.launch.options import to_yaml
 from tests.helpers import small
 from tests.helpers.command import Ended, launch, one_line
@@ -192,6 +193,33 @@ def test_held_out_text_is_that_of_the_training(trained: Path) -> None:
         assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
         if row["documents"] > 1:
             assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+
+
+def test_prompts_of_instruction_data_are_left_out() -> None:
+    """A text without any label is left out whole."""
+    stream, mask = np.array([5, 6, 9, 7, 8, 9, 1, 2, 9]), np.array([0, 1, 1, 0, 0, 1, 1, 1, 1], np.uint8)
+    assert evaluate._texts(stream, mask, 9) == [([9, 5, 6], [False, True]), ([9, 1, 2], [True, True])]
+    assert evaluate._texts(stream, None, 9) == [([9, 5, 6], None), ([9, 7, 8], None), ([9, 1, 2], None)]
+
+
+def test_separate_documents_are_evaluated_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())  # they take time
+    config = small.on(small.write_texts(tmp_path / "texts"))
+    loss = {}
+    for documents in ("joined", "separate"):
+        folder = tmp_path / documents
+        folder.mkdir()
+        given = replace(config, steps=3, data=replace(config.data, documents=documents))
+        (folder / "small.yaml").write_text(to_yaml(given))
+        ended = launch(["--config", "small.yaml", "--run-dir", "run"], cwd=folder)
+        assert ended.codes == [0], ended
+        loss[documents] = evaluated(folder, "--data", str(tmp_path / "texts"))["all"]["loss"]
+        generated = run(folder, generate, "--prompt", "alpha", "--max-tokens", "4")
+        assert generated.codes == [0], generated
+    for documents, end in (("joined", None), ("separate", 256)):
+        source = loaded.find(tmp_path / documents / "run")
+        assert loaded.end_of(source, loaded.tokenizer_of(source, None)) == end
+    assert loss["joined"] != loss["separate"]
 
 
 @pytest.mark.parametrize("options", slow_but([["--ep", "2"]], [["--ep", "2"], ["--tp", "2"]]), ids=" ".join)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from equimoe.launch.env import FINAL, STOPPED
+from equimoe.launch.conclusion import command_to_continue
+from equimoe.launch.env import FINAL, STOPPED, Process
 from tests import side_by_side
 from tests.helpers.fresh import python
 
@@ -185,9 +188,11 @@ def test_the_slurm_script_is_valid_bash() -> None:
 
 
 STAND_INS = {
-    "scontrol": 'if [ "$1" = requeue ]; then echo "scontrol $*"; else echo node-a; echo node-b; fi',
-    "srun": 'shift; exec "$@"',
-    "torchrun": 'echo torchrun "$@"; if [ -n "$ENDS_WITH" ]; then echo "$ENDS_WITH" > "$EQUIMOE_EXIT_FILE"; exit 1; fi',
+    "scontrol": 'case "$1 $2" in requeue*) echo "scontrol $*" ;; *job) echo "  Command=/home/me/train.sbatch -x" ;; '
+    "*) echo node-a; echo node-b ;; esac",
+    "srun": 'echo "$1 $2"; shift 2; exec "$@"',
+    "torchrun": 'echo "threads $OMP_NUM_THREADS"; echo "again $EQUIMOE_COMMAND"; echo torchrun "$@"; '
+    'if [ -n "$ENDS_WITH" ]; then echo "$ENDS_WITH" > "$EQUIMOE_EXIT_FILE"; exit 1; fi',
 }
 
 
@@ -204,17 +209,54 @@ def command_of(script: list[str], tmp_path: Path, **env: str) -> str:
     return done.stdout.strip()
 
 
-def slurm_job(tmp_path: Path, **env: str) -> str:
-    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
-    script = [str(ROOT / "launch" / "slurm" / "train.sbatch"), "--steps", "7"]
-    return command_of(script, tmp_path, RUN_DIR=str(tmp_path / "a run"), SLURM_GPUS_ON_NODE="8", **job, **env)
+def slurm_job(tmp_path: Path, *options: str, **env: str) -> list[str]:
+    """Return the lines that the job prints."""
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"} | env
+    script = [str(ROOT / "launch" / "slurm" / "train.sbatch"), "--steps", "7", *options]
+    return command_of(script, tmp_path, RUN_DIR=str(tmp_path / "a run"), SLURM_GPUS_ON_NODE="8", **job).splitlines()
 
 
 def test_the_slurm_script_meets_on_the_first_node(tmp_path: Path) -> None:
-    first = slurm_job(tmp_path)
+    *_, first = slurm_job(tmp_path)
     for part in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-backend c10d", "--rdzv-endpoint node-a:", "--rdzv-id 77"):
         assert part in first, first
     assert first.endswith(f"-m equimoe.launch.train --run-dir {tmp_path / 'a run'} --requeue --steps 7")
+
+
+@pytest.mark.parametrize(
+    ("given", "cores", "threads"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "64"}, 64, 8),
+        ({"SLURM_CPUS_ON_NODE": "96"}, 96, 12),
+        ({"SLURM_CPUS_PER_TASK": "4"}, 4, 1),
+        ({"SLURM_CPUS_PER_TASK": "8", "PROCESSES": "2"}, 8, 4),
+    ],
+)
+def test_the_ranks_of_a_node_share_its_cores(tmp_path: Path, given: dict[str, str], cores: int, threads: int) -> None:
+    without = {"OMP_NUM_THREADS": ""}
+    srun, found, *_ = slurm_job(tmp_path, **without, **given)
+    assert srun == f"--kill-on-bad-exit=1 --cpus-per-task={cores}" and found == f"threads {threads}"
+
+
+@pytest.mark.parametrize("job", ["1", "11999", "12000", "999999999"])
+def test_the_slurm_script_uses_no_port_of_outgoing_connections(tmp_path: Path, job: str) -> None:
+    *_, first = slurm_job(tmp_path, SLURM_JOB_ID=job)
+    assert 20000 <= int(re.search(r"node-a:(\d+)", first)[1]) < 32768
+
+
+def test_the_jobs_of_an_array_have_folders_and_options_of_their_own(tmp_path: Path) -> None:
+    _, _, again, last = slurm_job(tmp_path, "--seed", "%a", SLURM_ARRAY_TASK_ID="3")
+    assert last.endswith(f"--run-dir {tmp_path / 'a run' / '3'} --requeue --steps 7 --seed 3")
+    words = shlex.split(again)
+    assert words[1] == f"RUN_DIR={tmp_path / 'a run'}" and words[2:5] == ["sbatch", "--array", "3"]
+
+
+def test_the_last_lines_of_a_slurm_job_say_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = slurm_job(tmp_path, "--data.path", "my texts")[2].removeprefix("again ")
+    monkeypatch.setenv("EQUIMOE_COMMAND", again)
+    words = shlex.split(command_to_continue(["--steps", "7"], Process(world=16, local_world=8), 14))
+    folder, options = f"RUN_DIR={tmp_path / 'a run'}", ["--steps", "7", "--data.path", "my texts", "--steps", "14"]
+    assert words == [folder, "sbatch", "--nodes", "2", "/home/me/train.sbatch", *options]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +270,7 @@ def test_the_slurm_script_meets_on_the_first_node(tmp_path: Path) -> None:
         ("1", {"SLURM_RESTART_COUNT": "5"}, False),
         ("143", {}, False),  # scancel
         ("143", {"SLURM_JOB_END_TIME": "1"}, True),  # near the time limit
+        ("143", {"SLURM_JOB_END_TIME": "1", "SLURM_RESTART_COUNT": "99"}, True),
         ("143", {"SLURM_JOB_END_TIME": "99999999999"}, False),
     ],
 )
@@ -254,26 +297,56 @@ def test_the_kubernetes_job_is_consistent(tmp_path: Path) -> None:
     (container,) = pod["containers"]
     env = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert int(env["NNODES"]) == spec["completions"]
+    assert spec["backoffLimitPerIndex"] > 3 and spec["maxFailedIndexes"] == 0 and "backoffLimit" not in spec
     assert env["RDZV_HOST"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     run_dir = tmp_path / "run"
 
-    def command(index: str = "0", **more: str) -> str:
-        given = {name: str(value) for name, value in env.items()} | {"RUN_DIR": str(run_dir), "EXTRA": "--steps 7"}
-        return command_of(["-c", container["args"][0]], tmp_path, **given, **more, JOB_COMPLETION_INDEX=index)
+    def command(index: str = "0", *options: str, **more: str) -> list[str]:
+        given = {name: str(value) for name, value in env.items()} | {"RUN_DIR": str(run_dir), "CORES": "64"}
+        script = ["-c", *container["command"][2:], *container["args"], *options]
+        return command_of(script, tmp_path, **given, **more, JOB_COMPLETION_INDEX=index).splitlines()
 
-    assert f"--nnodes 2 --nproc-per-node {pod_gpus(container)} " in command()
-    assert "--rdzv-backend c10d --rdzv-endpoint equimoe-train-0.equimoe:29400" in command()
-    assert "is_host=true" in command("0") and "is_host=false" in command("1")
-    ends = f"equimoe.launch.train --run-dir {run_dir} --requeue --recipe {env['RECIPE']} --steps 7"
-    assert command().endswith(ends)
-    assert command(ENDS_WITH="64").endswith(ends)
+    threads, _, started = command()
+    assert threads == "threads 8"
+    assert f"--nnodes 2 --nproc-per-node {pod_gpus(container)} " in started
+    assert "--rdzv-backend c10d --rdzv-endpoint equimoe-train-0.equimoe:29400" in started
+    assert "is_host=true" in command("0")[-1] and "is_host=false" in command("1")[-1]
+    ends = f"equimoe.launch.train --run-dir {run_dir} --requeue {' '.join(container['args'])}"
+    assert started.endswith(ends)
+    assert command("0", ENDS_WITH="64")[-1].endswith(ends)
+    # each word is an argument, whatever it contains
+    (tmp_path / "tools" / "torchrun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    found = subprocess.run(
+        ["bash", "-c", *container["command"][2:], "--data.path", "my texts"],
+        env=os.environ
+        | {"PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0"}
+        | {"CORES": "4", "NNODES": "1", "NPROC_PER_NODE": "8", "RDZV_HOST": "here", "RUN_DIR": "/runs/a b"},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert found[-5:] == ["--run-dir", "/runs/a b", "--requeue", "--data.path", "my texts"]
     mistakes, evictions = spec["podFailurePolicy"]["rules"]
     assert pod["restartPolicy"] == "Never" and evictions["action"] == "Ignore" and mistakes["action"] == "FailJob"
     assert set(mistakes["onExitCodes"]["values"]) == {code for code in FINAL if code not in STOPPED}
     assert {mount["mountPath"] for mount in container["volumeMounts"]} >= {"/runs"} and env["RUN_DIR"].startswith(
         "/runs"
     )
-    assert pod["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_kubernetes_pods_fit_the_restricted_security_level() -> None:
+    """The rules of https://kubernetes.io/docs/concepts/security/pod-security-standards/."""
+    _, job = yaml.safe_load_all((ROOT / "launch" / "k8s" / "train.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
+    assert all(volume.keys() & {"persistentVolumeClaim", "emptyDir"} for volume in pod["volumes"])
+    assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    own = container["securityContext"]
+    assert own["allowPrivilegeEscalation"] is False and own["capabilities"] == {"drop": ["ALL"]}
+    assert "privileged" not in own and "hostPort" not in str(container)
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert int(container["resources"]["requests"]["cpu"]) >= pod_gpus(container)
 
 
 def clean_of_make() -> dict[str, str]:
@@ -376,6 +449,7 @@ KINDS = {
     "-m not slow and not engines": "test",
     "-m slow": "test-slow",
     "tests/engines/run.py": "engines",
+    "tests/faults/run.py": "faults",
     "ruff": "check",
     "mypy": "check",
 }
@@ -390,8 +464,8 @@ def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
-    lines, failed = done.stdout.splitlines()[-4:], KINDS[failing]
-    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "check"]
+    lines, failed = done.stdout.splitlines()[-5:], KINDS[failing]
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "faults", "check"]
     assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
     assert (done.returncode == 0) == (failed is None)
 

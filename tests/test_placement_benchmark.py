@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ RESULT = ENDED | {"load_before": 1, "load_after": 1, "settings": dict(vars(QUICK
 
 def test_arms_differ_in_balance_and_placement_alone() -> None:
     configs = {name: parse([*options(QUICK, 3), *arm]).config for name, arm in ARMS.items()}
-    for balance in BALANCE:
-        plain, replicated = configs[balance], configs[f"{balance}-fssdp"]
+    for balance, how in product(BALANCE, ("-fssdp", "-fssdp-moved")):
+        plain, replicated = configs[balance], configs[balance + how]
         assert plain.moe == replicated.moe and plain.data == replicated.data and plain.optim == replicated.optim
         assert (plain.parallel.experts, replicated.parallel.experts) == ("ep", "fssdp")
     assert {config.seed for config in configs.values()} == {3}
@@ -46,7 +47,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
         for arm, loss, more in (("global", 1.0, {}), ("global-fssdp", 1.00001, {"replicated_straggler": 1.3}))
     ]
     text = markdown(RESULT | {"runs": runs})
-    assert "| global | 1.5000 \u00b1 0.7071 |" in text and "| global | +0.00001 | +0.00001 |" in text
+    assert "| global | 1.5000 \u00b1 0.7071 |" in text and "| global-fssdp | +0.00001 | +0.00001 |" in text
     assert "1.300 \u00b1 0.000" in text and "micro-fssdp" not in text
     draw({"runs": runs}, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000

@@ -222,10 +222,13 @@ class DispatchConfig:
 class MoEConfig:
     """The whole configuration of one MoE layer."""
 
+    #: width of the hidden states
     hidden_size: int
     #: width of one expert
     intermediate_size: int
+    #: number of routed experts
     num_experts: int
+    #: experts that each token is sent to
     top_k: int
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

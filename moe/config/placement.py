@@ -14,7 +14,7 @@ class PlacementConfig:
     The method is that of Hecate, "Unlocking Efficient Sparse Model Training via Fully Sharded Sparse Data Parallelism".
     """
 
-    #: busiest experts per layer that are replicated: as many as can be sent while the layer's attention computes
+    #: experts per layer that are replicated at most: as many as can be sent while the layer's attention computes
     overlap: int = 2
     #: memory for a layer's replicas on a rank, in MiB of weights; None: as much as ``overlap`` experts take
     memory_mb: int | None = None

@@ -21,10 +21,13 @@ class Batch:
 
     #: model inputs [B, S, ...]; for a language model, token ids
     inputs: Tensor
-    #: targets of the loss [B, S, ...]; for a language model, the next tokens
+    #: targets of the loss [B, S, ...]; for a language model, the next tokens, or -100 where none is to be learned
     labels: Tensor
     #: bool [B, S], True where a position is valid; None: all are valid
     mask: Tensor | None = None
+    #: integers [B, S], the number of each position's document; attention stays within runs of the same number. None:
+    #: within the whole sequence
+    documents: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Computed:
     #: as in :class:`StepResult`
     losses: list[Tensor]
     norm: Tensor
+    #: int64 scalar, the number of positions of all ranks that the loss counts
+    tokens: Tensor
     #: returns this rank's part of the gradient, complete and clipped or not, as the engine has it
     gradient: Callable[[], list[Tensor]]
 
@@ -67,14 +72,16 @@ class Engine(Protocol):
     def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """Run an optimizer step on ``batches``, this rank's micro-batches.
 
-        The loss is the mean over the valid positions of all micro-batches on all ranks. The weights are updated if
-        ``accept`` says so; by default, if losses and norm are finite on every rank. If the step raises, its gradients
-        are dropped and the next step is not affected.
+        The loss is the mean over the valid positions with a label of all micro-batches on all ranks; without any, it is
+        zero, and the gradient is that of load balancing alone. The weights are updated if ``accept`` says so; by
+        default, if losses and norm are finite on every rank. If the step raises, its gradients are dropped and the next
+        step is not affected.
         """
         ...
 
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
-        """Return, for each batch, the loss of every position [B, S] of this rank's part; zero where the mask is False.
+        """Return, for each batch, the loss of every position [B, S] of this rank's part; zero where the mask is False
+        or the label is -100.
 
         Runs forwards only and changes no state.
         """

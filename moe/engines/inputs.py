@@ -17,7 +17,15 @@ from .base import Accept, Batch, Computed
 
 def local_batches(batches: Sequence[Batch], mesh: Mesh | None, device: torch.device) -> list[LocalBatch]:
     """Return this rank's part of each micro-batch, on ``device``."""
-    moved = [(b.inputs.to(device), b.labels.to(device), None if b.mask is None else b.mask.to(device)) for b in batches]
+    moved = [
+        (
+            b.inputs.to(device),
+            b.labels.to(device),
+            None if b.mask is None else b.mask.to(device),
+            None if b.documents is None else b.documents.to(device),
+        )
+        for b in batches
+    ]
     return [take_local_batch(*batch, mesh=mesh) for batch in moved]
 
 

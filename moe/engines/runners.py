@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..balance import random_state_kept
+from ..model import Decoder
 from ..parallel import LocalBatch, LossFunction, Mesh, vocabulary_parallel
 from .balance import StepBalance
 from .reduce import Reducer
@@ -78,9 +80,24 @@ class WholeModel:
         return losses_BS
 
     def _forward(self, batch: LocalBatch) -> Any:
-        mask = () if batch.mask is None else (batch.mask,)
         with self.precision():
-            return self.model(batch.inputs, *mask)
+            return self._call(self.model, batch)
+
+    def _call(self, model: Callable[..., Any], batch: LocalBatch) -> Any:
+        """Call a model, or what wraps it, with a batch's inputs, and with its mask and documents if there are any."""
+        mask = () if batch.mask is None else (batch.mask,)
+        if batch.starts is None:
+            return model(batch.inputs, *mask)
+        if not self._takes_documents():
+            raise ValueError(
+                f"batch.documents: a {type(self.model).__name__} does not take them; leave them out, or give its "
+                "forward an argument 'starts', the position at which each position's document starts"
+            )
+        return model(batch.inputs, *mask, starts=batch.starts)
+
+    def _takes_documents(self) -> bool:
+        named = "starts" in inspect.signature(self.model.forward).parameters
+        return named or any(isinstance(module, Decoder) for module in self.model.modules())
 
 
 class Stages:
@@ -90,9 +107,9 @@ class Stages:
         self.pipeline, self.mesh, self.loss = pipeline, mesh, loss
 
     def train(self, batches: list[LocalBatch], tokens: Tensor, balance: StepBalance) -> list[Tensor]:
-        inputs, labels, masks = _columns(batches)
+        inputs, labels, rest = _columns(batches)
         if balance.counts_ahead:
-            self.pipeline.count(inputs, masks)
+            self.pipeline.count(inputs, rest)
         found: list[Tensor] = []
 
         def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -101,7 +118,7 @@ class Stages:
             return losses_BS.sum() / tokens
 
         with vocabulary_parallel(self.mesh):
-            self.pipeline.step(inputs, labels, masks, loss)
+            self.pipeline.step(inputs, labels, rest, loss)
         return found
 
     def evaluate(self, batches: list[LocalBatch]) -> list[Tensor]:
@@ -116,9 +133,14 @@ class Stages:
         return found
 
 
-def _columns(batches: list[LocalBatch]) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-    masks = [batch.mask for batch in batches if batch.mask is not None]
-    return [batch.inputs for batch in batches], [batch.labels for batch in batches], masks or None
+def _columns(batches: list[LocalBatch]) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
+    """Return inputs, labels, and the other arguments of the model."""
+    rest = {
+        "mask": [batch.mask for batch in batches if batch.mask is not None],
+        "starts": [batch.starts for batch in batches if batch.starts is not None],
+    }
+    given = {name: parts for name, parts in rest.items() if parts}
+    return [batch.inputs for batch in batches], [batch.labels for batch in batches], given
 
 
 def _filled(batch: LocalBatch, rows: int, mask_shape: tuple[int, ...]) -> LocalBatch:
@@ -126,5 +148,9 @@ def _filled(batch: LocalBatch, rows: int, mask_shape: tuple[int, ...]) -> LocalB
     more = rows - len(batch.inputs)
     mask = batch.inputs.new_ones((len(batch.inputs), mask_shape[1]), dtype=torch.bool)
     mask = mask if batch.mask is None else batch.mask
-    pad = [torch.cat((t, t.new_zeros((more, *t.shape[1:])))) for t in (batch.inputs, batch.labels, mask)]
-    return LocalBatch(*pad)
+
+    def pad(t: Tensor) -> Tensor:
+        return torch.cat((t, t.new_zeros((more, *t.shape[1:]))))
+
+    starts = None if batch.starts is None else pad(batch.starts)
+    return LocalBatch(pad(batch.inputs), pad(batch.labels), pad(mask), starts)

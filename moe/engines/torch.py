@@ -62,7 +62,7 @@ class TorchEngine:
             self._reducer.finish()
             stages = LOCAL if self._mesh is None else self._mesh["pp"]
             norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
-            applied = accepted(accept, Computed(losses, norm, self._gradient), self._mesh)
+            applied = accepted(accept, Computed(losses, norm, tokens, self._gradient), self._mesh)
             if applied:
                 self._update(lr)
         except BaseException:

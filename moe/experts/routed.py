@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.expert_mlp import expert_mlp
-from ..collectives import Route, fill_normal, start_sparse_all_gather
+from ..collectives import Route, fill_normal, local_rows, start_sparse_all_gather
 from ..types import DispatchPlan
 from .replicated import ReplicatedExperts
 
@@ -69,10 +69,5 @@ class RoutedExperts(nn.Module):
 
     def _weights(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the weights, in ``dtype`` if it is given."""
-        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        gate_up, down = local_rows(self.gate_up_proj), local_rows(self.down_proj)
         return (gate_up, down) if dtype is None else (gate_up.to(dtype), down.to(dtype))
-
-
-def _local(weight: Tensor) -> Tensor:
-    to_local = getattr(weight, "to_local", None)
-    return weight if to_local is None else to_local()

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..collectives import reset
 from ..config import AttentionConfig, require
+from .attend import causal_attention, windowed_attention
+from .documents import Documents
 from .past import Past
 from .rotary import rotary_tables
+
+AttendWithin = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
 #: epsilon of all norms, unless another one is given
 EPS = 1e-5
@@ -41,6 +44,9 @@ class JointNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Base class of all kinds of attention: maps hidden states [B, S, D] to the same shape.
 
+    With ``documents``, a position attends only to positions of its own document. Rotary positions still count from the
+    start of the sequence: scores depend on differences of positions only.
+
     Parallelism is applied from outside: tensor parallelism gives each rank some of the ``split_heads`` heads; context
     parallelism gives it some of the positions (:meth:`hold`) and replaces ``attend``.
     """
@@ -60,8 +66,8 @@ class Attention(nn.Module):
         self.split_heads = split_heads
         #: factor of the scores, in addition to H^-0.5
         self.score_scale = 1.0 if config.scaling is None else config.scaling.score_scale
-        #: maps (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W]) to [B, N, S, W]
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention
+        #: maps (q [B, N, S, H], k [B, M, S, H], v [B, M, S, W], documents or None) to [B, N, S, W]
+        self.attend: AttendWithin = causal_attention
         #: number of positions that a position attends to; None: all earlier ones
         self.window: int | None = None
         #: the key/value cache while text is generated, else None
@@ -72,7 +78,7 @@ class Attention(nn.Module):
         if window < self.seq_len:
             self.window, self.attend = window, partial(windowed_attention, window=window)
 
-    def span(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def span(self, attend: AttendWithin) -> None:
         """Replace causal attention by one over positions that other ranks hold."""
         require(
             self.window is None,
@@ -142,14 +148,14 @@ class GroupedAttention(Attention):
             self.q_norm = norm(width if norm is HeadNorm else num_heads * width, eps=eps)
             self.k_norm = norm(width if norm is HeadNorm else kv_heads * width, eps=eps)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.group + 2, self.head_width)).permute(0, 2, 3, 1, 4)
         q_BMGSH, k_BM1SH, v_BM1SH = qkv.split((self.group, 1, 1), dim=2)
         q_BNSH = self._scaled(self._rotate(self.q_norm(q_BMGSH))).flatten(1, 2)
         k_BMSH = self._rotate(self.k_norm(k_BM1SH)).flatten(1, 2)
         v_BMSH = v_BM1SH.flatten(1, 2)
         if self.past is None:
-            out_BNSH = self.attend(q_BNSH, k_BMSH, v_BMSH)
+            out_BNSH = self.attend(q_BNSH, k_BMSH, v_BMSH, documents)
         else:
             out_BNSH = self.past.attend(q_BNSH, *self.past.extend(k_BMSH, v_BMSH), window=self.window)
         return self.out_proj(out_BNSH.transpose(1, 2).flatten(2))
@@ -185,7 +191,7 @@ class LatentAttention(Attention):
         #: applied to the key part [B, S, R] that all heads share; tensor parallelism replaces it to reach all ranks
         self.common_key = nn.Identity()
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
         q_BNSH = _heads(self.q_up_proj(self.q_norm(self.q_down_proj(x_BSD))), sum(self.q_widths))
         latent_BSC, common_BSR = self.kv_down_proj(x_BSD).split(self.latent_widths, dim=-1)
         latent_BSC = self.kv_norm(latent_BSC)
@@ -197,7 +203,7 @@ class LatentAttention(Attention):
         kv_BNSX = _heads(self.kv_up_proj(latent_BSC), sum(self.kv_widths))
         plain_k, v_BNSW = kv_BNSX.split(self.kv_widths, dim=-1)
         k_BNSH = torch.cat((plain_k, common_B1SR.expand(-1, plain_k.shape[1], -1, -1)), dim=-1)
-        out_BNSW = self.attend(torch.cat((plain_q, rotated_q), dim=-1), k_BNSH, v_BNSW)
+        out_BNSW = self.attend(torch.cat((plain_q, rotated_q), dim=-1), k_BNSH, v_BNSW, documents)
         return self.out_proj(out_BNSW.transpose(1, 2).flatten(2))
 
     def _attend_latents(
@@ -223,27 +229,6 @@ ATTENTION: dict[str, Callable[..., Attention]] = {
     "grouped": GroupedAttention,
     "latent": LatentAttention,
 }
-
-
-def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor) -> Tensor:
-    """Softmax attention in which each position attends to itself and to earlier ones.
-
-    Query head n uses key/value head n // (N / M).
-    """
-    grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
-    return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, is_causal=True, enable_gqa=grouped)
-
-
-def windowed_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, window: int) -> Tensor:
-    """Like :func:`causal_attention`, but each position attends to itself and the ``window - 1`` positions before it.
-
-    Computes all pairs of positions, with a mask [S, S].
-    """
-    length, groups = q_BNSH.shape[2], q_BNSH.shape[1] // k_BMSH.shape[1]
-    seen_SS = q_BNSH.new_ones((length, length), dtype=torch.bool).tril().triu(1 - window)
-    if groups > 1:  # fused kernels with a mask need equal numbers of heads
-        k_BMSH, v_BMSW = k_BMSH.repeat_interleave(groups, 1), v_BMSW.repeat_interleave(groups, 1)
-    return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSW, attn_mask=seen_SS)
 
 
 def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..config import AttentionConfig, MoEConfig, RecomputeConfig
 from ..experts import SwiGLU
 from ..layer import MoE
 from .attention import ATTENTION, EPS, Attention
+from .documents import Documents
 
 #: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
 Caller = Callable[..., Any]
@@ -57,15 +58,15 @@ class Block(nn.Module):
         for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):
             reset(part)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        return self.run_block(self._whole, x_BSD, mask_BS)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        return self.run_block(self._whole, x_BSD, mask_BS, documents)
 
-    def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        x_BSD = x_BSD + self.run_attention(self._attend, x_BSD)
+    def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None) -> Tensor:
+        x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, documents)
         return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS)
 
-    def _attend(self, x_BSD: Tensor) -> Tensor:
-        return self.attention(self.attention_norm(x_BSD))
+    def _attend(self, x_BSD: Tensor, documents: Documents | None) -> Tensor:
+        return self.attention(self.attention_norm(x_BSD), documents)
 
     def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         rest = (mask_BS,) if isinstance(self.mlp, MoE) else ()
@@ -75,8 +76,12 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder language model that maps token ids int64 [B, S] to logits [B, S, V].
 
-    ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. Block i (from 0) has an MoE feed-forward
-    if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with ``moe_every=0`` no block has one.
+    ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. ``starts`` int64 [B, S] packs several
+    documents into a sequence: it is the position at which each position's document starts, see
+    :func:`.documents.document_starts`, and no position attends to another document.
+
+    Block i (from 0) has an MoE feed-forward if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with
+    ``moe_every=0`` no block has one.
 
     A pipeline stage is a copy with only some of the embedding, blocks and head. Without the embedding its input is
     hidden states; without the head its output is hidden states. With ``tie_embeddings``, embedding and head are one
@@ -135,16 +140,17 @@ class Decoder(nn.Module):
         """
         self._initialise(draw_seed())
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.hidden(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        x = self.hidden(x, mask, starts)
         return x if self.head is None else self.logits(x)
 
-    def hidden(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, x: Tensor, mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last block."""
+        documents = None if starts is None else Documents(starts)
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
-            x = block(x, mask)
+            x = block(x, mask, documents)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

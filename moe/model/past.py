@@ -20,6 +20,8 @@ class Positions:
     positions_BS: Tensor
     #: number of kept positions that any row may attend to: the largest position + 1
     reach: int
+    #: int64 [B, S], the position at which each new position's document starts; None: the text is one document
+    starts_BS: Tensor | None = None
 
 
 @dataclass
@@ -47,8 +49,11 @@ class Past:
     ) -> Tensor:
         """Attend from each new position to itself and all earlier ones, or the ``window - 1`` before it."""
         groups, length = q_BNSH.shape[1] // k_BMLH.shape[1], q_BNSH.shape[2]
-        behind_BSL = self.now.positions_BS[..., None] - torch.arange(k_BMLH.shape[2], device=q_BNSH.device)
+        kept_L = torch.arange(k_BMLH.shape[2], device=q_BNSH.device)
+        behind_BSL = self.now.positions_BS[..., None] - kept_L
         seen_BSL = behind_BSL >= 0 if window is None else (behind_BSL >= 0) & (behind_BSL < window)
+        if self.now.starts_BS is not None:
+            seen_BSL = seen_BSL & (kept_L >= self.now.starts_BS[..., None])
         # the queries of a group become rows, so that keys and values need not be repeated
         rows = q_BNSH.unflatten(1, (-1, groups)).flatten(2, 3)
         mask = seen_BSL.repeat(1, groups, 1)[:, None]

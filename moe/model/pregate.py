@@ -14,6 +14,7 @@ from ..experts import SwiGLU
 from ..routing import Router
 from .attention import ATTENTION
 from .decoder import Block, Decoder
+from .documents import Documents
 
 
 class PreGate(nn.Module):
@@ -30,8 +31,9 @@ class PreGate(nn.Module):
                 if isinstance(module, nn.Linear):
                     fill_normal(module.weight, init_std)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.head(self.norm(self.block(x_BSD)))
+    def forward(self, x_BSD: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+        documents = None if starts_BS is None else Documents(starts_BS)
+        return self.head(self.norm(self.block(x_BSD, documents=documents)))
 
 
 class PreGated(nn.Module):
@@ -53,16 +55,16 @@ class PreGated(nn.Module):
             layer.router = _GivenLogits(layer.config, self.gate.head.weight)
         self._routers = [layer.router for layer in layers]
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None) -> Tensor:
-        logits_TE = self.logits(ids_BS).flatten(0, 1)
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        logits_TE = self.logits(ids_BS, starts).flatten(0, 1)
         for router in self._routers:
             router.given_TE = logits_TE
-        return self.decoder(ids_BS, mask_BS)
+        return self.decoder(ids_BS, mask_BS, starts)
 
-    def logits(self, ids_BS: Tensor) -> Tensor:
+    def logits(self, ids_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
         """Return the router's logits [B, S, E]."""
         assert self.decoder.embedding is not None
-        return self.gate(self.decoder.embedding(ids_BS).detach())
+        return self.gate(self.decoder.embedding(ids_BS).detach(), starts_BS)
 
     @torch.no_grad()
     def choices(self, ids_BS: Tensor) -> Tensor:

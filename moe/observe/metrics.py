@@ -4,10 +4,10 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 
 * ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
-* ``train``: step, loss (nats per token, mean since the last record), grad_norm, lr, tokens (since step 0, over all
-  ranks), skipped (steps that were skipped so far), postponed (sequences of such steps that are still to be read once
-  more; in the last step of a run, those that were not), tokens_per_s (over all ranks), elapsed_s (of training since
-  step 0),
+* ``train``: step, loss (nats per label, mean since the last record; null if none), grad_norm, lr, tokens (since step 0,
+  over all ranks), skipped (steps that were skipped so far), postponed (sequences of such steps that are still to be
+  read once more; in the last step of a run, those that were not), tokens_per_s (over all ranks), elapsed_s (of training
+  since step 0),
   domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With several ranks, busy_s
   [rank] (seconds per step since the last record in which it worked instead of waiting for others) and stragglers (the
   ranks that others wait for, slowest first).

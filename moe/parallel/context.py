@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..collectives import Axis
+from ..model.attend import autocast, causal_attention
+from ..model.documents import Documents
 
 # torch 2.13 renamed both and warns about the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -69,17 +70,18 @@ class ContextAttention:
             raise ValueError(f"exchange={exchange!r}: unknown; use one of {', '.join(KV_EXCHANGES)}")
         self.axis, self.exchange = axis, exchange
 
-    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
+    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, documents: Documents | None = None) -> Tensor:
         """Return this rank's rows of F.scaled_dot_product_attention(is_causal=True) on the whole sequences.
 
         Query head n uses key head n // (N / M). v may differ from k in width. Accumulates in fp32 (fp64 for fp64).
+        ``documents`` are those of this rank's positions; their starts are positions of the whole sequence.
         """
         self._check(q_BNSH, k_BMSH, v_BMSH)
         if self.axis.size == 1:
-            grouped = q_BNSH.shape[1] != k_BMSH.shape[1]
-            return F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=grouped)
-        q_BNSH, k_BMSH, v_BMSH = (_autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
-        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, self.axis, KV_EXCHANGES[self.exchange])
+            return causal_attention(q_BNSH, k_BMSH, v_BMSH, documents)
+        q_BNSH, k_BMSH, v_BMSH = (autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
+        starts_BS = None if documents is None else documents.starts_BS
+        return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, starts_BS, self.axis, KV_EXCHANGES[self.exchange])
 
     def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> None:
         shapes = [tuple(t.shape) for t in (q_BNSH, k_BMSH, v_BMSH)]
@@ -105,11 +107,20 @@ def _held(rank: int, size: int) -> tuple[int, ...]:
     return (rank, 2 * size - 1 - rank) if size > 1 else (rank,)
 
 
-def _tiles(axis: Axis, source: int, length: int) -> Iterator[tuple[slice, slice, bool]]:
-    """Yield the tiles to compute: (this rank's queries, ``source``'s keys, whether the causal mask cuts the tile).
+@dataclass(frozen=True)
+class _Tile:
+    """Some of this rank's queries and of another's keys, as slices of the positions that their rank holds."""
 
-    Queries and keys are slices of the positions that their rank holds. Tiles that are masked entirely are left out.
-    """
+    rows: slice
+    keys: slice
+    #: position of the first key in the whole sequence
+    first_key: int
+    #: whether the causal mask cuts the tile
+    hidden_last: bool
+
+
+def _tiles(axis: Axis, source: int, length: int) -> Iterator[_Tile]:
+    """Yield the tiles to compute. Those that the causal mask hides entirely are left out."""
     own, other = _held(axis.rank, axis.size), _held(source, axis.size)
     chunk = length // len(own)
     for a, i in enumerate(own):
@@ -119,7 +130,8 @@ def _tiles(axis: Axis, source: int, length: int) -> Iterator[tuple[slice, slice,
             for start in range(0, chunk, TILE):
                 end = min(start + TILE, chunk)
                 seen = end if i == j else chunk
-                yield slice(a * chunk + start, a * chunk + end), slice(b * chunk, b * chunk + seen), i == j
+                rows, keys = slice(a * chunk + start, a * chunk + end), slice(b * chunk, b * chunk + seen)
+                yield _Tile(rows, keys, j * chunk, i == j)
 
 
 # ---- how K and V reach all ranks, and their gradients the owner
@@ -247,34 +259,52 @@ def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Ten
     return scores
 
 
+def _scores(q_BMGQH: Tensor, k_BMSH: Tensor, tile: _Tile, starts_BS: Tensor | None) -> Tensor:
+    """Return the scores [B, M, G, Q, C] of a tile; -inf where a query does not see a key."""
+    scores = _products(q_BMGQH, k_BMSH[:, :, tile.keys], tile.hidden_last)
+    if starts_BS is not None:
+        key_C = torch.arange(scores.shape[-1], device=scores.device) + tile.first_key
+        other_BQC = key_C < starts_BS[:, tile.rows, None]
+        scores = scores.masked_fill_(other_BQC[:, None, None], float("-inf"))
+    return scores
+
+
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, exchange: _KVExchange) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, axis: Axis, exchange: _KVExchange
+    ) -> Tensor:
         ctx.how = (axis, exchange)
         with torch.autocast(q.device.type, enabled=False):
             q_BMGSH = _scaled(q, k.shape[1])
             out_BMGSH = q_BMGSH.new_zeros((*q_BMGSH.shape[:-1], v.shape[-1]))
             lse_BMGS = q_BMGSH.new_full(q_BMGSH.shape[:-1], float("-inf"))
+            lowest = torch.finfo(q_BMGSH.dtype).min
             for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
-                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
-                    scores = _products(q_BMGSH[..., rows, :], k_BMSH[:, :, keys], hidden_last)
+                for tile in _tiles(axis, source, q.shape[2]):
+                    rows = tile.rows
+                    scores = _scores(q_BMGSH[..., rows, :], k_BMSH, tile, starts)
                     most = scores.amax(-1, keepdim=True)
+                    if starts is not None:  # a query may see no key of the tile, and none before
+                        most = most.clamp_min_(lowest)
                     p = scores.sub_(most).exp_()
-                    tile = (p.flatten(2, 3) @ v_BMSH[:, :, keys]).unflatten(2, p.shape[2:4])
+                    part = (p.flatten(2, 3) @ v_BMSH[:, :, tile.keys]).unflatten(2, p.shape[2:4])
                     most, before = most.squeeze(-1), lse_BMGS[..., rows]
                     after = torch.logaddexp(before, most + p.sum(-1).log_())
-                    tile.mul_((most - after).exp_().unsqueeze(-1))
-                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(tile)
+                    if starts is not None:
+                        after = after.clamp_min_(lowest)
+                    part.mul_((most - after).exp_().unsqueeze(-1))
+                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(part)
                     lse_BMGS[..., rows] = after
         out = out_BMGSH.flatten(1, 2).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse_BMGS)
+        ctx.save_for_backward(q, k, v, out, lse_BMGS, starts)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse_BMGS = ctx.saved_tensors
+        q, k, v, out, lse_BMGS, starts = ctx.saved_tensors
         axis, exchange = ctx.how
         heads = k.shape[1]
         with torch.autocast(q.device.type, enabled=False):
@@ -286,9 +316,10 @@ class _ContextAttention(torch.autograd.Function):
             for source, kv in exchange.sources((k, v), axis):
                 k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
                 dk_BMSH, dv_BMSH = (t.new_zeros(t.shape) for t in (k_BMSH, v_BMSH))
-                for rows, keys, hidden_last in _tiles(axis, source, q.shape[2]):
+                for tile in _tiles(axis, source, q.shape[2]):
+                    rows, keys = tile.rows, tile.keys
                     q_tile, do_tile = q_BMGSH[..., rows, :], do_BMGSH[..., rows, :]
-                    scores = _products(q_tile, k_BMSH[:, :, keys], hidden_last)
+                    scores = _scores(q_tile, k_BMSH, tile, starts)
                     p = scores.sub_(lse_BMGS[..., rows].unsqueeze(-1)).exp_()
                     dp = _products(do_tile, v_BMSH[:, :, keys])
                     ds = dp.sub_(delta_BMGS[..., rows].unsqueeze(-1)).mul_(p)
@@ -299,17 +330,10 @@ class _ContextAttention(torch.autograd.Function):
                 gradients.add(source, (dk_BMSH, dv_BMSH))
             dk, dv = gradients.get()
             dq = dq_BMGSH.mul_(q.shape[-1] ** -0.5).flatten(1, 2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:
     """Return q * H^-0.5 as [B, M, G, S, H], in the accumulation dtype."""
     dtype = torch.promote_types(q_BNSH.dtype, torch.float32)
     return (q_BNSH.to(dtype) * q_BNSH.shape[-1] ** -0.5).unflatten(1, (heads, -1))
-
-
-def _autocast(t: Tensor) -> Tensor:
-    """Cast as autocast casts the arguments of scaled_dot_product_attention."""
-    device = t.device.type
-    wanted = torch.is_autocast_enabled(device) and t.dtype != torch.float64
-    return t.to(torch.get_autocast_dtype(device)) if wanted else t

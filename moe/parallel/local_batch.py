@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 
+from ..model.documents import document_starts
 from .context import shard_sequence
 from .mesh import Mesh
 
-#: label of a position that the loss ignores
+#: label of a position that the loss ignores, as in ``torch.nn.functional.cross_entropy``
 IGNORED = -100
 
 #: (outputs of the model, labels) of a micro-batch -> loss of each position [B, S]
@@ -32,19 +33,27 @@ class LocalBatch:
     labels: Tensor
     #: bool, True where a token is valid; [B, S / cp], or under sequence parallelism [B, S / cp / tp]
     mask: Tensor | None = None
+    #: int64 [B, S / cp], the position in the whole sequence at which each position's document starts; None: the
+    #: sequence is one document
+    starts: Tensor | None = None
 
 
 def take_local_batch(
-    inputs_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor | None = None, mesh: Mesh | None = None
+    inputs_BS: Tensor,
+    labels_BS: Tensor,
+    mask_BS: Tensor | None = None,
+    documents_BS: Tensor | None = None,
+    mesh: Mesh | None = None,
 ) -> LocalBatch:
     """Take this rank's part of a micro-batch. All context- and tensor-parallel peers must pass the same sequences.
 
-    Raises ValueError for a sequence length that the degrees do not divide.
+    Raises ValueError for a sequence length that the degrees do not divide, and for ``documents`` of another shape.
     """
+    starts_BS = None if documents_BS is None else _starts(documents_BS, inputs_BS)
     if mask_BS is not None and not labels_BS.is_floating_point():
         labels_BS = labels_BS.masked_fill(~mask_BS, IGNORED)
     if mesh is None:
-        return LocalBatch(inputs_BS, labels_BS, mask_BS)
+        return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS)
     cp, tp = mesh["cp"], mesh["tp"]
     pieces = tp.size if mesh.degrees.sequence_parallel else 1
     if inputs_BS.shape[1] % (cp.size * pieces):
@@ -53,9 +62,19 @@ def take_local_batch(
     if cp.size > 1:
         inputs_BS, labels_BS = (shard_sequence(t, 1, cp.size, cp.rank) for t in (inputs_BS, labels_BS))
         mask_BS = None if mask_BS is None else shard_sequence(mask_BS, 1, cp.size, cp.rank)
+        starts_BS = None if starts_BS is None else shard_sequence(starts_BS, 1, cp.size, cp.rank)
     if mask_BS is not None and pieces > 1:
         mask_BS = mask_BS.chunk(pieces, dim=1)[tp.rank]
-    return LocalBatch(inputs_BS, labels_BS, mask_BS)
+    return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS)
+
+
+def _starts(documents_BS: Tensor, inputs_BS: Tensor) -> Tensor:
+    if documents_BS.shape != inputs_BS.shape[:2] or documents_BS.is_floating_point():
+        raise ValueError(
+            f"documents: {documents_BS.dtype} of shape {tuple(documents_BS.shape)}; give integers of shape "
+            f"{tuple(inputs_BS.shape[:2])}, the number of each position's document"
+        )
+    return document_starts(documents_BS)
 
 
 def vocabulary_parallel(mesh: Mesh | None) -> AbstractContextManager[None]:

@@ -24,6 +24,9 @@ from .local_batch import LossFunction
 from .stages import SCHEDULES, check_pipeline, stage_ids
 from .torch_stage import TorchStage
 
+#: arguments of the decoder besides its inputs, by name, for each micro-batch
+Rest = dict[str, list[Tensor]]
+
 
 class Pipeline:
     """This rank's stages of a decoder, and the schedule that runs them together with the other ranks of ``axis``.
@@ -84,21 +87,20 @@ class Pipeline:
         schedule_class = getattr(schedules, self.kind.torch_class)
         self._schedule = schedule_class(given, micro_batches, loss_fn=self._loss, scale_grads=False)
 
-    def step(
-        self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
-    ) -> list[Tensor]:
+    def step(self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction) -> list[Tensor]:
         """Run forward and backward of all micro-batches; gradients accumulate in ``.grad``.
 
         All ranks of the pipeline must pass the same lists: ``inputs`` int64 [B, S], ``labels`` [B, ...] of any shape,
-        and ``masks`` bool [B, S] with the S of the hidden states. The rank with the last stage returns the result of
+        and in ``rest``, by name, other arguments of the decoder: ``mask`` bool [B, S] with the S of the hidden states,
+        ``starts`` int64 [B, S] with that of the inputs. The rank with the last stage returns the result of
         ``loss_fn`` for each micro-batch, detached; others return an empty list. Raises ValueError unless the number and
         shapes of micro-batches are those that the pipeline was built for.
         """
         with self._loss_of(loss_fn) as losses:
-            self._run(self._schedule.step, inputs, labels, masks)
+            self._run(self._schedule.step, inputs, labels, rest)
         return losses
 
-    def count(self, inputs: list[Tensor], masks: list[Tensor] | None = None) -> None:
+    def count(self, inputs: list[Tensor], rest: Rest | None = None) -> None:
         """Count the tokens per expert of a whole step before :meth:`step`, in a pass without gradients.
 
         ``estimator="exact"`` needs this. A no-op under "gpipe", where all forwards precede the first backward.
@@ -108,14 +110,12 @@ class Pipeline:
         self._counting = True
         try:
             with random_state_kept(), torch.no_grad(), self._loss_of(None):
-                self._run(self._schedule.eval, inputs, inputs, masks)
+                self._run(self._schedule.eval, inputs, inputs, rest or {})
         finally:
             self._counting = False
 
     @torch.no_grad()
-    def evaluate(
-        self, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None, loss_fn: LossFunction
-    ) -> list[Tensor]:
+    def evaluate(self, inputs: list[Tensor], labels: list[Tensor], rest: Rest, loss_fn: LossFunction) -> list[Tensor]:
         """Run the forwards and return the losses like :meth:`step`, without changing any state.
 
         Accepts fewer micro-batches than a step has.
@@ -123,17 +123,16 @@ class Pipeline:
         number = len(inputs)
         pad = (self.micro_batches - number) if number else 0
         inputs, labels = inputs + inputs[:1] * pad, labels + labels[:1] * pad
-        masks = None if masks is None else masks + masks[:1] * pad
+        rest = {name: parts + parts[:1] * pad for name, parts in rest.items()}
         with self._loss_of(loss_fn) as losses:
-            self._run(self._schedule.eval, inputs, labels, masks)
+            self._run(self._schedule.eval, inputs, labels, rest)
         return losses[:number]
 
-    def _run(self, run: Any, inputs: list[Tensor], labels: list[Tensor], masks: list[Tensor] | None) -> None:
+    def _run(self, run: Any, inputs: list[Tensor], labels: list[Tensor], rest: Rest) -> None:
         first = tuple(labels[0].shape) if labels else ()
-        wanted = (("inputs", inputs, self.inputs_shape), ("labels", labels, first), ("masks", masks, self.masks_shape))
-        for name, parts, want in wanted:
-            if parts is None:
-                continue
+        wanted = {"inputs": self.inputs_shape, "labels": first, "mask": self.masks_shape, "starts": self.inputs_shape}
+        for name, parts in ({"inputs": inputs, "labels": labels} | rest).items():
+            want = wanted[name]
             shapes = [tuple(part.shape) for part in parts]
             require(
                 len(shapes) == self.micro_batches and all(shape == want for shape in shapes),
@@ -143,8 +142,7 @@ class Pipeline:
             )
         args = (torch.cat(inputs),) if self.holds_first else ()
         target = torch.cat(labels) if self.holds_last else None
-        kwargs = {} if masks is None else {"mask": torch.cat(masks)}
-        run(*args, target=target, return_outputs=False, **kwargs)
+        run(*args, target=target, return_outputs=False, **{name: torch.cat(parts) for name, parts in rest.items()})
 
     def _micro_batch(self, step: Step, number: int) -> AbstractContextManager[None]:
         """Return the context for a stage's work on a micro-batch."""

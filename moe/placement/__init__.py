@@ -3,7 +3,7 @@
 from .file import read_owners, write_owners
 from .owners import Owners
 from .placement import Placement
-from .plan import Forecast, calibrate, materialize, reshard, rows_by_rank
+from .plan import Forecast, busiest, calibrate, expected_rows, materialize, replicate, reshard, rows_by_rank
 from .replicas import Destinations, Replicas
 
 __all__ = [
@@ -12,9 +12,12 @@ __all__ = [
     "Owners",
     "Placement",
     "Replicas",
+    "busiest",
     "calibrate",
+    "expected_rows",
     "materialize",
     "read_owners",
+    "replicate",
     "reshard",
     "rows_by_rank",
     "write_owners",

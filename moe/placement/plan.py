@@ -40,15 +40,35 @@ def busiest(loads_E: Sequence[float], number: int) -> list[int]:
 
 
 def materialize(loads_E: Sequence[float], owners: Owners, overlap: int, memory: int, node_size: int) -> Replicas:
-    """Choose the replicas of a layer in a step: Algorithm 1.
+    """Choose the replicas of a layer in a step.
 
     ``overlap`` is the number of experts whose transfer hides behind other work of the layer, ``memory`` the number of
-    replicas that a rank has room for. The ``overlap`` busiest experts are replicated: on all ranks if these have room
-    for all of them, otherwise in proportion to their load, on nodes without the expert first.
+    replicas that a rank has room for. One expert after another is replicated: the busiest of the rank that is then
+    expected to be the busiest. The number with which the busiest rank gets the fewest rows is kept, so an even load is
+    left alone. Hecate's Algorithm 1 replicates the ``overlap`` busiest experts instead, whether that helps or not.
     """
-    ranks = owners.ranks
-    chosen = busiest(loads_E, overlap)
-    memory = min(memory, len(chosen))
+    best = Replicas(owners, None, node_size, loads_E)
+    rows_P, chosen = expected_rows(loads_E, best), list[int]()
+    least = rows_P.max()
+    for _ in range(overlap):
+        candidates = [e for e in owners.experts_of(int(rows_P.argmax())) if loads_E[e] > 0 and e not in chosen]
+        if not candidates:
+            break
+        chosen.append(max(candidates, key=lambda expert: (loads_E[expert], -expert)))
+        tried = replicate(chosen, loads_E, owners, memory, node_size)
+        rows_P = expected_rows(loads_E, tried)
+        if rows_P.max() < least:
+            best, least = tried, rows_P.max()
+    return best
+
+
+def replicate(chosen: Sequence[int], loads_E: Sequence[float], owners: Owners, memory: int, node_size: int) -> Replicas:
+    """Choose the ranks that get replicas of the ``chosen`` experts: Algorithm 1.
+
+    All do if they have room for all of these experts. Otherwise, replicas are divided in proportion to the load, the
+    first expert's first, and nodes that lack an expert come first.
+    """
+    ranks, memory = owners.ranks, min(memory, len(chosen))
     on: list[list[int]] = [[] for _ in loads_E]
     if len(chosen) <= memory:
         for expert in chosen:
@@ -61,6 +81,23 @@ def materialize(loads_E: Sequence[float], owners: Owners, overlap: int, memory: 
         on[expert] = spread(number, owners.rank_of_E[expert], free_P, node_size)
         free_P[on[expert]] -= 1
     return Replicas(owners, on, node_size, loads_E)
+
+
+def expected_rows(loads_E: Sequence[float], replicas: Replicas) -> np.ndarray:
+    """Return how many rows each rank computes, fp64 [P], if the tokens of all ranks have the same load."""
+    owners, node_size = replicas.owners, replicas.node_size
+    rows_P = np.bincount(owners.rank_of_E, weights=loads_E, minlength=owners.ranks)
+    node_P = np.arange(owners.ranks) // node_size
+    ranks_N = np.bincount(node_P)
+    for expert, others in enumerate(replicas.ranks_of_E):
+        if others:
+            holders = np.array(replicas.holders_of(expert))
+            holders_N = np.bincount(node_P[holders], minlength=len(ranks_N))
+            far = ranks_N[holders_N == 0].sum() / len(holders)  # ranks whose node has no holder go to all of them
+            near = (ranks_N / np.maximum(holders_N, 1))[node_P[holders]]
+            rows_P[owners.rank_of_E[expert]] -= loads_E[expert]
+            rows_P[holders] += (near + far) * (loads_E[expert] / owners.ranks)
+    return rows_P
 
 
 def spread(number: int, owner: int, free_P: np.ndarray, node_size: int) -> list[int]:

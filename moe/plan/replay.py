@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import PlacementConfig
-from ..placement import Forecast, Owners, Replicas, calibrate, materialize, reshard, rows_by_rank
+from ..placement import Forecast, Owners, Replicas, busiest, calibrate, materialize, replicate, reshard, rows_by_rank
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,19 @@ def least_loaded(layer: Layer) -> Placed:
 
 
 def sparse(layer: Layer) -> Placed:
-    """FSSDP (Hecate): before routing, replicate the experts that are expected to be the busiest."""
+    """FSSDP: before routing, replicate experts so that the busiest rank is expected to have the fewest rows."""
     if layer.expected_E is None:
         return plain(layer)
     found = materialize(layer.expected_E, layer.owners, layer.config.overlap, layer.room, layer.machine.node_size)
+    return Placed(found, found)
+
+
+def most_loaded(layer: Layer) -> Placed:
+    """Hecate's Algorithm 1: before routing, replicate the experts that are expected to be the busiest."""
+    if layer.expected_E is None:
+        return plain(layer)
+    chosen = busiest(layer.expected_E, layer.config.overlap)
+    found = replicate(chosen, layer.expected_E, layer.owners, layer.room, layer.machine.node_size)
     return Placed(found, found)
 
 
@@ -162,6 +171,7 @@ METHODS: dict[str, Method] = {
     "replicate to all (FasterMoE)": Method(to_all),
     "exchange positions (SmartMoE)": Method(plain, exchanged),
     "least loaded (LLEP)": Method(least_loaded),
+    "replicate the busiest (Hecate)": Method(most_loaded, reshard),
     "FSSDP": Method(sparse, reshard),
     "FSSDP, calibrated": Method(calibrated, reshard),
 }

@@ -28,6 +28,7 @@ def generate(
     sampling: Sampling,
     *,
     stop: Collection[int] = (),
+    end: int | None = None,
     dp: Axis = LOCAL,
     batch: int = 8,
     on_token: OnToken = lambda prompt, token: None,
@@ -35,8 +36,9 @@ def generate(
     """Continue prompts, which are lists of token ids; return the new tokens of this rank's prompts by number.
 
     Every rank of ``dp`` must call this with the same prompts; they share them, ``batch`` at a time on each rank. A text
-    ends after a token of ``stop``, which is part of the result, or after ``sampling.max_tokens``. Raises ValueError for
-    a prompt that is empty, has ids outside of the vocabulary, or leaves no room for its continuation.
+    ends after a token of ``stop``, which is part of the result, or after ``sampling.max_tokens``. With ``end``, tokens
+    after that id do not attend to those up to it, as in training with separate documents. Raises ValueError for a
+    prompt that is empty, has ids outside of the vocabulary, or leaves no room for its continuation.
     """
     _check(model, prompts, sampling)
     own = range(dp.rank, len(prompts), dp.size)
@@ -46,7 +48,7 @@ def generate(
     model.eval()
     try:
         for first in range(0, most, batch):
-            several = _Batch(model, {n: prompts[n] for n in own[first : first + batch]}, sampling, stop)
+            several = _Batch(model, {n: prompts[n] for n in own[first : first + batch]}, sampling, stop, end)
             while _any(several.unfinished, dp):
                 several.step(on_token)
             texts |= several.texts
@@ -90,9 +92,14 @@ class _Batch:
     """Some prompts of this rank, which are continued together."""
 
     def __init__(
-        self, model: Decoder, prompts: dict[int, Sequence[int]], sampling: Sampling, stop: Collection[int]
+        self,
+        model: Decoder,
+        prompts: dict[int, Sequence[int]],
+        sampling: Sampling,
+        stop: Collection[int],
+        end: int | None,
     ) -> None:
-        self.model, self.sampling, self.stop = model, sampling, stop
+        self.model, self.sampling, self.stop, self.end = model, sampling, stop, end
         self.numbers = list(prompts)
         self.texts: dict[int, list[int]] = {number: [] for number in prompts}
         self.generators = [torch.Generator().manual_seed(_mixed(sampling.seed, number)) for number in prompts]
@@ -100,6 +107,8 @@ class _Batch:
         self.new = [list(prompt) for prompt in prompts.values()] or [[0]]
         self.seen = [0] * len(self.new)
         self.finished = [False] * len(prompts) or [True]
+        #: position at which each row's current document starts
+        self.document = [0] * len(self.new)
         room = max((len(prompt) for prompt in prompts.values()), default=1) + sampling.max_tokens
         self.now = Positions(torch.empty(0), 0)
         self.pasts = {m: Past(room, self.now) for m in model.modules() if isinstance(m, Attention)}
@@ -133,11 +142,22 @@ class _Batch:
         # padding gets later positions, which the row's own tokens overwrite before they can be seen
         self.now.positions_BS = begins_B1 + offsets_S
         self.now.reach = max(self.seen) + longest
+        self.now.starts_BS = None if self.end is None else self._starts(ids_BS)
         mask_BS = (offsets_S < lengths_B1) & ~finished_B1
         with _remembering(self.pasts):
             x_BSD = self.model.hidden(ids_BS, mask_BS)
         last_BD = x_BSD[torch.arange(len(self.new), device=device), lengths_B1[:, 0] - 1]
         return whole(self.model.logits(last_BD))
+
+    def _starts(self, ids_BS: Tensor) -> Tensor:
+        """Return the position at which each new position's document starts [B, S]."""
+        after_BS = (self.now.positions_BS + 1) * (ids_BS == self.end)
+        before_B1 = torch.tensor(self.document, device=ids_BS.device)[:, None]
+        starts_BT = torch.cat((before_B1, after_BS), 1).cummax(1).values
+        for row, ids in enumerate(self.new):
+            self.document[row] = int(starts_BT[row, len(ids)])
+        # a finished row repeats its last token, which may be the end
+        return starts_BT[:, :-1].minimum(self.now.positions_BS)
 
 
 @contextmanager

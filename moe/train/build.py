@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engines import Engine, build_engine
 from ..model import Decoder
+from ..model.documents import document_numbers
 from ..parallel import Mesh
 from .config import TrainConfig
+from .data import Corpus
 from .optim import build_optimizer
 
 
@@ -60,6 +62,15 @@ def one_line_for_memory(config: TrainConfig) -> Iterator[None]:
             f"model.num_layers={config.model.num_layers}, moe.hidden_size={config.moe.hidden_size}: the model does "
             f"not fit into this machine's memory ({reason}); python -m equimoe.launch.dryrun shows what it needs"
         ) from None
+
+
+def documents_of(inputs_BS: Tensor, config: TrainConfig, corpus: Corpus) -> Tensor | None:
+    """Return the number of each position's document [B, S] if attention stays within documents, else None."""
+    if config.data.documents == "joined":
+        return None
+    if corpus.end_of_document is None:
+        raise ValueError("data.documents='separate': the corpus does not say which id ends a document; use 'joined'")
+    return document_numbers(inputs_BS, corpus.end_of_document)
 
 
 def check_backend(backend: str, device: torch.device) -> None:

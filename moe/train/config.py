@@ -26,6 +26,7 @@ class ModelConfig:
 
     #: number of decoder blocks
     num_layers: int = 4
+    #: attention heads of a block
     num_heads: int = 4
     #: width of the dense feed-forwards
     intermediate_size: int = 512
@@ -88,6 +89,9 @@ class DataConfig:
     domain_field: str = "domain"
     #: bytes to read of each domain of the built-in text; None: all. Text from ``path`` is always read completely
     builtin_bytes_per_domain: int | None = None
+    #: whether positions attend to earlier documents of their sequence: "joined" lets them, "separate" keeps attention
+    #: within each document
+    documents: Literal["joined", "separate"] = "joined"
     #: integer type of the ids in a flat token file that does not say it itself
     token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
     #: shares of the domains in what is trained on, as in ``web=0.7,code=0.3``; None: in proportion to their sizes
@@ -154,9 +158,13 @@ class OptimConfig:
 
     #: peak learning rate
     lr: float = 3e-3
+    #: decay of AdamW's mean of gradients, per step
     beta1: float = 0.9
+    #: decay of AdamW's mean of squared gradients, per step
     beta2: float = 0.95
+    #: added to the root of AdamW's mean of squared gradients
     eps: float = 1e-8
+    #: share of a weight that a step takes away, times the learning rate
     weight_decay: float = 0.1
     #: learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -422,6 +430,13 @@ class TrainConfig:
             remedy = f"a forward has {tokens} tokens per rank, and almost all rows would be empty; set it to {tokens}"
             require(capacity.max_tokens <= 1000 * tokens, "moe.capacity.max_tokens", capacity.max_tokens, remedy)
 
+    def _batch_that_fits(self, data_parallel: int) -> str:
+        """Say which batch sizes near the present ones fit the ranks."""
+        whole, micro_batch = self.data.global_batch, self.data.micro_batch
+        larger = f"set data.global_batch={-(-whole // (micro_batch * data_parallel)) * micro_batch * data_parallel}"
+        smaller = next((m for m in range(micro_batch, 0, -1) if whole % (m * data_parallel) == 0), None)
+        return larger if smaller is None else f"set data.micro_batch={smaller}, or {larger.removeprefix('set ')}"
+
     def micro_batches(self, data_parallel: int) -> int:
         """Return the micro-batches per optimizer step on each of ``data_parallel`` data-parallel ranks."""
         together = self.data.micro_batch * data_parallel
@@ -430,7 +445,7 @@ class TrainConfig:
             "data.global_batch",
             self.data.global_batch,
             "must be a multiple of data.micro_batch * data-parallel ranks = "
-            f"{self.data.micro_batch} * {data_parallel}; change one of them",
+            f"{self.data.micro_batch} * {data_parallel}; {self._batch_that_fits(data_parallel)}",
         )
         micro_batches = self.data.global_batch // together
         require(

@@ -14,9 +14,10 @@ from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Batch, Engine
 from ..layer import MoE
 from ..observe import chosen_probability, domain_record, watch_routers
-from ..parallel import Mesh
+from ..parallel import IGNORED, Mesh
 from ..routing import Router
 from ..types import Routing
+from .build import documents_of
 from .config import TrainConfig
 from .data import Corpus, heldout_batches
 
@@ -41,7 +42,7 @@ def evaluate(
 
     ``layers`` maps block numbers to this rank's MoE layers; ``numbers`` are the block numbers of all MoE layers of the
     model. Every rank must call this function, and all get the same result: the fields of an ``eval`` record, see
-    :mod:`equimoe.moe.observe.metrics`. Padding is masked.
+    :mod:`equimoe.moe.observe.metrics`. Padding is masked. Positions without a label have no loss; they are routed.
 
     With a capacity, each sequence is evaluated alone with a capacity of its own, so the result does not depend on how
     sequences are batched. Under ``capacity.pad`` each rank's part of a sequence still has its own capacity.
@@ -56,11 +57,13 @@ def evaluate(
     batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
-            found = engine.evaluate([Batch(*batch) for _, *batch in several])
-        for (domain, _, _, mask_BS), losses_BS in zip(several, found, strict=False):  # empty before the last stage
+            found = engine.evaluate([Batch(x, y, m, documents_of(x, config, corpus)) for _, x, y, m in several])
+        for (domain, _, labels_BS, mask_BS), losses_BS in zip(
+            several, found, strict=False
+        ):  # empty before the last stage
             if tp.rank == 0:  # all ranks of a tensor-parallel group have the same losses
                 sums_N2[place[domain], 0] += losses_BS.double().sum()
-                sums_N2[place[domain], 1] += mask_BS.sum() * (cp.rank == 0)
+                sums_N2[place[domain], 1] += (mask_BS & (labels_BS != IGNORED)).sum() * (cp.rank == 0)
         for number, of_layer in zip(layers, routings, strict=True):
             for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
                 seen_NLX[place[domain], numbers.index(number)] += seen_BX.sum(0)

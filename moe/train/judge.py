@@ -55,16 +55,16 @@ class Judge:
     def __call__(self, computed: Computed) -> bool:
         here = finite_here(computed.losses, computed.norm)
         losses = computed.losses if self._counts else []
-        count = sum(losses_BS.numel() for losses_BS in losses)
-        facts = torch.stack([here.double(), _sum(losses, here), torch.full_like(here, count, dtype=torch.float64)])
+        facts = torch.stack([here.double(), _sum(losses, here), computed.tokens.to(here.device).double()])
         sound, total, tokens = sum_over(facts, self._axis).get().tolist()
+        tokens /= self._axis.size  # every rank knows those of all
         loss, norm = total / max(tokens, 1.0), float(computed.norm)
         self.fault = None
         if sound < self._axis.size:
             self.fault = Fault("nonfinite", self._name_ranks(computed, here), loss, norm)
         elif self.config.spike != "ignore" and self.window.is_spike(loss, self.config.spike_sigmas):
             self.fault = Fault("spike", f"loss={loss:.4f}: is far above the losses of the last steps", loss, norm)
-        else:
+        elif tokens:  # a step without labels has no loss
             self.window.add(loss)
         return self.fault is None
 

@@ -25,8 +25,8 @@ from ..health import Heartbeat, Pulse, Replicas
 from ..model import Decoder, numbered_moe_layers
 from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
 from ..observe.metrics import MetricsWriter, Progress
-from ..parallel import Mesh
-from .build import build_model, engine_of, one_line_for_memory
+from ..parallel import IGNORED, Mesh
+from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
 from .data import READ_AHEAD, Ahead, Batches, Corpus, Cursor
@@ -51,14 +51,16 @@ class DomainLosses:
     """Accumulates this rank's training loss by domain between two records."""
 
     def __init__(self, domains: int, device: torch.device) -> None:
-        #: fp64 [N, 2]: sum of the loss in nats, and tokens
+        #: fp64 [N, 2]: sum of the loss in nats, and labels
         self.sums_N2 = torch.zeros(domains, 2, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, losses_BS: Tensor, domain_B: Tensor) -> None:
-        """Add the losses per token [B, S] of one micro-batch; ``domain_B`` is the domain of each sequence."""
-        tokens_B = torch.full_like(domain_B, losses_BS.shape[1], dtype=torch.float64)
-        rows_B2 = torch.stack((losses_BS.double().sum(1), tokens_B), dim=1)
+    def add(self, losses_BS: Tensor, labelled_B: Tensor, domain_B: Tensor) -> None:
+        """Add the losses per position [B, S] of one micro-batch.
+
+        ``labelled_B`` is the number of labels of each sequence that this rank counts; ``domain_B`` its domain.
+        """
+        rows_B2 = torch.stack((losses_BS.double().sum(1), labelled_B.double()), dim=1)
         self.sums_N2.index_add_(0, domain_B, rows_B2)
 
 
@@ -155,7 +157,10 @@ class Trainer:
         )
         later = self.cursor.later(self.step, numbers, min(READ_AHEAD, config.steps - self.step - 1))
         self.ahead.expect([self.batches.share_of(each, self.data.rank, self.data.size) for each in later])
-        batches = [Batch(inputs_BS, labels_BS) for inputs_BS, labels_BS, _ in sampled]
+        batches = [
+            Batch(inputs_BS, labels_BS, documents=documents_of(inputs_BS, config, self.corpus))
+            for inputs_BS, labels_BS, _ in sampled
+        ]
         rate = learning_rate(config.optim, self.step, config.steps)
         accept: Accept = self.judge
         if config.health.replay_every and (self.step + 1) % config.health.replay_every == 0:
@@ -164,8 +169,10 @@ class Trainer:
         with self._observed_scores() if observed else nullcontext():
             result = self.engine.step(batches, rate, accept)
         if self.counts and result.applied:
-            for losses_BS, (_, _, domain_B) in zip(result.losses, sampled, strict=False):  # empty before the last stage
-                self.losses.add(losses_BS, domain_B.to(self.device))
+            first = self.mesh is None or self.mesh["cp"].rank == 0  # one of the ranks that share a sequence
+            for losses_BS, (_, labels_BS, domain_B) in zip(result.losses, sampled, strict=False):  # of the last stage
+                labelled_B = (labels_BS != IGNORED).sum(1) * first
+                self.losses.add(losses_BS, *torch.stack((labelled_B, domain_B)).to(self.device))
         return result
 
     def _skip(self, numbers: list[int]) -> None:
@@ -230,7 +237,7 @@ class Trainer:
         return {
             "kind": "train",
             "step": self.step,
-            "loss": loss / max(tokens, 1.0),
+            "loss": loss / tokens if tokens else None,
             "grad_norm": float(norm),
             "lr": self.rate,
             "tokens": self.tokens,

@@ -13,7 +13,8 @@ import torch
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Step
 from equimoe.moe.config import AttentionConfig
-from equimoe.moe.model import Decoder
+from equimoe.moe.model import Decoder, attend
+from equimoe.moe.model.documents import Documents, document_numbers, document_starts
 from equimoe.moe.parallel import (
     Mesh,
     ParallelConfig,
@@ -120,8 +121,23 @@ MODELS: dict[str, tuple[dict[str, Any], AttentionConfig, list[str]]] = {
 }
 
 
+def test_documents_are_told_apart_without_waiting() -> None:
+    """The masks of all ways that run on a GPU are made there."""
+
+    def body() -> dict[str, Any]:
+        ids = torch.zeros(2, 300, dtype=torch.int64, device="cuda")
+        with Watch() as watch:
+            documents = Documents(document_starts(document_numbers(ids, 0)))
+            documents.seen(5)
+            documents.block_mask(5)
+        return summary(watch)
+
+    assert on_fake_cuda(body) == {"waits": [], "copies": [], "mixed": []}
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> None:
+def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str, packed: bool) -> None:
     """A parallel decoder and its optimizer must be entirely on the device.
 
     The capacity limit covers whole sequences, so it orders tokens by the positions that context parallelism sets.
@@ -140,13 +156,14 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str) -> No
         parameters = list(model.parameters())
         optimizer = build_optimizer(parameters, OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
-        batch = take_local_batch(ids, ids, ids == 0, mesh)
+        batch = take_local_batch(ids, ids, ids == 0, ids if packed else None, mesh=mesh)
+        attend.WITHIN["blocks"] = attend.WITHIN["mask"]  # its kernels cannot be compiled here
         with Watch(reads=TOKENS), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            model(batch.inputs, batch.mask)  # here the positions move to the device, once
+            model(batch.inputs, batch.mask, batch.starts)  # here the positions move to the device, once
         balance = Step.of(model)  # as an engine drives it
         with Watch(reads=TOKENS) as watch:
             with balance.micro_batch(), vocabulary_parallel(mesh), torch.autocast("cuda", torch.bfloat16):
-                token_losses(model(batch.inputs, batch.mask), batch.labels).sum().backward()
+                token_losses(model(batch.inputs, batch.mask, batch.starts), batch.labels).sum().backward()
             found = list(watch.waits)
             clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -70,7 +70,8 @@ def deepspeed_engine(
 
 def trajectory(engine: Engine, mesh: Mesh | None, steps: int = STEPS, first: int = 0) -> list[tuple[float, float]]:
     """(sum of this rank's losses, gradient norm) of each step."""
-    results = [engine.step(trained.batches(mesh, first + step), RATE) for step in range(steps)]
+    several = (trained.varied(trained.batches(mesh, step), step) for step in range(first, first + steps))
+    results = [engine.step(batches, RATE) for batches in several]
     assert all(result.applied for result in results)
     return [(float(sum(losses.sum() for losses in result.losses)), float(result.norm)) for result in results]
 

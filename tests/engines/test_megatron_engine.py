@@ -91,12 +91,7 @@ def model(layers: int = 4, wide: int = 24, **how: Any) -> Any:
 
 def batches(mesh: Mesh | None, step: int) -> list[Batch]:
     """This rank's micro-batches. Each has another number of masked positions."""
-    found = []
-    for batch in trained.batches(mesh, step):
-        mask = torch.ones_like(batch.labels, dtype=torch.bool)
-        mask[batch.inputs % 5 == 0] = False
-        found.append(Batch(batch.inputs, batch.labels, mask))
-    return found
+    return [replace(b, mask=b.inputs % 5 != 0) for b in trained.varied(trained.batches(mesh, step), step)]
 
 
 def mesh_of(**degrees: Any) -> Mesh:

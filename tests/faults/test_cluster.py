@@ -104,7 +104,7 @@ def test_the_slurm_job_is_requeued_at_three_points(options: list[str], tmp_path:
     """Killed before the first checkpoint, asked to stop in the middle, and killed while it saves."""
     tools, run_dir, log = tmp_path / "tools", tmp_path / "run", tmp_path / "job.log"
     tool(tools, "scontrol", f'if [ "$1" = requeue ]; then touch {tmp_path}/requeued; else echo 127.0.0.1; fi')
-    tool(tools, "srun", 'shift; exec "$@"')
+    tool(tools, "srun", 'shift 2; exec "$@"')
     start = f'exec {sys.executable} -m torch.distributed.run "${{@//equimoe.launch.train/tests.faults.inject}}"'
     tool(tools, "torchrun", start)
     points = [
@@ -138,13 +138,13 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: 
     """Each process stands for a pod. The one that fails is replaced, as the job's controller would do."""
     (_, job) = yaml.safe_load_all((ROOT / "launch/k8s/train.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    script = container["args"][0].replace("-m equimoe.launch.train", "-m tests.faults.inject")
+    script = container["command"][2].replace("-m equimoe.launch.train", "-m tests.faults.inject")
     tools, run_dir, log = tmp_path / "tools", tmp_path / "run", tmp_path / "pods.log"
     tool(tools, "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
     variables = {entry["name"]: str(entry.get("value")) for entry in container["env"]} | {
         "PATH": f"{tools}:{os.environ['PATH']}", "NPROC_PER_NODE": "1", "RDZV_HOST": "127.0.0.1",
-        "RDZV_PORT": str(free_port()), "RUN_DIR": str(run_dir), "RECIPE": "quickstart", "EXTRA": " ".join(options),
-        "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "MOE_FAULT": "kill@rank=1,step=7,phase=dispatch,whom=agent",
+        "RDZV_PORT": str(free_port()), "RUN_DIR": str(run_dir), "CORES": "1", "TMPDIR": str(tmp_path),
+        "MOE_FAULT": "kill@rank=1,step=7,phase=dispatch,whom=agent",
     }  # fmt: skip
     starts, deadline = [0, 0], time.monotonic() + 250
     pods: dict[int, subprocess.Popen[bytes]] = {}
@@ -156,7 +156,7 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: 
                     assert sum(starts) < 8, log.read_text()[-4000:]
                     with log.open("ab") as output:
                         pods[index] = subprocess.Popen(
-                            ["bash", "-c", script],
+                            ["bash", "-c", script, "train", "--recipe", "quickstart", *options],
                             env=clean_environment(**variables, JOB_COMPLETION_INDEX=str(index)),
                             stdout=output, stderr=output, cwd=ROOT, start_new_session=True,
                         )  # fmt: skip

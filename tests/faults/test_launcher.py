@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -167,6 +168,16 @@ def test_how_to_go_on(process: env.Process, expected: str) -> None:
 
     given = ["--processes", "2", "--steps=20", "--resume", "--seed", "3", "--steps", "20", "--processes=2"]
     assert command_to_continue(given, process, 40).endswith(expected)
+
+
+@pytest.mark.slow
+def test_a_run_that_torchrun_started_goes_on_as_the_last_line_says(base: list[str]) -> None:
+    code, lines = terminal("-u", *TORCHRUN, *base)
+    assert code == 0, lines
+    words = shlex.split(next(line for line in lines if line.startswith("continue:")).split(maxsplit=1)[1])
+    assert words[1:-3] == [*TORCHRUN, *base] and words[-3:] == ["--resume", "--steps", "2"]
+    code, lines = terminal(*words[1:])
+    assert code == 0 and any("step-00000002" in line for line in lines), lines
 
 
 def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -> None:

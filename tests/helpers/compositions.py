@@ -167,6 +167,27 @@ COMPOSITIONS: dict[str, C] = {
     "pp 2, tp 2, fsdp 2, ep 4 > dp 2": C(8, P(pp=2, tp=2, ep=4, data_parallel="fsdp"), micro_batches=2),
     "pp 2, cp 2, tp 2, ep 2, etp 2": C(8, P(pp=2, cp=2, tp=2, ep=2, etp=2), micro_batches=2, recompute=True),
     "pp 2, dp 2, ep 2, bf16": C(4, P(pp=2, ep=2), micro_batches=4, dtype=BF16),
+    # several documents per sequence, and positions without a label
+    "documents, dp 2, ep 2, few labels": C(2, P(ep=2), documents=True, labels="few"),
+    "documents, dp 2, recompute attention": C(2, recompute=R("attention"), documents=True, labels="some"),
+    "documents, fsdp 2, recompute": C(2, P(data_parallel="fsdp"), recompute=True, documents=True, labels="some"),
+    "documents, fsdp 2, ep 2, bf16": C(2, P(data_parallel="fsdp", ep=2), dtype=BF16, documents=True, labels="some"),
+    "documents, tp 2, few labels": C(2, P(tp=2), documents=True, labels="few"),
+    "documents, tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False), documents=True, labels="some"),
+    "documents, cp 2, ring, few labels": C(2, P(cp=2), documents=True, labels="few"),
+    "documents, cp 2, gathered, recompute": C(
+        2, P(cp=2, context="all_gather"), recompute=True, documents=True, labels="some"
+    ),
+    "documents, cp 4, ep 4 > dp 1": C(4, P(cp=4, ep=4), documents=True, labels="some"),
+    "documents, cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16, documents=True, labels="some"),
+    "documents, pp 2, 1f1b, recompute, few labels": C(
+        2, P(pp=2), micro_batches=4, recompute=True, documents=True, labels="few"
+    ),
+    "documents, pp 2, zero bubble v": C(2, P(pp=2, schedule="zbv"), micro_batches=4, documents=True, labels="some"),
+    "documents, pp 2, cp 2, tp 2, ep 2, etp 2": C(
+        8, P(pp=2, cp=2, tp=2, ep=2, etp=2), micro_batches=2, documents=True, labels="few"
+    ),
+    "documents, fssdp, dp 2": C(2, P(experts="fssdp"), documents=True, labels="few"),
 }
 
 

@@ -18,7 +18,8 @@ from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig
 from equimoe.moe.config import AttentionConfig, PlacementConfig, RecomputeConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
+from equimoe.moe.model.documents import document_numbers
+from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh
 from equimoe.moe.placement import Owners, Replicas
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -49,6 +50,10 @@ class Composition:
     moe_every: int = 2
     #: whether embedding and head are one weight
     tied: bool = False
+    #: whether sequences hold several documents, which attention keeps apart
+    documents: bool = False
+    #: which positions have a label: all; some; few: also none on the first rank, and none at all in the second step
+    labels: str = "all"
     #: whether replicas of experts are freed between forward and backward
     rematerialize: bool = False
     #: whether replicas are added after routing
@@ -108,17 +113,24 @@ def _choose_clearly(model: Decoder) -> None:
         layer.router.weight.mul_(0.1).add_(directions_ED / 4)
 
 
-def batch(step: int, of: Composition) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs, labels and mask [G, S] of a step."""
+def batch(step: int, of: Composition) -> tuple[Tensor, ...]:
+    """Return inputs, labels and mask [G, S] of a step, and the numbers of documents if there are several."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     valid_G = torch.full((SEQUENCES,), LENGTH)
     if of.tokens != "equal":
         valid_G = torch.randint(1, LENGTH + 1, (SEQUENCES,), generator=generator)
+    dp = of.parallel.resolve(of.world).dp
+    first_rank = slice(0, SEQUENCES // (dp if dp > 1 else 4))
     if of.tokens == "zero":
-        dp = of.parallel.resolve(of.world).dp
-        valid_G[: SEQUENCES // (dp if dp > 1 else 4)] = 0
-    return ids[:, :-1], ids[:, 1:], torch.arange(LENGTH) < valid_G[:, None]
+        valid_G[first_rank] = 0
+    inputs, labels, mask = ids[:, :-1], ids[:, 1:].clone(), torch.arange(LENGTH) < valid_G[:, None]
+    if of.labels != "all":
+        labels[inputs % 3 == 0] = IGNORED
+    if of.labels == "few":
+        labels[first_rank if step != 1 else slice(None)] = IGNORED
+    # ids 0 to 3 end a document
+    return (inputs, labels, mask, document_numbers(inputs // 4, 0)) if of.documents else (inputs, labels, mask)
 
 
 def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, Any]:
@@ -149,7 +161,8 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
         parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole), strict=True)
         found = engine.step([Batch(*part) for part in parts], lr=0.1)
         assert found.applied
-        result["loss"].append(float(sum(n.double().sum() for n in found.losses)) / float(whole[2].sum()))
+        counted = int((whole[2] & (whole[1] != IGNORED)).sum())
+        result["loss"].append(float(sum(n.double().sum() for n in found.losses)) / max(counted, 1))
         result["norm"].append(float(found.norm))
     return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}
 
@@ -162,10 +175,10 @@ def at_random(draw: random.Random, loads_LE: Tensor | None, owners: list[Owners]
     ]
 
 
-def _in_bf16(model: torch.nn.Module, *args: Any) -> Tensor:
+def _in_bf16(model: torch.nn.Module, *args: Any, **more: Any) -> Tensor:
     """Run the model as FSDP2's mixed precision does: with bf16 copies of all weights except the routers'."""
     weights = {n: p if ".router." in n else p.to(torch.bfloat16) for n, p in model.named_parameters()}
-    return torch.func.functional_call(model, weights, args)
+    return torch.func.functional_call(model, weights, args, more)
 
 
 def on_ranks(of: Composition, timeout: float = 120.0) -> list[dict[str, Any]]:
@@ -187,7 +200,8 @@ def alone(of: Composition) -> dict[str, Any]:
     """
     dp = of.parallel.resolve(of.world).dp
     together = of.scope == "global" and (of.capacity is None or of.capacity.scope == "global")
-    ranks = dp if of.tokens == "zero" else 1  # the number of sequences without tokens depends on it
+    # the numbers of sequences without tokens or labels depend on it
+    ranks = dp if of.tokens == "zero" or of.labels == "few" else 1
     precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does
     parallel = ParallelConfig(data_parallel="ddp" if precise else of.parallel.data_parallel)
     same = replace(of, world=ranks, parallel=parallel, micro_batches=1 if together else dp * of.micro_batches)
@@ -209,7 +223,9 @@ def compare(of: Composition) -> dict[str, float]:
     """Return the largest relative errors of loss, norm, gradients and parameters over all ranks."""
     want, results = alone(of), on_ranks(of)
     losses = [sum(result["loss"][step] for result in results) for step in range(STEPS)]
-    found = {"loss": max(abs(a / b - 1) for a, b in zip(losses, want["loss"], strict=True)), "norm": 0.0}
+    # a step without labels has a loss of zero
+    errors = [abs(a / b - 1) if b else abs(a) for a, b in zip(losses, want["loss"], strict=True)]
+    found = {"loss": max(errors), "norm": 0.0}
     names: dict[str, dict[str, Tensor]] = {"gradients": {}, "parameters": {}}
     for result in results:
         norms = (abs(a / b - 1) for a, b in zip(result["norm"], want["norm"], strict=True))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from equimoe.moe import BalanceConfig, MoEConfig
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.engines.torch import TorchEngine
 from equimoe.moe.model import Decoder
-from equimoe.moe.parallel import Mesh
+from equimoe.moe.model.documents import document_numbers
+from equimoe.moe.parallel import IGNORED, Mesh
 from tests.helpers import oracle
 from tests.helpers.recorded import Recorded, full
 
@@ -57,6 +59,23 @@ def batches(mesh: Mesh | None, step: int = 0) -> list[Batch]:
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     mine = ids.chunk(dp)[rank].chunk(MICRO_BATCHES)
     return [Batch(part[:, :-1], part[:, 1:]) for part in mine]
+
+
+def varied(given: list[Batch], step: int) -> list[Batch]:
+    """Return the batches with, in step 1, several documents per sequence and some positions without a label; in step 2,
+    with no label at all; and so on."""
+    if step % 3 == 1:
+        return [
+            replace(
+                batch,
+                labels=batch.labels.masked_fill(batch.inputs % 3 == 0, IGNORED),
+                documents=document_numbers(batch.inputs // 4, 0),  # ids 0 to 3 end a document
+            )
+            for batch in given
+        ]
+    return (
+        [replace(batch, labels=torch.full_like(batch.labels, IGNORED)) for batch in given] if step % 3 == 2 else given
+    )
 
 
 def whole(engine: TorchEngine) -> dict[str, Tensor]:

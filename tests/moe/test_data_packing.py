@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,26 @@ def test_held_out_text_is_evaluated_once_whole():
         for domain, stream in data.heldout.items()
         if len(stream) > 1
     }
+
+
+def test_labels_that_are_not_trained_on_are_ignored():
+    """A mask says for each id of a stream whether it is trained on as a label; inputs stay whole."""
+    train = streams(83, 40)
+    masks = {"d1": (np.arange(40) % 3 != 0).astype(np.uint8)}
+    plain, masked = Batches(train, 4, 4, seed=3), Batches(train, 4, 4, seed=3, masks=masks)
+    ignored = 0
+    for step in range(8):
+        for (x, y, domain), (inputs, labels, _) in zip(
+            plain.sample(step, 0, 1, 2, 2), masked.sample(step, 0, 1, 2, 2), strict=True
+        ):
+            left_out = (domain[:, None] == 1) & ((y - 83) % 3 == 0)
+            assert torch.equal(x, inputs) and torch.equal(labels, y.masked_fill(left_out, -100))
+            ignored += int(left_out.sum())
+    assert ignored
+    data = replace(corpus(23, 9), heldout_masks={"d1": np.array([1, 0, 0, 1, 1, 0, 1, 0, 1], np.uint8)})
+    found = labels_of(heldout_batches(data, 4, None, 2))
+    assert found["d0"] == [(i, i + 1) for i in range(22)]
+    assert [label for _, label in found["d1"]] == [-100, -100, 26, 27, -100, 29, -100, 31]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from equimoe.moe import BalanceConfig, MoEConfig
 from equimoe.moe.config import AttentionConfig, RotaryScaling
 from equimoe.moe.model import Decoder
+from equimoe.moe.model.documents import document_numbers, document_starts
+from equimoe.moe.model.past import Past
 from equimoe.moe.parallel import ParallelConfig, build_mesh, parallelize
 from equimoe.moe.serve import Sampling, Window, generate, score, windows
 from equimoe.moe.serve.sample import choose
@@ -100,6 +104,35 @@ def test_a_text_ends_after_the_stop_token() -> None:
         assert found[number] == text[:end] == [token for n, token in seen if n == number]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["grouped", "window", "latent, scaled"])
+def test_tokens_after_the_end_of_a_document_do_not_see_it(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training on separate documents: in prompts, and if a document ends in the new text."""
+    attend = Past.attend
+
+    def watched(past: Past, *args: Any, **how: Any) -> torch.Tensor:
+        starts_BS = past.now.starts_BS
+        assert starts_BS is None or (starts_BS <= past.now.positions_BS).all(), "a position does not see itself"
+        return attend(past, *args, **how)
+
+    monkeypatch.setattr(Past, "attend", watched)
+    model, end = decoder(attention).eval(), 25
+    prompts = [[end, 1, 2, 3], [7, 8, end, 9, 10], [5], [end, end], [6, 6, 1, 40, 2, end]]
+    seen, want = 0, {}
+    for number, prompt in enumerate(prompts):
+        ids = list(prompt)
+        for _ in range(20):
+            text = torch.tensor([ids])
+            ids.append(int(model(text, None, document_starts(document_numbers(text, end)))[0, -1].argmax()))
+        want[number] = ids[len(prompt) :]
+        seen += want[number].count(end)
+    found = generate(model, prompts, Sampling(20, temperature=0), end=end, batch=3)
+    assert found == want != generate(model, prompts, Sampling(20, temperature=0), batch=3)
+    stopped = generate(model, prompts, Sampling(20, temperature=0), stop={end}, end=end, batch=3)
+    assert stopped == {n: text[: text.index(end) + 1] if end in text else text for n, text in want.items()}
+    assert seen, "no document ends within a text; choose another end"
+
+
 def test_generation_leaves_the_model_as_it_was() -> None:
     model = decoder().train()
     generate(model, [[1]], Sampling(2))
@@ -178,6 +211,28 @@ def test_windows_score_every_token_but_the_first_once() -> None:
     parts = list(windows(4, text, 5))
     assert [t for w in parts for t in w.ids[1:]] == text[1:] and all(len(w.ids) <= 6 and w.text == 4 for w in parts)
     assert list(windows(0, [1], 5)) == []
+
+
+def test_tokens_without_a_label_are_read_but_not_scored() -> None:
+    model, text = decoder().eval(), [1, 2, 3, 4, 5, 6, 7, 8]
+    scored = [True, False, False, True, True, False, True]
+    parts = list(windows(0, text, 5, scored))
+    assert [w.scored for w in parts] == [scored[:5], scored[5:]]
+    whole = {n: losses for n, losses, _ in score(model, list(windows(0, text, 5)))}
+    found = {n: (losses, best) for n, losses, best in score(model, parts)}
+    assert torch.equal(found[0][0], whole[0][[0, 3, 4]]) and torch.equal(found[1][0], whole[1][[1]])
+    assert [len(best) for _, (_, best) in sorted(found.items())] == [3, 1]
+
+
+def test_scores_of_separate_documents_are_those_of_each_alone() -> None:
+    model, end = decoder().eval(), 0
+    whole = Window(0, [end, 4, 5, 6, end, 7, 8, 9])
+    ((_, found, _),) = score(model, [whole], end=end)
+    alone = [[end, 4], [4, 5, 6, end, 7], [7, 8, 9]]  # the end belongs to the document that it ends
+    want = {n: losses for n, losses, _ in score(model, [Window(n, ids) for n, ids in enumerate(alone)])}
+    torch.testing.assert_close(found, torch.cat([want[n] for n in range(3)]), rtol=1e-5, atol=1e-5)
+    ((_, joined, _),) = score(model, [whole])
+    assert not torch.allclose(found, joined, atol=1e-3)
 
 
 def test_scores_are_those_of_a_plain_forward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -9,9 +10,12 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from equimoe.launch.options import Launch, field_comments, fields_of, help_text, parse, to_yaml
+from equimoe.launch.help import COMMON, field_comments, help_text
+from equimoe.launch.options import ONLY_WITH, Launch, fields_of, hints_of, parse, to_yaml, value_of
 from equimoe.launch.recipes import RECIPES
-from equimoe.moe.config import CapacityConfig, RotaryScaling, RouterConfig
+from equimoe.launch.text import option_text
+from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig
+from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from tests.helpers.small import changed
 
@@ -26,10 +30,12 @@ OTHER_VALUES = {
 
 #: options that must be set first
 ALSO = {
-    "deepspeed.zero_stage": ["--engine=deepspeed"],
-    "deepspeed.config": ["--engine=deepspeed"],
-    "megatron.distributed_optimizer": ["--engine=megatron"],
-    **{name: ["--parallel.experts=fssdp"] for name in fields_of() if name.startswith("placement.")},
+    **{
+        name: [f"--{needed}={option_text(values[-1])}"]
+        for start, (needed, values) in ONLY_WITH.items()
+        for name in fields_of()
+        if name == start or name.startswith(f"{start}.")
+    },
     "placement.calibrate": ["--parallel.experts=fssdp", "--placement.memory_mb=9"],
     "moe.router.kept_groups": ["--moe.router.groups=2"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
@@ -37,13 +43,6 @@ ALSO = {
     "moe.dispatch.chunks": ["--moe.dispatch.name=overlapped"],
     "moe.dispatch.node_size": ["--moe.dispatch.name=hierarchical"],
 }
-
-
-def value_of(config: TrainConfig, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def another_value(name: str, hint: Any, current: Any) -> str:
@@ -309,7 +308,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         parse(["--config", str(tmp_path)])
 
 
-@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["--recipe", "mixtral", "--help"]])
+@pytest.mark.parametrize("asked", [["--help", "all"], ["--help=all"], ["--recipe", "mixtral", "-h", "all"]])
 def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(asked)
@@ -325,7 +324,7 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
     assert "--model.vocab_size INT|none" in flat
     assert ("router.softmax_after_topk true|false" in flat) and (":func:" not in text) and ("``" not in text)
     shown = RECIPES["mixtral" if "mixtral" in asked else "quickstart"]()
-    assert f"--moe.hidden_size INT default {shown.moe.hidden_size} " in flat
+    assert f"--moe.hidden_size INT width of the hidden states; default {shown.moe.hidden_size} " in flat
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -334,10 +333,103 @@ def test_help_is_read_from_the_source() -> None:
     assert (
         comments["schedule"] == 'learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"'
     )
-    assert comments["beta1"] == ""
+    assert comments["beta1"] == "decay of AdamW's mean of gradients, per step"
     assert "chosen logits (Mixtral) instead of taking" in field_comments(RouterConfig)["softmax_after_topk"]
     assert field_comments(type("Made", (), {})) == {}
-    assert "default 2000000" in help_text(RECIPES["quickstart"]())
+    assert "default 2000000" in " ".join(help_text(RECIPES["quickstart"](), "all").split())
+
+
+def test_short_help_fits_on_two_screens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "mixtral", "--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 90 and max(map(len, text.splitlines())) <= 120
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  --")][-len(COMMON) :] == [
+        f"--{name}" for name in COMMON
+    ]
+    assert "--moe.num_experts INT                     number of routed experts; default 8" in text
+    assert "  optim           AdamW and the learning-rate schedule." in text
+
+
+@pytest.mark.parametrize(
+    ("topic", "first", "options"),
+    [
+        ("optim", "optim: AdamW and", len(hints_of(OptimConfig))),
+        ("moe.balance.extra", "moe.balance.extra: ", len(hints_of(ExtraLossConfig))),
+        ("megatron", 'megatron: Megatron-Core, if engine is "megatron".', 1),
+        ("optim.decay-fraction", "  --optim.decay_fraction NUMBER", 1),
+    ],
+)
+def test_help_of_a_section(topic: str, first: str, options: int) -> None:
+    lines = help_text(RECIPES["quickstart"](), topic).splitlines()
+    assert lines[0].startswith(first) and sum(line.startswith("  --") for line in lines) == options
+
+
+def test_help_of_what_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"^--help=balanc: no such section; did you mean moe.balance\?; --help lists"):
+        parse(["--help", "balanc"])
+
+
+@pytest.mark.parametrize("name", fields_of())
+def test_every_option_has_a_description(name: str) -> None:
+    if name in OPTIONAL:
+        return
+    (row,) = help_text(RECIPES["quickstart"](), name).split("\n\n")
+    description = " ".join(row.split()[2:])
+    assert len(description.partition("; default")[0]) > 10, row
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--attention.kv_lora_rank 8", "has no effect with attention.kind=grouped; add --attention.kind latent, or"),
+        ("--recompute.part attention", "has no effect with model.recompute=false; add --model.recompute true, or"),
+        ("--optim.decay_fraction 0.5", "has no effect with optim.schedule=cosine; add --optim.schedule wsd, or leave"),
+        ("--health.spike-sigmas 3", "spike=ignore; add --health.spike stop or --health.spike skip or --health.spike r"),
+        ("--data.path x --data.builtin_bytes_per_domain 9", "no effect with data.path=x; add --data.path none, or"),
+    ],
+)
+def test_an_option_without_effect_is_refused(given: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(given.split())
+
+
+def test_options_that_need_others_exist() -> None:
+    config = RECIPES["quickstart"]()
+    for name, (field, _) in ONLY_WITH.items():
+        assert value_of(config, name) is not None or name in fields_of()
+        assert field in fields_of()
+    assert parse(["--optim.schedule", "wsd", "--optim.decay_fraction", "0.5"]).config.optim.decay_fraction == 0.5
+    assert parse(["--recompute.layers", "none"]).config == config, "an option that changes nothing is fine"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("world", [8, 64, 1024, 16384])
+def test_a_recipe_runs_on_any_number_of_ranks_or_says_what_to_change(recipe: str, world: int) -> None:
+    def start(*options: str) -> None:
+        config = parse(["--recipe", recipe, *options]).config
+        degrees = config.degrees(world)
+        number = config.micro_batches(degrees.dp)
+        if degrees.pp > 1:
+            of_rank, layers = degrees.stages_of_rank, config.model.num_layers
+            check_pipeline(degrees.schedule, degrees.pp, of_rank, number, layers, config.data.micro_batch)
+
+    try:
+        return start()
+    except ValueError as error:
+        message = str(error)
+    batch = re.search(r"set (?:data.micro_batch=(\d+), or )?data.global_batch=(\d+)$", message)
+    if batch is not None:
+        micro, whole = batch.groups()
+        start("--data.global_batch", whole)
+        if micro is not None:
+            start("--data.micro_batch", micro)
+    elif factor := re.search(r"multiply data.global_batch by (\d+)(?:/(\d+))?, ", message):
+        whole = RECIPES[recipe]().data.global_batch
+        start("--data.global_batch", str(whole * int(factor[1]) // int(factor[2] or 1)))
+    else:
+        needed = re.search(r"make the number of processes a multiple of (\d+)", message)
+        assert needed is not None and world % int(needed[1]), message
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

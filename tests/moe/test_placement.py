@@ -5,12 +5,24 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 
-from equimoe.moe.placement import Forecast, Owners, Replicas, calibrate, materialize, reshard, rows_by_rank
+from equimoe.moe.placement import (
+    Forecast,
+    Owners,
+    Replicas,
+    busiest,
+    calibrate,
+    expected_rows,
+    materialize,
+    replicate,
+    reshard,
+    rows_by_rank,
+)
 
 CASES = [(seed, ranks, node) for seed in range(12) for ranks, node in ((1, 1), (2, 2), (4, 2), (8, 4), (6, 2), (8, 8))]
 
@@ -41,9 +53,9 @@ def top(loads: Sequence[float], number: int) -> list[int]:
     return found
 
 
-def replicas_one_by_one(loads: list[int], owners: Owners, overlap: int, memory: int, node: int) -> list[set[int]]:
+def replicas_one_by_one(loads: list[int], owners: Owners, chosen: list[int], memory: int, node: int) -> list[set[int]]:
     """Place one replica after another. A node's free slots are those before the expert's first replica is placed."""
-    ranks, chosen = range(owners.ranks), top(loads, overlap)
+    ranks = range(owners.ranks)
     on: list[set[int]] = [set() for _ in loads]
     memory = min(memory, len(chosen))
     free = dict.fromkeys(ranks, memory)
@@ -73,11 +85,65 @@ def test_replicas_are_those_of_placing_one_after_another(seed: int, ranks: int, 
     for _ in range(8):
         experts, overlap, memory = draw.randrange(1, 12), draw.randrange(6), draw.randrange(5)
         loads, owners = random_loads(draw.randrange(999), experts), random_owners(draw.randrange(999), experts, ranks)
-        found = materialize(loads, owners, overlap, memory, node)
-        assert [set(r) for r in found.ranks_of_E] == replicas_one_by_one(loads, owners, overlap, memory, node)
+        chosen = busiest(loads, overlap)
+        assert chosen == top(loads, overlap)
+        found = replicate(chosen, loads, owners, memory, node)
+        assert [set(r) for r in found.ranks_of_E] == replicas_one_by_one(loads, owners, chosen, memory, node)
         extra = [len(found.experts_of(r)) - len(owners.experts_of(r)) for r in range(ranks)]
         assert max(extra) <= min(memory, overlap)
         assert all(not ranks for load, ranks in zip(loads, found.ranks_of_E, strict=True) if not load)
+
+
+def rows_if_all_ranks_route_alike(loads: list[int], replicas: Replicas) -> list[Fraction]:
+    """Send every rank's share of a load to its choices, one after another."""
+    ranks = replicas.owners.ranks
+    rows = [Fraction(0)] * ranks
+    for source in range(ranks):
+        for load, choices in zip(loads, replicas.choices_of(source), strict=True):
+            for rank in choices:
+                rows[rank] += Fraction(load, ranks * len(choices))
+    return rows
+
+
+@pytest.mark.parametrize(("seed", "ranks", "node"), [*CASES, (0, 5, 2)])
+def test_expected_rows_are_those_of_ranks_that_route_alike(seed: int, ranks: int, node: int) -> None:
+    loads, replicas = random_loads(seed, 9), random_replicas(seed, 9, ranks, node)
+    wanted = rows_if_all_ranks_route_alike(loads, replicas)
+    assert expected_rows(loads, replicas).tolist() == pytest.approx([float(rows) for rows in wanted])
+
+
+def relieved_one_by_one(loads: list[int], owners: Owners, overlap: int, memory: int, node: int) -> list[set[int]]:
+    """Relieve the busiest rank of its busiest expert ``overlap`` times, and return the best of these states."""
+    chosen: list[int] = []
+    states = []
+    for _ in range(overlap + 1):
+        on = replicas_one_by_one(loads, owners, chosen, memory, node)
+        rows = rows_if_all_ranks_route_alike(loads, Replicas(owners, on, node))
+        states.append((max(rows), on))
+        rank = rows.index(max(rows))
+        left = [e for e in owners.experts_of(rank) if e not in chosen and loads[e]]
+        if not left:
+            break
+        chosen.append(max(left, key=lambda e: (loads[e], -e)))
+    return min(states, key=lambda state: state[0])[1]
+
+
+@pytest.mark.parametrize(("seed", "ranks", "node"), CASES)
+def test_replicas_relieve_the_busiest_rank_and_are_not_made_otherwise(seed: int, ranks: int, node: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(8):
+        experts, overlap, memory = draw.randrange(1, 12), draw.randrange(6), draw.randrange(5)
+        # with these loads most shares are whole numbers, so that rounding does not decide between equal ones
+        loads = [840 * load for load in random_loads(draw.randrange(999), experts)]
+        owners = random_owners(draw.randrange(999), experts, ranks)
+        found = materialize(loads, owners, overlap, memory, node)
+        assert [set(r) for r in found.ranks_of_E] == relieved_one_by_one(loads, owners, overlap, memory, node)
+        extra = [len(found.experts_of(r)) - len(owners.experts_of(r)) for r in range(ranks)]
+        assert max(extra) <= min(memory, overlap)
+
+
+def test_an_even_load_is_left_alone() -> None:
+    assert len(materialize([10, 11, 10, 11], Owners.consecutive(4, 2), 2, 2, 2)) == 0
 
 
 @pytest.mark.parametrize(("overlap", "memory"), [(0, 3), (3, 0), (0, 0)])

@@ -28,6 +28,11 @@ FAST = (
     "overlapped 2, dp 2, ep 2",
     "pp 2, 1f1b, recompute",
     "pp 2, dp 2, ep 2",
+    "documents, dp 2, ep 2, few labels",
+    "documents, fsdp 2, recompute",
+    "documents, tp 2, few labels",
+    "documents, cp 2, ring, few labels",
+    "documents, pp 2, 1f1b, recompute, few labels",
 )
 
 

@@ -141,8 +141,8 @@ def train(pipeline: Pipeline, between: Any = None) -> list[dict[str, Any]]:
             between(pipeline)
         inputs, labels, masks = data(pipeline.micro_batches, step)
         begin(pipeline, masks)
-        pipeline.count(inputs, masks)
-        shares = pipeline.step(inputs, labels, masks, shares_of(labels))
+        pipeline.count(inputs, {"mask": masks})
+        shares = pipeline.step(inputs, labels, {"mask": masks}, shares_of(labels))
         found.append({"shares": shares, "gradients": {name: p.grad.clone() for name, p in named}})
         optimizer.step()
         optimizer.zero_grad()
@@ -222,17 +222,17 @@ def test_between_steps(schedule: str) -> None:
 
     def between(pipeline: Pipeline) -> None:
         inputs, labels, masks = data(4, step=9)
-        found = pipeline.evaluate(inputs[:3], labels[:3], masks[:3], shares_of(labels))
+        found = pipeline.evaluate(inputs[:3], labels[:3], {"mask": masks[:3]}, shares_of(labels))
         scored.append([part.clone() for part in found])
         assert all(not layer.balancer.visits for stage in pipeline.stages for layer in experts_of(stage))
         begin(pipeline, masks)
-        pipeline.count(inputs, masks)
-        pipeline.step(inputs, labels, masks, shares_of(labels))
+        pipeline.count(inputs, {"mask": masks})
+        pipeline.step(inputs, labels, {"mask": masks}, shares_of(labels))
         for stage, step in zip(pipeline.stages, pipeline.steps, strict=True):
             stage.zero_grad()
             step.discard()
         begin(pipeline, masks)
-        pipeline.count(inputs, masks)
+        pipeline.count(inputs, {"mask": masks})
         for stage, step in zip(pipeline.stages, pipeline.steps, strict=True):
             with step.micro_batch():
                 stage(inputs[0] if stage.embedding is not None else torch.randn(SEQUENCES, SEQ, HIDDEN).double())
@@ -274,7 +274,7 @@ def test_rolling_sees_what_the_schedule_has_run() -> None:
         pipeline = pipeline_of(world_axis(), schedule, 8, balance=rolling)
         inputs, labels, masks = data(8)
         begin(pipeline, masks)
-        pipeline.step(inputs, labels, masks, shares_of(labels))
+        pipeline.step(inputs, labels, {"mask": masks}, shares_of(labels))
         assert {number for _, number in seen} == {8}
         blocks = len(pipeline.stages[0].blocks)
         assert all(len(set(seen[i : i + blocks])) == 1 for i in range(0, len(seen), blocks))
@@ -337,9 +337,9 @@ def test_with_stages_over_two_ranks(schedule: str, data_parallel: Any) -> None:
         for step in range(2):
             inputs, labels, masks = half(data(4, step), mesh["dp"].rank)
             begin(pipeline, data(4, step)[2])
-            pipeline.count(inputs, masks)
-            shares = pipeline.step(inputs, labels, masks, shares_of(data(4, step)[1]))
-            pipeline.evaluate(inputs, labels, masks, shares_of(labels))  # leaves gradients alone
+            pipeline.count(inputs, {"mask": masks})
+            shares = pipeline.step(inputs, labels, {"mask": masks}, shares_of(data(4, step)[1]))
+            pipeline.evaluate(inputs, labels, {"mask": masks}, shares_of(labels))  # leaves gradients alone
             split = [isinstance(p, DTensor) for stage in stages for p in stage.parameters()]
             assert all(split) or data_parallel == "ddp"  # and leaves no weights gathered
             gradients = {}
@@ -469,7 +469,7 @@ def test_what_is_not_refused_runs(schedule: str, pp: int) -> None:
         for number in numbers:
             inputs, labels, masks = data(number)
             pipeline = pipeline_of(world_axis(), schedule, number, moe_every=0)
-            found.append(len(pipeline.step(inputs, labels, masks, shares_of(labels))))
+            found.append(len(pipeline.step(inputs, labels, {"mask": masks}, shares_of(labels))))
         return found
 
     assert len(numbers) > 1
@@ -493,8 +493,8 @@ def test_mistakes_in_use() -> None:
         refused(partial(pipeline_of, balance=replace(GLOBAL, micro_batches=2)), axis, "1f1b", 4)
         inputs, labels, masks = data(4)
         pipeline = pipeline_of(axis, "1f1b", 4)
-        refused(pipeline.step, inputs[:3], labels[:3], masks[:3], shares_of(labels))
-        refused(pipeline.step, inputs, labels, [mask[:, 1:] for mask in masks], shares_of(labels))
+        refused(pipeline.step, inputs[:3], labels[:3], {"mask": masks[:3]}, shares_of(labels))
+        refused(pipeline.step, inputs, labels, {"mask": [mask[:, 1:] for mask in masks]}, shares_of(labels))
         return texts
 
     for texts in run_ranks(script, 2):
@@ -503,7 +503,7 @@ def test_mistakes_in_use() -> None:
             "parallelize every stage before you build the pipeline",
             "balance.micro_batches=2",
             "inputs.shape",
-            "masks.shape",
+            "mask.shape",
         )
         assert all(want in text and "\n" not in text for want, text in zip(wanted, texts, strict=True)), texts
 
@@ -513,7 +513,7 @@ def test_hidden_states_of_another_kind_than_told() -> None:
         stages, cpu = stages_of(world_axis(), "1f1b"), torch.device("cpu")
         pipeline = Pipeline(stages, world_axis(), "1f1b", 4, cpu, (SEQUENCES, SEQ, HIDDEN), torch.float32)
         inputs, labels, masks = data(4)
-        pipeline.step(inputs, labels, masks, shares_of(labels))
+        pipeline.step(inputs, labels, {"mask": masks}, shares_of(labels))
 
     with pytest.raises(AssertionError, match="hidden_dtype=torch.float32: stage 0 gives torch.float64"):
         run_ranks(script, 2, timeout=30.0)

@@ -70,9 +70,9 @@ def test_nothing_is_left_of_a_micro_batch(schedule: str) -> None:
             part.register_forward_hook(lambda _, args, output: outputs.append(weakref.ref(output)))
         found = []
         for run in (
-            lambda: pipeline.evaluate(inputs, labels, masks, loss_fn),
-            lambda: pipeline.count(inputs, masks),
-            lambda: pipeline.step(inputs, labels, masks, loss_fn),
+            lambda: pipeline.evaluate(inputs, labels, {"mask": masks}, loss_fn),
+            lambda: pipeline.count(inputs, {"mask": masks}),
+            lambda: pipeline.step(inputs, labels, {"mask": masks}, loss_fn),
         ):
             run()
             found.append(sum(value is not None for value in left(stages)))

@@ -115,10 +115,9 @@ class _Runner(WholeModel):
         self._engine, self._ranks = engine, ranks
 
     def _forward(self, batch: LocalBatch) -> Any:
-        mask = () if batch.mask is None else (batch.mask,)
         model = self._engine if torch.is_grad_enabled() else self.model
         with self.precision():
-            return model(batch.inputs, *mask)
+            return self._call(model, batch)
 
     def _train_one(self, batch: LocalBatch, m: int, tokens: Tensor, balance: StepBalance, last: bool) -> Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -162,7 +161,7 @@ class DeepSpeedEngine:
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.balance.begin(len(local), routed)
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
-            norm, applied = self._update(lr, losses, accept)
+            norm, applied = self._update(lr, losses, tokens, accept)
         except BaseException:
             self.balance.discard()
             self._shards.forget()
@@ -170,7 +169,7 @@ class DeepSpeedEngine:
         self.balance.end(applied)
         return StepResult(losses, norm, applied)
 
-    def _update(self, lr: float, losses: list[Tensor], accept: Accept | None) -> tuple[Tensor, bool]:
+    def _update(self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None) -> tuple[Tensor, bool]:
         """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self._shards.optimizer.param_groups:
             group["lr"] = lr
@@ -179,7 +178,7 @@ class DeepSpeedEngine:
         else:
             grads = [self._logical(name, p.grad) for name, p in self.parameters.items() if p.grad is not None]
             norm = clip_gradients_(grads, self._max_norm, self._device)
-        if accepted(accept, Computed(losses, norm, self._shards.gradient), self._mesh):
+        if accepted(accept, Computed(losses, norm, tokens, self._shards.gradient), self._mesh):
             self.deepspeed.step()
             return norm, not sharded or bool(self.deepspeed.was_step_applied())
         self._shards.forget()

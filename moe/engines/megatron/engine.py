@@ -24,6 +24,7 @@ from ...checkpoint import State, tensors_of
 from ...collectives import global_ranks, world_axis
 from ...layer import MoE
 from ...model import Decoder
+from ...model.documents import Documents
 from ...parallel import (
     LocalBatch,
     LossFunction,
@@ -265,7 +266,7 @@ class MegatronEngine:
                 with random_state_kept(), torch.no_grad():
                     self._run(local, lambda m: self.balance.micro_batch(m, ahead=True), forward_only=True)
             losses = self._run(local, self.balance.micro_batch, forward_only=False)
-            norm, applied = self._update(lr, losses, accept)
+            norm, applied = self._update(lr, losses, tokens, accept)
         except BaseException:
             self.balance.discard()
             raise
@@ -295,8 +296,10 @@ class MegatronEngine:
             m, batch = next(source)
             positions = torch.arange(batch.inputs.shape[1], device=self._device).expand(batch.inputs.shape)
             padding = None if batch.mask is None else ~batch.mask
+            # Megatron-Core's mask is True where a query does not see a key; without one, attention is causal
+            hidden = None if batch.starts is None else ~Documents(batch.starts).seen()
             with around(m), self._precision():
-                output = model(batch.inputs, positions, None, padding_mask=padding)
+                output = model(batch.inputs, positions, hidden, padding_mask=padding)
             return output, lambda logits: self._losses(logits, batch)
 
         first = batches[0].inputs.shape
@@ -322,13 +325,13 @@ class MegatronEngine:
         valid = valid_positions(batch).to(torch.int)
         return losses_BS.sum(), valid, {"losses": losses_BS.detach()}
 
-    def _update(self, lr: float, losses: list[Tensor], accept: Accept | None) -> tuple[Tensor, bool]:
+    def _update(self, lr: float, losses: list[Tensor], tokens: Tensor, accept: Accept | None) -> tuple[Tensor, bool]:
         """Update the weights if that is accepted; return the gradient's norm, and whether they were updated."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
         norm = torch.as_tensor(self.optimizer.get_grad_norm(), dtype=torch.float32, device=self._device).reshape(())
-        applied = accepted(accept, Computed(losses, norm, self._gradient), self._mesh)
+        applied = accepted(accept, Computed(losses, norm, tokens, self._gradient), self._mesh)
         if applied:
             self.optimizer.step()
         return norm, applied

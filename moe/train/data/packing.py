@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ...config import require
+from ...parallel import IGNORED
 from .corpus import Corpus
 from .order import Epochs, Mixture, Sequential
 from .stream import Tokens
 
-#: label of a position that is not trained on, as torch's losses ignore it
-IGNORED = -100
 #: (indices of domains, first positions, ids to read) -> ids, and loss masks or None, each [B, ids to read]
 Read = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, "np.ndarray | None"]]
 
