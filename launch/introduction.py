@@ -43,9 +43,8 @@ def _plan(trainer: Trainer) -> list[str]:
     lines = [f"{counted(config.steps, 'step')}: {read} of {config.data.seq_len} tokens"]
     for domain, epochs in found.items():
         times = "each at most once" if epochs.most <= 1 else f"each up to {epochs.most} times"
-        lines.append(
-            f"  {domain}: {epochs.share:.1%}, {epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}, {times}"
-        )
+        of = f"{epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}"
+        lines.append(f"  {domain}: {epochs.share:.1%}, {of}, {times}")
     unread = [repr(domain) for domain in trainer.corpus.domains if domain not in found]
     return lines + ([f"  not trained on: {', '.join(unread)}"] if unread else [])
 
