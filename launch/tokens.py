@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,9 @@ def _build(wanted: Wanted, process: env.Process, report: Report) -> None:
         print(f"tokenising into {printable(str(wanted.folder))}; later starts read the tokens from there", flush=True)
     # the other ranks of the node have nothing to do meanwhile
     workers = min(len(os.sched_getaffinity(0)), MOST) if wanted.config.tokenizer != "bytes" else 1
-    try:
+    with report.told():
         wanted.build(workers, report, report.beat)
         load_corpus(wanted.config, wanted.tokenizer, wanted.folder.parent)  # keeps its fingerprint
-    finally:
-        report.close()
 
 
 class Report:
@@ -104,7 +104,7 @@ class Report:
         self._heartbeat, self._store, self._key = heartbeat, store, key
         self._bar = tqdm(unit="", unit_scale=True, leave=False, disable=None if shows and sys.stderr.isatty() else True)
         self._bar.set_description("reading")
-        self._beats, self._told = 0, 0.0
+        self._beats = 0
 
     # ---- the rank that builds
 
@@ -117,19 +117,34 @@ class Report:
         self._bar.set_description("merging")
 
     def beat(self) -> None:
-        """Tell the others that this rank goes on."""
-        if time.monotonic() - self._told > REPORT_S:
-            self._told, self._beats = time.monotonic(), self._beats + 1
-            self._heartbeat.enter("setup", self._beats)
-            self._tell(f"at {self._beats}")
+        """Tell this rank's watch that it goes on, although it may seem to wait at one place."""
+        self._beats += 1
+        self._heartbeat.enter("setup", self._beats)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Within the block, a thread tells the others that this rank works: its own watch sees if it hangs."""
+        done = threading.Event()
+
+        def tell() -> None:
+            times = 0
+            while not done.wait(REPORT_S):
+                times += 1
+                self._tell(f"at {times}")
+
+        thread = threading.Thread(target=tell, name="tokens", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._bar.close()
 
     def end(self, error: str) -> None:
         """Let the others go on, or end with the same error."""
         self._tell(f"error {error}" if error else "done")
         self._heartbeat.enter("setup", 0)
-
-    def close(self) -> None:
-        self._bar.close()
 
     def _tell(self, text: str) -> None:
         if self._store is not None:
