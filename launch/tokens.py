@@ -91,7 +91,7 @@ def _build(wanted: Wanted, process: env.Process, report: Report) -> None:
     if process.rank == 0:
         print(f"tokenising into {printable(str(wanted.folder))}; later starts read the tokens from there", flush=True)
     # the other ranks of the node have nothing to do meanwhile
-    workers = min(len(os.sched_getaffinity(0)), MOST) if wanted.config.tokenizer != "bytes" else 1
+    workers = min(os.cpu_count() or 1, MOST) if wanted.config.tokenizer != "bytes" else 1
     with report.told():
         wanted.build(workers, report, report.beat)
         load_corpus(wanted.config, wanted.tokenizer, wanted.folder.parent)  # keeps its fingerprint
