@@ -28,7 +28,7 @@ from ..moe.observe.metrics import write_atomically
 from ..moe.observe.printable import printable
 from ..moe.serve import score, windows
 from ..moe.train.config import DataConfig
-from ..moe.train.data import Tokenizer, load_corpus, read_documents
+from ..moe.train.data import Tokenizer, load_corpus, read_labelled
 from . import env, loaded
 from .tokens import TOKENS
 from .usage import Parser, a_path
@@ -87,8 +87,7 @@ def _documents(
     config = DataConfig(**settings)
     try:
         if arguments.data is not None:
-            read = read_documents(config, tokenizer)
-            found: dict[str, list[Any]] = {domain: [(ids, None) for ids in read[domain]] for domain in read}
+            found: dict[str, list[Any]] = {**read_labelled(config, tokenizer)}
         else:
             corpus = load_corpus(config, tokenizer, _tokens(arguments.run_dir))
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}

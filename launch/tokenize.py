@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", default="bytes", metavar="PATH", help="tokenizer.json, or 'bytes' (default)")
     for name in FIELDS:
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"as --data.{name} of the training command")
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
     parser.add_argument(
         "--workers", type=int, default=cores, metavar="N", help=f"processes; default {cores}, one per core"
     )

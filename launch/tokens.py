@@ -5,7 +5,6 @@ Rank 0 builds the store. If the folder of the stores is local to each node, the 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -91,7 +90,7 @@ def _build(wanted: Wanted, process: env.Process, report: Report) -> None:
     if process.rank == 0:
         print(f"tokenising into {printable(str(wanted.folder))}; later starts read the tokens from there", flush=True)
     # the other ranks of the node have nothing to do meanwhile
-    workers = min(len(os.sched_getaffinity(0)), MOST) if wanted.config.tokenizer != "bytes" else 1
+    workers = min(env.available_cores(), MOST) if wanted.config.tokenizer != "bytes" else 1
     with report.told():
         wanted.build(workers, report, report.beat)
         load_corpus(wanted.config, wanted.tokenizer, wanted.folder.parent)  # keeps its fingerprint

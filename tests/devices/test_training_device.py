@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from equimoe.launch.train import _read_corpus
+from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
 from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda, real_tensors
@@ -25,7 +25,7 @@ def trainer_of(tmp_path: Path) -> Any:
     def make(**changes: object) -> Trainer:
         config = small.on(small.write_texts(tmp_path / "texts"), **changes)
         with real_tensors():
-            corpus = _read_corpus(config)
+            corpus = load_corpus(config.data, load_tokenizer("bytes"))
         return Trainer(config, corpus, None, torch.device("cuda", 0))
 
     return make

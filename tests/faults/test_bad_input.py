@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,21 +109,20 @@ def test_vocabulary_smaller_than_the_tokenizers(run: Callable[..., Ended]) -> No
 
 def test_ranks_that_read_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that differs between two machines must be found before the first step, on every rank."""
-    import equimoe.launch.train as train
+    from equimoe.launch import tokens
 
-    real = train._read_corpus
+    real = tokens.load
 
-    def per_rank(config: object) -> object:
+    def per_rank(data: Any, *rest: Any) -> object:
         import os
         from dataclasses import replace
 
-        folder = tmp_path / f"texts{os.environ['RANK']}"
-        return real(replace(config, data=replace(config.data, path=str(folder))))  # type: ignore
+        return real(replace(data, path=str(tmp_path / f"texts{os.environ['RANK']}")), *rest)
 
     for rank in range(2):
         small.write_texts(tmp_path / f"texts{rank}")
     (tmp_path / "texts1" / "domain0" / "0.txt").write_text("other words " * 60)
-    monkeypatch.setattr(train, "_read_corpus", per_rank)
+    monkeypatch.setattr(tokens, "load", per_rank)
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(tmp_path / "texts0", steps=2)))
     ended = launch(["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")], 2)
     refused(ended, env.DISAGREEMENT, "data: rank 0 has ", ", rank 1 has ", "give all ranks the same")
@@ -133,16 +133,16 @@ def test_one_rank_that_fails_ends_all(
 ) -> None:
     import os
 
-    import equimoe.launch.train as train
+    from equimoe.launch import tokens
 
-    real = train._read_corpus
+    real = tokens.load_corpus
 
-    def unreadable(config: object) -> object:
+    def unreadable(*given: Any) -> object:
         if os.environ["RANK"] == "1":
             raise OSError(5, "Input/output error", "texts/domain0/0.txt")
-        return real(config)  # type: ignore
+        return real(*given)
 
-    monkeypatch.setattr(train, "_read_corpus", unreadable)
+    monkeypatch.setattr(tokens, "load_corpus", unreadable)
     refused(run(), env.DATA, "rank 1: ", "Input/output error", "texts/domain0/0.txt")
 
 

@@ -9,7 +9,7 @@ from .ahead import STEPS as READ_AHEAD
 from .ahead import Ahead
 from .bigram import bigram_loss
 from .build import Wanted, store_at, wanted_store
-from .corpus import Corpus, load_corpus, read_documents
+from .corpus import Corpus, load_corpus, read_documents, read_labelled
 from .cursor import Cursor
 from .packing import Batches, heldout_batches
 from .store import check as check_store
@@ -32,6 +32,7 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "read_documents",
+    "read_labelled",
     "special_token",
     "store_at",
     "wanted_store",

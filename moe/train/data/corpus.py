@@ -94,6 +94,11 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer, cache: Path | None = N
 
 def read_documents(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[Tokens]]:
     """Read and tokenise all documents of each domain; a flat token file is one. Raises ValueError as load_corpus."""
+    return {domain: [ids for ids, _ in found] for domain, found in read_labelled(config, tokenizer).items()}
+
+
+def read_labelled(config: DataConfig, tokenizer: Tokenizer) -> dict[str, list[tuple[Tokens, Tokens | None]]]:
+    """Read all documents as :func:`read_documents` does, with their loss masks; None: every id is trained on."""
     return {domain: shelf.documents() for domain, shelf in _library(config, tokenizer, None).shelves.items()}
 
 

@@ -24,12 +24,12 @@ class Shelf:
     #: files of ids without document boundaries, in the order of their digests
     flat: list[TokenFile] = field(default_factory=list)
 
-    def documents(self) -> list[Tokens]:
-        """Return the ids of each document, and each flat file."""
+    def documents(self) -> list[tuple[Tokens, Tokens | None]]:
+        """Return the ids and the loss mask of each document, and each flat file."""
         ends = np.cumsum(self.lengths + 1)
-        return [
-            self.ids[end - length - 1 : end - 1] for length, end in zip(self.lengths, ends, strict=True)
-        ] + self.flat
+        places = [slice(end - length - 1, end - 1) for length, end in zip(self.lengths, ends, strict=True)]
+        masks = [None if self.mask is None else self.mask[place] for place in places]
+        return [*zip([self.ids[place] for place in places], masks, strict=True), *((file, None) for file in self.flat)]
 
 
 @dataclass
