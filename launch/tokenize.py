@@ -7,7 +7,6 @@ that is there already, and fits, is kept. --check compares all of its files with
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -122,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", default="bytes", metavar="PATH", help="tokenizer.json, or 'bytes' (default)")
     for name in FIELDS:
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"as --data.{name} of the training command")
-    cores = os.cpu_count() or 1
+    cores = env.available_cores()
     parser.add_argument(
         "--workers", type=int, default=cores, metavar="N", help=f"processes; default {cores}, one per core"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,11 +47,12 @@ def neighbours(ids):
 def slow(corpus, tested):
     """Return the mean loss per domain of ``tested`` pairs, with the variant that is best on the training tail."""
     vocab_size, head, tail = corpus.vocab_size, [], []
-    for stream in corpus.train.values():
-        pairs = neighbours(stream)
+    for domain, stream in corpus.train.items():
+        trained = corpus.train_masks.get(domain, np.ones(len(stream)))[1:]
+        pairs = list(zip(neighbours(stream), trained, strict=True))
         held = int(len(stream) * 0.05)
-        head += pairs[: len(pairs) - held]
-        tail += pairs[len(pairs) - held :]
+        head += [pair for pair, kept in pairs[: len(pairs) - held] if kept]
+        tail += [pair for pair, kept in pairs[len(pairs) - held :] if kept]
     variants = [(d, s, k) for d in bigram.DISCOUNTS for s in bigram.STRENGTHS for k in bigram.CONTINUATION]
     best = min(variants, key=lambda v: sum(-math.log(probability(head, vocab_size, *ab, *v)) for ab in tail))
     nats = {d: [-math.log(probability(head + tail, vocab_size, *ab, *best)) for ab in p] for d, p in tested.items()}
@@ -77,14 +79,27 @@ def test_evaluates_the_labels_of_heldout_batches():
     assert bigram_loss(corpus, 12, 5, 3) == pytest.approx(slow(corpus, tested), rel=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1 << 24, 7])
+def test_labels_that_are_not_trained_on_are_left_out(monkeypatch, chunk):
+    """Of a domain with a mask, the model is fitted to, and judged by, pairs whose second id is trained on."""
+    monkeypatch.setattr(bigram, "CHUNK", chunk)
+    corpus, draw = make(), np.random.default_rng(5)
+    masks = [{"b": draw.integers(0, 2, len(of["b"])).astype(np.uint8)} for of in (corpus.train, corpus.heldout)]
+    masked = replace(corpus, train_masks=masks[0], heldout_masks=masks[1])
+    tested = {"a": neighbours(corpus.heldout["a"])}
+    pairs = zip(neighbours(corpus.heldout["b"]), masks[1]["b"][1:], strict=True)
+    tested["b"] = [pair for pair, trained in pairs if trained]
+    found = bigram_loss(masked, 12)
+    assert 0 < len(tested["b"]) < len(corpus.heldout["b"]) - 1
+    assert found == pytest.approx(slow(masked, tested), rel=1e-12)
+    assert found["b"] != pytest.approx(bigram_loss(corpus, 12)["b"], rel=1e-6)
+    assert "b" not in bigram_loss(replace(masked, heldout_masks={"b": masks[1]["b"] * 0}), 12)
+
+
 @pytest.mark.parametrize("vocab_size", [12, 5000])
 def test_probabilities_of_all_next_tokens_sum_to_one(vocab_size):
     corpus = make(12)
-<<<<<<< HEAD
-    model = bigram._Bigram(bigram._count([(ids, None) for ids in corpus.train.values()], vocab_size), vocab_size)
-=======
     model = bigram._Bigram(bigram._count([(stream, None) for stream in corpus.train.values()], vocab_size), vocab_size)
->>>>>>> wip-data
     for first in (0, 3, vocab_size - 1):
         keys = first * vocab_size + np.arange(vocab_size)
         for variant in ((0.5, 0.0, True), (0.95, 10.0, False), (0.05, 1000.0, True)):
