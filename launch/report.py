@@ -20,11 +20,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from ..moe.observe.metrics import duration, write_atomically
-from ..moe.observe.printable import printable
+from ..moe.observe.metrics import write_atomically
+from ..moe.observe.printable import printable, short_count
+from ..moe.observe.progress import duration
 from . import env, figures, routing_figures
 from .figures import DARK, LIGHT, Drawn, Run, Style, numbers
-from .text import counted, option_text, short_count
+from .text import counted, option_text
 
 REPORT_FILE = "report.html"
 

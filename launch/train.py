@@ -20,7 +20,8 @@ import torch
 
 from ..moe import checkpoint
 from ..moe.health import COLLECTIVE, Heartbeat
-from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, write_atomically
+from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, write_atomically
+from ..moe.observe.progress import Progress
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.stages import check_pipeline
 from ..moe.train.config import OptimConfig, TrainConfig
@@ -194,7 +195,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
     failure.layers = trainer.layers
-    progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
+    progress = Progress(config.steps, trainer.step, devices=process.world) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}
     try:

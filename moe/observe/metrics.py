@@ -1,13 +1,17 @@
-"""The outputs of a run: metrics.jsonl, TensorBoard files, and progress lines on the terminal.
+"""The records of a run in metrics.jsonl, and their copies in trackers.
 
 metrics.jsonl has one JSON object per line, the record. Its field "kind" says which further fields it has:
 
-* ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
+* ``run``: config, versions, world_size, device, device_name (of a GPU), parameters, active_parameters, flops_per_token
+  (of a training step, see :func:`~equimoe.moe.observe.speed.step_flops`), and peak_flops (dense bf16 operations per
+  second of the device, if known). Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per token, mean since the last record), grad_norm, lr, tokens (since step 0, over all
   ranks), skipped (steps that were skipped so far), postponed (sequences of such steps that are still to be read once
-  more; in the last step of a run, those that were not), tokens_per_s (over all ranks), elapsed_s (of training since
-  step 0),
+  more; in the last step of a run, those that were not), tokens_per_s (over all ranks), tokens_per_s_per_device (on a
+  CPU, per rank), tflops_per_device (the model's operations at this rate, without recomputation), mfu (their share of
+  the device's peak, if that is known), memory_bytes (of the rank with the most: on a GPU, the peak of torch's
+  allocations since the last record; on a CPU, the process's resident memory), elapsed_s (of training since step 0),
   domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With several ranks, busy_s
   [rank] (seconds per step since the last record in which it worked instead of waiting for others) and stragglers (the
   ranks that others wait for, slowest first).
@@ -68,12 +72,11 @@ import errno
 import json
 import math
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +85,6 @@ from .printable import printable
 
 METRICS_FILE = "metrics.jsonl"
 CELL = 12  # width and height in pixels of one value in a picture
-NOTE_EVERY = 10  # lines after which an unchanged note is repeated
 
 Record = dict[str, Any]
 
@@ -307,119 +309,6 @@ class MetricsWriter:
                 warnings.warn(f"TensorBoard files are incomplete ({error})", RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-# ---- the terminal
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "nan" if value is None else format(value, spec)
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in at most two units: ``45s``, ``2m 31s``, ``1h 02m``, ``3d 04h``."""
-    whole = max(0, round(seconds))
-    for size, unit, part, sub in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit} {whole % size // part:02d}{sub}"
-    return f"{whole}s"
-
-
-def progress_line(record: Record, steps: int) -> str:
-    """Format a ``train`` record as one line. ``left`` is the time for the remaining tokens at the current rate."""
-    step, rate = record["step"], record.get("tokens_per_s")
-    parts = [f"step: {step:>{max(4, len(str(steps)))}}/{steps}", f"loss: {_number(record.get('loss'), '.4f')}"]
-    for name, label, spec in (
-        ("grad_norm", "grad_norm", ".2f"),
-        ("balance", "balance", ".2f"),
-        ("max_over_mean", "max/mean", ".2f"),
-        ("replicated_straggler", "busiest rank", ".2f"),
-        ("lr", "lr", ".1e"),
-        ("tokens_per_s", "tokens/s", ",.0f"),
-    ):
-        if name in record:
-            parts.append(f"{label}: {_number(record[name], spec)}")
-    if rate and math.isfinite(rate) and step and record.get("tokens"):
-        parts.append(f"left: {duration((steps - step) * record['tokens'] / step / rate)}")
-    return "  ".join(parts)
-
-
-def balance_note(record: Record) -> str:
-    """Format the number of sequences over which the balance loss counted its load; empty if it is unknown."""
-    sequences = record.get("balance_sequences")
-    if sequences is None or not math.isfinite(sequences):
-        return ""
-    return f"balance over: {sequences:.3g} seq" if sequences < 100 else f"balance over: {sequences:.0f} seq"
-
-
-def _error_note(record: Record) -> str:
-    error = record.get("estimator_error")
-    return "" if error is None or not math.isfinite(error) else f" (load off by {error:.1%})"
-
-
-def eval_line(record: Record) -> str:
-    """Format an ``eval`` record as one line: the held-out loss, overall and by domain."""
-    domains = "  ".join(
-        f"{printable(name)}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items()
-    )
-    return f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  {domains}".rstrip()
-
-
-class Progress:
-    """Prints progress lines to ``stream`` (default: stdout), with a progress bar if it is a terminal.
-
-    Only rank 0 creates one.
-    """
-
-    def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
-        self.steps = steps
-        self.stream = sys.stdout if stream is None else stream
-        self._bar: Any = None
-        #: the last balance note, and the number of lines since it was printed
-        self._said, self._since = "", 0
-        if self.stream is not None and self.stream.isatty():  # it is None if the shell has closed it
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=start, file=self.stream, unit="step", dynamic_ncols=True, leave=False)
-
-    def advance(self, step: int) -> None:
-        """Move the progress bar to ``step`` completed steps."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        elif self.stream is not None:
-            print(text, file=self.stream, flush=True)
-
-    def show(self, record: Record) -> None:
-        """Print a ``train``, ``eval`` or ``skip`` record as one line. Other kinds are ignored."""
-        if record["kind"] == "train":
-            note = balance_note(record)
-            due = note != self._said or self._since >= NOTE_EVERY
-            self.say(progress_line(record, self.steps) + (f"  {note}{_error_note(record)}" if note and due else ""))
-            self._said, self._since = (note, 1) if due else (self._said, self._since + 1)
-        elif record["kind"] == "eval":
-            self.say(eval_line(record))
-        elif record["kind"] == "skip":
-            later = f"; {record['postponed']} sequences will be read again" if record["postponed"] else ""
-            self.say(f"skipped a step after step {record['step']}: {record['reason']}{later}")
-
-    def close(self) -> None:
-        """Remove the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Progress:
         return self
 
     def __exit__(

@@ -23,8 +23,21 @@ from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Accept, Batch, StepResult
 from ..health import Heartbeat, Pulse, Replicas
 from ..model import Decoder, numbered_moe_layers
-from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
-from ..observe.metrics import MetricsWriter, Progress
+from ..observe import (
+    Columns,
+    expert_fraction,
+    layer_record,
+    memory_in_use,
+    observe,
+    peak_flops,
+    speed_record,
+    step_flops,
+    step_record,
+    training_score,
+    watch_routers,
+)
+from ..observe.metrics import MetricsWriter
+from ..observe.progress import Progress
 from ..parallel import Mesh
 from .build import build_model, engine_of, one_line_for_memory
 from .config import TrainConfig
@@ -86,7 +99,8 @@ class Trainer:
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
-        self.expert_fraction = expert_fraction(model)
+        self.expert_fraction, self.flops_per_token = expert_fraction(model), step_flops(model)
+        self.peak_flops = peak_flops(device)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
         with one_line_for_memory(config):
@@ -217,9 +231,13 @@ class Trainer:
         table = torch.zeros(len(self.moe_numbers), self.columns.width, dtype=torch.float64, device=self.device)
         places = [self.moe_numbers.index(number) for number in self.layers]
         observe(table, places, self.layers.values(), self.columns, self.mesh, self.axis.rank, self.scores)
-        joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
-        sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        rows = [layer_record(row, self.columns) for row in joined[sums_N2.numel() :].view(table.shape)]
+        memory_P = torch.zeros(self.axis.size, dtype=torch.float64, device=self.device)
+        memory_P[self.axis.rank] = memory_in_use(self.device)
+        parts = (self.losses.sums_N2, table, memory_P)
+        joined = sum_over(torch.cat([part.flatten() for part in parts]), self.axis).get().cpu()
+        flat = joined.split([part.numel() for part in parts])
+        sums_N2, table, memory_P = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
+        rows = [layer_record(row, self.columns) for row in table]
         self.losses = DomainLosses(len(self.corpus.domains), self.device)
         loss, tokens = sums_N2.sum(0).tolist()
         return {
@@ -232,6 +250,7 @@ class Trainer:
             "skipped": self.judge.skips,
             "postponed": self.cursor.waiting,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
+            "memory_bytes": int(memory_P.max()),
             **step_record(rows, self.expert_fraction),
             "layers": rows,
         }
@@ -333,7 +352,14 @@ class Trainer:
             "device": self.device.type,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
+            "flops_per_token": self.flops_per_token,
+            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+            "peak_flops": self.peak_flops,
         }
+
+    def speed(self, tokens_per_s: float) -> dict[str, float]:
+        """Return the fields of a ``train`` record about speed, given that of all ranks together."""
+        return speed_record(tokens_per_s, self.axis.size, self.flops_per_token, self.peak_flops)
 
 
 def run(
@@ -382,7 +408,7 @@ def run(
                 progress.advance(step)
             if logged:
                 record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
-                record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
+                record |= trainer.speed((trainer.tokens - since[0]) / (now - since[1]))
                 record["elapsed_s"] = trainer.elapsed_s
                 publish(record)
                 if progress is not None and (note := pulse.note()):

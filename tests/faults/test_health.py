@@ -17,7 +17,8 @@ from torch import Tensor
 from equimoe.launch.options import fields_of
 from equimoe.moe import BalanceConfig, CapacityConfig, checkpoint
 from equimoe.moe.health import LossWindow
-from equimoe.moe.observe.metrics import MetricsWriter, Progress, read_records
+from equimoe.moe.observe.metrics import MetricsWriter, read_records
+from equimoe.moe.observe.progress import Progress
 from equimoe.moe.train.config import HealthConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.contract import MAY_CHANGE, check_resumed, differences
 from equimoe.moe.train.data import Cursor, load_corpus, load_tokenizer

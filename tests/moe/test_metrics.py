@@ -1,4 +1,4 @@
-"""Checks metrics.jsonl, its copy in TensorBoard, and the lines on the terminal."""
+"""Checks metrics.jsonl and its copies in trackers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,7 @@ import pytest
 import torch
 
 from equimoe.moe.observe import metrics
-from equimoe.moe.observe.metrics import (
-    MetricsWriter,
-    Progress,
-    balance_note,
-    duration,
-    eval_line,
-    progress_line,
-    read_records,
-    to_line,
-    write_atomically,
-)
+from equimoe.moe.observe.metrics import MetricsWriter, read_records, to_line, write_atomically
 from tests.helpers.runs import made_up_run
 
 TRAIN = {"kind": "train", "step": 10, "loss": 4.2034, "grad_norm": 1.1, "lr": 3e-3, "balance": 1.034}
@@ -282,82 +272,6 @@ def test_a_board_that_breaks_gives_one_warning(tmp_path: Path) -> None:
     assert len(caught) == 1
     writer.close()
     assert steps_of(writer.path) == [10, 20]
-
-
-def test_progress_line() -> None:
-    assert progress_line(TRAIN | {"tokens": 2666}, 300) == (
-        "step:   10/300  loss: 4.2034  grad_norm: 1.10  balance: 1.03  max/mean: 1.42  lr: 3.0e-03  tokens/s: 5,120"
-        "  left: 15s"
-    )
-    assert progress_line(TRAIN, 300).endswith("left: 3m 52s")  # 290 steps of 4096 tokens at 5120 tokens/s
-    bare = progress_line({"kind": "train", "step": 1, "loss": None, "balance": None}, 20000)
-    assert bare == "step:     1/20000  loss: nan  balance: nan"
-    last = progress_line(TRAIN | {"step": 300}, 300)
-    assert last.endswith("left: 0s")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (45.4, "45s"), (59.7, "1m 00s"), (151, "2m 31s"), (3725, "1h 02m"), (273600, "3d 04h"), (-1, "0s")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("sequences", "text"),
-    [(512.0, "512 seq"), (2.5, "2.5 seq"), (99.96, "100 seq"), (1048576.0, "1048576 seq"), (None, ""), (math.nan, "")],
-)
-def test_balance_note(sequences: float | None, text: str) -> None:
-    assert balance_note({"balance_sequences": sequences}) == (text and f"balance over: {text}")
-    assert balance_note({}) == ""
-
-
-def test_the_balance_batch_size_is_said_when_it_changes_and_now_and_then() -> None:
-    stream = io.StringIO()
-    with Progress(300, stream=stream) as progress:
-        for step in range(1, 31):
-            error = {"estimator_error": 0.034 + step / 1000} if step < 15 else {}
-            progress.show(TRAIN | {"step": step, "balance_sequences": 8.0 if step < 4 else 16.0} | error)
-        progress.show(TRAIN | {"step": 31})
-    said = {
-        i: line.split("balance over: ")[1] for i, line in enumerate(stream.getvalue().splitlines(), 1) if "over" in line
-    }
-    assert said == {
-        1: "8 seq (load off by 3.5%)", 4: "16 seq (load off by 3.8%)", 14: "16 seq (load off by 4.8%)", 24: "16 seq"
-    }  # fmt: skip
-
-
-def test_eval_line() -> None:
-    record = {"kind": "eval", "step": 100, "loss": 2.5, "domains": {"a": {"loss": 2.25}, "b": {"loss": None}}}
-    assert eval_line(record) == "eval:  100  held-out loss: 2.5000  a: 2.2500  b: nan"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_plain_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    with Progress(300, stream=stream) as progress:
-        progress.advance(10)
-        progress.show(TRAIN)
-        progress.show({"kind": "run"})
-        progress.say("a word")
-    assert stream.getvalue() == progress_line(TRAIN, 300) + "\na word\n"
-
-
-def test_a_bar_on_a_terminal() -> None:
-    stream = Terminal()
-    with Progress(300, start=290, stream=stream) as progress:
-        progress.advance(295)
-        progress.show(TRAIN | {"step": 295})
-        assert progress._bar.n == 295
-        progress.advance(300)
-    assert progress_line(TRAIN | {"step": 295}, 300) + "\n" in stream.getvalue()
-    assert "/300" in stream.getvalue().replace(progress_line(TRAIN | {"step": 295}, 300), "")
-    progress.close()
 
 
 def test_the_file_documents_itself() -> None:
