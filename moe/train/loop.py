@@ -37,6 +37,8 @@ from ..observe import (
     watch_routers,
 )
 from ..observe.metrics import MetricsWriter
+from ..observe.printable import printable
+from ..observe.profile import PROFILE_FOLDER, StepProfile, steps_of
 from ..observe.progress import Progress
 from ..parallel import Mesh
 from .build import build_model, engine_of, one_line_for_memory
@@ -379,6 +381,11 @@ def run(
     since = trainer.tokens, trainer.started
     last_eval: dict[str, Any] = {}
     pulse = Pulse(trainer.axis, heartbeat)
+    wanted = config.log.profile if trainer.axis.rank == 0 else None
+    profile = StepProfile(range(0) if wanted is None else steps_of(wanted), run_dir / PROFILE_FOLDER, trainer.device)
+
+    if progress is not None and wanted is not None and trainer.step >= profile.steps[-1]:
+        progress.say(f"note: log.profile={wanted}: the run is past these steps")
 
     def publish(record: dict[str, Any]) -> None:
         if metrics is not None:
@@ -398,6 +405,7 @@ def run(
             publish_saves()
             step, last = trainer.step + 1, trainer.step + 1 == config.steps
             logged = last or step % config.log.every == 0
+            profile.begin(step)
             pulse.begin(step)
             norm = trainer.train_step(observed=logged)
             stop = pulse.end(signal(), logged)
@@ -415,6 +423,9 @@ def run(
                     progress.say(note)
                 since = trainer.tokens, time.perf_counter()
             busy = time.perf_counter()
+            files = profile.end(step, last or bool(stop))
+            if files and progress is not None:
+                progress.say(f"profile: {', '.join(printable(str(file)) for file in files)}")
             if last or (config.log.eval_every and step % config.log.eval_every == 0):
                 pulse.enter("evaluate")
                 last_eval = trainer.evaluate()
@@ -432,6 +443,7 @@ def run(
         if progress is not None and trainer.step >= config.steps and (unread := trainer.cursor.waiting):
             progress.say(f"note: {unread} postponed sequences were not read again, because the run has ended")
     except BaseException:
+        profile.end(trainer.step, True)
         trainer.saver.settle(config.parallel.timeout_s)
         publish_saves()
         raise
