@@ -13,13 +13,16 @@ HERE = Path(__file__).parent
 FOLDERS = ("moe", "kernels", "launch")
 VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "moe" / "version.py").read_text(encoding="utf-8"))[0]
 
+TRACKERS = ["alembic", "mlflow-skinny>=3.17", "sqlalchemy>=2", "wandb>=0.31"]
 HF = ["accelerate>=1.15", "peft>=0.21", "tokenizers>=0.22", "transformers>=5"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     # what `make engines` tests
-    "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF],
+    "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF, *TRACKERS],
     "hf": HF,
+    # the trackers besides TensorBoard; MLflow without the packages of its server
+    "trackers": TRACKERS,
     "dev": [
         "build",
         "hypothesis",

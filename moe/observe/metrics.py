@@ -73,36 +73,15 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .printable import printable
+from .files import write_atomically as write_atomically  # re-exported
+from .mirror import Mirror, Record
 
 METRICS_FILE = "metrics.jsonl"
-CELL = 12  # width and height in pixels of one value in a picture
-
-Record = dict[str, Any]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the content of ``path`` by ``data``. A crash leaves either the old or the new file, complete.
-
-    Raises OSError if the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -160,59 +139,17 @@ def to_line(record: Record) -> bytes:
     return json.dumps(ready, allow_nan=False).encode() + b"\n"
 
 
-def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
-    """Yield the TensorBoard tags and values of a record."""
-    if record["kind"] == "train":
-        values = {name: value for name, value in record.items() if name not in _NOT_DRAWN}
-        yield from _flat("train", values)
-        yield from ((f"train_domain/{name}", loss) for name, loss in (record.get("domain_loss") or {}).items())
-        for index, layer in enumerate(record.get("layers") or []):
-            yield from _flat(f"layer_{index}", {name: value for name, value in layer.items() if name != "counts"})
-    if record["kind"] == "eval":
-        yield "heldout/loss", record.get("loss")
-        yield from ((f"heldout_domain/{name}", entry["loss"]) for name, entry in (record.get("domains") or {}).items())
-        for index, bits in enumerate(record.get("divergence") or []):
-            yield f"heldout_layer_{index}/divergence", bits
-        for field in ("score_sum", "max_frequency"):
-            for domain, layers in (record.get(field) or {}).items():
-                yield from ((f"heldout_layer_{i}/{field}/{domain}", value) for i, value in enumerate(layers))
-
-
-def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Yield the TensorBoard tags and greyscale pictures (values from 0 to 1) of a record.
-
-    There is one picture per layer, with a row per domain and a column per expert. A cell is black if the domain never
-    chooses the expert, and white if it does so at least four times as often as with uniform routing.
-    """
-    routing = record.get("routing") if record["kind"] == "eval" else None
-    for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):
-        frequency_NE = np.array(rows, float)
-        grey_NE = np.clip(frequency_NE * frequency_NE.shape[1] / 4, 0.0, 1.0)
-        yield f"heldout_layer_{index}/routing", np.kron(grey_NE, np.ones((CELL, CELL)))
-
-
-_NOT_DRAWN = {"kind", "step", "tokens", "elapsed_s", "domain_loss", "layers", "nonfinite"}
-
-
-def _flat(tag: str, values: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{tag}/{name}", value)
-        elif value is None or isinstance(value, (int, float)):
-            yield f"{tag}/{name}", value
-
-
 class MetricsWriter:
-    """Appends records to ``run_dir/metrics.jsonl`` and copies their numbers to ``run_dir/tensorboard``.
+    """Appends records to ``run_dir/metrics.jsonl`` and copies them to ``trackers``, names of :data:`TRACKERS`.
 
     With ``resume_step``, records of later steps, left by the interrupted run, are removed first. Without it, the file
     starts empty, and an existing one is kept as ``metrics.previous.jsonl``.
 
-    Raises ValueError if ``run_dir`` cannot be written. Later failures cause one warning each for the file and for
-    TensorBoard, but no exception, because a full disk must not end a training run.
+    Raises ValueError if ``run_dir`` cannot be written. Later failures cause one warning each for the file and for every
+    tracker, but no exception, because a full disk must not end a training run.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool = True, resume_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str] = (), resume_step: int | None = None) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self._warned = False
         try:
@@ -233,7 +170,7 @@ class MetricsWriter:
             raise ValueError(
                 f"run_dir={str(run_dir)!r}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
-        self._board: Any = self._open_board(0 if resume_step is None else resume_step + 1) if tensorboard else None
+        self._mirror = Mirror(Path(run_dir), trackers, resume_step)
 
     def _folder(self) -> tuple[int, int]:
         """Identify the folder, because another one may get its name."""
@@ -244,20 +181,6 @@ class MetricsWriter:
         records = (_parse(line) for line in self.path.read_bytes().split(b"\n"))
         kept = [record for record in records if record is not None and (record.get("step") or 0) <= step]
         write_atomically(self.path, b"".join(to_line(record) for record in kept))
-
-    def _open_board(self, purge_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what an interrupted run wrote for this and later steps
-            return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step)
-        except (ImportError, OSError) as error:
-            warnings.warn(
-                f"TensorBoard files cannot be written ({error}); pip install tensorboard, or set log.tensorboard=false",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return None
 
     def write(self, record: Record) -> None:
         """Append one record, see the module's docstring. Records of kind "train" and "eval" need a ``step``."""
@@ -280,33 +203,11 @@ class MetricsWriter:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        if self._board is not None:
-            self._mirror(record)
-
-    def _mirror(self, record: Record) -> None:
-        try:
-            for tag, value in _scalars(record):
-                if value is not None:
-                    self._board.add_scalar(printable(tag), value, record["step"])
-            for tag, picture_HW in _pictures(record):
-                self._board.add_image(printable(tag), picture_HW, record["step"], dataformats="HW")
-            self._board.flush()
-        except OSError as error:
-            self._board = None
-            warnings.warn(
-                f"TensorBoard files cannot be written ({error.strerror or error}); training continues without them",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        self._mirror.write(record)
 
     def close(self) -> None:
-        """Close the TensorBoard file. The metrics file needs no closing: it is complete after every record."""
-        board, self._board = self._board, None
-        if board is not None:
-            try:
-                board.close()
-            except OSError as error:
-                warnings.warn(f"TensorBoard files are incomplete ({error})", RuntimeWarning, stacklevel=2)
+        """Close the trackers. The metrics file needs no closing: it is complete after every record."""
+        self._mirror.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -18,6 +18,7 @@ from ..config import (
     require,
 )
 from ..observe.profile import steps_of
+from ..observe.trackers import tracker_names
 from ..parallel.degrees import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
 
 
@@ -252,8 +253,8 @@ class LogConfig:
     eval_every: int = 100
     #: evaluate at most this many sequences per domain
     eval_sequences: int = 16
-    #: also write TensorBoard files
-    tensorboard: bool = True
+    #: trackers that show the metrics, separated by commas: tensorboard, wandb, mlflow; none: no tracker
+    trackers: str | None = "tensorboard"
     #: FIRST:END: profile the steps from FIRST to END - 1 on rank 0, and write traces to the run folder; none: no steps
     profile: str | None = None
 
@@ -262,6 +263,10 @@ class LogConfig:
         require(self.every >= 1, "log.every", self.every, "must be at least 1")
         require(self.eval_every >= 0, "log.eval_every", self.eval_every, "must not be negative; 0: only at the end")
         require(self.eval_sequences >= 1, "log.eval_sequences", self.eval_sequences, "must be at least 1")
+        for name in ("trackers", "profile"):
+            text = getattr(self, name)
+            require(text is None or text.strip() != "", f"log.{name}", text, "is empty; give a value, or none")
+        tracker_names(self.trackers)
         if self.profile is not None:
             steps_of(self.profile)
 

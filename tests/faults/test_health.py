@@ -124,7 +124,7 @@ def test_the_end_of_a_run_tells_of_sequences_that_were_not_read_again(texts: Pat
     """As if the run had been resumed with fewer steps."""
     trainer, out = trainer_of(config_of(texts, steps=2, nonfinite="revisit")), io.StringIO()
     trainer.cursor = Cursor.restored({"first": 8, "postponed": [[22, 0, 8]]})
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics, Progress(2, stream=out) as progress:
+    with MetricsWriter(tmp_path) as metrics, Progress(2, stream=out) as progress:
         run(trainer, tmp_path, metrics, progress)
     assert out.getvalue().splitlines()[-1].startswith("note: 8 postponed sequences were not read again, because the")
     records = read_records(tmp_path / "metrics.jsonl")

@@ -110,7 +110,7 @@ def test_a_broken_locale_and_umask(run: Callable[..., Ended], tmp_path: Path) ->
         with printing("ascii")():
             yield
 
-    ended = run("--run-dir", "a b/ü/run", "--log.tensorboard", "true", within=strict)
+    ended = run("--run-dir", "a b/ü/run", "--log.trackers", "tensorboard", within=strict)
     assert ended.codes == [0], ended
     assert (tmp_path / "a b/ü/run/report.html").exists()
     domains = {name for r in read_records(tmp_path / "a b/ü/run/metrics.jsonl") for name in r.get("domains", {})}

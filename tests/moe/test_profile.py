@@ -31,7 +31,7 @@ def spans(file: Path) -> list[dict[str, Any]]:
 
 def run(folder: Path, *options: str, world: int = 1) -> Path:
     small.write_texts(folder / "texts")
-    argv = ["--data.path", str(folder / "texts"), "--run-dir", str(folder / "run"), "--log.tensorboard", "false"]
+    argv = ["--data.path", str(folder / "texts"), "--run-dir", str(folder / "run"), "--log.trackers", "none"]
     argv += ["--model.num_layers", "2", "--model.num_heads", "2", "--moe.hidden_size", "16"]
     argv += ["--moe.intermediate_size", "12", "--data.seq_len", "16", "--data.heldout_fraction", "0.1"]
     argv += ["--log.eval_sequences", "2", *options]
@@ -58,7 +58,7 @@ def test_several_ranks_have_one_trace_with_their_exchange(tmp_path: Path) -> Non
     folder = run(tmp_path, "--steps", "3", "--log.profile", "2:3", "--parallel.ep", "2", world=2)
     (file,) = folder.iterdir()
     found = spans(file)
-    assert REGIONS <= {span["name"] for span in found}
+    assert {span["name"] for span in found} >= REGIONS
     assert any("all_to_all" in span["name"] or "alltoall" in span["name"] for span in found)
 
 
