@@ -18,8 +18,9 @@ metrics.jsonl has one JSON object per line, the record. Its field "kind" says wh
 * ``skip``: a step that was skipped. step (steps taken so far), reason, loss, grad_norm, sequences, and postponed: how
   many of these sequences will be read once more before the run ends.
 * ``checkpoint``: step of a checkpoint that has become complete.
-* ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
-  max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
+* ``eval``: step, loss, tokens, loss_std (standard deviation of the loss, estimated from those of the sequences;
+  missing for a single one), domains {domain: {loss, tokens, loss_std}}, routing {domain: [layer][expert] frequency,
+  sum 1}, max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
   divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),
   and, for at most 16 domains, divergence_pairs {domain: {later domain: [layer]}}.
 
