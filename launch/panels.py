@@ -173,9 +173,8 @@ def figure_html(plot: Plot, drawn: Drawn) -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         panels = "".join(f"<div>{_svg(panel)}</div>" for panel in drawn.panels)
-    scale = (
-        '<p class="scale"><i></i>a quarter of the mean or less, to 4 times the mean or more</p>' if drawn.heat else ""
-    )
+    words = "from 1/4 of the mean, or less, to 4 times the mean, or more"
+    scale = f'<p class="scale"><i></i>{words}</p>' if drawn.heat else ""
     wide = ' class="wide"' if len(drawn.panels) > 1 else ""
     pairs = " pairs" if len(drawn.panels) in (2, 4) else ""
     return (

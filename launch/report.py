@@ -104,6 +104,8 @@ def _watch(folders: list[Path], port: int) -> int:
     live = Live(folders, partial(build, folders))
     try:
         serve(live, port, lambda found: print(f"report: http://{HOST}:{found}/  (Ctrl-C ends it)", flush=True))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except OSError as error:
         print(f"report: --port={port}: cannot be used ({error.strerror}); choose another one", file=sys.stderr)
         return env.CONFIG

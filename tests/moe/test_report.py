@@ -186,8 +186,12 @@ def test_the_page_asks_for_nothing_outside(page: Page) -> None:
     assert all(address.startswith(("data:image/png", "#")) for address in page.addresses)
 
 
-def test_pages_are_small(tmp_path: Path, page_file: Path) -> None:
+def test_a_page_is_small(page_file: Path) -> None:
     assert page_file.stat().st_size < 400_000
+
+
+@pytest.mark.slow
+def test_the_page_of_a_large_run_is_small(tmp_path: Path) -> None:
     domains = tuple(f"domain {i}" for i in range(12))
     records = made_up_run(steps=3000, every=10, experts=64, layers=48, eval_every=500, domains=domains)
     path = write_report(write_run(tmp_path, observed(records)))
