@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,8 @@ from ..moe.observe.metrics import METRICS_FILE
 from .page import POLICY, page
 
 HOST = "127.0.0.1"
+#: drawing a page may take one of so many seconds, because the run may need this machine's cores
+SPARE = 10
 #: asks every two seconds whether there is a newer page, and takes its content without losing the place
 SCRIPT = """
 let version = document.documentElement.dataset.version;
@@ -48,24 +51,21 @@ class Live:
     def __init__(self, folders: Sequence[Path], build: Callable[[], tuple[str, list[str]]]) -> None:
         self._files = [folder / METRICS_FILE for folder in folders]
         self._build, self._made = build, ("", b"")
+        #: before this moment no newer page is announced
+        self._next = 0.0
         self._lock = threading.Lock()  # matplotlib draws one page at a time
 
     def version(self) -> str:
-        """Return a text that changes with the records of the runs."""
-        return " ".join(self._version(file) for file in self._files)
+        """Return a text that changes with the records of the runs, but not sooner than the next page may be drawn."""
+        return self._made[0] if time.monotonic() < self._next else self._current()
 
-    @staticmethod
-    def _version(file: Path) -> str:
-        try:
-            found = file.stat()
-        except OSError:
-            return "-"
-        return f"{found.st_mtime_ns}-{found.st_size}-{found.st_ino}"
+    def _current(self) -> str:
+        return " ".join(map(_stamp, self._files))
 
     def page(self) -> bytes:
         """Return the page, made anew if the records have changed."""
         with self._lock:
-            version = self.version()
+            version, began = self._current(), time.monotonic()
             if self._made[0] != version or not self._made[1]:
                 try:
                     title, parts = self._build()
@@ -74,7 +74,17 @@ class Live:
                 text = page(title, parts, f"<style>{STYLE}</style><script>{SCRIPT}</script>")
                 text = text.replace('<html lang="en">', f'<html lang="en" data-version="{version}">', 1)
                 self._made = (version, text.encode(errors="backslashreplace"))
+                self._next = time.monotonic() + SPARE * (time.monotonic() - began)
             return self._made[1]
+
+
+def _stamp(file: Path) -> str:
+    """Return a text that changes with the file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return "-"
+    return f"{found.st_mtime_ns}-{found.st_size}-{found.st_ino}"
 
 
 def _escaped(text: str) -> str:

@@ -25,8 +25,9 @@ CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; margin: 0 0 12px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 8px; }
+h1 + .quiet { margin-top: -8px; }
 .quiet, figcaption, .scale { color: var(--quiet); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin: 20px 0; }
 .cards div, section, figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }

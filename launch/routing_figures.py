@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..moe.observe import divergences, mean_divergence
+from ..moe.observe.metrics import Record
 from .figures import draw_layers
 from .panels import (
     AMOUNT,
@@ -171,6 +172,8 @@ def draw_straggler(run: Run) -> Drawn | str:
             draw_line(axes, steps, factor, color=COLORS[5], linestyle=":", linewidth=1.5, label=named)
         draw_line(axes, steps, own, color=COLORS[5], linewidth=1.8, label="this run")
         panels.append(finish(axes, title, label))
+    if seen(replicated):
+        panels += _replicas(records)
     projected = [f"{last_of(numbers(records, 'projected_straggler', d))} on {d}" for d in degrees]
     text = f"Rows of the busiest rank over the mean {last_of(factor)} at the end" + (
         "; projected " if projected else ""
@@ -184,6 +187,23 @@ def draw_straggler(run: Run) -> Drawn | str:
             f"with an error of {last_of(error, '.0f')} %."
         )
     return Drawn(panels, text)
+
+
+def _replicas(records: list[Record]) -> list[Figure]:
+    """Draw what replicas of experts cost: their number, the bytes that are sent, and the error of their forecast."""
+    steps, panels = numbers(records, "step"), []
+    for name, scale, title, label in (
+        ("replicas", 1.0, "replicas of experts", "per layer"),
+        ("copied_bytes", 1 / (1 << 20), "copied for replicas", "MiB per layer and step"),
+        ("forecast_error", 100.0, "error of the expected load", "%"),
+    ):
+        values = scale * numbers(records, name)
+        if seen(values):
+            axes = new_panel()
+            draw_line(axes, steps, values, color=COLORS[5], linewidth=1.8)
+            axes.set_ylim(bottom=0)
+            panels.append(finish(axes, title, label))
+    return panels
 
 
 # ---- domains

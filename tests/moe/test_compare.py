@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from equimoe.launch.compare import PLOTS, read_runs
-from equimoe.launch.panels import Drawn
+from equimoe.launch.panels import Drawn, draw
 from equimoe.launch.report import main
 from tests.helpers.runs import made_up_run, observed
 from tests.moe.test_report import Page, write_run
@@ -32,7 +32,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 def drawn(folders: list[Path]) -> dict[str, Drawn]:
     runs = read_runs(folders)
-    found: dict[str, Any] = {plot.id: plot.draw(runs) for plot in PLOTS}
+    found: dict[str, Any] = {plot.id: draw(plot, runs) for plot in PLOTS}
     assert all(isinstance(each, Drawn) for each in found.values()), found
     return found
 

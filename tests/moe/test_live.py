@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from equimoe.launch import env
+from equimoe.launch import env, live
 from equimoe.launch.live import HOST, Live, serve
 from equimoe.launch.report import build, main
 from equimoe.moe.observe.metrics import to_line
@@ -29,8 +29,9 @@ RECORDS = observed(made_up_run(steps=100, every=10, eval_every=50))
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, int]]:
     """A folder with the first half of a run, and the port of its live report."""
+    monkeypatch.setattr(live, "SPARE", 0)
     folder = write_run(tmp_path / "my run", RECORDS[:7])
     ports: list[int] = []
     ready = threading.Event()
@@ -39,8 +40,8 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, int]]:
         ports.append(port)
         ready.set()
 
-    live = Live([folder], partial(build, [folder]))
-    threading.Thread(target=serve, args=(live, 0, take), daemon=True).start()
+    page = Live([folder], partial(build, [folder]))
+    threading.Thread(target=serve, args=(page, 0, take), daemon=True).start()
     assert ready.wait(20)
     yield folder, ports[0]
 
@@ -92,10 +93,24 @@ def test_nothing_else_is_answered(served: tuple[Path, int]) -> None:
 
 
 def test_it_waits_for_the_first_records(tmp_path: Path) -> None:
-    live = Live([tmp_path], partial(build, [tmp_path]))
-    assert "cannot be read (No such file or directory)" in Page(live.page().decode()).words
+    page = Live([tmp_path], partial(build, [tmp_path]))
+    assert "cannot be read (No such file or directory)" in Page(page.page().decode()).words
     write_run(tmp_path, RECORDS)
-    assert "step 100 of 100" in Page(live.page().decode()).words
+    assert "step 100 of 100" in Page(page.page().decode()).words
+
+
+def test_drawing_leaves_the_cores_to_the_run(tmp_path: Path) -> None:
+    def build_slowly() -> tuple[str, list[str]]:
+        time.sleep(0.1)
+        return "a run", []
+
+    page = Live([write_run(tmp_path, RECORDS[:7])], build_slowly)
+    page.page()
+    first, began = page.version(), time.monotonic()
+    more(tmp_path)
+    while page.version() == first:
+        time.sleep(0.01)
+    assert 0.8 < time.monotonic() - began < 3, "ten times as long as drawing took"
 
 
 def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
