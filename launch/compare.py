@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..moe.observe.printable import short_count
+from ..moe.observe.printable import printable, short_count
 from .figures import draw_heldout, smooth
 from .page import figures_of
 from .panels import COLORS, FAINT, Drawn, Plot, draw_line, finish, new_panel
@@ -23,10 +24,10 @@ def read_runs(folders: Sequence[Path]) -> Runs:
     """Read several runs, each with a name of its own. Raises ValueError if one cannot be read."""
     runs = [Run.read(folder) for folder in folders]
     names = [run.name for run in runs]
-    for i, folder in enumerate(folders):
-        if names.count(names[i]) > 1:
-            object.__setattr__(runs[i], "name", str(folder))
-    return runs
+    return [
+        replace(run, name=printable(str(folder))) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
 
 
 def _lines(
@@ -84,14 +85,14 @@ def draw_losses(runs: Runs) -> Drawn | str:
 
 def draw_load(runs: Runs) -> Drawn | str:
     """Draw the balance loss and the load of the busiest expert."""
-    fields = (("balance", "balance loss", "1.0 = balanced"), ("max_over_mean", "busiest expert", "load / mean load"))
     parts = [
-        _lines(runs, title, label, lambda run, name=name: numbers(run.train, name)) for name, title, label in fields
+        _lines(runs, "balance loss", "1.0 = balanced", lambda run: numbers(run.train, "balance")),
+        _lines(runs, "busiest expert", "load / mean load", lambda run: numbers(run.train, "max_over_mean")),
     ]
     for panels, _ in parts:
         for panel in panels:
             panel.axes[0].axhline(1.0, color=FAINT, linestyle="--", linewidth=1.2)
-    if all(flat(numbers(run.train, name), 1.0) for run in runs for name, *_ in fields):
+    if all(flat(numbers(run.train, "max_over_mean"), 1.0) for run in runs):
         return "No run has experts whose load could be uneven."
     return _joined(parts, "No run has recorded the load of its experts.")
 
