@@ -84,8 +84,8 @@ def test_the_scripts(first: tuple[Path, str], tmp_path: Path) -> None:
     lines = python(READ, folder, ROOT)
     assert len(lines) == 3 + 3 and sum("held out:" in line for line in lines) == 3
     printed = python(OWN, folder, ROOT)
-    assert printed[-6].startswith("learning rate 0.003")
-    assert [line.split()[0] for line in printed[-5:] if line] == ["5", "10", "10"]
+    assert printed[-5].startswith("learning rate 0.003")
+    assert [line.split()[0] for line in printed[-4:] if line] == ["2", "4", "4"]
 
 
 def test_the_profile(first: tuple[Path, str]) -> None:

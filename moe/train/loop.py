@@ -233,13 +233,9 @@ class Trainer:
         table = torch.zeros(len(self.moe_numbers), self.columns.width, dtype=torch.float64, device=self.device)
         places = [self.moe_numbers.index(number) for number in self.layers]
         observe(table, places, self.layers.values(), self.columns, self.mesh, self.axis.rank, self.scores)
-        memory_P = torch.zeros(self.axis.size, dtype=torch.float64, device=self.device)
-        memory_P[self.axis.rank] = memory_in_use(self.device)
-        parts = (self.losses.sums_N2, table, memory_P)
-        joined = sum_over(torch.cat([part.flatten() for part in parts]), self.axis).get().cpu()
-        flat = joined.split([part.numel() for part in parts])
-        sums_N2, table, memory_P = (values.view(part.shape) for values, part in zip(flat, parts, strict=True))
-        rows = [layer_record(row, self.columns) for row in table]
+        joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
+        sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
+        rows = [layer_record(row, self.columns) for row in joined[sums_N2.numel() :].view(table.shape)]
         self.losses = DomainLosses(len(self.corpus.domains), self.device)
         loss, tokens = sums_N2.sum(0).tolist()
         return {
@@ -252,7 +248,6 @@ class Trainer:
             "skipped": self.judge.skips,
             "postponed": self.cursor.waiting,
             "domain_loss": {d: n / t for d, (n, t) in zip(self.corpus.domains, sums_N2.tolist(), strict=True) if t},
-            "memory_bytes": int(memory_P.max()),
             **step_record(rows, self.expert_fraction),
             "layers": rows,
         }
@@ -360,8 +355,15 @@ class Trainer:
         }
 
     def speed(self, tokens_per_s: float) -> dict[str, float]:
-        """Return the fields of a ``train`` record about speed, given that of all ranks together."""
-        return speed_record(tokens_per_s, self.axis.size, self.flops_per_token, self.peak_flops)
+        """Return the fields of a ``train`` record about speed and memory. Every rank must call it.
+
+        ``tokens_per_s`` is the speed of all ranks together.
+        """
+        memory_P = torch.zeros(self.axis.size, dtype=torch.int64, device=self.device)
+        memory_P[self.axis.rank] = memory_in_use(self.device)
+        most = int(sum_over(memory_P, self.axis).get().max())
+        found = speed_record(tokens_per_s, self.axis.size, self.flops_per_token, self.peak_flops)
+        return found | {"memory_bytes": most}
 
 
 def run(

@@ -30,7 +30,7 @@ NAMES = ["Ελληνικά", "lone-\udcff", "\x1b]0;owned\x07\x1b[2J\n\u202egnir
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """Return a function that trains on domains with these names, in a run folder with one of them."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     texts = small.write_texts(tmp_path / "texts")
     for number, name in enumerate(NAMES):
         os.rename(texts / f"domain{number}", os.fsencode(texts / name))
@@ -205,7 +205,7 @@ def damaged(seed: int) -> str:
 
 
 def test_hostile_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     for seed in range(100):
         check_page(tmp_path, damaged(seed))
     for line in (

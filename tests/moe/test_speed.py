@@ -15,11 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.config import AttentionConfig
 from equimoe.moe.observe.speed import PEAK_FLOPS, forward_flops, memory_in_use, peak_flops, speed_record, step_flops
+from equimoe.moe.parallel import build_mesh
+from equimoe.moe.train import loop
 from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import ModelConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
+from tests.helpers.fork import run_ranks
 
 BYTES = 257  # the vocabulary of bytes
 
@@ -142,6 +145,17 @@ def test_a_run_records_its_speed_and_memory(tmp_path: Path) -> None:
     flops = step_flops(trainer.model)
     described = trainer.describe({})
     assert described["flops_per_token"] == flops and described["peak_flops"] is None
-    record = trainer.record(trainer.train_step())
-    assert 50 << 20 < record["memory_bytes"] < 8 << 30
-    assert trainer.speed(1000.0)["tflops_per_device"] == pytest.approx(flops * 1000 / 1e12)
+    found = trainer.speed(1000.0)
+    assert 50 << 20 < found["memory_bytes"] < 8 << 30
+    assert found["tflops_per_device"] == pytest.approx(flops * 1000 / 1e12)
+
+
+def test_memory_is_that_of_the_rank_with_the_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small.on(small.write_texts(tmp_path))
+
+    def script(rank: int, world: int) -> float:
+        monkeypatch.setattr(loop, "memory_in_use", lambda _: (7, 9)[rank])
+        corpus = load_corpus(config.data, load_tokenizer("bytes"))
+        return Trainer(config, corpus, build_mesh(config.parallel), torch.device("cpu")).speed(8.0)["memory_bytes"]
+
+    assert run_ranks(script, 2) == [9, 9]
