@@ -15,14 +15,17 @@ VERSION = re.findall(r'__version__ = "(.+)"', (HERE / "moe" / "version.py").read
 
 # formats of data: datasets on disk, Parquet and Arrow, .zst
 DATA = ["datasets>=4", "pyarrow>=20", "zstandard>=0.23"]
+TRACKERS = ["alembic", "mlflow-skinny>=3.17", "sqlalchemy>=2", "wandb>=0.31"]
 HF = ["accelerate>=1.15", "peft>=0.21", "tokenizers>=0.22", "transformers>=5"]
 EXTRAS = {
     "data": [*DATA, "jinja2", "tokenizers>=0.22"],
     "deepspeed": ["deepspeed>=0.19"],
     "megatron": ["megatron-core>=0.16"],
     # what `make engines` tests
-    "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF],
+    "engines": ["deepspeed>=0.19", "lightning>=2.6", "megatron-core>=0.16", *HF, *TRACKERS],
     "hf": HF,
+    # the trackers besides TensorBoard; MLflow without the packages of its server
+    "trackers": TRACKERS,
     "dev": [
         *DATA,
         "build",

@@ -101,7 +101,7 @@ def options(size: Size, seed: int) -> list[str]:
         "optim.warmup_steps": max(size.steps // 20, 3),
         "log.every": size.log_every,
         "log.eval_sequences": 64,
-        "log.tensorboard": "false",
+        "log.trackers": "none",
         "checkpoint.every": 0,
     }
     return [f"--{name}={value}" for name, value in values.items()]

@@ -114,7 +114,7 @@ def configure(size: Size, seed: int, steps: int, dense: bool, part: int) -> Trai
             builtin_bytes_per_domain=size.bytes_per_domain,
         ),
         optim=OptimConfig(lr=size.lr, warmup_steps=max(steps // 20, 3)),
-        log=LogConfig(eval_sequences=size.heldout, tensorboard=False),
+        log=LogConfig(eval_sequences=size.heldout, trackers=None),
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sized
 
-from ..moe.observe.printable import printable
+from ..moe.observe.printable import printable, short_count
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.train.config import DataConfig
 from ..moe.train.loop import Trainer
 from .options import Launch
-from .text import counted, short_count
+from .text import counted
 
 
 def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:

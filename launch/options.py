@@ -48,6 +48,9 @@ class Launch:
     print_config: bool = False
 
 
+#: fields of older versions -> what to write instead
+RENAMED = {"log.tensorboard": "log.trackers: 'tensorboard' for true, 'none' for false"}
+
 #: options that are not part of the configuration: (type, help text)
 RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "recipe": (str, "configuration to start from; default quickstart"),
@@ -211,6 +214,8 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             raise ValueError(f"{token}: is not an option; write options as --name value")
         typed, equals, text = token[2:].partition("=")
         name = typed.replace("-", "_")
+        if name in RENAMED:
+            raise ValueError(f"--{typed}: use --{RENAMED[name]}")
         if name not in names:
             inside = [other for other in names if other.startswith(name + ".")]
             if inside:
@@ -291,6 +296,8 @@ def _merge(values: dict[str, Any], given: dict[Any, Any], cls: type, prefix: str
     """Override ``values`` with a nested mapping of class ``cls``, checking each key and the type of each value."""
     for key, value in given.items():
         name = str(key).replace("-", "_")
+        if prefix + name in RENAMED:
+            raise ValueError(f"{file}: {prefix}{key}: use {RENAMED[prefix + name]}")
         if name not in hints_of(cls):
             near = suggest(prefix + name, [*fields_of(), *hints_of(TrainConfig)])
             remedy = "no such key" + near if name not in fields_of() else "nest the key under its section"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 
 #: bytes of a file, nested collections, and values after every alias has been replaced by what it stands for
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 32, 100_000
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes 10:13 for text, as YAML 1.2 does, and not for a number of base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, re.compile(r"(?!.*:)" + form.pattern, form.flags) if tag.endswith((":int", ":float")) else form)
+        for tag, form in resolvers
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Refused(ValueError):
@@ -33,7 +47,7 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("is not UTF-8 text; give a YAML file") from None
     try:
         _check_depth(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is None:
             return None
         _check_values(node)

@@ -5,16 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 
-def short_count(count: float | None) -> str:
-    """Format a count with three digits and a unit, as in 1.23M; "-" for None."""
-    if count is None:
-        return "-"
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:g}"
-
-
 def counted(count: int, noun: str) -> str:
     """Format a count with its noun, as in "1 rank" and "2 processes"."""
     if count == 1:

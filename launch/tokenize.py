@@ -17,11 +17,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from tqdm import tqdm
 
-from ..moe.observe.printable import printable
+from ..moe.observe.printable import printable, short_count
 from ..moe.train.config import DataConfig
 from ..moe.train.data import Wanted, check_store, load_corpus, load_tokenizer, store_at
 from . import env
-from .text import short_count
 from .usage import Parser
 
 #: options that are fields of section ``data``

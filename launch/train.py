@@ -20,7 +20,9 @@ import torch
 
 from ..moe import checkpoint
 from ..moe.health import COLLECTIVE, Heartbeat
-from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, Progress, write_atomically
+from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, write_atomically
+from ..moe.observe.progress import Progress
+from ..moe.observe.trackers import check_installed, tracker_names
 from ..moe.parallel import ParallelConfig, build_mesh
 from ..moe.parallel.stages import check_pipeline
 from ..moe.train.config import OptimConfig, TrainConfig
@@ -66,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         outlast_readers()  # a run of days does not end with the terminal that shows it
         degrees = _degrees_of(launch, process)
+        if process.rank == 0:
+            check_installed(tracker_names(launch.config.log.trackers))
         torch.set_num_threads(env.threads(process))
     except ValueError as error:
         refused = (env.CONFIG, str(error))
@@ -195,7 +199,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         env.stop(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
     failure.layers = trainer.layers
-    progress = Progress(config.steps, trainer.step) if process.rank == 0 else None
+    progress = Progress(config.steps, trainer.step, devices=process.world) if process.rank == 0 else None
     attempt.signals.graceful = True
     stopped, result = 0, {}
     try:
@@ -306,7 +310,8 @@ def _open_metrics(trainer: Trainer, launch: Launch, process: env.Process) -> Met
     if process.rank > 0:
         return None
     new = trainer.step == 0
-    metrics = MetricsWriter(launch.run_dir, launch.config.log.tensorboard, None if new else trainer.step)
+    names = tracker_names(launch.config.log.trackers)
+    metrics = MetricsWriter(launch.run_dir, names, None if new else trainer.step)
     write_atomically(launch.run_dir / earlier.CONFIG_FILE, to_yaml(launch.config).encode())
     metrics.write(trainer.describe(asdict(launch.config) | {"recipe": launch.recipe}))
     if launch.init is not None:

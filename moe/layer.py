@@ -14,6 +14,7 @@ from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
 from .experts import RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
+from .regions import region
 from .replication import Calibration, Replication
 from .routing import Router
 from .types import Routing, RoutingStats
@@ -102,22 +103,27 @@ class MoE(nn.Module):
         router, experts, shared = self.parts()
         held = experts if self.replication is None else self.replication.begin(experts)
         visit, decision = self.balancer.begin(self, x_TD)
-        routing = router(x_TD, mask_T, sequences, decision)
-        if self.capacity is not None:
-            routing = self.capacity(routing)
-        counted = visit is not None and self.balancer.count(visit, routing, mask_T)
-        if visit is not None and counted:
-            self._keep_stats(routing, visit)
+        with region("route"):
+            routing = router(x_TD, mask_T, sequences, decision)
+            if self.capacity is not None:
+                routing = self.capacity(routing)
+        with region("balance"):
+            counted = visit is not None and self.balancer.count(visit, routing, mask_T)
+            if visit is not None and counted:
+                self._keep_stats(routing, visit)
         if self.replication is not None:
             held = self.replication.adapt(held, experts, routing, counted)
-        flight = self.dispatcher.send(x_TD, routing)
+        with region("dispatch"):
+            flight = self.dispatcher.send(x_TD, routing)
         shared_TD = None if shared is None else shared(x_TD)  # overlaps with the exchange of rows
-        y_TD = self.dispatcher.finish(flight, held)
+        with region("combine"):  # region "experts" is inside: rows may arrive and return in chunks
+            y_TD = self.dispatcher.finish(flight, held)
         if self.replication is not None:
             y_TD = self.replication.end(y_TD, held)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
-        y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
+        with region("balance"):
+            y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)
 
     def parts(self) -> tuple[Any, Any, Any]:

@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 #: a smaller run than that of the page
 SMALL = (
     "--steps 2 --data.seq_len 16 --data.global_batch 4 --data.micro_batch 4 --log.eval_sequences 1 "
-    "--log.tensorboard false --model.num_layers 1"
+    "--log.trackers none --model.num_layers 1"
 )
 
 

@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(to_yaml(small.on(small.write_texts(folder / "texts"), steps=30)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equimoe.launch.report.PLOTS", ())  # they take time
+        patch.setattr("equimoe.launch.page.PLOTS", ())  # they take time
         ended = launch(["--config", "small.yaml", "--run-dir", "run"], cwd=folder)
     assert ended.codes == [0], ended
     assert re.search(r"^generate: +\S+ -m equimoe.launch.generate --run-dir run --prompt 'The '$", ended.out[0], re.M)

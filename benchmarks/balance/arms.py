@@ -158,7 +158,7 @@ def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
             builtin_bytes_per_domain=size.bytes_per_domain,
         ),
         optim=OptimConfig(lr=size.lr, warmup_steps=max(size.steps // 20, 5)),
-        log=LogConfig(eval_sequences=size.heldout, tensorboard=False),
+        log=LogConfig(eval_sequences=size.heldout, trackers=None),
     )
 
 

@@ -13,6 +13,7 @@ from ...kernels.sort_by_expert import sort_by_expert
 from ..collectives import LOCAL, Axis, all_gather_rows, equal_sizes, exchange_sizes, reduce_scatter_rows
 from ..config import CapacityConfig, DispatchConfig
 from ..placement import Owners
+from ..regions import region
 from ..types import DispatchPlan, Experts, Routing
 from .codecs import WIRES
 
@@ -104,7 +105,8 @@ class Dispatcher(ABC):
         if self.experts_here < self.slots:  # rows for empty slots are padding
             ids_SK = torch.where(ids_SK < self.experts_here, ids_SK, -1)
         order = sort_by_expert(ids_SK, self.experts_here, backend=self.backend)
-        y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
+        with region("experts"):
+            y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
         return reduce_scatter_rows(y_SD, sizes, self.etp)
 
 

@@ -1,21 +1,27 @@
-"""The outputs of a run: metrics.jsonl, TensorBoard files, and progress lines on the terminal.
+"""The records of a run in metrics.jsonl, and their copies in trackers.
 
 metrics.jsonl has one JSON object per line, the record. Its field "kind" says which further fields it has:
 
-* ``run``: config, versions, world_size, device, parameters, active_parameters. Each resume adds one; the last counts.
+* ``run``: config, versions, world_size, device, device_name (of a GPU), parameters, active_parameters, flops_per_token
+  (of a training step, see :func:`~equimoe.moe.observe.speed.step_flops`), and peak_flops (dense bf16 operations per
+  second of the device, if known). Each resume adds one; the last counts.
 * ``baseline``: bigram, {"all": nats per token, domain: nats per token}.
 * ``train``: step, loss (nats per label, mean since the last record; null if none), grad_norm, lr, tokens (since step 0,
   over all ranks), skipped (steps that were skipped so far), postponed (sequences of such steps that are still to be
-  read once more; in the last step of a run, those that were not), tokens_per_s (over all ranks), elapsed_s (of training
-  since step 0),
+  read once more; in the last step of a run, those that were not), tokens_per_s (over all ranks),
+  tokens_per_s_per_device (on a CPU, per rank), tflops_per_device (the model's operations at this rate, without
+  recomputation), mfu (their share of the device's peak, if that is known), memory_bytes (of the rank with the most: on
+  a GPU, the peak of torch's allocations since the last record; on a CPU, the process's resident memory), elapsed_s (of
+  training since step 0),
   domain_loss {domain: loss}, and layers, a list with the fields below for each MoE layer. With several ranks, busy_s
   [rank] (seconds per step since the last record in which it worked instead of waiting for others) and stragglers (the
   ranks that others wait for, slowest first).
 * ``skip``: a step that was skipped. step (steps taken so far), reason, loss, grad_norm, sequences, and postponed: how
   many of these sequences will be read once more before the run ends.
 * ``checkpoint``: step of a checkpoint that has become complete.
-* ``eval``: step, loss, domains {domain: {loss, tokens}}, routing {domain: [layer][expert] frequency, sum 1},
-  max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
+* ``eval``: step, loss, tokens, loss_std (standard deviation of the loss, estimated from those of the sequences;
+  missing for a single one), domains {domain: {loss, tokens, loss_std}}, routing {domain: [layer][expert] frequency,
+  sum 1}, max_frequency {domain: [layer]} (the largest of these frequencies), score_sum {domain: [layer]} (as below),
   divergence [layer] (Jensen-Shannon divergence between the frequencies of two domains, in bits, mean over all pairs),
   and, for at most 16 domains, divergence_pairs {domain: {later domain: [layer]}}.
 
@@ -68,39 +74,16 @@ import errno
 import json
 import math
 import os
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .printable import printable
+from .files import write_atomically as write_atomically  # re-exported
+from .mirror import Mirror, Record
 
 METRICS_FILE = "metrics.jsonl"
-CELL = 12  # width and height in pixels of one value in a picture
-NOTE_EVERY = 10  # lines after which an unchanged note is repeated
-
-Record = dict[str, Any]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the content of ``path`` by ``data``. A crash leaves either the old or the new file, complete.
-
-    Raises OSError if the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -158,59 +141,17 @@ def to_line(record: Record) -> bytes:
     return json.dumps(ready, allow_nan=False).encode() + b"\n"
 
 
-def _scalars(record: Record) -> Iterator[tuple[str, float | None]]:
-    """Yield the TensorBoard tags and values of a record."""
-    if record["kind"] == "train":
-        values = {name: value for name, value in record.items() if name not in _NOT_DRAWN}
-        yield from _flat("train", values)
-        yield from ((f"train_domain/{name}", loss) for name, loss in (record.get("domain_loss") or {}).items())
-        for index, layer in enumerate(record.get("layers") or []):
-            yield from _flat(f"layer_{index}", {name: value for name, value in layer.items() if name != "counts"})
-    if record["kind"] == "eval":
-        yield "heldout/loss", record.get("loss")
-        yield from ((f"heldout_domain/{name}", entry["loss"]) for name, entry in (record.get("domains") or {}).items())
-        for index, bits in enumerate(record.get("divergence") or []):
-            yield f"heldout_layer_{index}/divergence", bits
-        for field in ("score_sum", "max_frequency"):
-            for domain, layers in (record.get(field) or {}).items():
-                yield from ((f"heldout_layer_{i}/{field}/{domain}", value) for i, value in enumerate(layers))
-
-
-def _pictures(record: Record) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Yield the TensorBoard tags and greyscale pictures (values from 0 to 1) of a record.
-
-    There is one picture per layer, with a row per domain and a column per expert. A cell is black if the domain never
-    chooses the expert, and white if it does so at least four times as often as with uniform routing.
-    """
-    routing = record.get("routing") if record["kind"] == "eval" else None
-    for index, rows in enumerate(zip(*(routing or {}).values(), strict=True)):
-        frequency_NE = np.array(rows, float)
-        grey_NE = np.clip(frequency_NE * frequency_NE.shape[1] / 4, 0.0, 1.0)
-        yield f"heldout_layer_{index}/routing", np.kron(grey_NE, np.ones((CELL, CELL)))
-
-
-_NOT_DRAWN = {"kind", "step", "tokens", "elapsed_s", "domain_loss", "layers", "nonfinite"}
-
-
-def _flat(tag: str, values: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(f"{tag}/{name}", value)
-        elif value is None or isinstance(value, (int, float)):
-            yield f"{tag}/{name}", value
-
-
 class MetricsWriter:
-    """Appends records to ``run_dir/metrics.jsonl`` and copies their numbers to ``run_dir/tensorboard``.
+    """Appends records to ``run_dir/metrics.jsonl`` and copies them to ``trackers``, names of :data:`TRACKERS`.
 
     With ``resume_step``, records of later steps, left by the interrupted run, are removed first. Without it, the file
     starts empty, and an existing one is kept as ``metrics.previous.jsonl``.
 
-    Raises ValueError if ``run_dir`` cannot be written. Later failures cause one warning each for the file and for
-    TensorBoard, but no exception, because a full disk must not end a training run.
+    Raises ValueError if ``run_dir`` cannot be written. Later failures cause one warning each for the file and for every
+    tracker, but no exception, because a full disk must not end a training run.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool = True, resume_step: int | None = None) -> None:
+    def __init__(self, run_dir: Path, trackers: Sequence[str] = (), resume_step: int | None = None) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self._warned = False
         try:
@@ -231,7 +172,7 @@ class MetricsWriter:
             raise ValueError(
                 f"run_dir={str(run_dir)!r}: cannot be written ({error.strerror or error}); choose another folder"
             ) from None
-        self._board: Any = self._open_board(0 if resume_step is None else resume_step + 1) if tensorboard else None
+        self._mirror = Mirror(Path(run_dir), trackers, resume_step)
 
     def _folder(self) -> tuple[int, int]:
         """Identify the folder, because another one may get its name."""
@@ -242,20 +183,6 @@ class MetricsWriter:
         records = (_parse(line) for line in self.path.read_bytes().split(b"\n"))
         kept = [record for record in records if record is not None and (record.get("step") or 0) <= step]
         write_atomically(self.path, b"".join(to_line(record) for record in kept))
-
-    def _open_board(self, purge_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what an interrupted run wrote for this and later steps
-            return SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge_step)
-        except (ImportError, OSError) as error:
-            warnings.warn(
-                f"TensorBoard files cannot be written ({error}); pip install tensorboard, or set log.tensorboard=false",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return None
 
     def write(self, record: Record) -> None:
         """Append one record, see the module's docstring. Records of kind "train" and "eval" need a ``step``."""
@@ -278,148 +205,13 @@ class MetricsWriter:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        if self._board is not None:
-            self._mirror(record)
-
-    def _mirror(self, record: Record) -> None:
-        try:
-            for tag, value in _scalars(record):
-                if value is not None:
-                    self._board.add_scalar(printable(tag), value, record["step"])
-            for tag, picture_HW in _pictures(record):
-                self._board.add_image(printable(tag), picture_HW, record["step"], dataformats="HW")
-            self._board.flush()
-        except OSError as error:
-            self._board = None
-            warnings.warn(
-                f"TensorBoard files cannot be written ({error.strerror or error}); training continues without them",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        self._mirror.write(record)
 
     def close(self) -> None:
-        """Close the TensorBoard file. The metrics file needs no closing: it is complete after every record."""
-        board, self._board = self._board, None
-        if board is not None:
-            try:
-                board.close()
-            except OSError as error:
-                warnings.warn(f"TensorBoard files are incomplete ({error})", RuntimeWarning, stacklevel=2)
+        """Close the trackers. The metrics file needs no closing: it is complete after every record."""
+        self._mirror.close()
 
     def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-# ---- the terminal
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "nan" if value is None else format(value, spec)
-
-
-def duration(seconds: float) -> str:
-    """Format a duration in at most two units: ``45s``, ``2m 31s``, ``1h 02m``, ``3d 04h``."""
-    whole = max(0, round(seconds))
-    for size, unit, part, sub in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit} {whole % size // part:02d}{sub}"
-    return f"{whole}s"
-
-
-def progress_line(record: Record, steps: int) -> str:
-    """Format a ``train`` record as one line. ``left`` is the time for the remaining tokens at the current rate."""
-    step, rate = record["step"], record.get("tokens_per_s")
-    parts = [f"step: {step:>{max(4, len(str(steps)))}}/{steps}", f"loss: {_number(record.get('loss'), '.4f')}"]
-    for name, label, spec in (
-        ("grad_norm", "grad_norm", ".2f"),
-        ("balance", "balance", ".2f"),
-        ("max_over_mean", "max/mean", ".2f"),
-        ("replicated_straggler", "busiest rank", ".2f"),
-        ("lr", "lr", ".1e"),
-        ("tokens_per_s", "tokens/s", ",.0f"),
-    ):
-        if name in record:
-            parts.append(f"{label}: {_number(record[name], spec)}")
-    if rate and math.isfinite(rate) and step and record.get("tokens"):
-        parts.append(f"left: {duration((steps - step) * record['tokens'] / step / rate)}")
-    return "  ".join(parts)
-
-
-def balance_note(record: Record) -> str:
-    """Format the number of sequences over which the balance loss counted its load; empty if it is unknown."""
-    sequences = record.get("balance_sequences")
-    if sequences is None or not math.isfinite(sequences):
-        return ""
-    return f"balance over: {sequences:.3g} seq" if sequences < 100 else f"balance over: {sequences:.0f} seq"
-
-
-def _error_note(record: Record) -> str:
-    error = record.get("estimator_error")
-    return "" if error is None or not math.isfinite(error) else f" (load off by {error:.1%})"
-
-
-def eval_line(record: Record) -> str:
-    """Format an ``eval`` record as one line: the held-out loss, overall and by domain."""
-    domains = "  ".join(
-        f"{printable(name)}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items()
-    )
-    return f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  {domains}".rstrip()
-
-
-class Progress:
-    """Prints progress lines to ``stream`` (default: stdout), with a progress bar if it is a terminal.
-
-    Only rank 0 creates one.
-    """
-
-    def __init__(self, steps: int, start: int = 0, stream: TextIO | None = None) -> None:
-        self.steps = steps
-        self.stream = sys.stdout if stream is None else stream
-        self._bar: Any = None
-        #: the last balance note, and the number of lines since it was printed
-        self._said, self._since = "", 0
-        if self.stream is not None and self.stream.isatty():  # it is None if the shell has closed it
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=start, file=self.stream, unit="step", dynamic_ncols=True, leave=False)
-
-    def advance(self, step: int) -> None:
-        """Move the progress bar to ``step`` completed steps."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        elif self.stream is not None:
-            print(text, file=self.stream, flush=True)
-
-    def show(self, record: Record) -> None:
-        """Print a ``train``, ``eval`` or ``skip`` record as one line. Other kinds are ignored."""
-        if record["kind"] == "train":
-            note = balance_note(record)
-            due = note != self._said or self._since >= NOTE_EVERY
-            self.say(progress_line(record, self.steps) + (f"  {note}{_error_note(record)}" if note and due else ""))
-            self._said, self._since = (note, 1) if due else (self._said, self._since + 1)
-        elif record["kind"] == "eval":
-            self.say(eval_line(record))
-        elif record["kind"] == "skip":
-            later = f"; {record['postponed']} sequences will be read again" if record["postponed"] else ""
-            self.say(f"skipped a step after step {record['step']}: {record['reason']}{later}")
-
-    def close(self) -> None:
-        """Remove the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Progress:
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Makes text from files safe to print: names that could control a terminal, or that it cannot encode."""
+"""Makes text safe to print, as names from files that could control a terminal, and formats numbers."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def printable(text: str) -> str:
         letter.encode("unicode_escape").decode() if letter in BIDI or unicodedata.category(letter) in UNSAFE else letter
         for letter in text
     )
+
+
+def short_count(count: float | None) -> str:
+    """Format a number with three digits and a unit, as in 1.23M; "-" for None."""
+    if count is None:
+        return "-"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"

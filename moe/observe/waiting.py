@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model import Attention, Decoder, LatentAttention
+from ..model import Decoder
 from ..placement import Owners
+from .speed import forward_flops
 
 
 def straggler(counts_XE: Tensor, owners: Owners) -> Tensor:
@@ -33,23 +34,7 @@ def possible_degrees(experts: int) -> tuple[int, ...]:
 def expert_fraction(model: Decoder) -> float:
     """Return the fraction of the model's floating-point operations that the routed experts of one MoE layer do.
 
-    Products with weight matrices are counted per token, and attention over half a sequence on average. Forward and
-    backward have the same fraction.
+    Forward and backward have the same fraction, see :func:`~equimoe.moe.observe.speed.forward_flops`.
     """
-    layers, total = model.moe_layers(), 0.0
-    routed = {id(w): layer.config for layer in layers for w in layer.experts.parameters()}
-    of_layer = 0.0
-    for name, weight in model.named_parameters(remove_duplicate=False):  # the head may be the embedding's weight
-        if weight.dim() < 2 or name.startswith("embedding"):
-            continue
-        config = routed.get(id(weight))
-        flops = 2.0 * weight.numel() * (1.0 if config is None else config.top_k / config.num_experts)
-        total += flops
-        of_layer += flops / len(layers) if config is not None else 0.0
-    for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        # total width of all heads' values; except in latent attention, queries are as wide
-        inner = attention.get_parameter("out_proj.weight").shape[1]
-        queries = attention.q_up_proj.out_features if isinstance(attention, LatentAttention) else inner
-        pairs = attention.cos_SR.shape[0] * (1 if attention.window is None else 2)  # a mask hides none from the kernel
-        total += pairs * (queries + inner)
-    return of_layer / total
+    parts, layers = forward_flops(model, masked=True), len(model.moe_layers())
+    return parts["experts"] / (layers * sum(parts.values())) if layers else 0.0

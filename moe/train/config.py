@@ -17,6 +17,8 @@ from ..config import (
     check_literals,
     require,
 )
+from ..observe.profile import steps_of
+from ..observe.trackers import tracker_names
 from ..parallel.degrees import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
 
 
@@ -292,14 +294,22 @@ class LogConfig:
     eval_every: int = 100
     #: evaluate at most this many sequences per domain
     eval_sequences: int = 16
-    #: also write TensorBoard files
-    tensorboard: bool = True
+    #: trackers that show the metrics, separated by commas: tensorboard, wandb, mlflow; none: no tracker
+    trackers: str | None = "tensorboard"
+    #: FIRST:END: profile the steps from FIRST to END - 1 on rank 0, and write traces to the run folder; none: no steps
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         check_literals(self, "log.")
         require(self.every >= 1, "log.every", self.every, "must be at least 1")
         require(self.eval_every >= 0, "log.eval_every", self.eval_every, "must not be negative; 0: only at the end")
         require(self.eval_sequences >= 1, "log.eval_sequences", self.eval_sequences, "must be at least 1")
+        for name in ("trackers", "profile"):
+            text = getattr(self, name)
+            require(text is None or text.strip() != "", f"log.{name}", text, "is empty; give a value, or none")
+        tracker_names(self.trackers)
+        if self.profile is not None:
+            steps_of(self.profile)
 
 
 @dataclass(frozen=True)
@@ -334,6 +344,10 @@ class TrainConfig:
         check_literals(self)
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "must lie in 0..2**63 - 1")
         require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        if self.log.profile is not None and steps_of(self.log.profile)[-1] > self.steps:
+            raise ValueError(
+                f"log.profile={self.log.profile!r}: steps={self.steps}; profile earlier steps, or raise it"
+            )
         dispatch = self.moe.dispatch
         require(
             dispatch.memory_mb is None or dispatch.over_memory == "stop" or self.parallel.data_parallel != "fsdp",

@@ -1,4 +1,7 @@
-"""Evaluation: held-out loss and routing by domain.  N domains, L MoE layers, E experts, B sequences."""
+"""Evaluation: held-out loss and routing by domain.
+
+N domains, L MoE layers, E experts, B sequences of a batch, X sequences of all batches, P ranks that read other ones.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,8 @@ def evaluate(
     cp, tp = (LOCAL, LOCAL) if mesh is None else (mesh["cp"], mesh["tp"])
     readers = LOCAL if mesh is None else mesh["dp"]
     place = {domain: i for i, domain in enumerate(corpus.domains)}
-    sums_N2 = torch.zeros(len(place), 2, dtype=torch.float64, device=device)
+    #: by domain and batch: fp64 [P readers, B, 2], sum of the loss in nats and tokens of each sequence
+    sums_PB2: list[tuple[int, Tensor]] = []
     width = config.moe.num_experts + 2
     seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=device)
     rows = config.data.micro_batch if config.moe.capacity is None else 1
@@ -58,16 +62,19 @@ def evaluate(
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
             found = engine.evaluate([Batch(x, y, m, documents_of(x, config, corpus)) for _, x, y, m in several])
-        for (domain, _, labels_BS, mask_BS), losses_BS in zip(
-            several, found, strict=False
-        ):  # empty before the last stage
-            if tp.rank == 0:  # all ranks of a tensor-parallel group have the same losses
-                sums_N2[place[domain], 0] += losses_BS.double().sum()
-                sums_N2[place[domain], 1] += (mask_BS & (labels_BS != IGNORED)).sum() * (cp.rank == 0)
+        for i, (domain, _, labels_BS, mask_BS) in enumerate(several):
+            own_PB2 = torch.zeros(readers.size, rows, 2, dtype=torch.float64, device=device)
+            if tp.rank == 0 and i < len(found):  # equal on a tensor-parallel group, none before the last stage
+                own_PB2[readers.rank, :, 0] = found[i].double().sum(1)
+                own_PB2[readers.rank, :, 1] = (mask_BS & (labels_BS != IGNORED)).sum(1) * (cp.rank == 0)
+            sums_PB2.append((place[domain], own_PB2))
         for number, of_layer in zip(layers, routings, strict=True):
             for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
                 seen_NLX[place[domain], numbers.index(number)] += seen_BX.sum(0)
-    return _summary(corpus.domains, _summed(sums_N2), _summed(seen_NLX))
+    sums_X2 = _summed(torch.cat([seen_NLX.new_zeros(0, 2), *(sums.flatten(0, 1) for _, sums in sums_PB2)]))
+    domain_X = torch.tensor([i for i, _ in sums_PB2]).repeat_interleave(readers.size * rows)
+    seen_X = sums_X2[:, 1] > 0
+    return _summary(corpus.domains, sums_X2[seen_X], domain_X[seen_X], _summed(seen_NLX))
 
 
 @contextmanager
@@ -85,19 +92,28 @@ def _summed(values: Tensor) -> Tensor:
     return sum_over(values, world_axis()).get().cpu()
 
 
-def _summary(domains: tuple[str, ...], sums_N2: Tensor, seen_NLX: Tensor) -> dict[str, Any]:
+def _loss(sums_X2: Tensor) -> dict[str, Any]:
+    """Return the loss of these sequences, its standard deviation if there are several, and their tokens.
+
+    The deviation is that of a ratio of sums over sequences which are drawn independently of each other.
+    """
+    total, tokens = sums_X2.sum(0).tolist()
+    found = {"loss": total / max(tokens, 1.0), "tokens": int(tokens)}
+    if (size := len(sums_X2)) > 1:
+        apart_X = sums_X2[:, 0] - found["loss"] * sums_X2[:, 1]
+        found["loss_std"] = float((apart_X.square().sum() * size / (size - 1)).sqrt()) / tokens
+    return found
+
+
+def _summary(domains: tuple[str, ...], sums_X2: Tensor, domain_X: Tensor, seen_NLX: Tensor) -> dict[str, Any]:
     counts_NLE, tokens_NL, chosen_NL = seen_NLX[..., :-2], seen_NLX[..., -2], seen_NLX[..., -1]
     frequency_NLE = counts_NLE / counts_NLE.sum(-1, keepdim=True).clamp_min(1)
-    loss, tokens = sums_N2.sum(0).tolist()
-    evaluated = {domain: i for i, domain in enumerate(domains) if sums_N2[i, 1]}
+    evaluated = {domain: i for i, domain in enumerate(domains) if (domain_X == i).any()}
     routed = {domain: i for domain, i in evaluated.items() if tokens_NL[i].sum()}
     routing = {domain: frequency_NLE[i].tolist() for domain, i in evaluated.items()}
     return {
-        "loss": loss / max(tokens, 1.0),
-        "domains": {
-            d: {"loss": float(sums_N2[i, 0] / sums_N2[i, 1]), "tokens": int(sums_N2[i, 1])}
-            for d, i in evaluated.items()
-        },
+        **_loss(sums_X2),
+        "domains": {d: _loss(sums_X2[domain_X == i]) for d, i in evaluated.items()},
         "routing": routing,
         "score_sum": {d: (chosen_NL[i] / tokens_NL[i]).tolist() for d, i in routed.items()},
         **domain_record({domain: routing[domain] for domain in routed}),

@@ -23,8 +23,23 @@ from ..collectives import LOCAL, sum_over, world_axis
 from ..engines import Accept, Batch, StepResult
 from ..health import Heartbeat, Pulse, Replicas
 from ..model import Decoder, numbered_moe_layers
-from ..observe import Columns, expert_fraction, layer_record, observe, step_record, training_score, watch_routers
-from ..observe.metrics import MetricsWriter, Progress
+from ..observe import (
+    Columns,
+    expert_fraction,
+    layer_record,
+    memory_in_use,
+    observe,
+    peak_flops,
+    speed_record,
+    step_flops,
+    step_record,
+    training_score,
+    watch_routers,
+)
+from ..observe.metrics import MetricsWriter
+from ..observe.printable import printable
+from ..observe.profile import PROFILE_FOLDER, StepProfile, steps_of
+from ..observe.progress import Progress
 from ..parallel import IGNORED, Mesh
 from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
@@ -88,7 +103,8 @@ class Trainer:
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )
-        self.expert_fraction = expert_fraction(model)
+        self.expert_fraction, self.flops_per_token = expert_fraction(model), step_flops(model)
+        self.peak_flops = peak_flops(device)
         #: block numbers of all MoE layers of the model
         self.moe_numbers = list(numbered_moe_layers([model]))
         with one_line_for_memory(config):
@@ -345,7 +361,21 @@ class Trainer:
             "device": self.device.type,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
+            "flops_per_token": self.flops_per_token,
+            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+            "peak_flops": self.peak_flops,
         }
+
+    def speed(self, tokens_per_s: float) -> dict[str, float]:
+        """Return the fields of a ``train`` record about speed and memory. Every rank must call it.
+
+        ``tokens_per_s`` is the speed of all ranks together.
+        """
+        memory_P = torch.zeros(self.axis.size, dtype=torch.int64, device=self.device)
+        memory_P[self.axis.rank] = memory_in_use(self.device)
+        most = int(sum_over(memory_P, self.axis).get().max())
+        found = speed_record(tokens_per_s, self.axis.size, self.flops_per_token, self.peak_flops)
+        return found | {"memory_bytes": most}
 
 
 def run(
@@ -365,6 +395,11 @@ def run(
     since = trainer.tokens, trainer.started
     last_eval: dict[str, Any] = {}
     pulse = Pulse(trainer.axis, heartbeat)
+    wanted = config.log.profile if trainer.axis.rank == 0 else None
+    profile = StepProfile(range(0) if wanted is None else steps_of(wanted), run_dir / PROFILE_FOLDER, trainer.device)
+
+    if progress is not None and wanted is not None and trainer.step >= profile.steps[-1]:
+        progress.say(f"note: log.profile={wanted}: the run is past these steps")
 
     def publish(record: dict[str, Any]) -> None:
         if metrics is not None:
@@ -384,6 +419,7 @@ def run(
             publish_saves()
             step, last = trainer.step + 1, trainer.step + 1 == config.steps
             logged = last or step % config.log.every == 0
+            profile.begin(step)
             pulse.begin(step)
             norm = trainer.train_step(observed=logged)
             stop = pulse.end(signal(), logged)
@@ -394,13 +430,16 @@ def run(
                 progress.advance(step)
             if logged:
                 record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
-                record["tokens_per_s"] = (trainer.tokens - since[0]) / (now - since[1])
+                record |= trainer.speed((trainer.tokens - since[0]) / (now - since[1]))
                 record["elapsed_s"] = trainer.elapsed_s
                 publish(record)
                 if progress is not None and (note := pulse.note()):
                     progress.say(note)
                 since = trainer.tokens, time.perf_counter()
             busy = time.perf_counter()
+            files = profile.end(step, last or bool(stop))
+            if files and progress is not None:
+                progress.say(f"profile: {', '.join(printable(str(file)) for file in files)}")
             if last or (config.log.eval_every and step % config.log.eval_every == 0):
                 pulse.enter("evaluate")
                 last_eval = trainer.evaluate()
@@ -418,6 +457,7 @@ def run(
         if progress is not None and trainer.step >= config.steps and (unread := trainer.cursor.waiting):
             progress.say(f"note: {unread} postponed sequences were not read again, because the run has ended")
     except BaseException:
+        profile.end(trainer.step, True)
         trainer.saver.settle(config.parallel.timeout_s)
         publish_saves()
         raise

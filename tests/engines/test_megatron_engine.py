@@ -376,7 +376,7 @@ def test_without_a_gpu_it_is_one_line() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_and_back_to_our_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     config = small.on(small.write_texts(tmp_path / "texts"), steps=4, ep=2, capacity=CapacityConfig(factor=1.5))
     (tmp_path / "small.yaml").write_text(to_yaml(config))
 

@@ -21,7 +21,7 @@ Run = Callable[..., Ended]
 
 def write_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 60.0, **how: Any) -> list[str]:
     """Write the small run's configuration, changed by ``how``; return the option that names it."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     config = small.on(small.write_texts(tmp_path / "texts"), **how)
     config = replace(config, parallel=replace(config.parallel, timeout_s=timeout_s))
     (tmp_path / "small.yaml").write_text(to_yaml(config))

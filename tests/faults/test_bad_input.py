@@ -22,7 +22,7 @@ from tests.helpers.command import Ended, launch
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """Return a function that runs the small run with more options. Reports have no figures, which saves seconds."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=2)))
 
     def command(*options: str, world: int = 2) -> Ended:

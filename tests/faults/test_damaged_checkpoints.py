@@ -316,7 +316,7 @@ def test_nodes_with_equal_copies_verify_their_own(tmp_path: Path) -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """Return a function that runs the small run on two ranks, with a save in every step."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     config = small.on(small.write_texts(tmp_path / "texts"), steps=3, checkpoint=CheckpointConfig(1, keep_last=3))
     (tmp_path / "small.yaml").write_text(to_yaml(config))
     base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]

@@ -111,7 +111,7 @@ def test_a_signal_that_also_ends_the_reader_loses_no_step(run: Run, tmp_path: Pa
 
     def read(reader: int) -> None:
         text = b""
-        while b"step:    4/8" not in text:
+        while b"4/8  loss" not in text:
             text += os.read(reader, 4096)
         os.close(reader)
         os.kill(os.getpid(), signal.SIGINT)

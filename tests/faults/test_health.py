@@ -17,7 +17,8 @@ from torch import Tensor
 from equimoe.launch.options import fields_of
 from equimoe.moe import BalanceConfig, CapacityConfig, checkpoint
 from equimoe.moe.health import LossWindow
-from equimoe.moe.observe.metrics import MetricsWriter, Progress, read_records
+from equimoe.moe.observe.metrics import MetricsWriter, read_records
+from equimoe.moe.observe.progress import Progress
 from equimoe.moe.train.config import HealthConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.contract import MAY_CHANGE, check_resumed, differences
 from equimoe.moe.train.data import Cursor, load_corpus, load_tokenizer
@@ -123,7 +124,7 @@ def test_the_end_of_a_run_tells_of_sequences_that_were_not_read_again(texts: Pat
     """As if the run had been resumed with fewer steps."""
     trainer, out = trainer_of(config_of(texts, steps=2, nonfinite="revisit")), io.StringIO()
     trainer.cursor = Cursor.restored({"first": 8, "postponed": [[22, 0, 8]]})
-    with MetricsWriter(tmp_path, tensorboard=False) as metrics, Progress(2, stream=out) as progress:
+    with MetricsWriter(tmp_path) as metrics, Progress(2, stream=out) as progress:
         run(trainer, tmp_path, metrics, progress)
     assert out.getvalue().splitlines()[-1].startswith("note: 8 postponed sequences were not read again, because the")
     records = read_records(tmp_path / "metrics.jsonl")

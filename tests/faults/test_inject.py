@@ -39,7 +39,7 @@ def small_run(folder: Path, faults: str, steps: int = 2, seen: list[str] | None 
 
 
 def test_every_phase_is_reached_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
 
     def body(rank: int, world: int) -> list[str]:
         seen: list[str] = []

@@ -53,7 +53,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 @pytest.mark.timeout(200)
 def test_killed_at_step_60_and_resumed_ends_in_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the run that is killed needs torchrun; reports have no figures, which saves seconds."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     config = small.on(
         small.write_texts(tmp_path / "texts"), ep=2, steps=100, checkpoint=CheckpointConfig(every=20, keep_last=9)
     )

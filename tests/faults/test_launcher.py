@@ -145,10 +145,10 @@ def test_configuration_is_checked_for_the_ranks_that_are_asked_for(
 
 def test_the_quickstart_needs_no_option_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is smaller and the report has no figures, to save time; ``parallel`` is the recipe's own."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     texts = ["--data.path", str(small.write_texts(tmp_path / "texts")), "--data.seq_len", "16", "--steps", "1"]
     sizes = ["--moe.hidden_size", "48", "--model.num_layers", "1", "--log.eval_sequences", "1"]
-    alone = launch([*texts, *sizes, "--log.tensorboard", "false", "--run-dir", "run"], cwd=tmp_path)
+    alone = launch([*texts, *sizes, "--log.trackers", "none", "--run-dir", "run"], cwd=tmp_path)
     assert alone.codes == [0], alone
     assert "1 rank, 2 micro-batches" in alone.out[0] and "held-out loss" in alone.out[0]
     two = launch([*texts, *sizes, "--dry-run"], 2, cwd=tmp_path)

@@ -114,7 +114,7 @@ CASES = [("shard", 1), ("shard", 0), ("manifest", 0), ("rename", 0), ("retention
 def test_a_kill_within_a_save_loses_no_older_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, killed: int
 ) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     config = small.on(small.write_texts(tmp_path / "texts"), steps=4, checkpoint=CheckpointConfig(1, keep_last=2))
     (tmp_path / "small.yaml").write_text(to_yaml(config))
 

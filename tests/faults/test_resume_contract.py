@@ -21,7 +21,7 @@ Run = Callable[..., Ended]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a small configuration, which has been trained for 4 steps."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     optim = OptimConfig(lr=1e-2, warmup_steps=1)
     config = small.on(small.write_texts(tmp_path / "texts"), steps=4, optim=optim)
     (tmp_path / "small.yaml").write_text(to_yaml(config))

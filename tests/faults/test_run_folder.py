@@ -176,7 +176,7 @@ def test_other_entries_of_the_folder_do_not_end_a_run(
 ) -> None:
     (tmp_path / "run").mkdir()
     make(tmp_path / "run" / name)
-    ended = run("--log.tensorboard", "true")
+    ended = run("--log.trackers", "tensorboard")
     assert ended.codes == [0], ended
 
 
@@ -184,7 +184,7 @@ def test_metrics_are_not_written_to_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     for step in (None, 3):
         with pytest.raises(ValueError, match=r"metrics\.jsonl: is not a regular file; delete it"):
-            MetricsWriter(tmp_path, tensorboard=False, resume_step=step)
+            MetricsWriter(tmp_path, resume_step=step)
 
 
 # ---- a folder that disappears
@@ -244,7 +244,7 @@ def test_a_folder_that_disappears_ends_the_run_at_the_next_save(
 
 
 def test_metrics_stay_out_of_a_folder_that_took_the_place(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path / "run", tensorboard=False)
+    writer = MetricsWriter(tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run").mkdir()
     record: dict[str, Any] = {"kind": "checkpoint", "step": 1}

@@ -18,7 +18,7 @@ from tests.helpers.command import Ended, launch
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     (tmp_path / "small.yaml").write_text(to_yaml(small.on(small.write_texts(tmp_path / "texts"), steps=1)))
     base = ["--config", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
     return lambda options, world: launch([*base, *options.split()], world, cwd=tmp_path)

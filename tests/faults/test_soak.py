@@ -74,7 +74,7 @@ def damage(rng: random.Random, root: Path) -> str:
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_many_random_faults_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     faults, rng = int(os.environ.get("EQUIMOE_SOAK_FAULTS", "200")), random.Random(0)
     steps = 4 * faults
     config = small.on(
@@ -82,7 +82,7 @@ def test_many_random_faults_leave_no_trace(tmp_path: Path, monkeypatch: pytest.M
         2,
         steps=steps,
         checkpoint=CheckpointConfig(every=EVERY, keep_last=3),
-        log=LogConfig(every=1, eval_every=0, eval_sequences=1, tensorboard=False),
+        log=LogConfig(every=1, eval_every=0, eval_sequences=1, trackers=None),
     )
     (tmp_path / "small.yaml").write_text(to_yaml(config))
 

@@ -30,7 +30,7 @@ NAMES = ["Ελληνικά", "lone-\udcff", "\x1b]0;owned\x07\x1b[2J\n\u202egnir
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     """Return a function that trains on domains with these names, in a run folder with one of them."""
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     texts = small.write_texts(tmp_path / "texts")
     for number, name in enumerate(NAMES):
         os.rename(texts / f"domain{number}", os.fsencode(texts / name))
@@ -110,7 +110,7 @@ def test_a_broken_locale_and_umask(run: Callable[..., Ended], tmp_path: Path) ->
         with printing("ascii")():
             yield
 
-    ended = run("--run-dir", "a b/ü/run", "--log.tensorboard", "true", within=strict)
+    ended = run("--run-dir", "a b/ü/run", "--log.trackers", "tensorboard", within=strict)
     assert ended.codes == [0], ended
     assert (tmp_path / "a b/ü/run/report.html").exists()
     domains = {name for r in read_records(tmp_path / "a b/ü/run/metrics.jsonl") for name in r.get("domains", {})}
@@ -205,7 +205,7 @@ def damaged(seed: int) -> str:
 
 
 def test_hostile_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
     for seed in range(100):
         check_page(tmp_path, damaged(seed))
     for line in (

@@ -14,7 +14,7 @@ from equimoe.moe.train.loop import Trainer
 
 #: a run of two steps that changes no bit of a weight
 STILL = ["--steps", "2", "--optim.lr", "1e-30", "--log.every", "1", "--log.eval_sequences", "1", "--data.seq_len", "16"]
-STILL += ["--data.global_batch", "8", "--data.micro_batch", "2", "--log.tensorboard", "false"]
+STILL += ["--data.global_batch", "8", "--data.micro_batch", "2", "--log.trackers", "none"]
 MESHES: dict[str, tuple[int, list[str]]] = {
     "alone": (1, []),
     "ep": (2, ["--parallel.ep", "2"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from equimoe.moe.observe import domain_record, step_record
+from equimoe.moe.observe import domain_record, speed_record, step_record
 from equimoe.moe.train.config import TrainConfig
 
 
@@ -103,6 +103,7 @@ def observed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "balance_tokens": 2560.0,
                         "balance_sequences": 10.0,
                         "estimator_error": 0.1 + 0.02 * rng.random(),
+                        "gradient_error": 0.4 + 0.02 * rng.random(),
                         "straggler": 1.1 + 0.1 * number,
                         "straggler_max": 1.5 + 0.1 * number,
                         "projected_straggler": {"2": 1.15 + 0.1 * number, "8": layer["max_over_mean"] + 0.2},
@@ -110,9 +111,12 @@ def observed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     }
                 )
             busy = {"busy_s": [0.1, 0.1 + 0.2 * (record["step"] > 100)], "stragglers": []}
-            record = record | step_record(layers, 0.1) | {"layers": layers} | busy
+            speed = speed_record(record["tokens_per_s"], 2, 3e7, 1e12) | {"memory_bytes": 3 << 29}
+            record = record | step_record(layers, 0.1) | {"layers": layers} | busy | speed
         if record["kind"] == "eval":
             scores = {d: [0.4 + 0.05 * i for i in range(len(rows))] for d, rows in record["routing"].items()}
-            record = record | {"score_sum": scores} | domain_record(record["routing"])
+            bars = {d: entry | {"loss_std": 0.05} for d, entry in record["domains"].items()}
+            record = record | {"score_sum": scores, "loss_std": 0.03, "tokens": 12288, "domains": bars}
+            record = record | domain_record(record["routing"])
         found.append(record)
     return found

@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
     optim=OptimConfig(lr=1e-2, warmup_steps=4),
     parallel=ParallelConfig(timeout_s=60),
     checkpoint=CheckpointConfig(every=0),
-    log=LogConfig(every=1, eval_every=0, eval_sequences=2, tensorboard=False),
+    log=LogConfig(every=1, eval_every=0, eval_sequences=2, trackers=None),
 )
 
 

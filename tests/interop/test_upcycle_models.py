@@ -94,7 +94,7 @@ def train(folder: Path, model: str, *options: str) -> str:
     """Train ``model`` in ``folder`` for two steps on two ranks; return what the first one prints."""
     argv = ["--init.from", str(folder / model), "--run-dir", str(folder / "run"), "--steps", "2", *options]
     argv += ["--data.path", str(write_texts(folder / "texts")), "--data.seq_len", "16", "--data.global_batch", "16"]
-    argv += ["--log.eval_sequences", "1", "--log.tensorboard", "false"]
+    argv += ["--log.eval_sequences", "1", "--log.trackers", "none"]
     assert (ended := launch(argv, 2, timeout=120)).codes == [0, 0], ended.err
     return ended.out[0]
 

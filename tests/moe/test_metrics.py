@@ -1,4 +1,4 @@
-"""Checks metrics.jsonl, its copy in TensorBoard, and the lines on the terminal."""
+"""Checks metrics.jsonl and its copies in trackers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,7 @@ import pytest
 import torch
 
 from equimoe.moe.observe import metrics
-from equimoe.moe.observe.metrics import (
-    MetricsWriter,
-    Progress,
-    balance_note,
-    duration,
-    eval_line,
-    progress_line,
-    read_records,
-    to_line,
-    write_atomically,
-)
+from equimoe.moe.observe.metrics import MetricsWriter, read_records, to_line, write_atomically
 from tests.helpers.runs import made_up_run
 
 TRAIN = {"kind": "train", "step": 10, "loss": 4.2034, "grad_norm": 1.1, "lr": 3e-3, "balance": 1.034}
@@ -40,7 +30,7 @@ def steps_of(path: Path) -> list[int]:
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     records = made_up_run(steps=20, every=5, eval_every=10)
-    with MetricsWriter(tmp_path / "new" / "run", tensorboard=False) as writer:
+    with MetricsWriter(tmp_path / "new" / "run") as writer:
         for number, record in enumerate(records, 1):
             writer.write(record)
             assert len(read_records(writer.path)) == number  # each line is written immediately
@@ -77,12 +67,12 @@ def test_tensors_arrays_and_paths_are_written() -> None:
 
 def test_resume_cuts_off_what_the_interrupted_run_wrote_later(tmp_path: Path) -> None:
     records = made_up_run(steps=40, every=5, eval_every=20)
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for record in records:
             writer.write(record)
     with open(writer.path, "ab") as file:
         file.write(b'{"kind": "train", "st')  # killed while writing
-    with MetricsWriter(tmp_path, tensorboard=False, resume_step=20) as resumed:
+    with MetricsWriter(tmp_path, resume_step=20) as resumed:
         kept = read_records(resumed.path)
         assert kept == [record for record in records if record.get("step", 0) <= 20]
         assert [record["kind"] for record in kept[:2]] == ["run", "baseline"]
@@ -92,7 +82,7 @@ def test_resume_cuts_off_what_the_interrupted_run_wrote_later(tmp_path: Path) ->
 
 
 def test_a_cut_that_fails_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for record in made_up_run(steps=20, every=5):
             writer.write(record)
     before = writer.path.read_bytes()
@@ -102,14 +92,14 @@ def test_a_cut_that_fails_leaves_the_file_whole(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); choose another folder"):
-        MetricsWriter(tmp_path, tensorboard=False, resume_step=10)
+        MetricsWriter(tmp_path, resume_step=10)
     assert writer.path.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
     for step in (10, 20):
-        with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path) as writer:
             writer.write(TRAIN | {"step": step})
     assert steps_of(writer.path) == [20]
     assert steps_of(tmp_path / "metrics.previous.jsonl") == [10]
@@ -122,7 +112,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_gives_one_warning_and_leaves_no_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.write(TRAIN | {"step": 1})
     real = builtins.open
 
@@ -146,7 +136,7 @@ def test_a_full_disk_gives_one_warning_and_leaves_no_torn_line(tmp_path: Path, m
 
 
 def test_a_folder_that_vanishes_gives_one_warning(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path / "run", tensorboard=False)
+    writer = MetricsWriter(tmp_path / "run")
     writer.path.unlink()
     writer.path.parent.rmdir()
     with pytest.warns(RuntimeWarning, match="No such file or directory") as caught:
@@ -178,186 +168,6 @@ def test_write_atomically_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
-
-
-def events_of(run_dir: Path) -> Any:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(run_dir / "tensorboard"))
-    events.Reload()
-    return events
-
-
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    events = events_of(run_dir)
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_numbers_reach_tensorboard_and_a_resumed_run_replaces_its_steps(tmp_path: Path) -> None:
-    records = made_up_run(steps=40, every=10, eval_every=20, layers=2)
-    with MetricsWriter(tmp_path) as writer:
-        for record in records:
-            writer.write(record)
-    with MetricsWriter(tmp_path, resume_step=20) as resumed:
-        resumed.write(TRAIN | {"step": 30, "loss": 9.0, "grad_norm": None})
-    found = scalars(tmp_path)
-    train = {record["step"]: record for record in records if record["kind"] == "train"}
-    assert found["train/loss"] == [
-        (10, pytest.approx(train[10]["loss"])),
-        (20, pytest.approx(train[20]["loss"])),
-        (30, 9),
-    ]
-    assert [step for step, _ in found["train/grad_norm"]] == [10, 20]
-    evaluation = next(record for record in records if record["kind"] == "eval")
-    assert found["heldout/loss"] == [(20, pytest.approx(evaluation["loss"]))]
-    assert found["heldout_domain/docs"] == [(20, pytest.approx(evaluation["domains"]["docs"]["loss"]))]
-    expected = train[20]["layers"][1]["max_over_mean"]
-    assert found["layer_1/max_over_mean"][-1] == (20, pytest.approx(expected))
-
-
-def test_what_is_observed_of_routing_reaches_tensorboard(tmp_path: Path) -> None:
-    layer = {"counts": [1, 2], "cv": 0.3, "entropy": 0.9, "dead": 0.0, "max_over_mean": 1.3}
-    layer |= {"losses": {"global": 1.1, "micro": 1.2}, "projected_straggler": {"2": 1.4, "4": None}, "score_sum": 0.5}
-    train = TRAIN | {"scaled_losses": {"global": 0.011}, "waiting": 0.02, "layers": [layer, layer | {"cv": 0.4}]}
-    evaluation = {"kind": "eval", "step": 10, "loss": 2.0, "divergence": [0.1, None]}
-    evaluation |= {"score_sum": {"a b": [0.5, 0.6]}, "max_frequency": {"a b": [0.7, 0.8]}}
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(train)
-        writer.write(evaluation)
-    found = scalars(tmp_path)
-    want = {
-        "train/scaled_losses/global": 0.011, "train/waiting": 0.02, "train/loss": TRAIN["loss"],
-        "layer_0/cv": 0.3, "layer_1/cv": 0.4, "layer_0/entropy": 0.9, "layer_0/dead": 0.0,
-        "layer_0/max_over_mean": 1.3, "layer_1/losses/micro": 1.2, "layer_0/projected_straggler/2": 1.4,
-        "layer_0/score_sum": 0.5, "heldout_layer_0/divergence": 0.1,
-    }  # fmt: skip
-    for tag, value in want.items():
-        assert found[tag] == [(10, pytest.approx(value))], tag
-    eval_tags = {tag: value for tag, value in found.items() if tag.startswith("heldout_layer_1")}
-    assert sorted(points[0][1] for points in eval_tags.values()) == pytest.approx([0.6, 0.8])
-    assert not any("counts" in tag or tag.endswith(("/4", "/step", "/tokens")) for tag in found)
-
-
-def test_routing_by_domain_is_a_picture_in_tensorboard(tmp_path: Path) -> None:
-    Image = pytest.importorskip("PIL.Image")
-    routing = {"c": [[0.5, 0.5, 0, 0], [0.25] * 4], "prose": [[0, 0, 0.25, 0.75], [0.25] * 4]}
-    with MetricsWriter(tmp_path) as writer:
-        writer.write({"kind": "eval", "step": 7, "loss": 1.0, "domains": {}, "routing": routing})
-    events = events_of(tmp_path)
-    (first,) = events.Images("heldout_layer_0/routing")
-    assert first.step == 7 and (first.height, first.width) == (2 * 12, 4 * 12)
-    grey = Image.open(io.BytesIO(first.encoded_image_string)).convert("L")
-    cells = [[grey.getpixel((12 * expert + 6, 12 * domain + 6)) for expert in range(4)] for domain in range(2)]
-    assert cells == [[127, 127, 0, 0], [0, 0, 63, 191]]
-    assert len(events.Images("heldout_layer_1/routing")) == 1
-
-
-def test_without_tensorboard_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if "tensorboard" in name:
-            raise ImportError("no module named tensorboard")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.warns(RuntimeWarning, match="pip install tensorboard") as caught:
-        writer = MetricsWriter(tmp_path)
-        writer.write(TRAIN)
-        writer.close()
-    assert len(caught) == 1
-    assert read_records(writer.path) == [TRAIN]
-
-
-def test_a_board_that_breaks_gives_one_warning(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    writer = MetricsWriter(tmp_path)
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    writer._board.add_scalar = fail
-    with pytest.warns(RuntimeWarning, match="TensorBoard files cannot be written") as caught:
-        writer.write(TRAIN)
-        writer.write(TRAIN | {"step": 20})
-    assert len(caught) == 1
-    writer.close()
-    assert steps_of(writer.path) == [10, 20]
-
-
-def test_progress_line() -> None:
-    assert progress_line(TRAIN | {"tokens": 2666}, 300) == (
-        "step:   10/300  loss: 4.2034  grad_norm: 1.10  balance: 1.03  max/mean: 1.42  lr: 3.0e-03  tokens/s: 5,120"
-        "  left: 15s"
-    )
-    assert progress_line(TRAIN, 300).endswith("left: 3m 52s")  # 290 steps of 4096 tokens at 5120 tokens/s
-    bare = progress_line({"kind": "train", "step": 1, "loss": None, "balance": None}, 20000)
-    assert bare == "step:     1/20000  loss: nan  balance: nan"
-    last = progress_line(TRAIN | {"step": 300}, 300)
-    assert last.endswith("left: 0s")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (45.4, "45s"), (59.7, "1m 00s"), (151, "2m 31s"), (3725, "1h 02m"), (273600, "3d 04h"), (-1, "0s")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("sequences", "text"),
-    [(512.0, "512 seq"), (2.5, "2.5 seq"), (99.96, "100 seq"), (1048576.0, "1048576 seq"), (None, ""), (math.nan, "")],
-)
-def test_balance_note(sequences: float | None, text: str) -> None:
-    assert balance_note({"balance_sequences": sequences}) == (text and f"balance over: {text}")
-    assert balance_note({}) == ""
-
-
-def test_the_balance_batch_size_is_said_when_it_changes_and_now_and_then() -> None:
-    stream = io.StringIO()
-    with Progress(300, stream=stream) as progress:
-        for step in range(1, 31):
-            error = {"estimator_error": 0.034 + step / 1000} if step < 15 else {}
-            progress.show(TRAIN | {"step": step, "balance_sequences": 8.0 if step < 4 else 16.0} | error)
-        progress.show(TRAIN | {"step": 31})
-    said = {
-        i: line.split("balance over: ")[1] for i, line in enumerate(stream.getvalue().splitlines(), 1) if "over" in line
-    }
-    assert said == {
-        1: "8 seq (load off by 3.5%)", 4: "16 seq (load off by 3.8%)", 14: "16 seq (load off by 4.8%)", 24: "16 seq"
-    }  # fmt: skip
-
-
-def test_eval_line() -> None:
-    record = {"kind": "eval", "step": 100, "loss": 2.5, "domains": {"a": {"loss": 2.25}, "b": {"loss": None}}}
-    assert eval_line(record) == "eval:  100  held-out loss: 2.5000  a: 2.2500  b: nan"
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_plain_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    with Progress(300, stream=stream) as progress:
-        progress.advance(10)
-        progress.show(TRAIN)
-        progress.show({"kind": "run"})
-        progress.say("a word")
-    assert stream.getvalue() == progress_line(TRAIN, 300) + "\na word\n"
-
-
-def test_a_bar_on_a_terminal() -> None:
-    stream = Terminal()
-    with Progress(300, start=290, stream=stream) as progress:
-        progress.advance(295)
-        progress.show(TRAIN | {"step": 295})
-        assert progress._bar.n == 295
-        progress.advance(300)
-    assert progress_line(TRAIN | {"step": 295}, 300) + "\n" in stream.getvalue()
-    assert "/300" in stream.getvalue().replace(progress_line(TRAIN | {"step": 295}, 300), "")
-    progress.close()
 
 
 def test_the_file_documents_itself() -> None:

@@ -214,7 +214,7 @@ def test_projection_and_its_cost(texts: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["grouped", "latent"])
 def test_expert_fraction_counts_operations(kind: Any) -> None:
-    """One dense and two MoE blocks: 2 operations per weight and token, and attention over half a sequence."""
+    """One dense and two MoE blocks: 2 operations per weight and token, and attention to earlier positions."""
     hidden, width, ffn, vocabulary, seq, heads = 8, 12, 20, 50, 32, 2
     moe = MoEConfig(hidden_size=hidden, intermediate_size=width, num_experts=4, top_k=2, shared_intermediate_size=6)
     latent = AttentionConfig(
@@ -228,10 +228,10 @@ def test_expert_fraction_counts_operations(kind: Any) -> None:
     in_layer = routed + 2 * (4 * hidden + 3 * hidden * 6)
     if kind == "grouped":
         projections = hidden * (hidden + 2 * hidden // heads) + hidden * hidden
-        attended = seq / 2 * 2 * heads * (hidden // heads + hidden // heads)
+        attended = (seq + 1) / 2 * 2 * heads * (hidden // heads + hidden // heads)
     else:
         projections = hidden * heads * 6 + hidden * (6 + 2) + 6 * heads * (4 + 3) + heads * 3 * hidden
-        attended = seq / 2 * 2 * heads * (6 + 3)
+        attended = (seq + 1) / 2 * 2 * heads * (6 + 3)
     total = 3 * (2 * projections + attended) + 2 * in_layer + 2 * 3 * hidden * ffn + 2 * hidden * vocabulary
     assert expert_fraction(model) == pytest.approx(routed / total)
 
@@ -248,7 +248,7 @@ def test_a_window_makes_attention_compute_all_pairs() -> None:
     )
     config = TrainConfig()
     routed = config.model.num_layers * 2 * config.moe.top_k * 3 * config.moe.hidden_size * config.moe.intermediate_size
-    pairs = config.model.num_layers * config.data.seq_len * 2 * config.moe.hidden_size
+    pairs = config.model.num_layers * (config.data.seq_len - 1) * 2 * config.moe.hidden_size
     assert windowed - plain == pytest.approx(config.model.num_layers * pairs / routed)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from equimoe.launch.figures import LIGHT, Run
-from equimoe.launch.report import PLOTS
+from equimoe.launch.page import PLOTS
+from equimoe.launch.records import Run
 from equimoe.launch.routing_figures import draw_divergence, draw_losses, draw_scores, draw_straggler
 from equimoe.moe.observe import divergences, mean_divergence
 from tests.helpers.runs import made_up_run, observed
@@ -21,12 +21,12 @@ from tests.moe.test_report import NEWER, report, write_run
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figures, for tests of the text."""
-    monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", ())
+    monkeypatch.setattr(sys.modules["equimoe.launch.page"], "PLOTS", ())
 
 
 def test_an_older_run_is_told_what_it_has_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plots = tuple(plot for plot in PLOTS if plot.id in NEWER)
-    monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", plots)
+    monkeypatch.setattr(sys.modules["equimoe.launch.page"], "PLOTS", plots)
     words = " ".join(report(tmp_path, made_up_run(steps=20, every=10, eval_every=20)).words.split())
     assert "The individual balance losses were not recorded." in words
     assert "sequences over which the balance loss counted its load was not recorded." in words
@@ -39,25 +39,25 @@ def test_an_older_run_is_told_what_it_has_not_recorded(tmp_path: Path, monkeypat
 def lines(drawn: Any, panel: int) -> dict[str, np.ndarray]:
     """Return a panel's labelled lines."""
     assert not isinstance(drawn, str), drawn
-    found = drawn[0].axes[panel].lines
+    found = drawn.panels[panel].axes[0].lines
     return {line.get_label(): np.asarray(line.get_ydata(), float) for line in found if line.get_label()[0] != "_"}
 
 
 def test_losses_are_drawn_by_name(tmp_path: Path) -> None:
     records = observed(made_up_run(steps=40, every=5))
     train = [record for record in records if record["kind"] == "train"]
-    drawn = draw_losses(Run.read(write_run(tmp_path, records)), LIGHT)
+    drawn = draw_losses(Run.read(write_run(tmp_path, records)))
     shown = lines(drawn, 0)
-    assert set(shown) == {"global", "micro (not trained on)"}
+    assert set(shown) == {"global", "micro (not trained on)", "balanced"}
     assert shown["global"] == pytest.approx([np.mean([row["losses"]["global"] for row in r["layers"]]) for r in train])
     added = lines(drawn, 1)
     assert added["z"] == pytest.approx([0.0001 * sum(5.0 + n for n in range(4))] * len(train))
-    assert "global 1." in drawn[1] and "z" not in drawn[1].split(":")[0]
+    assert "global 1." in drawn.text and "z" not in drawn.text.split(":")[0]
 
 
 def test_waiting_is_drawn_in_percent(tmp_path: Path) -> None:
     records = observed(made_up_run(steps=40, every=5))
-    drawn = draw_straggler(Run.read(write_run(tmp_path, records)), LIGHT)
+    drawn = draw_straggler(Run.read(write_run(tmp_path, records)))
     assert lines(drawn, 0)["this run"] == pytest.approx([1.25] * 8)  # layers of 1.1, 1.2, 1.3, 1.4
     assert lines(drawn, 0)["this run, worst micro-batch"] == pytest.approx([1.8] * 8)
     assert lines(drawn, 0)["2 ranks, projected"] == pytest.approx([1.3] * 8)
@@ -67,7 +67,7 @@ def test_waiting_is_drawn_in_percent(tmp_path: Path) -> None:
 
 def test_scores_have_their_reference_line(tmp_path: Path) -> None:
     records = observed(made_up_run(steps=40, every=5, eval_every=20))
-    drawn = draw_scores(Run.read(write_run(tmp_path, records)), LIGHT)
+    drawn = draw_scores(Run.read(write_run(tmp_path, records)))
     for panel in (0, 1):
         assert set(lines(drawn, panel)["uniform (2/8)"]) == {0.25}
     assert lines(drawn, 1)[" code"] == pytest.approx([0.4, 0.45, 0.5, 0.55])
@@ -79,14 +79,14 @@ def test_divergence_of_old_and_new_runs(tmp_path: Path, newer: bool) -> None:
     records = made_up_run(steps=40, every=5, eval_every=20)
     records = observed(records) if newer else records
     evals = [record for record in records if record["kind"] == "eval"]
-    drawn = draw_divergence(Run.read(write_run(tmp_path, records)), LIGHT)
+    drawn = draw_divergence(Run.read(write_run(tmp_path, records)))
     want = np.array([mean_divergence(divergences(record["routing"])) for record in evals])
     for layer in range(4):
         assert lines(drawn, 0)[f"MoE layer {layer}"] == pytest.approx(want[:, layer])
         most = [np.mean([max(freq[layer]) for freq in record["routing"].values()]) for record in evals]
         assert lines(drawn, 1)[f"MoE layer {layer}"] == pytest.approx(most)
     assert not isinstance(drawn, str)
-    bits_DD = np.asarray(drawn[0].axes[2].images[0].get_array())
+    bits_DD = np.asarray(drawn.panels[2].axes[0].images[0].get_array())
     assert bits_DD[0, 2] == bits_DD[2, 0] == pytest.approx(divergences(evals[-1]["routing"])["code", "tests"].mean())
     assert bits_DD[1, 1] == 0.0
 
@@ -118,14 +118,14 @@ def test_bad_values_do_not_break_the_figures(tmp_path: Path, monkeypatch: pytest
         run = Run.read(write_run(tmp_path, records))
         for plot in PLOTS:
             if plot.id in _TOUCHED:
-                assert not isinstance(plot.draw(run, LIGHT), str), (plot.id, bad)
+                assert not isinstance(plot.draw(run), str), (plot.id, bad)
     last = [record for record in records if record["kind"] == "eval"][-1]
     last["routing"]["code"][2] = [math.nan] * 8
     last.update(score_sum={"code": None, "docs": [math.nan, 0.5, "word", 0.4]}, divergence=[None] * 4)
-    monkeypatch.setattr(sys.modules["equimoe.launch.report"], "PLOTS", tuple(p for p in PLOTS if p.id in _TOUCHED))
+    monkeypatch.setattr(sys.modules["equimoe.launch.page"], "PLOTS", tuple(p for p in PLOTS if p.id in _TOUCHED))
     page = report(tmp_path, records)
     assert set(page.figures) == _TOUCHED
-    assert all(figure["pictures"] for figure in page.figures.values())
+    assert all(figure["panels"] for figure in page.figures.values())
 
 
 def test_cards_of_balance(tmp_path: Path, no_plots: None) -> None:

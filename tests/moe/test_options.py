@@ -26,6 +26,7 @@ OTHER_VALUES = {
     **{"model.dense_layers": "2", "attention.num_kv_heads": "3", "attention.rotary_base": "500.0"},
     **{"attention.scaling.factor": "8.0", "attention.scaling.fast_turns": "8.0"},
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
+    **{"log.trackers": "wandb,mlflow", "log.profile": "10:13"},
 }
 
 #: options that must be set first
@@ -127,8 +128,9 @@ def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path)
     assert config.data.text_field == "1e-3"
 
 
-#: a mixture has a form of its own
-FREE_TEXT = [name for name, hint in fields_of().items() if is_text(hint) and name != "data.mixture"]
+#: texts of a form of their own
+FORMED = ("data.mixture", "log.trackers", "log.profile")
+FREE_TEXT = [name for name, hint in fields_of().items() if is_text(hint) and name not in FORMED]
 
 
 @pytest.mark.parametrize("name", FREE_TEXT)
@@ -141,6 +143,23 @@ def test_awkward_text_comes_back_exactly(name: str, text: str, tmp_path: Path) -
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert parse(["--config", str(file)]).config == config
+
+
+def test_a_renamed_option_names_the_new_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--log.tensorboard: use --log.trackers: 'tensorboard' for true, 'none' for"):
+        parse(["--log.tensorboard", "false"])
+    file = tmp_path / "older.yaml"
+    file.write_text("log: {every: 5, tensorboard: true}")
+    with pytest.raises(ValueError, match=r"older.yaml: log.tensorboard: use log.trackers: 'tensorboard' for true"):
+        parse(["--config", str(file)])
+
+
+def test_trackers_are_named() -> None:
+    known = "tensorboard, wandb, mlflow, separated by commas"
+    for text in ("tensorbord", ",", "wandb;mlflow", "wandb,none"):
+        with pytest.raises(ValueError, match=f"^log.trackers={text}: use some of {known}"):
+            parse(["--log.trackers", text])
+    assert parse(["--log.trackers", "none"]).config.log.trackers is None
 
 
 def test_defaults() -> None:

@@ -78,17 +78,21 @@ def test_evaluation_by_hand_and_without_a_trace(config: TrainConfig) -> None:
     assert trainer.model.training
     assert before == [(layer.stats, layer.balancer.previous_step, list(layer.balancer.visits)) for layer in layers]
 
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[tuple[float, int]]] = {}
     with torch.no_grad():
         for domain, inputs, labels, mask in heldout_batches(trainer.corpus, 16, 2, 2):
-            nats = F.cross_entropy(trainer.model(inputs)[mask], labels[mask], reduction="sum")
-            total = sums.setdefault(domain, [0.0, 0.0])
-            total[0] += float(nats)
-            total[1] += int(mask.sum())
+            for row in range(2):
+                logits, seen = trainer.model(inputs[row : row + 1])[0], mask[row]
+                nats = F.cross_entropy(logits[seen], labels[row][seen], reduction="sum")
+                sums.setdefault(domain, []).append((float(nats), int(seen.sum())))
     assert result["domains"].keys() == sums.keys()
-    for domain, (nats, tokens) in sums.items():
-        assert result["domains"][domain]["tokens"] == tokens
-        assert result["domains"][domain]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    for found, rows in [(result, sum(sums.values(), [])), *((result["domains"][d], sums[d]) for d in sums)]:
+        nats, tokens = map(sum, zip(*rows, strict=True))
+        assert found["tokens"] == tokens
+        assert found["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        variance = sum((n - nats / tokens * t) ** 2 for n, t in rows) * len(rows) / (len(rows) - 1)
+        assert found["loss_std"] == pytest.approx(variance**0.5 / tokens, rel=1e-3)
+    for domain in sums:
         assert [sum(frequency) for frequency in result["routing"][domain]] == pytest.approx([1.0, 1.0])
 
 
