@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equimoe.launch.options import parse
@@ -30,6 +30,7 @@ def test_shares_are_exact_in_every_block():
     assert len({tuple(d for d, _ in read(order, 10 * block, 10)) for block in range(50)}) > 20
 
 
+@example([1.0, 1e-6], 0)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=5), st.integers(0, 2**40))
 def test_any_shares_are_met(weights, seed):
@@ -41,7 +42,7 @@ def test_any_shares_are_met(weights, seed):
     assert block <= 10_000 + len(names)
     found = Counter(d for d, _ in read(order, 3 * block, block))
     for i, name in enumerate(names):
-        assert found[i] >= 1 and abs(found[i] / block - shares[name]) <= 2e-4
+        assert found[i] >= 1 and abs(found[i] / block - shares[name]) <= 1e-4 * (len(names) + 1)
 
 
 def test_each_domain_has_its_own_epochs():

@@ -109,7 +109,7 @@ def _quotas(shares: Sequence[float]) -> list[int]:
     """Return the sequences of each domain in the shortest block that has exactly these shares, or nearly."""
     exact = [Fraction(share).limit_denominator(LARGEST_BLOCK) for share in shares]
     size = math.lcm(*(share.denominator for share in exact))
-    if sum(exact) == 1 and size <= LARGEST_BLOCK and all(exact[i] > 0 for i, share in enumerate(shares) if share > 0):
+    if sum(exact) == 1 and size <= LARGEST_BLOCK and [*map(bool, exact)] == [*map(bool, shares)]:
         return [int(share * size) for share in exact]
     wanted = np.array(shares) * LARGEST_BLOCK
     quotas = np.maximum(np.floor(wanted), np.array(shares) > 0).astype(int)
