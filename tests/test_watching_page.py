@@ -1,8 +1,10 @@
-"""Every command and every script of docs/watching.md runs as it stands."""
+"""Every command and every script of docs/watching.md runs as it stands.
+
+tests/engines/test_trackers_offline.py runs the one that needs further packages.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -92,17 +94,6 @@ def test_the_profile(first: tuple[Path, str]) -> None:
     folder, _ = first
     assert "profile: runs/profiled/profile/steps-10-12.trace.json.gz" in run(PROFILE, folder)
     assert (folder / "runs/profiled/profile/steps-10-12.trace.json.gz").stat().st_size > 10_000
-
-
-@pytest.mark.engines
-def test_the_trackers(tmp_path: Path) -> None:
-    for package in ("wandb", "mlflow", "sqlalchemy"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}, which `make engines` installs")
-    run(TRACK, tmp_path)
-    folder = tmp_path / "runs" / "tracked"
-    assert list(folder.glob("wandb/offline-run-*")) and (folder / "mlflow.db").exists()
-    assert list((folder / "mlartifacts").rglob("*.png")) and list((folder / "tensorboard").iterdir())
 
 
 def test_every_field_of_the_page_is_recorded(first: tuple[Path, str]) -> None:

@@ -17,6 +17,7 @@ from tests.helpers import small
 from tests.helpers.command import Ended, launch
 from tests.helpers.runs import made_up_run
 from tests.moe.test_trackers import events_of
+from tests.test_watching_page import TRACK, run
 
 wandb = pytest.importorskip("wandb")
 mlflow = pytest.importorskip("mlflow")
@@ -145,3 +146,10 @@ def test_a_server_that_is_gone_costs_one_line(tmp_path: Path, monkeypatch: pytes
         writer.write(made_up_run(steps=5)[2])
     assert len([w for w in caught if "log.trackers" in str(w.message)]) == 1
     assert len(read_records(writer.path)) == 1
+
+
+def test_the_command_of_the_page(tmp_path: Path) -> None:
+    run(TRACK, tmp_path)
+    folder = tmp_path / "runs" / "tracked"
+    assert list(folder.glob("wandb/offline-run-*")) and (folder / "mlflow.db").exists()
+    assert list((folder / "mlartifacts").rglob("*.png")) and list((folder / "tensorboard").iterdir())
