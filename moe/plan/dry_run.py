@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..engines import Batch, build_engine
+from ..engines.experts import ExpertPlacement
 from ..engines.torch import TorchEngine
 from ..parallel import Mesh, build_mesh
 from ..parallel.stages import check_pipeline
+from ..placement import Owners, Replicas, replicate
 from ..train.build import build_model, mixed_precision
 from ..train.config import TrainConfig
 from ..train.data import load_tokenizer
@@ -153,12 +155,17 @@ def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: Fa
     optimizer.register_step_pre_hook(
         lambda *_: recorder.name("gradients", (p.grad for p in parameters if p.grad is not None))
     )
-    if layers := engine.experts.layers:  # as in the steps after the first one: a load is known
-        engine.experts.forecast.observe(torch.ones(len(layers), config.moe.num_experts, dtype=torch.int64))
+    engine.experts.plan = partial(_most_replicas, engine.experts)
     with mode, recorder:
         ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
         engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(simulated)], config.optim.lr)
         recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
+
+
+def _most_replicas(experts: ExpertPlacement, _loads: Any, owners: Sequence[Owners]) -> list[Replicas]:
+    """Plan as many replicas as a step may have: an even load would get none."""
+    chosen = range(min((experts.config.overlap, *(of.num_experts for of in owners))))
+    return [replicate(chosen, [1.0] * of.num_experts, of, experts.room, experts.node_size) for of in owners]
 
 
 @contextmanager

@@ -114,6 +114,9 @@ def _believe() -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda _: None,
+        "get_device_name": lambda *_: "fake",
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),
         "set_rng_state": lambda *_: None,
     }
