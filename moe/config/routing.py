@@ -10,6 +10,8 @@ from .checks import check_literals, require
 
 #: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
+#: how experts are chosen, defined in :mod:`equimoe.moe.routing.select`
+Select = Literal["top_k", "each_group"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class RouterConfig:
     #: what ranks groups: the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437), or their best score
     #: (DeepSeek-V2, arXiv 2405.04434)
     group_worth: Literal["two_best", "best"] = "two_best"
+    #: how experts are chosen. top_k: the K best; each_group: the K/groups best of every group, so that with one group
+    #: on each rank all ranks get equally many rows (MoGE, Pangu Pro, arXiv 2505.21411)
+    select: Select = "top_k"
 
     def reach(self, ranks: int) -> int:
         """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""
-        return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
+        if self.groups == 1 or self.select == "each_group":
+            return ranks
+        return min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
     def __post_init__(self) -> None:
         check_literals(self, "router.")
@@ -53,12 +60,21 @@ class RouterConfig:
             self.kept_groups,
             f"must be at most router.groups={self.groups}",
         )
+        if self.select != "top_k":
+            for name in ("kept_groups", "group_worth"):
+                value, plain = getattr(self, name), getattr(RouterConfig, name)
+                remedy = f"has no effect with router.select={self.select!r}; leave it out"
+                require(value == plain, f"router.{name}", value, remedy)
 
 
 def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     """Raise ``ValueError`` if the router does not fit the layer's numbers of experts and choices."""
     groups, kept = router.groups, router.kept_groups
     require(num_experts % groups == 0, "router.groups", groups, f"must divide num_experts={num_experts}")
+    if router.select == "each_group":
+        remedy = f"must divide top_k={top_k}, because every group gets equally many choices; change either"
+        require(top_k % groups == 0, "router.groups", groups, remedy)
+        return
     held = kept * (num_experts // groups)
     require(
         top_k <= held,

@@ -28,11 +28,7 @@ def compose(
     """Compute the result of :func:`~equimoe.kernels.topk_gate.topk_gate` from any three functions of this package."""
     log_scores_TE = score(logits_TE)
     if ids_TK is None:
-        with torch.no_grad():
-            wanted_TE = log_scores_TE.exp()
-            if bias_E is not None:  # an expert with a bias of -inf still comes before one outside of the kept groups
-                wanted_TE = wanted_TE + bias_E.clamp_min(lowest_bias(wanted_TE.dtype))
-            ids_TK = select(wanted_TE)
+        ids_TK = select(wanted(log_scores_TE, bias_E))
     weights_TK = weigh(log_scores_TE.gather(1, ids_TK), logits_TE.gather(1, ids_TK)) * scale
     probs_TE, z_T = log_scores_TE.softmax(-1), logits_TE.logsumexp(-1).square()
     valid_T = torch.ones_like(z_T, dtype=torch.bool) if mask_T is None else mask_T
@@ -47,6 +43,16 @@ def compose(
         prob_sums_BE=_by_sequence(probs_TE, sequences),
         z_sum=z_T.sum(),
     )
+
+
+@torch.no_grad()
+def wanted(log_scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    """Return the values by which experts are chosen, [T, E]: scores plus bias."""
+    wanted_TE = log_scores_TE.exp()
+    if bias_E is None:
+        return wanted_TE
+    # an expert with a bias of -inf still comes before one outside of the kept groups
+    return wanted_TE + bias_E.clamp_min(lowest_bias(wanted_TE.dtype))
 
 
 def _by_sequence(values_TX: Tensor, sequences: int) -> Tensor:

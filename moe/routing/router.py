@@ -15,9 +15,9 @@ from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
-from .compose import compose
+from .compose import compose, wanted
 from .score import SCORES
-from .select import GROUP_WORTHS, group_limited, top_k
+from .select import GROUP_WORTHS, SELECTIONS, Selection, group_limited, top_k
 from .weight import WEIGHTS
 
 
@@ -56,6 +56,9 @@ class Router(nn.Module):
         fused = config.score in FUSED_SCORES and config.group_worth == "two_best"
         self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
+        self.selection = SELECTIONS[config.select](config, top_k)
+        if backend == "triton":
+            _warn_without_kernel(config, fused, self.selection != Selection())
 
     def reset_parameters(self) -> None:
         """Initialize the weights with new random values, and the bias with zero."""
@@ -74,12 +77,18 @@ class Router(nn.Module):
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
         """Route T tokens with these logits, see :meth:`forward`."""
-        chosen_TK = None if decision is None else decision.chosen_TK
+        chosen_TK = self._select(logits_TE, mask_T) if decision is None else decision.chosen_TK
         gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
         if decision is None:
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
             decision = Decision(gate.ids_TK, ids_TK)
         return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
+
+    @torch.no_grad()
+    def _select(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor | None:
+        """Return the chosen experts int64 [T, K]; None if :attr:`route` is to choose them."""
+        select = self.selection.training if self.training else self.selection.evaluation
+        return None if select is None else select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, E] in fp32 (fp64 for fp64 input)."""
@@ -121,17 +130,30 @@ class Router(nn.Module):
 
 
 def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutput]:
+    limited = config.select == "top_k"  # the others look at groups themselves
     return partial(
         topk_gate,
         k=k,
         score=config.score,
-        groups=config.groups,
-        kept_groups=config.kept_groups,
+        groups=config.groups if limited else 1,
+        kept_groups=config.kept_groups if limited else 1,
         normalize=config.normalize_weights,
         softmax_after_topk=config.softmax_after_topk,
         scale=config.weight_scale,
         backend=backend,
     )
+
+
+def _warn_without_kernel(config: RouterConfig, fused: bool, selects: bool) -> None:
+    """Warn of each piece that runs in torch, although the layer asks for Triton."""
+    pieces = [("score", config.score in FUSED_SCORES), ("group_worth", config.group_worth == "two_best")]
+    for name, has_kernel in (*pieces, ("select", not selects)):
+        if not has_kernel:
+            what, whole = (
+                f"router.{name}={getattr(config, name)!r}",
+                "" if fused else ", and so does the rest of routing",
+            )
+            warnings.warn(f"backend='triton': {what} has no Triton kernel and runs in torch{whole}", stacklevel=4)
 
 
 def _composed(k: int, config: RouterConfig) -> Callable[..., GateOutput]:

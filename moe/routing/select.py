@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..config import RouterConfig
 
 
 def top_k(wanted_TE: Tensor, k: int) -> Tensor:
@@ -38,3 +42,37 @@ def group_limited(
     worth_TG = worth(wanted_TE.unflatten(1, (groups, size)))
     kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, top_k(worth_TG, kept_groups), True)
     return top_k(wanted_TE.masked_fill(~kept_TG.repeat_interleave(size, dim=1), float("-inf")), k)
+
+
+def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, groups: int) -> Tensor:
+    """Choose the k/groups highest scores of every group (MoGE, arXiv 2505.21411), best first.
+
+    If each rank owns one group, each rank gets equally many rows, whatever the scores.
+    """
+    (tokens, experts), each = wanted_TE.shape, k // groups
+    inside_TGK = top_k(wanted_TE.reshape(tokens * groups, experts // groups), each).view(tokens, groups, each)
+    first_G = torch.arange(groups, device=wanted_TE.device) * (experts // groups)
+    ids_TK = (inside_TGK + first_G[:, None]).flatten(1)
+    return ids_TK.gather(1, top_k(wanted_TE.gather(1, ids_TK), k))
+
+
+#: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None) -> ids of the chosen experts [T, K]
+Select = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Selection(NamedTuple):
+    """The functions that choose experts in training and in evaluation. None: the router's op chooses the best."""
+
+    training: Select | None = None
+    evaluation: Select | None = None
+
+
+def _always(select: Select) -> Selection:
+    return Selection(select, select)
+
+
+#: name -> function from the configuration and K to the selection
+SELECTIONS: dict[str, Callable[[RouterConfig, int], Selection]] = {
+    "top_k": lambda config, k: Selection(),
+    "each_group": lambda config, k: _always(partial(each_group, k=k, groups=config.groups)),
+}

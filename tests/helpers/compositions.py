@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equimoe.moe import CapacityConfig
+from equimoe.moe import CapacityConfig, RouterConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
@@ -150,6 +150,11 @@ COMPOSITIONS: dict[str, C] = {
         4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(1.0, scope="sequence"), micro_batches=2
     ),
     "cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16),
+    # routers
+    "groups of equal load (MoGE), dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(select="each_group", groups=2)),
+    "groups of equal load (MoGE), dp 4, ep 4, recompute, no tokens on a rank": C(
+        4, P(ep=4), router=RouterConfig(select="each_group", groups=4), top_k=4, recompute=True, tokens="zero"
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

@@ -53,6 +53,8 @@ class Composition:
     rematerialize: bool = False
     #: whether replicas are added after routing
     calibrate: bool = False
+    router: RouterConfig = field(default_factory=partial(RouterConfig, z_loss=0.01))
+    top_k: int = 2
 
     @property
     def limit(self) -> float:
@@ -67,8 +69,8 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         hidden_size=16,
         intermediate_size=8,
         num_experts=of.experts,
-        top_k=2,
-        router=RouterConfig(z_loss=0.01),
+        top_k=of.top_k,
+        router=of.router,
         balance=BalanceConfig(of.scope, 0.1, estimator="exact", micro_batches=micro_batches),
         capacity=of.capacity,
         dispatch=of.dispatch,

@@ -1,0 +1,217 @@
+"""Compares every router beyond the plain best K with its definition.  T tokens, D hidden, E experts, K top-k."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig, Step, recompute
+from equimoe.moe.routing import Router
+from tests.helpers import oracle
+from tests.helpers.router_rows import ROWS, E, Row
+
+D, T = 10, 21
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [pytest.param(name, k, id=f"{name}, k={k}") for name, row in ROWS.items() for k in row.ks]
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="no triton"))]
+
+
+def router_of(row: Row, k: int, backend: str = "torch") -> Router:
+    torch.manual_seed(0)
+    return MoE(config_of(row, k, backend=backend)).router.to(DEVICE)
+
+
+def config_of(row: Row, k: int, **changes: Any) -> MoEConfig:
+    return MoEConfig(D, 8, E, k, row.config, init_std=0.4, **row.layer | changes)
+
+
+def expected(
+    row: Row, router: Router, x_TD: Tensor, k: int, mask_T: Tensor
+) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Return each token's experts, and the outputs and gradients by definition, in fp64."""
+    weights = {n: p.detach().double().requires_grad_() for n, p in router.named_parameters()}
+    x_TD = x_TD.double().requires_grad_()
+    logits_TE = row.logits(weights, x_TD)
+    scores_TE = row.score(logits_TE)
+    ids = [row.choose(logits, k) for logits in logits_TE.tolist()]
+    weights_TK = torch.zeros(len(ids), k, dtype=torch.float64, device=x_TD.device)
+    for t, chosen in enumerate(ids):
+        total = scores_TE[t, chosen].sum() if row.config.normalize_weights else 1.0
+        for place, e in enumerate(chosen):
+            weights_TK[t, place] = scores_TE[t, e] / total * row.config.weight_scale
+    balance_TE = logits_TE if row.balance_logits is None else row.balance_logits(weights, x_TD)
+    probs_TE = row.score(balance_TE)
+    probs_TE = probs_TE / probs_TE.sum(1, keepdim=True)
+    valid_T1 = mask_T[:, None].double()
+    outputs = {
+        "weights_TK": weights_TK,
+        "prob_sums_BE": (probs_TE * valid_T1).view(3, T // 3, E).sum(1),
+        "z_sum": (logits_TE.exp().sum(1).log() ** 2 * valid_T1[:, 0]).sum(),
+    }
+    mixed(outputs).backward()
+    gradients = {name: w.grad for name, w in weights.items()} | {"x": x_TD.grad}
+    return ids, outputs | {name: g for name, g in gradients.items() if g is not None}
+
+
+def mixed(outputs: dict[str, Tensor]) -> Tensor:
+    """Return a scalar that depends on every output."""
+    return sum(  # type: ignore[return-value]
+        (v * torch.linspace(1, 99, v.numel(), device=v.device, dtype=v.dtype).cos().view(v.shape)).sum()
+        for v in outputs.values()
+    )
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.filterwarnings("ignore:backend='triton'")
+def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, masked: bool) -> None:
+    """Also when the decision is given. In fp64; Triton in fp32."""
+    row, tolerance = ROWS[name], 1e-11 if backend == "torch" else 3e-5
+    router = router_of(row, k, backend)
+    x_TD = torch.randn(T, D, device=DEVICE)
+    if backend == "torch":
+        router, x_TD = router.double(), x_TD.double()
+    mask_T = torch.arange(T, device=DEVICE) % 4 != 1 if masked else torch.ones(T, dtype=torch.bool, device=DEVICE)
+    torch.manual_seed(5)
+    ids, want = expected(row, router, x_TD, k, mask_T)
+    decision = None
+    for _ in ("decided", "given"):
+        torch.manual_seed(5)
+        x_TD = x_TD.detach().requires_grad_()
+        router.zero_grad()
+        routing = router(x_TD, mask_T if masked else None, 3, decision)
+        outputs = {n: getattr(routing, n) for n in ("weights_TK", "prob_sums_BE", "z_sum")}
+        mixed(outputs).backward()
+        got = outputs | {n: p.grad for n, p in router.named_parameters()} | {"x": x_TD.grad}
+        for t, chosen in enumerate(ids):
+            chosen = chosen + [-1] * (k - len(chosen))
+            assert routing.decision.chosen_TK[t].tolist() == chosen, t
+            assert routing.ids_TK[t].tolist() == (chosen if mask_T[t] else [-1] * k)
+        load_E = torch.bincount(routing.ids_TK[routing.ids_TK >= 0], minlength=E)
+        assert torch.equal(routing.counts_BE.sum(0), load_E) and int(routing.tokens_B.sum()) == int(mask_T.sum())
+        for n, value in want.items():
+            assert oracle.relative_error(got[n], value) < tolerance, n
+        decision = routing.decision
+
+
+def losses_of(layer: MoE, parts: list[Tensor], how: Any) -> dict[str, Tensor]:
+    """Train on all parts from one seed; return the gradients and the last counts."""
+    torch.manual_seed(3)
+    layer.zero_grad()
+    how(layer, parts)
+    return {n: p.grad.clone() for n, p in layer.named_parameters()} | {"random state": torch.get_rng_state()}
+
+
+def plainly(layer: MoE, parts: list[Tensor]) -> None:
+    step = Step.of(layer)
+    with step.micro_batch(0):
+        first = layer(parts[0]).square().sum()
+    with step.micro_batch(1):
+        second = layer(parts[1]).square().sum()
+    (first + second).backward()
+    step.end()
+
+
+def recomputed(layer: MoE, parts: list[Tensor]) -> None:
+    step = Step.of(layer)
+    outputs = []
+    for number, part in enumerate(parts):
+        with step.micro_batch(number):
+            outputs.append(recompute(layer, part.clone().requires_grad_()).square().sum())
+    sum(outputs).backward()  # type: ignore[attr-defined]
+    step.end()
+
+
+def counted_ahead(layer: MoE, parts: list[Tensor]) -> None:
+    step = Step.of(layer)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        for number, part in enumerate(parts):
+            with step.micro_batch(number, ahead=True):
+                layer(part)
+    torch.set_rng_state(before)
+    for number, part in enumerate(parts):
+        with step.micro_batch(number):
+            layer(part).square().sum().backward()
+    step.end()
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_recomputation_and_counting_draw_the_same(name: str, k: int) -> None:
+    """Gradients with the load of the whole step equal, whether it was counted ahead, recomputed or neither."""
+    row = ROWS[name]
+    balance = replace(row.layer.get("balance", BalanceConfig(coefficient=0.3)), estimator="exact")
+    torch.manual_seed(0)
+    layer = MoE(config_of(row, k, balance=balance)).double()
+    parts = [torch.randn(8, D, dtype=torch.float64), torch.randn(13, D, dtype=torch.float64)]
+    want = losses_of(layer, parts, plainly)
+    for how in (recomputed, counted_ahead):
+        got = losses_of(layer, parts, how)
+        assert torch.equal(got.pop("random state"), want["random state"])
+        for n, value in got.items():
+            assert oracle.relative_error(value, want[n]) < 1e-12, (how.__name__, n)
+
+
+@pytest.mark.parametrize(("name", "k"), CASES)
+def test_no_tokens_and_only_masked_tokens(name: str, k: int) -> None:
+    layer = MoE(config_of(ROWS[name], k))
+    for tokens in (0, 5):
+        y = layer(torch.randn(tokens, D, requires_grad=True), torch.zeros(tokens, dtype=torch.bool))
+        y.sum().backward()
+        assert y.shape == (tokens, D) and not y.any() and int(layer.stats.counts.sum()) == 0
+
+
+def test_every_rank_of_moge_gets_equally_many_rows() -> None:
+    """For logits that put all mass into one group, and others; with top_k, one rank would get them all."""
+    router = router_of(Row(RouterConfig(select="each_group", groups=4)), 8)
+    for seed, high in enumerate((0.0, 3.0, 80.0)):
+        torch.manual_seed(seed)
+        logits_TE = torch.randn(57, E, device=DEVICE)
+        logits_TE[:, 3:6] += high
+        ids_TK = router.routing(logits_TE, None, 1, None).ids_TK
+        assert torch.bincount((ids_TK // 3).flatten(), minlength=4).tolist() == [57 * 2] * 4
+        assert all(len(set(row)) == 8 for row in ids_TK.tolist())
+
+
+def test_moge_balances_within_a_group() -> None:
+    """If one expert of a group takes all of its tokens, the balance loss lowers this expert's logit."""
+    layer = MoE(config_of(ROWS["MoGE"], 3, balance=BalanceConfig(coefficient=1.0)))
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[4, 0] = 5.0
+    x_TD = torch.randn(30, D).abs()
+    (layer(x_TD) * 0).sum().backward()
+    assert layer.router.weight.grad[4, 0] > 0 > layer.router.weight.grad[5, 0]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
+    "kept groups": (
+        {"select": "each_group", "groups": 4, "kept_groups": 2},
+        4,
+        "router.kept_groups=2: has no effect with router.select",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "k", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(fields: dict[str, Any], k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(D, 8, E, k, RouterConfig(**fields))
+
+
+def test_pieces_without_a_kernel_are_named_at_construction() -> None:
+    pieces = {"group_worth='best'": {"groups": 2, "group_worth": "best", "kept_groups": 1}}
+    pieces |= {"select='each_group'": {"select": "each_group"}}
+    for piece, fields in pieces.items():
+        config = MoEConfig(D, 8, E, 2, RouterConfig(**fields), backend="triton")  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match=rf"backend='triton': router\.{piece} has no Triton kernel") as found:
+            MoE(config)
+        assert len(found) == 1
