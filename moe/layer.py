@@ -15,7 +15,7 @@ from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatch
 from .experts import RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
 from .replication import Calibration, Replication
-from .routing import Router
+from .routing import build_router
 from .types import Routing, RoutingStats
 
 
@@ -39,7 +39,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         hidden, std = config.hidden_size, config.init_std
-        self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
+        self.router = build_router(config)
         self.router.bias_E = initial_bias(config.balance, config.num_experts)
         self.experts = RoutedExperts(
             config.num_experts,

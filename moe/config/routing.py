@@ -39,6 +39,12 @@ class RouterConfig:
     #: how experts are chosen. top_k: the K best; each_group: the K/groups best of every group, so that with one group
     #: on each rank all ranks get equally many rows (MoGE, Pangu Pro, arXiv 2505.21411)
     select: Select = "top_k"
+    #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
+    #: (Shazeer et al., arXiv 1701.06538)
+    gate: Literal["linear", "noisy"] = "linear"
+    #: in training, multiply each value of the hidden states by a random number between 1 - jitter and 1 + jitter, for
+    #: the router only (Switch, arXiv 2101.03961, uses 0.01); 0: do not
+    jitter: float = 0.0
 
     def reach(self, ranks: int) -> int:
         """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""
@@ -49,6 +55,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_literals(self, "router.")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
+        require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
         for name in ("groups", "kept_groups"):
             value = getattr(self, name)

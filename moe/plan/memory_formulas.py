@@ -210,7 +210,7 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
     moe = config.moe
     hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, -(-moe.num_experts // degrees.ep)
-    yield Weight(moe.num_experts, hidden)
+    yield from [Weight(moe.num_experts, hidden)] * (2 if moe.router.gate == "noisy" else 1)
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
     yield Weight(experts, width * hidden, expert=True)
     if shared := moe.shared_intermediate_size:
@@ -311,7 +311,10 @@ class _Activations:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
         hidden, rows = moe.hidden_size, moe.top_k * t
         router = 4 * (hidden + moe.num_experts) * t
-        x = c * hidden * t if c < 4 else 0  # in addition to the router's fp32 copy
+        # in training: the factor of each value, and the random numbers with the logarithms of their sizes
+        router += 4 * hidden * t if moe.router.jitter else 0
+        router += 8 * moe.num_experts * t if moe.router.gate == "noisy" else 0
+        x = c * hidden * t if c < 4 or moe.router.jitter else 0  # in addition to the router's fp32 copy
         shared = 0
         if moe.shared_intermediate_size:
             gate = c * (hidden + 1) * t if moe.shared_gate else 0

@@ -16,6 +16,7 @@ from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
 from .compose import compose, wanted
+from .noise import jittered
 from .score import SCORES
 from .select import GROUP_WORTHS, SELECTIONS, Selection, group_limited, top_k
 from .weight import WEIGHTS
@@ -48,7 +49,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.top_k, self.init_std = top_k, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.make_parameters(hidden_size, num_experts, config)
         self.register_buffer("bias_E", None)
         self.reset_parameters()
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
@@ -57,8 +58,14 @@ class Router(nn.Module):
         self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
         self.selection = SELECTIONS[config.select](config, top_k)
+        #: disturbs the hidden states in training
+        self.disturbed: Callable[[Tensor], Tensor] = partial(jittered, size=config.jitter) if config.jitter else _same
         if backend == "triton":
             _warn_without_kernel(config, fused, self.selection != Selection())
+
+    def make_parameters(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+        """Create the parameters, uninitialized."""
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def reset_parameters(self) -> None:
         """Initialize the weights with new random values, and the bias with zero."""
@@ -73,7 +80,8 @@ class Router(nn.Module):
 
         If a ``decision`` is given, its experts are kept and only their gate weights are computed.
         """
-        return self.routing(self.logits(x_TD), mask_T, sequences, decision)
+        logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
+        return self.routing(logits_TE, mask_T, sequences, decision)
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
         """Route T tokens with these logits, see :meth:`forward`."""
@@ -91,12 +99,20 @@ class Router(nn.Module):
         return None if select is None else select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Return the logits [T, E] in fp32 (fp64 for fp64 input)."""
+        """Return the logits [T, E] in fp32 (fp64 for fp64 input), as in evaluation."""
         if self.weight.dtype != self._kept_dtype:
             self._warn_of_rounding()
+        return self.product(x_TD, self.weight)
+
+    def training_logits(self, x_TD: Tensor) -> Tensor:
+        """Return the logits [T, E] of a forward in training, which may be random."""
+        return self.logits(self.disturbed(x_TD))
+
+    def product(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """Multiply hidden states by a weight in fp32 (fp64 for fp64 input), whatever autocast says."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
         """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these."""
@@ -127,6 +143,10 @@ class Router(nn.Module):
                 "fully_shard(layer.router, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))",
                 stacklevel=3,
             )
+
+
+def _same(x_TD: Tensor) -> Tensor:
+    return x_TD
 
 
 def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutput]:

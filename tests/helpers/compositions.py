@@ -155,6 +155,14 @@ COMPOSITIONS: dict[str, C] = {
     "groups of equal load (MoGE), dp 4, ep 4, recompute, no tokens on a rank": C(
         4, P(ep=4), router=RouterConfig(select="each_group", groups=4), top_k=4, recompute=True, tokens="zero"
     ),
+    "jitter, dp 4, ep 2, recompute": C(4, P(ep=2), router=RouterConfig(jitter=0.3, z_loss=0.01), recompute=True),
+    "noisy top-k, dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(gate="noisy", z_loss=0.01)),
+    "noisy top-k, tp 2, fsdp 2, ep 4 > dp 2": C(
+        4, P(tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="noisy"), tokens="zero"
+    ),
+    "noisy top-k, pp 2, dp 2, ep 2, recompute": C(
+        4, P(pp=2, ep=2), router=RouterConfig(gate="noisy"), micro_batches=4, recompute=True
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

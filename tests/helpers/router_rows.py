@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from equimoe.moe import RouterConfig
@@ -55,9 +56,24 @@ def each_group(groups: int) -> Callable[[list[float], int], list[int]]:
     return choose
 
 
+def jitter(size: float) -> Callable[[Weights, Tensor], Tensor]:
+    def logits(p: Weights, x_TD: Tensor) -> Tensor:
+        return product(p, x_TD * (torch.rand(x_TD.shape, device=x_TD.device).to(x_TD) * 2 * size + (1 - size)))
+
+    return logits
+
+
+def noisy(p: Weights, x_TD: Tensor) -> Tensor:
+    draw_TE = torch.randn(len(x_TD), E, device=x_TD.device).double()
+    return product(p, x_TD) + draw_TE * (1 + (x_TD @ p["noise_weight"].T).exp()).log()
+
+
 ROWS: dict[str, Row] = {
     "MoGE": Row(RouterConfig(normalize_weights=False, select="each_group", groups=3), each_group(3), ks=(3, 6, E)),
     "MoGE, normalized sigmoid": Row(
         RouterConfig("sigmoid", weight_scale=2.5, select="each_group", groups=2), each_group(2), ks=(2, 4, E)
     ),
+    "Switch, jitter": Row(RouterConfig(normalize_weights=False, jitter=0.3), logits=jitter(0.3)),
+    "noisy top-k": Row(RouterConfig(normalize_weights=False, gate="noisy"), logits=noisy),
+    "noisy top-k, kept logits": Row(RouterConfig(gate="noisy"), logits=noisy, ks=(3,)),
 }

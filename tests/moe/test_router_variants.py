@@ -22,8 +22,17 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not find_sp
 
 
 def router_of(row: Row, k: int, backend: str = "torch") -> Router:
+    return layer_of(row, k, backend=backend).router.to(DEVICE)
+
+
+@torch.no_grad()
+def layer_of(row: Row, k: int, **changes: Any) -> MoE:
+    """Build a layer, none of whose router's parameters is zero."""
     torch.manual_seed(0)
-    return MoE(config_of(row, k, backend=backend)).router.to(DEVICE)
+    layer = MoE(config_of(row, k, **changes))
+    for weight in layer.router.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    return layer
 
 
 def config_of(row: Row, k: int, **changes: Any) -> MoEConfig:
@@ -148,8 +157,7 @@ def test_recomputation_and_counting_draw_the_same(name: str, k: int) -> None:
     """Gradients with the load of the whole step equal, whether it was counted ahead, recomputed or neither."""
     row = ROWS[name]
     balance = replace(row.layer.get("balance", BalanceConfig(coefficient=0.3)), estimator="exact")
-    torch.manual_seed(0)
-    layer = MoE(config_of(row, k, balance=balance)).double()
+    layer = layer_of(row, k, balance=balance).double()
     parts = [torch.randn(8, D, dtype=torch.float64), torch.randn(13, D, dtype=torch.float64)]
     want = losses_of(layer, parts, plainly)
     for how in (recomputed, counted_ahead):
@@ -191,8 +199,41 @@ def test_moge_balances_within_a_group() -> None:
     assert layer.router.weight.grad[4, 0] > 0 > layer.router.weight.grad[5, 0]
 
 
+RANDOM = [name for name, row in ROWS.items() if row.config.jitter or row.config.gate == "noisy"]
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_noise_is_for_training_only_and_follows_the_seed(name: str) -> None:
+    row = ROWS[name]
+    router, x_TD = router_of(row, 3), torch.randn(T, D, device=DEVICE)
+
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return router(x_TD).weights_TK
+
+    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    state = torch.get_rng_state()
+    router.probabilities(x_TD)  # observers call it in training
+    assert torch.equal(torch.get_rng_state(), state)
+    router.eval()
+    assert torch.equal(weights(1), weights(2))
+    plain = Router(D, E, 3, replace(row.config, jitter=0.0, gate="linear"), 0.4, "torch").to(DEVICE)
+    plain.load_state_dict({"weight": router.weight})
+    assert torch.equal(weights(1), plain(x_TD).weights_TK)
+
+
+def test_the_size_of_the_noise_is_trained() -> None:
+    """softplus(0) = log 2 at first, so that there is noise at once."""
+    torch.manual_seed(0)
+    layer = MoE(config_of(ROWS["noisy top-k"], 3))
+    assert not layer.router.noise_weight.any()
+    layer(torch.randn(T, D)).square().sum().backward()
+    assert layer.router.noise_weight.grad.norm() > 0
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
+    "jitter": ({"jitter": 1.0}, 3, "router.jitter=1.0: must be at least 0 and less than 1"),
     "kept groups": (
         {"select": "each_group", "groups": 4, "kept_groups": 2},
         4,

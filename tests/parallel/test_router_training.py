@@ -1,0 +1,85 @@
+"""Checks that runs with every kind of router learn, and that a resumed run repeats the bits of one that went on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from equimoe.moe import BalanceConfig, RouterConfig, checkpoint
+from equimoe.moe.parallel import ParallelConfig, build_mesh
+from equimoe.moe.plan import DryRun, dry_run, memory
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.loop import Trainer
+from tests.helpers import small
+from tests.helpers.fork import run_ranks
+
+EXACT = BalanceConfig(coefficient=0.05, estimator="exact")
+FSDP = ParallelConfig(data_parallel="fsdp", timeout_s=60)
+#: name -> (router, other settings)
+RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
+    "noisy, jitter": (RouterConfig(gate="noisy", jitter=0.1, z_loss=1e-3), {"balance": EXACT}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_repeats_the_bits(name: str, dtype: Any, tmp_path: Path) -> None:
+    """On two ranks with FSDP2 and recomputation, with an evaluation in between."""
+    router, settings = RUNS[name]
+    config = small.on(small.write_texts(tmp_path / "texts"), router=router, dtype=dtype, parallel=FSDP, **settings)
+    config = replace(config, model=replace(config.model, recompute=True))
+
+    def script(rank: int, world: int) -> tuple[list[float], list[float]]:
+        corpus, mesh = load_corpus(config.data, load_tokenizer("bytes")), build_mesh(config.parallel)
+
+        def trainer() -> Trainer:
+            return Trainer(config, corpus, mesh, torch.device("cpu"))
+
+        def losses(of: Trainer, steps: int) -> list[float]:
+            return [of.record(of.train_step())["loss"] for _ in range(steps)]
+
+        first = trainer()
+        before = losses(first, 6)
+        path = first.save(tmp_path / "run")
+        on = losses(first, 6)
+        first.evaluate()
+        second = trainer()
+        second.resume(path, checkpoint.read_manifest(path))
+        assert losses(second, 6) == on
+        assert all(torch.equal(a, b) for a, b in zip(first.state().values(), second.state().values(), strict=True))
+        return before, on
+
+    for before, on in run_ranks(script, 2):
+        assert sum(on) < sum(before)
+
+
+SIZES = replace(
+    small.CONFIG,
+    model=replace(small.CONFIG.model, vocab_size=50),
+    moe=replace(small.CONFIG.moe, hidden_size=64, num_experts=32, top_k=2),
+    data=replace(small.CONFIG.data, seq_len=128),
+)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_of_a_router(name: str) -> None:
+    """A dry run finds the bytes that the formula adds for the router, and the same weights."""
+    router, settings = RUNS[name]
+    configs = [small.changed(SIZES, router=of, **settings) for of in (RouterConfig(), router)]
+
+    def script(*_: Any) -> list[DryRun]:
+        dist.destroy_process_group()
+        return [dry_run(config, 2, 0) for config in configs]
+
+    plain, found = run_ranks(script, 1)[0]
+    formulas = [memory(config, 2, 0) for config in configs]
+    assert found.most["parameters"] == formulas[1].parameters
+    more = found.most["activations"] - plain.most["activations"]
+    assert more == pytest.approx(
+        formulas[1].activations - formulas[0].activations, rel=0.02, abs=0.01 * plain.most["activations"]
+    )
