@@ -40,8 +40,14 @@ class RouterConfig:
     #: on each rank all ranks get equally many rows (MoGE, Pangu Pro, arXiv 2505.21411)
     select: Select = "top_k"
     #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
-    #: (Shazeer et al., arXiv 1701.06538)
-    gate: Literal["linear", "noisy"] = "linear"
+    #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
+    #: state and a direction per expert (X-MoE, arXiv 2204.09179)
+    gate: Literal["linear", "noisy", "cosine"] = "linear"
+    #: for gate "cosine": width of the projection; None: half the number of experts
+    projection: int | None = None
+    #: for gate "cosine": what the cosines are divided by. Learned from this value on, but the balance loss keeps this
+    #: value; X-MoE uses 0.3 with softmax and 0.07 with sigmoid scores
+    temperature: float = 0.3
     #: in training, multiply each value of the hidden states by a random number between 1 - jitter and 1 + jitter, for
     #: the router only (Switch, arXiv 2101.03961, uses 0.01); 0: do not
     jitter: float = 0.0
@@ -52,8 +58,17 @@ class RouterConfig:
             return ranks
         return min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
 
+    def projected(self, num_experts: int) -> int:
+        """Return the width of the projection of gate "cosine"."""
+        return self.projection or max(num_experts // 2, 1)
+
     def __post_init__(self) -> None:
         check_literals(self, "router.")
+        remedy = "must be an integer of at least 1; half the number of experts is usual"
+        require(self.projection is None or self.projection >= 1, "router.projection", self.projection, remedy)
+        require(self.temperature > 0, "router.temperature", self.temperature, "must be positive; 0.3 is usual")
+        if self.gate != "cosine":
+            self._keep_default("projection", "temperature", setting=f"router.gate={self.gate!r}")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
@@ -68,10 +83,12 @@ class RouterConfig:
             f"must be at most router.groups={self.groups}",
         )
         if self.select != "top_k":
-            for name in ("kept_groups", "group_worth"):
-                value, plain = getattr(self, name), getattr(RouterConfig, name)
-                remedy = f"has no effect with router.select={self.select!r}; leave it out"
-                require(value == plain, f"router.{name}", value, remedy)
+            self._keep_default("kept_groups", "group_worth", setting=f"router.select={self.select!r}")
+
+    def _keep_default(self, *names: str, setting: str) -> None:
+        for name in names:
+            value, plain = getattr(self, name), getattr(RouterConfig, name)
+            require(value == plain, f"router.{name}", value, f"has no effect with {setting}; leave it out")
 
 
 def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:

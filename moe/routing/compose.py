@@ -38,9 +38,9 @@ def compose(
     return GateOutput(
         ids_TK=ids_TK,
         weights_TK=weights_TK,
-        counts_BE=_by_sequence(taken_TE, sequences),
-        tokens_B=_by_sequence(valid_T.long()[:, None], sequences)[:, 0],
-        prob_sums_BE=_by_sequence(probs_TE, sequences),
+        counts_BE=sum_by_sequence(taken_TE, sequences),
+        tokens_B=sum_by_sequence(valid_T.long()[:, None], sequences)[:, 0],
+        prob_sums_BE=sum_by_sequence(probs_TE, sequences),
         z_sum=z_T.sum(),
     )
 
@@ -55,7 +55,7 @@ def wanted(log_scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     return wanted_TE + bias_E.clamp_min(lowest_bias(wanted_TE.dtype))
 
 
-def _by_sequence(values_TX: Tensor, sequences: int) -> Tensor:
+def sum_by_sequence(values_TX: Tensor, sequences: int) -> Tensor:
     """Sum over each sequence's tokens, [B, X]."""
     tokens, width = values_TX.shape
     return values_TX.reshape(sequences, tokens // sequences, width).sum(1)

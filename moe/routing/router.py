@@ -100,8 +100,7 @@ class Router(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, E] in fp32 (fp64 for fp64 input), as in evaluation."""
-        if self.weight.dtype != self._kept_dtype:
-            self._warn_of_rounding()
+        self.check_rounding()
         return self.product(x_TD, self.weight)
 
     def training_logits(self, x_TD: Tensor) -> Tensor:
@@ -133,15 +132,17 @@ class Router(nn.Module):
         self._kept_dtype = self.weight.dtype
         return self
 
-    def _warn_of_rounding(self) -> None:
+    def check_rounding(self) -> None:
         """Warn once if the forward gets a weight of a narrower dtype than the module's own."""
+        if self.weight.dtype == self._kept_dtype:
+            return
         kept, self._kept_dtype = self._kept_dtype, self.weight.dtype
         if self.weight.dtype.itemsize < kept.itemsize:
             warnings.warn(
                 f"router.weight is {kept}, but its forward gets a copy in {self.weight.dtype}, which sends some tokens "
                 "to other experts; with FSDP2 wrap each router by itself before its block: "
                 "fully_shard(layer.router, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -163,6 +163,12 @@ COMPOSITIONS: dict[str, C] = {
     "noisy top-k, pp 2, dp 2, ep 2, recompute": C(
         4, P(pp=2, ep=2), router=RouterConfig(gate="noisy"), micro_batches=4, recompute=True
     ),
+    "cosine (X-MoE), dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(gate="cosine", z_loss=0.01), recompute=True
+    ),
+    "cosine (X-MoE), tp 2, fsdp 2, ep 4 > dp 2": C(
+        4, P(tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="cosine"), tokens="zero"
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

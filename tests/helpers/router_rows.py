@@ -37,8 +37,8 @@ class Row:
     choose: Callable[[list[float], int], list[int]] = best
     #: parameters and hidden states -> logits in training; may draw random numbers as the router does
     logits: Callable[[Weights, Tensor], Tensor] = product
-    #: the same -> logits of the balance loss; None: those above
-    balance_logits: Callable[[Weights, Tensor], Tensor] | None = None
+    #: the same -> probabilities of the balance loss; None: the scores, normalised
+    balance_probs: Callable[[Weights, Tensor], Tensor] | None = None
     ks: tuple[int, ...] = (1, 3, E)
     #: other settings of the layer
     layer: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +68,15 @@ def noisy(p: Weights, x_TD: Tensor) -> Tensor:
     return product(p, x_TD) + draw_TE * (1 + (x_TD @ p["noise_weight"].T).exp()).log()
 
 
+def cosines(p: Weights, x_TD: Tensor) -> Tensor:
+    h_TR, e_ER = x_TD @ p["projection"].T, p["weight"]
+    return (h_TR @ e_ER.T) / h_TR.square().sum(1, keepdim=True).sqrt() / e_ER.square().sum(1).sqrt()
+
+
+def cosine(p: Weights, x_TD: Tensor) -> Tensor:
+    return cosines(p, x_TD) * p["log_scale"].exp()
+
+
 ROWS: dict[str, Row] = {
     "MoGE": Row(RouterConfig(normalize_weights=False, select="each_group", groups=3), each_group(3), ks=(3, 6, E)),
     "MoGE, normalized sigmoid": Row(
@@ -76,4 +85,15 @@ ROWS: dict[str, Row] = {
     "Switch, jitter": Row(RouterConfig(normalize_weights=False, jitter=0.3), logits=jitter(0.3)),
     "noisy top-k": Row(RouterConfig(normalize_weights=False, gate="noisy"), logits=noisy),
     "noisy top-k, kept logits": Row(RouterConfig(gate="noisy"), logits=noisy, ks=(3,)),
+    "X-MoE": Row(
+        RouterConfig(gate="cosine", normalize_weights=False),
+        logits=cosine,
+        balance_probs=lambda p, x_TD: (cosines(p, x_TD) / 0.3).softmax(1),
+    ),
+    "X-MoE, sigmoid": Row(
+        RouterConfig("sigmoid", gate="cosine", projection=5, temperature=0.07, normalize_weights=False),
+        logits=cosine,
+        balance_probs=lambda p, x_TD: (cosines(p, x_TD) / 0.07).softmax(1),
+        ks=(2,),
+    ),
 }

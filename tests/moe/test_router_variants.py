@@ -18,7 +18,12 @@ from tests.helpers.router_rows import ROWS, E, Row
 D, T = 10, 21
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(name, k, id=f"{name}, k={k}") for name, row in ROWS.items() for k in row.ks]
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="no triton"))]
+#: with Triton, which is slow on a CPU, one number of experts each
+ON_BACKENDS = [pytest.param(name, k, "torch", id=f"{name}, k={k}") for name, row in ROWS.items() for k in row.ks] + [
+    pytest.param(name, row.ks[-2 if len(row.ks) > 1 else -1], "triton", id=f"{name}, triton")
+    for name, row in ROWS.items()
+    if find_spec("triton")
+]
 
 
 def router_of(row: Row, k: int, backend: str = "torch") -> Router:
@@ -53,9 +58,9 @@ def expected(
         total = scores_TE[t, chosen].sum() if row.config.normalize_weights else 1.0
         for place, e in enumerate(chosen):
             weights_TK[t, place] = scores_TE[t, e] / total * row.config.weight_scale
-    balance_TE = logits_TE if row.balance_logits is None else row.balance_logits(weights, x_TD)
-    probs_TE = row.score(balance_TE)
-    probs_TE = probs_TE / probs_TE.sum(1, keepdim=True)
+    probs_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+    if row.balance_probs is not None:
+        probs_TE = row.balance_probs(weights, x_TD)
     valid_T1 = mask_T[:, None].double()
     outputs = {
         "weights_TK": weights_TK,
@@ -77,8 +82,7 @@ def mixed(outputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("name", "k"), CASES)
+@pytest.mark.parametrize(("name", "k", "backend"), ON_BACKENDS)
 @pytest.mark.filterwarnings("ignore:backend='triton'")
 def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, masked: bool) -> None:
     """Also when the decision is given. In fp64; Triton in fp32."""
@@ -231,9 +235,39 @@ def test_the_size_of_the_noise_is_trained() -> None:
     assert layer.router.noise_weight.grad.norm() > 0
 
 
+@pytest.mark.parametrize("scaled", ["hidden states", "experts"])
+def test_lengths_do_not_matter_to_xmoe(scaled: str) -> None:
+    router, x_TD = router_of(ROWS["X-MoE"], 3).double(), torch.randn(T, D, dtype=torch.float64, device=DEVICE)
+    assert router.cosines(x_TD).abs().max() <= 1 + 1e-12
+    before = router(x_TD)
+    with torch.no_grad():
+        if scaled == "experts":
+            router.weight[5].mul_(10)
+        else:
+            x_TD[3] *= 10
+    after = router(x_TD)
+    assert torch.equal(after.ids_TK, before.ids_TK)
+    torch.testing.assert_close(after.weights_TK, before.weights_TK, rtol=1e-12, atol=0)
+
+
+def test_the_temperature_of_xmoe_is_learned_but_not_by_the_balance_loss() -> None:
+    layer = MoE(config_of(ROWS["X-MoE"], 3, balance=BalanceConfig(coefficient=1.0)))
+    assert float(layer.router.log_scale.detach().exp()) == pytest.approx(1 / 0.3)
+    (layer(torch.randn(T, D)) * 0).sum().backward()
+    assert float(layer.router.log_scale.grad) == 0 < layer.router.projection.grad.norm()
+    layer(torch.randn(T, D)).square().sum().backward()
+    assert float(layer.router.log_scale.grad) != 0
+    with torch.no_grad():
+        layer.router.log_scale.fill_(99.0)
+    assert layer.router.logits(torch.randn(T, D)).abs().max() <= 100.01
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
     "jitter": ({"jitter": 1.0}, 3, "router.jitter=1.0: must be at least 0 and less than 1"),
+    "temperature": ({"gate": "cosine", "temperature": 0.0}, 3, "router.temperature=0.0: must be positive"),
+    "projection": ({"gate": "cosine", "projection": 0}, 3, "router.projection=0: must be an integer of at least 1"),
+    "unused projection": ({"projection": 4}, 3, "router.projection=4: has no effect with router.gate='linear'"),
     "kept groups": (
         {"select": "each_group", "groups": 4, "kept_groups": 2},
         4,

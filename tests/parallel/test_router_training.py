@@ -23,6 +23,7 @@ FSDP = ParallelConfig(data_parallel="fsdp", timeout_s=60)
 #: name -> (router, other settings)
 RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
     "noisy, jitter": (RouterConfig(gate="noisy", jitter=0.1, z_loss=1e-3), {"balance": EXACT}),
+    "cosine": (RouterConfig(gate="cosine"), {"balance": EXACT}),
 }
 
 
