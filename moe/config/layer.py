@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .checks import check_literals, require
-from .routing import RouterConfig, check_router, check_single_choice
+from .routing import RouterConfig, check_balancing, check_router, check_single_choice
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class BalanceConfig:
             self.bias_update_rate,
             "must not be negative; 0.001 is usual",
         )
+
+    def rates(self) -> dict[str, float]:
+        """Return the strength of each balancing method by the name of its setting; 0 means off."""
+        extra = {f"extra.{name}": value for name, value in vars(self.extra).items()}
+        return {"coefficient": self.coefficient, **extra, "bias_update_rate": self.bias_update_rate}
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,7 @@ class MoEConfig:
         )
         self._check_single_choice()
         check_router(self.router, self.num_experts, self.top_k)
+        check_balancing(self.router, self.balance.rates())
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
             "capacity.pad",

@@ -10,8 +10,10 @@ from .checks import check_literals, require
 
 #: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
-#: how experts are chosen, defined in :mod:`equimoe.moe.routing.select`
-Select = Literal["top_k", "each_group"]
+#: how experts are chosen, defined in :mod:`equimoe.moe.routing.selections`
+Select = Literal["top_k", "each_group", "sinkhorn", "base"]
+#: those that give experts equal loads in training, and need no balance loss
+BALANCED: tuple[Select, ...] = ("sinkhorn", "base")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class RouterConfig:
     #: what ranks groups: the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437), or their best score
     #: (DeepSeek-V2, arXiv 2405.04434)
     group_worth: Literal["two_best", "best"] = "two_best"
-    #: how experts are chosen. top_k: the K best; each_group: the K/groups best of every group, so that with one group
-    #: on each rank all ranks get equally many rows (MoGE, Pangu Pro, arXiv 2505.21411)
+    #: how experts are chosen. top_k: the K best. each_group: the K/groups best of every group, so that with one group
+    #: per rank all ranks get equally many rows (MoGE, arXiv 2505.21411). sinkhorn: in training, the K best of a matrix
+    #: whose columns have equal sums (S-BASE, arXiv 2202.01169). base: in training, the assignment of equally many
+    #: tokens to every expert with the highest logits (BASE, arXiv 2103.16716). These two look at the tokens of one
+    #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation
     select: Select = "top_k"
     #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
     #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
@@ -84,6 +89,8 @@ class RouterConfig:
         )
         if self.select != "top_k":
             self._keep_default("kept_groups", "group_worth", setting=f"router.select={self.select!r}")
+        if self.select in BALANCED:
+            self._keep_default("groups", setting=f"router.select={self.select!r}")
 
     def _keep_default(self, *names: str, setting: str) -> None:
         for name in names:
@@ -99,6 +106,8 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         remedy = f"must divide top_k={top_k}, because every group gets equally many choices; change either"
         require(top_k % groups == 0, "router.groups", groups, remedy)
         return
+    if router.select == "base":
+        require(top_k == 1, "top_k", top_k, "must be 1 for router.select='base'; or use router.select='sinkhorn'")
     held = kept * (num_experts // groups)
     require(
         top_k <= held,
@@ -106,6 +115,14 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         kept,
         f"the number of experts in the kept groups, {held}, is less than top_k={top_k}; keep more groups",
     )
+
+
+def check_balancing(router: RouterConfig, settings: dict[str, float]) -> None:
+    """Raise ``ValueError`` if the router and another method would balance the load, with these rates by name."""
+    if router.select in BALANCED:
+        for name, value in settings.items():
+            remedy = f"router.select={router.select!r} balances the load itself; set balance.{name} to 0"
+            require(value == 0, f"balance.{name}", value, remedy)
 
 
 def check_single_choice(router: RouterConfig, num_experts: int, top_k: int) -> None:

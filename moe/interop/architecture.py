@@ -21,7 +21,7 @@ _MOE: tuple[str, ...] = (
 )
 _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
 #: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
-_KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k",), "gate": ("linear",)}
+_KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
 
 
 @dataclass(frozen=True)

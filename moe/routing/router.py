@@ -18,7 +18,8 @@ from ..types import Decision, Routing
 from .compose import compose, wanted
 from .noise import jittered
 from .score import SCORES
-from .select import GROUP_WORTHS, SELECTIONS, Selection, group_limited, top_k
+from .select import GROUP_WORTHS, group_limited, top_k
+from .selections import SELECTIONS, Selection
 from .weight import WEIGHTS
 
 

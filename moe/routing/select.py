@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..config import RouterConfig
 
 
 def top_k(wanted_TE: Tensor, k: int) -> Tensor:
@@ -54,25 +50,3 @@ def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: i
     first_G = torch.arange(groups, device=wanted_TE.device) * (experts // groups)
     ids_TK = (inside_TGK + first_G[:, None]).flatten(1)
     return ids_TK.gather(1, top_k(wanted_TE.gather(1, ids_TK), k))
-
-
-#: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None) -> ids of the chosen experts [T, K]
-Select = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-class Selection(NamedTuple):
-    """The functions that choose experts in training and in evaluation. None: the router's op chooses the best."""
-
-    training: Select | None = None
-    evaluation: Select | None = None
-
-
-def _always(select: Select) -> Selection:
-    return Selection(select, select)
-
-
-#: name -> function from the configuration and K to the selection
-SELECTIONS: dict[str, Callable[[RouterConfig, int], Selection]] = {
-    "top_k": lambda config, k: Selection(),
-    "each_group": lambda config, k: _always(partial(each_group, k=k, groups=config.groups)),
-}

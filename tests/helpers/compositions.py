@@ -169,6 +169,17 @@ COMPOSITIONS: dict[str, C] = {
     "cosine (X-MoE), tp 2, fsdp 2, ep 4 > dp 2": C(
         4, P(tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="cosine"), tokens="zero"
     ),
+    "Sinkhorn, dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(select="sinkhorn", z_loss=0.01)),
+    "Sinkhorn, dp 4, ep 2, recompute, no tokens on a rank": C(
+        4, P(ep=2), router=RouterConfig(select="sinkhorn"), recompute=True, tokens="zero"
+    ),
+    "BASE, fsdp 2, ep 2, recompute": C(
+        2,
+        P(data_parallel="fsdp", ep=2),
+        router=RouterConfig("sigmoid", normalize_weights=False, select="base"),
+        top_k=1,
+        recompute=True,
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
 from equimoe.moe.config import AttentionConfig, PlacementConfig, RecomputeConfig
+from equimoe.moe.config.routing import BALANCED
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
@@ -73,7 +74,9 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         num_experts=of.experts,
         top_k=of.top_k,
         router=of.router,
-        balance=BalanceConfig(of.scope, 0.1, estimator="exact", micro_batches=micro_batches),
+        balance=BalanceConfig(
+            of.scope, 0.0 if of.router.select in BALANCED else 0.1, estimator="exact", micro_batches=micro_batches
+        ),
         capacity=of.capacity,
         dispatch=of.dispatch,
         shared_intermediate_size=8,
@@ -197,6 +200,7 @@ def alone(of: Composition) -> dict[str, Any]:
     """
     dp = of.parallel.resolve(of.world).dp
     together = of.scope == "global" and (of.capacity is None or of.capacity.scope == "global")
+    together = together and of.router.select not in BALANCED
     ranks = dp if of.tokens == "zero" else 1  # the number of sequences without tokens depends on it
     precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does
     parallel = ParallelConfig(data_parallel="ddp" if precise else of.parallel.data_parallel)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equimoe.moe import RouterConfig
+from equimoe.moe import BalanceConfig, RouterConfig
 
 E = 12
 #: parameters of the router by name
@@ -33,8 +33,10 @@ class Row:
     """A router, and what it is defined to compute. The defaults are those of softmax scores."""
 
     config: RouterConfig
-    #: (logits of a token, valid tokens' logits [V, E], k) -> its experts, best first
+    #: (a token's logits, k) -> its experts, best first
     choose: Callable[[list[float], int], list[int]] = best
+    #: the same of all tokens, if they depend on each other: (logits [T, E], valid tokens [T], k) -> experts of each
+    choose_all: Callable[[Tensor, Tensor, int], list[list[int]]] | None = None
     #: parameters and hidden states -> logits in training; may draw random numbers as the router does
     logits: Callable[[Weights, Tensor], Tensor] = product
     #: the same -> probabilities of the balance loss; None: the scores, normalised
@@ -54,6 +56,51 @@ def each_group(groups: int) -> Callable[[list[float], int], list[int]]:
         return best(logits, k, chosen)
 
     return choose
+
+
+def sinkhorn(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
+    """Multiply rows and columns of exp(logits) by factors until rows sum to 1 and columns to T/E."""
+    cost_TE = logits_TE[valid_T].exp()
+    d1_E, change = torch.ones_like(cost_TE[0]), 1.0
+    while change > 1e-14:
+        d0_T = 1 / (cost_TE * d1_E).sum(1)
+        new_E = len(cost_TE) / cost_TE.shape[1] / (cost_TE * d0_T[:, None]).sum(0)
+        d1_E, change = new_E, float((new_E - d1_E).abs().mean())
+    return [best(row, k) for row in (logits_TE.exp() * d1_E).tolist()]
+
+
+def optimum(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
+    """Give each expert at most ceil(T/E) tokens with the highest sum of logits, by the Hungarian method."""
+    logits = logits_TE[valid_T].tolist()
+    experts = logits_TE.shape[1]
+    most = -(-len(logits) // experts)
+    columns = experts * most
+    # potentials of rows and columns, and the row in each column, all counted from 1 (0: none)
+    u, v, row_of, way = [0.0] * (len(logits) + 1), [0.0] * (columns + 1), [0] * (columns + 1), [0] * (columns + 1)
+    for row in range(1, len(logits) + 1):
+        row_of[0], column = row, 0
+        least, used = [float("inf")] * (columns + 1), [False] * (columns + 1)
+        while row_of[column]:
+            used[column], current, delta, following = True, row_of[column], float("inf"), 0
+            for j in range(1, columns + 1):
+                if not used[j]:
+                    cost = -logits[current - 1][(j - 1) // most] - u[current] - v[j]
+                    if cost < least[j]:
+                        least[j], way[j] = cost, column
+                    if least[j] < delta:
+                        delta, following = least[j], j
+            for j in range(columns + 1):
+                if used[j]:
+                    u[row_of[j]] += delta
+                    v[j] -= delta
+                else:
+                    least[j] -= delta
+            column = following
+        while column:
+            row_of[column], column = row_of[way[column]], way[column]
+    expert_of = {row: (column - 1) // most for column, row in enumerate(row_of) if column}
+    found = iter(expert_of[row] for row in range(1, len(logits) + 1))
+    return [[next(found)] if ok else best(row, 1) for row, ok in zip(logits_TE.tolist(), valid_T.tolist(), strict=True)]
 
 
 def jitter(size: float) -> Callable[[Weights, Tensor], Tensor]:
@@ -77,6 +124,7 @@ def cosine(p: Weights, x_TD: Tensor) -> Tensor:
     return cosines(p, x_TD) * p["log_scale"].exp()
 
 
+NO_LOSS = BalanceConfig(coefficient=0.0)
 ROWS: dict[str, Row] = {
     "MoGE": Row(RouterConfig(normalize_weights=False, select="each_group", groups=3), each_group(3), ks=(3, 6, E)),
     "MoGE, normalized sigmoid": Row(
@@ -95,5 +143,20 @@ ROWS: dict[str, Row] = {
         logits=cosine,
         balance_probs=lambda p, x_TD: (cosines(p, x_TD) / 0.07).softmax(1),
         ks=(2,),
+    ),
+    "S-BASE": Row(
+        RouterConfig(normalize_weights=False, select="sinkhorn"), choose_all=sinkhorn, layer={"balance": NO_LOSS}
+    ),
+    "S-BASE, sigmoid": Row(
+        RouterConfig("sigmoid", normalize_weights=False, select="sinkhorn"),
+        choose_all=sinkhorn,
+        ks=(1,),
+        layer={"balance": NO_LOSS},
+    ),
+    "BASE": Row(
+        RouterConfig("sigmoid", normalize_weights=False, select="base"),
+        choose_all=optimum,
+        ks=(1,),
+        layer={"balance": NO_LOSS},
     ),
 }

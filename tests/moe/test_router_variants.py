@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig, Step, recompute
+from equimoe.moe.config import ExtraLossConfig
 from equimoe.moe.routing import Router
+from equimoe.moe.routing.assign import auction, balanced, sinkhorn
 from tests.helpers import oracle
-from tests.helpers.router_rows import ROWS, E, Row
+from tests.helpers.router_rows import ROWS, E, Row, optimum
 
 D, T = 10, 21
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +55,8 @@ def expected(
     logits_TE = row.logits(weights, x_TD)
     scores_TE = row.score(logits_TE)
     ids = [row.choose(logits, k) for logits in logits_TE.tolist()]
+    if row.choose_all is not None:
+        ids = row.choose_all(logits_TE.detach(), mask_T, k)
     weights_TK = torch.zeros(len(ids), k, dtype=torch.float64, device=x_TD.device)
     for t, chosen in enumerate(ids):
         total = scores_TE[t, chosen].sum() if row.config.normalize_weights else 1.0
@@ -262,12 +266,83 @@ def test_the_temperature_of_xmoe_is_learned_but_not_by_the_balance_loss() -> Non
     assert layer.router.logits(torch.randn(T, D)).abs().max() <= 100.01
 
 
+def test_sinkhorn_evens_the_columns() -> None:
+    """The matrix's rows sum to 1 and its columns to T/E, so its best experts have nearly equal loads."""
+    for scale in (0.1, 1.0, 10.0):
+        torch.manual_seed(0)
+        logits_TE = torch.randn(500, E, device=DEVICE).double() * scale
+        logits_TE[:, 0] += 3 * scale
+        ids_TK = sinkhorn(logits_TE, logits_TE, None, 1)
+        load_E = torch.bincount(ids_TK[:, 0], minlength=E)
+        assert load_E.max() < 1.5 * 500 / E
+        assert torch.bincount(logits_TE.argmax(1), minlength=E).max() > 10 * 500 / E
+
+
+def test_the_auction_finds_the_best_assignment() -> None:
+    """To 1/1000 of the range of the scores; with scipy, also for many tokens."""
+    for seed, (tokens, experts) in enumerate([(1, 3), (6, 3), (7, 3), (9, 2), (12, 4), (5, 5), (11, 4)] * 4):
+        torch.manual_seed(seed)
+        scores_TE = torch.randn(tokens, experts, dtype=torch.float64)
+        if seed % 2:
+            scores_TE = scores_TE.round() + 3 * (torch.arange(experts) == 1)  # ties, and an expert that all want
+        found = auction(scores_TE)
+        want = torch.tensor(optimum(scores_TE, torch.ones(tokens, dtype=torch.bool), 1))[:, 0]
+        lacks = float(scores_TE.gather(1, want[:, None]).sum() - scores_TE.gather(1, found[:, None]).sum())
+        assert -1e-9 <= lacks <= 1e-3 * float(scores_TE.max() - scores_TE.min())
+        assert torch.bincount(found, minlength=experts).max() <= -(-tokens // experts)
+
+
+def test_tokens_that_are_not_finite_do_not_stop_the_auction() -> None:
+    logits_TE = torch.randn(9, 3, device=DEVICE)
+    logits_TE[2], logits_TE[4, 1] = float("nan"), float("inf")
+    found_T = balanced(logits_TE, logits_TE, None)[:, 0]
+    keep = [t for t in range(9) if t not in (2, 4)]
+    assert torch.equal(found_T[keep], balanced(logits_TE[keep], logits_TE[keep], None)[:, 0])
+
+
+@pytest.mark.skipif(not find_spec("scipy"), reason="needs scipy")
+def test_the_auction_equals_scipy() -> None:
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
+    scores_TE = torch.randn(240, E, dtype=torch.float64)
+    rows, columns = linear_sum_assignment(scores_TE.repeat_interleave(20, dim=1).numpy(), maximize=True)
+    want, found = scores_TE[rows, columns // 20].sum(), scores_TE.gather(1, auction(scores_TE)[:, None]).sum()
+    assert abs(float(want - found)) < 1e-3 * float(scores_TE.max() - scores_TE.min())
+
+
+@pytest.mark.parametrize("select", ["sinkhorn", "base"])
+def test_a_balanced_choice_is_for_training_and_does_not_weigh(select: Any) -> None:
+    """In evaluation, a token's experts depend on itself; in both, its weights are its scores."""
+    config = RouterConfig("sigmoid", normalize_weights=False, select=select)
+    router = router_of(Row(config, layer={"balance": BalanceConfig(coefficient=0.0)}), 1).double()
+    x_TD = torch.randn(36, D, dtype=torch.float64, device=DEVICE)
+    scores_TE = (x_TD @ router.weight.T).sigmoid()
+    training = router(x_TD)
+    assert torch.bincount(training.ids_TK[:, 0], minlength=E).max() < 6
+    router.eval()
+    evaluation = router(x_TD)
+    assert torch.equal(evaluation.ids_TK[:, 0], scores_TE.argmax(1))
+    for routing in (training, evaluation):
+        torch.testing.assert_close(routing.weights_TK, scores_TE.gather(1, routing.ids_TK))
+    assert not torch.equal(training.ids_TK, evaluation.ids_TK)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"extra": ExtraLossConfig(micro=0.1)}, {"bias_update_rate": 0.001}])
+def test_a_second_way_to_balance_is_refused(wrong: dict[str, Any]) -> None:
+    balance = BalanceConfig(**{"coefficient": 0.0} | wrong) if wrong else BalanceConfig()
+    field = next(iter(wrong), "coefficient").replace("extra", "extra.micro")
+    with pytest.raises(ValueError, match=rf"balance.{field}=.*: router.select='sinkhorn' balances the load itself"):
+        MoEConfig(D, 8, E, 2, RouterConfig(select="sinkhorn"), balance)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
     "jitter": ({"jitter": 1.0}, 3, "router.jitter=1.0: must be at least 0 and less than 1"),
     "temperature": ({"gate": "cosine", "temperature": 0.0}, 3, "router.temperature=0.0: must be positive"),
     "projection": ({"gate": "cosine", "projection": 0}, 3, "router.projection=0: must be an integer of at least 1"),
     "unused projection": ({"projection": 4}, 3, "router.projection=4: has no effect with router.gate='linear'"),
+    "choices of BASE": ({"select": "base"}, 2, "top_k=2: must be 1 for router.select='base'"),
+    "groups of Sinkhorn": ({"select": "sinkhorn", "groups": 2}, 2, "router.groups=2: has no effect"),
     "kept groups": (
         {"select": "each_group", "groups": 4, "kept_groups": 2},
         4,

@@ -24,6 +24,11 @@ FSDP = ParallelConfig(data_parallel="fsdp", timeout_s=60)
 RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
     "noisy, jitter": (RouterConfig(gate="noisy", jitter=0.1, z_loss=1e-3), {"balance": EXACT}),
     "cosine": (RouterConfig(gate="cosine"), {"balance": EXACT}),
+    "sinkhorn": (RouterConfig(select="sinkhorn"), {"balance": BalanceConfig(coefficient=0.0)}),
+    "base": (
+        RouterConfig("sigmoid", normalize_weights=False, select="base"),
+        {"balance": BalanceConfig(coefficient=0.0), "top_k": 1},
+    ),
 }
 
 
@@ -71,7 +76,8 @@ SIZES = replace(
 def test_memory_of_a_router(name: str) -> None:
     """A dry run finds the bytes that the formula adds for the router, and the same weights."""
     router, settings = RUNS[name]
-    configs = [small.changed(SIZES, router=of, **settings) for of in (RouterConfig(), router)]
+    plainly = replace(router, gate="linear", jitter=0.0, projection=None, temperature=0.3, select="top_k")
+    configs = [small.changed(SIZES, router=of, **settings) for of in (plainly, router)]
 
     def script(*_: Any) -> list[DryRun]:
         dist.destroy_process_group()
