@@ -91,8 +91,9 @@ class CapacityConfig:
 
     #: capacity factor
     factor: float = 1.25
-    #: which choices a full expert keeps: those with the highest gate weights, or those of the earliest tokens
-    drop: Literal["probability", "position"] = "probability"
+    #: which choices a full expert keeps: those with the highest gate weights; those of the earliest tokens; or choice:
+    #: tokens' first choices before any second ones, and so on (GShard, arXiv 2006.16668)
+    drop: Literal["probability", "position", "choice"] = "probability"
     #: which T tokens share one capacity and compete for it. local: those of this rank; sequence: those of whole
     #: sequences, over all ranks that hold parts of them; global: those of all ranks
     scope: Literal["local", "sequence", "global"] = "local"

@@ -44,6 +44,9 @@ class RouterConfig:
     #: tokens to every expert with the highest logits (BASE, arXiv 2103.16716). These two look at the tokens of one
     #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation
     select: Select = "top_k"
+    #: in training, compute a token's second choice with probability min(1, 2 g), if g is its share of the token's gate
+    #: weights (GShard, arXiv 2006.16668); it counts as a dropped choice otherwise
+    random_second: bool = False
     #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
     #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
     #: state and a direction per expert (X-MoE, arXiv 2204.09179)
@@ -100,6 +103,8 @@ class RouterConfig:
 
 def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     """Raise ``ValueError`` if the router does not fit the layer's numbers of experts and choices."""
+    remedy = f"is a rule for two choices; set top_k to 2 instead of {top_k}, or leave it out"
+    require(not router.random_second or top_k == 2, "router.random_second", True, remedy)
     groups, kept = router.groups, router.kept_groups
     require(num_experts % groups == 0, "router.groups", groups, f"must divide num_experts={num_experts}")
     if router.select == "each_group":

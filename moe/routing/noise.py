@@ -1,4 +1,4 @@
-"""Random numbers of routers in training.  T tokens, D hidden.
+"""Random numbers of routers in training.  T tokens, D hidden, K top-k.
 
 They come from torch's global generator, as those of dropout do. A training loop that seeds it by step and rank repeats
 them after a resume. Recomputation and counting passes restore its state, so they draw the same numbers again.
@@ -24,3 +24,13 @@ def jittered(x_TD: Tensor, size: float) -> Tensor:
     """Multiply each value by a random number between 1 - size and 1 + size (Switch, arXiv 2101.03961)."""
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     return x_TD * (1 - size + 2 * size * uniform(x_TD))
+
+
+@torch.no_grad()
+def random_second(weights_TK: Tensor) -> Tensor:
+    """Return bool [T, 2], which choices to keep: the first, and the second with probability min(1, 2 g), if g is its
+    share of the token's gate weights (GShard, arXiv 2006.16668).
+    """
+    share_T = weights_TK[:, 1] / weights_TK.sum(1)
+    kept_T = uniform(share_T) < 2 * share_T
+    return torch.stack((torch.ones_like(kept_T), kept_T), dim=1)

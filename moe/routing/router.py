@@ -16,7 +16,7 @@ from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
 from .compose import compose, wanted
-from .noise import jittered
+from .noise import jittered, random_second
 from .score import SCORES
 from .select import GROUP_WORTHS, group_limited, top_k
 from .selections import SELECTIONS, Selection
@@ -61,6 +61,8 @@ class Router(nn.Module):
         self.selection = SELECTIONS[config.select](config, top_k)
         #: disturbs the hidden states in training
         self.disturbed: Callable[[Tensor], Tensor] = partial(jittered, size=config.jitter) if config.jitter else _same
+        #: says which choices are computed in training; None: all
+        self.keep: Callable[[Tensor], Tensor] | None = random_second if config.random_second else None
         if backend == "triton":
             _warn_without_kernel(config, fused, self.selection != Selection())
 
@@ -88,8 +90,11 @@ class Router(nn.Module):
         """Route T tokens with these logits, see :meth:`forward`."""
         chosen_TK = self._select(logits_TE, mask_T) if decision is None else decision.chosen_TK
         gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
+        # drawn whether or not the decision is given, so that whatever draws next gets the same numbers in recomputation
+        kept_TK = self.keep(gate.weights_TK) if self.training and self.keep is not None else None
         if decision is None:
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
+            ids_TK = ids_TK if kept_TK is None else ids_TK.masked_fill(~kept_TK, -1)
             decision = Decision(gate.ids_TK, ids_TK)
         return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
 
@@ -169,7 +174,7 @@ def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutp
 def _warn_without_kernel(config: RouterConfig, fused: bool, selects: bool) -> None:
     """Warn of each piece that runs in torch, although the layer asks for Triton."""
     pieces = [("score", config.score in FUSED_SCORES), ("group_worth", config.group_worth == "two_best")]
-    for name, has_kernel in (*pieces, ("select", not selects)):
+    for name, has_kernel in (*pieces, ("select", not selects), ("random_second", not config.random_second)):
         if not has_kernel:
             what, whole = (
                 f"router.{name}={getattr(config, name)!r}",

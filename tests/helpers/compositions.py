@@ -180,6 +180,14 @@ COMPOSITIONS: dict[str, C] = {
         top_k=1,
         recompute=True,
     ),
+    "GShard, dp 4, ep 2, recompute": C(
+        4,
+        P(ep=2),
+        router=RouterConfig(random_second=True),
+        capacity=CapacityConfig(1.0, "choice", scope="global"),
+        recompute=True,
+        micro_batches=1,
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

@@ -41,6 +41,8 @@ class Row:
     logits: Callable[[Weights, Tensor], Tensor] = product
     #: the same -> probabilities of the balance loss; None: the scores, normalised
     balance_probs: Callable[[Weights, Tensor], Tensor] | None = None
+    #: gate weights -> which of them are computed; may draw random numbers as the router does
+    keep: Callable[[Tensor], list[list[bool]]] | None = None
     ks: tuple[int, ...] = (1, 3, E)
     #: other settings of the layer
     layer: dict[str, Any] = field(default_factory=dict)
@@ -110,6 +112,11 @@ def jitter(size: float) -> Callable[[Weights, Tensor], Tensor]:
     return logits
 
 
+def second_at_random(weights_TK: Tensor) -> list[list[bool]]:
+    draws = torch.rand(len(weights_TK), device=weights_TK.device).tolist()
+    return [[True, draw < min(1.0, 2 * b / (a + b))] for draw, (a, b) in zip(draws, weights_TK.tolist(), strict=True)]
+
+
 def noisy(p: Weights, x_TD: Tensor) -> Tensor:
     draw_TE = torch.randn(len(x_TD), E, device=x_TD.device).double()
     return product(p, x_TD) + draw_TE * (1 + (x_TD @ p["noise_weight"].T).exp()).log()
@@ -158,5 +165,9 @@ ROWS: dict[str, Row] = {
         choose_all=optimum,
         ks=(1,),
         layer={"balance": NO_LOSS},
+    ),
+    "GShard": Row(RouterConfig(random_second=True), keep=second_at_random, ks=(2,)),
+    "GShard, plain weights": Row(
+        RouterConfig(normalize_weights=False, random_second=True), keep=second_at_random, ks=(2,)
     ),
 }

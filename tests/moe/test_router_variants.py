@@ -48,8 +48,8 @@ def config_of(row: Row, k: int, **changes: Any) -> MoEConfig:
 
 def expected(
     row: Row, router: Router, x_TD: Tensor, k: int, mask_T: Tensor
-) -> tuple[list[list[int]], dict[str, Tensor]]:
-    """Return each token's experts, and the outputs and gradients by definition, in fp64."""
+) -> tuple[list[list[int]], list[list[bool]], dict[str, Tensor]]:
+    """Return each token's experts, which of them are computed, and the outputs and gradients by definition, in fp64."""
     weights = {n: p.detach().double().requires_grad_() for n, p in router.named_parameters()}
     x_TD = x_TD.double().requires_grad_()
     logits_TE = row.logits(weights, x_TD)
@@ -73,7 +73,8 @@ def expected(
     }
     mixed(outputs).backward()
     gradients = {name: w.grad for name, w in weights.items()} | {"x": x_TD.grad}
-    return ids, outputs | {name: g for name, g in gradients.items() if g is not None}
+    kept = [[True] * k] * len(ids) if row.keep is None else row.keep(weights_TK.detach())
+    return ids, kept, outputs | {name: g for name, g in gradients.items() if g is not None}
 
 
 def mixed(outputs: dict[str, Tensor]) -> Tensor:
@@ -97,7 +98,7 @@ def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, m
         router, x_TD = router.double(), x_TD.double()
     mask_T = torch.arange(T, device=DEVICE) % 4 != 1 if masked else torch.ones(T, dtype=torch.bool, device=DEVICE)
     torch.manual_seed(5)
-    ids, want = expected(row, router, x_TD, k, mask_T)
+    ids, kept, want = expected(row, router, x_TD, k, mask_T)
     decision = None
     for _ in ("decided", "given"):
         torch.manual_seed(5)
@@ -110,8 +111,11 @@ def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, m
         for t, chosen in enumerate(ids):
             chosen = chosen + [-1] * (k - len(chosen))
             assert routing.decision.chosen_TK[t].tolist() == chosen, t
-            assert routing.ids_TK[t].tolist() == (chosen if mask_T[t] else [-1] * k)
-        load_E = torch.bincount(routing.ids_TK[routing.ids_TK >= 0], minlength=E)
+            assert routing.ids_TK[t].tolist() == [
+                e if ok and mask_T[t] else -1 for e, ok in zip(chosen, kept[t], strict=True)
+            ]
+        counted_TK = routing.decision.chosen_TK[mask_T]
+        load_E = torch.bincount(counted_TK[counted_TK >= 0], minlength=E)
         assert torch.equal(routing.counts_BE.sum(0), load_E) and int(routing.tokens_B.sum()) == int(mask_T.sum())
         for n, value in want.items():
             assert oracle.relative_error(got[n], value) < tolerance, n
@@ -335,6 +339,20 @@ def test_a_second_way_to_balance_is_refused(wrong: dict[str, Any]) -> None:
         MoEConfig(D, 8, E, 2, RouterConfig(select="sinkhorn"), balance)
 
 
+def test_gshard_keeps_second_choices_in_proportion_to_their_weights() -> None:
+    """All first choices, the share 2 g of the second ones in training, and all in evaluation."""
+    router = Router(D, E, 2, RouterConfig(random_second=True), 0.3, "torch").to(DEVICE)
+    routing = router(torch.randn(20000, D, device=DEVICE))
+    second_T = routing.weights_TK[:, 1]
+    assert bool((routing.ids_TK[:, 0] >= 0).all())
+    for low in (0.1, 0.2, 0.3, 0.4):
+        near_T = (second_T - low - 0.05).abs() < 0.05
+        kept, want = (routing.ids_TK[near_T, 1] >= 0).double().mean(), 2 * second_T[near_T].mean()
+        assert abs(kept - want) < 0.04
+    assert int(routing.counts_BE.sum()) == 40000  # the loss counts choices before any are dropped
+    assert bool((router.eval()(torch.randn(500, D, device=DEVICE)).ids_TK >= 0).all())
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
     "jitter": ({"jitter": 1.0}, 3, "router.jitter=1.0: must be at least 0 and less than 1"),
@@ -343,6 +361,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "unused projection": ({"projection": 4}, 3, "router.projection=4: has no effect with router.gate='linear'"),
     "choices of BASE": ({"select": "base"}, 2, "top_k=2: must be 1 for router.select='base'"),
     "groups of Sinkhorn": ({"select": "sinkhorn", "groups": 2}, 2, "router.groups=2: has no effect"),
+    "three choices": (
+        {"random_second": True},
+        3,
+        "router.random_second=True: is a rule for two choices; set top_k to 2",
+    ),
     "kept groups": (
         {"select": "each_group", "groups": 4, "kept_groups": 2},
         4,
