@@ -26,7 +26,7 @@ from .auto import AutoStep, may_hold_copies
 from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .hooks import register_while_alive, untraced
-from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
+from .losses import COUNTS, SCOPES, StepView, Term, loss_value, sent_tokens
 from .own_step import registry
 from .recompute import remember, visit_being_recomputed
 from .scaler import Scaler, current_scale, refuse_two_scales, updating_scaler
@@ -66,6 +66,8 @@ class Balancer:
     ) -> None:
         self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
         self.bias = bias_rule(config)
+        #: which choices are the load, and how many of each token they are
+        self._counts, self.counted = COUNTS[config.counts], config.counted(top_k)
         #: int64 [E + 2], counts, tokens and micro-batches of the previous step; all zero before a resume fills it
         self.previous_X: Tensor | None = None
         #: how well earlier steps have predicted each other, if the estimator is "adaptive"
@@ -213,10 +215,10 @@ class Balancer:
         if visit.counted:  # its counting pass has summed the counts
             visit.ahead = False
             return True
-        visit.counted, visit.counts_BE, visit.tokens_B = True, routing.counts_BE, routing.tokens_B
+        visit.counted, visit.counts_BE, visit.tokens_B = True, self._counts(routing, mask_T), routing.tokens_B
         visit.size = len(routing.ids_TK) if mask_T is None else None
         placement = self.placement
-        local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
+        local_BX = torch.cat((visit.counts_BE, visit.tokens_B[:, None]), dim=1)
         total_1X = local_BX.sum(0, keepdim=True)
         own_BX = local_BX if self._by_sequence else total_1X
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
@@ -256,7 +258,7 @@ class Balancer:
             seen=seen,
             micro_batches=micro_batches,
             ranks=placement.tokens.size // placement.sequence.size,
-            top_k=self.top_k,
+            top_k=self.counted,
             owners=owners,
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
             sent_P=visit.extras if self._sent else None,
@@ -325,8 +327,8 @@ class Balancer:
 
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
         """Return a micro-batch's losses, see :attr:`equimoe.moe.types.RoutingStats.losses`."""
-        totals, top_k = self.layer.totals(visit), self.top_k
-        counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
+        totals, top_k = self.layer.totals(visit), self.counted
+        counts_BE, tokens_B, prob_sums_BE = visit.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
         return {

@@ -57,6 +57,9 @@ class BalanceConfig:
     scale_convention: Literal["exact", "megatron"] = "exact"
     #: coefficients of additional balance losses
     extra: ExtraLossConfig = field(default_factory=ExtraLossConfig)
+    #: which choices are the load: all; or first: every token's best only (GShard, arXiv 2006.16668), in the losses, the
+    #: expert bias and the metrics of the load
+    counts: Literal["all", "first"] = "all"
     #: step size of the expert bias, per optimizer step (loss-free balancing, arXiv 2408.15664; 0.001 is usual);
     #: 0: no expert bias. A wholly frozen layer keeps its bias
     bias_update_rate: float = 0.0
@@ -78,6 +81,10 @@ class BalanceConfig:
             self.bias_update_rate,
             "must not be negative; 0.001 is usual",
         )
+
+    def counted(self, top_k: int) -> int:
+        """Return how many of a token's choices count."""
+        return 1 if self.counts == "first" else top_k
 
     def rates(self) -> dict[str, float]:
         """Return the strength of each balancing method by the name of its setting; 0 means off."""

@@ -185,6 +185,7 @@ COMPOSITIONS: dict[str, C] = {
         P(ep=2),
         router=RouterConfig(random_second=True),
         capacity=CapacityConfig(1.0, "choice", scope="global"),
+        counts="first",
         recompute=True,
         micro_batches=1,
     ),

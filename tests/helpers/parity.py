@@ -9,7 +9,7 @@ import logging
 import random
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -58,6 +58,7 @@ class Composition:
     calibrate: bool = False
     router: RouterConfig = field(default_factory=partial(RouterConfig, z_loss=0.01))
     top_k: int = 2
+    counts: Literal["all", "first"] = "all"
 
     @property
     def limit(self) -> float:
@@ -75,7 +76,11 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         top_k=of.top_k,
         router=of.router,
         balance=BalanceConfig(
-            of.scope, 0.0 if of.router.select in BALANCED else 0.1, estimator="exact", micro_batches=micro_batches
+            of.scope,
+            0.0 if of.router.select in BALANCED else 0.1,
+            estimator="exact",
+            micro_batches=micro_batches,
+            counts=of.counts,
         ),
         capacity=of.capacity,
         dispatch=of.dispatch,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equimoe.moe import BalanceConfig, RouterConfig, checkpoint
+from equimoe.moe import BalanceConfig, CapacityConfig, RouterConfig, checkpoint
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -28,6 +28,10 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
     "base": (
         RouterConfig("sigmoid", normalize_weights=False, select="base"),
         {"balance": BalanceConfig(coefficient=0.0), "top_k": 1},
+    ),
+    "gshard": (
+        RouterConfig(random_second=True),
+        {"balance": replace(EXACT, counts="first"), "capacity": CapacityConfig(1.25, "choice")},
     ),
 }
 
@@ -90,3 +94,9 @@ def test_memory_of_a_router(name: str) -> None:
     assert more == pytest.approx(
         formulas[1].activations - formulas[0].activations, rel=0.02, abs=0.01 * plain.most["activations"]
     )
+
+
+def test_replicas_need_the_load_of_all_choices() -> None:
+    fssdp = ParallelConfig(experts="fssdp")
+    with pytest.raises(ValueError, match="parallel.experts='fssdp': plans replicas by all choices"):
+        small.changed(small.CONFIG, parallel=fssdp, balance=BalanceConfig(counts="first"))
