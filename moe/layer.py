@@ -54,8 +54,9 @@ class MoE(nn.Module):
         self.shared: SharedExperts | None = None
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
+        router = config.router
         self.balancer = Balancer(
-            config.balance, config.num_experts, config.top_k, config.router.z_loss, config.router.reach
+            config.balance, config.num_experts, config.top_k, router.z_loss, router.reach, router.entropy_loss
         )
         self._put(Placement())
         if group is not None:

@@ -150,8 +150,8 @@ def communication(view: StepView) -> Loss:
 def sent_tokens(routing: Routing, mask_T: Tensor | None, owners: Owners) -> Tensor:
     """Return int64 [P]: valid tokens with a choice on each expert-parallel rank, before any drop."""
     rank_TK = owners.rank_of(routing.decision.chosen_TK)
-    sent_TP = torch.zeros(len(rank_TK), owners.ranks, dtype=torch.bool, device=rank_TK.device)
-    sent_TP = sent_TP.scatter_(1, rank_TK, True)
+    sent_TP = torch.zeros(len(rank_TK), owners.ranks, dtype=torch.int64, device=rank_TK.device)
+    sent_TP = sent_TP.scatter_add_(1, rank_TK.clamp_min(0), (rank_TK >= 0).long()) > 0  # -1: no choice
     return (sent_TP if mask_T is None else sent_TP & mask_T[:, None]).sum(0)
 
 

@@ -11,7 +11,7 @@ from .checks import check_literals, require
 #: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
 #: how experts are chosen, defined in :mod:`equimoe.moe.routing.selections`
-Select = Literal["top_k", "each_group", "sinkhorn", "base"]
+Select = Literal["top_k", "each_group", "top_p", "sinkhorn", "base"]
 #: those that give experts equal loads in training, and need no balance loss
 BALANCED: tuple[Select, ...] = ("sinkhorn", "base")
 
@@ -38,12 +38,18 @@ class RouterConfig:
     #: what ranks groups: the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437), or their best score
     #: (DeepSeek-V2, arXiv 2405.04434)
     group_worth: Literal["two_best", "best"] = "two_best"
-    #: how experts are chosen. top_k: the K best. each_group: the K/groups best of every group, so that with one group
+    #: how experts are chosen. top_k: the K best. top_p: the fewest best ones, at most K, whose scores sum to at least
+    #: ``top_p`` (arXiv 2403.07652, HMoE). each_group: the K/groups best of every group, so that with one group
     #: per rank all ranks get equally many rows (MoGE, arXiv 2505.21411). sinkhorn: in training, the K best of a matrix
     #: whose columns have equal sums (S-BASE, arXiv 2202.01169). base: in training, the assignment of equally many
     #: tokens to every expert with the highest logits (BASE, arXiv 2103.16716). These two look at the tokens of one
     #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation
     select: Select = "top_k"
+    #: for select "top_p": the sum of scores that suffices; HMoE uses 0.6
+    top_p: float = 0.6
+    #: coefficient of the mean entropy of a token's scores, so that "top_p" needs fewer experts (HMoE, arXiv 2408.10681,
+    #: uses 0.03, and prints the opposite sign); 0 switches it off
+    entropy_loss: float = 0.0
     #: in training, compute a token's second choice with probability min(1, 2 g), if g is its share of the token's gate
     #: weights (GShard, arXiv 2006.16668); it counts as a dropped choice otherwise
     random_second: bool = False
@@ -92,7 +98,14 @@ class RouterConfig:
         )
         if self.select != "top_k":
             self._keep_default("kept_groups", "group_worth", setting=f"router.select={self.select!r}")
-        if self.select in BALANCED:
+        require(self.entropy_loss >= 0, "router.entropy_loss", self.entropy_loss, "must not be negative; 0.03 is usual")
+        require(0 < self.top_p <= 1, "router.top_p", self.top_p, "must be above 0 and at most 1; 0.6 is usual")
+        if self.select == "top_p":
+            need = "router.select='top_p' sums scores to 1; use 'softmax'"
+            require(self.score == "softmax", "router.score", self.score, need)
+        else:
+            self._keep_default("top_p", setting=f"router.select={self.select!r}")
+        if self.select in (*BALANCED, "top_p"):
             self._keep_default("groups", setting=f"router.select={self.select!r}")
 
     def _keep_default(self, *names: str, setting: str) -> None:

@@ -72,7 +72,8 @@ class Columns(NamedTuple):
     @staticmethod
     def of(config: MoEConfig, ranks: int) -> Columns:
         """Return the columns for a run on ``ranks`` ranks in which every MoE layer has this configuration."""
-        names = [name for name, _ in loss_terms(config.balance)] + (["z"] if config.router.z_loss else [])
+        names = [name for name, _ in loss_terms(config.balance)]
+        names += ["z"] * bool(config.router.z_loss) + ["entropy"] * bool(config.router.entropy_loss)
         experts = config.num_experts
         top_k = config.balance.counted(config.top_k)
         return Columns(experts, top_k, tuple(dict.fromkeys(names)), possible_degrees(experts), ranks)

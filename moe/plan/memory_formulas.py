@@ -320,6 +320,9 @@ class _Activations:
         router += 4 * hidden * t if moe.router.jitter else 0
         router += 8 * moe.num_experts * t if moe.router.gate != "linear" else 0
         router += 8 * (moe.router.projected(moe.num_experts) + 1) * t if moe.router.gate == "cosine" else 0
+        # outside of the fused op, scores and their logarithms; for the entropy, also before they are normalised
+        router += 8 * (moe.num_experts + 2 * moe.top_k) * t if moe.router.select == "top_p" else 0
+        router += 12 * moe.num_experts * t if moe.router.entropy_loss else 0
         x = c * hidden * t if c < 4 or moe.router.jitter else 0  # in addition to the router's fp32 copy
         shared = 0
         if moe.shared_intermediate_size:

@@ -25,16 +25,24 @@ def compose(
     sequences: int = 1,
     ids_TK: Tensor | None = None,
 ) -> GateOutput:
-    """Compute the result of :func:`~equimoe.kernels.topk_gate.topk_gate` from any three functions of this package."""
+    """Compute the result of :func:`~equimoe.kernels.topk_gate.topk_gate` from any three functions of this package.
+
+    A token may have fewer than K experts: an id of -1 has a weight of 0 and is not counted.
+    """
     log_scores_TE = score(logits_TE)
     if ids_TK is None:
         ids_TK = select(wanted(log_scores_TE, bias_E))
-    weights_TK = weigh(log_scores_TE.gather(1, ids_TK), logits_TE.gather(1, ids_TK)) * scale
+    none_TK, filled_TK = ids_TK < 0, ids_TK.clamp_min(0)
+    chosen = (
+        values_TE.gather(1, filled_TK).masked_fill(none_TK, -torch.inf) for values_TE in (log_scores_TE, logits_TE)
+    )
+    weights_TK = weigh(*chosen) * scale
     probs_TE, z_T = log_scores_TE.softmax(-1), logits_TE.logsumexp(-1).square()
     valid_T = torch.ones_like(z_T, dtype=torch.bool) if mask_T is None else mask_T
     probs_TE, z_T = torch.where(valid_T[:, None], probs_TE, 0.0), torch.where(valid_T, z_T, 0.0)
     with torch.no_grad():
-        taken_TE = torch.zeros_like(logits_TE, dtype=torch.int64).scatter_(1, ids_TK, 1) * valid_T[:, None]
+        taken_TK = (~none_TK & valid_T[:, None]).long()
+        taken_TE = torch.zeros_like(logits_TE, dtype=torch.int64).scatter_add_(1, filled_TK, taken_TK)
     return GateOutput(
         ids_TK=ids_TK,
         weights_TK=weights_TK,

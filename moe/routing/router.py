@@ -17,7 +17,7 @@ from ..config import RouterConfig
 from ..types import Decision, Routing
 from .compose import compose, wanted
 from .noise import jittered, random_second
-from .score import SCORES
+from .score import SCORES, entropy_sum
 from .select import GROUP_WORTHS, group_limited, top_k
 from .selections import SELECTIONS, Selection
 from .weight import WEIGHTS
@@ -55,12 +55,14 @@ class Router(nn.Module):
         self.reset_parameters()
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
-        fused = config.score in FUSED_SCORES and config.group_worth == "two_best"
+        # the fused op always weighs K experts
+        fused = config.score in FUSED_SCORES and config.group_worth == "two_best" and config.select != "top_p"
         self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
         self.selection = SELECTIONS[config.select](config, top_k)
         #: disturbs the hidden states in training
         self.disturbed: Callable[[Tensor], Tensor] = partial(jittered, size=config.jitter) if config.jitter else _same
+        self.needs_entropy = config.entropy_loss > 0
         #: says which choices are computed in training; None: all
         self.keep: Callable[[Tensor], Tensor] | None = random_second if config.random_second else None
         if backend == "triton":
@@ -96,7 +98,9 @@ class Router(nn.Module):
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
             ids_TK = ids_TK if kept_TK is None else ids_TK.masked_fill(~kept_TK, -1)
             decision = Decision(gate.ids_TK, ids_TK)
-        return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
+        entropy = entropy_sum(self.score(logits_TE), mask_T) if self.needs_entropy else None
+        sums = gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum
+        return Routing(decision, gate.weights_TK, *sums, entropy)
 
     @torch.no_grad()
     def _select(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor | None:

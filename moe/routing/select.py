@@ -50,3 +50,13 @@ def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: i
     first_G = torch.arange(groups, device=wanted_TE.device) * (experts // groups)
     ids_TK = (inside_TGK + first_G[:, None]).flatten(1)
     return ids_TK.gather(1, top_k(wanted_TE.gather(1, ids_TK), k))
+
+
+def top_p(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, p: float) -> Tensor:
+    """Choose the fewest best experts, at most k, whose softmax scores sum to at least p (arXiv 2403.07652).
+
+    -1 stands for the choices that a token does not need.
+    """
+    ids_TK = top_k(wanted_TE, k)
+    scores_TK = logits_TE.softmax(-1).gather(1, ids_TK)
+    return ids_TK.masked_fill(scores_TK.cumsum(1) - scores_TK >= p, -1)

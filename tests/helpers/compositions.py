@@ -189,6 +189,17 @@ COMPOSITIONS: dict[str, C] = {
         recompute=True,
         micro_batches=1,
     ),
+    "top-p (HMoE), dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(select="top_p", entropy_loss=0.03), top_k=4, recompute=True
+    ),
+    "top-p (HMoE), fsdp 2, hierarchical, 2 nodes, ep 4": C(
+        4,
+        P(ep=4, data_parallel="fsdp"),
+        router=RouterConfig(select="top_p", entropy_loss=0.03, z_loss=0.01),
+        dispatch=D("hierarchical", node_size=2),
+        top_k=4,
+        tokens="zero",
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

@@ -5,6 +5,7 @@ T tokens, D hidden, E experts, K top-k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,19 @@ def each_group(groups: int) -> Callable[[list[float], int], list[int]]:
         size = len(logits) // groups
         chosen = [e for g in range(groups) for e in best(logits, k // groups, list(range(g * size, (g + 1) * size)))]
         return best(logits, k, chosen)
+
+    return choose
+
+
+def top_p(p: float) -> Callable[[list[float], int], list[int]]:
+    def choose(logits: list[float], k: int) -> list[int]:
+        total, chosen, mass = sum(map(math.exp, logits)), [], 0.0
+        for e in best(logits, k):
+            if mass >= p:
+                break
+            chosen.append(e)
+            mass += math.exp(logits[e]) / total
+        return chosen
 
     return choose
 
@@ -170,4 +184,9 @@ ROWS: dict[str, Row] = {
     "GShard, plain weights": Row(
         RouterConfig(normalize_weights=False, random_second=True), keep=second_at_random, ks=(2,)
     ),
+    "top-p (HMoE)": Row(RouterConfig(select="top_p", top_p=0.5, entropy_loss=0.03), top_p(0.5), ks=(3, E)),
+    "top-p, plain weights": Row(
+        RouterConfig(select="top_p", normalize_weights=False, weight_scale=2.0), top_p(0.6), ks=(1, 5)
+    ),
+    "top-p, kept logits": Row(RouterConfig(select="top_p", softmax_after_topk=True, top_p=0.9), top_p(0.9), ks=(4,)),
 }

@@ -440,7 +440,11 @@ def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("router", "message"),
-    [({"select": "each_group"}, "moe.router.select='each_group'"), ({"gate": "cosine"}, "moe.router.gate='cosine'")],
+    [
+        ({"select": "top_p"}, "moe.router.select='top_p'"),
+        ({"select": "each_group"}, "moe.router.select='each_group'"),
+        ({"gate": "cosine"}, "moe.router.gate='cosine'"),
+    ],
 )
 def test_a_router_that_transformers_lacks_is_refused(router: dict[str, Any], message: str) -> None:
     sections = asdict(replace(CONFIG, moe=replace(CONFIG.moe, router=RouterConfig(**router))))

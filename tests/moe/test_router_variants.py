@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig, Step, recompute
+from equimoe.moe.balance.losses import sent_tokens
 from equimoe.moe.config import ExtraLossConfig
+from equimoe.moe.placement import Owners
 from equimoe.moe.routing import Router
 from equimoe.moe.routing.assign import auction, balanced, sinkhorn
+from equimoe.moe.types import Decision, Routing
 from tests.helpers import oracle
 from tests.helpers.router_rows import ROWS, E, Row, optimum
 
 D, T = 10, 21
+OUTPUTS = ("weights_TK", "prob_sums_BE", "z_sum", "entropy_sum")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(name, k, id=f"{name}, k={k}") for name, row in ROWS.items() for k in row.ks]
 #: with Triton, which is slow on a CPU, one number of experts each
@@ -71,6 +75,8 @@ def expected(
         "prob_sums_BE": (probs_TE * valid_T1).view(3, T // 3, E).sum(1),
         "z_sum": (logits_TE.exp().sum(1).log() ** 2 * valid_T1[:, 0]).sum(),
     }
+    if row.config.entropy_loss:
+        outputs["entropy_sum"] = -(probs_TE * probs_TE.log()).sum(1)[mask_T].sum()
     mixed(outputs).backward()
     gradients = {name: w.grad for name, w in weights.items()} | {"x": x_TD.grad}
     kept = [[True] * k] * len(ids) if row.keep is None else row.keep(weights_TK.detach())
@@ -105,7 +111,7 @@ def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, m
         x_TD = x_TD.detach().requires_grad_()
         router.zero_grad()
         routing = router(x_TD, mask_T if masked else None, 3, decision)
-        outputs = {n: getattr(routing, n) for n in ("weights_TK", "prob_sums_BE", "z_sum")}
+        outputs = {n: value for n in OUTPUTS if (value := getattr(routing, n)) is not None}
         mixed(outputs).backward()
         got = outputs | {n: p.grad for n, p in router.named_parameters()} | {"x": x_TD.grad}
         for t, chosen in enumerate(ids):
@@ -181,8 +187,8 @@ def test_recomputation_and_counting_draw_the_same(name: str, k: int) -> None:
 
 @pytest.mark.parametrize(("name", "k"), CASES)
 def test_no_tokens_and_only_masked_tokens(name: str, k: int) -> None:
-    layer = MoE(config_of(ROWS[name], k))
     for tokens in (0, 5):
+        layer = MoE(config_of(ROWS[name], k))
         y = layer(torch.randn(tokens, D, requires_grad=True), torch.zeros(tokens, dtype=torch.bool))
         y.sum().backward()
         assert y.shape == (tokens, D) and not y.any() and int(layer.stats.counts.sum()) == 0
@@ -353,6 +359,51 @@ def test_gshard_keeps_second_choices_in_proportion_to_their_weights() -> None:
     assert bool((router.eval()(torch.randn(500, D, device=DEVICE)).ids_TK >= 0).all())
 
 
+def test_top_p_needs_more_experts_for_even_scores() -> None:
+    router = Router(4, 4, 3, RouterConfig(select="top_p", top_p=0.6), 0.3, "torch")
+    scores_TE = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.35, 0.3, 0.2, 0.15], [0.25, 0.25, 0.25, 0.25]])
+    routing = router.routing(scores_TE.log(), None, 1, None)
+    assert routing.ids_TK.tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, 2]]
+    torch.testing.assert_close(routing.weights_TK[1], torch.tensor([0.35, 0.3, 0.0]) / 0.65)
+    assert routing.counts_BE.tolist() == [[3, 2, 1, 0]]
+
+
+def test_the_entropy_loss_is_the_mean_over_the_step_and_lowers_the_entropy() -> None:
+    """HMoE prints the loss with the opposite sign, which would raise it."""
+    router = RouterConfig(select="top_p", entropy_loss=0.3)
+    balance = BalanceConfig(coefficient=0.0, estimator="exact")
+    layer = MoE(MoEConfig(D, 8, E, 4, router, balance, init_std=0.4)).double()
+    parts = [torch.randn(n, D, dtype=torch.float64) for n in (5, 16)]
+
+    def entropy() -> Tensor:
+        probs_TE = (torch.cat(parts) @ layer.router.weight.T).softmax(1)
+        return -(probs_TE * probs_TE.log()).sum(1).mean()
+
+    layer.zero_grad()
+    step = Step.of(layer)
+    step.begin(tokens=21)
+    for number, part in enumerate(parts):
+        with step.micro_batch(number):
+            y = layer(part)
+        (y * 0).sum().backward()
+    assert layer.stats.losses["entropy"] > 0
+    step.end()
+    want = torch.autograd.grad(0.3 * entropy(), layer.router.weight)[0]
+    assert oracle.relative_error(layer.router.weight.grad, want) < 1e-12
+    before = entropy()
+    with torch.no_grad():
+        layer.router.weight -= layer.router.weight.grad
+    assert entropy() < before
+
+
+def test_a_choice_that_a_token_does_not_need_is_sent_nowhere() -> None:
+    chosen_TK = torch.tensor([[0, -1], [3, 2], [2, -1]])
+    routing = Routing(Decision(chosen_TK, chosen_TK), *[torch.zeros(1)] * 5)
+    owners = Owners.consecutive(4, 2)
+    assert sent_tokens(routing, None, owners).tolist() == [1, 2]
+    assert sent_tokens(routing, torch.tensor([True, True, False]), owners).tolist() == [1, 1]
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "choices per group": ({"select": "each_group", "groups": 4}, 3, "router.groups=4: must divide top_k=3"),
     "jitter": ({"jitter": 1.0}, 3, "router.jitter=1.0: must be at least 0 and less than 1"),
@@ -366,6 +417,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         3,
         "router.random_second=True: is a rule for two choices; set top_k to 2",
     ),
+    "top-p": ({"select": "top_p", "top_p": 0.0}, 2, "router.top_p=0.0: must be above 0 and at most 1"),
+    "top-p of sigmoids": (
+        {"select": "top_p", "score": "sigmoid"},
+        2,
+        "router.score='sigmoid': router.select='top_p' sums",
+    ),
+    "entropy": ({"entropy_loss": -1.0}, 2, "router.entropy_loss=-1.0: must not be negative"),
     "kept groups": (
         {"select": "each_group", "groups": 4, "kept_groups": 2},
         4,
@@ -382,7 +440,8 @@ def test_mistakes(fields: dict[str, Any], k: int, message: str) -> None:
 
 def test_pieces_without_a_kernel_are_named_at_construction() -> None:
     pieces = {"group_worth='best'": {"groups": 2, "group_worth": "best", "kept_groups": 1}}
-    pieces |= {"select='each_group'": {"select": "each_group"}}
+    pieces |= {f"select='{name}'": {"select": name} for name in ("each_group", "top_p")}
+    pieces |= {"random_second=True": {"random_second": True}}
     for piece, fields in pieces.items():
         config = MoEConfig(D, 8, E, 2, RouterConfig(**fields), backend="triton")  # type: ignore[arg-type]
         with pytest.warns(UserWarning, match=rf"backend='triton': router\.{piece} has no Triton kernel") as found:

@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
         RouterConfig("sigmoid", normalize_weights=False, select="base"),
         {"balance": BalanceConfig(coefficient=0.0), "top_k": 1},
     ),
+    "top-p": (RouterConfig(select="top_p", entropy_loss=0.03), {"balance": EXACT}),
     "gshard": (
         RouterConfig(random_second=True),
         {"balance": replace(EXACT, counts="first"), "capacity": CapacityConfig(1.25, "choice")},
@@ -80,7 +81,8 @@ SIZES = replace(
 def test_memory_of_a_router(name: str) -> None:
     """A dry run finds the bytes that the formula adds for the router, and the same weights."""
     router, settings = RUNS[name]
-    plainly = replace(router, gate="linear", jitter=0.0, projection=None, temperature=0.3, select="top_k")
+    kept = {name: getattr(router, name) for name in ("score", "normalize_weights", "z_loss")}
+    plainly = RouterConfig(**kept)
     configs = [small.changed(SIZES, router=of, **settings) for of in (plainly, router)]
 
     def script(*_: Any) -> list[DryRun]:
