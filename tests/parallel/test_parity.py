@@ -26,6 +26,10 @@ FAST = (
     "all_gather, dp 4, ep 4",
     "hierarchical, 2 nodes, dp 4, ep 4",
     "overlapped 2, dp 2, ep 2",
+    "cosine (X-MoE), dp 2, ep 2, recompute",
+    "Sinkhorn, dp 2, ep 2",
+    "GShard, dp 4, ep 2, recompute",
+    "top-p (HMoE), dp 2, ep 2, recompute",
     "pp 2, 1f1b, recompute",
     "pp 2, dp 2, ep 2",
 )

@@ -10,13 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equimoe.moe import BalanceConfig, CapacityConfig, RouterConfig, checkpoint
+from equimoe.moe import BalanceConfig, CapacityConfig, RouterConfig, Routing, checkpoint
+from equimoe.moe.balance import Balancer, Visit
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.loop import Trainer
 from tests.helpers import small
+from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks
+from tests.helpers.parity import Composition, train
+from tests.helpers.slow import slow_but
 
 EXACT = BalanceConfig(coefficient=0.05, estimator="exact")
 FSDP = ParallelConfig(data_parallel="fsdp", timeout_s=60)
@@ -37,7 +41,7 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_repeats_the_bits(name: str, dtype: Any, tmp_path: Path) -> None:
     """On two ranks with FSDP2 and recomputation, with an evaluation in between."""
@@ -77,7 +81,7 @@ SIZES = replace(
 )
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(["noisy, jitter", "top-p"], RUNS))
 def test_memory_of_a_router(name: str) -> None:
     """A dry run finds the bytes that the formula adds for the router, and the same weights."""
     router, settings = RUNS[name]
@@ -102,3 +106,32 @@ def test_replicas_need_the_load_of_all_choices() -> None:
     fssdp = ParallelConfig(experts="fssdp")
     with pytest.raises(ValueError, match="parallel.experts='fssdp': plans replicas by all choices"):
         small.changed(small.CONFIG, parallel=fssdp, balance=BalanceConfig(counts="first"))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"])
+def test_a_counting_pass_of_a_pipeline_draws_what_training_draws(
+    schedule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage runs the micro-batches of its parts in the same order in both, whatever the schedule."""
+    if not runs(ParallelConfig(pp=2, schedule=schedule)):
+        pytest.skip("this torch cannot run the schedule")
+    router = RouterConfig(gate="noisy", jitter=0.1, random_second=True)
+    of = Composition(2, ParallelConfig(pp=2, schedule=schedule), 4, router=router, moe_every=1)
+    compared: list[bool] = []
+    count = Balancer.count
+
+    def checked(self: Balancer, visit: Visit, routing: Routing, *rest: Any) -> bool:
+        if visit.counted and visit.ahead:
+            before = visit.decision
+            compared.append(all(torch.equal(a, b) for a, b in zip(before, routing.decision, strict=True)))
+        return count(self, visit, routing, *rest)
+
+    monkeypatch.setattr(Balancer, "count", checked)
+
+    def script(rank: int, world: int) -> list[bool]:
+        torch.manual_seed(rank)
+        train.__wrapped__(of, build_mesh(of.parallel), of.micro_batches)  # with random numbers
+        return compared
+
+    for found in run_ranks(script, 2):
+        assert len(found) == 3 * 4 * 2 and all(found)
