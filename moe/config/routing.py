@@ -79,7 +79,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_literals(self, "router.")
         remedy = "must be an integer of at least 1; half the number of experts is usual"
-        require(self.projection is None or self.projection >= 1, "router.projection", self.projection, remedy)
+        ok = self.projection is None or (type(self.projection) is int and self.projection >= 1)
+        require(ok, "router.projection", self.projection, remedy)
         require(self.temperature > 0, "router.temperature", self.temperature, "must be positive; 0.3 is usual")
         if self.gate != "cosine":
             self._keep_default("projection", "temperature", setting=f"router.gate={self.gate!r}")

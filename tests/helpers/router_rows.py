@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, RouterConfig
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
+from equimoe.moe.routing import Router
 
-E = 12
+E, D = 12, 10
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: parameters of the router by name
 Weights = dict[str, Tensor]
 
@@ -190,3 +192,21 @@ ROWS: dict[str, Row] = {
     ),
     "top-p, kept logits": Row(RouterConfig(select="top_p", softmax_after_topk=True, top_p=0.9), top_p(0.9), ks=(4,)),
 }
+
+
+def router_of(row: Row, k: int, backend: str = "torch") -> Router:
+    return layer_of(row, k, backend=backend).router.to(DEVICE)
+
+
+@torch.no_grad()
+def layer_of(row: Row, k: int, **changes: Any) -> MoE:
+    """Build a layer, none of whose router's parameters is zero."""
+    torch.manual_seed(0)
+    layer = MoE(config_of(row, k, **changes))
+    for weight in layer.router.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    return layer
+
+
+def config_of(row: Row, k: int, **changes: Any) -> MoEConfig:
+    return MoEConfig(D, 8, E, k, row.config, init_std=0.4, **row.layer | changes)
