@@ -16,7 +16,7 @@ from .experts import RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
 from .regions import region
 from .replication import Calibration, Replication
-from .routing import Router
+from .routing import build_router
 from .types import Routing, RoutingStats
 
 
@@ -40,7 +40,7 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         hidden, std = config.hidden_size, config.init_std
-        self.router = Router(hidden, config.num_experts, config.top_k, config.router, std, config.backend)
+        self.router = build_router(config)
         self.router.bias_E = initial_bias(config.balance, config.num_experts)
         self.experts = RoutedExperts(
             config.num_experts,
@@ -55,8 +55,9 @@ class MoE(nn.Module):
         self.shared: SharedExperts | None = None
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
+        router = config.router
         self.balancer = Balancer(
-            config.balance, config.num_experts, config.top_k, config.router.z_loss, config.router.reach
+            config.balance, config.num_experts, config.top_k, router.z_loss, router.reach, router.entropy_loss
         )
         self._put(Placement())
         if group is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Decision(NamedTuple):
     """The experts chosen for each token. Recomputation needs only this to repeat the routing exactly."""
 
-    #: int64 [T, K], ids of the chosen experts, best first
+    #: int64 [T, K], ids of the chosen experts, best first; -1 if fewer than K were chosen
     chosen_TK: Tensor
     #: int64 [T, K], the same with -1 for choices that are not computed (masked tokens and dropped choices)
     ids_TK: Tensor
@@ -44,6 +44,8 @@ class Routing:
     prob_sums_BE: Tensor
     #: fp32 scalar, sum over tokens of logsumexp(logits)^2, differentiable
     z_sum: Tensor
+    #: fp32 scalar, sum over tokens of the entropy of the scores, differentiable; None if no loss needs it
+    entropy_sum: Tensor | None = None
 
     @property
     def ids_TK(self) -> Tensor:
@@ -57,6 +59,7 @@ class Routing:
             weights_TK=self.weights_TK.detach(),
             prob_sums_BE=self.prob_sums_BE.detach(),
             z_sum=self.z_sum.detach(),
+            entropy_sum=None if self.entropy_sum is None else self.entropy_sum.detach(),
         )
 
     def outside_inference(self) -> Routing:
@@ -68,8 +71,9 @@ class Routing:
             return self.detach()
         with torch.inference_mode(False):
             decision = Decision(*(ids_TK.clone() for ids_TK in self.decision))
-            names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum")
-            return replace(self, decision=decision, **{name: getattr(self, name).clone() for name in names})
+            names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum", "entropy_sum")
+            values = {name: value.clone() for name in names if (value := getattr(self, name)) is not None}
+            return replace(self, decision=decision, **values)
 
     def keep(self, kept_TK: Tensor) -> Routing:
         """Return the same routing with the choices dropped where ``kept_TK`` is False."""

@@ -77,7 +77,11 @@ SYNC_FREE = (
 )
 SYNCS = ("item", "tolist", "cpu")
 #: the dropless exchange has to tell the host its split sizes; weights are filled once, before training
-SYNCS_ALLOWED = {("moe/collectives/no_gradient.py", "tolist"): 2, ("moe/collectives/initial.py", "tolist"): 1}
+SYNCS_ALLOWED = {
+    ("moe/collectives/no_gradient.py", "tolist"): 2,
+    ("moe/collectives/initial.py", "tolist"): 1,
+    ("moe/routing/assign.py", "cpu"): 1,  # BASE's auction runs on the host
+}
 
 
 def within(name: str, parts: tuple[str, ...], dot: str = ".") -> bool:

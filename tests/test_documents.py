@@ -35,7 +35,12 @@ def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
     (every,) = examples("docs/routers.md")
     found = dict(line.split(" [") for line in python(every, tmp_path, ROOT))
     sums = {name: sum(map(int, re.findall(r"\d+", counts))) for name, counts in found.items()}
-    assert len(sums) == 7 and sums["DeepSeek-V3"] == 2 * 32 * 4 and sums["Switch"] == 2 * 32
+    assert (
+        len(sums) == 12
+        and sums["GShard"] == 2 * 32 * 2
+        and sums["DeepSeek-V3"] == 2 * 32 * 4
+        and sums["Switch"] == 2 * 32
+    )
 
 
 def test_the_op_of_the_kernels_page_runs(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from .auto import AutoStep, may_hold_copies
 from .bias import bias_rule
 from .estimators import ESTIMATORS
 from .hooks import register_while_alive, untraced
-from .losses import SCOPES, StepView, Term, loss_value, sent_tokens
+from .losses import COUNTS, SCOPES, StepView, Term, loss_value, sent_tokens
 from .own_step import registry
 from .recompute import remember, visit_being_recomputed
 from .scaler import Scaler, current_scale, refuse_two_scales, updating_scaler
@@ -63,9 +63,13 @@ class Balancer:
         top_k: int,
         z_coefficient: float = 0.0,
         reach: Callable[[int], int] | None = None,
+        entropy_coefficient: float = 0.0,
     ) -> None:
+        self.entropy_coefficient = entropy_coefficient
         self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
         self.bias = bias_rule(config)
+        #: which choices are the load, and how many of each token they are
+        self._counts, self.counted = COUNTS[config.counts], config.counted(top_k)
         #: int64 [E + 2], counts, tokens and micro-batches of the previous step; all zero before a resume fills it
         self.previous_X: Tensor | None = None
         #: how well earlier steps have predicted each other, if the estimator is "adaptive"
@@ -158,7 +162,8 @@ class Balancer:
     @property
     def has_attached_losses(self) -> bool:
         """Whether the backward adds gradients that no value of a loss shows."""
-        return self.attached and bool(self.z_coefficient or any(coefficient for _, coefficient in self._terms))
+        of_tokens = self.z_coefficient or self.entropy_coefficient
+        return self.attached and bool(of_tokens or any(coefficient for _, coefficient in self._terms))
 
     def refuse_unknown_scaler(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before every optimizer step. Raises ValueError if a gradient scaler divides this layer's losses."""
@@ -210,13 +215,14 @@ class Balancer:
             return False
         routing = routing.outside_inference()
         visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
+        visit.entropy_sum = routing.entropy_sum
         if visit.counted:  # its counting pass has summed the counts
             visit.ahead = False
             return True
-        visit.counted, visit.counts_BE, visit.tokens_B = True, routing.counts_BE, routing.tokens_B
+        visit.counted, visit.counts_BE, visit.tokens_B = True, self._counts(routing, mask_T), routing.tokens_B
         visit.size = len(routing.ids_TK) if mask_T is None else None
         placement = self.placement
-        local_BX = torch.cat((routing.counts_BE, routing.tokens_B[:, None]), dim=1)
+        local_BX = torch.cat((visit.counts_BE, visit.tokens_B[:, None]), dim=1)
         total_1X = local_BX.sum(0, keepdim=True)
         own_BX = local_BX if self._by_sequence else total_1X
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
@@ -235,7 +241,7 @@ class Balancer:
         gradients = partial(self._read_once, visit, weight)  # only the graph holds it, so they die together
         if visit.graph() is None:  # a recomputation has a graph of its own, which dies before the backward ends
             visit.graph = weakref.ref(gradients)
-        return attach(carrier, routing.prob_sums_BE, routing.z_sum, gradients)
+        return attach(carrier, routing.prob_sums_BE, routing.z_sum, routing.entropy_sum, gradients)
 
     # ---- the backward
 
@@ -256,14 +262,14 @@ class Balancer:
             seen=seen,
             micro_batches=micro_batches,
             ranks=placement.tokens.size // placement.sequence.size,
-            top_k=self.top_k,
+            top_k=self.counted,
             owners=owners,
             reach=min(owners.ranks, self.top_k, self.top_k if self.reach is None else self.reach(owners.ranks)),
             sent_P=visit.extras if self._sent else None,
         )
 
-    def read(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]) and z_sum."""
+    def read(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]), z_sum and entropy_sum."""
         if visit not in self.layer.visits.values():
             raise ValueError(
                 "MoE: this backward pass comes too late, its step has ended or was discarded; run it before the "
@@ -283,16 +289,19 @@ class Balancer:
         gradient = sum(term.gradient * (term.coefficient * scale) for term in visit.terms)
         if self.z_coefficient:
             visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
-        return torch.as_tensor(gradient), losses[0].token_weight * (self.z_coefficient * scale)
+        if visit.entropy_sum is not None:
+            visit.terms.append(Term("entropy", self.entropy_coefficient, losses[0].token_weight, visit.entropy_sum))
+        of_tokens = [losses[0].token_weight * (c * scale) for c in (self.z_coefficient, self.entropy_coefficient)]
+        return torch.as_tensor(gradient), of_tokens[0], of_tokens[1]
 
-    def _read_once(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _read_once(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Like :meth:`read`, but zeros if an earlier backward through the same forward has delivered the gradients."""
-        gradient, z_gradient = self.read(visit)
+        gradients = self.read(visit)
         if visit.delivered:
-            return torch.zeros_like(gradient), torch.zeros_like(z_gradient)
+            return torch.zeros_like(gradients[0]), torch.zeros_like(gradients[1]), torch.zeros_like(gradients[2])
         if torch._C._autograd._get_current_graph_task_keep_graph():
             visit.delivered = accumulates(weight) is True
-        return gradient, z_gradient
+        return gradients
 
     def _convention(self, scope: str, view: StepView) -> float:
         """Return the factor of a scope's coefficient.
@@ -311,22 +320,25 @@ class Balancer:
                 "balance.estimator='exact': a backward has come before all micro-batches of the step were counted; run "
                 "them within counting_pass() first, or all forwards before the first backward, or use 'rolling'"
             )
-        # if the main loss has another scope, the z-loss is a mean over micro-batches
-        over_step = self.z_coefficient and self.config.scope == "global" and self.step.tokens is None
+        # if the main loss has another scope, these two losses are means over micro-batches
+        name, coefficient = "z_loss", self.z_coefficient
+        if self.entropy_coefficient:
+            name, coefficient = "entropy_loss", self.entropy_coefficient
+        over_step = coefficient and self.config.scope == "global" and self.step.tokens is None
         sizes = {v.size for v in self.layer.known}
         if over_step and (None in sizes or len(sizes) > 1):
             raise ValueError(
-                f"router.z_loss={self.z_coefficient}: it is a mean over the step's valid tokens, but micro-batches may "
+                f"router.{name}={coefficient}: it is a mean over the step's valid tokens, but micro-batches may "
                 "have different numbers of them (masks, lengths); give the step's number: step = Step.of(model), "
-                "step.begin(tokens=...), or use balance.estimator='exact', or set router.z_loss=0"
+                f"step.begin(tokens=...), or use balance.estimator='exact', or set router.{name}=0"
             )
 
     # ---- statistics and checkpoints
 
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
         """Return a micro-batch's losses, see :attr:`equimoe.moe.types.RoutingStats.losses`."""
-        totals, top_k = self.layer.totals(visit), self.top_k
-        counts_BE, tokens_B, prob_sums_BE = routing.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
+        totals, top_k = self.layer.totals(visit), self.counted
+        counts_BE, tokens_B, prob_sums_BE = visit.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
         return {
@@ -334,7 +346,11 @@ class Balancer:
             "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, top_k)),
             "sequence": float(per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1)),
             "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),
-        }
+        } | (
+            {}
+            if routing.entropy_sum is None
+            else {"entropy": float(routing.entropy_sum.detach() / tokens.clamp_min(1))}
+        )
 
     def observe(self, totals_MX: Tensor) -> None:
         """Remember a step that has ended: counts and tokens of its micro-batches, int64 [M, E + 1]."""

@@ -38,6 +38,7 @@ class StepView:
     micro_batches: int
     #: number of ranks, or groups of ranks that hold parts of the same sequences, with different micro-batches
     ranks: int
+    #: number of a token's choices that count
     top_k: int
     #: which expert-parallel rank owns which expert, and how many of these ranks a token can be sent to
     owners: Owners
@@ -149,9 +150,26 @@ def communication(view: StepView) -> Loss:
 def sent_tokens(routing: Routing, mask_T: Tensor | None, owners: Owners) -> Tensor:
     """Return int64 [P]: valid tokens with a choice on each expert-parallel rank, before any drop."""
     rank_TK = owners.rank_of(routing.decision.chosen_TK)
-    sent_TP = torch.zeros(len(rank_TK), owners.ranks, dtype=torch.bool, device=rank_TK.device)
-    sent_TP = sent_TP.scatter_(1, rank_TK, True)
+    sent_TP = torch.zeros(len(rank_TK), owners.ranks, dtype=torch.int64, device=rank_TK.device)
+    sent_TP = sent_TP.scatter_add_(1, rank_TK.clamp_min(0), (rank_TK >= 0).long()) > 0  # -1: no choice
     return (sent_TP if mask_T is None else sent_TP & mask_T[:, None]).sum(0)
+
+
+def all_choices(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """Return int64 [B, E]: how often each expert was chosen."""
+    return routing.counts_BE
+
+
+def first_choices(routing: Routing, mask_T: Tensor | None) -> Tensor:
+    """Return int64 [B, E]: of how many tokens each expert was the first choice (GShard, arXiv 2006.16668)."""
+    (sequences, _), first_T = routing.counts_BE.shape, routing.decision.chosen_TK[:, 0]
+    ones_T = torch.ones_like(first_T) if mask_T is None else mask_T.long()
+    counts_BE = torch.zeros_like(routing.counts_BE)
+    return counts_BE.scatter_add_(1, first_T.reshape(sequences, -1), ones_T.reshape(sequences, -1))
+
+
+#: name -> function from a routing and the valid tokens to the choices that are the load, before any drop
+COUNTS: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {"all": all_choices, "first": first_choices}
 
 
 class Scope(NamedTuple):

@@ -32,6 +32,7 @@ class Visit:
         #: fp32 [B, E] and scalar, on this rank, detached
         self.prob_sums_BE: Tensor
         self.z_sum: Tensor
+        self.entropy_sum: Tensor | None = None
         #: int64 [B, E + 1], or [1, E + 1] if no loss needs sequences: counts and tokens on the ranks that hold parts of
         #: the same sequences
         self.own: SummedRow

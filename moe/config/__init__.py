@@ -6,8 +6,9 @@ Each section configures one part of the system. The sections of a training run a
 
 from .checks import check_literals, require
 from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
-from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig, Score
+from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig
 from .placement import PlacementConfig
+from .routing import RouterConfig, Score
 
 __all__ = [
     "AttentionConfig",

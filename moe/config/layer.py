@@ -2,57 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .checks import check_literals, require
-
-#: score functions, defined in :mod:`equimoe.moe.routing.score`
-Score = Literal["softmax", "sigmoid"]
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """How the router turns hidden states into expert ids and gate weights."""
-
-    #: score function applied to the logits
-    score: Score = "softmax"
-    #: divide each token's K gate weights by their sum
-    normalize_weights: bool = True
-    #: compute gate weights as a softmax over the K chosen logits (Mixtral) instead of taking the chosen scores
-    softmax_after_topk: bool = False
-    #: multiply the gate weights by this factor, after normalisation (DeepSeek-V3's ``routed_scaling_factor``)
-    weight_scale: float = 1.0
-    #: coefficient of the z-loss mean(logsumexp(logits)^2) (ST-MoE); 0 switches it off
-    z_loss: float = 0.0
-    #: number of groups of consecutive experts, usually one per node. A token chooses only from the ``kept_groups`` best
-    #: groups (DeepSeek-V2 and V3); 1: no group limit
-    groups: int = 1
-    #: number of groups that each token may choose from
-    kept_groups: int = 1
-    #: what ranks groups: the sum of their two best scores (DeepSeek-V3, arXiv 2412.19437), or their best score
-    #: (DeepSeek-V2, arXiv 2405.04434)
-    group_worth: Literal["two_best", "best"] = "two_best"
-
-    def reach(self, ranks: int) -> int:
-        """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""
-        return ranks if self.groups == 1 else min(ranks, self.kept_groups * math.ceil(ranks / self.groups))
-
-    def __post_init__(self) -> None:
-        check_literals(self, "router.")
-        require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
-        require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
-        for name in ("groups", "kept_groups"):
-            value = getattr(self, name)
-            ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(ok, f"router.{name}", value, "must be an integer of at least 1")
-        require(
-            self.kept_groups <= self.groups,
-            "router.kept_groups",
-            self.kept_groups,
-            f"must be at most router.groups={self.groups}",
-        )
+from .routing import RouterConfig, check_balancing, check_router, check_single_choice
 
 
 @dataclass(frozen=True)
@@ -103,6 +57,9 @@ class BalanceConfig:
     scale_convention: Literal["exact", "megatron"] = "exact"
     #: coefficients of additional balance losses
     extra: ExtraLossConfig = field(default_factory=ExtraLossConfig)
+    #: which choices are the load: all; or first: every token's best only (GShard, arXiv 2006.16668), in the losses, the
+    #: expert bias and the metrics of the load
+    counts: Literal["all", "first"] = "all"
     #: step size of the expert bias, per optimizer step (loss-free balancing, arXiv 2408.15664; 0.001 is usual);
     #: 0: no expert bias. A wholly frozen layer keeps its bias
     bias_update_rate: float = 0.0
@@ -125,6 +82,15 @@ class BalanceConfig:
             "must not be negative; 0.001 is usual",
         )
 
+    def counted(self, top_k: int) -> int:
+        """Return how many of a token's choices count."""
+        return 1 if self.counts == "first" else top_k
+
+    def rates(self) -> dict[str, float]:
+        """Return the strength of each balancing method by the name of its setting; 0 means off."""
+        extra = {f"extra.{name}": value for name, value in vars(self.extra).items()}
+        return {"coefficient": self.coefficient, **extra, "bias_update_rate": self.bias_update_rate}
+
 
 @dataclass(frozen=True)
 class CapacityConfig:
@@ -132,8 +98,9 @@ class CapacityConfig:
 
     #: capacity factor
     factor: float = 1.25
-    #: which choices a full expert keeps: those with the highest gate weights, or those of the earliest tokens
-    drop: Literal["probability", "position"] = "probability"
+    #: which choices a full expert keeps: those with the highest gate weights; those of the earliest tokens; or choice:
+    #: tokens' first choices before any second ones, and so on (GShard, arXiv 2006.16668)
+    drop: Literal["probability", "position", "choice"] = "probability"
     #: which T tokens share one capacity and compete for it. local: those of this rank; sequence: those of whole
     #: sequences, over all ranks that hold parts of them; global: those of all ranks
     scope: Literal["local", "sequence", "global"] = "local"
@@ -262,15 +229,8 @@ class MoEConfig:
             f"must be at most num_experts={self.num_experts}",
         )
         self._check_single_choice()
-        groups, kept = self.router.groups, self.router.kept_groups
-        require(self.num_experts % groups == 0, "router.groups", groups, f"must divide num_experts={self.num_experts}")
-        held = kept * (self.num_experts // groups)
-        require(
-            self.top_k <= held,
-            "router.kept_groups",
-            kept,
-            f"the number of experts in the kept groups, {held}, is less than top_k={self.top_k}; keep more groups",
-        )
+        check_router(self.router, self.num_experts, self.top_k)
+        check_balancing(self.router, self.balance.rates())
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
             "capacity.pad",
@@ -298,17 +258,4 @@ class MoEConfig:
         )
 
     def _check_single_choice(self) -> None:
-        """Raise ``ValueError`` if ``top_k=1`` is combined with normalisation, which makes every gate weight 1.
-
-        The router would then get no gradient from the task's loss.
-        """
-        if self.top_k > 1 or self.num_experts == 1:
-            return
-        for name in ("softmax_after_topk", "normalize_weights"):
-            require(
-                not getattr(self.router, name),
-                f"router.{name}",
-                True,
-                "with top_k=1 this makes every gate weight 1, and the task's loss cannot train the router; set it to "
-                "False, so that the gate weight is the score (Switch)",
-            )
+        check_single_choice(self.router, self.num_experts, self.top_k)

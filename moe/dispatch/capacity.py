@@ -1,6 +1,7 @@
 """Drops choices beyond the capacity of an expert.
 
-T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ranks that share a limit).
+T tokens, K top-k, E experts, B sequences, R choices (of this rank, or of all ranks that share a limit), which N tokens
+make.
 """
 
 from __future__ import annotations
@@ -17,18 +18,27 @@ from ..placement import Owners, Placement
 from ..types import Routing
 
 
-def by_probability(weights_R: Tensor) -> Tensor:
+def by_probability(weights_NK: Tensor) -> Tensor:
     """Order choices by descending weight; ties by token, the earlier one first."""
-    return torch.sort(weights_R, descending=True, stable=True).indices
+    return torch.sort(weights_NK.flatten(), descending=True, stable=True).indices
 
 
-def by_position(weights_R: Tensor) -> Tensor:
+def by_position(weights_NK: Tensor) -> Tensor:
     """Keep the order of the tokens."""
-    return torch.arange(weights_R.numel(), device=weights_R.device)
+    return torch.arange(weights_NK.numel(), device=weights_NK.device)
 
 
-#: weights of the choices in token order -> int64 [R], the priority order in which choices claim capacity
-DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {"probability": by_probability, "position": by_position}
+def by_choice(weights_NK: Tensor) -> Tensor:
+    """Let all tokens' first choices go before any second choice (GShard, arXiv 2006.16668); ties by token."""
+    return by_position(weights_NK).view(weights_NK.shape).T.flatten()
+
+
+#: weights of tokens' choices in token order -> int64 [R], the priority order in which choices claim capacity
+DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "probability": by_probability,
+    "position": by_position,
+    "choice": by_choice,
+}
 
 
 class Capacity:
@@ -75,7 +85,7 @@ class Capacity:
         bin_R = all_gather_rows(bin_TK, sizes, self.axis).flatten()
         weight_R = all_gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
         position_R = self._by_position(sizes, sequences, ids_TK)
-        asking_R = position_R[self.order(weight_R[position_R])]
+        asking_R = position_R[self.order(weight_R[position_R].view(-1, ids_TK.shape[1]))]
         kept_R = _first(bin_R, asking_R, limit)
         start = sum(sizes[: self.axis.rank])
         return routing.keep(kept_R.view(-1, ids_TK.shape[1])[start : start + ids_TK.shape[0]])

@@ -20,6 +20,8 @@ _MOE: tuple[str, ...] = (
     *("shared_intermediate_size", "shared_gate"),
 )
 _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
+#: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
+_KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,11 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
     scaling = attention.get("scaling")
     attention["scaling"] = None if scaling is None else RotaryScaling(**scaling)
     moe = {name: sections["moe"][name] for name in _MOE if name in sections["moe"]}
-    router = {name: value for name, value in sections["moe"].get("router", {}).items() if name in _ROUTER}
+    given = sections["moe"].get("router", {})
+    for name, known in _KNOWN.items():
+        value = given.get(name, known[0])
+        require(value in known, f"moe.router.{name}", value, "no model of transformers has such a router")
+    router = {name: value for name, value in given.items() if name in _ROUTER}
     own: dict[str, Any] = {
         "moe_every": 1,
         "dense_layers": 0,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import fill_normal
-from ..config import AttentionConfig, MoEConfig
+from ..config import AttentionConfig, MoEConfig, require
 from ..experts import SwiGLU
 from ..routing import Router
 from .attention import ATTENTION
@@ -49,6 +49,11 @@ class PreGated(nn.Module):
         if not layers or len({(layer.config.num_experts, layer.config.top_k) for layer in layers}) != 1:
             raise ValueError("decoder: needs MoE layers, all with the same num_experts and top_k")
         config = layers[0].config
+        for name, plain in (("gate", "linear"), ("jitter", 0.0)):
+            value = getattr(config.router, name)
+            require(
+                value == plain, f"router.{name}", value, f"has no effect with a gate before the decoder; use {plain}"
+            )
         self.gate = PreGate(config.num_experts, config.hidden_size, num_heads, seq_len, config.init_std)
         self.decoder = decoder
         for layer in layers:

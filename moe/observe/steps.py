@@ -61,6 +61,7 @@ class Columns(NamedTuple):
     """The columns of a layer's row, equal on every rank, so that rows can be summed over ranks."""
 
     experts: int
+    #: number of a token's choices that count
     top_k: int
     #: names of the losses that are trained on
     losses: tuple[str, ...]
@@ -71,9 +72,11 @@ class Columns(NamedTuple):
     @staticmethod
     def of(config: MoEConfig, ranks: int) -> Columns:
         """Return the columns for a run on ``ranks`` ranks in which every MoE layer has this configuration."""
-        names = [name for name, _ in loss_terms(config.balance)] + (["z"] if config.router.z_loss else [])
+        names = [name for name, _ in loss_terms(config.balance)]
+        names += ["z"] * bool(config.router.z_loss) + ["entropy"] * bool(config.router.entropy_loss)
         experts = config.num_experts
-        return Columns(experts, config.top_k, tuple(dict.fromkeys(names)), possible_degrees(experts), ranks)
+        top_k = config.balance.counted(config.top_k)
+        return Columns(experts, top_k, tuple(dict.fromkeys(names)), possible_degrees(experts), ranks)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -322,6 +322,9 @@ def _ep_size(mesh: Mesh | None) -> int:
 def reached_fraction(moe: MoEConfig, experts: int) -> float:
     """Return the fraction of tokens that choose at least one of ``experts`` experts on one rank or node, at random."""
     groups, kept = moe.router.groups, moe.router.kept_groups
+    size, each = moe.num_experts // groups, moe.top_k // groups
+    if moe.router.select == "each_group":  # whatever happens in other groups, or at least one whole group is here
+        return 1.0 if experts >= size else 1 - comb(size - experts, each) / comb(size, each)
     if experts > moe.num_experts // groups:
         groups = kept = 1  # these experts span several groups
     open_to = moe.num_experts * kept // groups

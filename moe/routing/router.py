@@ -15,9 +15,11 @@ from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
-from .compose import compose
-from .score import SCORES
+from .compose import compose, wanted
+from .noise import jittered, random_second
+from .score import SCORES, entropy_sum
 from .select import GROUP_WORTHS, group_limited, top_k
+from .selections import SELECTIONS, Selection
 from .weight import WEIGHTS
 
 
@@ -48,14 +50,27 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.top_k, self.init_std = top_k, init_std
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.make_parameters(hidden_size, num_experts, config)
         self.register_buffer("bias_E", None)
         self.reset_parameters()
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
-        fused = config.score in FUSED_SCORES and config.group_worth == "two_best"
+        # the fused op always weighs K experts
+        fused = config.score in FUSED_SCORES and config.group_worth == "two_best" and config.select != "top_p"
         self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
+        self.selection = SELECTIONS[config.select](config, top_k)
+        #: disturbs the hidden states in training
+        self.disturbed: Callable[[Tensor], Tensor] = partial(jittered, size=config.jitter) if config.jitter else _same
+        self.needs_entropy = config.entropy_loss > 0
+        #: says which choices are computed in training; None: all
+        self.keep: Callable[[Tensor], Tensor] | None = random_second if config.random_second else None
+        if backend == "triton":
+            _warn_without_kernel(config, fused, self.selection != Selection())
+
+    def make_parameters(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+        """Create the parameters, uninitialized."""
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def reset_parameters(self) -> None:
         """Initialize the weights with new random values, and the bias with zero."""
@@ -70,24 +85,43 @@ class Router(nn.Module):
 
         If a ``decision`` is given, its experts are kept and only their gate weights are computed.
         """
-        return self.routing(self.logits(x_TD), mask_T, sequences, decision)
+        logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
+        return self.routing(logits_TE, mask_T, sequences, decision)
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
         """Route T tokens with these logits, see :meth:`forward`."""
-        chosen_TK = None if decision is None else decision.chosen_TK
+        chosen_TK = self._select(logits_TE, mask_T) if decision is None else decision.chosen_TK
         gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
+        # drawn whether or not the decision is given, so that whatever draws next gets the same numbers in recomputation
+        kept_TK = self.keep(gate.weights_TK) if self.training and self.keep is not None else None
         if decision is None:
             ids_TK = gate.ids_TK if mask_T is None else gate.ids_TK.masked_fill(~mask_T[:, None], -1)
+            ids_TK = ids_TK if kept_TK is None else ids_TK.masked_fill(~kept_TK, -1)
             decision = Decision(gate.ids_TK, ids_TK)
-        return Routing(decision, gate.weights_TK, gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum)
+        entropy = entropy_sum(self.score(logits_TE), mask_T) if self.needs_entropy else None
+        sums = gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum
+        return Routing(decision, gate.weights_TK, *sums, entropy)
+
+    @torch.no_grad()
+    def _select(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor | None:
+        """Return the chosen experts int64 [T, K]; None if :attr:`route` is to choose them."""
+        select = self.selection.training if self.training else self.selection.evaluation
+        return None if select is None else select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Return the logits [T, E] in fp32 (fp64 for fp64 input)."""
-        if self.weight.dtype != self._kept_dtype:
-            self._warn_of_rounding()
+        """Return the logits [T, E] in fp32 (fp64 for fp64 input), as in evaluation."""
+        self.check_rounding()
+        return self.product(x_TD, self.weight)
+
+    def training_logits(self, x_TD: Tensor) -> Tensor:
+        """Return the logits [T, E] of a forward in training, which may be random."""
+        return self.logits(self.disturbed(x_TD))
+
+    def product(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """Multiply hidden states by a weight in fp32 (fp64 for fp64 input), whatever autocast says."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     def probabilities(self, x_TD: Tensor) -> Tensor:
         """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these."""
@@ -108,30 +142,49 @@ class Router(nn.Module):
         self._kept_dtype = self.weight.dtype
         return self
 
-    def _warn_of_rounding(self) -> None:
+    def check_rounding(self) -> None:
         """Warn once if the forward gets a weight of a narrower dtype than the module's own."""
+        if self.weight.dtype == self._kept_dtype:
+            return
         kept, self._kept_dtype = self._kept_dtype, self.weight.dtype
         if self.weight.dtype.itemsize < kept.itemsize:
             warnings.warn(
                 f"router.weight is {kept}, but its forward gets a copy in {self.weight.dtype}, which sends some tokens "
                 "to other experts; with FSDP2 wrap each router by itself before its block: "
                 "fully_shard(layer.router, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
+def _same(x_TD: Tensor) -> Tensor:
+    return x_TD
+
+
 def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutput]:
+    limited = config.select == "top_k"  # the others look at groups themselves
     return partial(
         topk_gate,
         k=k,
         score=config.score,
-        groups=config.groups,
-        kept_groups=config.kept_groups,
+        groups=config.groups if limited else 1,
+        kept_groups=config.kept_groups if limited else 1,
         normalize=config.normalize_weights,
         softmax_after_topk=config.softmax_after_topk,
         scale=config.weight_scale,
         backend=backend,
     )
+
+
+def _warn_without_kernel(config: RouterConfig, fused: bool, selects: bool) -> None:
+    """Warn of each piece that runs in torch, although the layer asks for Triton."""
+    pieces = [("score", config.score in FUSED_SCORES), ("group_worth", config.group_worth == "two_best")]
+    for name, has_kernel in (*pieces, ("select", not selects), ("random_second", not config.random_second)):
+        if not has_kernel:
+            what, whole = (
+                f"router.{name}={getattr(config, name)!r}",
+                "" if fused else ", and so does the rest of routing",
+            )
+            warnings.warn(f"backend='triton': {what} has no Triton kernel and runs in torch{whole}", stacklevel=4)
 
 
 def _composed(k: int, config: RouterConfig) -> Callable[..., GateOutput]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,3 +25,10 @@ def sigmoid(logits_TE: Tensor) -> Tensor:
 
 #: name -> function from logits [T, E] to logarithms of scores [T, E], differentiable
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+
+
+def entropy_sum(log_scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Return the sum over valid tokens of the entropy of their scores, normalised to sum 1 (arXiv 2403.07652)."""
+    log_probs_TE = log_scores_TE.log_softmax(-1)
+    entropy_T = -(log_probs_TE.exp() * log_probs_TE).sum(-1)
+    return (entropy_T if mask_T is None else torch.where(mask_T, entropy_T, 0.0)).sum()

@@ -38,3 +38,25 @@ def group_limited(
     worth_TG = worth(wanted_TE.unflatten(1, (groups, size)))
     kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, top_k(worth_TG, kept_groups), True)
     return top_k(wanted_TE.masked_fill(~kept_TG.repeat_interleave(size, dim=1), float("-inf")), k)
+
+
+def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, groups: int) -> Tensor:
+    """Choose the k/groups highest scores of every group (MoGE, arXiv 2505.21411), best first.
+
+    If each rank owns one group, each rank gets equally many rows, whatever the scores.
+    """
+    (tokens, experts), each = wanted_TE.shape, k // groups
+    inside_TGK = top_k(wanted_TE.reshape(tokens * groups, experts // groups), each).view(tokens, groups, each)
+    first_G = torch.arange(groups, device=wanted_TE.device) * (experts // groups)
+    ids_TK = (inside_TGK + first_G[:, None]).flatten(1)
+    return ids_TK.gather(1, top_k(wanted_TE.gather(1, ids_TK), k))
+
+
+def top_p(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, p: float) -> Tensor:
+    """Choose the fewest best experts, at most k, whose softmax scores sum to at least p (arXiv 2403.07652).
+
+    -1 stands for the choices that a token does not need.
+    """
+    ids_TK = top_k(wanted_TE, k)
+    scores_TK = logits_TE.softmax(-1).gather(1, ids_TK)
+    return ids_TK.masked_fill(scores_TK.cumsum(1) - scores_TK >= p, -1)

@@ -378,6 +378,8 @@ class TrainConfig:
         fssdp = self.parallel.experts == "fssdp"
         if fssdp and self.engine != "torch":
             raise ValueError(f"parallel.experts='fssdp': engine={self.engine!r} owns the experts; use engine='torch'")
+        if fssdp and self.moe.balance.counts == "first":
+            raise ValueError("parallel.experts='fssdp': plans replicas by all choices; set moe.balance.counts='all'")
         if fssdp and self.moe.dispatch.name == "deepep":
             raise ValueError("parallel.experts='fssdp': moe.dispatch.name='deepep' knows no replicas; use 'all_to_all'")
         if self.placement.calibrate is not None and self.moe.dispatch.memory_mb is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equimoe.moe import CapacityConfig
+from equimoe.moe import CapacityConfig, RouterConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
@@ -150,6 +150,56 @@ COMPOSITIONS: dict[str, C] = {
         4, P(cp=2, tp=2, ep=4), capacity=CapacityConfig(1.0, scope="sequence"), micro_batches=2
     ),
     "cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16),
+    # routers
+    "groups of equal load (MoGE), dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(select="each_group", groups=2)),
+    "groups of equal load (MoGE), dp 4, ep 4, recompute, no tokens on a rank": C(
+        4, P(ep=4), router=RouterConfig(select="each_group", groups=4), top_k=4, recompute=True, tokens="zero"
+    ),
+    "jitter, dp 4, ep 2, recompute": C(4, P(ep=2), router=RouterConfig(jitter=0.3, z_loss=0.01), recompute=True),
+    "noisy top-k, dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(gate="noisy", z_loss=0.01)),
+    "noisy top-k, tp 2, fsdp 2, ep 4 > dp 2": C(
+        4, P(tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="noisy"), tokens="zero"
+    ),
+    "noisy top-k, pp 2, dp 2, ep 2, recompute": C(
+        4, P(pp=2, ep=2), router=RouterConfig(gate="noisy"), micro_batches=4, recompute=True
+    ),
+    "cosine (X-MoE), dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(gate="cosine", z_loss=0.01), recompute=True
+    ),
+    "cosine (X-MoE), tp 2, fsdp 2, ep 4 > dp 2": C(
+        4, P(tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="cosine"), tokens="zero"
+    ),
+    "Sinkhorn, dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(select="sinkhorn", z_loss=0.01)),
+    "Sinkhorn, dp 4, ep 2, recompute, no tokens on a rank": C(
+        4, P(ep=2), router=RouterConfig(select="sinkhorn"), recompute=True, tokens="zero"
+    ),
+    "BASE, fsdp 2, ep 2, recompute": C(
+        2,
+        P(data_parallel="fsdp", ep=2),
+        router=RouterConfig("sigmoid", normalize_weights=False, select="base"),
+        top_k=1,
+        recompute=True,
+    ),
+    "GShard, dp 4, ep 2, recompute": C(
+        4,
+        P(ep=2),
+        router=RouterConfig(random_second=True),
+        capacity=CapacityConfig(1.0, "choice", scope="global"),
+        counts="first",
+        recompute=True,
+        micro_batches=1,
+    ),
+    "top-p (HMoE), dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(select="top_p", entropy_loss=0.03), top_k=4, recompute=True
+    ),
+    "top-p (HMoE), fsdp 2, hierarchical, 2 nodes, ep 4": C(
+        4,
+        P(ep=4, data_parallel="fsdp"),
+        router=RouterConfig(select="top_p", entropy_loss=0.03, z_loss=0.01),
+        dispatch=D("hierarchical", node_size=2),
+        top_k=4,
+        tokens="zero",
+    ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

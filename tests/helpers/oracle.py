@@ -44,13 +44,18 @@ def forward(layer: MoE, x_TD: Tensor, kept_TK: Tensor | None = None) -> Tensor:
 
 
 def balance_loss(layer: MoE, x_TD: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Return E / (K T) sum_i c_i * (1/T) sum_t p_i(t) over the valid tokens of one process that holds all tokens."""
+    """Return E / (K T) sum_i c_i * (1/T) sum_t p_i(t) over the valid tokens of one process that holds all tokens.
+
+    If only first choices count, K is 1.
+    """
     _, probs_TE, ids_TK, _ = route(layer, x_TD)
+    if layer.config.balance.counts == "first":
+        ids_TK = ids_TK[:, :1]
     if mask_T is not None:
         probs_TE, ids_TK = probs_TE[mask_T], ids_TK[mask_T]
     tokens, num_experts = probs_TE.shape
     counts_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).to(probs_TE.dtype)
-    return num_experts / (layer.config.top_k * tokens) * (counts_E * probs_TE.mean(0)).sum()
+    return num_experts / (ids_TK.shape[1] * tokens) * (counts_E * probs_TE.mean(0)).sum()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -9,18 +9,21 @@ import logging
 import random
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
 from equimoe.moe.config import AttentionConfig, PlacementConfig, RecomputeConfig
+from equimoe.moe.config.routing import BALANCED
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.model import Decoder
 from equimoe.moe.model.documents import document_numbers
 from equimoe.moe.parallel import IGNORED, Mesh, ParallelConfig, build_mesh
 from equimoe.moe.placement import Owners, Replicas
+from equimoe.moe.routing import noise
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import Recorded
@@ -58,6 +61,9 @@ class Composition:
     rematerialize: bool = False
     #: whether replicas are added after routing
     calibrate: bool = False
+    router: RouterConfig = field(default_factory=partial(RouterConfig, z_loss=0.01))
+    top_k: int = 2
+    counts: Literal["all", "first"] = "all"
 
     @property
     def limit(self) -> float:
@@ -72,9 +78,15 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         hidden_size=16,
         intermediate_size=8,
         num_experts=of.experts,
-        top_k=2,
-        router=RouterConfig(z_loss=0.01),
-        balance=BalanceConfig(of.scope, 0.1, estimator="exact", micro_batches=micro_batches),
+        top_k=of.top_k,
+        router=of.router,
+        balance=BalanceConfig(
+            of.scope,
+            0.0 if of.router.select in BALANCED else 0.1,
+            estimator="exact",
+            micro_batches=micro_batches,
+            counts=of.counts,
+        ),
         capacity=of.capacity,
         dispatch=of.dispatch,
         shared_intermediate_size=8,
@@ -133,6 +145,12 @@ def batch(step: int, of: Composition) -> tuple[Tensor, ...]:
     return (inputs, labels, mask, document_numbers(inputs // 4, 0)) if of.documents else (inputs, labels, mask)
 
 
+def _by_value(like: Tensor) -> Tensor:
+    """Stand for the random numbers of routers: a function of each value, so that any rank draws the same."""
+    return like.detach().mul(5).sin().add(1).div(2)
+
+
+@patch.multiple(noise, uniform=_by_value, normal=_by_value)
 def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, Any]:
     """Train three steps; return each step's loss and norm, the first's clipped gradients, and the final parameters."""
     dp, rank = (1, 0) if mesh is None else (mesh["dp"].size, mesh["dp"].rank)
@@ -200,6 +218,7 @@ def alone(of: Composition) -> dict[str, Any]:
     """
     dp = of.parallel.resolve(of.world).dp
     together = of.scope == "global" and (of.capacity is None or of.capacity.scope == "global")
+    together = together and of.router.select not in BALANCED
     # the numbers of sequences without tokens or labels depend on it
     ranks = dp if of.tokens == "zero" or of.labels == "few" else 1
     precise = of.dtype == "float32"  # else weights are rounded as FSDP2 does

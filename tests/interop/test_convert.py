@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from equimoe.launch import checkpoint as checkpoint_command
 from equimoe.launch import env
 from equimoe.launch.convert import main
 from equimoe.moe.checkpoint import contents
+from equimoe.moe.config import RouterConfig
+from equimoe.moe.interop.architecture import architecture
 from tests.helpers import hf_folders
 from tests.helpers.hf_folders import CONFIGS, assert_same, config, read, tensors, write
+from tests.helpers.small import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -384,6 +388,8 @@ from pathlib import Path
 import torch
 from equimoe.launch.convert import main
 from equimoe.moe.checkpoint import contents
+from equimoe.moe.config import RouterConfig
+from equimoe.moe.interop.architecture import architecture
 
 def anonymous():  # memory that is not the cache of a file
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -430,3 +436,18 @@ def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
         peak = int(done.stdout.rpartition("peak ")[2])
         assert 2**20 < peak < 1.2 * sum(largest), (argv, peak)
     assert_same(read(tmp_path / "back"), weights)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"select": "top_p"}, "moe.router.select='top_p'"),
+        ({"select": "each_group"}, "moe.router.select='each_group'"),
+        ({"gate": "cosine"}, "moe.router.gate='cosine'"),
+    ],
+)
+def test_a_router_that_transformers_lacks_is_refused(router: dict[str, Any], message: str) -> None:
+    sections = asdict(replace(CONFIG, moe=replace(CONFIG.moe, router=RouterConfig(**router))))
+    sections["model"]["vocab_size"] = 32
+    with pytest.raises(ValueError, match=f"{message}: no model of transformers has such a router"):
+        architecture(sections, False)

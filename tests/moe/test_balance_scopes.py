@@ -5,13 +5,14 @@ E experts, D expert-parallel ranks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
+from equimoe.moe import BalanceConfig, CapacityConfig, ExtraLossConfig, MoE, MoEConfig, RouterConfig, counting_pass
 from equimoe.moe.balance.losses import SCOPES as SCOPES_OF_LOSSES
 from tests.helpers import oracle
 from tests.helpers.placed import spread_experts
@@ -97,6 +98,22 @@ def test_scope_is_its_definition(scope: str, beside: bool) -> None:
         layer = make(scope=scope, coefficient=0.3)
     want = gradient(layer, 0.3 * defined(layer, scope))
     assert float(want.norm()) > 1e-4 and oracle.relative_error(train(layer), want) < 1e-12
+
+
+@pytest.mark.parametrize("scope", ["global", "micro", "sequence", "data_parallel"])
+def test_first_choices_alone_may_count(scope: str) -> None:
+    """Losses are 1.0 when balanced, all choices are in the statistics, and a capacity drops after counting."""
+    layer = make(scope=scope, coefficient=0.3, counts="first")
+    want, both = gradient(layer, 0.3 * defined(layer, scope)), train(make(scope=scope, coefficient=0.3))
+    got = train(layer)
+    assert oracle.relative_error(got, want) < 1e-12 < 0.05 < oracle.relative_error(both, want)
+    totals, (_, masks) = layer.balancer.previous_step, inputs()
+    assert int(totals.counts_E.sum()) == int(totals.tokens) == sum(int(m.sum()) for m in masks)
+    assert int(layer.stats.counts.sum()) == K * int(masks[1].sum())
+    assert layer.stats.losses["micro"] == pytest.approx(oracle.balance_loss(layer, inputs()[0][1][masks[1]]).item())
+    dropping = MoE(replace(layer.config, capacity=CapacityConfig(0.5))).double()
+    dropping.load_state_dict(layer.state_dict())
+    assert oracle.relative_error(train(dropping), got) < 1e-12
 
 
 def test_communication_counts_a_token_once_per_rank_and_knows_the_reach() -> None:

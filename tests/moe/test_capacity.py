@@ -13,6 +13,7 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
 from equimoe.moe.collectives import Axis
 from equimoe.moe.dispatch import build_capacity
+from equimoe.moe.dispatch.capacity import DROP_POLICIES
 from equimoe.moe.dispatch.exchange_plan import rows_per_expert
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
@@ -53,6 +54,8 @@ def keep(
         asking = [(t, k) for t, row in enumerate(ids) for k, e in enumerate(row) if e >= 0 and e // (8 // bins) == full]
         if capacity.drop == "probability":
             asking.sort(key=lambda place: -weights[place[0]][place[1]])
+        if capacity.drop == "choice":
+            asking.sort(key=lambda place: place[1])
         for t, k in asking[:limit]:
             kept[t][k] = ids[t][k]
     return kept
@@ -63,7 +66,7 @@ def on(devices: int) -> Placement:
     return Placement(ep=Axis("ep", size=devices))
 
 
-@pytest.mark.parametrize("drop", ["probability", "position"])
+@pytest.mark.parametrize("drop", DROP_POLICIES)
 @pytest.mark.parametrize(("level", "devices"), [("expert", 1), ("device", 1), ("device", 2), ("device", 4)])
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 4.0])
 @pytest.mark.parametrize("kind", ["plain", "ties", "masked"])
@@ -91,14 +94,26 @@ def test_a_device_keeps_the_highest_weights_of_all_its_experts() -> None:
         assert dropped.numel() == 0 or routing.weights_TK[kept].min() >= dropped.max()
 
 
-def test_dropping_twice_drops_nothing_more() -> None:
+def test_first_choices_are_kept_before_any_second_choice() -> None:
+    """With one place per expert, and tokens that choose (0, 1) and (1, 0), by token order one first choice is lost."""
+    chosen_TK = torch.tensor([[0, 1], [1, 0]])
+    zeros = torch.zeros(1, 2).long()
+    routing = Routing(Decision(chosen_TK, chosen_TK), torch.ones(2, 2), zeros, torch.tensor([2]), zeros, zeros)
+    for drop, kept in (("choice", [[0, -1], [1, -1]]), ("position", [[0, 1], [-1, -1]])):
+        config = replace(CONFIG, num_experts=2, top_k=2, capacity=CapacityConfig(0.5, drop))  # type: ignore[arg-type]
+        capacity = build_capacity(config, Placement())
+        assert capacity is not None and capacity(routing).ids_TK.tolist() == kept
+
+
+@pytest.mark.parametrize("drop", DROP_POLICIES)
+def test_dropping_twice_drops_nothing_more(drop: Any) -> None:
     """A recomputation applies the capacity to a decision that has been limited already."""
-    capacity = build_capacity(replace(CONFIG, capacity=CapacityConfig(0.5)), Placement())
+    capacity = build_capacity(replace(CONFIG, capacity=CapacityConfig(0.5, drop)), Placement())
     once = capacity(random_routing(23, seed=5, ties=True))
     assert torch.equal(capacity(once).ids_TK, once.ids_TK) and int((once.ids_TK < 0).sum()) > 10
 
 
-@pytest.mark.parametrize("drop", ["probability", "position"])
+@pytest.mark.parametrize("drop", DROP_POLICIES)
 def test_layer_drops_and_balances_before_the_drop(drop: Any) -> None:
     x = torch.randn(19, 6, dtype=torch.float64)
 

@@ -39,6 +39,8 @@ ALSO = {
     },
     "placement.calibrate": ["--parallel.experts=fssdp", "--placement.memory_mb=9"],
     "moe.router.kept_groups": ["--moe.router.groups=2"],
+    **dict.fromkeys(("moe.router.projection", "moe.router.temperature"), ["--moe.router.gate=cosine"]),
+    "moe.router.top_p": ["--moe.router.select=top_p"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
     "moe.capacity.max_tokens": ["--moe.capacity.pad"],
     "moe.dispatch.chunks": ["--moe.dispatch.name=overlapped"],

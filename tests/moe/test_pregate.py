@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from equimoe.moe import BalanceConfig, MoEConfig
+from equimoe.moe import BalanceConfig, MoEConfig, RouterConfig
 from equimoe.moe.interop.domains import distillation_loss
 from equimoe.moe.model import Decoder
 from equimoe.moe.model.pregate import PreGated
@@ -14,9 +16,9 @@ from equimoe.moe.observe.routers import watch_routers
 B, S, V, E = 3, 10, 20, 6
 
 
-def pregated(coefficient: float = 0.01, moe_every: int = 1) -> PreGated:
+def pregated(coefficient: float = 0.01, moe_every: int = 1, **router: Any) -> PreGated:
     torch.manual_seed(0)
-    moe = MoEConfig(16, 8, E, 2, balance=BalanceConfig(coefficient=coefficient), init_std=0.3)
+    moe = MoEConfig(16, 8, E, 2, RouterConfig(**router), BalanceConfig(coefficient=coefficient), init_std=0.3)
     sizes = {"vocab_size": V, "seq_len": S, "num_layers": 3, "num_heads": 2, "intermediate_size": 8}
     return PreGated(Decoder(**sizes, moe=moe, moe_every=moe_every), num_heads=2, seq_len=S)
 
@@ -84,3 +86,11 @@ def test_it_learns_the_domains() -> None:
 def test_a_dense_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="decoder: needs MoE layers"):
         pregated(moe_every=0)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"), [({"gate": "cosine"}, "gate='cosine'"), ({"jitter": 0.1}, "jitter=0.1")]
+)
+def test_a_router_that_the_gate_replaces_is_refused(router: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"router.{message}: has no effect with a gate before the decoder"):
+        pregated(**router)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from equimoe.moe import CapacityConfig, DispatchConfig, MoE, MoEConfig, Placement, Routing
 from equimoe.moe.collectives import record_traffic, world_axis
 from equimoe.moe.dispatch import build_capacity, build_dispatcher
+from equimoe.moe.dispatch.capacity import DROP_POLICIES
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
@@ -32,7 +33,7 @@ def part(whole: Routing, tokens: Tensor, sequences: int) -> Routing:
     )
 
 
-@pytest.mark.parametrize("drop", ["probability", "position"])
+@pytest.mark.parametrize("drop", DROP_POLICIES)
 @pytest.mark.parametrize("level", ["expert", "device"])
 @pytest.mark.parametrize("kind", ["plain", "ties", "masked"])
 def test_global_scope(drop: Any, level: Any, kind: str) -> None:
@@ -55,7 +56,7 @@ def test_global_scope(drop: Any, level: Any, kind: str) -> None:
     assert [row for rows in run_ranks(script, 4) for row in rows] == want
 
 
-@pytest.mark.parametrize("drop", ["probability", "position"])
+@pytest.mark.parametrize("drop", DROP_POLICIES)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("balanced", [False, True])
 def test_sequence_scope(drop: Any, world: int, balanced: bool) -> None:

@@ -27,6 +27,7 @@ from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
 from equimoe.moe.plan.record import reached_fraction
+from equimoe.moe.routing.select import each_group
 from equimoe.moe.train.build import build_model, mixed_precision
 from equimoe.moe.train.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from equimoe.moe.train.optim import build_optimizer
@@ -239,15 +240,18 @@ def test_memory_is_counted_at_its_peak() -> None:
 
 
 def test_share_of_tokens_that_choose_a_place() -> None:
-    """Compare with random draws: 8 of 64 experts, also limited to 2 of 4 groups."""
-    for router, experts in ((RouterConfig(), 16), (RouterConfig(groups=4, kept_groups=2), 8)):
+    """Compare with random draws: 8 of 64 experts, also limited to 2 of 4 groups, or 2 in each of 4 groups."""
+    limited, each = RouterConfig(groups=4, kept_groups=2), RouterConfig(groups=4, select="each_group")
+    for router, experts in ((RouterConfig(), 16), (limited, 8), (each, 8), (each, 16)):
         generator = torch.Generator().manual_seed(0)
         scores_TE = torch.rand(20000, 64, generator=generator)
-        if router.groups > 1:
+        if router is limited:
             kept_TG = torch.rand(20000, 4, generator=generator).argsort(1)[:, :2]
             open_TG = torch.zeros(20000, 4).scatter_(1, kept_TG, 1.0)
             scores_TE = scores_TE * open_TG.repeat_interleave(16, dim=1)
         chosen_TK = scores_TE.topk(8, dim=1).indices
+        if router is each:
+            chosen_TK = each_group(scores_TE, scores_TE, None, 8, 4)
         want = float((chosen_TK < experts).any(1).float().mean())
         assert reached_fraction(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
 

@@ -1,0 +1,99 @@
+"""Gates other than a linear layer, and the dict of all.
+
+T tokens, D hidden, E experts, R width of a projection, B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..collectives import fill_normal
+from ..config import MoEConfig, RouterConfig
+from ..types import Decision, Routing
+from . import noise
+from .compose import sum_by_sequence
+from .router import Router
+
+
+class NoisyRouter(Router):
+    """Adds normal noise to the logits in training, of a size that it learns (Shazeer et al., arXiv 1701.06538).
+
+    The logits are x W + N(0, 1) softplus(x W_noise). The balance loss sees them too. W_noise is zero at first.
+    """
+
+    def make_parameters(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+        super().make_parameters(hidden_size, num_experts, config)
+        self.noise_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights with new random values, and those of the noise and the bias with zero."""
+        super().reset_parameters()
+        nn.init.zeros_(self.noise_weight)
+
+    def training_logits(self, x_TD: Tensor) -> Tensor:
+        x_TD = self.disturbed(x_TD)
+        logits_TE = self.logits(x_TD)
+        return logits_TE + noise.normal(logits_TE) * F.softplus(self.product(x_TD, self.noise_weight))
+
+
+class CosineRouter(Router):
+    """Compares a projection of the hidden state with a direction per expert by their cosine (X-MoE, arXiv 2204.09179).
+
+    The logits are cosine / temperature; a temperature below 1/100 counts as 1/100. The temperature is learned, but the
+    balance loss uses the initial one, and always softmax: a temperature could otherwise lower the loss by itself. The
+    lengths of hidden states, and those of ``weight`` [E, R], have no effect.
+    """
+
+    def make_parameters(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+        width = config.projected(num_experts)
+        self.fixed_temperature = config.temperature
+        self.projection = nn.Parameter(torch.empty(width, hidden_size))
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        #: [1], because FSDP2 cannot shard a scalar: -log(temperature)
+        self.log_scale = nn.Parameter(torch.empty(1))
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights with new random values, the temperature with its first value, the bias with zero."""
+        super().reset_parameters()
+        fill_normal(self.projection, self.init_std)
+        nn.init.constant_(self.log_scale, -math.log(self.fixed_temperature))
+
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+    ) -> Routing:
+        cosines_TE = self.cosines(self.disturbed(x_TD) if self.training else x_TD)
+        routing = self.routing(self._scaled(cosines_TE), mask_T, sequences, decision)
+        probs_TE = (cosines_TE / self.fixed_temperature).softmax(-1)
+        if mask_T is not None:
+            probs_TE = torch.where(mask_T[:, None], probs_TE, 0.0)
+        return replace(routing, prob_sums_BE=sum_by_sequence(probs_TE, sequences))
+
+    def cosines(self, x_TD: Tensor) -> Tensor:
+        """Return the cosine between each token and each expert, [T, E]."""
+        self.check_rounding()
+        projected_TR = F.normalize(self.product(x_TD, self.projection), dim=-1)
+        return self.product(projected_TR, F.normalize(self.weight.to(projected_TR.dtype), dim=-1))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return self._scaled(self.cosines(x_TD))
+
+    def probabilities(self, x_TD: Tensor) -> Tensor:
+        return (self.cosines(x_TD) / self.fixed_temperature).softmax(-1)
+
+    def _scaled(self, cosines_TE: Tensor) -> Tensor:
+        return cosines_TE * self.log_scale.to(cosines_TE.dtype).clamp_max(math.log(100)).exp()
+
+
+#: name -> class of the router
+GATES: dict[str, type[Router]] = {"linear": Router, "noisy": NoisyRouter, "cosine": CosineRouter}
+
+
+def build_router(config: MoEConfig) -> Router:
+    """Build a layer's router."""
+    size = (config.hidden_size, config.num_experts, config.top_k)
+    return GATES[config.router.gate](*size, config.router, config.init_std, config.backend)
