@@ -31,7 +31,7 @@ from equimoe.launch.env import command
 from equimoe.moe import MoEConfig
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 
 #: size of the short text, in MB
 SHORT = 4

@@ -39,7 +39,7 @@ from equimoe.moe.interop.upcycle import Recipe, upcycle
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 
 #: number of evaluations of a run
 EVALUATIONS = 4

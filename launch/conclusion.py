@@ -13,8 +13,8 @@ from typing import Any
 from ..moe import checkpoint
 from ..moe.observe.metrics import METRICS_FILE, read_records
 from ..moe.observe.printable import printable
-from ..moe.train.loop import Trainer
 from ..moe.train.optim import rise_on_resume
+from ..moe.train.trainer import Trainer
 from . import env
 from .options import Launch
 

@@ -9,7 +9,7 @@ from ..moe.checkpoint import tools
 from ..moe.interop.architecture import flat
 from ..moe.interop.convert import SOURCES, companions_of, model_of, weights_of
 from ..moe.interop.hf import COMPANIONS, Weights, companions, is_folder, keep_companions
-from ..moe.train.loop import Trainer
+from ..moe.train.trainer import Trainer
 
 #: expert bias update rate of a run whose model has an expert bias, if none is given (DeepSeek-V3, arXiv 2412.19437)
 BIAS_UPDATE_RATE = 0.001

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sized
 from ..moe.observe.printable import printable, short_count
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.train.config import DataConfig
-from ..moe.train.loop import Trainer
+from ..moe.train.trainer import Trainer
 from .options import Launch
 from .text import counted
 

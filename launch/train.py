@@ -29,9 +29,10 @@ from ..moe.train.config import OptimConfig, TrainConfig
 from ..moe.train.contract import DATA, check_resumed
 from ..moe.train.data import Corpus, bigram_loss
 from ..moe.train.judge import NonFiniteError
-from ..moe.train.loop import Stopped, Trainer, run
+from ..moe.train.loop import Stopped, run
 from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
+from ..moe.train.trainer import Trainer
 from . import earlier, env, initial, joining, tokens
 from .conclusion import conclude, conclude_early, constant_rate
 from .failing import FAILED, Failure, classify

@@ -19,7 +19,7 @@ from equimoe.moe.balance import Balancer
 from equimoe.moe.model import Decoder
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.oracle import relative_error
 

@@ -30,7 +30,7 @@ from equimoe.moe.observe import (
 )
 from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.data import Corpus, heldout_batches
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 
 #: number of sequences in one rank's micro-batch
 RANK = 4

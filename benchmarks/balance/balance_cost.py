@@ -44,7 +44,7 @@ from equimoe.moe.collectives import LOCAL, record_traffic, sum_over, world_axis
 from equimoe.moe.parallel import Mesh, build_mesh
 from equimoe.moe.train.config import OptimConfig, ParallelConfig, TrainConfig
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers.fork import run_ranks
 
 MICRO, AGAIN = "micro", "micro again"

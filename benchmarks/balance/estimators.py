@@ -43,7 +43,7 @@ from equimoe.moe.model import Decoder
 from equimoe.moe.observe import estimate_quality
 from equimoe.moe.train.config import DataConfig, ModelConfig, TrainConfig
 from equimoe.moe.train.data import Batches, Corpus, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from equimoe.moe.types import load_summary
 
 ESTIMATORS = ("rolling", "carry", "adaptive", "exact")

@@ -31,7 +31,7 @@ from equimoe.moe.collectives import sum_over, world_axis
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers.fork import run_ranks
 
 OFF, ON, BLOCKING = "no save", "in the background", "blocking"

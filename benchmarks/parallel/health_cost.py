@@ -39,7 +39,7 @@ from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
 from equimoe.moe.train.judge import Judge
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers.fork import run_ranks
 
 WITH, WITHOUT, AGAIN = KINDS = ("with checks", "without", "without again")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda, real_tensors
 

@@ -41,7 +41,7 @@ from equimoe.moe import MoE
 from equimoe.moe.dispatch.base import Dispatcher
 from equimoe.moe.engines import experts
 from equimoe.moe.train.data import Batches
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
 KINDS = (*SIGNALS, "sleep", "raise", "oom", "nan", "flip", "scale")

@@ -19,7 +19,7 @@ from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import SaveError
 from equimoe.moe.train.config import CheckpointConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.conftest import Run, command
 from tests.faults.table import report
 from tests.helpers import small

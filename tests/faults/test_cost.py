@@ -15,7 +15,7 @@ from equimoe.moe.collectives import world_axis
 from equimoe.moe.health import Heartbeat, Pulse
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.table import report
 from tests.helpers.fork import run_ranks
 

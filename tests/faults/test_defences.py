@@ -18,7 +18,7 @@ def test_every_row_has_a_defence_and_every_one_is_in_the_source() -> None:
 
 def test_an_entry_that_does_not_fit_is_named() -> None:
     text, test = misfits([DEFENCES[0]._replace(text="no such text", test="test_kill.py::test_nothing[1]")])
-    assert text.startswith("row 1: moe/train/loop.py has 0 times, instead of once: 'no such text'")
+    assert text.startswith("row 1: moe/train/trainer.py has 0 times, instead of once: 'no such text'")
     assert test == "row 1: there is no test tests/faults/test_kill.py::test_nothing[1]"
 
 

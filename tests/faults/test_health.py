@@ -23,9 +23,10 @@ from equimoe.moe.train.config import HealthConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.contract import MAY_CHANGE, check_resumed, differences
 from equimoe.moe.train.data import Cursor, load_corpus, load_tokenizer
 from equimoe.moe.train.judge import NonFiniteError
-from equimoe.moe.train.loop import Trainer, run
+from equimoe.moe.train.loop import run
 from equimoe.moe.train.optim import learning_rate, rise_on_resume
 from equimoe.moe.train.replay import DisagreementError
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.table import report
 from tests.helpers import small
 

@@ -22,7 +22,7 @@ from equimoe.launch.options import to_yaml
 from equimoe.moe.train.config import DataConfig, DeepSpeedConfig
 from equimoe.moe.train.data import Corpus, DataError, load_corpus, load_tokenizer
 from equimoe.moe.train.data.token_file import TokenFile
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.command import launch

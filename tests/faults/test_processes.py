@@ -324,15 +324,15 @@ def test_ranks_that_cannot_work_together_end_in_one_line(run: Run, monkeypatch: 
 
 def test_ranks_with_other_shapes_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configurations agree, but the code does not do the same: found before the first collective of a step."""
-    import equimoe.moe.train.loop as loop
+    import equimoe.moe.train.trainer as trainer
 
-    real = loop.build_model
+    real = trainer.build_model
 
     def other(config: Any, vocab_size: int) -> Any:
         wider = replace(config, moe=replace(config.moe, intermediate_size=20))
         return real(wider if os.environ["RANK"] == "1" else config, vocab_size)
 
-    monkeypatch.setattr(loop, "build_model", other)
+    monkeypatch.setattr(trainer, "build_model", other)
     ended = run()
     assert ended.codes == [env.CONFIG] * 2 and len(ended.errors) == 1, ended
     assert "model: rank 1 has different parameters from rank 0" in ended.errors[0], ended

@@ -16,7 +16,7 @@ from equimoe.moe import BalanceConfig, MoEConfig, checkpoint
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import Corpus, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer, seed_step
+from equimoe.moe.train.trainer import Trainer, seed_step
 from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.checkpoints import load_all

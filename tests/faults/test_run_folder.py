@@ -18,7 +18,7 @@ from equimoe.launch import env
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import MetricsWriter, read_records
 from equimoe.moe.train.config import CheckpointConfig
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.conftest import Run, command
 from tests.helpers.command import one_line
 

@@ -23,7 +23,7 @@ from equimoe.launch import env
 from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import SaveError
 from equimoe.moe.train.config import CheckpointConfig
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.conftest import Run, command
 from tests.faults.table import report
 from tests.helpers.checkpoints import load_all, small_state

@@ -17,7 +17,7 @@ from equimoe.moe.parallel.grad_norm import local_part
 from equimoe.moe.train.config import HealthConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
 from equimoe.moe.train.judge import NonFiniteError
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.fork import run_ranks

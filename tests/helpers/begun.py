@@ -10,7 +10,7 @@ from equimoe.launch import initial
 from equimoe.launch.options import parse
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 
 #: a run of two steps that changes no bit of a weight
 STILL = ["--steps", "2", "--optim.lr", "1e-30", "--log.every", "1", "--log.eval_sequences", "1", "--data.seq_len", "16"]

@@ -17,7 +17,7 @@ from equimoe.moe.interop import computed
 from equimoe.moe.interop.convert import write_first
 from equimoe.moe.interop.upcycle import Recipe, Upcycled
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers.grown import HIDDEN, LENGTH, VOCABULARY, WIDTH, Held, dense, logits, tensors, write
 from tests.helpers.hf_folders import assert_same
 from tests.helpers.small import write_texts

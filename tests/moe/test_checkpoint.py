@@ -14,7 +14,7 @@ from equimoe.moe import BalanceConfig, checkpoint
 from equimoe.moe.checkpoint import CheckpointError
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but

@@ -25,7 +25,7 @@ from equimoe.moe.checkpoint.tensors import DTYPES
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.config import ModelConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.checkpoints import forge, load_all, nothing_happens, save_old
 from tests.helpers.fork import run_ranks

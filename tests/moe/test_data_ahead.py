@@ -18,7 +18,7 @@ import torch
 from equimoe.moe.train.config import DataConfig, HealthConfig
 from equimoe.moe.train.data import Ahead, Batches, DataError, load_corpus, load_tokenizer
 from equimoe.moe.train.data.ahead import STEPS
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.moe.test_data_store import write
 

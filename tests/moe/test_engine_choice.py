@@ -13,7 +13,7 @@ import torch
 
 from equimoe.moe.train.config import DeepSpeedConfig, MegatronConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 
 

@@ -33,7 +33,7 @@ from equimoe.moe.routing import Router
 from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import ModelConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 
 SEQUENCES, MICRO, SEQ = 8, 2, 16  # of a step, of a micro-batch; tokens

@@ -16,11 +16,11 @@ from equimoe.launch.recipes import RECIPES
 from equimoe.moe.config import AttentionConfig
 from equimoe.moe.observe.speed import PEAK_FLOPS, forward_flops, memory_in_use, peak_flops, speed_record, step_flops
 from equimoe.moe.parallel import build_mesh
-from equimoe.moe.train import loop
+from equimoe.moe.train import trainer
 from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import ModelConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 
@@ -154,7 +154,7 @@ def test_memory_is_that_of_the_rank_with_the_most(tmp_path: Path, monkeypatch: p
     config = small.on(small.write_texts(tmp_path))
 
     def script(rank: int, world: int) -> float:
-        monkeypatch.setattr(loop, "memory_in_use", lambda _: (7, 9)[rank])
+        monkeypatch.setattr(trainer, "memory_in_use", lambda _: (7, 9)[rank])
         corpus = load_corpus(config.data, load_tokenizer("bytes"))
         return Trainer(config, corpus, build_mesh(config.parallel), torch.device("cpu")).speed(8.0)["memory_bytes"]
 

@@ -13,8 +13,8 @@ from equimoe.moe import BalanceConfig
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.data import heldout_batches, load_corpus, load_tokenizer
 from equimoe.moe.train.judge import NonFiniteError
-from equimoe.moe.train.loop import Trainer
 from equimoe.moe.train.optim import learning_rate
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from equimoe.moe import (
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.parallel.expert import apply_expert_parallel
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import oracle, small
 from tests.helpers.fork import run_ranks
 from tests.helpers.placed import reduce_by

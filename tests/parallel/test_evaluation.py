@@ -13,7 +13,7 @@ from equimoe.moe import CapacityConfig, checkpoint
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.train.config import TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 from tests.helpers.recorded import full

@@ -15,7 +15,7 @@ from equimoe.moe.model.documents import document_numbers, document_starts
 from equimoe.moe.parallel import IGNORED, build_mesh
 from equimoe.moe.train.config import HealthConfig, TrainConfig
 from equimoe.moe.train.data import Corpus, bigram_loss, heldout_batches, load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but

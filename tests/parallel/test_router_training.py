@@ -15,7 +15,7 @@ from equimoe.moe.balance import Balancer, Visit
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
 from equimoe.moe.train.data import load_corpus, load_tokenizer
-from equimoe.moe.train.loop import Trainer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
 from tests.helpers.compositions import runs
 from tests.helpers.fork import run_ranks
