@@ -12,7 +12,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-FOLDERS = ["tests/devices", "tests/parallel", "tests/moe"]
+FOLDERS = ["tests/parallel", "tests/moe"]
 #: name -> which tests; the second leaves out what the first names, so every test runs once
 HALVES = {
     "library and training": FOLDERS,

@@ -99,6 +99,9 @@ def test_a_wrong_option_is_found() -> None:
 
 def test_commands_are_found() -> None:
     found = commands()
-    without = {"CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("balance", "data", "inference", "kernels"))}
+    without = {
+        "CONTRIBUTING.md",
+        *(f"docs/{name}.md" for name in ("balance", "data", "inference", "kernels", "watching")),
+    }
     assert {document for document, _ in found} == set(DOCUMENTS) - without
     assert {"python", "torchrun", "deepspeed"} <= {re.split(r"[ /]", command)[0] for _, command in found}

@@ -204,7 +204,7 @@ def test_prompts_of_instruction_data_are_left_out() -> None:
 
 
 def test_separate_documents_are_evaluated_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())  # they take time
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())  # they take time
     config = small.on(small.write_texts(tmp_path / "texts"))
     loss = {}
     for documents in ("joined", "separate"):

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from benchmarks.checkout import ROOT
+from equimoe.launch.env import command
 
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "global_balance.json", ROOT / "docs" / "specialisation.png"
 #: arm -> title
@@ -51,5 +52,11 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
+@command
+def main() -> None:
     draw(json.loads(RESULTS.read_text())["runs"], PICTURE)
+    print(PICTURE)
+
+
+if __name__ == "__main__":
+    main()

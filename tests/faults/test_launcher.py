@@ -185,8 +185,8 @@ def test_the_terminal_says_how_much_is_trained_on_and_held_out(tmp_path: Path) -
     (tmp_path / "texts").mkdir()
     for i in range(2):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"{i}" + "many words " * 3000)
-    options = ["--data.path", "texts", "--data.builtin_bytes_per_domain", "1000", "--dry-run"]
-    out = launch(options, cwd=tmp_path).out[0]
+    (tmp_path / "limit.yaml").write_text("data:\n  builtin_bytes_per_domain: 1000\n")
+    out = launch(["--config", "limit.yaml", "--data.path", "texts", "--dry-run"], cwd=tmp_path).out[0]
     assert "text: texts\ntraining: 64.7k tokens (text 64.7k)\nheld out: 1.32k tokens, 2.0% (text 1.32k)\n" in out
 
 

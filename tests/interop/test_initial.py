@@ -124,7 +124,7 @@ def test_a_resumed_run_needs_the_weights_no_more(tmp_path: Path, texts: str) -> 
     """Neither the folder nor its tokenizer, of which the run has a copy; also if its newest checkpoint is damaged."""
     tokenizers = pytest.importorskip("tokenizers")
     source, run_dir = model(tmp_path / "model"), tmp_path / "run"
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "alpha": 1}, unk_token="?"))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "alpha": 1, "</s>": 2}, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     backend.save(str(source / "tokenizer.json"))
     argv = ["--init.from", str(source), "--run-dir", str(run_dir), *STILL, "--data.path", texts]

@@ -22,7 +22,7 @@ from tests.helpers.command import Ended, launch, one_line
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equimoe.launch.report.PLOTS", ())
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
 
 
 def run(tmp_path: Path, world: int, within: Any, *options: str, timeout_s: float = 60) -> Ended:
