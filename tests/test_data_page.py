@@ -80,6 +80,7 @@ def test_the_commands_are_parsed() -> None:
                 parse(line.split()[3:])
 
 
+@pytest.mark.slow
 def test_the_scripts_run(tmp_path: Path) -> None:
     engine, batches = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (line,) = python(engine, tmp_path, ROOT)

@@ -96,6 +96,7 @@ def test_what_fits_is_used_again_and_what_does_not_is_built(tmp_path, monkeypatc
     assert len(built) == 1
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     data = write(tmp_path / "data")
     tokenizer = bpe(tmp_path / "tokenizer.json")

@@ -159,6 +159,7 @@ def eventually(browser: Chromium, script: str) -> Callable[[], bool]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium or Chrome on the PATH")
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("width", [1400, 390])
 def test_in_a_browser_it_renews_itself_and_keeps_the_place(served: tuple[Path, int], width: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), slow_but([("cosine", "float32"), ("gshard", "float32")], product(RUNS, ("float32", "bfloat16")))
+)
 def test_a_resumed_run_repeats_the_bits(name: str, dtype: Any, tmp_path: Path) -> None:
     """On two ranks with FSDP2 and recomputation, with an evaluation in between."""
     router, settings = RUNS[name]
