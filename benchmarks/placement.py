@@ -138,11 +138,13 @@ def measured(run_dir: Path, size: Size) -> dict[str, Any]:
         "loss": last["loss"],
         "divergence": mean(last["divergence"]),
         "straggler": mean(r["straggler"] for r in late),
-        "curve": [[r["step"], r["straggler"], r.get("replicated_straggler")] for r in trained],
+        "curve": [[r["step"], r["straggler"], r.get("replicated_straggler", r["straggler"])] for r in trained],
     }
-    for name in ("replicated_straggler", "copied_bytes", "forecast_error"):
-        values = [r[name] for r in late if name in r]
-        found |= {name: mean(values)} if values else {}
+    if any("replicated_straggler" in r for r in trained):  # absent where a step has no replicas
+        found["replicated_straggler"] = mean(r.get("replicated_straggler", r["straggler"]) for r in late)
+        found["copied_bytes"] = mean(r.get("copied_bytes", 0.0) for r in late)
+    if errors := [r["forecast_error"] for r in late if "forecast_error" in r]:
+        found["forecast_error"] = mean(errors)
     return found
 
 
