@@ -149,4 +149,6 @@ def test_the_end_of_a_text_is_what_the_tokenizer_says(folder: Path, tmp_path: Pa
         assert (found.end_of_document, found.vocab_size) == (1, 2)
     for broken in ("{", '{"eos_token": 3}', "[]", '{"eos_token": "unknown"}'):
         (tmp_path / "tokenizer_config.json").write_text(broken)
-        assert load_tokenizer(str(tmp_path)).end_of_document == 2
+        with pytest.raises(ValueError, match="which token ends a document is unknown .*; set data.end_of_document"):
+            load_tokenizer(str(tmp_path))
+        assert load_tokenizer(str(tmp_path), "<｜end▁of▁sentence｜>").end_of_document == 1
