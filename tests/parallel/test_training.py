@@ -92,7 +92,8 @@ def test_mappings(texts: Path, world: int, parallel: dict[str, Any]) -> None:
             assert [row["counts"] for row in got["layers"]] == [row["counts"] for row in expected["layers"]]
             assert got["domain_loss"] == pytest.approx(expected["domain_loss"], rel=1e-5)
         assert result["eval"]["domains"] == {
-            domain: pytest.approx(entry, rel=1e-5) for domain, entry in want["eval"]["domains"].items()
+            domain: pytest.approx(entry, rel=1e-5, abs=1e-6)  # loss_std is a small difference of losses
+            for domain, entry in want["eval"]["domains"].items()
         }
         for domain, table in result["eval"]["routing"].items():
             assert torch.allclose(torch.tensor(table), torch.tensor(want["eval"]["routing"][domain]), atol=1e-6)
