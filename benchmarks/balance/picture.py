@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from benchmarks.checkout import ROOT
+from benchmarks.shared.options import Parser
 from equimoe.launch.env import command
 
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "global_balance.json", ROOT / "docs" / "specialisation.png"
@@ -53,7 +54,8 @@ def draw(runs: list[dict[str, Any]], file: Path) -> None:
 
 
 @command
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    Parser(__doc__).parse_args(argv)
     draw(json.loads(RESULTS.read_text())["runs"], PICTURE)
     print(PICTURE)
 
