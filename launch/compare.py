@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..moe.config import dotted
 from ..moe.observe.printable import printable, short_count
 from .figures import draw_heldout, smooth
 from .page import figures_of
@@ -166,17 +167,9 @@ def _results(runs: Runs) -> str:
 
 def _differences(runs: Runs) -> str:
     """Return the settings that are not the same in all runs."""
-    settings = [dict(_flat(run.run.get("config") or {})) for run in runs]
+    settings = [dict(dotted(run.run.get("config") or {})) for run in runs]
     names = list(dict.fromkeys(name for each in settings for name in each))
     texts = {name: [option_text(each[name]) if name in each else "-" for each in settings] for name in names}
     rows = [[name, *values] for name, values in texts.items() if len(set(values)) > 1]
     body = _table([["setting", *(run.name for run in runs)], *rows], False) if rows else "<p>All are the same.</p>"
     return f"<section id='settings'><h2>Settings that differ</h2>{body}</section>"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -98,6 +98,16 @@ def draw_domains(run: Run) -> Drawn | str:
     return Drawn([finish(axes, "", "loss (nats per token)")], f"Loss over the steps by domain: {', '.join(domains)}.")
 
 
+def _over_steps(title: str, unit: str, steps: Array, values: Array, color: int, digits: str = "") -> Figure:
+    """Draw a panel with one line, and an axis that begins at zero."""
+    axes = new_panel()
+    draw_line(axes, steps, values, color=COLORS[color], linewidth=1.5)
+    axes.set_ylim(bottom=0)
+    if digits:
+        axes.yaxis.set_major_formatter(digits)
+    return finish(axes, title, unit)
+
+
 def draw_speed(run: Run) -> Drawn | str:
     """Draw tokens per second, the share of the devices' peak, and memory."""
     steps, rate = numbers(run.train, "step"), numbers(run.train, "tokens_per_s")
@@ -105,26 +115,17 @@ def draw_speed(run: Run) -> Drawn | str:
         return "The speed was not recorded."
     devices, per_device = run.run.get("world_size") or 1, numbers(run.train, "tokens_per_s_per_device")
     per_device = np.where(np.isfinite(per_device), per_device, rate / devices)
-    axes, text = new_panel(), f"{last_of(rate, ',.0f')} tokens per second at the end"
-    draw_line(axes, steps, per_device, color=COLORS[0], linewidth=1.5)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    panels = [finish(axes, "speed", "tokens per second" + (" and device" if devices > 1 else ""))]
+    unit, text = "tokens per second", f"{last_of(rate, ',.0f')} tokens per second at the end"
+    panels = [_over_steps("speed", unit + (" and device" if devices > 1 else ""), steps, per_device, 0, "{x:,.0f}")]
     tflops, mfu = numbers(run.train, "tflops_per_device"), 100 * numbers(run.train, "mfu")
     if seen(mfu):
-        axes = new_panel()
-        draw_line(axes, steps, mfu, color=COLORS[2], linewidth=1.5)
-        axes.set_ylim(bottom=0)
-        panels.append(finish(axes, "model FLOP/s utilisation (MFU)", "% of the dense bf16 peak"))
+        panels.append(_over_steps("model FLOP/s utilisation (MFU)", "% of the dense bf16 peak", steps, mfu, 2))
         text += f", {last_of(mfu, '.1f')} % of the device's peak"
     if seen(tflops):
         text += f", {last_of(tflops, '.3g')} TFLOP/s per device"
     memory = numbers(run.train, "memory_bytes") / (1 << 30)
     if seen(memory):
-        axes = new_panel()
-        draw_line(axes, steps, memory, color=COLORS[4], linewidth=1.5)
-        axes.set_ylim(bottom=0)
-        panels.append(finish(axes, "memory of the rank with the most", "GiB"))
+        panels.append(_over_steps("memory of the rank with the most", "GiB", steps, memory, 4))
         text += f", {last_of(memory, '.3g')} GiB of memory"
     return Drawn(panels, text[0].upper() + text[1:] + ".")
 

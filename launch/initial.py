@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.checkpoint import tools
-from ..moe.interop.architecture import flat
 from ..moe.interop.convert import SOURCES, companions_of, model_of, weights_of
 from ..moe.interop.hf import COMPANIONS, Weights, companions, is_folder, keep_companions
 from ..moe.train.trainer import Trainer
@@ -29,7 +28,7 @@ class Initial:
             raise ValueError(f"--init.from={path}: is not a folder; give that of {SOURCES}")
         self.places = (path, source)
         self.model = model_of(source)
-        self.sections = dict(flat(self.model.sections()))
+        self.sections = self.model.fields()
 
     def apply(self, values: dict[str, Any]) -> None:
         """Set the model of a configuration, given as nested mappings, and defaults that suit it."""

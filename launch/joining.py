@@ -322,17 +322,6 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings by dotted name, as text."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = str(value)
-    return found
-
-
 def versions() -> dict[str, str]:
     """Return the versions that must be the same on all ranks."""
     python = ".".join(platform.python_version_tuple()[:2])

@@ -63,7 +63,7 @@ class Live:
         return " ".join(map(_stamp, self._files))
 
     def page(self) -> bytes:
-        """Return the page, made anew if the records have changed."""
+        """Return the page. It is drawn again if the records have changed."""
         with self._lock:
             version, began = self._current(), time.monotonic()
             if self._made[0] != version or not self._made[1]:

@@ -1,4 +1,4 @@
-"""Panels of a report: small figures that a page arranges beside or below each other, as inline SVG.
+"""Panels of a report: small figures in SVG, which a page shows in one or more columns.
 
 Their colours are variables of the page, so that one drawing serves light and dark screens.
 """

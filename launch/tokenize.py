@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is done is kept, and needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback: the next start goes on
 
 from tqdm import tqdm
 

@@ -19,6 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import torch
 
 from ..moe import checkpoint
+from ..moe.config import dotted
 from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, write_atomically
 from ..moe.observe.progress import Progress
@@ -120,7 +121,7 @@ def _facts(launch: Launch) -> dict[str, str]:
         "run-dir": os.path.abspath(launch.run_dir),
         "init.from": launch.init and os.path.abspath(launch.init),
     }
-    return joining.flat(asdict(launch.config) | options) | joining.versions()
+    return {name: str(value) for name, value in dotted(asdict(launch.config) | options)} | joining.versions()
 
 
 @dataclass

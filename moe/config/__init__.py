@@ -7,6 +7,7 @@ Each section configures one part of the system. The sections of a training run a
 from .checks import check_literals, require
 from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
 from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig
+from .nested import dotted
 from .placement import PlacementConfig
 from .routing import RouterConfig, Score
 
@@ -23,5 +24,6 @@ __all__ = [
     "RouterConfig",
     "Score",
     "check_literals",
+    "dotted",
     "require",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..config import AttentionConfig, MoEConfig, RotaryScaling, RouterConfig
+from ..config import AttentionConfig, MoEConfig, RotaryScaling, RouterConfig, dotted
 from ..config.checks import require
 
 #: most decoder blocks
@@ -59,6 +58,10 @@ class Architecture:
         """Whether no block has an MoE feed-forward."""
         return not any(map(self.is_moe, range(self.num_layers)))
 
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of :meth:`sections` by dotted name."""
+        return dict(dotted(self.sections(), whole=("scaling",)))
+
     def sections(self) -> dict[str, Any]:
         """Return the fields of a run's configuration that the architecture determines, as nested mappings."""
         own = {name: value for name, value in vars(self).items() if name not in ("moe", "attention", "expert_bias")}
@@ -101,15 +104,6 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
             expert_bias=expert_bias,
         )
     )
-
-
-def flat(sections: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the fields of :meth:`Architecture.sections` with their dotted names."""
-    for name, value in sections.items():
-        if isinstance(value, dict) and name != "scaling":
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def canonical(found: Architecture) -> Architecture:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..config import dotted
 from .pictures import pictures_of
 from .printable import printable
 from .trackers import TRACKERS, Picture, Tracker
@@ -90,7 +91,7 @@ class _Feed:
         if record["kind"] == "run":
             config = record.get("config") or {}
             text = yaml.safe_dump(config, sort_keys=False)
-            self._tracker.describe(dict(_fields(config)), text)
+            self._tracker.describe(dict(dotted(config)), text)
         elif record["kind"] in ("train", "eval"):
             pictures: dict[str, Picture] = {}
             if record["kind"] == "train":
@@ -126,14 +127,6 @@ def _flat(tag: str, values: dict[str, Any]) -> Iterator[tuple[str, float | None]
             yield from _flat(f"{tag}/{name}", value)
         elif value is None or isinstance(value, (int, float)):
             yield f"{tag}/{name}", value
-
-
-def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _reason(error: Exception) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
+from ..config import dotted
 from .config import TrainConfig
 
 #: fields and sections that a resumed run may change: how long, where and how fast it runs, and what it writes. All
@@ -28,7 +29,7 @@ def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[A
     ``saved`` is the configuration as a nested mapping, as a checkpoint has it. A field that did not exist then had
     today's default.
     """
-    before, now, default = (dict(_flat(values)) for values in (saved, asdict(config), asdict(TrainConfig())))
+    before, now, default = (_fields(values) for values in (saved, asdict(config), asdict(TrainConfig())))
     pairs = {name: (before.get(name, default.get(name)), now.get(name)) for name in now | before}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -47,12 +48,9 @@ def check_resumed(saved: dict[str, Any], config: TrainConfig, allowed: Collectio
     return found
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted name, as they come back from JSON."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dotted(values)}
 
 
 def _within(name: str, sections: Collection[str]) -> bool:

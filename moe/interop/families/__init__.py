@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..architecture import Architecture, flat
+from ..architecture import Architecture
 from ..given import Given
 from .common import Family
 from .deepseek import read_v2, read_v3, write_v2, write_v3
@@ -77,8 +77,8 @@ def family_of(wanted: Architecture) -> tuple[str, dict[str, Any]]:
             continue
         if found == _rounded(wanted):
             return kind, written | {"model_type": kind, "architectures": [family.class_name]}
-        theirs = dict(flat(found.sections()))
-        odd = [f"{name}={value!r}" for name, value in flat(wanted.sections()) if value != theirs.get(name)]
+        theirs = found.fields()
+        odd = [f"{name}={value!r}" for name, value in wanted.fields().items() if value != theirs.get(name)]
         near.append((len(odd), f"{kind}, which cannot have {', '.join(odd)}"))
     nearest = f"the nearest is {min(near)[1]}" if near else f"those that can be written are {', '.join(FAMILIES)}"
     raise ValueError(f"no model of transformers computes as this checkpoint's; {nearest}")

@@ -249,7 +249,7 @@ class _Tokenisers:
             self._waiting.popleft().result()
         except BrokenProcessPool:
             what = "a process that tokenises was killed, perhaps because the memory is full"
-            raise DataError(f"{what}; start again with fewer workers: what is done is kept") from None
+            raise DataError(f"{what}; start again with fewer workers; finished parts are not repeated") from None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
