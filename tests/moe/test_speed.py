@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,14 +132,19 @@ def test_the_peak_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_memory_of_a_process_and_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = memory_in_use(torch.device("cpu"))
-    held = torch.ones(64 << 20, dtype=torch.uint8)
-    assert 60 << 20 < memory_in_use(torch.device("cpu")) - before < 100 << 20
-    del held
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    page = resource.getpagesize()
+    with monkeypatch.context() as told:
+        told.setattr(Path, "read_text", lambda _: "9000 500 30 1 0 200 0\n")
+        assert memory_in_use(cpu) == 500 * page
+    with monkeypatch.context() as untold:
+        untold.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError("/proc/self/statm")))
+        unit = 1 if sys.platform == "darwin" else 1024
+        assert memory_in_use(cpu) == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, rel=0.01)
     calls: list[Any] = []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 123)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
-    assert memory_in_use(torch.device("cuda")) == 123 and len(calls) == 1
+    assert memory_in_use(cuda) == 123 and len(calls) == 1
 
 
 def test_a_run_records_its_speed_and_memory(tmp_path: Path) -> None:
