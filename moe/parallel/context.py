@@ -2,11 +2,12 @@
 
 If a sequence were cut into P equal parts, causal attention would leave the first rank almost idle: its queries see few
 keys. It is cut into 2P chunks instead, and rank r holds chunks r and 2P-1-r, so that all ranks compute the same
-amount. Scores are computed in tiles, some queries against one chunk of keys, and tiles are merged by their logsumexp
-(online softmax, arXiv 1805.02867).
+amount. Attention is computed for one chunk of queries and one of keys at a time (:mod:`.pair_attention`), and merged by
+the logsumexp of the scores (online softmax, arXiv 1805.02867). Memory grows with the positions of a rank, not with the
+square of their number.
 
-B sequences, N query heads, M key/value heads, G = N / M, S positions of this rank, H head width, P ranks of the axis,
-Q queries and C keys of a tile.
+B sequences, N query heads, M key/value heads, S positions of this rank, H width of a query or key head, W width of a
+value head, P ranks of the axis, Q queries and C keys of a chunk.
 """
 
 from __future__ import annotations
@@ -22,13 +23,11 @@ from torch import Tensor
 from ..collectives import Axis
 from ..model.attend import autocast, causal_attention
 from ..model.documents import Documents
+from .pair_attention import Rest, choose_pair_attention, wide
 
 # torch 2.13 renamed both and warns about the old names
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-#: number of queries whose scores are in memory at a time
-TILE = 512
 
 
 def positions(seq_len: int, size: int, rank: int) -> Tensor:
@@ -99,7 +98,7 @@ class ContextAttention:
             )
 
 
-# ---- which chunks, which tiles
+# ---- which chunks
 
 
 def _held(rank: int, size: int) -> tuple[int, ...]:
@@ -108,30 +107,30 @@ def _held(rank: int, size: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Some of this rank's queries and of another's keys, as slices of the positions that their rank holds."""
+class _Pair:
+    """A chunk of this rank's queries and one of another's keys, as slices of the positions that their rank holds."""
 
     rows: slice
     keys: slice
     #: position of the first key in the whole sequence
     first_key: int
-    #: whether the causal mask cuts the tile
-    hidden_last: bool
+    #: whether they are the same chunk, so that a query sees no later key
+    causal: bool
+
+    def first_seen(self, starts_BS: Tensor | None) -> Tensor | None:
+        """Return the first key of the chunk that each query sees, [B, Q], given where the documents start."""
+        return None if starts_BS is None else starts_BS[:, self.rows] - self.first_key
 
 
-def _tiles(axis: Axis, source: int, length: int) -> Iterator[_Tile]:
-    """Yield the tiles to compute. Those that the causal mask hides entirely are left out."""
+def _pairs(axis: Axis, source: int, length: int) -> Iterator[_Pair]:
+    """Yield the pairs to compute. Those that the causal mask hides entirely are left out."""
     own, other = _held(axis.rank, axis.size), _held(source, axis.size)
     chunk = length // len(own)
     for a, i in enumerate(own):
         for b, j in enumerate(other):
-            if j > i:
-                continue
-            for start in range(0, chunk, TILE):
-                end = min(start + TILE, chunk)
-                seen = end if i == j else chunk
-                rows, keys = slice(a * chunk + start, a * chunk + end), slice(b * chunk, b * chunk + seen)
-                yield _Tile(rows, keys, j * chunk, i == j)
+            if j <= i:
+                rows, keys = slice(a * chunk, (a + 1) * chunk), slice(b * chunk, (b + 1) * chunk)
+                yield _Pair(rows, keys, j * chunk, i == j)
 
 
 # ---- how K and V reach all ranks, and their gradients the owner
@@ -249,91 +248,52 @@ KV_EXCHANGES = {
 # ---- the mathematics
 
 
-def _products(q_BMGQH: Tensor, k_BMCH: Tensor, hidden_last: bool = False) -> Tensor:
-    """Return the scores [B, M, G, Q, C]; with ``hidden_last``, the last Q - 1 - i keys are masked from query i."""
-    scores = (q_BMGQH.flatten(2, 3) @ k_BMCH.mT).unflatten(2, q_BMGQH.shape[2:4])
-    if hidden_last:
-        queries, keys = scores.shape[-2:]
-        hidden_QC = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
-        scores = scores.masked_fill_(hidden_QC, float("-inf"))
-    return scores
-
-
-def _scores(q_BMGQH: Tensor, k_BMSH: Tensor, tile: _Tile, starts_BS: Tensor | None) -> Tensor:
-    """Return the scores [B, M, G, Q, C] of a tile; -inf where a query does not see a key."""
-    scores = _products(q_BMGQH, k_BMSH[:, :, tile.keys], tile.hidden_last)
-    if starts_BS is not None:
-        key_C = torch.arange(scores.shape[-1], device=scores.device) + tile.first_key
-        other_BQC = key_C < starts_BS[:, tile.rows, None]
-        scores = scores.masked_fill_(other_BQC[:, None, None], float("-inf"))
-    return scores
-
-
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, axis: Axis, exchange: _KVExchange
     ) -> Tensor:
-        ctx.how = (axis, exchange)
+        attention = choose_pair_attention(q, v, documents=starts is not None)
+        ctx.how = (axis, exchange, attention)
+        rest: Rest = ()
         with torch.autocast(q.device.type, enabled=False):
-            q_BMGSH = _scaled(q, k.shape[1])
-            out_BMGSH = q_BMGSH.new_zeros((*q_BMGSH.shape[:-1], v.shape[-1]))
-            lse_BMGS = q_BMGSH.new_full(q_BMGSH.shape[:-1], float("-inf"))
-            lowest = torch.finfo(q_BMGSH.dtype).min
-            for source, kv in exchange.sources((k, v), axis):
-                k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
-                for tile in _tiles(axis, source, q.shape[2]):
-                    rows = tile.rows
-                    scores = _scores(q_BMGSH[..., rows, :], k_BMSH, tile, starts)
-                    most = scores.amax(-1, keepdim=True)
-                    if starts is not None:  # a query may see no key of the tile, and none before
-                        most = most.clamp_min_(lowest)
-                    p = scores.sub_(most).exp_()
-                    part = (p.flatten(2, 3) @ v_BMSH[:, :, tile.keys]).unflatten(2, p.shape[2:4])
-                    most, before = most.squeeze(-1), lse_BMGS[..., rows]
-                    after = torch.logaddexp(before, most + p.sum(-1).log_())
-                    if starts is not None:
-                        after = after.clamp_min_(lowest)
-                    part.mul_((most - after).exp_().unsqueeze(-1))
-                    out_BMGSH[..., rows, :].mul_((before - after).exp_().unsqueeze(-1)).add_(part)
-                    lse_BMGS[..., rows] = after
-        out = out_BMGSH.flatten(1, 2).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse_BMGS, starts)
+            out_BNSW = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=wide(q.dtype))
+            lse_BNS = out_BNSW.new_full(q.shape[:-1], float("-inf"))
+            for source, (k_BMSH, v_BMSW) in exchange.sources((k, v), axis):
+                for pair in _pairs(axis, source, q.shape[2]):
+                    rows, keys = pair.rows, pair.keys
+                    part, lse, rest = attention.forward(
+                        q[:, :, rows], k_BMSH[:, :, keys], v_BMSW[:, :, keys], pair.causal, pair.first_seen(starts)
+                    )
+                    before = lse_BNS[:, :, rows]
+                    after = torch.logaddexp(before, lse)
+                    out_BNSW[:, :, rows].mul_((before - after).exp_().unsqueeze(-1))
+                    out_BNSW[:, :, rows].add_(part * (lse - after).exp_().unsqueeze(-1))
+                    lse_BNS[:, :, rows] = after
+        out = out_BNSW.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse_BNS, starts, *rest)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse_BMGS, starts = ctx.saved_tensors
-        axis, exchange = ctx.how
-        heads = k.shape[1]
+        q, k, v, out, lse, starts, *rest = ctx.saved_tensors
+        axis, exchange, attention = ctx.how
         with torch.autocast(q.device.type, enabled=False):
-            q_BMGSH = _scaled(q, heads)
-            do_BMGSH = grad.to(q_BMGSH.dtype).unflatten(1, (heads, -1))
-            delta_BMGS = (do_BMGSH * out.unflatten(1, (heads, -1))).sum(-1)
-            dq_BMGSH = torch.zeros_like(q_BMGSH)
+            dq = torch.zeros_like(q, dtype=wide(q.dtype))
             gradients = exchange.gradients(axis)
-            for source, kv in exchange.sources((k, v), axis):
-                k_BMSH, v_BMSH = (t.to(q_BMGSH.dtype) for t in kv)
-                dk_BMSH, dv_BMSH = (t.new_zeros(t.shape) for t in (k_BMSH, v_BMSH))
-                for tile in _tiles(axis, source, q.shape[2]):
-                    rows, keys = tile.rows, tile.keys
-                    q_tile, do_tile = q_BMGSH[..., rows, :], do_BMGSH[..., rows, :]
-                    scores = _scores(q_tile, k_BMSH, tile, starts)
-                    p = scores.sub_(lse_BMGS[..., rows].unsqueeze(-1)).exp_()
-                    dp = _products(do_tile, v_BMSH[:, :, keys])
-                    ds = dp.sub_(delta_BMGS[..., rows].unsqueeze(-1)).mul_(p)
-                    p, ds, q_tile, do_tile = (t.flatten(2, 3) for t in (p, ds, q_tile, do_tile))
-                    dv_BMSH[:, :, keys] += p.mT @ do_tile
-                    dk_BMSH[:, :, keys] += ds.mT @ q_tile
-                    dq_BMGSH[..., rows, :] += (ds @ k_BMSH[:, :, keys]).unflatten(2, dq_BMGSH[..., rows, :].shape[2:4])
-                gradients.add(source, (dk_BMSH, dv_BMSH))
+            for source, (k_BMSH, v_BMSW) in exchange.sources((k, v), axis):
+                dk, dv = (t.new_zeros(t.shape, dtype=dq.dtype) for t in (k_BMSH, v_BMSW))
+                for pair in _pairs(axis, source, q.shape[2]):
+                    rows, keys = pair.rows, pair.keys
+                    queries = (t[:, :, rows] for t in (grad, q))
+                    chunk = (t[:, :, keys] for t in (k_BMSH, v_BMSW))
+                    result = (t[:, :, rows] for t in (out, lse))
+                    parts = attention.backward(
+                        *queries, *chunk, *result, pair.causal, pair.first_seen(starts), tuple(rest)
+                    )
+                    for total, part in zip((dq[:, :, rows], dk[:, :, keys], dv[:, :, keys]), parts, strict=True):
+                        total.add_(part)
+                gradients.add(source, (dk, dv))
             dk, dv = gradients.get()
-            dq = dq_BMGSH.mul_(q.shape[-1] ** -0.5).flatten(1, 2)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _scaled(q_BNSH: Tensor, heads: int) -> Tensor:
-    """Return q * H^-0.5 as [B, M, G, S, H], in the accumulation dtype."""
-    dtype = torch.promote_types(q_BNSH.dtype, torch.float32)
-    return (q_BNSH.to(dtype) * q_BNSH.shape[-1] ** -0.5).unflatten(1, (heads, -1))

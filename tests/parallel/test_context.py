@@ -5,6 +5,7 @@ B sequences, N query heads, M key/value heads, S positions, H head width.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe.collectives import Axis, axis_of, world_axis
-from equimoe.moe.parallel import context
+from equimoe.moe.parallel import context, pair_attention
 from equimoe.moe.parallel.context import KV_EXCHANGES, ContextAttention, positions, shard_sequence
+from equimoe.moe.parallel.pair_attention import PAIR_ATTENTION, PairAttention
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -73,6 +77,21 @@ def errors(results: list[list[Tensor]], want: list[Tensor]) -> list[float]:
     ]
 
 
+def compute_with(attention: PairAttention) -> None:
+    """Compute all pairs in this way. It is never restored, so use it only in a forked rank."""
+    context.choose_pair_attention = lambda *_, **__: attention
+
+
+def noting(forward: Callable[..., None], backward: Callable[..., None]) -> None:
+    """Call these functions with the arguments of each pair first. Use it only in a forked rank."""
+    plain = PAIR_ATTENTION["flash"]
+
+    def noted(note: Callable[..., None], compute: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (note(*args), compute(*args))[1]
+
+    compute_with(PairAttention(noted(forward, plain.forward), noted(backward, plain.backward)))
+
+
 def counting(module: Any, name: str, note: Callable[..., None]) -> None:
     """Count the calls of a function. It is never restored, so use it only in a forked rank."""
     original = getattr(module, name)
@@ -109,28 +128,32 @@ def test_rank_holds_one_chunk_of_either_end() -> None:
 @BOTH
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_equals_whole_sequence(size: int, exchange: str) -> None:
-    """All shapes must agree, also with query tiles that do not divide a chunk."""
+    """All shapes must agree in every way, also with query tiles that do not divide a chunk."""
+    ways = (("flash", 512), ("tiles", 512), ("tiles", 5))
 
     def script(rank: int, world: int) -> list[Any]:
         results = []
         for shape in SHAPES:
-            for tile in (512, 5):
-                context.TILE = tile
+            for way, tile in ways:
+                pair_attention.TILE = tile
+                compute_with(PAIR_ATTENTION[way])
                 results.append(split(inputs(shape), world_axis(), exchange))
         return results
 
     per_rank = run_ranks(script, size)
-    for i, shape in enumerate(shape for shape in SHAPES for _ in range(2)):
-        found = errors([results[i] for results in per_rank], whole(*inputs(shape)))
-        assert max(found) < 1e-10, (shape, found)
+    for i, case in enumerate(itertools.product(SHAPES, ways)):
+        found = errors([results[i] for results in per_rank], whole(*inputs(case[0])))
+        assert max(found) < 1e-10, (case, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", PAIR_ATTENTION)
 @BOTH
-def test_low_precision(exchange: str, dtype: torch.dtype) -> None:
+def test_low_precision(exchange: str, way: str, dtype: torch.dtype) -> None:
     """Compare with fp64 on the same rounded inputs; results keep the dtype, sums and sent gradients are fp32."""
 
     def script(rank: int, world: int) -> list[Tensor]:
+        compute_with(PAIR_ATTENTION[way])
         return split(inputs("grouped", dtype), world_axis(), exchange)
 
     results = run_ranks(script, 4)
@@ -139,11 +162,13 @@ def test_low_precision(exchange: str, dtype: torch.dtype) -> None:
     assert max(errors(results, whole(*inputs("grouped", dtype)))) < limit
 
 
-def test_large_scores_do_not_overflow() -> None:
+@pytest.mark.parametrize("way", PAIR_ATTENTION)
+def test_large_scores_do_not_overflow(way: str) -> None:
     tensors = inputs("plain")
     tensors = (tensors[0] * 300, *tensors[1:])
 
     def script(rank: int, world: int) -> list[Tensor]:
+        compute_with(PAIR_ATTENTION[way])
         return split(tensors, world_axis(), "ring")
 
     assert max(errors(run_ranks(script, 2), whole(*tensors))) < 1e-10
@@ -196,22 +221,51 @@ def test_autocast_is_that_of_torch(exchange: str) -> None:
 
 
 @BOTH
-def test_hidden_tiles_are_not_computed(exchange: str) -> None:
-    """Every rank computes 2P + 1 tiles of (S / 2P)^2, and twice as many in the backward."""
+def test_hidden_pairs_are_not_computed(exchange: str) -> None:
+    """Every rank computes 2P + 1 pairs of chunks of S / 2P positions, and as many in the backward."""
 
-    def script(rank: int, world: int) -> tuple[int, int]:
-        products: list[tuple[int, int]] = []
-        counting(context, "_products", lambda q, k, hidden_last=False: products.append((q.shape[3], k.shape[2])))
+    def script(rank: int, world: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        forward: list[tuple[int, int]] = []
+        backward: list[tuple[int, int]] = []
+        noting(
+            lambda q, k, *_: forward.append((q.shape[2], k.shape[2])),
+            lambda _, q, k, *__: backward.append((q.shape[2], k.shape[2])),
+        )
         q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis()))
-        out = ContextAttention(world_axis(), exchange)(q, k, v)
-        forward = len(products)
-        out.backward(grad.detach())
-        chunk = SEQ // (2 * world)
-        assert set(products) == {(chunk, chunk)}
-        return forward, len(products) - forward
+        ContextAttention(world_axis(), exchange)(q, k, v).backward(grad.detach())
+        return forward, backward
 
     for world in (2, 4):
-        assert run_ranks(script, world) == [(2 * world + 1, 4 * world + 2)] * world
+        pairs = [(SEQ // (2 * world),) * 2] * (2 * world + 1)
+        assert run_ranks(script, world) == [(pairs, pairs)] * world
+
+
+@pytest.mark.parametrize("way", PAIR_ATTENTION)
+def test_memory_is_linear_in_the_positions_of_a_rank(way: str) -> None:
+    """With four times the positions, each rank holds at most four times as much, and no tensor of all scores."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = function(*args, **(kwargs or {}))
+            tensors = [t for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
+            self.elements = max([self.elements, *(t.numel() for t in tensors)])
+            return found
+
+    def script(rank: int, world: int) -> list[int]:
+        pair_attention.TILE = 16
+        compute_with(PAIR_ATTENTION[way])
+        found = []
+        for local in (256, 1024):
+            q, k, v = (torch.randn(1, 1, local, 8, requires_grad=True) for _ in range(3))
+            with Largest() as largest:
+                ContextAttention(world_axis())(q, k, v).sum().backward()
+            found.append(largest.elements)
+        return found
+
+    for few, many in run_ranks(script, 2):
+        assert few <= many <= 4 * few and many <= 1024 * 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -248,11 +302,11 @@ def test_bytes_and_calls_on_the_wire(size: int, dtype: torch.dtype) -> None:
 
 
 def test_ring_computes_while_it_communicates() -> None:
-    """Each exchange starts before blocks that do not need it, and is waited for after them."""
+    """Each exchange starts before pairs that do not need it, and is waited for after them."""
 
     def script(rank: int, world: int) -> list[str]:
         events: list[str] = []
-        counting(context, "_products", lambda *_: events.append("block"))
+        noting(lambda *_: events.append("pair"), lambda *_: events.append("pair"))
         counting(dist, "batch_isend_irecv", lambda *_: events.append("start"))
         counting(context._Arriving, "get", lambda *_: events.append("wait"))
         q, k, v, grad = (t.requires_grad_() for t in part(inputs("plain"), world_axis()))
@@ -263,8 +317,8 @@ def test_ring_computes_while_it_communicates() -> None:
 
     forward = "start 3 wait start 2 wait 2 backward"
     # exchanges of K and V, and then those of their gradients, which start as soon as each part is computed
-    backward = "start 6 wait start 4 start wait 4 wait start wait"
-    numbers = {str(n): ["block"] * n for n in (2, 3, 4, 6)}
+    backward = "start 3 wait start 2 start wait 2 wait start wait"
+    numbers = {str(n): ["pair"] * n for n in (2, 3)}
     want = [event for word in f"{forward} {backward}".split() for event in numbers.get(word, [word])]
     assert run_ranks(script, 3) == [want] * 3
 
@@ -281,7 +335,7 @@ def test_saves_only_arguments_output_and_logsumexp(exchange: str) -> None:
     batch, heads, kv_heads, width, _ = SHAPES["grouped"]
     local = SEQ // 2
     q, kv = (batch, heads, local, width), (batch, kv_heads, local, width)
-    lse = (batch, kv_heads, heads // kv_heads, local)
+    lse = (batch, heads, local)
     want = [*((shape, torch.bfloat16) for shape in (q, kv, kv, q)), (lse, torch.float32)]
     assert run_ranks(script, 2) == [want] * 2
 
