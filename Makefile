@@ -26,7 +26,7 @@ SPEC := setup.py pyproject.toml constraints.txt
 # no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow faults defences engines check types kernels bench measure balance clean
+.PHONY: help train test test-slow faults defences engines check types kernels bench measure gpu balance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
 	@echo "make bench   compare one layer with other libraries  [ARGS=...]"
 	@echo "make measure time every op and the layer, on the GPU if there is one  [ARGS=\"--suite kernels\"]"
+	@echo "make gpu     check and measure everything that needs a GPU, in 12 minutes; rehearses without one  [ARGS=gate]"
 	@echo "make balance train and compare small models balanced over 4 to 512 sequences; hours  [ARGS=--quick: 5 minutes]"
 	@echo "make clean   remove $(VENV) and caches, keep runs"
 	@echo "A new $(VENV) is created with PYTHON=$(PYTHON) TORCH=$(TORCH) PIP_ARGS=$(PIP_ARGS)"
@@ -90,6 +91,9 @@ bench: $(VENV)/.stamp-bench
 
 measure: $(VENV)/.stamp-bench
 	$(PY) benchmarks/run.py $(ARGS)
+
+gpu: $(VENV)/.stamp-dev
+	$(PY) benchmarks/gpu/run.py $(ARGS)
 
 balance: $(VENV)/.stamp-dev
 	$(PY) benchmarks/balance/global_balance.py $(ARGS)

@@ -1,0 +1,81 @@
+"""Checks how `make gpu` runs its parts: what each prints is kept, and none of them can harm the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import run
+from benchmarks.gpu.run import Part
+
+CHILD = "import subprocess, sys, time; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
+
+
+def part(code: str, seconds: int = 20) -> Part:
+    return Part(("-c", "raise SystemExit('only with a GPU')"), ("-c", code), seconds, (("MARK", "set"),))
+
+
+PARTS = {
+    "right": part("import os; print('MARK is', os.environ['MARK'])"),
+    "wrong": part("print('a | FAIL | 3'); raise SystemExit(1)"),
+    "crashes": part("import os; os.abort()"),
+    "hangs": part(CHILD.format("import time; time.sleep(100)"), seconds=2),
+    "for a GPU alone": Part(("-c", ""), (), 1),
+}
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STAGES", {"gate": PARTS, "why": {"right": PARTS["right"]}})
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("stages")
+def test_a_part_that_fails_costs_only_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--out", str(tmp_path)]) == 1
+    lines = [line.rpartition(" (")[0] or line for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "torch finds no GPU on this machine; the parts are rehearsed on its CPU, and their times say nothing",
+        "gate: right: passed",
+        "gate: wrong: FAILED with exit code 1: a | FAIL | 3",
+        "gate: crashes: FAILED with exit code -6: it printed nothing",
+        "gate: hangs: ran longer than the 2 s that it had: begun",
+        "gate: for a GPU alone: cannot be rehearsed without a GPU",
+        "why: right: passed",
+        f"3 parts have failed; what they printed is in {tmp_path}",
+    ]
+    assert (tmp_path / "gate_right.txt").read_text() == "MARK is set\n"
+    assert (tmp_path / "gate_hangs.txt").read_text() == "begun\n"
+
+
+@pytest.mark.usefixtures("stages")
+def test_stages_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["why", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"no parts have failed; what they printed is in {tmp_path}"
+    assert [file.name for file in tmp_path.iterdir()] == ["why_right.txt"]
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["speeds"])
+    assert "STAGE=speeds: unknown; use gate, why" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stages")
+def test_a_stage_ends_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "STAGE_SECONDS", 0)
+    assert run.main(["why", "--out", str(tmp_path)]) == 1
+    assert "why: right: ran longer than the 0 s that it had" in capsys.readouterr().out
+
+
+def test_the_parts_run_files_that_exist() -> None:
+    for parts in run.STAGES.values():
+        for one in parts.values():
+            files = [word for word in (*one.arguments, *one.rehearsal) if word.endswith(".py")]
+            assert files and all((run.ROOT / file).is_file() for file in files)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_rehearsal_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["gate", "why", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
