@@ -69,8 +69,15 @@ class ExpertPlacement:
     def owners(self) -> list[Owners]:
         return [layer.balancer.owners for layer in self.layers]
 
-    def begin(self) -> None:
-        """Choose the replicas of the step that begins."""
+    def begin(self, optimizer: Optimizer | None) -> None:
+        """Move experts to new owners if it is time, and choose the replicas of the step that begins.
+
+        Owners do not change after a step, but before the next one, so that a record of the step sees what it used.
+        """
+        every, loads_LE = self.config.reshard_every, self.forecast.loads_LE
+        if every and self.steps % every == 0 and loads_LE is not None:
+            loads_of = _by_layer(loads_LE, self.owners)
+            self.move(reshard(loads_of, self.owners, self.config.overlap, self.node_size), optimizer)
         for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
             layer.hold(replicas, self.config.rematerialize, self._calibration)
 
@@ -90,18 +97,11 @@ class ExpertPlacement:
             for loads_E, of_layer in zip(_by_layer(loads_LE, owners), owners, strict=True)
         ]
 
-    def end(self, optimizer: Optimizer | None) -> None:
-        """Observe the load of the step that has ended, and move experts to new owners if it is time."""
-        if not self.layers:
-            return
-        self.forecast.observe(self._counts_LE())
-        self.steps += 1
-        every = self.config.reshard_every
-        if every and self.steps % every == 0:
-            loads = self.forecast.loads_LE
-            assert loads is not None
-            loads_of = _by_layer(loads, self.owners)
-            self.move(reshard(loads_of, self.owners, self.config.overlap, self.node_size), optimizer)
+    def end(self) -> None:
+        """Observe the load of the step that has ended."""
+        if self.layers:
+            self.forecast.observe(self._counts_LE())
+            self.steps += 1
 
     def marked(self, state: dict[str, Tensor]) -> dict[str, Tensor | Boxes]:
         """Return a ``state``, by logical names, in which experts' tensors say which experts this rank owns."""

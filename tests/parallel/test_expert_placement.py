@@ -238,7 +238,7 @@ def planned(rank: int, world: int, config: PlacementConfig, steps: int) -> list[
     for layer in engine.experts.layers:
         layer.router.weight.data[0] *= 5  # its sign decides, so half of the tokens choose expert 0
     train(engine, mesh, range(steps))
-    engine.experts.begin()
+    engine.experts.begin(engine.optimizer)
     loads = engine.experts.forecast.loads_LE
     return [
         [layer.dispatcher.holders.experts_of(rank) for layer in engine.experts.layers],
@@ -357,7 +357,7 @@ def unlike(rank: int, world: int, root: Path, parallel: ParallelConfig, trains_f
     checkpoint.load(path, state, checkpoint.read_manifest(path))
     second.restore(state)
     norms += train(second, mesh, range(2, 4))
-    second.experts.begin()
+    second.experts.begin(second.optimizer)
     return norms, [0 if (held := layer.replication) is None else len(held.replicas) for layer in second.experts.layers]
 
 
