@@ -49,6 +49,8 @@ class ExpertPlacement:
         self._name_of = {layer: name for name, layer in layers.items()}
         self.forecast = Forecast(config.window)
         self.steps = 0
+        #: whether experts move before the next step
+        self._moves = False
         self.plan: Planner = self._most_loaded
         #: ranks per node, and replicas of a layer that a rank has room for
         self.node_size = 1 if axis.size == 1 else config.node_size or node_size(axis)
@@ -74,10 +76,11 @@ class ExpertPlacement:
 
         Owners do not change after a step, but before the next one, so that a record of the step sees what it used.
         """
-        every, loads_LE = self.config.reshard_every, self.forecast.loads_LE
-        if every and self.steps % every == 0 and loads_LE is not None:
+        loads_LE = self.forecast.loads_LE
+        if self._moves and loads_LE is not None:
+            self._moves = False  # the step may be refused, and begin again
             loads_of = _by_layer(loads_LE, self.owners)
-            self.move(reshard(loads_of, self.owners, self.config.overlap, self.node_size), optimizer)
+            self.move(reshard(loads_of, self.owners, self.config.overlap, self.room, self.node_size), optimizer)
         for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
             layer.hold(replicas, self.config.rematerialize, self._calibration)
 
@@ -101,7 +104,11 @@ class ExpertPlacement:
         """Observe the load of the step that has ended."""
         if self.layers:
             self.forecast.observe(self._counts_LE())
-            self.steps += 1
+            self._reach(self.steps + 1)
+
+    def _reach(self, steps: int) -> None:
+        every = self.config.reshard_every
+        self.steps, self._moves = steps, bool(every) and steps % every == 0
 
     def marked(self, state: dict[str, Tensor]) -> dict[str, Tensor | Boxes]:
         """Return a ``state``, by logical names, in which experts' tensors say which experts this rank owns."""
@@ -135,7 +142,7 @@ class ExpertPlacement:
         if not self.layers:
             return
         tensors = tensors_of({name: value for name, value in state.items() if name.startswith(self._run)})
-        self.steps = int(tensors[f"{self._run}.steps"])
+        self._reach(int(tensors[f"{self._run}.steps"]))
         of_layers = [tensors[f"{self._run}.{name}"] for name in self._name_of.values()]
         self.forecast = Forecast(self.config.window)
         for n in range(self.config.window):

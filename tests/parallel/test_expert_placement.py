@@ -261,6 +261,26 @@ def test_owners_change_as_asked() -> None:
     assert any(o != Owners.spread(8, 4) for o in owners)
 
 
+def refused_steps(rank: int, world: int) -> list[list[Owners]]:
+    """Return the owners after a step, and after each of two attempts at the next one that are refused."""
+    mesh = build_mesh(FSSDP)
+    engine, found = engine_of(mesh, PlacementConfig(reshard_every=1)), []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = random.Random(1)
+        patch.setattr("equimoe.moe.engines.experts.reshard", lambda *_: random_owners(draw, engine))
+        for accept in (True, False, False):
+            part = (t.chunk(world)[rank] for t in batch(0, Composition(world)))
+            assert engine.step([Batch(*part)], 1e-3, lambda _, accept=accept: accept).applied == accept
+            found.append(engine.experts.owners)
+    return found
+
+
+def test_a_step_that_is_refused_moves_experts_once() -> None:
+    """Computing a step twice must give the same bits (``health.replay_every``)."""
+    before, first, second = run_ranks(refused_steps, 2)[0]
+    assert before != first == second
+
+
 def owned_by_file(rank: int, world: int, file: str, parallel: ParallelConfig = FSSDP) -> list[Owners]:
     return engine_of(build_mesh(parallel), PlacementConfig(owners=file)).experts.owners
 
