@@ -49,6 +49,8 @@ class ExpertPlacement:
         self._name_of = {layer: name for name, layer in layers.items()}
         self.forecast = Forecast(config.window)
         self.steps = 0
+        #: whether experts move before the next step
+        self._moves = False
         self.plan: Planner = self._most_loaded
         #: ranks per node, and replicas of a layer that a rank has room for
         self.node_size = 1 if axis.size == 1 else config.node_size or node_size(axis)
@@ -69,8 +71,16 @@ class ExpertPlacement:
     def owners(self) -> list[Owners]:
         return [layer.balancer.owners for layer in self.layers]
 
-    def begin(self) -> None:
-        """Choose the replicas of the step that begins."""
+    def begin(self, optimizer: Optimizer | None) -> None:
+        """Move experts to new owners if it is time, and choose the replicas of the step that begins.
+
+        Owners do not change after a step, but before the next one, so that a record of the step sees what it used.
+        """
+        loads_LE = self.forecast.loads_LE
+        if self._moves and loads_LE is not None:
+            self._moves = False  # the step may be refused, and begin again
+            loads_of = _by_layer(loads_LE, self.owners)
+            self.move(reshard(loads_of, self.owners, self.config.overlap, self.room, self.node_size), optimizer)
         for layer, replicas in zip(self.layers, self.plan(self.forecast.loads_LE, self.owners), strict=True):
             layer.hold(replicas, self.config.rematerialize, self._calibration)
 
@@ -90,18 +100,15 @@ class ExpertPlacement:
             for loads_E, of_layer in zip(_by_layer(loads_LE, owners), owners, strict=True)
         ]
 
-    def end(self, optimizer: Optimizer | None) -> None:
-        """Observe the load of the step that has ended, and move experts to new owners if it is time."""
-        if not self.layers:
-            return
-        self.forecast.observe(self._counts_LE())
-        self.steps += 1
+    def end(self) -> None:
+        """Observe the load of the step that has ended."""
+        if self.layers:
+            self.forecast.observe(self._counts_LE())
+            self._reach(self.steps + 1)
+
+    def _reach(self, steps: int) -> None:
         every = self.config.reshard_every
-        if every and self.steps % every == 0:
-            loads = self.forecast.loads_LE
-            assert loads is not None
-            loads_of = _by_layer(loads, self.owners)
-            self.move(reshard(loads_of, self.owners, self.config.overlap, self.node_size), optimizer)
+        self.steps, self._moves = steps, bool(every) and steps % every == 0
 
     def marked(self, state: dict[str, Tensor]) -> dict[str, Tensor | Boxes]:
         """Return a ``state``, by logical names, in which experts' tensors say which experts this rank owns."""
@@ -135,7 +142,7 @@ class ExpertPlacement:
         if not self.layers:
             return
         tensors = tensors_of({name: value for name, value in state.items() if name.startswith(self._run)})
-        self.steps = int(tensors[f"{self._run}.steps"])
+        self._reach(int(tensors[f"{self._run}.steps"]))
         of_layers = [tensors[f"{self._run}.{name}"] for name in self._name_of.values()]
         self.forecast = Forecast(self.config.window)
         for n in range(self.config.window):

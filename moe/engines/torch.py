@@ -55,8 +55,8 @@ class TorchEngine:
         try:
             local = local_batches(batches, self._mesh, self._device)
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
+            self.experts.begin(self.optimizer)
             self.balance.begin(len(local), routed)
-            self.experts.begin()
             self._reducer.begin()
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
             self._reducer.finish()
@@ -74,7 +74,7 @@ class TorchEngine:
                 parameter.grad = None
         self.balance.end(applied)
         if applied:
-            self.experts.end(self.optimizer)
+            self.experts.end()
         return StepResult(losses, norm, applied)
 
     def _gradient(self) -> list[Tensor]:

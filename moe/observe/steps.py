@@ -138,9 +138,7 @@ def observe(
         row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
-        # experts may have moved after the step
-        owners = layer.balancer.owners if layer.replication is None else layer.replication.replicas.owners
-        factor_M = straggler(rows_ME, owners)
+        factor_M = straggler(rows_ME, layer.balancer.owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(columns.degrees):

@@ -2,8 +2,9 @@
 
 from .file import read_owners, write_owners
 from .owners import Owners
+from .moves import reshard, reshard_by_sum
 from .placement import Placement
-from .plan import Forecast, busiest, calibrate, expected_rows, materialize, replicate, reshard, rows_by_rank
+from .plan import Forecast, busiest, calibrate, expected_rows, materialize, replicate, rows_by_rank
 from .replicas import Destinations, Replicas
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "read_owners",
     "replicate",
     "reshard",
+    "reshard_by_sum",
     "rows_by_rank",
     "write_owners",
 ]

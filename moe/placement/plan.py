@@ -1,4 +1,4 @@
-"""Decides which experts are replicated in a step, and which rank owns which expert, from loads.
+"""Decides which experts are replicated in a step, from loads.
 
 Pure functions: the same loads give the same answer on every rank. From Hecate, "Unlocking Efficient Sparse Model
 Training via Fully Sharded Sparse Data Parallelism". L layers, E experts, P ranks, W steps.
@@ -115,46 +115,6 @@ def spread(number: int, owner: int, free_P: np.ndarray, node_size: int) -> list[
     round_P += node_P == owner // node_size
     order = np.lexsort((ranks_P, node_P, -node_free_P, round_P))
     return [int(rank) for rank in order if possible_P[rank]][:number]
-
-
-def reshard(
-    loads_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, node_size: int
-) -> list[Owners]:
-    """Choose new owners for the experts of all layers jointly: Algorithm 2.
-
-    The ``overlap`` busiest experts of a layer are replicated anyway, so who owns them matters little. The others go to
-    the node with the least load, and to its rank with the least, beginning with the layer that has the busiest of them.
-    Ranks own equally many experts of all layers together, up to one. The replicated ones keep their owner if it has
-    room.
-    """
-    layers, ranks = range(len(owners)), owners[0].ranks
-    nodes = -(-ranks // node_size)
-    room_P = np.full(ranks, -(-sum(len(loads) for loads in loads_LE) // ranks))
-    load_P = np.zeros(ranks)
-    node_P = np.arange(ranks) // node_size
-    hot = [set(busiest(loads, overlap)) for loads in loads_LE]
-    cold = [sorted(set(range(len(loads_LE[i]))) - hot[i], key=lambda e: (-loads_LE[i][e], e)) for i in layers]
-    found: list[dict[int, int]] = [{} for _ in layers]
-
-    def give(layer: int, expert: int, rank: int, load: float) -> None:
-        found[layer][expert] = rank
-        room_P[rank] -= 1
-        load_P[rank] += load
-
-    for layer in sorted(layers, key=lambda i: (-loads_LE[i][cold[i][0]] if cold[i] else 0.0, i)):
-        for expert in cold[layer]:
-            node_load_N = np.bincount(node_P, weights=load_P, minlength=nodes)
-            node_room_N = np.bincount(node_P, weights=room_P, minlength=nodes)
-            node_load_N[node_room_N == 0] = np.inf
-            node = np.lexsort((np.arange(nodes), -node_room_N, node_load_N))[0]
-            members = np.flatnonzero((node_P == node) & (room_P > 0))
-            rank = members[np.lexsort((members, -room_P[members], load_P[members]))[0]]
-            give(layer, expert, int(rank), float(loads_LE[layer][expert]))
-    for layer in layers:
-        for expert in sorted(hot[layer]):
-            owner = owners[layer].rank_of_E[expert]
-            give(layer, expert, owner if room_P[owner] > 0 else int(np.argmax(room_P)), 0.0)
-    return [Owners.of_ranks(ranks, [found[i][e] for e in range(len(loads_LE[i]))]) for i in layers]
 
 
 def rows_by_rank(counts_PE: Tensor, replicas: Replicas) -> Tensor:

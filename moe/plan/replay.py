@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from ..config import PlacementConfig
-from ..placement import Forecast, Owners, Replicas, busiest, calibrate, materialize, replicate, reshard, rows_by_rank
+from ..placement import (
+    Forecast,
+    Owners,
+    Replicas,
+    busiest,
+    calibrate,
+    materialize,
+    replicate,
+    reshard,
+    reshard_by_sum,
+    rows_by_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def calibrated(layer: Layer) -> Placed:
 
 
 def exchanged(
-    expected_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, node_size: int
+    expected_LE: Sequence[Sequence[float]], owners: Sequence[Owners], overlap: int, memory: int, node_size: int
 ) -> list[Owners]:
     """SmartMoE: exchange the positions of experts, so that the expected load of ranks is even.
 
@@ -171,7 +182,7 @@ METHODS: dict[str, Method] = {
     "replicate to all (FasterMoE)": Method(to_all),
     "exchange positions (SmartMoE)": Method(plain, exchanged),
     "least loaded (LLEP)": Method(least_loaded),
-    "replicate the busiest (Hecate)": Method(most_loaded, reshard),
+    "replicate the busiest (Hecate)": Method(most_loaded, reshard_by_sum),
     "FSSDP": Method(sparse, reshard),
     "FSSDP, calibrated": Method(calibrated, reshard),
 }
@@ -211,7 +222,7 @@ def replay(
     for step, counts_LE in enumerate(counts_SLE):
         expected_LE = None if forecast.loads_LE is None else forecast.loads_LE.tolist()
         if method.move and expected_LE is not None and config.reshard_every and step % config.reshard_every == 0:
-            before, owners = owners, method.move(expected_LE, owners, config.overlap, machine.node_size)
+            before, owners = owners, method.move(expected_LE, owners, config.overlap, room, machine.node_size)
             ranks = ([rank for of in layers for rank in of.rank_of_E] for layers in (before, owners))
             moved += sum(a != b for a, b in zip(*ranks, strict=True)) * machine.expert_bytes * states
         for i, counts_E in enumerate(counts_LE):

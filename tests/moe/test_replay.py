@@ -55,8 +55,19 @@ def test_a_steady_hot_expert() -> None:
     )
     assert found["expert parallel"].copied_bytes == found["exchange positions (SmartMoE)"].copied_bytes == 0
     assert found["FSSDP"].copied_bytes == pytest.approx(2 * 7 * 1000 * 19 / 20)
-    assert found["FSSDP"].moved_bytes > 0 and found["replicate to all (FasterMoE)"].moved_bytes == 0
+    # its replicas make the load even, so only Hecate's rule moves experts
+    assert found["replicate the busiest (Hecate)"].moved_bytes > 0 == found["FSSDP"].moved_bytes
     assert found["FSSDP"].replica_bytes == 1000
+
+
+def test_owners_change_where_layers_wait() -> None:
+    """Two busy experts of a layer have the same owner; which, differs from layer to layer."""
+    counts_SLE = torch.full((12, 2, EXPERTS), 800)
+    counts_SLE[:, 0, :2] = counts_SLE[:, 1, 6:8] = 1000
+    found = outcomes(counts_SLE, replace(CONFIG, overlap=0))
+    plain, moved = found["expert parallel"], found["FSSDP"]
+    assert moved.curve[:2] == plain.curve[:2] and moved.curve[2] == pytest.approx(0.9 * plain.curve[2])
+    assert moved.moved_bytes == pytest.approx(4 * 1000 * 2 / 12), "an exchange of two experts in each layer, once"
 
 
 def test_loads_that_flip_need_calibration() -> None:
@@ -108,7 +119,8 @@ def changed(run: dict[str, Any], **moe: int) -> dict[str, Any]:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    steps = [{"kind": "train", "layers": [{"counts": row.tolist()} for row in step]} for step in steady()]
+    loads_SLE = torch.arange(EXPERTS).expand(6, 1, EXPERTS) ** 2
+    steps = [{"kind": "train", "layers": [{"counts": row.tolist()} for row in step]} for step in loads_SLE]
     metrics(tmp_path, [RUN, *steps])
     out, file = str(tmp_path / "out.json"), str(tmp_path / "owners.json")
     ranks = ["--ranks", "8", "--nodes", "2", "--reshard-every", "2", "--overlap", "0"]

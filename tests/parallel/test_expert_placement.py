@@ -238,7 +238,7 @@ def planned(rank: int, world: int, config: PlacementConfig, steps: int) -> list[
     for layer in engine.experts.layers:
         layer.router.weight.data[0] *= 5  # its sign decides, so half of the tokens choose expert 0
     train(engine, mesh, range(steps))
-    engine.experts.begin()
+    engine.experts.begin(engine.optimizer)
     loads = engine.experts.forecast.loads_LE
     return [
         [layer.dispatcher.holders.experts_of(rank) for layer in engine.experts.layers],
@@ -259,6 +259,26 @@ def test_replicas_are_those_for_the_load_of_the_last_steps() -> None:
 def test_owners_change_as_asked() -> None:
     *_, owners = run_ranks(planned, 4, PlacementConfig(overlap=1, reshard_every=2), 4)[0]
     assert any(o != Owners.spread(8, 4) for o in owners)
+
+
+def refused_steps(rank: int, world: int) -> list[list[Owners]]:
+    """Return the owners after a step, and after each of two attempts at the next one that are refused."""
+    mesh = build_mesh(FSSDP)
+    engine, found = engine_of(mesh, PlacementConfig(reshard_every=1)), []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = random.Random(1)
+        patch.setattr("equimoe.moe.engines.experts.reshard", lambda *_: random_owners(draw, engine))
+        for accept in (True, False, False):
+            part = (t.chunk(world)[rank] for t in batch(0, Composition(world)))
+            assert engine.step([Batch(*part)], 1e-3, lambda _, accept=accept: accept).applied == accept
+            found.append(engine.experts.owners)
+    return found
+
+
+def test_a_step_that_is_refused_moves_experts_once() -> None:
+    """Computing a step twice must give the same bits (``health.replay_every``)."""
+    before, first, second = run_ranks(refused_steps, 2)[0]
+    assert before != first == second
 
 
 def owned_by_file(rank: int, world: int, file: str, parallel: ParallelConfig = FSSDP) -> list[Owners]:
@@ -357,7 +377,7 @@ def unlike(rank: int, world: int, root: Path, parallel: ParallelConfig, trains_f
     checkpoint.load(path, state, checkpoint.read_manifest(path))
     second.restore(state)
     norms += train(second, mesh, range(2, 4))
-    second.experts.begin()
+    second.experts.begin(second.optimizer)
     return norms, [0 if (held := layer.replication) is None else len(held.replicas) for layer in second.experts.layers]
 
 

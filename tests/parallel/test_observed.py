@@ -10,7 +10,7 @@ import torch
 
 from equimoe.moe import BalanceConfig, RouterConfig
 from equimoe.moe.collectives import global_ranks
-from equimoe.moe.config import CapacityConfig, ExtraLossConfig
+from equimoe.moe.config import CapacityConfig, ExtraLossConfig, PlacementConfig
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.parallel.stages import SPLITS_BACKWARD
 from equimoe.moe.train.config import TrainConfig
@@ -144,6 +144,31 @@ def test_stragglers_are_before_any_drop(config: TrainConfig) -> None:
     free, short = (run_ranks(observed, 2, on(c, {"ep": 2}))[0]["record"] for c in (replace(config, steps=1), limited))
     assert short["layers"][0]["dropped"] > 0.2
     assert short["layers"][0]["straggler"] == free["layers"][0]["straggler"] > 1.0
+
+
+def moved(rank: int, world: int, config: TrainConfig) -> list[tuple[dict[str, Any], Any]]:
+    """Return every step's record, and the owners of the first layer's experts."""
+    corpus = load_corpus(config.data, load_tokenizer("bytes"))
+    trainer = Trainer(config, corpus, build_mesh(config.parallel), torch.device("cpu"))
+    found = []
+    for _ in range(config.steps):
+        record = trainer.record(trainer.train_step())
+        found.append((record, trainer.engine.experts.owners[0]))
+    return found
+
+
+def test_a_step_before_a_move_of_owners_is_recorded_as_any_other(config: TrainConfig) -> None:
+    every = replace(on(config, {"experts": "fssdp"}), placement=PlacementConfig(reshard_every=2, window=1), steps=6)
+    records = run_ranks(moved, 2, every)[0]
+    owners = [of_step for _, of_step in records]
+    assert owners[0] == owners[1] != owners[2] == owners[3]
+    for step, (record, _) in enumerate(records):
+        for row in record["layers"]:
+            assert {"replicas", "copied_bytes", "replicated_straggler"} <= row.keys()
+            assert ("forecast_error" in row) == (step > 0), "nothing is known before the first step"
+            if not row["replicas"]:
+                assert row["replicated_straggler"] == pytest.approx(row["straggler"])
+    assert any(row["replicas"] for row in records[1][0]["layers"]), "owners move after this step"
 
 
 def test_megatrons_convention_is_part_of_what_is_added(config: TrainConfig) -> None:
