@@ -93,7 +93,7 @@ def _documents(
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}
     except ValueError as error:
         text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
-        env.stop(process, env.DATA, text.replace(", or None for the text that comes with Python", ""))
+        env.stop(process, env.DATA, text.replace(", or none for the text that comes with Python", ""))
     end = tokenizer.end_of_document
     texts = {domain: [t for ids, mask in found[domain] for t in _texts(ids, mask, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sized
 
-from ..moe.observe.printable import printable, short_count
+from ..moe.observe.printable import fitted, printable, short_count
 from ..moe.parallel.degrees import DENSE_DEGREES, EXPERT_DEGREES
 from ..moe.train.config import DataConfig
 from ..moe.train.trainer import Trainer
 from .options import Launch
 from .text import counted
+
+#: domains whose epochs are printed
+DOMAINS = 20
 
 
 def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
@@ -25,13 +28,16 @@ def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
     )
     kept, held = (sum(map(len, streams.values())) for streams in (corpus.train, corpus.heldout))
     print(f"text: {printable(_source(config.data))}")
-    print(f"training: {short_count(kept)} tokens ({_sizes(corpus.train)})")
-    print(f"held out: {short_count(held)} tokens, {held / (kept + held):.1%} ({_sizes(corpus.heldout)})")
+    print(fitted(f"training: {short_count(kept)} tokens (", _sizes(corpus.train), end=")"))
+    share = f"{held / (kept + held):.1%}"
+    print(fitted(f"held out: {short_count(held)} tokens, {share} (", _sizes(corpus.heldout), end=")"))
     if corpus.folder is not None:
         print(f"tokens: {printable(str(corpus.folder))}, read when they are needed")
     print("\n".join(_plan(trainer)))
     for note in (*corpus.notes, *notes):
         print(f"note: {printable(note)}")
+    if launch.dry_run:
+        print("dry run: configuration and data fit together; nothing was trained or written")
     sys.stdout.flush()
 
 
@@ -41,12 +47,14 @@ def _plan(trainer: Trainer) -> list[str]:
     found = trainer.batches.epochs(config.steps)
     read = counted(config.steps * config.data.global_batch, "sequence")
     lines = [f"{counted(config.steps, 'step')}: {read} of {config.data.seq_len} tokens"]
-    for domain, epochs in found.items():
+    for domain, epochs in [*found.items()][:DOMAINS]:
         times = "each at most once" if epochs.most <= 1 else f"each up to {epochs.most} times"
         of = f"{epochs.epochs:.2g} epochs of {counted(epochs.sequences, 'sequence')}"
         lines.append(f"  {domain}: {epochs.share:.1%}, {of}, {times}")
+    if len(found) > DOMAINS:
+        lines.append(f"  and {counted(len(found) - DOMAINS, 'other domain')}")
     unread = [repr(domain) for domain in trainer.corpus.domains if domain not in found]
-    return lines + ([f"  not trained on: {', '.join(unread)}"] if unread else [])
+    return lines + ([fitted("  not trained on: ", unread)] if unread else [])
 
 
 def _source(data: DataConfig) -> str:
@@ -58,8 +66,8 @@ def _source(data: DataConfig) -> str:
     )
 
 
-def _sizes(streams: Mapping[str, Sized]) -> str:
-    return ", ".join(f"{domain} {short_count(len(stream))}" for domain, stream in streams.items())
+def _sizes(streams: Mapping[str, Sized]) -> list[str]:
+    return [f"{domain} {short_count(len(stream))}" for domain, stream in streams.items()]
 
 
 def _degrees(trainer: Trainer) -> str:

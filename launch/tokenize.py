@@ -103,7 +103,7 @@ def _say(out: Path, manifest: dict[str, Any], what: str) -> None:
 
 
 def _in_options(error: Exception) -> str:
-    text = str(error).replace("data.path=", "--data=").replace(", or None for the text that comes with Python", "")
+    text = str(error).replace("data.path=", "--data=").replace(", or none for the text that comes with Python", "")
     text = text.replace("data.cache=", "--out=")
     for name in ("tokenizer", *FIELDS):
         text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
+#: most columns of a line
+WIDTH = 100
 #: characters that reorder text: the bidirectional controls of Unicode (UAX #9)
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 #: categories of control characters, surrogates, line and paragraph separators
@@ -22,6 +25,19 @@ def printable(text: str) -> str:
         letter.encode("unicode_escape").decode() if letter in BIDI or unicodedata.category(letter) in UNSAFE else letter
         for letter in text
     )
+
+
+def fitted(start: str, parts: Sequence[str], between: str = ", ", end: str = "") -> str:
+    """Return ``start``, then the ``parts`` that fit into a line of WIDTH columns, the number of the others, and ``end``.
+
+    At least one part is there.
+    """
+    for shown in range(len(parts), 0, -1):
+        more = [f"and {len(parts) - shown} more"] if shown < len(parts) else []
+        line = start + between.join([*parts[:shown], *more]) + end
+        if len(line) <= WIDTH or shown == 1:
+            return line
+    return start + end
 
 
 def short_count(count: float | None) -> str:

@@ -9,9 +9,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from .metrics import Record
-from .printable import printable, short_count
+from .printable import WIDTH, fitted, printable, short_count
 
-WIDTH = 100  # most columns of a progress line
 NOTE_EVERY = 10  # lines after which an unchanged note is repeated
 
 
@@ -76,11 +75,10 @@ def _error_note(record: Record) -> str:
 
 
 def eval_line(record: Record) -> str:
-    """Format an ``eval`` record as one line: the held-out loss, overall and by domain."""
-    domains = "  ".join(
-        f"{printable(name)}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items()
-    )
-    return f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  {domains}".rstrip()
+    """Format an ``eval`` record as one line: the held-out loss, overall and of the domains that find room."""
+    domains = [f"{printable(name)}: {_number(entry['loss'], '.4f')}" for name, entry in record["domains"].items()]
+    start = f"eval: {record['step']:>4}  held-out loss: {_number(record.get('loss'), '.4f')}  "
+    return fitted(start, domains, "  ").rstrip()
 
 
 class Progress:

@@ -36,6 +36,11 @@ NOTES = [
     "routing is assumed to be balanced: every rank chooses every expert equally often",
     "memory counts tensors only; the CUDA context, NCCL buffers and fragmentation need more",
 ]
+#: under data.documents=separate; fake tensors have no documents
+SEPARATE = (
+    "attention is counted as with data.documents=joined; within documents it computes less, the less the shorter they "
+    "are, and a dense mask, where docs/data.md says that there is one, needs more memory"
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
         most,
         sorted(traffic, key=lambda row: -row[2]),
         {part: round(count * whole) for part, count in recorder.flops.items()},
-        NOTES,
+        [*NOTES, *([SEPARATE] if config.data.documents == "separate" else [])],
         time.perf_counter() - start,
     )
 

@@ -37,75 +37,122 @@ def run(
     rank to stop, or 0. If any rank got one, all save after the same step, and raise Stopped.
     """
     config, trainer.started = trainer.config, time.perf_counter()
-    since = trainer.tokens, trainer.started
-    last_eval: dict[str, Any] = {}
-    pulse = Pulse(trainer.axis, heartbeat)
-    wanted = config.log.profile if trainer.axis.rank == 0 else None
-    profile = StepProfile(range(0) if wanted is None else steps_of(wanted), run_dir / PROFILE_FOLDER, trainer.device)
-
-    if progress is not None and wanted is not None and trainer.step >= profile.steps[-1]:
-        progress.say(f"note: log.profile={wanted}: the run is past these steps")
-
-    def publish(record: dict[str, Any]) -> None:
-        if metrics is not None:
-            metrics.write(record)
-        if progress is not None:
-            progress.show(record)
-
-    def publish_saves() -> None:
-        for saved in trainer.saver.completed:
-            publish({"kind": "checkpoint", "step": saved})
-        trainer.saver.completed.clear()
-
+    loop = _Loop(trainer, run_dir, _Output(metrics, progress), Pulse(trainer.axis, heartbeat))
     stop = 0
     try:
         while trainer.step < config.steps and not stop:
-            trainer.saver.check()
-            publish_saves()
-            step, last = trainer.step + 1, trainer.step + 1 == config.steps
-            logged = last or step % config.log.every == 0
-            profile.begin(step)
-            pulse.begin(step)
-            norm = trainer.train_step(observed=logged)
-            stop = pulse.end(signal(), logged)
-            for skip in trainer.skipped:
-                publish(skip)
-            trainer.skipped.clear()
-            if progress is not None:
-                progress.advance(step)
-            if logged:
-                record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
-                record |= trainer.speed((trainer.tokens - since[0]) / (now - since[1]))
-                record["elapsed_s"] = trainer.elapsed_s
-                publish(record)
-                if progress is not None and (note := pulse.note()):
-                    progress.say(note)
-                since = trainer.tokens, time.perf_counter()
-            busy = time.perf_counter()
-            files = profile.end(step, last or bool(stop))
-            if files and progress is not None:
-                progress.say(f"profile: {', '.join(printable(str(file)) for file in files)}")
-            if last or (config.log.eval_every and step % config.log.eval_every == 0):
-                pulse.enter("evaluate")
-                last_eval = trainer.evaluate()
-                publish(last_eval)
-            saves = last or stop or (config.checkpoint.every and step % config.checkpoint.every == 0)
-            if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
-                trainer.check_replicas()
-            if saves:
-                pulse.enter("save")
-                trainer.start_saving(run_dir / "checkpoints")
-            since = (since[0], since[1] + time.perf_counter() - busy)  # tokens_per_s excludes this time
-        pulse.enter("save")
-        trainer.saver.wait()
-        publish_saves()
-        if progress is not None and trainer.step >= config.steps and (unread := trainer.cursor.waiting):
-            progress.say(f"note: {unread} postponed sequences were not read again, because the run has ended")
+            stop = loop.step(signal)
+        loop.finish()
     except BaseException:
-        profile.end(trainer.step, True)
-        trainer.saver.settle(config.parallel.timeout_s)
-        publish_saves()
+        loop.abandon()
         raise
     if stop and trainer.step < config.steps:
         raise Stopped(stop)
-    return last_eval
+    return loop.last_eval
+
+
+class _Output:
+    """Where records and notes go: on rank 0, to files, trackers and the terminal; on other ranks, nowhere."""
+
+    def __init__(self, metrics: MetricsWriter | None, progress: Progress | None) -> None:
+        self._metrics, self._progress = metrics, progress
+
+    def publish(self, record: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(record)
+        if self._progress is not None:
+            self._progress.show(record)
+
+    def say(self, note: str) -> None:
+        if self._progress is not None:
+            self._progress.say(note)
+
+    def advance(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(step)
+
+
+class _Loop:
+    """What happens in and around each step."""
+
+    def __init__(self, trainer: Trainer, run_dir: Path, output: _Output, pulse: Pulse) -> None:
+        self.trainer, self.config, self.run_dir = trainer, trainer.config, run_dir
+        self.output, self.pulse = output, pulse
+        self.last_eval: dict[str, Any] = {}
+        #: tokens and time since which the speed is measured
+        self._since = trainer.tokens, trainer.started
+        wanted = self.config.log.profile if trainer.axis.rank == 0 else None
+        steps = range(0) if wanted is None else steps_of(wanted)
+        self._profile = StepProfile(steps, run_dir / PROFILE_FOLDER, trainer.device)
+        if wanted is not None and trainer.step >= steps[-1]:
+            output.say(f"note: log.profile={wanted}: the run is past these steps")
+
+    def step(self, signal: Callable[[], int]) -> int:
+        """Train a step, and record, evaluate and save after it if that is due. Return the signal that stops the run."""
+        trainer, config = self.trainer, self.config
+        trainer.saver.check()
+        self._publish_saves()
+        step, last = trainer.step + 1, trainer.step + 1 == config.steps
+        logged = last or step % config.log.every == 0
+        self._profile.begin(step)
+        self.pulse.begin(step)
+        norm = trainer.train_step(observed=logged)
+        stop = self.pulse.end(signal(), logged)
+        for skip in trainer.skipped:
+            self.output.publish(skip)
+        trainer.skipped.clear()
+        self.output.advance(step)
+        if logged:
+            self._record(norm)
+        busy = time.perf_counter()
+        self._look_and_save(step, last, stop)
+        tokens, since = self._since
+        self._since = tokens, since + time.perf_counter() - busy  # tokens_per_s excludes this time
+        return stop
+
+    def _record(self, norm: Any) -> None:
+        """Publish what was measured since the last record."""
+        trainer, pulse = self.trainer, self.pulse
+        record, now = trainer.record(norm) | pulse.record(), time.perf_counter()
+        tokens, since = self._since
+        record |= trainer.speed((trainer.tokens - tokens) / (now - since))
+        record["elapsed_s"] = trainer.elapsed_s
+        self.output.publish(record)
+        if note := pulse.note():
+            self.output.say(note)
+        self._since = trainer.tokens, time.perf_counter()
+
+    def _look_and_save(self, step: int, last: bool, stop: int) -> None:
+        """Write a profile, evaluate, compare replicas and save, as far as it is due after this step."""
+        config, trainer = self.config, self.trainer
+        if files := self._profile.end(step, last or bool(stop)):
+            self.output.say(f"profile: {', '.join(printable(str(file)) for file in files)}")
+        if last or (config.log.eval_every and step % config.log.eval_every == 0):
+            self.pulse.enter("evaluate")
+            self.last_eval = trainer.evaluate()
+            self.output.publish(self.last_eval)
+        saves = last or stop or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        if config.health.replicas_every and (saves or step % config.health.replicas_every == 0):
+            trainer.check_replicas()
+        if saves:
+            self.pulse.enter("save")
+            trainer.start_saving(self.run_dir / "checkpoints")
+
+    def finish(self) -> None:
+        """Wait for the last save."""
+        self.pulse.enter("save")
+        self.trainer.saver.wait()
+        self._publish_saves()
+        if self.trainer.step >= self.config.steps and (unread := self.trainer.cursor.waiting):
+            self.output.say(f"note: {unread} postponed sequences were not read again, because the run has ended")
+
+    def abandon(self) -> None:
+        """Keep what is there of a profile and a save when an error ends the run."""
+        self._profile.end(self.trainer.step, True)
+        self.trainer.saver.settle(self.config.parallel.timeout_s)
+        self._publish_saves()
+
+    def _publish_saves(self) -> None:
+        for saved in self.trainer.saver.completed:
+            self.output.publish({"kind": "checkpoint", "step": saved})
+        self.trainer.saver.completed.clear()

@@ -166,11 +166,11 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "not JSON": (_line("{"), "line 2: is not JSON"),
     "nested": (_line("[" * 100_000), "line 2: is not JSON (nested too deeply)"),
     "nested objects": (_line('{"a":' * 100_000), "line 2: is not JSON (nested too deeply)"),
-    "a list": (_line("[1]"), "line 2: is a JSON list"),
+    "a list": (_line("[1]"), "line 2: is a list; write one"),
     "text missing": (_line('{"body": "x"}'), "data.text_field='text': is missing"),
-    "text is a number": (_line('{"text": 1}'), "is a int, not a string"),
+    "text is a number": (_line('{"text": 1}'), "is a number, not a text, in"),
     "huge integer": (_line('{"text": ' + "9" * 5000 + "}"), "line 2: is not JSON (Exceeds the limit"),
-    "not UTF-8": (_raw("x.jsonl", b'{"text": "\xff"}\n'), "line 1: is not JSON"),
+    "not UTF-8": (_raw("x.jsonl", b'{"text": "\xff"}\n'), "line 1: byte 0xff at 10 of the line is not UTF-8"),
     "endless domain": (_line(json.dumps({"text": "x", "domain": "d" * 10_000})), "more than 100 characters"),
 }
 

@@ -243,14 +243,18 @@ def test_empty_documents_are_passed_over(tmp_path):
             {},
             r"data\.path='.*x\.jsonl' line 2: is not JSON \(.*; write one",
         ),
-        ({"x.jsonl": b'{"text": "\xff"}\n'}, {}, r"data\.path='.*x\.jsonl' line 1: is not JSON"),
-        ({"x.jsonl": "[1]\n"}, {}, r"data\.path='.*x\.jsonl' line 1: is a JSON list; write one JSON object per line"),
+        (
+            {"x.jsonl": b'{"text": "\xff"}\n'},
+            {},
+            r"data\.path='.*x\.jsonl' line 1: byte 0xff at 10 .*; convert the file",
+        ),
+        ({"x.jsonl": "[1]\n"}, {}, r"data\.path='.*x\.jsonl' line 1: is a list; write one JSON object per line"),
         (
             {"x.jsonl": '\n{"body": "b", "id": 3}\n'},
             {},
             r"data\.text_field='text': is missing in '.*x\.jsonl' line 2; .*one of: 'body', 'id'",
         ),
-        ({"x.jsonl": '{"text": [1]}\n'}, {}, r"data\.text_field='text': is a list, not a string in .* line 1; name"),
+        ({"x.jsonl": '{"text": [1]}\n'}, {}, r"data\.text_field='text': is a list, not a text, in .* line 1; mend"),
         (
             {"x.jsonl": '{"text": "t", "source": "s"}\n'},
             {"domain_by": "field"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,30 @@ ODD = {
     "long sequence": (put(LENGTHS, "<i", 1 << 30), "x.idx': document 1 or one after it lies outside '"),
     "negative length": (put(LENGTHS, "<i", -1), "x.idx': document 1 or one after it lies outside '"),
     "document outside": (put(EDGES + 8, "<q", 99), "x.idx': document 1 or one after it has sequences outside 0..3"),
+    "not UTF-8": (raw("x.jsonl", b'{"text": "caf\xe9"}'), "line 1: byte 0xe9 at 13 of the line is not UTF-8; convert"),
+    "null": (raw("x.jsonl", b'{"text": null}'), "is null, not a text, in"),
+    "binary column": (
+        in_file("x.parquet", lambda path: pyarrow.parquet.write_table(pyarrow.table({"text": [b"a"]}), path)),
+        "is of type bytes, not a text, in",
+    ),
+    "no answer": (raw("x.jsonl", b'{"prompt": "a"}'), "'prompt'; for instruction data, rename fields to 'prompt' and"),
+    "other names": (raw("x.jsonl", b'{"question": "a", "answer": "b"}'), "rename fields to 'prompt' and 'completion'"),
+    "empty answer": (raw("x.jsonl", b'{"prompt": "a", "response": null}'), "prompt is a text, and response is null"),
+    "messages that are none": (raw("x.jsonl", b'{"messages": "hello"}'), "line 1: messages is a text; write a list"),
+    "a pipe": (in_file("x.jsonl", os.mkfifo), "x.jsonl': is neither a file nor a folder"),
+    "an index": (raw("x.idx", b"MMIDIDX"), "x.idx': is an index of Megatron; give a file"),
+    "an index of a file": (
+        lambda folder: megatron(folder, [[1, 2]]).with_suffix(".idx"),
+        "x.idx': is an index of Megatron; give '",
+    ),
+    "Megatron's name without its suffix": (
+        lambda folder: megatron(folder, [[1]]).with_suffix(""),
+        "does not exist or is not accessible; give '",
+    ),
+    "a store without its manifest": (
+        lambda folder: (raw("0.ids", b"\0\0")(folder), raw("manifest.json", b"[]")(folder))[0].parent,
+        "is a store of tokens whose manifest.json is damaged; tokenise again",
+    ),
     "unknown id": (lambda folder: megatron(folder, [[1, 2], [3, 900]]), "x.bin:2': id 900 at position 1 is outside"),
 }  # fmt: skip
 
@@ -299,6 +324,40 @@ def test_flat_files_of_every_type(tmp_path, dtype):
         settings = {"token_dtype": dtype} if path.suffix == ".bin" else {}
         found = load(path, **settings)
         assert np.array_equal(np.asarray(found.train["tokens"]), ids[:450])
+
+
+END = "check data.tokenizer and data.end_of_document"
+
+
+@pytest.mark.parametrize(
+    ("documents", "note"),
+    [
+        ([[1, 2, 3] * 90], f"no end-of-document id (256) in x.bin: read as one document; {END}"),
+        ([[1, 2, 256, 3] * 90], None),
+        (
+            [[i, i + 1, 7] for i in range(90)],
+            f"every document ends with id 7, not with the tokenizer's 256, in x.bin; {END}",
+        ),
+        ([[i, i + 1, 256] for i in range(90)], None),
+        ([[i, i + 1, i] for i in range(90)], None),
+    ],
+    ids=["none", "one", "another", "its own", "of Megatron's index"],
+)  # fmt: skip
+@pytest.mark.parametrize("stored", [False, True])
+def test_token_files_without_the_end_of_a_document_are_named(tmp_path, monkeypatch, documents, note, stored):
+    """Whether attention stays within documents, and what is held out, depends on it."""
+    path = megatron(tmp_path, documents)
+    expected = () if note is None else (note,)
+    if stored:
+        monkeypatch.setattr("equimoe.moe.train.data.sources.SHORT", -1)
+    for _ in range(2):
+        assert load(path, cache=str(tmp_path / "cache") if stored else None).notes == expected
+    (tmp_path / "x.idx").unlink()
+    for flat in (path, path.with_suffix(".npy")):
+        np.save(path.with_suffix(".npy"), np.fromfile(path, "<u2"))
+        without = 256 not in sum(documents, [])
+        name = f"no end-of-document id (256) in {flat.name}: read as one document; {END}"
+        assert load(flat).notes == ((name,) if without else ())
 
 
 # ---- what is no data

@@ -67,6 +67,8 @@ def test_the_plain_form_of_a_conversation(tmp_path):
 def test_a_prompt_and_its_completion_are_one_text(tmp_path):
     ids, mask = tokens(tmp_path, BYTES, {"prompt": "2 + 2 =", "completion": " 4"})
     assert bytes(ids.tolist()) == b"2 + 2 = 4" and bytes(ids[mask == 1].tolist()) == b" 4"
+    other = tokens(tmp_path, BYTES, {"prompt": "2 + 2 =", "response": " 4"})
+    assert np.array_equal(ids, other[0]) and np.array_equal(mask, other[1])
     lists = {"prompt": TALK[:2], "completion": [TALK[2]]}
     same = {"messages": TALK[:3]}
     assert all(
@@ -183,9 +185,9 @@ def test_instruction_data_and_text_in_one_domain(tmp_path):
         ({"messages": ["Hello"]}, "' line 1: message 1 needs a 'role' and a 'content', both text"),
         ({"messages": [*TALK, {"content": "x"}]}, "' line 1: message 6 needs a 'role' and a 'content', both text"),
         ({"messages": [{"role": "assistant", "content": [{"image": 1}]}]}, "' line 1: message 1 needs a 'role'"),
-        ({"messages": "Hello"}, "data.text_field='text': is missing in"),
+        ({"messages": "Hello"}, "' line 1: messages is a text; write a list of objects"),
         ({"prompt": "q"}, "data.text_field='text': is missing in"),
-        ({"prompt": "q", "completion": ["a"]}, "' line 1: prompt and completion are a str and a list; write two texts"),
+        ({"prompt": "q", "completion": ["a"]}, "' line 1: prompt is a text, and completion is a list; write two"),
     ],
 )
 def test_wrong_records_are_one_line(tmp_path, record, message):

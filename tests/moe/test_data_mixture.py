@@ -22,7 +22,7 @@ def read(order: Mixture, first: int, count: int) -> list[tuple[int, int]]:
     return [order.place(number) for number in range(first, first + count)]
 
 
-def test_shares_are_exact_in_every_block():
+def test_shares_are_exact_in_every_block() -> None:
     order = Mixture({"code": 500, "math": 900, "web": 400}, {"code": 0.3, "web": 0.7}, seed=3)
     for block in range(50):
         assert Counter(d for d, _ in read(order, 10 * block, 10)) == {0: 3, 2: 7}
@@ -33,7 +33,7 @@ def test_shares_are_exact_in_every_block():
 @example([1.0, 1e-6], 0)
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=5), st.integers(0, 2**40))
-def test_any_shares_are_met(weights, seed):
+def test_any_shares_are_met(weights: list[float], seed: int) -> None:
     total = sum(weights)
     names = [f"d{i}" for i in range(len(weights))]
     shares = {name: weight / total for name, weight in zip(names, weights, strict=True)}
@@ -45,7 +45,7 @@ def test_any_shares_are_met(weights, seed):
         assert found[i] >= 1 and abs(found[i] / block - shares[name]) <= 1e-4 * (len(names) + 1)
 
 
-def test_each_domain_has_its_own_epochs():
+def test_each_domain_has_its_own_epochs() -> None:
     """Of two domains with 5 and 40 sequences, the small one is read eight times as the large one is read once."""
     order = Mixture({"a": 5, "b": 40}, {"a": 0.5, "b": 0.5}, seed=1)
     found = read(order, 0, 80)
@@ -57,8 +57,10 @@ def test_each_domain_has_its_own_epochs():
     assert (told["a"].epochs, told["a"].most, told["b"].epochs, told["b"].most) == (8.0, 8, 1.0, 1)
 
 
-def test_the_order_needs_no_history_and_does_not_depend_on_the_mesh():
-    make = lambda seed: Batches(streams(200, 90, 400), 4, 12, seed, shares={"d0": 0.25, "d2": 0.75})  # noqa: E731
+def test_the_order_needs_no_history_and_does_not_depend_on_the_mesh() -> None:
+    def make(seed: int) -> Batches:
+        return Batches(streams(200, 90, 400), 4, 12, seed, shares={"d0": 0.25, "d2": 0.75})
+
     forward = [rows(make(5), step, 1, 1) for step in range(40)]
     one = make(5)
     assert [rows(one, step, 1, 1) for step in reversed(range(40))] == forward[::-1]
@@ -70,7 +72,7 @@ def test_the_order_needs_no_history_and_does_not_depend_on_the_mesh():
     assert sum(forward[:2], []) == sum((rows(other, step, 1, 1) for step in range(3)), [])
 
 
-def test_without_a_mixture_the_order_is_numpys_permutation():
+def test_without_a_mixture_the_order_is_numpys_permutation() -> None:
     """As it was before there were mixtures."""
     batches = Batches(streams(83, 40), 4, 7, 3)
     for step in (0, 3, 9):
@@ -80,19 +82,19 @@ def test_without_a_mixture_the_order_is_numpys_permutation():
             assert (domain, ids[0]) == ((0, found * 4) if found < 20 else (1, 83 + (found - 20) * 4))
 
 
-def test_a_small_domain_may_have_less_than_a_batch():
+def test_a_small_domain_may_have_less_than_a_batch() -> None:
     batches = Batches(streams(9, 100), 4, 16, 0, shares={"d0": 0.5, "d1": 0.5})
     assert Counter(row[0] for row in rows(batches, 0, 1, 1)) == {0: 8, 1: 8}
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**40))
-def test_the_permutation_that_is_computed_is_one(size, seed):
+def test_the_permutation_that_is_computed_is_one(size: int, seed: int) -> None:
     order = Feistel(size, np.random.default_rng(seed))
     assert sorted(order[i] for i in range(size)) == list(range(size))
 
 
-def test_long_orders_are_computed(monkeypatch):
+def test_long_orders_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.train.data.order.IN_MEMORY", 10)
     shuffles = Shuffles(1000, (0,))
     epochs = [[shuffles[epoch * 1000 + i] for i in range(1000)] for epoch in range(2)]
@@ -110,7 +112,7 @@ def test_long_orders_are_computed(monkeypatch):
         ("web=1e-3,x y=1", {"web": 1e-3 / 1.001, "x y": 1 / 1.001}),
     ],
 )
-def test_mixtures_are_parsed(text, shares):
+def test_mixtures_are_parsed(text: str, shares: dict[str, float]) -> None:
     found = DataConfig(mixture=text).shares()
     assert list(found) == sorted(shares) and found == pytest.approx(shares)
     assert parse(["--data.mixture", text]).config.data.shares() == found
@@ -119,19 +121,19 @@ def test_mixtures_are_parsed(text, shares):
 @pytest.mark.parametrize(
     "text", ["web", "web=", "web=x", "web=0", "web=-1", "web=nan", "web=inf", "=1", "web=1,web=2", "web=1,,", "web=1,"]
 )
-def test_wrong_mixtures_are_one_line(text):
+def test_wrong_mixtures_are_one_line(text: str) -> None:
     with pytest.raises(ValueError, match=r"^data\.mixture='.*' is wrong; name each domain once, with a positive share"):
         DataConfig(mixture=text)
 
 
-def test_domains_that_are_not_there_or_too_short_are_one_line():
+def test_domains_that_are_not_there_or_too_short_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"^data\.mixture='x=1': there is no domain 'x'; name some of d0, d1$"):
         Batches(streams(100, 2), 4, 8, 0, shares={"x": 1.0})
     with pytest.raises(ValueError, match=r"^data\.mixture='d1=1': domain 'd1' is too short for one sequence$"):
         Batches(streams(100, 2), 4, 8, 0, shares={"d1": 1.0})
 
 
-def test_a_resumed_run_may_not_change_its_mixture():
+def test_a_resumed_run_may_not_change_its_mixture() -> None:
     from dataclasses import asdict
 
     from equimoe.moe.train.config import TrainConfig
@@ -143,7 +145,7 @@ def test_a_resumed_run_may_not_change_its_mixture():
         check_resumed(asdict(before), after, ())
 
 
-def test_labels_that_are_not_trained_on_are_ignored():
+def test_labels_that_are_not_trained_on_are_ignored() -> None:
     data = streams(41, 21)
     mask = (np.arange(41) % 3 == 0).astype(np.uint8)
     plain, masked = Batches(data, 4, 15, 0), Batches(data, 4, 15, 0, {"d0": mask})

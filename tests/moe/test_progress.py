@@ -74,6 +74,13 @@ def test_eval_line() -> None:
     assert eval_line(record) == "eval:  100  held-out loss: 2.5000  a: 2.2500  b: nan"
 
 
+def test_an_eval_line_of_many_domains_fits_100_columns() -> None:
+    domains = {f"domain {i}": {"loss": float(i)} for i in range(200)}
+    line = eval_line({"step": 7, "loss": 1.0, "domains": domains})
+    assert line.startswith("eval:    7  held-out loss: 1.0000  domain 0: 0.0000  domain 1: 1.0000  ")
+    assert line.endswith("  and 197 more") and 90 < len(line) <= 100
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

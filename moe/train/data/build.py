@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from ..config import DataConfig
 from . import store
 from .document import Document
+from .ends import Ends
 from .runs import Files, Run, read_run, sorted_run, tokenised, write_run
 from .sources import Found, check_ids, documents, find
 from .store import Flat
@@ -135,7 +136,7 @@ def _held(folder: Path, key: str, waiting: Callable[[], None]) -> Iterator[Path]
 def _build(wanted: Wanted, building: Path, workers: int, progress: Progress | None) -> None:
     notes = wanted.found.notes()
     flat: list[Flat] = []
-    chunks = _chunks(documents(wanted.found, notes), wanted, flat, progress)
+    chunks = _chunks(documents(wanted.found, notes), wanted, flat, notes, progress)
     stems: list[Path] = []
     with _Tokenisers(wanted, workers) as tokenisers:
         first = 0
@@ -178,36 +179,45 @@ def check_some(runs: list[Run], flat: list[Flat], config: DataConfig, notes: lis
         raise ValueError(f"data.path={config.path!r}: {'; '.join(['no text found', *notes, remedy])}")
 
 
-def memory_runs(found: Iterator[Document], config: DataConfig, tokenizer: Tokenizer, flat: list[Flat]) -> list[Run]:
+def memory_runs(
+    found: Iterator[Document], config: DataConfig, tokenizer: Tokenizer, flat: list[Flat], notes: list[str]
+) -> list[Run]:
     """Tokenise documents in this process, without files."""
-    parts = [tokenised(document, tokenizer) for document in texts(found, config, tokenizer, flat)]
+    parts = [tokenised(document, tokenizer) for document in texts(found, config, tokenizer, flat, notes)]
     return [sorted_run([part for part in parts if len(part.ids)], 0, tokenizer.vocab_size)]
 
 
-def texts(found: Iterator[Document], config: DataConfig, tokenizer: Tokenizer, flat: list[Flat]) -> Iterator[Document]:
-    """Yield the documents with text or ids, and add flat token files to ``flat``. Their ids are checked."""
+def texts(
+    found: Iterator[Document], config: DataConfig, tokenizer: Tokenizer, flat: list[Flat], notes: list[str]
+) -> Iterator[Document]:
+    """Yield the documents with text or ids, add flat token files to ``flat``, and remarks about ids to ``notes``.
+
+    Raises ValueError for ids outside the vocabulary.
+    """
     root = Path(config.path or "").expanduser()
+    folder = root.parent if root.is_file() else root
+    end = tokenizer.end_of_document
+    ends = Ends(end)
     for document in found:
-        if document.tokens is not None:
-            path = root if root.is_file() else root / document.name
-            check_ids(document.tokens, str(path), tokenizer.vocab_size, config.tokenizer)
-            if len(document.tokens):
+        ids = document.ids if document.tokens is None else document.tokens
+        if ids is not None and len(ids):
+            path = str(folder / document.name)
+            ends.add(document.name, ids, check_ids(ids, path, tokenizer.vocab_size, config.tokenizer, end))
+            if document.tokens is not None:
                 tokens = document.tokens.below(tokenizer.vocab_size)
-                flat.append(Flat(document.domain, document.name, str(path), tokens))
-            continue
-        if document.ids is not None:
-            check_ids(document.ids, document.name, tokenizer.vocab_size, config.tokenizer)
+                flat.append(Flat(document.domain, document.name, path, tokens))
         if document.size:
             yield document
+    notes += ends.notes()
 
 
 def _chunks(
-    found: Iterator[Document], wanted: Wanted, flat: list[Flat], progress: Progress | None
+    found: Iterator[Document], wanted: Wanted, flat: list[Flat], notes: list[str], progress: Progress | None
 ) -> Iterator[list[Document]]:
     """Yield the documents in chunks of at least :data:`CHUNK` characters."""
     chunk: list[Document] = []
     size = 0
-    for document in texts(found, wanted.config, wanted.tokenizer, flat):
+    for document in texts(found, wanted.config, wanted.tokenizer, flat, notes):
         chunk.append(document)
         size += document.size
         if progress is not None:

@@ -107,7 +107,7 @@ def _library(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -> Li
     flat: list[Flat] = []
     if config.path is None:
         budget = Budget(config.builtin_bytes_per_domain)
-        runs = memory_runs(builtin_documents(budget), config, tokenizer, flat)
+        runs = memory_runs(builtin_documents(budget), config, tokenizer, flat, [])
         return store.in_memory(runs, flat, budget.notes(), tokenizer)
     source = open_path(config, tokenizer, cache)
     if isinstance(source, Path):
@@ -120,7 +120,7 @@ def _library(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -> Li
         notes = [note for note in library.notes if not note.startswith(LEFT_OUT)]
         return replace(library, notes=(*source.found.notes(), *notes))
     notes = source.notes()
-    runs = memory_runs(documents(source, notes), config, tokenizer, flat)
+    runs = memory_runs(documents(source, notes), config, tokenizer, flat, notes)
     check_some(runs, flat, config, notes)
     return store.in_memory(runs, flat, notes, tokenizer)
 

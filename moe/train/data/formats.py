@@ -15,7 +15,7 @@ import numpy as np
 from ...config import require
 from .document import Document
 from .megatron_files import megatron
-from .records import Place, Reader, columns, document_of
+from .records import Place, Reader, columns, document_of, kind_of
 from .token_file import TokenFile
 
 #: suffixes of compressed files; the one before says what is in them
@@ -122,12 +122,15 @@ def lines(place: Place) -> Iterator[Document]:
 def _json(line: bytes, place: Place, number: int) -> dict[str, Any]:
     try:
         record: Any = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
+    except UnicodeDecodeError as error:
+        message = f"byte 0x{line[error.start]:02x} at {error.start} of the line is not UTF-8; convert the file to UTF-8"
+        raise ValueError(f"data.path={place.at(number)}: {message}") from None
+    except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         message = f"is not JSON ({reason}); write one JSON object per line"
         raise ValueError(f"data.path={place.at(number)}: {message}") from None
     if not isinstance(record, dict):
-        message = f"is a JSON {type(record).__name__}; write one JSON object per line"
+        message = f"is {kind_of(record)}; write one JSON object per line"
         raise ValueError(f"data.path={place.at(number)}: {message}")
     return record
 
@@ -147,7 +150,7 @@ def json_file(place: Place) -> Iterator[Document]:
         raise ValueError(f"data.path={str(place.path)!r}: {message}") from None
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise ValueError(f"data.path={place.at(number)}: is a JSON {type(record).__name__}; write objects")
+            raise ValueError(f"data.path={place.at(number)}: is {kind_of(record)}; write objects")
         yield document_of(record, place, number, record)
 
 

@@ -10,8 +10,12 @@ from typing import Any
 from ..config import DataConfig
 from .document import Document, Piece
 
-#: fields of instruction data
-MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+#: fields of instruction data; an answer to a prompt has one of two names
+MESSAGES, PROMPT, ANSWERS = "messages", "prompt", ("completion", "response")
+#: fields that other programs use for instruction data
+FOREIGN = {"instruction", "input", "output", "question", "answer", "conversations", "chosen", "rejected", *ANSWERS}
+#: types of values -> what an error calls them
+KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Place:
 
 def columns(place: Place, names: Iterable[str]) -> list[str]:
     """Return those of a file's columns that are needed."""
-    wanted = {place.config.text_field, place.config.domain_field, MESSAGES, PROMPT, COMPLETION}
+    wanted = {place.config.text_field, place.config.domain_field, MESSAGES, PROMPT, *ANSWERS}
     return [name for name in names if name in wanted]
 
 
@@ -50,32 +54,46 @@ def document_of(record: Mapping[str, Any], place: Place, number: int, names: Ite
     domain = str(label) if labelled and config.domain_by in ("auto", "field") else place.domain
     document = Document(domain, f"{place.name}:{number}")
     text = record.get(config.text_field)
+    answer = next((name for name in ANSWERS if name in record), None)
     if isinstance(text, str):
         document.text = text
-    elif config.text_field not in record and isinstance(record.get(MESSAGES), list):
+    elif config.text_field in record:
+        message = (
+            f"is {kind_of(text)}, not a text, in {where}; mend or remove it, or name another field, one of: {fields}"
+        )
+        raise ValueError(f"data.text_field={config.text_field!r}: {message}")
+    elif MESSAGES in record:
         document.messages = _messages(record[MESSAGES], where)
-    elif config.text_field not in record and PROMPT in record and COMPLETION in record:
-        _fill(document, record[PROMPT], record[COMPLETION], where)
+    elif PROMPT in record and answer is not None:
+        _fill(document, record[PROMPT], record[answer], answer, where)
     else:
-        problem = f"is a {type(text).__name__}, not a string" if config.text_field in record else "is missing"
-        message = f"{problem} in {where}; name the field that holds the text, one of: {fields}"
+        message = f"is missing in {where}; name the field that holds the text, one of: {fields}"
+        if not FOREIGN.isdisjoint(names) or PROMPT in record:
+            message += f"; for instruction data, rename fields to {PROMPT!r} and {ANSWERS[0]!r}, or to {MESSAGES!r}"
         raise ValueError(f"data.text_field={config.text_field!r}: {message}")
     return document
 
 
-def _fill(document: Document, prompt: Any, completion: Any, where: str) -> None:
-    """Set a prompt and its completion: two texts, or two lists of messages."""
-    if isinstance(prompt, list) and isinstance(completion, list):
-        document.messages = _messages([*prompt, *completion], where)
-    elif isinstance(prompt, str) and isinstance(completion, str):
-        document.pieces = (Piece(prompt, trained=False), Piece(completion))
+def kind_of(value: Any) -> str:
+    """Name the type of a value in a record."""
+    return KINDS.get(type(value), "an object" if isinstance(value, Mapping) else f"of type {type(value).__name__}")
+
+
+def _fill(document: Document, prompt: Any, answer: Any, name: str, where: str) -> None:
+    """Set a prompt and the answer in field ``name``: two texts, or two lists of messages."""
+    if isinstance(prompt, list) and isinstance(answer, list):
+        document.messages = _messages([*prompt, *answer], where)
+    elif isinstance(prompt, str) and isinstance(answer, str):
+        document.pieces = (Piece(prompt, trained=False), Piece(answer))
     else:
-        kinds = f"a {type(prompt).__name__} and a {type(completion).__name__}"
-        raise ValueError(f"data.path={where}: prompt and completion are {kinds}; write two texts, or two lists")
+        kinds = f"{PROMPT} is {kind_of(prompt)}, and {name} is {kind_of(answer)}"
+        raise ValueError(f"data.path={where}: {kinds}; write two texts, or two lists of messages")
 
 
-def _messages(found: list[Any], where: str) -> list[dict[str, Any]]:
+def _messages(found: Any, where: str) -> list[dict[str, Any]]:
     """Check messages, and return them with their content as text."""
+    if not isinstance(found, list):
+        raise ValueError(f"data.path={where}: {MESSAGES} is {kind_of(found)}; write a list of objects")
     messages = []
     for number, message in enumerate(found, 1):
         content = message.get("content") if isinstance(message, dict) else None

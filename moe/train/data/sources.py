@@ -105,10 +105,17 @@ def find(config: DataConfig, cache: Path | None = None) -> Found:
     """
     assert config.path is not None
     root = Path(config.path).expanduser()
-    remedy = "does not exist or is not accessible; give a file or folder, or None for the text that comes with Python"
-    require(os.path.exists(root), "data.path", config.path, remedy)
+    ids = root.with_name(f"{root.name.removesuffix('.idx')}.bin")  # Megatron's options have no suffix
+    meant = (
+        f"give {str(ids)!r}" if ids.is_file() else "give a file or folder, or none for the text that comes with Python"
+    )
+    require(os.path.exists(root), "data.path", config.path, f"does not exist or is not accessible; {meant}")
     if root.is_file():
+        require(root.suffix.lower() != ".idx", "data.path", config.path, f"is an index of Megatron; {meant}")
         return Found([_place(root, root.name, config)])
+    require(
+        root.is_dir(), "data.path", config.path, "is neither a file nor a folder, such as a pipe; write it to a file"
+    )
     files, left_out = _walk(root, None if cache is None else os.path.realpath(cache))
     remedy = "; ".join(["has no files (hidden ones are skipped)", *Found([], left_out).notes()])
     require(bool(files), "data.path", config.path, f"{remedy}; give a folder with text")
@@ -176,8 +183,10 @@ def _walk(root: Path, cache: str | None) -> tuple[list[tuple[Path, str]], dict[s
         entered.add(real)
         name = here.relative_to(root).as_posix()
         kind, is_dataset = _kind_of_folder(here, set(names), set(subfolders))
-        if kind and here != root:
-            left_out.setdefault(kind, []).append(f"{name}/")
+        if kind:
+            damaged = "is a store of tokens whose manifest.json is damaged; tokenise again, with another --out"
+            require(here != root or kind != STORE[0], "data.path", str(root), damaged)
+            left_out.setdefault(kind, []).append(f"{root.name if here == root else name}/")
         if kind or is_dataset:
             files += [(here, root.name if here == root else name)] if is_dataset else []
             subfolders[:] = []
@@ -223,11 +232,14 @@ def _splits(folder: Path, subfolders: list[str], left_out: dict[str, list[str]])
     return ["train"]
 
 
-def check_ids(ids: np.ndarray | TokenFile, path: str, vocab_size: int, tokenizer: str) -> None:
-    """Raise ``ValueError`` that names the first of ``ids`` outside ``[0, vocab_size)``."""
+def check_ids(ids: np.ndarray | TokenFile, path: str, vocab_size: int, tokenizer: str, end: int) -> bool:
+    """Return whether ``end`` is one of ``ids``. Raises ``ValueError`` for the first of them outside
+    ``[0, vocab_size)``."""
+    found = False
     for start in range(0, len(ids), CHUNK):
         chunk = np.asarray(ids[start : start + CHUNK])
         if chunk.max() < vocab_size and chunk.min() >= 0:
+            found = found or bool((chunk == end).any())
             continue
         position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
         what = f"id {int(ids[position])} at position {position}"
@@ -235,3 +247,4 @@ def check_ids(ids: np.ndarray | TokenFile, path: str, vocab_size: int, tokenizer
             raise ValueError(f"data.path={path!r}: {what} is negative; write ids of 0 or more")
         remedy = f"is outside the {vocab_size} ids of data.tokenizer={tokenizer!r}; give the tokenizer of this file"
         raise ValueError(f"data.path={path!r}: {what} {remedy}")
+    return found
