@@ -25,7 +25,8 @@ class MoE(nn.Module):
 
     ``x`` is [..., hidden_size] in a floating dtype; ``y`` has the same shape and dtype. ``mask`` ([...], True where a
     token is valid) excludes padding from routing and statistics; masked tokens get only the shared experts' output. For
-    ``scope="sequence"``, the second-to-last dimension is the sequence.
+    ``scope="sequence"``, the second-to-last dimension is the sequence. ``codes`` (int64 [...]) are the numbers that
+    some routers read: token ids (``gate="hash"``) or tasks (``gate="task"``).
 
     The balance loss is attached to ``y`` in the autograd graph: train on your own loss and add nothing to it. ``stats``
     describes the last training forward. Evaluation, no-grad and recomputed forwards change neither it nor any counts.
@@ -97,15 +98,15 @@ class MoE(nn.Module):
             raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
         self.replication = Replication(replicas, self.balancer.placement.ep, self.dispatcher, free, calibration)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
         whole = x.shape
-        x, mask = self.duplicates.split(x, mask)
-        x_TD, mask_T, sequences = self._flatten(x, mask)
+        x, mask, codes = self.duplicates.split(x, mask, codes)
+        x_TD, mask_T, codes_T, sequences = self._flatten(x, mask, codes)
         router, experts, shared = self.parts()
         held = experts if self.replication is None else self.replication.begin(experts)
         visit, decision = self.balancer.begin(self, x_TD)
         with region("route"):
-            routing = router(x_TD, mask_T, sequences, decision)
+            routing = router(x_TD, mask_T, sequences, decision, codes_T)
             if self.capacity is not None:
                 routing = self.capacity(routing)
         with region("balance"):
@@ -138,7 +139,9 @@ class MoE(nn.Module):
             raise RuntimeError("MoE.stats: no training forward yet; call the layer with gradients enabled")
         return self._stats
 
-    def _flatten(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    def _flatten(
+        self, x: Tensor, mask: Tensor | None, codes: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         hidden = self.config.hidden_size
         if not x.is_floating_point():
             raise ValueError(f"x.dtype={x.dtype}: must be a floating dtype; give hidden states, not token ids")
@@ -149,10 +152,16 @@ class MoE(nn.Module):
                 f"mask={mask.dtype} {tuple(mask.shape)}: must be torch.bool {tuple(x.shape[:-1])}; set it to True "
                 "where a token is valid"
             )
+        if codes is not None and (codes.shape != x.shape[:-1] or codes.dtype != torch.int64):
+            raise ValueError(
+                f"codes={codes.dtype} {tuple(codes.shape)}: must be torch.int64 {tuple(x.shape[:-1])}, "
+                "a number per token"
+            )
         x_TD = x.reshape(-1, hidden)
         tokens_each = x.shape[-2] if x.dim() > 1 else 1
         sequences = x_TD.shape[0] // tokens_each if x_TD.shape[0] else 1
-        return x_TD, None if mask is None else mask.reshape(-1), sequences
+        mask_T, codes_T = (None if t is None else t.reshape(-1) for t in (mask, codes))
+        return x_TD, mask_T, codes_T, sequences
 
     @torch.no_grad()
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:

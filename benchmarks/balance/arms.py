@@ -231,7 +231,7 @@ def observe(trainer: Trainer, size: Size) -> Heldout:
     rows: list[tuple[int, Tensor, list[Tensor], list[Tensor], list[Tensor]]] = []
     for domain, inputs_BS, labels_BS, mask_BS in heldout_batches(corpus, size.seq_len, size.heldout, 64):
         keep_B = mask_BS.all(1)
-        with watch_routers(layers, lambda router, x_TD, of: (of, chosen_probability(router, x_TD, of))) as seen:
+        with watch_routers(layers, lambda router, x_TD, of, _: (of, chosen_probability(router, x_TD, of))) as seen:
             logits_BSV = model(inputs_BS)
         nats_BS = nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none")
         routings, chosen = zip(*(one for (one,) in seen), strict=True)

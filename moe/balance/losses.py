@@ -163,9 +163,10 @@ def all_choices(routing: Routing, mask_T: Tensor | None) -> Tensor:
 def first_choices(routing: Routing, mask_T: Tensor | None) -> Tensor:
     """Return int64 [B, E]: of how many tokens each expert was the first choice (GShard, arXiv 2006.16668)."""
     (sequences, _), first_T = routing.counts_BE.shape, routing.decision.chosen_TK[:, 0]
-    ones_T = torch.ones_like(first_T) if mask_T is None else mask_T.long()
+    one_T = first_T >= 0  # else the token has no expert
+    one_T = (one_T if mask_T is None else one_T & mask_T).long()
     counts_BE = torch.zeros_like(routing.counts_BE)
-    return counts_BE.scatter_add_(1, first_T.reshape(sequences, -1), ones_T.reshape(sequences, -1))
+    return counts_BE.scatter_add_(1, first_T.clamp_min(0).reshape(sequences, -1), one_T.reshape(sequences, -1))
 
 
 #: name -> function from a routing and the valid tokens to the choices that are the load, before any drop

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .checks import check_literals, require
-from .routing import RouterConfig, check_balancing, check_router, check_single_choice
+from .routing import BY_EXPERTS, RouterConfig, check_balancing, check_router, check_single_choice
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,12 @@ class MoEConfig:
         self._check_single_choice()
         check_router(self.router, self.num_experts, self.top_k)
         check_balancing(self.router, self.balance.rates())
+        require(
+            self.capacity is None or self.router.select not in BY_EXPERTS,
+            "capacity",
+            self.capacity,
+            f"router.select={self.router.select!r} gives every expert its number of tokens; leave it out",
+        )
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
             "capacity.pad",

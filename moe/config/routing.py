@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .checks import check_literals, require
@@ -11,9 +11,23 @@ from .checks import check_literals, require
 #: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
 #: how experts are chosen, defined in :mod:`equimoe.moe.routing.selections`
-Select = Literal["top_k", "each_group", "top_p", "sinkhorn", "base"]
+Select = Literal["top_k", "each_group", "top_p", "sinkhorn", "base", "expert_choice", "expert_choice_by_position"]
+#: those by which experts choose tokens
+BY_EXPERTS: tuple[Select, ...] = ("expert_choice", "expert_choice_by_position")
 #: those that give experts equal loads in training, and need no balance loss
-BALANCED: tuple[Select, ...] = ("sinkhorn", "base")
+BALANCED: tuple[Select, ...] = ("sinkhorn", "base", *BY_EXPERTS)
+#: those that may give a token fewer experts than the ids have room for
+UP_TO_K: tuple[Select, ...] = ("top_p", *BY_EXPERTS)
+
+
+#: fields that only one gate has
+_OF_GATE = {
+    "cosine": ("projection", "temperature"),
+    "hash": ("vocabulary",),
+    "task": ("tasks", "task_width"),
+}
+#: fields without a meaning for a router that computes no logits
+_OF_LOGITS = ("score", "softmax_after_topk", "z_loss", "groups", "select", "entropy_loss", "random_second", "jitter")
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,15 @@ class RouterConfig:
     #: per rank all ranks get equally many rows (MoGE, arXiv 2505.21411). sinkhorn: in training, the K best of a matrix
     #: whose columns have equal sums (S-BASE, arXiv 2202.01169). base: in training, the assignment of equally many
     #: tokens to every expert with the highest logits (BASE, arXiv 2103.16716). These two look at the tokens of one
-    #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation
+    #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation. expert_choice: every
+    #: expert chooses the K T / E best tokens of a micro-batch on one rank (arXiv 2202.09368), so that a token has K
+    #: experts on average; expert_choice_by_position: among the tokens at the same position of different sequences
     select: Select = "top_k"
+    #: for "expert_choice" and "expert_choice_by_position": most experts of a token; None: all
+    cap: int | None = None
+    #: allow, in a decoder, a router that decides about a token by later tokens too: "expert_choice". The decoder then
+    #: sees, in training, something of the tokens that it is to predict
+    sees_future: bool = False
     #: for select "top_p": the sum of scores that suffices; HMoE uses 0.6
     top_p: float = 0.6
     #: coefficient of the mean entropy of a token's scores, so that "top_p" needs fewer experts (HMoE, arXiv 2408.10681,
@@ -55,8 +76,16 @@ class RouterConfig:
     random_second: bool = False
     #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
     #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
-    #: state and a direction per expert (X-MoE, arXiv 2204.09179)
-    gate: Literal["linear", "noisy", "cosine"] = "linear"
+    #: state and a direction per expert (X-MoE, arXiv 2204.09179); hash: none, a fixed random table of token ids decides
+    #: (arXiv 2106.04426), and needs balance.coefficient=0; task: a product with the hidden state and an embedding of
+    #: the token's task (arXiv 2204.07689)
+    gate: Literal["linear", "noisy", "cosine", "hash", "task"] = "linear"
+    #: for gate "hash": number of token ids; None: the decoder's vocabulary
+    vocabulary: int | None = None
+    #: for gate "task": number of tasks. In the training command, a sequence's task is its domain
+    tasks: int | None = None
+    #: for gate "task": width of a task's embedding
+    task_width: int = 16
     #: for gate "cosine": width of the projection; None: half the number of experts
     projection: int | None = None
     #: for gate "cosine": what the cosines are divided by. Learned from this value on, but the balance loss keeps this
@@ -76,14 +105,30 @@ class RouterConfig:
         """Return the width of the projection of gate "cosine"."""
         return self.projection or max(num_experts // 2, 1)
 
+    def width(self, num_experts: int, top_k: int) -> int:
+        """Return the largest number of experts that a token can have."""
+        if self.select not in BY_EXPERTS:
+            return top_k
+        return num_experts if self.cap is None else self.cap
+
     def __post_init__(self) -> None:
         check_literals(self, "router.")
         remedy = "must be an integer of at least 1; half the number of experts is usual"
         ok = self.projection is None or (type(self.projection) is int and self.projection >= 1)
         require(ok, "router.projection", self.projection, remedy)
         require(self.temperature > 0, "router.temperature", self.temperature, "must be positive; 0.3 is usual")
-        if self.gate != "cosine":
-            self._keep_default("projection", "temperature", setting=f"router.gate={self.gate!r}")
+        for gate, names in _OF_GATE.items():
+            if self.gate != gate:
+                self._keep_default(*names, setting=f"router.gate={self.gate!r}")
+        for name in ("vocabulary", "tasks", "task_width"):
+            value = getattr(self, name)
+            ok = value is None or (type(value) is int and value >= 1)
+            require(ok, f"router.{name}", value, "must be an integer of at least 1")
+        require(
+            self.gate != "task" or self.tasks is not None, "router.tasks", None, "router.gate='task' needs it; set it"
+        )
+        if self.gate == "hash":
+            self._keep_default(*_OF_LOGITS, setting="router.gate='hash', which has no logits")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
@@ -108,6 +153,19 @@ class RouterConfig:
             self._keep_default("top_p", setting=f"router.select={self.select!r}")
         if self.select in (*BALANCED, "top_p"):
             self._keep_default("groups", setting=f"router.select={self.select!r}")
+        if self.select in BY_EXPERTS:
+            for name in ("normalize_weights", "softmax_after_topk", "random_second"):
+                remedy = f"router.select={self.select!r} weights experts by their scores; set it to False"
+                require(not getattr(self, name), f"router.{name}", True, remedy)
+        else:
+            self._keep_default("cap", setting=f"router.select={self.select!r}")
+        if self.causal:
+            self._keep_default("sees_future", setting=f"router.select={self.select!r}, which sees no later token")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token's experts do not depend on later tokens of its sequence, or only in training."""
+        return self.select != "expert_choice"
 
     def _keep_default(self, *names: str, setting: str) -> None:
         for name in names:
@@ -125,6 +183,10 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         remedy = f"must divide top_k={top_k}, because every group gets equally many choices; change either"
         require(top_k % groups == 0, "router.groups", groups, remedy)
         return
+    if router.select in BY_EXPERTS:
+        cap = router.width(num_experts, top_k)
+        remedy = f"must be from top_k={top_k}, the experts of a token on average, to num_experts={num_experts}"
+        require(type(cap) is int and top_k <= cap <= num_experts, "router.cap", router.cap, remedy)
     if router.select == "base":
         require(top_k == 1, "top_k", top_k, "must be 1 for router.select='base'; or use router.select='sinkhorn'")
     held = kept * (num_experts // groups)
@@ -136,12 +198,34 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     )
 
 
+def check_causal(router: RouterConfig, section: str = "") -> None:
+    """Raise ``ValueError`` if the router may not be in a decoder, because it looks at later tokens."""
+    remedy = (
+        "decides about a token by later tokens too, which a decoder is to predict; use 'expert_choice_by_position', or "
+        f"set {section}router.sees_future=True to train on them nevertheless"
+    )
+    require(router.causal or router.sees_future, f"{section}router.select", router.select, remedy)
+
+
+def in_decoder(router: RouterConfig, vocabulary: int) -> RouterConfig:
+    """Return a router's configuration in a decoder of so many token ids. Raises as :func:`check_causal`."""
+    check_causal(router)
+    if router.gate != "hash":
+        return router
+    remedy = f"the decoder has {vocabulary} token ids; leave it out"
+    require(router.vocabulary in (None, vocabulary), "router.vocabulary", router.vocabulary, remedy)
+    return replace(router, vocabulary=vocabulary)
+
+
 def check_balancing(router: RouterConfig, settings: dict[str, float]) -> None:
     """Raise ``ValueError`` if the router and another method would balance the load, with these rates by name."""
-    if router.select in BALANCED:
-        for name, value in settings.items():
-            remedy = f"router.select={router.select!r} balances the load itself; set balance.{name} to 0"
-            require(value == 0, f"balance.{name}", value, remedy)
+    reason = f"router.select={router.select!r} balances the load itself"
+    if router.gate == "hash":
+        reason = "router.gate='hash' has nothing to train"
+    elif router.select not in BALANCED:
+        return
+    for name, value in settings.items():
+        require(value == 0, f"balance.{name}", value, f"{reason}; set balance.{name} to 0")
 
 
 def check_single_choice(router: RouterConfig, num_experts: int, top_k: int) -> None:
@@ -149,7 +233,7 @@ def check_single_choice(router: RouterConfig, num_experts: int, top_k: int) -> N
 
     The router would then get no gradient from the task's loss.
     """
-    if top_k > 1 or num_experts == 1:
+    if top_k > 1 or num_experts == 1 or router.gate == "hash":
         return
     for name in ("softmax_after_topk", "normalize_weights"):
         require(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,16 +22,17 @@ class DropDuplicates:
     def __init__(self, axis: Axis = LOCAL) -> None:
         self.axis = axis
 
-    def split(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Take this rank's positions of ``x`` [..., S, D] and ``mask`` [..., S]."""
+    def split(self, x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+        """Take this rank's positions of ``x`` [..., S, D] and of ``others`` [..., S], such as a mask, or None."""
         if self.axis.size == 1:
-            return x, mask
+            return x, *others
         if x.dim() < 2:
             raise ValueError(
                 f"x.shape={tuple(x.shape)}: must be [..., S, D] to be split over tp; add a dimension of positions"
             )
         part = split_tokens(x.movedim(-2, 0), self.axis).movedim(0, -2)
-        return part, None if mask is None else split_tokens(mask.movedim(-1, 0), self.axis).movedim(0, -1)
+        taken = (None if t is None else split_tokens(t.movedim(-1, 0), self.axis).movedim(0, -1) for t in others)
+        return part, *taken
 
     def join(self, y: Tensor, whole: torch.Size) -> Tensor:
         """Gather the ranks' parts [..., s, D] into the ``whole`` shape [..., S, D]."""

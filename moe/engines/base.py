@@ -28,6 +28,8 @@ class Batch:
     #: integers [B, S], the number of each position's document; attention stays within runs of the same number. None:
     #: within the whole sequence
     documents: Tensor | None = None
+    #: int64 [B], the task of each sequence, for routers that read it; -1: unknown
+    tasks: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,22 +11,47 @@ from torch import Tensor, nn
 
 from ..collectives import LOCAL, world_axis
 from ..health import finite_everywhere
+from ..layer import MoE
 from ..parallel import IGNORED, LocalBatch, Mesh, check_trained_alike, digest, take_local_batch
 from .base import Accept, Batch, Computed
 
 
-def local_batches(batches: Sequence[Batch], mesh: Mesh | None, device: torch.device) -> list[LocalBatch]:
-    """Return this rank's part of each micro-batch, on ``device``."""
-    moved = [
-        (
-            b.inputs.to(device),
-            b.labels.to(device),
-            None if b.mask is None else b.mask.to(device),
-            None if b.documents is None else b.documents.to(device),
+def codes_read(parts: Sequence[nn.Module]) -> str | None:
+    """Return what the routers of a model, or of some stages of it, read of each token besides its hidden state."""
+    found = {m.router.reads for part in parts for m in part.modules() if isinstance(m, MoE)} - {None}
+    return found.pop() if found else None
+
+
+def local_batches(
+    batches: Sequence[Batch], mesh: Mesh | None, device: torch.device, parts: Sequence[nn.Module]
+) -> list[LocalBatch]:
+    """Return this rank's part of each micro-batch, on ``device``, with the codes that the routers of ``parts`` read."""
+    found, codes_of = [], CODES[codes_read(parts)]
+    for batch in batches:
+        given = batch.inputs, batch.labels, batch.mask, batch.documents, codes_of(batch)
+        *moved, codes_BS = (None if t is None else t.to(device) for t in given)
+        found.append(take_local_batch(*moved, mesh=mesh, codes_BS=codes_BS))  # type: ignore[arg-type]
+    return found
+
+
+def _tasks(batch: Batch) -> Tensor | None:
+    if batch.tasks is None:
+        return None
+    sequences, length = batch.inputs.shape[:2]
+    if batch.tasks.shape != (sequences,) or batch.tasks.dtype != torch.int64:
+        raise ValueError(
+            f"batch.tasks: {batch.tasks.dtype} of shape {tuple(batch.tasks.shape)}; give torch.int64 of shape "
+            f"({sequences},), the task of each sequence"
         )
-        for b in batches
-    ]
-    return [take_local_batch(*batch, mesh=mesh) for batch in moved]
+    return batch.tasks[:, None].expand(sequences, length)
+
+
+#: what routers read -> function from a micro-batch to it, int64 [B, S]; None: it is not given
+CODES: dict[str | None, Callable[[Batch], Tensor | None]] = {
+    None: lambda batch: None,
+    "tokens": lambda batch: batch.inputs,
+    "tasks": _tasks,
+}
 
 
 def count_tokens(

@@ -84,16 +84,18 @@ class WholeModel:
             return self._call(self.model, batch)
 
     def _call(self, model: Callable[..., Any], batch: LocalBatch) -> Any:
-        """Call a model, or what wraps it, with a batch's inputs, and with its mask and documents if there are any."""
+        """Call a model, or what wraps it, with a batch's inputs, and with its mask, documents and codes if there are
+        any."""
         mask = () if batch.mask is None else (batch.mask,)
+        codes = {} if batch.codes is None else {"codes": batch.codes}
         if batch.starts is None:
-            return model(batch.inputs, *mask)
+            return model(batch.inputs, *mask, **codes)
         if not self._takes_documents():
             raise ValueError(
                 f"batch.documents: a {type(self.model).__name__} does not take them; leave them out, or give its "
                 "forward an argument 'starts', the position at which each position's document starts"
             )
-        return model(batch.inputs, *mask, starts=batch.starts)
+        return model(batch.inputs, *mask, starts=batch.starts, **codes)
 
     def _takes_documents(self) -> bool:
         named = "starts" in inspect.signature(self.model.forward).parameters
@@ -138,6 +140,7 @@ def _columns(batches: list[LocalBatch]) -> tuple[list[Tensor], list[Tensor], dic
     rest = {
         "mask": [batch.mask for batch in batches if batch.mask is not None],
         "starts": [batch.starts for batch in batches if batch.starts is not None],
+        "codes": [batch.codes for batch in batches if batch.codes is not None],
     }
     given = {name: parts for name, parts in rest.items() if parts}
     return [batch.inputs for batch in batches], [batch.labels for batch in batches], given
@@ -152,5 +155,5 @@ def _filled(batch: LocalBatch, rows: int, mask_shape: tuple[int, ...]) -> LocalB
     def pad(t: Tensor) -> Tensor:
         return torch.cat((t, t.new_zeros((more, *t.shape[1:]))))
 
-    starts = None if batch.starts is None else pad(batch.starts)
-    return LocalBatch(pad(batch.inputs), pad(batch.labels), pad(mask), starts)
+    starts, codes = (None if t is None else pad(t) for t in (batch.starts, batch.codes))
+    return LocalBatch(pad(batch.inputs), pad(batch.labels), pad(mask), starts, codes)

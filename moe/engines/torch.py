@@ -53,7 +53,7 @@ class TorchEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         self._adopt_trainable()
         try:
-            local = local_batches(batches, self._mesh, self._device)
+            local = local_batches(batches, self._mesh, self._device, self.parts)
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.experts.begin(self.optimizer)
             self.balance.begin(len(local), routed)
@@ -85,7 +85,7 @@ class TorchEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         try:
             with evaluation_mode(self.parts):
-                return self._runner.evaluate(local_batches(batches, self._mesh, self._device))
+                return self._runner.evaluate(local_batches(batches, self._mesh, self._device, self.parts))
         except BaseException:
             forget_step(self.parts)
             raise

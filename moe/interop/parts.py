@@ -34,7 +34,12 @@ class SwappedRouter(Router):
         return super().__call__(*args, **kwargs)[1]
 
     def forward(  # type: ignore[override]
-        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Tensor]:
         logits_TE = self.logits(x_TD)
         routing = self.routing(logits_TE, mask_T, sequences, decision)
@@ -61,7 +66,12 @@ class KeptRouter(SwappedRouter):
     """
 
     def forward(  # type: ignore[override]
-        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
     ) -> tuple[Tensor, Routing, Tensor]:
         logits_TE, weights_TK, ids_TK = super(Router, self).forward(x_TD)
         gate = compose(

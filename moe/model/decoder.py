@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..balance import recompute
 from ..collectives import draw_seed, fill_normal, reset, seeded
 from ..config import AttentionConfig, MoEConfig, RecomputeConfig
+from ..config.routing import in_decoder
 from ..experts import SwiGLU
 from ..layer import MoE
 from .attention import ATTENTION, EPS, Attention
@@ -58,18 +60,26 @@ class Block(nn.Module):
         for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):
             reset(part)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        return self.run_block(self._whole, x_BSD, mask_BS, documents)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        documents: Documents | None = None,
+        codes_BS: Tensor | None = None,
+    ) -> Tensor:
+        return self.run_block(self._whole, x_BSD, mask_BS, documents, codes_BS)
 
-    def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None) -> Tensor:
+    def _whole(
+        self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None, codes_BS: Tensor | None
+    ) -> Tensor:
         x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, documents)
-        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS)
+        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS, codes_BS)
 
     def _attend(self, x_BSD: Tensor, documents: Documents | None) -> Tensor:
         return self.attention(self.attention_norm(x_BSD), documents)
 
-    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        rest = (mask_BS,) if isinstance(self.mlp, MoE) else ()
+    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None, codes_BS: Tensor | None) -> Tensor:
+        rest = (mask_BS, codes_BS) if isinstance(self.mlp, MoE) else ()
         return self.mlp(self.mlp_norm(x_BSD), *rest)
 
 
@@ -78,7 +88,9 @@ class Decoder(nn.Module):
 
     ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. ``starts`` int64 [B, S] packs several
     documents into a sequence: it is the position at which each position's document starts, see
-    :func:`.documents.document_starts`, and no position attends to another document.
+    :func:`.documents.document_starts`, and no position attends to another document. ``codes`` int64 [B, S] are the
+    numbers that routers read: tasks for ``gate="task"``; token ids for ``gate="hash"``, by default those of ``x``. Like
+    the mask, they have the S of the hidden states.
 
     Block i (from 0) has an MoE feed-forward if ``i >= dense_layers`` and ``(i + 1) % moe_every == 0``; with
     ``moe_every=0`` no block has one.
@@ -106,6 +118,7 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
+        moe = replace(moe, router=in_decoder(moe.router, vocab_size))
         hidden, attention, how = moe.hidden_size, attention or AttentionConfig(), recompute_how or RecomputeConfig()
         seed = draw_seed()
         again = partial(recompute, keep_exchanges=how.keep_exchanges)
@@ -127,6 +140,8 @@ class Decoder(nn.Module):
         self.hidden_size = hidden
         #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
+        #: whether the routers read token ids
+        self.routes_by_token = moe.router.gate == "hash"
         self.init_std, self.num_layers = moe.init_std, num_layers
         self._initialise(seed)
 
@@ -140,17 +155,31 @@ class Decoder(nn.Module):
         """
         self._initialise(draw_seed())
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-        x = self.hidden(x, mask, starts)
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> Tensor:
+        x = self.hidden(x, mask, starts, codes)
         return x if self.head is None else self.logits(x)
 
-    def hidden(self, x: Tensor, mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> Tensor:
         """Return the hidden states after the last block."""
         documents = None if starts is None else Documents(starts)
         if self.embedding is not None:
+            if codes is None and self.routes_by_token:
+                codes = x
             x = self.embedding(x)
         for block in self.blocks.values():
-            x = block(x, mask, documents)
+            x = block(x, mask, documents, codes)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

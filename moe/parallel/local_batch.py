@@ -36,6 +36,8 @@ class LocalBatch:
     #: int64 [B, S / cp], the position in the whole sequence at which each position's document starts; None: the
     #: sequence is one document
     starts: Tensor | None = None
+    #: int64, the numbers that routers read, of the mask's shape
+    codes: Tensor | None = None
 
 
 def take_local_batch(
@@ -44,6 +46,7 @@ def take_local_batch(
     mask_BS: Tensor | None = None,
     documents_BS: Tensor | None = None,
     mesh: Mesh | None = None,
+    codes_BS: Tensor | None = None,
 ) -> LocalBatch:
     """Take this rank's part of a micro-batch. All context- and tensor-parallel peers must pass the same sequences.
 
@@ -53,7 +56,7 @@ def take_local_batch(
     if mask_BS is not None and not labels_BS.is_floating_point():
         labels_BS = labels_BS.masked_fill(~mask_BS, IGNORED)
     if mesh is None:
-        return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS)
+        return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS, codes_BS)
     cp, tp = mesh["cp"], mesh["tp"]
     pieces = tp.size if mesh.degrees.sequence_parallel else 1
     if inputs_BS.shape[1] % (cp.size * pieces):
@@ -61,11 +64,12 @@ def take_local_batch(
         raise ValueError(f"data.seq_len={inputs_BS.shape[1]}: must be a multiple of {degrees}; change one of them")
     if cp.size > 1:
         inputs_BS, labels_BS = (shard_sequence(t, 1, cp.size, cp.rank) for t in (inputs_BS, labels_BS))
-        mask_BS = None if mask_BS is None else shard_sequence(mask_BS, 1, cp.size, cp.rank)
-        starts_BS = None if starts_BS is None else shard_sequence(starts_BS, 1, cp.size, cp.rank)
-    if mask_BS is not None and pieces > 1:
-        mask_BS = mask_BS.chunk(pieces, dim=1)[tp.rank]
-    return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS)
+        mask_BS, starts_BS, codes_BS = (
+            None if t is None else shard_sequence(t, 1, cp.size, cp.rank) for t in (mask_BS, starts_BS, codes_BS)
+        )
+    if pieces > 1:
+        mask_BS, codes_BS = (None if t is None else t.chunk(pieces, dim=1)[tp.rank] for t in (mask_BS, codes_BS))
+    return LocalBatch(inputs_BS, labels_BS, mask_BS, starts_BS, codes_BS)
 
 
 def _starts(documents_BS: Tensor, inputs_BS: Tensor) -> Tensor:

@@ -91,10 +91,10 @@ class Pipeline:
         """Run forward and backward of all micro-batches; gradients accumulate in ``.grad``.
 
         All ranks of the pipeline must pass the same lists: ``inputs`` int64 [B, S], ``labels`` [B, ...] of any shape,
-        and in ``rest``, by name, other arguments of the decoder: ``mask`` bool [B, S] with the S of the hidden states,
-        ``starts`` int64 [B, S] with that of the inputs. The rank with the last stage returns the result of
-        ``loss_fn`` for each micro-batch, detached; others return an empty list. Raises ValueError unless the number and
-        shapes of micro-batches are those that the pipeline was built for.
+        and in ``rest``, by name, other arguments of the decoder: ``mask`` bool [B, S] and ``codes`` int64 [B, S] with
+        the S of the hidden states, ``starts`` int64 [B, S] with that of the inputs. The rank with the last stage
+        returns the result of ``loss_fn`` for each micro-batch, detached; others return an empty list. Raises ValueError
+        unless the number and shapes of micro-batches are those that the pipeline was built for.
         """
         with self._loss_of(loss_fn) as losses:
             self._run(self._schedule.step, inputs, labels, rest)
@@ -131,6 +131,7 @@ class Pipeline:
     def _run(self, run: Any, inputs: list[Tensor], labels: list[Tensor], rest: Rest) -> None:
         first = tuple(labels[0].shape) if labels else ()
         wanted = {"inputs": self.inputs_shape, "labels": first, "mask": self.masks_shape, "starts": self.inputs_shape}
+        wanted["codes"] = self.masks_shape
         for name, parts in ({"inputs": inputs, "labels": labels} | rest).items():
             want = wanted[name]
             shapes = [tuple(part.shape) for part in parts]

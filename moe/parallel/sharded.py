@@ -30,6 +30,7 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     routers = list(dict.fromkeys(layer.router for layer in layers)) if dtype is not None else []
+    routers = [router for router in routers if any(True for _ in router.parameters())]
     check_units(model, tied_weights(model), [*dict.fromkeys(layer.experts for layer in layers), *routers, *blocks])
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
     owned: set[nn.Parameter] = set()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from math import ceil, prod
 
 from ..config import require
+from ..config.routing import UP_TO_K
 from ..parallel.degrees import ParallelConfig
 from ..parallel.mesh import EXPERT_GRID, sizes
 from ..parallel.stages import FREES_LOGITS, stage_ids
@@ -214,6 +215,12 @@ def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weigh
     yield from {
         "linear": [Weight(moe.num_experts, hidden)],
         "noisy": [Weight(moe.num_experts, hidden)] * 2,
+        "hash": [],
+        "task": [
+            Weight(moe.num_experts, hidden),
+            Weight(moe.num_experts, moe.router.task_width),
+            Weight(moe.router.tasks or 1, moe.router.task_width),
+        ],
         "cosine": [Weight(projected, hidden), Weight(moe.num_experts, projected), Weight(1, 1)],
     }[moe.router.gate]
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
@@ -315,13 +322,14 @@ class _Activations:
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
         hidden, rows = moe.hidden_size, moe.top_k * t
-        router = 4 * (hidden + moe.num_experts) * t
+        router = 0 if moe.router.gate == "hash" else 4 * (hidden + moe.num_experts) * t
         # the factor of each value; random numbers and their sizes, or cosines and probabilities; the projection twice
         router += 4 * hidden * t if moe.router.jitter else 0
-        router += 8 * moe.num_experts * t if moe.router.gate != "linear" else 0
+        router += 8 * moe.num_experts * t if moe.router.gate in ("noisy", "cosine") else 0
         router += 8 * (moe.router.projected(moe.num_experts) + 1) * t if moe.router.gate == "cosine" else 0
         # outside of the fused op, scores and their logarithms; for the entropy, also before they are normalised
-        router += 8 * (moe.num_experts + 2 * moe.top_k) * t if moe.router.select == "top_p" else 0
+        width = moe.router.width(moe.num_experts, moe.top_k)
+        router += 8 * (moe.num_experts + 2 * width) * t if moe.router.select in UP_TO_K else 0
         router += 12 * moe.num_experts * t if moe.router.entropy_loss else 0
         x = c * hidden * t if c < 4 or moe.router.jitter else 0  # in addition to the router's fp32 copy
         shared = 0

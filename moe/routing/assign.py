@@ -16,7 +16,7 @@ from .select import top_k
 SINKHORN_STEPS = 100
 
 
-def sinkhorn(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int) -> Tensor:
+def sinkhorn(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int, k: int) -> Tensor:
     """Choose the k best experts of Sinkhorn's balanced matrix (S-BASE, arXiv 2202.01169).
 
     Its rows sum to 1, and its columns to T/E. It is exp(logits) times a factor per token and one per expert, so the
@@ -35,7 +35,7 @@ def sinkhorn(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int
     return top_k(logits_TE + factor_E.log(), k)
 
 
-def balanced(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+def balanced(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int) -> Tensor:
     """Give each expert at most ceil(T/E) tokens, and maximise the sum of their logits (BASE, arXiv 2103.16716).
 
     Computed on the host, which waits for the logits once per layer.

@@ -16,6 +16,7 @@ from ..collectives import fill_normal
 from ..config import MoEConfig, RouterConfig
 from ..types import Decision, Routing
 from . import noise
+from .by_token import HashRouter, TaskRouter
 from .compose import sum_by_sequence
 from .router import Router
 
@@ -64,7 +65,12 @@ class CosineRouter(Router):
         nn.init.constant_(self.log_scale, -math.log(self.fixed_temperature))
 
     def forward(
-        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
     ) -> Routing:
         cosines_TE = self.cosines(self.disturbed(x_TD) if self.training else x_TD)
         routing = self.routing(self._scaled(cosines_TE), mask_T, sequences, decision)
@@ -82,7 +88,7 @@ class CosineRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         return self._scaled(self.cosines(x_TD))
 
-    def probabilities(self, x_TD: Tensor) -> Tensor:
+    def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None) -> Tensor:
         return (self.cosines(x_TD) / self.fixed_temperature).softmax(-1)
 
     def _scaled(self, cosines_TE: Tensor) -> Tensor:
@@ -90,7 +96,13 @@ class CosineRouter(Router):
 
 
 #: name -> class of the router
-GATES: dict[str, type[Router]] = {"linear": Router, "noisy": NoisyRouter, "cosine": CosineRouter}
+GATES: dict[str, type[Router]] = {
+    "linear": Router,
+    "noisy": NoisyRouter,
+    "cosine": CosineRouter,
+    "hash": HashRouter,
+    "task": TaskRouter,
+}
 
 
 def build_router(config: MoEConfig) -> Router:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
+from ..config.routing import UP_TO_K
 from ..types import Decision, Routing
 from .compose import compose, wanted
 from .noise import jittered, random_second
@@ -38,6 +39,8 @@ class Router(nn.Module):
     """
 
     bias_E: Tensor | None
+    #: what it reads of each token besides the hidden state: "tokens", its id, or "tasks", the number of its task
+    reads: str | None = None
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class Router(nn.Module):
         #: dtype of the module's own weight; a wrapper may give the forward a copy in another dtype
         self._kept_dtype = self.weight.dtype
         # the fused op always weighs K experts
-        fused = config.score in FUSED_SCORES and config.group_worth == "two_best" and config.select != "top_p"
+        fused = config.score in FUSED_SCORES and config.group_worth == "two_best" and config.select not in UP_TO_K
         self.route = _fused(top_k, config, backend) if fused else _composed(top_k, config)
         self.score = SCORES[config.score]
         self.selection = SELECTIONS[config.select](config, top_k)
@@ -79,18 +82,24 @@ class Router(nn.Module):
             self.bias_E.zero_()
 
     def forward(
-        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
     ) -> Routing:
         """Route T tokens: ``sequences`` sequences of equal length.
 
-        If a ``decision`` is given, its experts are kept and only their gate weights are computed.
+        If a ``decision`` is given, its experts are kept and only their gate weights are computed. ``codes_T``, int64,
+        are the numbers that :attr:`reads` names.
         """
         logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
         return self.routing(logits_TE, mask_T, sequences, decision)
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
         """Route T tokens with these logits, see :meth:`forward`."""
-        chosen_TK = self._select(logits_TE, mask_T) if decision is None else decision.chosen_TK
+        chosen_TK = self._select(logits_TE, mask_T, sequences) if decision is None else decision.chosen_TK
         gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
         # drawn whether or not the decision is given, so that whatever draws next gets the same numbers in recomputation
         kept_TK = self.keep(gate.weights_TK) if self.training and self.keep is not None else None
@@ -103,10 +112,12 @@ class Router(nn.Module):
         return Routing(decision, gate.weights_TK, *sums, entropy)
 
     @torch.no_grad()
-    def _select(self, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor | None:
+    def _select(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int) -> Tensor | None:
         """Return the chosen experts int64 [T, K]; None if :attr:`route` is to choose them."""
         select = self.selection.training if self.training else self.selection.evaluation
-        return None if select is None else select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T)
+        if select is None:
+            return None
+        return select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T, sequences)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, E] in fp32 (fp64 for fp64 input), as in evaluation."""
@@ -123,7 +134,7 @@ class Router(nn.Module):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
-    def probabilities(self, x_TD: Tensor) -> Tensor:
+    def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None) -> Tensor:
         """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these."""
         return self.score(self.logits(x_TD)).softmax(-1)
 

@@ -40,7 +40,9 @@ def group_limited(
     return top_k(wanted_TE.masked_fill(~kept_TG.repeat_interleave(size, dim=1), float("-inf")), k)
 
 
-def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, groups: int) -> Tensor:
+def each_group(
+    logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int, k: int, groups: int
+) -> Tensor:
     """Choose the k/groups highest scores of every group (MoGE, arXiv 2505.21411), best first.
 
     If each rank owns one group, each rank gets equally many rows, whatever the scores.
@@ -52,7 +54,7 @@ def each_group(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: i
     return ids_TK.gather(1, top_k(wanted_TE.gather(1, ids_TK), k))
 
 
-def top_p(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, k: int, p: float) -> Tensor:
+def top_p(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int, k: int, p: float) -> Tensor:
     """Choose the fewest best experts, at most k, whose softmax scores sum to at least p (arXiv 2403.07652).
 
     -1 stands for the choices that a token does not need.

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..config import RouterConfig
 from .assign import balanced, sinkhorn
+from .expert_choice import expert_choice
 from .select import each_group, top_p
 
-#: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None) -> ids of the chosen experts [T, K]
-Select = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None, number of sequences) -> ids of the chosen
+#: experts [T, K]
+Select = Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
 
 
 class Selection(NamedTuple):
@@ -33,5 +35,9 @@ SELECTIONS: dict[str, Callable[[RouterConfig, int], Selection]] = {
     "top_p": lambda config, k: _always(partial(top_p, k=k, p=config.top_p)),
     "sinkhorn": lambda config, k: Selection(training=partial(sinkhorn, k=k)),
     "base": lambda config, k: Selection(training=balanced),
+    "expert_choice": lambda config, k: _always(partial(expert_choice, k=k, cap=config.cap)),
+    "expert_choice_by_position": lambda config, k: _always(
+        partial(expert_choice, k=k, cap=config.cap, by_position=True)
+    ),
     "each_group": lambda config, k: _always(partial(each_group, k=k, groups=config.groups)),
 }

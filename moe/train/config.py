@@ -15,6 +15,7 @@ from ..config import (
     check_literals,
     require,
 )
+from ..config.routing import check_causal
 from ..observe.profile import steps_of
 from ..parallel.degrees import ParallelConfig as ParallelConfig  # re-exported: a section of TrainConfig
 from .sections import (
@@ -82,6 +83,7 @@ class TrainConfig:
                     f"engine={name!r}, or leave it out"
                 )
         self._check_placement()
+        self._check_choosing()
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         sparse = self.parallel.experts == "fssdp"
         require(
@@ -115,6 +117,19 @@ class TrainConfig:
             self.placement.replicas_per_rank(
                 values // max(self.parallel.etp, 1) * (2 if self.dtype == "bfloat16" else 4)
             )
+
+    def _check_choosing(self) -> None:
+        """Raise ``ValueError`` if experts would choose among tokens to come, or among too few tokens."""
+        router, experts, micro_batch = self.moe.router, self.moe.num_experts, self.data.micro_batch
+        check_causal(router, "moe.")
+        least = math.ceil(experts / self.moe.top_k)
+        require(
+            router.select != "expert_choice_by_position" or micro_batch >= least,
+            "data.micro_batch",
+            micro_batch,
+            f"moe.router.select={router.select!r} lets {experts} experts choose among these sequences, whose tokens "
+            f"have moe.top_k={self.moe.top_k} experts on average; set it to at least {least}",
+        )
 
     def degrees(self, world: int) -> ParallelConfig:
         """Return the parallel degrees for ``world`` ranks, with every -1 resolved.

@@ -25,9 +25,9 @@ from .config import TrainConfig
 from .data import Corpus, heldout_batches
 
 
-def _seen(router: Router, x_TD: Tensor, routing: Routing) -> Tensor:
+def _seen(router: Router, x_TD: Tensor, routing: Routing, codes_T: Tensor | None = None) -> Tensor:
     """Return fp64 [B, E + 2] per sequence: choices of each expert, tokens, probability of the chosen experts."""
-    chosen_B = chosen_probability(router, x_TD, routing)
+    chosen_B = chosen_probability(router, x_TD, routing, codes_T)
     return torch.cat((routing.counts_BE.double(), routing.tokens_B[:, None], chosen_B[:, None]), dim=1)
 
 
@@ -61,7 +61,12 @@ def evaluate(
     batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)
     while several := list(islice(batches, config.micro_batches(readers.size))):
         with watch_routers(layers.values(), _seen) as routings, _capacity_of_each_sequence(layers.values(), mesh):
-            found = engine.evaluate([Batch(x, y, m, documents_of(x, config, corpus)) for _, x, y, m in several])
+            found = engine.evaluate(
+                [
+                    Batch(x, y, m, documents_of(x, config, corpus), torch.full((len(x),), place[domain]))
+                    for domain, x, y, m in several
+                ]
+            )
         for i, (domain, _, labels_BS, mask_BS) in enumerate(several):
             own_PB2 = torch.zeros(readers.size, rows, 2, dtype=torch.float64, device=device)
             if tp.rank == 0 and i < len(found):  # equal on a tensor-parallel group, none before the last stage

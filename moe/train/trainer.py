@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..collectives import LOCAL, sum_over, world_axis
+from ..config import require
 from ..engines import Accept, Batch, StepResult
 from ..health import Replicas
 from ..model import Decoder, numbered_moe_layers
@@ -79,6 +80,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, corpus: Corpus, mesh: Mesh | None, device: torch.device) -> None:
         self.config, self.corpus, self.device, self.mesh = config, corpus, device, mesh
         self.axis = world_axis()
+        tasks, domains = config.moe.router.tasks, len(corpus.domains)
+        remedy = f"the data has {domains} domains, whose numbers are the tasks; set it to at least {domains}"
+        require(tasks is None or tasks >= domains, "moe.router.tasks", tasks, remedy)
         #: mesh axis whose ranks read different sequences
         self.data = LOCAL if mesh is None else mesh["dp"]
         self.micro_batches = config.micro_batches(self.data.size)
@@ -162,8 +166,8 @@ class Trainer:
         later = self.cursor.later(self.step, numbers, min(READ_AHEAD, config.steps - self.step - 1))
         self.ahead.expect([self.batches.share_of(each, self.data.rank, self.data.size) for each in later])
         batches = [
-            Batch(inputs_BS, labels_BS, documents=documents_of(inputs_BS, config, self.corpus))
-            for inputs_BS, labels_BS, _ in sampled
+            Batch(inputs_BS, labels_BS, documents=documents_of(inputs_BS, config, self.corpus), tasks=domain_B)
+            for inputs_BS, labels_BS, domain_B in sampled
         ]
         rate = learning_rate(config.optim, self.step, config.steps)
         accept: Accept = self.judge

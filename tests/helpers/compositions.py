@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from equimoe.moe import CapacityConfig, RouterConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
@@ -10,6 +12,7 @@ from equimoe.moe.parallel.stages import SCHEDULES, SPLITS_BACKWARD
 from tests.helpers.parity import Composition as C
 
 BF16 = "bfloat16"
+BY_EXPERTS: dict[str, Any] = {"normalize_weights": False, "sees_future": True}
 
 COMPOSITIONS: dict[str, C] = {
     # data and expert parallelism
@@ -179,6 +182,46 @@ COMPOSITIONS: dict[str, C] = {
         router=RouterConfig("sigmoid", normalize_weights=False, select="base"),
         top_k=1,
         recompute=True,
+    ),
+    "expert choice, dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(select="expert_choice", **BY_EXPERTS), recompute=True
+    ),
+    "expert choice, capped, fsdp 4, ep 4, no tokens on a rank": C(
+        4,
+        P(data_parallel="fsdp", ep=4),
+        router=RouterConfig(select="expert_choice", cap=3, z_loss=0.01, **BY_EXPERTS),
+        tokens="zero",
+    ),
+    "expert choice by position, cp 2, dp 2, ep 4 > dp 2": C(
+        4, P(cp=2, ep=4), router=RouterConfig(select="expert_choice_by_position", normalize_weights=False)
+    ),
+    "expert choice by position, capped, pp 2, tp 2, ep 2 > dp 1, recompute": C(
+        4,
+        P(pp=2, tp=2, ep=2),
+        router=RouterConfig(select="expert_choice_by_position", cap=4, normalize_weights=False),
+        micro_batches=4,
+        recompute=True,
+    ),
+    "hash, dp 4, ep 4, recompute": C(4, P(ep=4), router=RouterConfig(gate="hash"), recompute=True),
+    "hash, cp 2, tp 2, fsdp 2, ep 4 > dp 2": C(
+        8, P(cp=2, tp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="hash"), micro_batches=1, tokens="zero"
+    ),
+    "hash, pp 2, tp 2, ep 2 > dp 1, recompute": C(
+        4, P(pp=2, tp=2, ep=2), router=RouterConfig(gate="hash"), micro_batches=4, recompute=True
+    ),
+    "hash, cp 2, ep 2": C(2, P(cp=2, ep=2), router=RouterConfig(gate="hash")),
+    "hash, tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False), router=RouterConfig(gate="hash")),
+    "hash, pp 2, interleaved 1f1b": C(
+        2, P(pp=2, schedule="interleaved_1f1b"), router=RouterConfig(gate="hash"), micro_batches=4
+    ),
+    "task, dp 2, ep 2, recompute": C(
+        2, P(ep=2), router=RouterConfig(gate="task", tasks=3, z_loss=0.01), recompute=True
+    ),
+    "task, cp 2, fsdp 2, ep 4 > dp 2": C(
+        4, P(cp=2, data_parallel="fsdp", ep=4), router=RouterConfig(gate="task", tasks=3), tokens="zero"
+    ),
+    "task, pp 2, tp 2, ep 2 > dp 1, recompute": C(
+        4, P(pp=2, tp=2, ep=2), router=RouterConfig(gate="task", tasks=3), micro_batches=4, recompute=True
     ),
     "GShard, dp 4, ep 2, recompute": C(
         4,

@@ -82,7 +82,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         router=of.router,
         balance=BalanceConfig(
             of.scope,
-            0.0 if of.router.select in BALANCED else 0.1,
+            0.0 if of.router.select in BALANCED or of.router.gate == "hash" else 0.1,
             estimator="exact",
             micro_batches=micro_batches,
             counts=of.counts,
@@ -125,8 +125,9 @@ def _choose_clearly(model: Decoder) -> None:
         layer.router.weight.mul_(0.1).add_(directions_ED / 4)
 
 
-def batch(step: int, of: Composition) -> tuple[Tensor, ...]:
-    """Return inputs, labels and mask [G, S] of a step, and the numbers of documents if there are several."""
+def batch(step: int, of: Composition) -> dict[str, Tensor]:
+    """Return inputs, labels and mask [G, S] of a step, documents if there are several, and tasks [G] if they are
+    read."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     valid_G = torch.full((SEQUENCES,), LENGTH)
@@ -141,8 +142,12 @@ def batch(step: int, of: Composition) -> tuple[Tensor, ...]:
         labels[inputs % 3 == 0] = IGNORED
     if of.labels == "few":
         labels[first_rank if step != 1 else slice(None)] = IGNORED
-    # ids 0 to 3 end a document
-    return (inputs, labels, mask, document_numbers(inputs // 4, 0)) if of.documents else (inputs, labels, mask)
+    found = {"inputs": inputs, "labels": labels, "mask": mask}
+    if of.documents:  # ids 0 to 3 end a document
+        found["documents"] = document_numbers(inputs // 4, 0)
+    if of.router.tasks:
+        found["tasks"] = torch.arange(SEQUENCES) % (of.router.tasks + 1) - 1  # -1: unknown
+    return found
 
 
 def _by_value(like: Tensor) -> Tensor:
@@ -176,10 +181,10 @@ def train(of: Composition, mesh: Mesh | None, micro_batches: int) -> dict[str, A
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = batch(step, of)
-        parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole), strict=True)
-        found = engine.step([Batch(*part) for part in parts], lr=0.1)
+        parts = zip(*(t.chunk(dp)[rank].chunk(micro_batches) for t in whole.values()), strict=True)
+        found = engine.step([Batch(**dict(zip(whole, part, strict=True))) for part in parts], lr=0.1)
         assert found.applied
-        counted = int((whole[2] & (whole[1] != IGNORED)).sum())
+        counted = int((whole["mask"] & (whole["labels"] != IGNORED)).sum())
         result["loss"].append(float(sum(n.double().sum() for n in found.losses)) / max(counted, 1))
         result["norm"].append(float(found.norm))
     return result | {"gradients": optimizer.gradients[0], "parameters": optimizer.parameters}

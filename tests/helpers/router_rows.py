@@ -47,6 +47,10 @@ class Row:
     #: gate weights -> which of them are computed; may draw random numbers as the router does
     keep: Callable[[Tensor], list[list[bool]]] | None = None
     ks: tuple[int, ...] = (1, 3, E)
+    #: most choices of a token; None: k
+    width: int | None = None
+    #: number of tokens -> the codes that it reads
+    codes: Callable[[int], Tensor] | None = None
     #: other settings of the layer
     layer: dict[str, Any] = field(default_factory=dict)
 
@@ -121,11 +125,39 @@ def optimum(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
     return [[next(found)] if ok else best(row, 1) for row, ok in zip(logits_TE.tolist(), valid_T.tolist(), strict=True)]
 
 
-def jitter(size: float) -> Callable[[Weights, Tensor], Tensor]:
-    def logits(p: Weights, x_TD: Tensor) -> Tensor:
-        return product(p, x_TD * (torch.rand(x_TD.shape, device=x_TD.device).to(x_TD) * 2 * size + (1 - size)))
+def chosen_by_experts(
+    cap: int, sequences: int = 1, sigmoid: bool = False
+) -> Callable[[Tensor, Tensor, int], list[list[int]]]:
+    """Take pairs of token and expert in the order of scores, if both have room; tokens compete at each position of the
+    sequences, or all of them."""
 
-    return logits
+    def choose_all(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
+        tokens, experts = logits_TE.shape
+        scores = logits_TE.tolist() if sigmoid else logits_TE.softmax(1).tolist()
+        length = tokens // sequences if sequences > 1 else 1
+        chosen: list[list[int]] = [[] for _ in range(tokens)]
+        for position in range(length):
+            group = [t for t in range(position, tokens, length) if valid_T[t]]
+            room = [len(group) * k // experts] * experts
+            if not room[0]:
+                for t in group:
+                    chosen[t] = best(scores[t], k)
+                continue
+            for _, t, e in sorted((-scores[t][e], t, e) for t in group for e in range(experts)):
+                if room[e] and len(chosen[t]) < cap:
+                    chosen[t].append(e)
+                    room[e] -= 1
+        return chosen
+
+    return choose_all
+
+
+def jittered(size: float, x_TD: Tensor) -> Tensor:
+    return x_TD * (torch.rand(x_TD.shape, device=x_TD.device).to(x_TD) * 2 * size + (1 - size))
+
+
+def jitter(size: float) -> Callable[[Weights, Tensor], Tensor]:
+    return lambda p, x_TD: product(p, jittered(size, x_TD))
 
 
 def second_at_random(weights_TK: Tensor) -> list[list[bool]]:
@@ -145,6 +177,19 @@ def cosines(p: Weights, x_TD: Tensor) -> Tensor:
 
 def cosine(p: Weights, x_TD: Tensor) -> Tensor:
     return cosines(p, x_TD) * p["log_scale"].exp()
+
+
+def tasks(tokens: int) -> Tensor:
+    """Return four tasks and the unknown one in turn."""
+    return torch.arange(tokens, device=DEVICE) % 5 - 1
+
+
+def with_tasks(p: Weights, x_TD: Tensor) -> Tensor:
+    """Multiply [h; e] by one weight, where e is the embedding of the task, or the mean of all."""
+    codes = tasks(len(x_TD)).tolist()
+    mean = p["task_embedding"].mean(0)
+    e_TR = torch.stack([mean if code < 0 else p["task_embedding"][code] for code in codes])
+    return torch.cat((x_TD, e_TR), 1) @ torch.cat((p["weight"], p["task_weight"]), 1).T
 
 
 NO_LOSS = BalanceConfig(coefficient=0.0)
@@ -167,6 +212,15 @@ ROWS: dict[str, Row] = {
         balance_probs=lambda p, x_TD: (cosines(p, x_TD) / 0.07).softmax(1),
         ks=(2,),
     ),
+    "task": Row(
+        RouterConfig(gate="task", tasks=4, task_width=5, normalize_weights=False), logits=with_tasks, codes=tasks
+    ),
+    "task, sigmoid, jitter": Row(
+        RouterConfig("sigmoid", gate="task", tasks=4, jitter=0.3, normalize_weights=False),
+        logits=lambda p, x_TD: with_tasks(p, jittered(0.3, x_TD)),
+        codes=tasks,
+        ks=(2,),
+    ),
     "S-BASE": Row(
         RouterConfig(normalize_weights=False, select="sinkhorn"), choose_all=sinkhorn, layer={"balance": NO_LOSS}
     ),
@@ -182,6 +236,40 @@ ROWS: dict[str, Row] = {
         ks=(1,),
         layer={"balance": NO_LOSS},
     ),
+    "expert choice": Row(
+        RouterConfig(normalize_weights=False, select="expert_choice"),
+        choose_all=chosen_by_experts(E),
+        width=E,
+        layer={"balance": NO_LOSS},
+    ),
+    "expert choice, capped": Row(
+        RouterConfig(normalize_weights=False, select="expert_choice", cap=4, weight_scale=2.0),
+        choose_all=chosen_by_experts(4),
+        ks=(2, 3),
+        width=4,
+        layer={"balance": NO_LOSS},
+    ),
+    "expert choice, sigmoid": Row(
+        RouterConfig("sigmoid", normalize_weights=False, select="expert_choice"),
+        choose_all=chosen_by_experts(E, sigmoid=True),
+        ks=(2,),
+        width=E,
+        layer={"balance": NO_LOSS},
+    ),
+    "expert choice by position": Row(
+        RouterConfig(normalize_weights=False, select="expert_choice_by_position"),
+        choose_all=chosen_by_experts(E, sequences=3),
+        ks=(1, 4, E),
+        width=E,
+        layer={"balance": NO_LOSS},
+    ),
+    "expert choice by position, capped": Row(
+        RouterConfig(normalize_weights=False, select="expert_choice_by_position", cap=6),
+        choose_all=chosen_by_experts(6, sequences=3),
+        ks=(4,),
+        width=6,
+        layer={"balance": NO_LOSS},
+    ),
     "GShard": Row(RouterConfig(random_second=True), keep=second_at_random, ks=(2,)),
     "GShard, plain weights": Row(
         RouterConfig(normalize_weights=False, random_second=True), keep=second_at_random, ks=(2,)
@@ -192,6 +280,10 @@ ROWS: dict[str, Row] = {
     ),
     "top-p, kept logits": Row(RouterConfig(select="top_p", softmax_after_topk=True, top_p=0.9), top_p(0.9), ks=(4,)),
 }
+
+
+def codes_of(row: Row, tokens: int) -> Tensor | None:
+    return None if row.codes is None else row.codes(tokens)
 
 
 def router_of(row: Row, k: int, backend: str = "torch") -> Router:

@@ -54,7 +54,7 @@ def step(config: TrainConfig) -> tuple[dict[str, Any], list[list[dict[str, Any]]
     trainer = trainer_of(config)
     trainer.train_step()
 
-    def see(router: Router, x_TD: torch.Tensor, routing: Any) -> dict[str, Any]:
+    def see(router: Router, x_TD: torch.Tensor, routing: Any, _: Any) -> dict[str, Any]:
         x_TD, weight = x_TD.detach(), router.weight.detach()
         return {
             "training": torch.is_grad_enabled(),

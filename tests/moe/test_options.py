@@ -29,6 +29,7 @@ OTHER_VALUES = {
     **{"log.trackers": "wandb,mlflow", "log.profile": "10:13"},
 }
 
+CHOOSING = ["--moe.router.normalize_weights=false", "--moe.balance.coefficient=0", "--data.micro_batch=32"]
 #: options that must be set first
 ALSO = {
     **{
@@ -40,6 +41,11 @@ ALSO = {
     "placement.calibrate": ["--parallel.experts=fssdp", "--placement.memory_mb=9"],
     "moe.router.kept_groups": ["--moe.router.groups=2"],
     **dict.fromkeys(("moe.router.projection", "moe.router.temperature"), ["--moe.router.gate=cosine"]),
+    "moe.router.cap": ["--moe.router.select=expert_choice_by_position", *CHOOSING],
+    "moe.router.sees_future": ["--moe.router.select=expert_choice", *CHOOSING],
+    "moe.router.vocabulary": ["--moe.router.gate=hash", "--moe.balance.coefficient=0"],
+    "moe.router.tasks": ["--moe.router.gate=task"],
+    "moe.router.task_width": ["--moe.router.gate=task", "--moe.router.tasks=9"],
     "moe.router.top_p": ["--moe.router.select=top_p"],
     "moe.shared_gate": ["--moe.shared_intermediate_size=8"],
     "moe.capacity.max_tokens": ["--moe.capacity.pad"],

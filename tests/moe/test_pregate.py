@@ -29,7 +29,7 @@ def tokens(seed: int = 1) -> torch.Tensor:
 
 def test_all_layers_of_a_token_use_the_same_experts() -> None:
     model, ids = pregated(), tokens()
-    with watch_routers(model.decoder.moe_layers(), lambda router, x, routing: routing.ids_TK.clone()) as seen:
+    with watch_routers(model.decoder.moe_layers(), lambda router, x, routing, _: routing.ids_TK.clone()) as seen:
         model(ids)
     assert len(seen) == 3
     for (of_layer,) in seen:

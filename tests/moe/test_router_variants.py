@@ -13,9 +13,11 @@ from torch import Tensor
 from equimoe.moe import BalanceConfig, MoE, Step, recompute
 from equimoe.moe.routing import Router
 from tests.helpers import oracle
-from tests.helpers.router_rows import DEVICE, ROWS, D, E, Row, config_of, layer_of, router_of
+from tests.helpers.router_rows import DEVICE, ROWS, D, E, Row, codes_of, config_of, layer_of, router_of
 
 T = 21
+#: a tensor, a mask and codes
+Args = tuple[Tensor, Tensor | None, Tensor | None]
 OUTPUTS = ("weights_TK", "prob_sums_BE", "z_sum", "entropy_sum")
 CASES = [pytest.param(name, k, id=f"{name}, k={k}") for name, row in ROWS.items() for k in row.ks]
 #: with Triton, which is slow on a CPU, one number of experts each
@@ -37,7 +39,8 @@ def expected(
     ids = [row.choose(logits, k) for logits in logits_TE.tolist()]
     if row.choose_all is not None:
         ids = row.choose_all(logits_TE.detach(), mask_T, k)
-    weights_TK = torch.zeros(len(ids), k, dtype=torch.float64, device=x_TD.device)
+    width = row.width or k
+    weights_TK = torch.zeros(len(ids), width, dtype=torch.float64, device=x_TD.device)
     for t, chosen in enumerate(ids):
         total = scores_TE[t, chosen].sum() if row.config.normalize_weights else 1.0
         for place, e in enumerate(chosen):
@@ -55,7 +58,7 @@ def expected(
         outputs["entropy_sum"] = -(probs_TE * probs_TE.log()).sum(1)[mask_T].sum()
     mixed(outputs).backward()
     gradients = {name: w.grad for name, w in weights.items()} | {"x": x_TD.grad}
-    kept = [[True] * k] * len(ids) if row.keep is None else row.keep(weights_TK.detach())
+    kept = [[True] * width] * len(ids) if row.keep is None else row.keep(weights_TK.detach())
     return ids, kept, outputs | {name: g for name, g in gradients.items() if g is not None}
 
 
@@ -86,12 +89,12 @@ def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, m
         torch.manual_seed(5)
         x_TD = x_TD.detach().requires_grad_()
         router.zero_grad()
-        routing = router(x_TD, mask_T if masked else None, 3, decision)
+        routing = router(x_TD, mask_T if masked else None, 3, decision, codes_of(row, T))
         outputs = {n: value for n in OUTPUTS if (value := getattr(routing, n)) is not None}
         mixed(outputs).backward()
         got = outputs | {n: p.grad for n, p in router.named_parameters()} | {"x": x_TD.grad}
         for t, chosen in enumerate(ids):
-            chosen = chosen + [-1] * (k - len(chosen))
+            chosen = chosen + [-1] * ((row.width or k) - len(chosen))
             assert routing.decision.chosen_TK[t].tolist() == chosen, t
             assert routing.ids_TK[t].tolist() == [
                 e if ok and mask_T[t] else -1 for e, ok in zip(chosen, kept[t], strict=True)
@@ -104,7 +107,7 @@ def test_outputs_and_gradients_are_as_defined(name: str, k: int, backend: str, m
         decision = routing.decision
 
 
-def losses_of(layer: MoE, parts: list[Tensor], how: Any) -> dict[str, Tensor]:
+def losses_of(layer: MoE, parts: list[Args], how: Any) -> dict[str, Tensor]:
     """Train on all parts from one seed; return the gradients and the last counts."""
     torch.manual_seed(3)
     layer.zero_grad()
@@ -112,37 +115,37 @@ def losses_of(layer: MoE, parts: list[Tensor], how: Any) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in layer.named_parameters()} | {"random state": torch.get_rng_state()}
 
 
-def plainly(layer: MoE, parts: list[Tensor]) -> None:
+def plainly(layer: MoE, parts: list[Args]) -> None:
     step = Step.of(layer)
     with step.micro_batch(0):
-        first = layer(parts[0]).square().sum()
+        first = layer(*parts[0]).square().sum()
     with step.micro_batch(1):
-        second = layer(parts[1]).square().sum()
+        second = layer(*parts[1]).square().sum()
     (first + second).backward()
     step.end()
 
 
-def recomputed(layer: MoE, parts: list[Tensor]) -> None:
+def recomputed(layer: MoE, parts: list[Args]) -> None:
     step = Step.of(layer)
     outputs = []
-    for number, part in enumerate(parts):
+    for number, (part, *rest) in enumerate(parts):
         with step.micro_batch(number):
-            outputs.append(recompute(layer, part.clone().requires_grad_()).square().sum())
+            outputs.append(recompute(layer, part.clone().requires_grad_(), *rest).square().sum())
     sum(outputs).backward()  # type: ignore[attr-defined]
     step.end()
 
 
-def counted_ahead(layer: MoE, parts: list[Tensor]) -> None:
+def counted_ahead(layer: MoE, parts: list[Args]) -> None:
     step = Step.of(layer)
     before = torch.get_rng_state()
     with torch.no_grad():
         for number, part in enumerate(parts):
             with step.micro_batch(number, ahead=True):
-                layer(part)
+                layer(*part)
     torch.set_rng_state(before)
     for number, part in enumerate(parts):
         with step.micro_batch(number):
-            layer(part).square().sum().backward()
+            layer(*part).square().sum().backward()
     step.end()
 
 
@@ -152,7 +155,7 @@ def test_recomputation_and_counting_draw_the_same(name: str, k: int) -> None:
     row = ROWS[name]
     balance = replace(row.layer.get("balance", BalanceConfig(coefficient=0.3)), estimator="exact")
     layer = layer_of(row, k, balance=balance).double()
-    parts = [torch.randn(8, D, dtype=torch.float64), torch.randn(13, D, dtype=torch.float64)]
+    parts = [(torch.randn(n, D, dtype=torch.float64), None, codes_of(row, n)) for n in (8, 13)]
     want = losses_of(layer, parts, plainly)
     for how in (recomputed, counted_ahead):
         got = losses_of(layer, parts, how)
@@ -165,7 +168,8 @@ def test_recomputation_and_counting_draw_the_same(name: str, k: int) -> None:
 def test_no_tokens_and_only_masked_tokens(name: str, k: int) -> None:
     for tokens in (0, 5):
         layer = MoE(config_of(ROWS[name], k))
-        y = layer(torch.randn(tokens, D, requires_grad=True), torch.zeros(tokens, dtype=torch.bool))
+        mask, codes = torch.zeros(tokens, dtype=torch.bool), codes_of(ROWS[name], tokens)
+        y = layer(torch.randn(tokens, D, requires_grad=True), mask, codes)
         y.sum().backward()
         assert y.shape == (tokens, D) and not y.any() and int(layer.stats.counts.sum()) == 0
 
@@ -183,7 +187,7 @@ def test_compiles_as_one_graph(name: str) -> None:
     for module in (router, compiled):
         torch.manual_seed(2)
         router.zero_grad()
-        routing = module(x_TD, mask_T, 3)
+        routing = module(x_TD, mask_T, 3, None, codes_of(row, T))
         mixed({n: value for n in OUTPUTS if (value := getattr(routing, n)) is not None}).backward()
         found.append([*routing.decision, routing.counts_BE, *(p.grad for p in router.parameters())])
     for one, other in zip(*found, strict=True):

@@ -251,7 +251,7 @@ def test_share_of_tokens_that_choose_a_place() -> None:
             scores_TE = scores_TE * open_TG.repeat_interleave(16, dim=1)
         chosen_TK = scores_TE.topk(8, dim=1).indices
         if router is each:
-            chosen_TK = each_group(scores_TE, scores_TE, None, 8, 4)
+            chosen_TK = each_group(scores_TE, scores_TE, None, 1, 8, 4)
         want = float((chosen_TK < experts).any(1).float().mean())
         assert reached_fraction(MoEConfig(4, 4, 64, 8, router=router), experts) == pytest.approx(want, abs=0.01)
 

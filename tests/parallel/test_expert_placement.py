@@ -60,7 +60,7 @@ def train(engine: TorchEngine, mesh: Mesh, steps: range) -> list[float]:
     norms, of = [], Composition(mesh["stage"].size, mesh.degrees)
     dp, rank = mesh["dp"].size, mesh["dp"].rank
     for step in steps:
-        part = (t.chunk(dp)[rank] for t in batch(step, of))
+        part = (t.chunk(dp)[rank] for t in batch(step, of).values())
         found = engine.step([Batch(*part)], lr=1e-3)
         assert found.applied
         norms.append(float(found.norm))
@@ -333,7 +333,7 @@ def copied(rank: int, world: int) -> None:
     train(engine, mesh, range(2))
     model = engine.parts[0].eval()
     assert isinstance(model, Decoder) and all(len(layer.replication.replicas) for layer in model.moe_layers())
-    inputs, _, mask = batch(0, Composition(world))
+    inputs, _, mask = batch(0, Composition(world)).values()
     with torch.no_grad():
         assert torch.allclose(copy.deepcopy(model)(inputs, mask), model(inputs, mask), atol=1e-6)
 
@@ -433,7 +433,7 @@ def balanced(rank: int, world: int, ranks: int, alone: bool) -> tuple[list[float
                 layer.balancer.place(spread)
         else:
             engine.experts.move(owners, engine.optimizer)
-        part = (t.chunk(world)[rank] for t in batch(step, Composition(world)))
+        part = (t.chunk(world)[rank] for t in batch(step, Composition(world)).values())
         norms.append(float(engine.step([Batch(*part)], lr=1e-3).norm))
     biases = [layer.router.bias_E.clone() for engine in engines for layer in engine.parts[0].moe_layers()]
     return norms, biases, engines[0].parts[0].embedding.weight.detach()

@@ -34,6 +34,12 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
         RouterConfig("sigmoid", normalize_weights=False, select="base"),
         {"balance": BalanceConfig(coefficient=0.0), "top_k": 1},
     ),
+    "expert choice": (
+        RouterConfig(select="expert_choice", normalize_weights=False, cap=3, sees_future=True),
+        {"balance": BalanceConfig(coefficient=0.0)},
+    ),
+    "hash": (RouterConfig(gate="hash"), {"balance": BalanceConfig(coefficient=0.0)}),
+    "task": (RouterConfig(gate="task", tasks=3), {"balance": EXACT}),
     "top-p": (RouterConfig(select="top_p", entropy_loss=0.03), {"balance": EXACT}),
     "gshard": (
         RouterConfig(random_second=True),

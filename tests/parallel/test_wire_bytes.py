@@ -141,7 +141,7 @@ def test_dropped_duplicates_exchange_a_share() -> None:
         x = torch.randn(T, D, requires_grad=True)
         made = routing("nodes", torch.float32)
         with record_traffic() as entries:
-            share, _ = duplicates.split(x)
+            (share,) = duplicates.split(x)
             ids_TK = made.ids_TK[rank * T // world : (rank + 1) * T // world] if drop else made.ids_TK
             own = replace(made, decision=Decision(ids_TK, ids_TK), weights_TK=torch.ones(len(ids_TK), K))
             y = dispatcher.finish(dispatcher.send(share, own), lambda rows, plan: rows)

@@ -157,7 +157,7 @@ class DeepSpeedEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
         self._check_trained()
         try:
-            local = local_batches(batches, self._mesh, self._device)
+            local = local_batches(batches, self._mesh, self._device, self.parts)
             tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
             self.balance.begin(len(local), routed)
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
@@ -188,7 +188,7 @@ class DeepSpeedEngine:
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         with evaluation_mode(self.parts):
-            return self._runner.evaluate(local_batches(batches, self._mesh, self._device))
+            return self._runner.evaluate(local_batches(batches, self._mesh, self._device, self.parts))
 
     def weights(self) -> dict[str, Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.weights`."""

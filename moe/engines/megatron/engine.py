@@ -37,7 +37,7 @@ from ...parallel import (
 )
 from ..balance import StepBalance
 from ..base import Accept, Batch, Computed, OptimizerFactory, StepResult
-from ..inputs import accepted, count_tokens, evaluation_mode, local_batches, valid_positions
+from ..inputs import accepted, codes_read, count_tokens, evaluation_mode, local_batches, valid_positions
 from ..runners import Precision
 from .model import GPTStage, Weight, build_stage, copy_weights, transformer_config, weights
 from .moments import Moments
@@ -68,6 +68,8 @@ def build_megatron_engine(
     """
     if not isinstance(model, Decoder):
         raise ValueError(f"model: a {type(model).__name__}; the Megatron engine trains only a Decoder")
+    if reads := codes_read([model]):
+        raise ValueError(f"router.gate: the Megatron engine does not give routers the {reads}; use engine='torch'")
     device = device or next(model.parameters()).device
     mesh = _mesh_of_one(device) if mesh is None else mesh
     check_degrees(mesh.degrees)
@@ -257,7 +259,7 @@ class MegatronEngine:
             )
         parameters = {name: weight.parameter for name, weight in self._held.items()}
         try:
-            local = local_batches(batches, self._mesh, self._device)
+            local = local_batches(batches, self._mesh, self._device, self.parts)
             tokens, routed = count_tokens(batches, local, self._mesh, parameters)
             self._tokens.value = tokens.clamp_min(1)
             self.balance.begin(len(local), routed)
@@ -281,7 +283,7 @@ class MegatronEngine:
         if not batches:
             return []
         with evaluation_mode([self.megatron]):
-            local = local_batches(batches, self._mesh, self._device)
+            local = local_batches(batches, self._mesh, self._device, self.parts)
             return self._run(local, lambda m: nullcontext(), forward_only=True)
 
     def _run(
