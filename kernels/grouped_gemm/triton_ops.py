@@ -105,6 +105,12 @@ def load_weight(ptrs, n, N, k, left, EVEN: tl.constexpr):
     return tl.load(ptrs, mask=inside if EVEN else inside & (k[:, None] < left), other=0.0)
 
 
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the left and the right half of a tile's columns. What follows a product needs fewer registers for each."""
+    return tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
 @triton.jit(do_not_specialize=["num_tiles", "sources"])
 def _gemm_kernel(
     rows_ptr,
@@ -152,6 +158,25 @@ def _gemm_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(m[:, None] < stop) & (n[None, :] < N))
 
 
+@triton.jit
+def _store_wgrad(acc, out_ptr, n, first, N, K, ACCUMULATE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store columns of an expert's gradient [N, K] from ``first`` on, or add them to what is there."""
+    k = first + tl.arange(0, COLUMNS)
+    out_ptrs = out_ptr + n[:, None].to(tl.int64) * K + k[None, :]
+    mask = (n[:, None] < N) & (k[None, :] < K)
+    if ACCUMULATE:
+        acc += tl.load(out_ptrs, mask=mask, other=0.0)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rows_at(index_ptr, r, stop, sources):
+    """Return the source rows of sorted rows ``r`` below ``stop``; without an index, ``r`` itself."""
+    if index_ptr is not None:
+        r = clamp(tl.load(index_ptr + r, mask=r < stop, other=0), sources)
+    return r
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_dy", "sources"])
 def _wgrad_kernel(
     dy_ptr,
@@ -172,7 +197,11 @@ def _wgrad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """out[e] = dy[rows of e].T @ rows[rows of e], in tiles of BLOCK_M x BLOCK_N, BLOCK_K rows at a time."""
+    """out[e] = dy[rows of e].T @ rows[rows of e], in tiles of BLOCK_M x BLOCK_N, BLOCK_K rows at a time.
+
+    The index of a step's rows is loaded one step earlier. If a step loaded both, the compiler would wait for the index
+    in every step, and copy only one step ahead, whatever the number of stages.
+    """
     tiles_n, tiles_k = tl.cdiv(N, BLOCK_M), tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     expert = pid // (tiles_n * tiles_k)
@@ -181,24 +210,26 @@ def _wgrad_kernel(
     stop = clamp(tl.load(offsets_ptr + expert + 1), num_rows + 1)
     n = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = start + tl.arange(0, BLOCK_K)
+    a_row, b_row = _rows_at(dy_index_ptr, r, stop, num_dy), _rows_at(index_ptr, r, stop, sources)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(0, tl.cdiv(stop - start, BLOCK_K).to(tl.int32)):
-        r = start + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        valid = r < stop
-        a_row, b_row = r, r
-        if dy_index_ptr is not None:
-            a_row = clamp(tl.load(dy_index_ptr + r, mask=valid, other=0), num_dy)
-        if index_ptr is not None:
-            b_row = clamp(tl.load(index_ptr + r, mask=valid, other=0), sources)
+    for _ in range(0, tl.cdiv(stop - start, BLOCK_K).to(tl.int32)):
         # mask both sides: another expert's row may hold NaN, and 0 * NaN is NaN
-        a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=valid[:, None] & (n[None, :] < N), other=0.0)
-        b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=valid[:, None] & (k[None, :] < K), other=0.0)
+        valid = (r < stop)[:, None]
+        a = tl.load(dy_ptr + a_row[:, None] * N + n[None, :], mask=valid & (n[None, :] < N), other=0.0)
+        b = tl.load(rows_ptr + b_row[:, None] * K + k[None, :], mask=valid & (k[None, :] < K), other=0.0)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-    out_ptrs = out_ptr + expert.to(tl.int64) * N * K + n[:, None].to(tl.int64) * K + k[None, :]
-    mask = (n[:, None] < N) & (k[None, :] < K)
-    if ACCUMULATE:
-        acc += tl.load(out_ptrs, mask=mask, other=0.0)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        r += BLOCK_K
+        a_row, b_row = _rows_at(dy_index_ptr, r, stop, num_dy), _rows_at(index_ptr, r, stop, sources)
+    out_ptr += expert.to(tl.int64) * N * K
+    first = tile_k * BLOCK_N
+    if BLOCK_N > 128:
+        one, two = halves(acc, BLOCK_M, BLOCK_N)
+        half: tl.constexpr = BLOCK_N // 2
+        _store_wgrad(one, out_ptr, n, first, N, K, ACCUMULATE, half)
+        _store_wgrad(two, out_ptr, n, first + half, N, K, ACCUMULATE, half)
+    else:
+        _store_wgrad(acc, out_ptr, n, first, N, K, ACCUMULATE, BLOCK_N)
 
 
 def precision(dtype: torch.dtype) -> str:

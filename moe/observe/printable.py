@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 def fitted(start: str, parts: Sequence[str], between: str = ", ", end: str = "") -> str:
-    """Return ``start``, then the ``parts`` that fit into a line of WIDTH columns, the number of the others, and ``end``.
+    """Return ``start``, the ``parts`` that fit into a line of WIDTH columns, the number of the others, and ``end``.
 
     At least one part is there.
     """

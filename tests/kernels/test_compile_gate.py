@@ -9,10 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+from benchmarks.kernels.binary import CHIPS, Binary, blocks_together, table
+from equimoe.kernels.matmul_tiles import ARCHS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PLANT = """
@@ -84,7 +88,56 @@ def test_a_subset_of_what_is_shipped_passes() -> None:
         "benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "gfx942", "--only", "up_kernel bf16 few even silu"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "wgmma.mma_async" in done.stdout and "v_mfma_" in done.stdout and "4 compiled, 0 at fault" in done.stdout
+    assert " m64n64 " in done.stdout and " m32n32 " in done.stdout and "4 compiled, 0 at fault" in done.stdout
+
+
+GOOD = Binary(122, 0, 0, 98304, 2, "m64n256", 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, ""),
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"spills": 2}, "2 spilled"),
+        ({"shared": 232449}, "232449 bytes of shared memory"),
+        ({"matrix": ""}, "does not use the chip's matrix instruction"),
+        ({"depth": 2}, "holds 2 of 3 steps"),
+        ({"depth": 1}, "holds 1 of 3 steps"),
+    ],
+)
+def test_what_is_a_fault(change: dict[str, Any], fault: str) -> None:
+    assert "; ".join(GOOD._replace(**change).faults(CHIPS["sm_90"], True, 3)) == fault
+
+
+@pytest.mark.parametrize(
+    ("change", "loss"),
+    [
+        ({}, ""),
+        ({"registers": 255, "copies": 12, "blocks": 1}, ""),
+        ({"matrix": "m64n128"}, "multiplies by m64n128, in the table by m64n256"),
+        ({"matrix": ""}, "multiplies by no matrix instruction, in the table by m64n256"),
+        ({"depth": 2}, "holds 2 steps, in the table 3"),
+        ({"depth": 0}, "holds 0 steps, in the table 3"),
+    ],
+)
+def test_what_is_worse_than_the_table(change: dict[str, Any], loss: str) -> None:
+    assert "; ".join(GOOD._replace(**change).losses(GOOD, True)) == loss
+
+
+def test_blocks_of_a_multiprocessor() -> None:
+    """By shared memory with 1 KiB per block for the system, by registers in eights, and by warps."""
+    assert blocks_together(CHIPS["sm_90"], 128, 98304, 8) == 2 and blocks_together(CHIPS["sm_90"], 128, 131072, 8) == 1
+    assert blocks_together(CHIPS["sm_90"], 129, 98304, 8) == 1 and blocks_together(CHIPS["sm_90"], 16, 0, 8) == 8
+    assert blocks_together(CHIPS["sm_120"], 16, 0, 8) == 6 and blocks_together(CHIPS["gfx942"], 128, 32768, 8) == 2
+
+
+def test_the_table_covers_every_chip() -> None:
+    rows = table()
+    assert {chip for chip, _ in rows} == set(ARCHS) == set(CHIPS)
+    products = [row for row in rows.values() if row.chip == "sm_90" and row.tile and " bf16 many even" in row.label]
+    assert len(products) >= 8 and all(row.binary.matrix.startswith("m64n") for row in products)
+    assert all(not row.binary.stack and not row.binary.spills for row in rows.values())
 
 
 @pytest.mark.slow
