@@ -130,15 +130,20 @@ def test_options_of_the_balance_page_exist() -> None:
     assert balance.estimator == "exact" and balance.extra.micro == 1e-4
 
 
+def headings(document: Path) -> list[str]:
+    """Return the names by which links reach the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
 def test_every_link_of_the_documents_leads_somewhere() -> None:
     documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     for document in (*documents, *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
-            found = target.startswith("https://arxiv.org/") or (document.parent / target).exists()
-            if target.startswith("#"):
-                titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-                found = target[1:] in [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert found, f"{document}: {target}"
+            if not target.startswith("https://arxiv.org/"):
+                path, _, heading = target.partition("#")
+                page = document.parent / path if path else document
+                assert page.exists() and (not heading or heading in headings(page)), f"{document}: {target}"
 
 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "NOTES.md"]
