@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.balance.picture import PANELS, PICTURE, RESULTS, draw, last
 from equimoe.launch.options import parse
-from tests.helpers.fresh import python
+from tests.helpers.fresh import script
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
@@ -27,13 +27,13 @@ def examples(document: str) -> list[str]:
 
 def test_the_loop_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     (loop,) = examples("README.md")
-    counts = " ".join(python(loop, tmp_path, ROOT)).split("]")[0]
+    counts = " ".join(script(loop, tmp_path)).split("]")[0]
     assert sum(map(int, re.findall(r"\d+", counts))) == 8 * 128 * 2
 
 
 def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
     (every,) = examples("docs/routers.md")
-    found = dict(line.split(" [") for line in python(every, tmp_path, ROOT))
+    found = dict(line.split(" [") for line in script(every, tmp_path))
     sums = {name: sum(map(int, re.findall(r"\d+", counts))) for name, counts in found.items()}
     assert (
         len(sums) == 15
@@ -46,7 +46,7 @@ def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
 
 def test_the_op_of_the_kernels_page_runs(tmp_path: Path) -> None:
     (op,) = examples("docs/kernels.md")
-    assert python(op, tmp_path, ROOT) == ["(10, 32) (4, 32, 16)"]
+    assert script(op, tmp_path) == ["(10, 32) (4, 32, 16)"]
 
 
 @pytest.mark.slow
@@ -119,9 +119,9 @@ def test_targets_that_the_readme_names_exist(target: str) -> None:
 @pytest.mark.slow
 def test_the_balance_page_runs_as_it_stands(tmp_path: Path) -> None:
     watched, driven = examples("docs/balance.md")
-    report = ast.literal_eval(python(watched, tmp_path, ROOT)[-1])
+    report = ast.literal_eval(script(watched, tmp_path)[-1])
     assert report["balance_sequences"] == 16 and report["estimator_error"] == 0
-    assert python(driven, tmp_path, ROOT)[-1] == "4"
+    assert script(driven, tmp_path)[-1] == "4"
 
 
 def test_options_of_the_balance_page_exist() -> None:

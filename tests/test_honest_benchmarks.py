@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from benchmarks import planted, run
 from benchmarks.balance import scenarios
 from benchmarks.parallel import parity
 from benchmarks.shared import options
+from tests.helpers.command import Ended, launch
 from tests.helpers.slow import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +58,19 @@ def test_without_a_fault_there_are_figures(tmp_path: Path, capsys: pytest.Captur
     assert "| expert_mlp backward |" in capsys.readouterr().out
 
 
-def script(name: str, *arguments: str, first: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script in the folder ``first``, which also comes first on the import path."""
-    environment = {**os.environ, "PYTHONPATH": str(first), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, cwd=first, env=environment, capture_output=True, text=True, timeout=100)
+def script(name: str, *arguments: str, first: Path) -> Ended:
+    """Run a script in the folder ``first``, which also comes first on the import path, in a fork with torch."""
+
+    def main(argv: list[str]) -> None:
+        ours = ("equimoe", "benchmarks", "tests", "checkout")
+        for module in [module for module in sys.modules if module.partition(".")[0] in ours]:
+            del sys.modules[module]
+        there = BENCHMARKS / name
+        sys.argv = [str(there), *argv]
+        sys.path[:] = [str(there.parent), str(first), *(path for path in sys.path if path not in ("", str(ROOT)))]
+        runpy.run_path(str(there), run_name="__main__")
+
+    return launch(list(arguments), cwd=first, main=main)
 
 
 @pytest.fixture
@@ -82,8 +92,8 @@ def test_all_scripts_are_found() -> None:
 def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
     if name in ("planted.py", "kernels/compile_gate.py"):
         pytest.importorskip("triton")
-    done = script(name, "--help", first=installed)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr
+    ended = script(name, "--help", first=installed)
+    assert ended.codes == [0] and "usage:" in ended.out[0], ended
 
 
 def test_another_equimoe_that_is_imported_already_is_refused(installed: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from equimoe.launch.options import to_yaml
 from equimoe.moe.train.config import CheckpointConfig
+from tests.faults.agents import losses
 from tests.faults.inject import injected
 from tests.helpers import small
 from tests.helpers.command import Ended, Within, launch
@@ -58,7 +59,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return command
 
 
-@pytest.fixture
-def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Return the options of a run of twelve steps on two ranks, which saves every five."""
-    return write_config(tmp_path, monkeypatch, 20.0, ep=2, steps=12, checkpoint=CheckpointConfig(5, 9))
+    how: dict[str, Any] = {"ep": 2, "steps": 12, "checkpoint": CheckpointConfig(5, 9)}
+    with pytest.MonkeyPatch.context() as patch:
+        yield write_config(tmp_path_factory.mktemp("options"), patch, 20.0, **how)
+
+
+@pytest.fixture(scope="module")
+def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Return the losses of the run with these options that nothing interrupts."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert launch([*options, "--run-dir", str(run_dir)], 2, timeout=300).codes == [0, 0]
+    return losses(run_dir)

@@ -21,12 +21,14 @@ sys.path.insert(0, str(ROOT))
 from tests.faults.rows import ELSEWHERE, NOT_APPLICABLE, ROWS  # noqa: E402
 from tests.side_by_side import run  # noqa: E402
 
-#: name -> which tests: those of whole jobs, whose ranks often wait, and all others
-JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "nodes", "resume")]
+NODES = "tests/faults/test_nodes.py"
+JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "reshard", "resume", "soak")]
 OTHERS = sorted({function for functions in ELSEWHERE.values() for function in functions})
-HALVES = {
-    "jobs": JOBS,
-    "all else": ["tests/faults", *(f"--ignore={file}" for file in JOBS), *OTHERS],
+#: name -> which tests; more parts than a small machine has cores, because ranks that are restarted often wait
+PARTS = {
+    "jobs on nodes": [NODES],
+    "other jobs": JOBS,
+    "all else": ["tests/faults", *(f"--ignore={file}" for file in (NODES, *JOBS)), *OTHERS],
 }
 
 
@@ -111,7 +113,7 @@ def main(arguments: list[str]) -> int:
         reports = Path(folder, "table.jsonl")
         reports.touch()
         os.environ["EQUIMOE_FAULTS_TABLE"] = str(reports)
-        parts = {"selection": ["tests/faults", *OTHERS]} if arguments else HALVES
+        parts = {"selection": ["tests/faults", *OTHERS]} if arguments else PARTS
         files = {name: Path(folder, f"{number}.xml") for number, name in enumerate(parts)}
         options = ["-q", "-m", "faults or not slow", *arguments]
         code = run({name: [*which, f"--junitxml={files[name]}", *options] for name, which in parts.items()})

@@ -25,12 +25,6 @@ from tests.helpers.command import launch
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
 
-def assert_like_a_straight_run(options: list[str], run_dir: Path) -> None:
-    straight = run_dir.with_name("straight")
-    assert launch([*options, "--run-dir", str(straight)], 2).codes == [0, 0]
-    assert losses(run_dir) == losses(straight)
-
-
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [
@@ -60,12 +54,14 @@ def test_a_refused_start_is_not_a_takeover_after_torchruns_restart(options: list
     assert losses(tmp_path / "run") == before
 
 
-def test_a_signal_to_torchrun_alone_loses_no_step(options: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_alone_loses_no_step(
+    options: list[str], straight: dict[int, float], tmp_path: Path
+) -> None:
     job = Job(tmp_path / "run", [*options, "--requeue"], faults="term@rank=1,step=7,phase=data,whom=agent")
     assert job.supervise(300), job.logs()  # the supervisor replaces the agents, which continue the run
     # the signal reaches the ranks by way of their agent, in this step or a later one
     assert re.search(r"stopped by SIGTERM after step ([7-9]|1[01]) of 12; no step is lost", job.logs()), job.logs()
-    assert_like_a_straight_run(options, tmp_path / "run")
+    assert losses(tmp_path / "run") == straight
     report("6 SIGTERM to one of two agents", "holds", steps_lost=0)
 
 
@@ -100,7 +96,9 @@ def ended(process: subprocess.Popen[bytes], limit_s: float, log: Path) -> int:
         raise AssertionError(log.read_text()[-4000:]) from None
 
 
-def test_the_slurm_job_is_requeued_at_three_points(options: list[str], tmp_path: Path) -> None:
+def test_the_slurm_job_is_requeued_at_three_points(
+    options: list[str], straight: dict[int, float], tmp_path: Path
+) -> None:
     """Killed before the first checkpoint, asked to stop in the middle, and killed while it saves."""
     tools, run_dir, log = tmp_path / "tools", tmp_path / "run", tmp_path / "job.log"
     tool(tools, "scontrol", f'if [ "$1" = requeue ]; then touch {tmp_path}/requeued; else echo 127.0.0.1; fi')
@@ -130,11 +128,13 @@ def test_the_slurm_job_is_requeued_at_three_points(options: list[str], tmp_path:
         assert (tmp_path / "requeued").exists() == requeued, (number, log.read_text()[-4000:])
     assert "ended before its first checkpoint; starting again" in log.read_text()
     assert "stopped by SIGTERM after step 7" in log.read_text()
-    assert_like_a_straight_run(options, run_dir)
+    assert losses(run_dir) == straight
     report("52 Slurm, requeued at three points", "holds", requeued=3)
 
 
-def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: list[str], tmp_path: Path) -> None:
+def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(
+    options: list[str], straight: dict[int, float], tmp_path: Path
+) -> None:
     """Each process stands for a pod. The one that fails is replaced, as the job's controller would do."""
     (_, job) = yaml.safe_load_all((ROOT / "launch/k8s/train.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -170,5 +170,5 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(options: 
                 os.killpg(pod.pid, signal.SIGKILL)
     assert sum(starts) > 2
     assert re.fullmatch(r"step-0*12", checkpoint.newest(run_dir / "checkpoints").name)
-    assert_like_a_straight_run(options, run_dir)
+    assert losses(run_dir) == straight
     report("52 Kubernetes, one of two pods replaced", "holds", starts=sum(starts))

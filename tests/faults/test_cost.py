@@ -19,7 +19,7 @@ from equimoe.moe.train.trainer import Trainer
 from tests.faults.table import report
 from tests.helpers.fork import run_ranks
 
-ROUNDS, STEPS = 12, 2
+ROUNDS, STEPS = 8, 2
 
 
 @pytest.mark.faults

@@ -186,7 +186,7 @@ def test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted(
     """The user, or a node's monitor, has signalled every rank of a node."""
     code = tmp_path / "code"
     own = {"nodes": nodes, "processes": processes, "replacements": 0}
-    options += ["--parallel.ep", str(nodes * processes)]
+    options = [*options, "--parallel.ep", str(nodes * processes)]
     job = Job(tmp_path / "run", options, faults=faults, environment={"EQUIMOE_EXIT_FILE": str(code)}, **own)
     assert not job.supervise(60)
     assert code.read_text() == f"{128 + signal.SIGTERM}\n", job.logs()

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+import equimoe.launch.page as page
 import equimoe.launch.train as train
 
 Main = Callable[[list[str]], None]
@@ -54,7 +56,7 @@ def launch(
 ) -> Ended:
     """Call a command's ``main`` on ``world`` ranks, in the context that ``within`` returns.
 
-    A rank that does not finish in time gets the exit code -9.
+    A rank that does not finish in time gets the exit code -9. Reports have no figures, whose drawing takes seconds.
     """
     fork, start, port = multiprocessing.get_context("fork"), time.monotonic(), _free_port()
     with tempfile.TemporaryDirectory(prefix="command-") as folder:
@@ -106,7 +108,7 @@ def _main(
     _open_streams()
     if cwd is not None:
         os.chdir(cwd)
-    with within():
+    with mock.patch.object(page, "PLOTS", ()), within():
         main(argv)
 
 

@@ -1,4 +1,4 @@
-"""Runs Python code in a new process, as users do."""
+"""Runs Python code in a process of its own, as users do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.helpers.command import launch
 
 
 def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
@@ -16,3 +18,10 @@ def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def script(code: str, cwd: Path) -> list[str]:
+    """Run ``code`` as a script, in a fork of this process, which has imported torch already; return its lines."""
+    ended = launch([], cwd=cwd, main=lambda _: exec(compile(code, "script", "exec"), {"__name__": "__main__"}))
+    assert ended.codes == [0], ended
+    return ended.out[0].splitlines()

@@ -14,7 +14,7 @@ import pytest
 from equimoe.launch.upcycle import METHODS
 from equimoe.moe.interop import ADAPTERS
 from equimoe.moe.interop.families import FAMILIES
-from tests.helpers.fresh import python
+from tests.helpers.fresh import python, script
 from tests.helpers.small import write_texts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_the_script_for_expert_parallelism(tmp_path: Path) -> None:
 
 
 def test_the_script_for_blocks_of_ones_own(tmp_path: Path) -> None:
-    (line,) = python(SCRIPTS[OWN], tmp_path, ROOT)
+    (line,) = script(SCRIPTS[OWN], tmp_path)
     assert float(line.removeprefix("difference ")) < 1e-5
 
 

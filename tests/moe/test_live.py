@@ -18,14 +18,22 @@ import pytest
 
 from equimoe.launch import env, live
 from equimoe.launch.live import HOST, Live, serve
+from equimoe.launch.page import PLOTS
 from equimoe.launch.report import build, main
 from equimoe.moe.observe.metrics import to_line
 from tests.helpers.chromium import CHROMIUM, Chromium
 from tests.helpers.runs import made_up_run, observed
+from tests.helpers.slow import slow_but
 from tests.moe.test_report import Page, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = observed(made_up_run(steps=100, every=10, eval_every=50))
+
+
+@pytest.fixture
+def one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw one figure only, which saves seconds."""
+    monkeypatch.setattr(sys.modules["equimoe.launch.page"], "PLOTS", PLOTS[:1])
 
 
 @pytest.fixture
@@ -61,6 +69,7 @@ def more(folder: Path, records: list[dict[str, object]] = RECORDS[7:]) -> None:
         file.write(b"".join(map(to_line, records)))
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_the_page_is_made_anew_when_there_are_new_records(served: tuple[Path, int]) -> None:
     folder, port = served
     status, text, headers = ask(port, "/")
@@ -76,6 +85,7 @@ def test_the_page_is_made_anew_when_there_are_new_records(served: tuple[Path, in
     assert "step 100 of 100" in Page(ask(port, "/?again")[1]).words
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_nothing_else_is_answered(served: tuple[Path, int]) -> None:
     folder, port = served
     (folder / "secret.txt").write_text("secret")
@@ -92,6 +102,7 @@ def test_nothing_else_is_answered(served: tuple[Path, int]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "secret.txt"], "nothing was written"
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_it_waits_for_the_first_records(tmp_path: Path) -> None:
     page = Live([tmp_path], partial(build, [tmp_path]))
     assert "cannot be read (No such file or directory)" in Page(page.page().decode()).words
@@ -130,7 +141,9 @@ MODULE = ("-m", "equimoe.launch.report")
 SCRIPT = ("-c", "from equimoe.launch.report import main; raise SystemExit(main())")
 
 
-@pytest.mark.parametrize(("start", "code"), [(MODULE, -signal.SIGINT), (SCRIPT, 128 + signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("start", "code"), slow_but([(MODULE, -signal.SIGINT)], [(MODULE, -signal.SIGINT), (SCRIPT, 128 + signal.SIGINT)])
+)
 def test_ctrl_c_ends_the_command(tmp_path: Path, start: tuple[str, str], code: int) -> None:
     """A shell shows 130 for both, as for the other commands."""
     write_run(tmp_path, RECORDS[:3])
@@ -146,6 +159,7 @@ def test_ctrl_c_ends_the_command(tmp_path: Path, start: tuple[str, str], code: i
     assert process.stderr.read() == ""
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_the_page_asks_for_its_newest_version(served: tuple[Path, int]) -> None:
     """Without a browser: the script of the page uses the two addresses that the server answers, and no other."""
     text = ask(served[1], "/")[1]
