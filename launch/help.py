@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from ..moe.train.config import TrainConfig
 from .options import ONLY_WITH, RUN_OPTIONS, fields_of, hints_of, section_of, suggest, value_of
 from .recipes import RECIPES
+from .recipes.table import PUBLISHED, table
 from .text import option_text
 
 USAGE = """\
@@ -30,14 +31,16 @@ COMMON = (
 def help_text(start: TrainConfig, topic: str = "") -> str:
     """Return the help text for a ``topic``, with the defaults of the configuration ``start``.
 
-    "": the options that most runs set, and what sections are about; "all": every option; else those of the section with
-    this dotted name. Raises ValueError if there is none.
+    "": the options that most runs set, and what sections are about; "all": every option; "recipes": the sizes of
+    published models; else the options of the section with this dotted name. Raises ValueError if there is none.
     """
     if topic == "all":
         return "\n".join([*_introduction(), *_section("", TrainConfig, start)])
+    if topic == "recipes":
+        return table()
     if topic:
         return "\n".join(_topic(topic.replace("-", "_"), start))
-    lines = [*_introduction(), "\noptions that most runs set:", *(_option(name, start) for name in COMMON)]
+    lines = [*_introduction(brief=True), "\noptions that most runs set:", *(_option(name, start) for name in COMMON)]
     lines.append("\nsections:")
     for name, hint in hints_of(TrainConfig).items():
         if section_of(hint):
@@ -46,14 +49,18 @@ def help_text(start: TrainConfig, topic: str = "") -> str:
     return "\n".join(lines)
 
 
-def _introduction() -> list[str]:
+def _introduction(brief: bool = False) -> list[str]:
+    """Return the lines before the configuration's options; if ``brief``, only the names of published models."""
     lines = [USAGE, ""]
     for name, (hint, text) in RUN_OPTIONS.items():
         placeholder = {bool: ""}.get(hint, _placeholder(hint))
-        lines.append(_row(name.replace("_", "-"), "[all|SECTION]" if name == "help" else placeholder, text))
+        lines.append(_row(name.replace("_", "-"), "[all|recipes|SECTION]" if name == "help" else placeholder, text))
     lines.append("\nrecipes:")
     for name, recipe in RECIPES.items():
-        lines.append(_entry(f"{name}:", (inspect.getdoc(recipe) or "").split("\n\n")[0].replace("\n", " "), 0))
+        if not brief or name not in PUBLISHED:
+            lines.append(_entry(f"{name}:", (inspect.getdoc(recipe) or "").split("\n\n")[0].replace("\n", " "), 0))
+    if brief:
+        lines.append(_entry("published models; --help recipes has their sizes:", ", ".join(PUBLISHED), 0))
     return lines
 
 

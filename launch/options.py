@@ -63,7 +63,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "requeue": (bool, "for schedulers: resume if the run folder has a checkpoint, else start"),
     "dry_run": (bool, "check configuration and data and build the model, but do not train"),
     "print_config": (bool, "print the complete configuration as YAML for --config, but do not train"),
-    "help": (str, "print this text, all options, or those of a section, such as moe.balance"),
+    "help": (str, "print this text, all options, those of a section such as moe.balance, or the sizes of recipes"),
 }
 #: option or section -> the field that must have one of these values for it to have any effect
 ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -2,5 +2,6 @@
 
 from .dry_run import DryRun, dry_run, pretended
 from .memory_formulas import Memory, memory
+from .sizes import Sizes, sizes
 
-__all__ = ["DryRun", "Memory", "dry_run", "memory", "pretended"]
+__all__ = ["DryRun", "Memory", "Sizes", "dry_run", "memory", "pretended", "sizes"]

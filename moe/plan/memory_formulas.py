@@ -103,7 +103,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         "has no formula; use equimoe.launch.dryrun",
     )
     micro_batches = config.micro_batches(part.degrees.dp)
-    weights = list(_weights(config, part, vocabulary))
+    weights = list(weights_of(config, part, vocabulary))
     padded = own = 0
     for weight in weights:
         over, number = part.shard(weight.expert)
@@ -167,7 +167,7 @@ def _in_flight(config: TrainConfig, part: RankPart, micro_batches: int) -> int:
 # ---- weights
 
 
-def _weights(config: TrainConfig, part: RankPart, vocabulary: int) -> Iterator[Weight]:
+def weights_of(config: TrainConfig, part: RankPart, vocabulary: int) -> Iterator[Weight]:
     hidden, tp = config.moe.hidden_size, part.degrees.tp
     if part.first:
         yield Weight(ceil(vocabulary / tp), hidden)

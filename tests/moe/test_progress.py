@@ -27,8 +27,9 @@ def test_progress_line() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_line_fits_100_columns_with_everything_that_matters(name: str) -> None:
     """On many GPUs, at the last steps of the recipe."""
-    steps = RECIPES[name]().steps
-    large = {"step": steps - 99, "loss": 11.5012, "grad_norm": 12.25, "tokens": 9e12, "tokens_per_s": 12.53e6}
+    steps, data = RECIPES[name]().steps, RECIPES[name]().data
+    tokens = min((steps - 99) * data.global_batch * data.seq_len, 9e12)
+    large = {"step": steps - 99, "loss": 11.5012, "grad_norm": 12.25, "tokens": tokens, "tokens_per_s": 12.53e6}
     large |= {"tokens_per_s_per_device": 12_240.0, "tflops_per_device": 412.4, "mfu": 0.4168, "max_over_mean": 13.1}
     line = progress_line(TRAIN | large | {"memory_bytes": 75.25 * (1 << 30)}, steps, devices=1024)
     assert len(line) <= 100

@@ -142,7 +142,7 @@ def test_a_rank_with_one_expert(dispatcher: Any) -> None:
 ONE_EACH = {"quickstart": 8, "mixtral": 8, "qwen3_global_batch": 64, "qwen3_235b": 128, "deepseek_v3": 256}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ONE_EACH)
 @pytest.mark.slow
 def test_recipes_with_one_expert_on_each_rank(name: str) -> None:
     """Each recipe runs with one layer."""
@@ -333,19 +333,6 @@ def test_ways_to_keep_less(how: list[str]) -> None:
         assert nodes == {("ep.across", False), ("ep.within", True)}
     else:
         within(found, config)
-
-
-def test_parameters_are_as_published() -> None:
-    """Published numbers of parameters: 671 and 235 billion, summed over one rank of each stage."""
-    for name, published in (("deepseek_v3", 671.0e9), ("qwen3_235b", 235.1e9)):
-        config, total = RECIPES[name](), 0
-        vocab, d = config.model.vocab_size or 0, config.moe.hidden_size
-        for stage in range(16):
-            stages = replace(config.parallel, tp=1, ep=1, data_parallel="ddp")
-            one = replace(config, dtype="float32", parallel=stages, data=replace(config.data, global_batch=65536))
-            total += memory(one, 1024, 64 * stage).parameters // 4
-        assert total == pytest.approx(published, rel=2e-3)
-        assert total > vocab * d
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_model_that_cannot_fill_its_weights_is_refused() -> None:
 RANK_OF_MANY = """
 import resource, sys
 import torch
-from equimoe.launch.recipes.deepseek_v3 import deepseek_v3
+from equimoe.launch.recipes.deepseek import deepseek_v3
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.parallel.grad_norm import local_part
 from equimoe.moe.plan.dry_run import pretended

@@ -1,0 +1,128 @@
+"""Mixtral 8x7B, OLMoE, Pangu Pro MoE and Ling at their published sizes."""
+
+from __future__ import annotations
+
+from ...moe.config import AttentionConfig, BalanceConfig, MoEConfig, RouterConfig
+from ...moe.train.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from .common import at_scale
+
+
+def mixtral_8x7b() -> TrainConfig:
+    """Mixtral 8x7B: 46.7 billion parameters (12.9 billion active), eight wide experts, top-2, for 128 ranks.
+
+    Jiang et al. 2024, arXiv 2401.04088. Gate weights are a softmax over the two chosen logits. The training is not
+    published: the balance loss is that of the released configuration, 0.02 over a micro-batch; batch, learning rate and
+    mesh are ours. ``mixtral`` is its routing in a small model.
+    """
+    return at_scale(
+        steps=500_000,
+        model=ModelConfig(num_layers=32, num_heads=32, intermediate_size=14336, vocab_size=32000),
+        moe=MoEConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_experts=8,
+            top_k=2,
+            router=RouterConfig(softmax_after_topk=True),
+            balance=BalanceConfig(scope="micro", coefficient=0.02),
+        ),
+        attention=AttentionConfig(num_kv_heads=8, rotary_base=1e6),
+        data=DataConfig(seq_len=8192, global_batch=512, micro_batch=1),
+        optim=OptimConfig(lr=3e-4, warmup_steps=2000),
+        parallel=ParallelConfig(pp=4, ep=8),
+    )
+
+
+def olmoe() -> TrainConfig:
+    """OLMoE-1B-7B: 6.9 billion parameters (1.3 billion active), 64 experts, top-8, for 256 ranks.
+
+    Muennighoff et al. 2024, arXiv 2409.02060. Dropless; gate weights are scores without normalisation; balance loss
+    0.01 over a micro-batch, z-loss 0.001; RMSNorm over all heads of queries and of keys; 1,024 sequences per step,
+    5.1 trillion tokens. As in the paper, FSDP shards all weights, and there is no expert parallelism.
+    """
+    return at_scale(
+        steps=1_223_842,
+        model=ModelConfig(num_layers=16, num_heads=16, intermediate_size=1024, vocab_size=50304),
+        moe=MoEConfig(
+            hidden_size=2048,
+            intermediate_size=1024,
+            num_experts=64,
+            top_k=8,
+            router=RouterConfig(normalize_weights=False, z_loss=0.001),
+            balance=BalanceConfig(scope="micro", coefficient=0.01),
+        ),
+        attention=AttentionConfig(qk_norm=True, qk_norm_over="all_heads"),
+        data=DataConfig(seq_len=4096, global_batch=1024, micro_batch=1),
+        optim=OptimConfig(lr=4e-4, warmup_steps=2500),
+        parallel=ParallelConfig(),
+    )
+
+
+def pangu_pro_72b() -> TrainConfig:
+    """Pangu Pro MoE: 72 billion parameters (16.5 billion active), one expert of each of eight groups, for 256 ranks.
+
+    Tang et al. 2025, arXiv 2505.21411. Each of eight expert-parallel ranks holds one group of eight experts, and gets
+    equally many rows from every token; a loss balances the experts of a group. Four shared experts. The coefficient,
+    batch and learning rate are ours; the paper trains on 4,000 devices.
+    """
+    return at_scale(
+        steps=775_000,
+        model=ModelConfig(num_layers=48, num_heads=40, intermediate_size=12800, vocab_size=153376, norm_eps=1e-5),
+        moe=MoEConfig(
+            hidden_size=5120,
+            intermediate_size=1344,
+            num_experts=64,
+            top_k=8,
+            shared_intermediate_size=4 * 1344,
+            router=RouterConfig(select="each_group", groups=8, normalize_weights=False),
+            balance=BalanceConfig(scope="micro", coefficient=0.001),
+        ),
+        attention=AttentionConfig(num_kv_heads=8, head_width=128),
+        data=DataConfig(seq_len=4096, global_batch=4096, micro_batch=1),
+        optim=OptimConfig(lr=3e-4, warmup_steps=2000),
+        parallel=ParallelConfig(pp=8, ep=8),
+    )
+
+
+def ling_lite() -> TrainConfig:
+    """Ling-Lite: 16.8 billion parameters (2.75 billion active), two shared experts and 6 of 64, for 64 ranks.
+
+    Ling Team 2025, arXiv 2503.05139. Dropless; normalised gate weights; balance loss 0.015, z-loss 0.0001; learning
+    rate 2.4e-4 after 2,000 steps of warm-up. The mesh is ours.
+    """
+    return at_scale(
+        steps=245_000,
+        model=ModelConfig(num_layers=28, num_heads=16, intermediate_size=5632, vocab_size=126464, norm_eps=1e-6),
+        moe=_ling(2048, 1408, top_k=6, shared=2),
+        attention=AttentionConfig(num_kv_heads=4, rotary_base=6e5),
+        data=DataConfig(seq_len=4096, global_batch=8960, micro_batch=1),
+        optim=OptimConfig(lr=2.4e-4, schedule="wsd", warmup_steps=2000),
+        parallel=ParallelConfig(ep=8),
+    )
+
+
+def ling_plus() -> TrainConfig:
+    """Ling-Plus: 290 billion parameters (28.8 billion active), a shared expert and 4 of 64, for 1,024 ranks.
+
+    Ling Team 2025, arXiv 2503.05139, trained as Ling-Lite. 8 pipeline stages, experts over 32 ranks; the mesh is ours.
+    """
+    return at_scale(
+        steps=245_000,
+        model=ModelConfig(num_layers=88, num_heads=42, intermediate_size=12288, vocab_size=126464, norm_eps=1e-6),
+        moe=_ling(5376, 3072, top_k=4, shared=1),
+        attention=AttentionConfig(num_kv_heads=6, rotary_base=6e5),
+        data=DataConfig(seq_len=4096, global_batch=8960, micro_batch=1),
+        optim=OptimConfig(lr=2.4e-4, schedule="wsd", warmup_steps=2000),
+        parallel=ParallelConfig(pp=8, ep=32),
+    )
+
+
+def _ling(hidden: int, width: int, top_k: int, shared: int) -> MoEConfig:
+    return MoEConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_experts=64,
+        top_k=top_k,
+        shared_intermediate_size=shared * width,
+        router=RouterConfig(z_loss=1e-4),
+        balance=BalanceConfig(scope="micro", coefficient=0.015),
+    )

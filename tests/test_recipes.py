@@ -1,0 +1,112 @@
+"""The recipes of published models: their sizes, their architectures, and the meshes that they are meant for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from equimoe.launch.options import parse
+from equimoe.launch.recipes import RECIPES
+from equimoe.launch.recipes.table import PUBLISHED, parameters, table
+from equimoe.moe.parallel.stages import check_pipeline
+from equimoe.moe.plan import DryRun, dry_run, memory, sizes
+from equimoe.moe.train.build import build_model
+from equimoe.moe.train.config import TrainConfig
+from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
+
+ROOT = Path(__file__).resolve().parents[1]
+#: recipes of our own models
+STUDIES = {"quickstart", "mixtral", "qwen3_global_batch"}
+
+
+def agrees(count: int, printed: str) -> bool:
+    """Return whether a number is the printed one to 1 %, or to its last digit."""
+    number = printed.removeprefix(">").removesuffix("B")
+    last = 1e9 * 10.0 ** -len(number.partition(".")[2])
+    if printed.startswith(">"):
+        return 1.0 < count / (float(number) * 1e9) < 1.05
+    return abs(count - float(number) * 1e9) <= max(0.01 * float(number) * 1e9, last)
+
+
+def test_all_published_models_have_a_row() -> None:
+    assert set(PUBLISHED) | STUDIES == set(RECIPES) and not STUDIES & set(PUBLISHED)
+    for name, published in PUBLISHED.items():
+        assert f"arXiv {published.paper}" in (RECIPES[name].__doc__ or "")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_are_as_published(name: str) -> None:
+    published, (total, active) = PUBLISHED[name], parameters(name)
+    assert published.total is None or agrees(total, published.total), total
+    assert published.active is None or agrees(active, published.active), active
+
+
+def test_what_agrees() -> None:
+    assert agrees(16_376_000_000, "16.4B") and agrees(3_353_000_000, "3.3B") and agrees(21_376_000_000, "21B")
+    assert not agrees(16_600_000_000, "16.4B") and not agrees(3_410_000_000, "3.3B")
+    assert agrees(619_200_000_000, ">600B") and not agrees(599_000_000_000, ">600B")
+
+
+@pytest.mark.parametrize("name", slow_but(["quickstart", "xmoe", "deepseek_v3"], RECIPES))
+def test_sizes_are_those_of_the_model_that_is_built(name: str) -> None:
+    config, vocabulary = RECIPES[name](), RECIPES[name]().model.vocab_size or 257
+    with torch.device("meta"):
+        model = build_model(config, vocabulary)
+    found = sizes(config, vocabulary)
+    assert found.total == sum(p.numel() for p in model.parameters())
+    assert found.embedding == model.get_parameter("embedding.weight").numel()
+    idle = 1 - config.moe.top_k / config.moe.num_experts
+    experts = sum(w.numel() for layer in model.moe_layers() for w in layer.experts.parameters())
+    assert found.active == found.total - round(experts * idle)
+
+
+def test_sizes_need_a_vocabulary() -> None:
+    with pytest.raises(ValueError, match="model.vocab_size=None: give the tokenizer's vocabulary size"):
+        sizes(RECIPES["quickstart"]())
+
+
+def test_the_page_has_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help", "recipes"])
+    assert capsys.readouterr().out == table() + "\n"
+    assert table() in (ROOT / "docs" / "recipes.md").read_text()
+    assert "| `deepseek_v3` | " in table() and " | 671.0B | 671B | 36.63B * | 36.6B | 1,024 | 19.3 |" in table()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_mesh_can_be_launched(name: str) -> None:
+    """Its degrees fit the ranks, experts, heads and batch, and every rank fits a GPU of 80 GB."""
+    config, ranks = RECIPES[name](), PUBLISHED[name].ranks
+    degrees = config.degrees(ranks)
+    if degrees.pp > 1:
+        layers, passes = config.model.num_layers, config.micro_batches(degrees.dp)
+        check_pipeline(degrees.schedule, degrees.pp, degrees.stages_of_rank, passes, layers, config.data.micro_batch)
+    for rank in range(0, ranks, ranks // degrees.pp):
+        assert memory(config, ranks, rank).total < 64 << 30
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_recipe_runs_dry_on_its_mesh(name: str) -> None:
+    """The weights, gradients and optimizer state of the last rank are those of the formula."""
+    config, ranks = RECIPES[name](), PUBLISHED[name].ranks
+    found, formula = dry(config, ranks, ranks - 1), memory(config, ranks, ranks - 1)
+    for kind in ("parameters", "gradients", "optimizer state"):
+        assert found.most[kind] == getattr(formula, kind.replace(" ", "_")), kind
+    assert found.most["activations"] > 0 and found.flops["experts"] > 0
+
+
+def dry(config: TrainConfig, world: int, rank: int) -> DryRun:
+    """Run in a process of its own, because the fake process group would disturb later ones."""
+
+    def script(*_: Any) -> DryRun:
+        dist.destroy_process_group()
+        return dry_run(config, world, rank)
+
+    return run_ranks(script, 1, timeout=500.0)[0]
