@@ -84,7 +84,7 @@ _HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
         "gemm": MatmulTile(128, 256, 64, 8, 3),
         "plain": MatmulTile(128, 128, 64, 8, 4),
         "gated": MatmulTile(128, 256, 64, 8, 3),
-        "gated_grad": MatmulTile(128, 64, 64, 8, 3),
+        "gated_grad": MatmulTile(128, 128, 64, 8, 3),
         "wgrad": MatmulTile(128, 256, 64, 8, 4),
     },
     ("sm_100", "few"): {
