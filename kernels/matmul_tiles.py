@@ -24,8 +24,8 @@ class MatmulTile(NamedTuple):
     group: int = 8
 
 
-#: in order: a plain product; the up product with its activation; the gate and up products in one tile (``n`` columns
-#: of each); the gradient of the activation's input; weight gradients
+#: in order: a plain product; the up product with its activation; gate and up as one product with their activation
+#: (``n`` columns of both together); the gradient of the activation's input; weight gradients
 OPS = ("gemm", "plain", "gated", "gated_grad", "wgrad")
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 BUCKETS = ("few", "many")
@@ -36,14 +36,14 @@ _SMALL = MatmulTile(16, 16, 16, 1, 1, 2)
 _FP32 = {
     "gemm": MatmulTile(32, 64, 16, 8, 2),
     "plain": MatmulTile(32, 64, 16, 8, 2),
-    "gated": MatmulTile(32, 32, 16, 8, 2),
+    "gated": MatmulTile(32, 64, 16, 8, 2),
     "gated_grad": MatmulTile(32, 32, 16, 8, 2),
     "wgrad": MatmulTile(64, 64, 16, 8, 2),
 }
 _FEW = {
     "gemm": MatmulTile(64, 128, 32, 4, 3),
     "plain": MatmulTile(64, 128, 32, 8, 3),
-    "gated": MatmulTile(64, 64, 32, 4, 3),
+    "gated": MatmulTile(64, 128, 32, 4, 3),
     "gated_grad": MatmulTile(64, 64, 32, 4, 3),
     "wgrad": MatmulTile(64, 128, 32, 4, 3),
 }
@@ -54,7 +54,7 @@ _FP32_UNALIGNED = {**_FP32, "gemm": MatmulTile(64, 32, 16, 8, 2)}
 _UNALIGNED = {
     "gemm": MatmulTile(128, 64, 32, 8, 2),
     "plain": MatmulTile(64, 64, 32, 8, 2),
-    "gated": MatmulTile(64, 32, 32, 4, 2),
+    "gated": MatmulTile(64, 64, 32, 4, 2),
     "gated_grad": MatmulTile(64, 32, 32, 4, 2),
     "wgrad": MatmulTile(64, 64, 32, 8, 2),
 }
@@ -65,35 +65,39 @@ _HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
     ("sm_80", "many"): {
         "gemm": MatmulTile(128, 128, 32, 8, 4),
         "plain": MatmulTile(128, 64, 32, 8, 4),
-        "gated": MatmulTile(128, 64, 32, 8, 4),
+        "gated": MatmulTile(128, 128, 32, 8, 4),
         "gated_grad": MatmulTile(128, 32, 32, 8, 3),
         "wgrad": MatmulTile(128, 128, 32, 8, 4),
     },
     ("sm_90", "few"): {
         "gemm": MatmulTile(64, 128, 64, 4, 4),
         "plain": MatmulTile(64, 128, 64, 8, 4),
-        "gated": MatmulTile(64, 64, 64, 4, 4),
+        "gated": MatmulTile(64, 128, 64, 4, 4),
         "gated_grad": MatmulTile(64, 64, 64, 8, 3),
         "wgrad": MatmulTile(64, 128, 64, 4, 3),
     },
+    # Clocks per 64 products in K on an H200, as tensor cores / shared memory / L2 (benchmarks/kernels/predict.py): a
+    # 128 x 256 tile takes 1024 / 1024 / 1298, a 128 x 128 one 512 / 640 / 865 and gate and up as two products of 64
+    # columns 512 / 768 / 865. L2 limits all of them, so tiles are as wide as the registers permit. The gradient behind
+    # the activation has 128 columns, because what follows its product would not fit into registers for 256.
     ("sm_90", "many"): {
         "gemm": MatmulTile(128, 256, 64, 8, 3),
         "plain": MatmulTile(128, 128, 64, 8, 4),
-        "gated": MatmulTile(128, 64, 64, 8, 4),
-        "gated_grad": MatmulTile(128, 64, 64, 8, 3),
+        "gated": MatmulTile(128, 256, 64, 8, 3),
+        "gated_grad": MatmulTile(128, 128, 64, 8, 3),
         "wgrad": MatmulTile(128, 256, 64, 8, 4),
     },
     ("sm_100", "few"): {
         "gemm": MatmulTile(64, 128, 64, 4, 4),
         "plain": MatmulTile(64, 128, 64, 8, 4),
-        "gated": MatmulTile(64, 64, 64, 4, 4),
+        "gated": MatmulTile(64, 128, 64, 4, 4),
         "gated_grad": MatmulTile(64, 64, 64, 8, 3),
         "wgrad": MatmulTile(64, 128, 64, 4, 3),
     },
     ("sm_100", "many"): {
         "gemm": MatmulTile(128, 256, 64, 8, 3),
         "plain": MatmulTile(128, 128, 64, 8, 4),
-        "gated": MatmulTile(128, 64, 64, 8, 4),
+        "gated": MatmulTile(128, 128, 64, 8, 4),
         "gated_grad": MatmulTile(128, 64, 64, 8, 3),
         "wgrad": MatmulTile(128, 128, 64, 8, 3),
     },
@@ -101,16 +105,19 @@ _HALF: dict[tuple[str, str], dict[str, MatmulTile]] = {
     ("sm_120", "many"): {
         "gemm": MatmulTile(128, 128, 32, 8, 3),
         "plain": MatmulTile(128, 128, 32, 8, 3),
-        "gated": MatmulTile(128, 64, 32, 8, 3),
+        "gated": MatmulTile(128, 128, 32, 8, 3),
         "gated_grad": MatmulTile(128, 32, 32, 8, 3),
         "wgrad": MatmulTile(128, 128, 32, 8, 3),
     },
-    **{(arch, "few"): {op: MatmulTile(64, 64, 32, 4, 2) for op in OPS} for arch in ("gfx942", "gfx950")},
+    **{
+        (arch, "few"): {**{op: MatmulTile(64, 64, 32, 4, 2) for op in OPS}, "gated": MatmulTile(64, 128, 32, 4, 2)}
+        for arch in ("gfx942", "gfx950")
+    },
     **{
         (arch, "many"): {
             "gemm": MatmulTile(128, 128, 64, 8, 2),
             "plain": MatmulTile(128, 128, 64, 8, 2),
-            "gated": MatmulTile(128, 64, 64, 8, 2),
+            "gated": MatmulTile(128, 128, 64, 8, 2),
             "gated_grad": MatmulTile(128, 64, 64, 8, 2),
             "wgrad": MatmulTile(128, 128, 64, 8, 2),
         }

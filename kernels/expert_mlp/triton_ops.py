@@ -23,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import launch_on
+from ..activations.triton_ops import activate, store_gradients
 from ..grouped_gemm.triton_ops import (
     clamp,
     gemm,
+    halves,
     launch_options,
     load_rows,
     load_weight,
@@ -42,27 +44,38 @@ from .types import MLPOptions
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """Return (act(z), act'(z)) in fp32. The compiler eliminates an unused result."""
-    if ACTIVATION == "silu":
-        sigmoid = tl.sigmoid(z)
-        value = z * sigmoid
-        slope = sigmoid + value * (1.0 - sigmoid)
-    elif ACTIVATION == "gelu":
-        below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-        value = z * below
-        slope = below + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 is sigmoid(2u)
-        sigmoid = tl.sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
-        value = z * sigmoid
-        slope = sigmoid + value * (1.0 - sigmoid) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+def _store_up(
+    acc,
+    first,
+    m,
+    stop,
+    w,
+    pre_ptr,
+    h_ptr,
+    F,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store columns of the up product from ``first`` on: h, and pre if KEEP. If GATED, gate and up alternate in acc."""
+    n = first + tl.arange(0, COLUMNS)
+    mask = (m[:, None] < stop) & (n[None, :] < F)
+    h_ptrs = h_ptr + m[:, None] * F + n[None, :]
+    if GATED:
+        z, up = acc.reshape(ROWS, COLUMNS, 2).split()
+        if KEEP:
+            pre_ptrs = pre_ptr + m[:, None] * (2 * F) + n[None, :]
+            tl.store(pre_ptrs, z.to(pre_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=mask)
+        h, slope = activate(z, ACTIVATION)
+        h *= up
     else:
-        tl.static_assert(ACTIVATION == "relu2")
-        positive = tl.where(z < 0.0, 0.0, z)  # keeps NaN, unlike tl.maximum
-        value = positive * positive
-        slope = 2.0 * positive
-    return value, slope
+        if KEEP:
+            tl.store(pre_ptr + m[:, None] * F + n[None, :], acc.to(pre_ptr.dtype.element_ty), mask=mask)
+        h, slope = activate(acc, ACTIVATION)
+    tl.store(h_ptrs, (h * w).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "routed"])
@@ -92,44 +105,39 @@ def _up_kernel(
 ):
     """pre[R, U] = x[flat // choices] @ gate_up[e].T (if KEEP), and h[R, F] = w * act(gate) * up, or w * act(pre).
 
-    Dropped rows of pre are set to zero, because pre is an output of a custom op and must be written completely. Dropped
-    rows of h are never read.
+    Gate and up are one product of twice the width, because a wider matrix instruction reads less shared memory per
+    operation. The weights stay as they are: the tile's columns are loaded from gate and up in turn, so that a thread
+    gets both factors of h. Dropped rows of pre are set to zero, because pre is an output of a custom op and must be
+    written completely. Dropped rows of h are never read.
     """
-    expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, BLOCK_N), BLOCK_M, GROUP)
+    parts: tl.constexpr = 2 if GATED else 1
+    WIDTH: tl.constexpr = BLOCK_N // parts
+    expert, column, m, source, stop = locate(tiles_ptr, num_tiles, tl.cdiv(F, WIDTH), BLOCK_M, GROUP)
     if (expert < 0) | ((expert == E) & (not KEEP)):
         return
-    halves: tl.constexpr = 2 if GATED else 1
-    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    j, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n = column * WIDTH + j // parts
     flat = clamp(tl.load(flat_ptr + source), routed)
     a_ptrs = x_ptr + (flat // choices)[:, None] * D + k[None, :]
-    b_ptrs = weight_tile(gate_up_ptr, expert * halves * F * D, n, k, F, D, False)
-    up_ptrs = weight_tile(gate_up_ptr, (expert * halves + halves - 1) * F * D, n, k, F, D, False)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    b_ptrs = weight_tile(gate_up_ptr, expert * parts * F * D, j % parts * F + n, k, F, D, False)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(D, BLOCK_K)
     if expert == E:
         steps = 0
     for step in range(0, steps):
         left = D - step * BLOCK_K
         a = load_rows(a_ptrs, k, left, EVEN)
-        z = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), z, input_precision=PRECISION)
-        if GATED:
-            up = tl.dot(a, load_weight(up_ptrs, n, F, k, left, EVEN), up, input_precision=PRECISION)
-            up_ptrs += BLOCK_K
+        acc = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), acc, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
-    mask = (m[:, None] < stop) & (n[None, :] < F)
-    pre_ptrs = pre_ptr + m[:, None] * (halves * F) + n[None, :]
-    if KEEP:
-        tl.store(pre_ptrs, z.to(pre_ptr.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=mask)
-    h, slope = activate(z, ACTIVATION)
-    if GATED:
-        h *= up
-    h *= tl.load(weights_ptr + flat)[:, None]
-    tl.store(h_ptr + m[:, None] * F + n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+    w, first = tl.load(weights_ptr + flat)[:, None], column * WIDTH
+    if BLOCK_N > 128:
+        one, two = halves(acc, BLOCK_M, BLOCK_N)
+        half: tl.constexpr = WIDTH // 2
+        _store_up(one, first, m, stop, w, pre_ptr, h_ptr, F, ACTIVATION, GATED, KEEP, BLOCK_M, half)
+        _store_up(two, first + half, m, stop, w, pre_ptr, h_ptr, F, ACTIVATION, GATED, KEEP, BLOCK_M, half)
+    else:
+        _store_up(acc, first, m, stop, w, pre_ptr, h_ptr, F, ACTIVATION, GATED, KEEP, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "routed"])
@@ -163,7 +171,6 @@ def _up_grad_kernel(
     expert, column, m, source, stop = locate(tiles_ptr, num_tiles, columns, BLOCK_M, GROUP)
     if (expert < 0) | (expert == E):
         return
-    halves: tl.constexpr = 2 if GATED else 1
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     flat = clamp(tl.load(flat_ptr + source), routed)
@@ -177,23 +184,15 @@ def _up_grad_kernel(
         dh = tl.dot(a, load_weight(b_ptrs, n, F, k, left, EVEN), dh, input_precision=PRECISION)
         a_ptrs += BLOCK_K
         b_ptrs += b_step
-    mask = (m[:, None] < stop) & (n[None, :] < F)
-    pre_at = m[:, None] * (halves * F) + n[None, :]
-    z = tl.load(pre_ptr + pre_at, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.load(pre_ptr + pre_at + F, mask=mask, other=0.0).to(tl.float32)
-    value, slope = activate(z, ACTIVATION)
-    h = value
-    if GATED:
-        h *= up
-        slope *= up
-    tl.store(dweights_ptr + m * columns + column, tl.sum(dh * h, 1), mask=m < stop)
-    w = tl.load(weights_ptr + flat)[:, None]
-    tl.store(h_ptr + m[:, None] * F + n[None, :], (h * w).to(h_ptr.dtype.element_ty), mask=mask)
-    dh *= w
-    tl.store(dpre_ptr + pre_at, (dh * slope).to(dpre_ptr.dtype.element_ty), mask=mask)
-    if GATED:
-        tl.store(dpre_ptr + pre_at + F, (dh * value).to(dpre_ptr.dtype.element_ty), mask=mask)
+    w, first = tl.load(weights_ptr + flat)[:, None], column * BLOCK_N
+    if BLOCK_N > 64:
+        one, two = halves(dh, BLOCK_M, BLOCK_N)
+        half: tl.constexpr = BLOCK_N // 2
+        dw = store_gradients(one, first, m, stop, w, pre_ptr, h_ptr, dpre_ptr, F, ACTIVATION, GATED, half)
+        dw += store_gradients(two, first + half, m, stop, w, pre_ptr, h_ptr, dpre_ptr, F, ACTIVATION, GATED, half)
+    else:
+        dw = store_gradients(dh, first, m, stop, w, pre_ptr, h_ptr, dpre_ptr, F, ACTIVATION, GATED, BLOCK_N)
+    tl.store(dweights_ptr + m * columns + column, dw, mask=m < stop)
 
 
 def _up(
@@ -207,14 +206,15 @@ def _up(
 ) -> tuple[Tensor, Tensor]:
     """Return h [R, F], weighted, and the pre-activations [R, U] (without rows unless ``keep``)."""
     experts, both, hidden = gate_up_EFD.shape
-    num_rows, width = order_R.shape[0], both // (2 if options.gated else 1)
+    parts = 2 if options.gated else 1
+    num_rows, width = order_R.shape[0], both // parts
     tile = tile_for("gated" if options.gated else "plain", x_SD, num_rows, experts, gate_up_EFD, width, hidden)
     tiles_3T = tile_map(offsets_E, num_rows, tile.m)
     pre_RU = x_SD.new_empty(num_rows if keep else 0, both)
     h_RF = x_SD.new_empty(num_rows, width)
     num_tiles = tiles_3T.shape[1]
     with launch_on(x_SD):
-        _up_kernel[(num_tiles * -(-width // tile.n),)](
+        _up_kernel[(num_tiles * -(-width // (tile.n // parts)),)](
             x_SD.contiguous(),
             order_R.contiguous(),
             weights_SK.contiguous(),
