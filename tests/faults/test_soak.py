@@ -75,7 +75,7 @@ def damage(rng: random.Random, root: Path) -> str:
 @pytest.mark.timeout(1200)
 def test_many_random_faults_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
-    faults, rng = int(os.environ.get("EQUIMOE_SOAK_FAULTS", "60")), random.Random(0)
+    faults, rng = int(os.environ.get("EQUIMOE_SOAK_FAULTS", "200")), random.Random(0)
     steps = 4 * faults
     config = small.on(
         small.write_texts(tmp_path / "texts"),
