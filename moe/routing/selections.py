@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import RouterConfig
 from .assign import balanced, sinkhorn
-from .select import each_group, top_p
+from .select import each_group, in_turn, top_p
 
 #: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None) -> ids of the chosen experts [T, K]
 Select = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -33,5 +33,6 @@ SELECTIONS: dict[str, Callable[[RouterConfig, int], Selection]] = {
     "top_p": lambda config, k: _always(partial(top_p, k=k, p=config.top_p)),
     "sinkhorn": lambda config, k: Selection(training=partial(sinkhorn, k=k)),
     "base": lambda config, k: Selection(training=balanced),
+    "even": lambda config, k: _always(partial(in_turn, k=k)),
     "each_group": lambda config, k: _always(partial(each_group, k=k, groups=config.groups)),
 }
