@@ -5,7 +5,7 @@ fill. A :class:`Saver` saves while training goes on.
 """
 
 from .agreement import Choice, ViewError, choose, describe, probe
-from .logical import Boxes, State, owned, tensors_of
+from .logical import Boxes, State, box_of, owned, tensors_of
 from .manifest import MANIFEST, CheckpointError, read_manifest
 from .saver import Saver, save
 from .state import expect_moments, restore_optimizer, training_state
@@ -26,6 +26,7 @@ __all__ = [
     "Saver",
     "State",
     "ViewError",
+    "box_of",
     "choose",
     "complete",
     "contents",

@@ -59,7 +59,7 @@ def logical(name: str, value: Tensor | Boxes) -> Tensor | Boxes:
     """Return ``value`` with its shape on any mesh, and this rank's part of it. The result shares its memory."""
     if not isinstance(value, DTensor):
         return value
-    local, (begin, size) = value.to_local(), _box(value)
+    local, (begin, size) = value.to_local(), box_of(value)
     if size != tuple(local.shape):
         raise ValueError(f"{name}: this rank holds {tuple(local.shape)}, where {value.placements} give {size}")
     return _boxes(name, value, {begin: local})
@@ -67,7 +67,7 @@ def logical(name: str, value: Tensor | Boxes) -> Tensor | Boxes:
 
 def owned(name: str, value: DTensor, experts: list[int]) -> Boxes:
     """Return this rank's part of a weight, or of its moments, whose rows are those of ``experts`` in this order."""
-    (_, *rest), _ = _box(value)
+    (_, *rest), _ = box_of(value)
     parts = {(expert, *rest): row[None] for expert, row in zip(experts, value.to_local(), strict=True)}
     return _boxes(name, value, parts)
 
@@ -88,7 +88,7 @@ def view_of(value: Tensor | Boxes, index: MetadataIndex) -> Tensor:
     return value.views[tuple(index.offset or ())] if isinstance(value, Boxes) else value
 
 
-def _box(value: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def box_of(value: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return where this rank's part of ``value`` begins, and its shape.
 
     FSDP splits what other parallelism has left of a dimension. torch's own function for this is wrong if the parts are

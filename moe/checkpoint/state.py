@@ -1,4 +1,4 @@
-"""Names the tensors of a run independently of the mesh: weights, AdamW's moments, random generators."""
+"""Names the tensors of a run independently of the mesh: weights, the optimizer's moments, random generators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: AdamW's state of a weight
+#: AdamW's state of a weight; other optimizers have a part of it, and their groups say in "moments" which
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -16,7 +16,7 @@ def training_state(
 ) -> dict[str, Tensor]:
     """Return all weights, moments and generators by name. Changes nothing.
 
-    A weight has moments if ``optimizer`` (AdamW) updates it, or did so before the weight was frozen. Before the first
+    A weight has moments if ``optimizer`` updates it, or did so before the weight was frozen. Before the first
     step they are new zeros, which the optimizer does not know: after :func:`equimoe.moe.checkpoint.load` has filled
     them, :func:`restore_optimizer` gives them to the optimizer.
     """
@@ -55,12 +55,9 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _new_moments(parameter: nn.Parameter, group: dict[str, object]) -> dict[str, Tensor]:
-    """Return the moments that AdamW would create in its first step."""
+def _new_moments(parameter: nn.Parameter, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the moments that the optimizer would create in its first step."""
     # fused and capturable kernels read the step counter on the device; a counter on the CPU would be an illegal access
     on_device = group.get("fused") or group.get("capturable")
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu"),
-        "exp_avg": torch.zeros_like(parameter.detach()),
-        "exp_avg_sq": torch.zeros_like(parameter.detach()),
-    }
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    return {"step": step, **{name: torch.zeros_like(parameter.detach()) for name in group.get("moments", MOMENTS[1:])}}

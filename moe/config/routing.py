@@ -11,7 +11,9 @@ from .checks import check_literals, require
 #: score functions, defined in :mod:`equimoe.moe.routing.score`
 Score = Literal["softmax", "sigmoid"]
 #: how experts are chosen, defined in :mod:`equimoe.moe.routing.selections`
-Select = Literal["top_k", "each_group", "top_p", "sinkhorn", "base", "expert_choice", "expert_choice_by_position"]
+Select = Literal[
+    "top_k", "each_group", "top_p", "sinkhorn", "base", "expert_choice", "expert_choice_by_position", "even"
+]
 #: those by which experts choose tokens
 BY_EXPERTS: tuple[Select, ...] = ("expert_choice", "expert_choice_by_position")
 #: those that give experts equal loads in training, and need no balance loss
@@ -59,7 +61,8 @@ class RouterConfig:
     #: tokens to every expert with the highest logits (BASE, arXiv 2103.16716). These two look at the tokens of one
     #: micro-batch on one rank, need balance.coefficient=0, and choose the K best in evaluation. expert_choice: every
     #: expert chooses the K T / E best tokens of a micro-batch on one rank (arXiv 2202.09368), so that a token has K
-    #: experts on average; expert_choice_by_position: among the tokens at the same position of different sequences
+    #: experts on average; expert_choice_by_position: among the tokens at the same position of different sequences.
+    #: even: for measurements only, all experts in turn, whatever the logits
     select: Select = "top_k"
     #: for "expert_choice" and "expert_choice_by_position": most experts of a token; None: all
     cap: int | None = None
@@ -94,6 +97,9 @@ class RouterConfig:
     #: in training, multiply each value of the hidden states by a random number between 1 - jitter and 1 + jitter, for
     #: the router only (Switch, arXiv 2101.03961, uses 0.01); 0: do not
     jitter: float = 0.0
+    #: in the first n steps of a run, mix the logits with normal noise of their own mean and deviation: all noise at
+    #: first, none at the end (stochastic routing warmup of Ling, arXiv 2503.05139); 0: do not
+    random_steps: int = 0
 
     def reach(self, ranks: int) -> int:
         """Return the largest number of ``ranks`` expert-parallel ranks that one token can be sent to."""
@@ -131,6 +137,8 @@ class RouterConfig:
             self._keep_default(*_OF_LOGITS, setting="router.gate='hash', which has no logits")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
+        ok = type(self.random_steps) is int and self.random_steps >= 0
+        require(ok, "router.random_steps", self.random_steps, "must be an integer of at least 0; 0 switches it off")
         require(self.z_loss >= 0, "router.z_loss", self.z_loss, "must not be negative")
         for name in ("groups", "kept_groups"):
             value = getattr(self, name)
@@ -151,7 +159,7 @@ class RouterConfig:
             require(self.score == "softmax", "router.score", self.score, need)
         else:
             self._keep_default("top_p", setting=f"router.select={self.select!r}")
-        if self.select in (*BALANCED, "top_p"):
+        if self.select in (*BALANCED, "top_p", "even"):
             self._keep_default("groups", setting=f"router.select={self.select!r}")
         if self.select in BY_EXPERTS:
             for name in ("normalize_weights", "softmax_after_topk", "random_second"):

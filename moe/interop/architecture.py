@@ -87,6 +87,8 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
     for name, known in _KNOWN.items():
         value = given.get(name, known[0])
         require(value in known, f"moe.router.{name}", value, "no model of transformers has such a router")
+    norm_head = model.get("norm_head", False)
+    require(not norm_head, "model.norm_head", norm_head, "no model of transformers has such a head")
     router = {name: value for name, value in given.items() if name in _ROUTER}
     own: dict[str, Any] = {
         "moe_every": 1,

@@ -24,6 +24,7 @@ from ..experts import SwiGLU
 from ..layer import MoE
 from .attention import ATTENTION, EPS, Attention
 from .documents import Documents
+from .head import NormHead
 
 #: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
 Caller = Callable[..., Any]
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
 
     A pipeline stage is a copy with only some of the embedding, blocks and head. Without the embedding its input is
     hidden states; without the head its output is hidden states. With ``tie_embeddings``, embedding and head are one
-    weight.
+    weight. ``norm_head`` divides each row of the head's weight by its length.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Decoder(nn.Module):
         recompute_how: RecomputeConfig | None = None,
         norm_eps: float = EPS,
         tie_embeddings: bool = False,
+        norm_head: bool = False,
     ) -> None:
         super().__init__()
         moe = replace(moe, router=in_decoder(moe.router, vocab_size))
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
                     attend.see_only(window)
                 self.blocks[str(i)] = Block(attend, mlp, hidden, again, part, norm_eps)
             self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=norm_eps)
-            self.head: nn.Module | None = nn.Linear(hidden, vocab_size, bias=False)
+            self.head: nn.Module | None = (NormHead if norm_head else nn.Linear)(hidden, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.hidden_size = hidden

@@ -1,4 +1,4 @@
-"""Clips gradients by their global norm, where some are replicated and others sharded over mesh axes."""
+"""Norms of whole tensors, where some are replicated and others sharded over mesh axes; clips gradients by theirs."""
 
 from __future__ import annotations
 
@@ -50,11 +50,37 @@ def clip_gradients_(grads: list[Tensor], max_norm: float, device: torch.device, 
     return norm.float()
 
 
-def _splitting_groups(grad: Tensor) -> tuple:
-    if not isinstance(grad, DTensor):
+def square_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the squared 2-norm, in fp64, of every whole tensor, of which this rank may hold a part.
+
+    A tensor of three or more dimensions is a stack of experts [E, ...]: it has the norm of each of this rank's experts,
+    [e, 1, ...]. All ranks that share tensors must call this.
+    """
+    squares, by_split = [], dict[tuple, list[int]]()
+    for i, tensor in enumerate(tensors):
+        local = local_part(tensor)
+        stacked = local.dim() > 2
+        norm = torch.linalg.vector_norm(
+            local, dim=tuple(range(1, local.dim())) if stacked else None, keepdim=stacked, dtype=torch.float64
+        )
+        squares.append(norm.square())
+        by_split.setdefault(_splitting_groups(tensor, inside=stacked), []).append(i)
+    for groups, members in by_split.items():
+        joined = torch.cat([squares[i].flatten() for i in members])
+        for ranks in groups:
+            dist.all_reduce(joined, group=ranks)
+        for i, part in zip(members, joined.split([squares[i].numel() for i in members]), strict=True):
+            squares[i] = part.view_as(squares[i])
+    return squares
+
+
+def _splitting_groups(tensor: Tensor, inside: bool = False) -> tuple:
+    """Return the groups whose ranks hold different parts of a tensor; with ``inside``, of one row of it."""
+    if not isinstance(tensor, DTensor):
         return ()
-    mesh = grad.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placed in enumerate(grad.placements) if not placed.is_replicate())
+    mesh, placed = tensor.device_mesh, enumerate(tensor.placements)
+    splits = [axis for axis, p in placed if not (p.is_replicate() or inside and getattr(p, "dim", None) == 0)]
+    return tuple(mesh.get_group(axis) for axis in splits)
 
 
 def local_part(tensor: Tensor) -> Tensor:

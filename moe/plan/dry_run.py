@@ -133,7 +133,7 @@ def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, simulated: int) 
     return build_engine(
         model,
         mesh,
-        lambda trainable: build_optimizer(trainable.values(), config.optim),
+        lambda trainable: build_optimizer(trainable, config.optim),
         max_norm=config.optim.grad_clip,
         micro_batches=simulated,
         shape=(config.data.micro_batch, config.data.seq_len),

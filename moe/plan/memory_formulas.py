@@ -95,6 +95,12 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         part.degrees.data_parallel,
         "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
     )
+    require(
+        config.optim.name != "muon",
+        "optim.name",
+        config.optim.name,
+        "has one moment for some weights and two for others, which has no formula; use equimoe.launch.dryrun",
+    )
     window = config.attention.window
     require(
         window is None or window >= config.data.seq_len,

@@ -26,6 +26,18 @@ def jittered(x_TD: Tensor, size: float) -> Tensor:
     return x_TD * (1 - size + 2 * size * uniform(x_TD))
 
 
+def mixed(logits_TE: Tensor, share: float) -> Tensor:
+    """Replace this share of the logits by normal noise of their own mean and deviation (Ling, arXiv 2503.05139).
+
+    The paper takes running values of both; these are of the tokens at hand, so that a forward leaves nothing behind.
+    """
+    if share == 0.0:
+        return logits_TE
+    fixed_TE = logits_TE.detach()
+    noise_TE = fixed_TE.mean() + fixed_TE.std(correction=0) * normal(fixed_TE)
+    return (1 - share) * logits_TE + share * noise_TE
+
+
 @torch.no_grad()
 def random_second(weights_TK: Tensor) -> Tensor:
     """Return bool [T, 2], which choices to keep: the first, and the second with probability min(1, 2 g), if g is its

@@ -17,7 +17,7 @@ from ..config import RouterConfig
 from ..config.routing import UP_TO_K
 from ..types import Decision, Routing
 from .compose import compose, wanted
-from .noise import jittered, random_second
+from .noise import jittered, mixed, random_second
 from .score import SCORES, entropy_sum
 from .select import GROUP_WORTHS, group_limited, top_k
 from .selections import SELECTIONS, Selection
@@ -65,6 +65,8 @@ class Router(nn.Module):
         self.selection = SELECTIONS[config.select](config, top_k)
         #: disturbs the hidden states in training
         self.disturbed: Callable[[Tensor], Tensor] = partial(jittered, size=config.jitter) if config.jitter else _same
+        #: share of noise in the logits in training, see :meth:`begin_step`
+        self.random_steps, self.randomness = config.random_steps, 0.0
         self.needs_entropy = config.entropy_loss > 0
         #: says which choices are computed in training; None: all
         self.keep: Callable[[Tensor], Tensor] | None = random_second if config.random_second else None
@@ -94,7 +96,7 @@ class Router(nn.Module):
         If a ``decision`` is given, its experts are kept and only their gate weights are computed. ``codes_T``, int64,
         are the numbers that :attr:`reads` names.
         """
-        logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
+        logits_TE = mixed(self.training_logits(x_TD), self.randomness) if self.training else self.logits(x_TD)
         return self.routing(logits_TE, mask_T, sequences, decision)
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
@@ -118,6 +120,10 @@ class Router(nn.Module):
         if select is None:
             return None
         return select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T, sequences)
+
+    def begin_step(self, step: int) -> None:
+        """Set the share of noise in the logits of an optimizer step, from 0, for ``random_steps``."""
+        self.randomness = max(0.0, 1 - step / self.random_steps) if self.random_steps else 0.0
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Return the logits [T, E] in fp32 (fp64 for fp64 input), as in evaluation."""

@@ -62,3 +62,9 @@ def top_p(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences
     ids_TK = top_k(wanted_TE, k)
     scores_TK = logits_TE.softmax(-1).gather(1, ids_TK)
     return ids_TK.masked_fill(scores_TK.cumsum(1) - scores_TK >= p, -1)
+
+
+def in_turn(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int, k: int) -> Tensor:
+    """Choose all experts in turn, whatever the scores: E tokens in a row give every expert k choices."""
+    tokens, experts = wanted_TE.shape
+    return torch.arange(tokens * k, device=wanted_TE.device).view(tokens, k) % experts

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import RouterConfig
 from .assign import balanced, sinkhorn
 from .expert_choice import expert_choice
-from .select import each_group, top_p
+from .select import each_group, in_turn, top_p
 
 #: (logits [T, E], scores plus expert bias [T, E], valid tokens [T] or None, number of sequences) -> ids of the chosen
 #: experts [T, K]
@@ -39,5 +39,6 @@ SELECTIONS: dict[str, Callable[[RouterConfig, int], Selection]] = {
     "expert_choice_by_position": lambda config, k: _always(
         partial(expert_choice, k=k, cap=config.cap, by_position=True)
     ),
+    "even": lambda config, k: _always(partial(in_turn, k=k)),
     "each_group": lambda config, k: _always(partial(each_group, k=k, groups=config.groups)),
 }

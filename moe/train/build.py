@@ -32,7 +32,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
     Within ``torch.device("meta")`` it has no weights yet; :func:`engine_of` gives each rank its part of the same ones.
     """
     torch.manual_seed(config.seed)
-    return Decoder(
+    model = Decoder(
         vocab_size=vocab_size,
         seq_len=config.data.seq_len,
         num_layers=config.model.num_layers,
@@ -46,7 +46,26 @@ def build_model(config: TrainConfig, vocab_size: int) -> Decoder:
         recompute_how=config.recompute,
         norm_eps=config.model.norm_eps,
         tie_embeddings=config.model.tie_embeddings,
+        norm_head=config.model.norm_head,
     )
+    freeze(model, config.optim.frozen)
+    return model
+
+
+def freeze(model: nn.Module, parts: str | None) -> None:
+    """Freeze the weights whose names contain one of ``parts``, separated by commas.
+
+    Raises ValueError for a part that no name contains, and if nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    for part in [] if parts is None else [part.strip() for part in parts.split(",")]:
+        frozen = [weight for name, weight in named.items() if part in name]
+        if not frozen:
+            raise ValueError(f"optim.frozen={parts}: no weight's name contains {part!r}; one is {[*named][-1]}")
+        for weight in frozen:
+            weight.requires_grad_(False)
+    if not any(weight.requires_grad for weight in named.values()):
+        raise ValueError(f"optim.frozen={parts}: freezes every weight; leave some out")
 
 
 @contextmanager
@@ -90,7 +109,7 @@ def engine_of(
     check_backend(config.moe.backend, device)
 
     def optimizer(trainable: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(trainable.values(), config.optim)
+        return build_optimizer(trainable, config.optim)
 
     shared: dict[str, Any] = {
         "max_norm": config.optim.grad_clip,

@@ -27,6 +27,7 @@ from .sections import (
     MegatronConfig,
     ModelConfig,
     OptimConfig,
+    RoutingConfig,
 )
 
 
@@ -50,6 +51,7 @@ class TrainConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -82,6 +84,12 @@ class TrainConfig:
                     f"{name}.{given[0]}={getattr(section, given[0])}: has no effect with engine={self.engine!r}; set "
                     f"engine={name!r}, or leave it out"
                 )
+        if self.optim.name != "adamw" and self.engine != "torch":
+            raise ValueError(f"optim.name={self.optim.name!r}: engine={self.engine!r} runs AdamW; use engine='torch'")
+        for name in ("record", "replay"):
+            folder, twice = getattr(self.routing, name), self.health.replay_every
+            what = f"health.replay_every={twice} computes steps twice; set it to 0"
+            require(folder is None or twice == 0, f"routing.{name}", folder, what)
         self._check_placement()
         self._check_choosing()
         self.attention.check(self.moe.hidden_size, self.model.num_heads)

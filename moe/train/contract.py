@@ -16,7 +16,9 @@ MAY_CHANGE = (
     *("data.path", "data.tokenizer", "data.end_of_document"),
     *("moe.dispatch", "moe.backend", "moe.recompute_experts", "moe.balance.micro_batches"),
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.decay_fraction", "optim.min_lr_ratio"),
+    *("optim.power_amplitude", "optim.power_exponent"),
     *("parallel", "placement", "deepspeed", "megatron", "checkpoint", "health", "log"),
+    *("routing.record",),
 )
 
 #: name under which other training data can be allowed

@@ -33,6 +33,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     #: use the embedding's weight for the head as well; not with pipeline parallelism
     tie_embeddings: bool = False
+    #: divide each row of the head's weight by its length (NormHead of Ling, arXiv 2503.05139)
+    norm_head: bool = False
     #: recompute activations in the backward pass; section ``recompute`` says which
     recompute: bool = False
 
@@ -147,8 +149,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
+    #: adamw; lamb: AdamW with steps in proportion to the size of each weight and each expert, for large batches (arXiv
+    #: 1904.00962); muon: orthogonal steps for the matrices between hidden states, each expert by itself, and AdamW for
+    #: embedding, head, routers and vectors (arXiv 2502.16982). engine "torch" has all of them, the others AdamW
+    name: Literal["adamw", "lamb", "muon"] = "adamw"
     #: peak learning rate
     lr: float = 3e-3
     #: decay of AdamW's mean of gradients, per step
@@ -157,30 +163,46 @@ class OptimConfig:
     beta2: float = 0.95
     #: added to the root of AdamW's mean of squared gradients
     eps: float = 1e-8
+    #: decay of the mean of gradients of the matrices that it updates, per step
+    momentum: float = 0.95
     #: share of a weight that a step takes away, times the learning rate
     weight_decay: float = 0.1
-    #: learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    #: learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), "constant", or "power": min(lr, sequences
+    #: of a step * power_amplitude / tokens so far ^ power_exponent), with a decay at the end as in "wsd" (arXiv
+    #: 2408.13359)
+    schedule: Literal["cosine", "wsd", "constant", "power"] = "cosine"
     #: steps of linear warm-up
     warmup_steps: int = 20
-    #: for "wsd": share of the steps, at the end of the run, in which the learning rate decays
+    #: share of the steps, at the end of the run, in which the learning rate decays
     decay_fraction: float = 0.2
+    #: a of the paper, which holds for its own scaling of weights (muP)
+    power_amplitude: float = 4.6
+    #: -b of the paper
+    power_exponent: float = 0.51
     #: final learning rate as a fraction of ``lr``
     min_lr_ratio: float = 0.1
     #: clip gradients to this norm; 0 switches clipping off
     grad_clip: float = 1.0
+    #: weights that are not trained, by parts of their names, separated by commas: ``router`` freezes all routers, which
+    #: X-MoE (arXiv 2204.09179) advises for fine-tuning; none: all are trained
+    frozen: str | None = None
 
     def __post_init__(self) -> None:
         check_literals(self, "optim.")
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "must lie in [0, 1)")
         for name in ("eps", "weight_decay"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.power_amplitude > 0, "optim.power_amplitude", self.power_amplitude, "must be positive")
+        require(self.power_exponent >= 0, "optim.power_exponent", self.power_exponent, "must not be negative")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "must lie in (0, 1]")
         require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]")
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "must not be negative; 0 switches it off")
+        given = self.frozen is None or all(part.strip() for part in self.frozen.split(","))
+        what = "is empty" if not (self.frozen or "").strip() else "has an empty part"
+        require(given, "optim.frozen", self.frozen, f"{what}; give parts of names, as in router,embedding")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,6 +255,21 @@ class MegatronConfig:
 
     def __post_init__(self) -> None:
         check_literals(self, "megatron.")
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Routing replay: record which experts every token is sent to, or train with recorded decisions."""
+
+    #: folder for the decisions of every step; none: they are not recorded
+    record: str | None = None
+    #: folder with the decisions to train with, recorded on the same sequences and as many ranks; none: routers decide
+    replay: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("record", "replay"):
+            folder = getattr(self, name)
+            require(folder is None or folder.strip() != "", f"routing.{name}", folder, "is empty; give a folder")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
 from .data import READ_AHEAD, Ahead, Batches, Corpus, Cursor
+from .decisions import Decisions, RoutingFiles, recorded_routing, replayed_routing
 from .evaluate import evaluate
 from .judge import Judge, NonFiniteError
 from .optim import learning_rate
@@ -123,6 +124,14 @@ class Trainer:
         #: seconds of training before this process, and when it started to train
         self._earlier_s, self.started = 0.0, time.perf_counter()
         self.saver = checkpoint.Saver(config.checkpoint.keep_last)
+        self.records, self.replays = (self._routing_files(name) for name in ("record", "replay"))
+
+    def _routing_files(self, name: str) -> RoutingFiles | None:
+        folder = getattr(self.config.routing, name)
+        if folder is None:
+            return None
+        tokens, stage = (self.axis, 0) if self.mesh is None else (self.mesh["stage"], self.mesh["pp"].rank)
+        return RoutingFiles(folder, f"routing.{name}", tokens, stage)
 
     @property
     def model(self) -> Decoder:
@@ -137,7 +146,10 @@ class Trainer:
     @property
     def rate(self) -> float:
         """The learning rate of the last step."""
-        return learning_rate(self.config.optim, self.step - 1, self.config.steps)
+        return self._rate_of(self.step - 1, self.tokens)
+
+    def _rate_of(self, step: int, tokens: int) -> float:
+        return learning_rate(self.config.optim, step, self.config.steps, self.config.data.global_batch, tokens)
 
     def train_step(self, observed: bool = True) -> Tensor:
         """Run the next optimizer step and return the gradient norm.
@@ -169,12 +181,14 @@ class Trainer:
             Batch(inputs_BS, labels_BS, documents=documents_of(inputs_BS, config, self.corpus), tasks=domain_B)
             for inputs_BS, labels_BS, domain_B in sampled
         ]
-        rate = learning_rate(config.optim, self.step, config.steps)
+        rate = self._rate_of(self.step, self.tokens + len(numbers) * config.data.seq_len)
         accept: Accept = self.judge
         if config.health.replay_every and (self.step + 1) % config.health.replay_every == 0:
             accept = replayed(self.engine, batches, rate, self.axis, self.judge)
+        for layer in self.layers.values():
+            layer.router.begin_step(self.step)
         self.scores = [None] * len(self.layers)
-        with self._observed_scores() if observed else nullcontext():
+        with self._observed_scores() if observed else nullcontext(), self._routing(numbers):
             result = self.engine.step(batches, rate, accept)
         if self.counts and result.applied:
             first = self.mesh is None or self.mesh["cp"].rank == 0  # one of the ranks that share a sequence
@@ -215,6 +229,19 @@ class Trainer:
         found = self._replicas.difference(held)
         if found is not None:
             raise DisagreementError(f"{found}; a bit flipped, or only some ranks changed it: resume from a checkpoint")
+
+    @contextmanager
+    def _routing(self, numbers: list[int]) -> Iterator[None]:
+        """Context of a step on these sequences, which replays or records its routing if section ``routing`` says so."""
+        found: Decisions = {}
+        with ExitStack() as stack:
+            if self.replays is not None:
+                stack.enter_context(replayed_routing(self.layers, self.replays.read(self.step, numbers)))
+            if self.records is not None:
+                found = stack.enter_context(recorded_routing(self.layers))
+            yield
+        if self.records is not None:
+            self.records.write(self.step, numbers, found)
 
     @contextmanager
     def _observed_scores(self) -> Iterator[None]:

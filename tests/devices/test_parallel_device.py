@@ -154,7 +154,7 @@ def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str, packe
         # the model is built and split on the host, and all of it must follow to the device
         model = parallelize(model, mesh, reduced=True).to("cuda")
         parameters = list(model.parameters())
-        optimizer = build_optimizer(parameters, OptimConfig())
+        optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
         ids = torch.zeros(2, 64, dtype=torch.int64, device="cuda")
         batch = take_local_batch(ids, ids, ids == 0, ids if packed else None, mesh=mesh)
         attend.WITHIN["blocks"] = attend.WITHIN["mask"]  # its kernels cannot be compiled here

@@ -80,6 +80,10 @@ def top_p(p: float) -> Callable[[list[float], int], list[int]]:
     return choose
 
 
+def in_turn(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
+    return [[(t * k + choice) % E for choice in range(k)] for t in range(len(logits_TE))]
+
+
 def sinkhorn(logits_TE: Tensor, valid_T: Tensor, k: int) -> list[list[int]]:
     """Multiply rows and columns of exp(logits) by factors until rows sum to 1 and columns to T/E."""
     cost_TE = logits_TE[valid_T].exp()
@@ -270,6 +274,7 @@ ROWS: dict[str, Row] = {
         width=6,
         layer={"balance": NO_LOSS},
     ),
+    "even": Row(RouterConfig(normalize_weights=False, select="even"), choose_all=in_turn),
     "GShard": Row(RouterConfig(random_second=True), keep=second_at_random, ks=(2,)),
     "GShard, plain weights": Row(
         RouterConfig(normalize_weights=False, random_second=True), keep=second_at_random, ks=(2,)

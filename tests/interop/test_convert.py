@@ -443,6 +443,7 @@ def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
     [
         ({"select": "top_p"}, "moe.router.select='top_p'"),
         ({"select": "each_group"}, "moe.router.select='each_group'"),
+        ({"select": "even"}, "moe.router.select='even'"),
         ({"gate": "cosine"}, "moe.router.gate='cosine'"),
     ],
 )
@@ -450,4 +451,10 @@ def test_a_router_that_transformers_lacks_is_refused(router: dict[str, Any], mes
     sections = asdict(replace(CONFIG, moe=replace(CONFIG.moe, router=RouterConfig(**router))))
     sections["model"]["vocab_size"] = 32
     with pytest.raises(ValueError, match=f"{message}: no model of transformers has such a router"):
+        architecture(sections, False)
+
+
+def test_a_head_that_transformers_lacks_is_refused() -> None:
+    sections = asdict(replace(CONFIG, model=replace(CONFIG.model, norm_head=True, vocab_size=32)))
+    with pytest.raises(ValueError, match="model.norm_head=True: no model of transformers has such a head"):
         architecture(sections, False)

@@ -358,9 +358,7 @@ def test_help_lists_every_option_with_its_comment(asked: list[str], capsys: pyte
 
 def test_help_is_read_from_the_source() -> None:
     comments = field_comments(OptimConfig)
-    assert (
-        comments["schedule"] == 'learning rate after warm-up: cosine decay, warmup-stable-decay ("wsd"), or "constant"'
-    )
+    assert comments["min_lr_ratio"] == "final learning rate as a fraction of lr"
     assert comments["beta1"] == "decay of AdamW's mean of gradients, per step"
     assert "chosen logits (Mixtral) instead of taking" in field_comments(RouterConfig)["softmax_after_topk"]
     assert field_comments(type("Made", (), {})) == {}
@@ -376,13 +374,13 @@ def test_short_help_fits_on_two_screens(capsys: pytest.CaptureFixture[str]) -> N
         f"--{name}" for name in COMMON
     ]
     assert "--moe.num_experts INT                     number of routed experts; default 8" in text
-    assert "  optim           AdamW and the learning-rate schedule." in text
+    assert "  optim           The optimizer and the learning-rate schedule." in text
 
 
 @pytest.mark.parametrize(
     ("topic", "first", "options"),
     [
-        ("optim", "optim: AdamW and", len(hints_of(OptimConfig))),
+        ("optim", "optim: The optimizer and", len(hints_of(OptimConfig))),
         ("moe.balance.extra", "moe.balance.extra: ", len(hints_of(ExtraLossConfig))),
         ("megatron", 'megatron: Megatron-Core, if engine is "megatron".', 1),
         ("optim.decay-fraction", "  --optim.decay_fraction NUMBER", 1),
@@ -412,7 +410,7 @@ def test_every_option_has_a_description(name: str) -> None:
     [
         ("--attention.kv_lora_rank 8", "has no effect with attention.kind=grouped; add --attention.kind latent, or"),
         ("--recompute.part attention", "has no effect with model.recompute=false; add --model.recompute true, or"),
-        ("--optim.decay_fraction 0.5", "has no effect with optim.schedule=cosine; add --optim.schedule wsd, or leave"),
+        ("--optim.decay_fraction 0.5", "has no effect with optim.schedule=cosine; add --optim.schedule wsd or"),
         ("--health.spike-sigmas 3", "spike=ignore; add --health.spike stop or --health.spike skip or --health.spike r"),
         ("--data.path x --data.builtin_bytes_per_domain 9", "no effect with data.path=x; add --data.path none, or"),
     ],

@@ -44,7 +44,37 @@ def test_warmup_stable_decay_schedule() -> None:
     assert rates[89] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_power_schedule() -> None:
+    """It depends on tokens and batch alone, so far; twice the batch doubles it, up to the highest rate."""
+    config = OptimConfig(lr=0.02, warmup_steps=4, decay_fraction=0.25, min_lr_ratio=0.0, schedule="power")
+
+    def rate(step: int, steps: int, sequences: int, tokens: int) -> float:
+        return learning_rate(config, step, steps, sequences, tokens)
+
+    for step, steps in ((10, 100), (70, 100), (10, 100_000)):
+        assert rate(step, steps, 64, 10**9) == pytest.approx(64 * 4.6 * 1e9**-0.51)
+        assert rate(step, steps, 128, 10**9) == pytest.approx(2 * rate(step, steps, 64, 10**9))
+    assert rate(10, 100, 256, 10**9) == 0.02 and rate(10, 100, 4, 1) == 0.02
+    assert rate(1, 100, 64, 10**9) == pytest.approx(0.5 * rate(10, 100, 64, 10**9))
+    assert rate(99, 100, 64, 10**9) == 0.0 < rate(98, 100, 64, 10**9) < rate(74, 100, 64, 10**9)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "power"])
+def test_the_stable_phase_of_runs_of_any_length_is_the_same(config: TrainConfig, schedule: str) -> None:
+    """A longer run passes through bit-equal weights until the shorter one decays."""
+    optim = OptimConfig(lr=0.01, warmup_steps=1, decay_fraction=0.25, schedule=schedule)  # type: ignore[arg-type]
+    optim = replace(optim, power_amplitude=0.01, power_exponent=0.1)
+    short, long = (trainer_of(replace(config, steps=steps, optim=optim)) for steps in (4, 40))
+    for step in range(4):
+        for trainer in (short, long):
+            trainer.train_step()
+        same = [torch.equal(a, b) for a, b in zip(short.model.parameters(), long.model.parameters(), strict=True)]
+        assert all(same) if step < 3 else not any(same), step
+    ratio = short.rate / learning_rate(optim, 3, 40, config.data.global_batch, short.tokens)
+    assert ratio == pytest.approx(optim.min_lr_ratio)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "power"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 5), (3, 3), (2, 100)])
 def test_schedules_of_short_runs(schedule: str, steps: int, warmup: int) -> None:
     config = OptimConfig(lr=1.0, warmup_steps=warmup, schedule=schedule)  # type: ignore[arg-type]

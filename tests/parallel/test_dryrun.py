@@ -90,7 +90,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     engine = build_engine(
         build_model(config, MODEL.vocab_size or 0),
         mesh,
-        lambda trainable: build_optimizer(trainable.values(), config.optim),
+        lambda trainable: build_optimizer(trainable, config.optim),
         micro_batches=passes,
         shape=shape,
         precision=partial(mixed_precision, config, cpu),

@@ -256,5 +256,6 @@ def test_buckets_of_any_size_give_the_same_sums() -> None:
 def test_the_optimizer_of_a_run_has_no_frozen_weights() -> None:
     model = make()
     freeze(model, lambda name: "experts" in name)
-    held = {p for group in build_optimizer(model.parameters(), OptimConfig()).param_groups for p in group["params"]}
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
+    held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == {p for name, p in model.named_parameters() if "experts" not in name}

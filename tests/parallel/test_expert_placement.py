@@ -41,7 +41,7 @@ def engine_of(
     of = Composition(mesh["stage"].size, mesh.degrees, experts=experts)
 
     def adamw(named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return build_optimizer(named.values(), OptimConfig())
+        return build_optimizer(named, OptimConfig())
 
     micro_batches = mesh.degrees.pp
     shape = (SEQUENCES // mesh["dp"].size // micro_batches, LENGTH)

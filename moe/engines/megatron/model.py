@@ -30,6 +30,7 @@ from ...layer import MoE
 from ...model import Decoder
 from ...model.attention import Attention, GroupedAttention
 from ...model.decoder import Caller, _run
+from ...model.head import NormHead
 from ...parallel import Mesh
 from ...parallel.expert import apply_expert_parallel
 from ...placement import Placement
@@ -205,6 +206,8 @@ def build_stage(model: Decoder, config: TransformerConfig, mesh: Mesh, gradient_
         raise ValueError(
             "model.head: shares its weight with the embedding, which the Megatron engine cannot hold; untie"
         )
+    if isinstance(head, NormHead):
+        raise ValueError("model.norm_head=True: Megatron-Core's output layer does not have it; use engine='torch'")
     if head.out_features % mesh["tp"].size:
         raise ValueError(
             f"model.vocab_size={head.out_features}: must be divisible by parallel.tp={mesh['tp'].size}; change one of "
