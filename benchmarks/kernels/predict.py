@@ -164,8 +164,9 @@ def main() -> int:
     print(
         "Predicted for an H200 in bf16 with the shipped Triton kernels; nothing was measured. Assumptions:\n"
         f"  {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.2f} GHz; each, per clock, {OPERATIONS} operations and\n"
-        f"  {SHARED} bytes of shared memory; L2 {L2 / 1e12} TB/s, HBM {HBM / 1e12} TB/s; {MOST / 1e12:.0f} TFLOP/s at most;\n"
-        f"  prologue {PROLOGUE} clocks, epilogue {EPILOGUE} and {PER_KIB} per KiB; routing uniformly at random; no router.\n"
+        f"  {SHARED} bytes of shared memory; L2 {L2 / 1e12} TB/s, HBM {HBM / 1e12} TB/s;\n"
+        f"  at most {MOST / 1e12:.0f} TFLOP/s; prologue {PROLOGUE} clocks, epilogue {EPILOGUE} and {PER_KIB} per KiB;\n"
+        "  routing uniformly at random; no router\n"
     )
     print("clocks per step    tile           tensor shared    L2  blocks steps held  at most")
     for name, t in tiles.items():
