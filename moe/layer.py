@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .balance import Balancer, Visit, initial_bias
 from .collectives import reset
 from .config import MoEConfig
-from .dispatch import Dispatcher, DropDuplicates, build_capacity, build_dispatcher
+from .dispatch import Dispatcher, DropDuplicates, MixingDispatcher, build_capacity, build_dispatcher
 from .experts import RoutedExperts, SharedExperts
 from .placement import Placement, Replicas
 from .regions import region
@@ -84,7 +84,7 @@ class MoE(nn.Module):
     def _put(self, placement: Placement) -> None:
         self.duplicates = DropDuplicates(placement.copies)
         self.capacity = build_capacity(self.config, placement)
-        self.dispatcher: Dispatcher = build_dispatcher(self.config, placement)
+        self.dispatcher: Dispatcher | MixingDispatcher = build_dispatcher(self.config, placement)
         #: the replicas of experts that the ranks hold in this step; None: none
         self.replication: Replication | None = None
 

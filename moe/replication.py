@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .collectives import Axis, Route, gather_counts, once
-from .dispatch import Dispatcher
+from .dispatch import Dispatcher, MixingDispatcher
 from .experts import ReplicatedExperts
 from .placement import Replicas
 from .types import Routing
@@ -34,7 +34,7 @@ class Replication:
         self,
         replicas: Replicas,
         axis: Axis,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher | MixingDispatcher,
         free: bool = False,
         calibration: Calibration | None = None,
     ) -> None:

@@ -25,6 +25,15 @@ class Decision(NamedTuple):
     ids_TK: Tensor
 
 
+class Mixing(NamedTuple):
+    """How tokens are mixed into slots and back (SoftMoE). X slots, S tokens of each sequence."""
+
+    #: fp32 [B, S, X], a token's share in the input of each slot, which sums to 1 over the tokens; differentiable
+    dispatch_BSX: Tensor
+    #: fp32 [B, S, X], the weight of each slot's result in a token's output, which sums to 1 over slots; differentiable
+    combine_BSX: Tensor
+
+
 @dataclass(frozen=True)
 class Routing:
     """The router's decision for T tokens, and the sums over these tokens that the losses need.
@@ -46,6 +55,8 @@ class Routing:
     z_sum: Tensor
     #: fp32 scalar, sum over tokens of the entropy of the scores, differentiable; None if no loss needs it
     entropy_sum: Tensor | None = None
+    #: if not None, the decision and the weights are those of B X slots instead of T tokens, with K = 1
+    mixing: Mixing | None = None
 
     @property
     def ids_TK(self) -> Tensor:
@@ -60,6 +71,7 @@ class Routing:
             prob_sums_BE=self.prob_sums_BE.detach(),
             z_sum=self.z_sum.detach(),
             entropy_sum=None if self.entropy_sum is None else self.entropy_sum.detach(),
+            mixing=None,
         )
 
     def outside_inference(self) -> Routing:
@@ -73,7 +85,7 @@ class Routing:
             decision = Decision(*(ids_TK.clone() for ids_TK in self.decision))
             names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum", "entropy_sum")
             values = {name: value.clone() for name in names if (value := getattr(self, name)) is not None}
-            return replace(self, decision=decision, **values)
+            return replace(self, decision=decision, mixing=None, **values)
 
     def keep(self, kept_TK: Tensor) -> Routing:
         """Return the same routing with the choices dropped where ``kept_TK`` is False."""

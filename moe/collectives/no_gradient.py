@@ -45,13 +45,18 @@ def exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
         raise ValueError(
             f"counts_PX.shape={tuple(counts_PX.shape)}: axis {axis.name!r} has size {axis.size}; pass one row per rank"
         )
-    return counts_PX if axis.size == 1 else once(lambda: _exchange_counts(counts_PX, axis))
+    return counts_PX if axis.size == 1 else once(lambda: _exchange("exchange_counts", counts_PX, axis))
 
 
-def _exchange_counts(counts_PX: Tensor, axis: Axis) -> Tensor:
-    note("exchange_counts", axis, counts_PX.nbytes * (axis.size - 1) // axis.size)
-    received = counts_PX.clone()  # the result in a dry run, whose backend moves no data
-    dist.all_to_all_single(received, counts_PX.contiguous(), group=axis.group)
+def exchange_slots(slots_PX: Tensor, axis: Axis) -> Tensor:
+    """Like :func:`exchange_counts`, for the slots of rows whose number is known. The host does not wait for them."""
+    return slots_PX if axis.size == 1 else once(lambda: _exchange("exchange_slots", slots_PX, axis))
+
+
+def _exchange(verb: str, values_PX: Tensor, axis: Axis) -> Tensor:
+    note(verb, axis, values_PX.nbytes * (axis.size - 1) // axis.size)
+    received = values_PX.clone(memory_format=torch.contiguous_format)  # the result in a dry run, which moves no data
+    dist.all_to_all_single(received, values_PX.contiguous(), group=axis.group)
     return received
 
 

@@ -146,7 +146,8 @@ class DispatchConfig:
     #: dtype in which rows are sent. compute: the dtype they are computed in; bf16; fp8: e4m3 with one scale per row for
     #: dispatch, bf16 for combine and for gradients
     wire: Literal["compute", "bf16", "fp8"] = "compute"
-    #: promise that all ranks always have equally many tokens, so that "all_gather" need not exchange their number
+    #: promise that all ranks always have equally many tokens, so that "all_gather" need not exchange their number, nor
+    #: "all_to_all" and "overlapped" any sizes if router.select="each_group" has whole groups on every rank (MoGE)
     equal_tokens: bool = False
     #: most MiB that a rank may need for the rows of one layer: those it receives, their results, and what the experts
     #: keep of each for the backward. None: no limit. Needs "all_to_all"
@@ -231,12 +232,14 @@ class MoEConfig:
         self._check_single_choice()
         check_router(self.router, self.num_experts, self.top_k)
         check_balancing(self.router, self.balance.rates())
-        require(
-            self.capacity is None or self.router.select not in BY_EXPERTS,
-            "capacity",
-            self.capacity,
-            f"router.select={self.router.select!r} gives every expert its number of tokens; leave it out",
-        )
+        even = self.router.select in BY_EXPERTS or self.router.gate == "slots"
+        remedy = "the router gives every expert equally many rows; leave it out"
+        require(self.capacity is None or not even, "capacity", self.capacity, remedy)
+        if self.router.gate == "slots":
+            for name in ("scope", "counts"):
+                value, plain = getattr(self.balance, name), getattr(BalanceConfig, name)
+                remedy = f"router.gate='slots' makes no choices; use {plain!r}"
+                require(value == plain, f"balance.{name}", value, remedy)
         require(
             self.capacity is None or not self.capacity.pad or self.dispatch.name in ("all_to_all", "overlapped"),
             "capacity.pad",

@@ -27,9 +27,12 @@ _OF_GATE = {
     "cosine": ("projection", "temperature"),
     "hash": ("vocabulary",),
     "task": ("tasks", "task_width"),
+    "slots": ("slots",),
 }
-#: fields without a meaning for a router that computes no logits
-_OF_LOGITS = ("score", "softmax_after_topk", "z_loss", "groups", "select", "entropy_loss", "random_second", "jitter")
+#: gates that choose no experts by their scores -> why no loss can balance them
+UNBALANCED = {"hash": "has nothing to train", "slots": "gives every expert equally many rows"}
+#: fields of choices by scores
+_OF_CHOICE = ("score", "softmax_after_topk", "z_loss", "groups", "select", "entropy_loss", "random_second", "jitter")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class RouterConfig:
     select: Select = "top_k"
     #: for "expert_choice" and "expert_choice_by_position": most experts of a token; None: all
     cap: int | None = None
-    #: allow, in a decoder, a router that decides about a token by later tokens too: "expert_choice". The decoder then
-    #: sees, in training, something of the tokens that it is to predict
+    #: allow, in a decoder, a router that decides about a token by later tokens too: select "expert_choice", or gate
+    #: "slots". The decoder then sees something of the tokens that it is to predict
     sees_future: bool = False
     #: for select "top_p": the sum of scores that suffices; HMoE uses 0.6
     top_p: float = 0.6
@@ -81,14 +84,18 @@ class RouterConfig:
     #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
     #: state and a direction per expert (X-MoE, arXiv 2204.09179); hash: none, a fixed random table of token ids decides
     #: (arXiv 2106.04426), and needs balance.coefficient=0; task: a product with the hidden state and an embedding of
-    #: the token's task (arXiv 2204.07689)
-    gate: Literal["linear", "noisy", "cosine", "hash", "task"] = "linear"
+    #: the token's task (arXiv 2204.07689); slots: mixtures of a sequence's tokens go to the experts (SoftMoE, arXiv
+    #: 2308.00951), with top_k=1 and balance.coefficient=0
+    gate: Literal["linear", "noisy", "cosine", "hash", "task", "slots"] = "linear"
     #: for gate "hash": number of token ids; None: the decoder's vocabulary
     vocabulary: int | None = None
     #: for gate "task": number of tasks. In the training command, a sequence's task is its domain
     tasks: int | None = None
     #: for gate "task": width of a task's embedding
     task_width: int = 16
+    #: for gate "slots": mixtures of each sequence that an expert processes; sequence length / number of experts is
+    #: usual
+    slots: int = 1
     #: for gate "cosine": width of the projection; None: half the number of experts
     projection: int | None = None
     #: for gate "cosine": what the cosines are divided by. Learned from this value on, but the balance loss keeps this
@@ -126,15 +133,15 @@ class RouterConfig:
         for gate, names in _OF_GATE.items():
             if self.gate != gate:
                 self._keep_default(*names, setting=f"router.gate={self.gate!r}")
-        for name in ("vocabulary", "tasks", "task_width"):
+        for name in ("vocabulary", "tasks", "task_width", "slots"):
             value = getattr(self, name)
             ok = value is None or (type(value) is int and value >= 1)
             require(ok, f"router.{name}", value, "must be an integer of at least 1")
         require(
             self.gate != "task" or self.tasks is not None, "router.tasks", None, "router.gate='task' needs it; set it"
         )
-        if self.gate == "hash":
-            self._keep_default(*_OF_LOGITS, setting="router.gate='hash', which has no logits")
+        if self.gate in UNBALANCED:
+            self._keep_default(*_OF_CHOICE, setting=f"router.gate={self.gate!r}, which chooses by no score")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
         ok = type(self.random_steps) is int and self.random_steps >= 0
@@ -168,12 +175,17 @@ class RouterConfig:
         else:
             self._keep_default("cap", setting=f"router.select={self.select!r}")
         if self.causal:
-            self._keep_default("sees_future", setting=f"router.select={self.select!r}, which sees no later token")
+            self._keep_default("sees_future", setting="a router that sees no later token")
+
+    @property
+    def needs_balance(self) -> bool:
+        """Whether a loss or a bias must balance the load."""
+        return self.select not in BALANCED and self.gate not in UNBALANCED
 
     @property
     def causal(self) -> bool:
         """Whether a token's experts do not depend on later tokens of its sequence, or only in training."""
-        return self.select != "expert_choice"
+        return self.select != "expert_choice" and self.gate != "slots"
 
     def _keep_default(self, *names: str, setting: str) -> None:
         for name in names:
@@ -195,6 +207,8 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         cap = router.width(num_experts, top_k)
         remedy = f"must be from top_k={top_k}, the experts of a token on average, to num_experts={num_experts}"
         require(type(cap) is int and top_k <= cap <= num_experts, "router.cap", router.cap, remedy)
+    if router.gate == "slots":
+        require(top_k == 1, "top_k", top_k, "must be 1 for router.gate='slots', which mixes the results of all experts")
     if router.select == "base":
         require(top_k == 1, "top_k", top_k, "must be 1 for router.select='base'; or use router.select='sinkhorn'")
     held = kept * (num_experts // groups)
@@ -208,11 +222,12 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
 
 def check_causal(router: RouterConfig, section: str = "") -> None:
     """Raise ``ValueError`` if the router may not be in a decoder, because it looks at later tokens."""
+    name, other = ("select", "'expert_choice_by_position'") if router.gate != "slots" else ("gate", "another")
     remedy = (
-        "decides about a token by later tokens too, which a decoder is to predict; use 'expert_choice_by_position', or "
-        f"set {section}router.sees_future=True to train on them nevertheless"
+        f"decides about a token by later tokens too, which a decoder is to predict; use {other}, or set "
+        f"{section}router.sees_future=True to train on them nevertheless"
     )
-    require(router.causal or router.sees_future, f"{section}router.select", router.select, remedy)
+    require(router.causal or router.sees_future, f"{section}router.{name}", getattr(router, name), remedy)
 
 
 def in_decoder(router: RouterConfig, vocabulary: int) -> RouterConfig:
@@ -227,11 +242,11 @@ def in_decoder(router: RouterConfig, vocabulary: int) -> RouterConfig:
 
 def check_balancing(router: RouterConfig, settings: dict[str, float]) -> None:
     """Raise ``ValueError`` if the router and another method would balance the load, with these rates by name."""
-    reason = f"router.select={router.select!r} balances the load itself"
-    if router.gate == "hash":
-        reason = "router.gate='hash' has nothing to train"
-    elif router.select not in BALANCED:
+    if router.needs_balance:
         return
+    reason = f"router.select={router.select!r} balances the load itself"
+    if router.gate in UNBALANCED:
+        reason = f"router.gate={router.gate!r} {UNBALANCED[router.gate]}"
     for name, value in settings.items():
         require(value == 0, f"balance.{name}", value, f"{reason}; set balance.{name} to 0")
 
@@ -241,7 +256,7 @@ def check_single_choice(router: RouterConfig, num_experts: int, top_k: int) -> N
 
     The router would then get no gradient from the task's loss.
     """
-    if top_k > 1 or num_experts == 1 or router.gate == "hash":
+    if top_k > 1 or num_experts == 1 or router.gate in UNBALANCED:
         return
     for name in ("softmax_after_topk", "normalize_weights"):
         require(

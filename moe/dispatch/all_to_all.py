@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...kernels.permute import combine, permute
 from ..collectives import PendingRows, start_exchange
+from ..placement import Owners
 from ..types import Experts, Routing
-from .base import Dispatcher, as_computed
-from .exchange_plan import ExchangePlan, dropless, padded
+from .base import Dispatcher, Holders, as_computed
+from .exchange_plan import ExchangePlan, dropless, equal, padded
 
 
 class AllToAllFlight(NamedTuple):
@@ -29,15 +30,18 @@ class AllToAllFlight(NamedTuple):
 
 
 class AllToAllDispatcher(Dispatcher):
-    """Sends one row per choice. Splits come from the senders' counts, or are fixed by a padded capacity."""
+    """Sends one row per choice. Splits come from the senders' counts, or are fixed: by a padded capacity, or because
+    the router chooses equally many experts of every rank."""
 
     chunks = 1
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def address(self, holders: Holders) -> None:
+        super().address(holders)
         self.make_plan: Callable[..., ExchangePlan] = dropless
         if self.capacity is not None and self.capacity.pad:
-            self.make_plan = partial(padded, capacity=self.capacity, num_experts=self.holders.num_experts)
+            self.make_plan = partial(padded, capacity=self.capacity, num_experts=holders.num_experts)
+        elif self.even and isinstance(holders, Owners):  # choices may go to any rank with a replica
+            self.make_plan = equal
 
     def send(self, x_TD: Tensor, routing: Routing) -> AllToAllFlight:
         plan = self.make_plan(

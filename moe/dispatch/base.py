@@ -46,7 +46,8 @@ class Dispatcher(ABC):
     the number of experts, in equal runs of consecutive experts. ``etp`` has the ranks that split the same experts into
     parts of width F / etp. The ranks of both axes hold different tokens. Every rank runs the same collectives, even
     with no rows. Rows are addressed to slots, not experts: a rank's slots are consecutive numbers, whatever experts it
-    owns.
+    owns. With ``even``, all ranks have equally many tokens, and every token has equally many choices on each owner,
+    unless it is masked.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Dispatcher(ABC):
         etp: Axis = LOCAL,
         config: DispatchConfig | None = None,
         capacity: CapacityConfig | None = None,
+        even: bool = False,
     ) -> None:
         self.axis, self.etp, self.backend = axis, etp, backend
-        self.address(Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners)
         self.config = DispatchConfig() if config is None else config
-        self.capacity = capacity
+        self.capacity, self.even = capacity, even
+        self.address(Owners.consecutive(owners, axis.size) if isinstance(owners, int) else owners)
         self.dispatch_wire, self.combine_wire = WIRES[self.config.wire]
         self.sizes_of: SizesOf = equal_sizes if self.config.equal_tokens else exchange_sizes
 

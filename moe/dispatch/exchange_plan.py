@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
-from ..collectives import Axis, equal_sizes, exchange_counts, exchange_sizes, splits
+from ..collectives import Axis, equal_sizes, exchange_counts, exchange_sizes, exchange_slots, splits
 from ..config import CapacityConfig
 from .base import SizesOf
 
@@ -76,19 +76,43 @@ def padded(
     each, device = slots // axis.size, slots_TK.device
     tokens, top_k = slots_TK.shape
     per_chunk = math.ceil(rows_per_expert(capacity, tokens, top_k, num_experts) / chunks)
-    rows = chunks * slots * per_chunk
-    order = sort_by_expert(slots_TK, slots, backend=backend)
-    place_TK = order.inverse_SK - order.offsets_E[slots_TK.clamp_min(0)]
-    row_TK = (place_TK % chunks * slots + slots_TK) * per_chunk + place_TK // chunks
-    row_TK = torch.where(slots_TK >= 0, row_TK, -1)
-    # an extra empty source row fills unused rows; an extra sent row, which is ignored, takes the dropped choices
+    order = _filled(slots_TK, slots, chunks, per_chunk, backend)
+    slot_of = torch.arange(each, device=device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
+    sizes = [each * per_chunk] * axis.size
+    chunk = ExchangeChunk(sizes, sizes, slot_of)
+    return ExchangePlan(order, chunks * slots * per_chunk, [chunk] * chunks, equal_sizes)
+
+
+def equal(slots_TK: Tensor, slots: int, axis: Axis, chunks: int, backend: str) -> ExchangePlan:
+    """Plan to send T K / P rows to every rank, so that no rank asks for sizes; the slot of each row travels with it.
+
+    Rows of masked tokens are empty.
+    """
+    each, ranks = slots // axis.size, axis.size
+    rank_TK = torch.where(slots_TK >= 0, slots_TK // each, -1)
+    per_chunk = math.ceil(slots_TK.numel() / ranks / chunks)
+    order = _filled(rank_TK, ranks, chunks, per_chunk, backend)
+    rows = chunks * ranks * per_chunk
+    slot_of = torch.cat((slots_TK.flatten() % each, slots_TK.new_full((1,), -1))).int()
+    sent_PCR = slot_of[order.order_R[:rows]].view(chunks, ranks, per_chunk).transpose(0, 1)
+    received_PCR = exchange_slots(sent_PCR, axis)
+    sizes = [per_chunk] * ranks
+    parts = [ExchangeChunk(sizes, sizes, received_PCR[:, c].reshape(-1, 1)) for c in range(chunks)]
+    return ExchangePlan(order, rows, parts, equal_sizes)
+
+
+def _filled(bins_TK: Tensor, bins: int, chunks: int, per_chunk: int, backend: str) -> ExpertOrder:
+    """Order choices by chunk and bin, with ``per_chunk`` rows for each of both; those that no choice fills are empty.
+
+    An extra empty source row fills them. An extra sent row, which is ignored, takes the choices that are not sent.
+    """
+    (tokens, top_k), device, rows = bins_TK.shape, bins_TK.device, chunks * bins * per_chunk
+    order = sort_by_expert(bins_TK, bins, backend=backend)
+    place_TK = order.inverse_SK - order.offsets_E[bins_TK.clamp_min(0)]
+    row_TK = (place_TK % chunks * bins + bins_TK) * per_chunk + place_TK // chunks
+    row_TK = torch.where(bins_TK >= 0, row_TK, -1)
     empty = tokens * top_k
-    order_X = slots_TK.new_full((rows + 1,), empty)
+    order_X = bins_TK.new_full((rows + 1,), empty)
     order_X.scatter_(0, torch.where(row_TK >= 0, row_TK, rows).flatten(), torch.arange(empty, device=device))
     inverse_SK = torch.cat((row_TK, row_TK.new_full((1, top_k), -1)))
-    offsets_E = torch.arange(chunks * slots + 1, device=device) * per_chunk
-    slot_of = torch.arange(each, device=device).repeat_interleave(per_chunk).repeat(axis.size)[:, None]
-    even = [each * per_chunk] * axis.size
-    return ExchangePlan(
-        ExpertOrder(order_X, inverse_SK, offsets_E), rows, [ExchangeChunk(even, even, slot_of)] * chunks, equal_sizes
-    )
+    return ExpertOrder(order_X, inverse_SK, torch.arange(chunks * bins + 1, device=device) * per_chunk)

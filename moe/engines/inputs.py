@@ -26,12 +26,17 @@ def local_batches(
     batches: Sequence[Batch], mesh: Mesh | None, device: torch.device, parts: Sequence[nn.Module]
 ) -> list[LocalBatch]:
     """Return this rank's part of each micro-batch, on ``device``, with the codes that the routers of ``parts`` read."""
-    found, codes_of = [], CODES[codes_read(parts)]
-    for batch in batches:
-        given = batch.inputs, batch.labels, batch.mask, batch.documents, codes_of(batch)
-        *moved, codes_BS = (None if t is None else t.to(device) for t in given)
-        found.append(take_local_batch(*moved, mesh=mesh, codes_BS=codes_BS))  # type: ignore[arg-type]
-    return found
+    codes_of = CODES[codes_read(parts)]
+
+    def moved(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device)
+
+    return [
+        take_local_batch(
+            b.inputs.to(device), b.labels.to(device), moved(b.mask), moved(b.documents), mesh, moved(codes_of(b))
+        )
+        for b in batches
+    ]
 
 
 def _tasks(batch: Batch) -> Tensor | None:

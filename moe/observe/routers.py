@@ -47,6 +47,8 @@ def chosen_probability(router: Router, x_TD: Tensor, routing: Routing, codes_T: 
     Probabilities are those of the balance loss: scores of all experts, normalised to 1. Per token the result is K/E for
     uniform scores, and 1 if only chosen experts have a score above 0 ("topK score sum" of arXiv 2501.11873).
     """
+    if routing.mixing is not None:  # every token uses all experts
+        return routing.tokens_B.double()
     probabilities_TE = router.probabilities(x_TD, codes_T)
     chosen_TK = probabilities_TE.gather(1, routing.ids_TK.clamp_min(0)).masked_fill(routing.ids_TK < 0, 0.0)
     chosen_T = chosen_TK.sum(1)

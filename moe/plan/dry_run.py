@@ -163,7 +163,8 @@ def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: Fa
     engine.experts.plan = partial(_most_replicas, engine.experts)
     with mode, recorder:
         ids_BS = torch.zeros((config.data.micro_batch, config.data.seq_len), dtype=torch.int64)
-        engine.step([Batch(ids_BS.clone(), ids_BS.clone()) for _ in range(simulated)], config.optim.lr)
+        batches = [Batch(ids_BS.clone(), ids_BS.clone(), tasks=ids_BS[:, 0]) for _ in range(simulated)]
+        engine.step(batches, config.optim.lr)
         recorder.name("optimizer state", (t for state in optimizer.state.values() for t in state.values()))
 
 

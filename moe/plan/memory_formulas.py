@@ -222,6 +222,7 @@ def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weigh
         "linear": [Weight(moe.num_experts, hidden)],
         "noisy": [Weight(moe.num_experts, hidden)] * 2,
         "hash": [],
+        "slots": [Weight(moe.num_experts * moe.router.slots, hidden)],
         "task": [
             Weight(moe.num_experts, hidden),
             Weight(moe.num_experts, moe.router.task_width),
@@ -327,8 +328,12 @@ class _Activations:
 
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
-        hidden, rows = moe.hidden_size, moe.top_k * t
+        hidden, rows, mixed = moe.hidden_size, moe.top_k * t, 0
         router = 0 if moe.router.gate == "hash" else 4 * (hidden + moe.num_experts) * t
+        if moe.router.gate == "slots":  # shares of tokens in slots and back; the slots, and their results
+            slots = moe.num_experts * moe.router.slots
+            rows = slots * self.config.data.micro_batch
+            router, mixed = (4 * hidden + 20 * slots + 16) * t, 2 * c * hidden * rows
         # the factor of each value; random numbers and their sizes, or cosines and probabilities; the projection twice
         router += 4 * hidden * t if moe.router.jitter else 0
         router += 8 * moe.num_experts * t if moe.router.gate in ("noisy", "cosine") else 0
@@ -337,7 +342,8 @@ class _Activations:
         width = moe.router.width(moe.num_experts, moe.top_k)
         router += 8 * (moe.num_experts + 2 * width) * t if moe.router.select in UP_TO_K else 0
         router += 12 * moe.num_experts * t if moe.router.entropy_loss else 0
-        x = c * hidden * t if c < 4 or moe.router.jitter else 0  # in addition to the router's fp32 copy
+        copied = c < 4 or moe.router.jitter or moe.router.gate == "hash"
+        x = c * hidden * t if copied else 0  # in addition to the router's fp32 copy
         shared = 0
         if moe.shared_intermediate_size:
             gate = c * (hidden + 1) * t if moe.shared_gate else 0
@@ -346,8 +352,11 @@ class _Activations:
         arriving = rows if degrees.ep > 1 else t if degrees.etp > 1 else 0
         sources = c * hidden * arriving * degrees.etp
         up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
-        experts = sources + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
         places = 72 * rows  # ids, gate weights and row positions
+        if degrees.ep == 1:  # the host does not know how many of a token's places stay empty
+            places += 25 * (width - moe.top_k) * t
+            rows += (width - moe.top_k) * t
+        experts = sources + mixed + (0 if moe.recompute_experts else c * up * rows * degrees.etp)
         return router + experts + places + shared + (x if shared or degrees.ep * degrees.etp == 1 else 0)
 
     def _head(self) -> int:

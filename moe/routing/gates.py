@@ -19,6 +19,7 @@ from . import noise
 from .by_token import HashRouter, TaskRouter
 from .compose import sum_by_sequence
 from .router import Router
+from .slots import SlotRouter
 
 
 class NoisyRouter(Router):
@@ -102,6 +103,7 @@ GATES: dict[str, type[Router]] = {
     "cosine": CosineRouter,
     "hash": HashRouter,
     "task": TaskRouter,
+    "slots": SlotRouter,
 }
 
 

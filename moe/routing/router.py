@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
-from ..config.routing import UP_TO_K
+from ..config.routing import UNBALANCED, UP_TO_K
 from ..types import Decision, Routing
 from .compose import compose, wanted
 from .noise import jittered, mixed, random_second
@@ -195,7 +195,8 @@ def _fused(k: int, config: RouterConfig, backend: str) -> Callable[..., GateOutp
 def _warn_without_kernel(config: RouterConfig, fused: bool, selects: bool) -> None:
     """Warn of each piece that runs in torch, although the layer asks for Triton."""
     pieces = [("score", config.score in FUSED_SCORES), ("group_worth", config.group_worth == "two_best")]
-    for name, has_kernel in (*pieces, ("select", not selects), ("random_second", not config.random_second)):
+    pieces += [("select", not selects), ("random_second", not config.random_second)]
+    for name, has_kernel in (*pieces, ("gate", config.gate not in UNBALANCED)):
         if not has_kernel:
             what, whole = (
                 f"router.{name}={getattr(config, name)!r}",

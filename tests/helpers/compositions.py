@@ -12,6 +12,7 @@ from equimoe.moe.parallel.stages import SCHEDULES, SPLITS_BACKWARD
 from tests.helpers.parity import Composition as C
 
 BF16 = "bfloat16"
+SLOTS = RouterConfig(gate="slots", slots=2, sees_future=True)
 BY_EXPERTS: dict[str, Any] = {"normalize_weights": False, "sees_future": True}
 
 COMPOSITIONS: dict[str, C] = {
@@ -155,6 +156,15 @@ COMPOSITIONS: dict[str, C] = {
     "cp 2, ep 2, bf16": C(2, P(cp=2, ep=2), dtype=BF16),
     # routers
     "groups of equal load (MoGE), dp 2, ep 2": C(2, P(ep=2), router=RouterConfig(select="each_group", groups=2)),
+    "groups of equal load (MoGE), no sizes, fsdp 4, ep 4, recompute": C(
+        4,
+        P(data_parallel="fsdp", ep=4),
+        router=RouterConfig(select="each_group", groups=4),
+        top_k=4,
+        recompute=R(keep_exchanges=True),
+        dispatch=D("overlapped", chunks=2, equal_tokens=True),
+        tokens="zero",
+    ),
     "groups of equal load (MoGE), dp 4, ep 4, recompute, no tokens on a rank": C(
         4, P(ep=4), router=RouterConfig(select="each_group", groups=4), top_k=4, recompute=True, tokens="zero"
     ),
@@ -223,6 +233,17 @@ COMPOSITIONS: dict[str, C] = {
     "task, pp 2, tp 2, ep 2 > dp 1, recompute": C(
         4, P(pp=2, tp=2, ep=2), router=RouterConfig(gate="task", tasks=3), micro_batches=4, recompute=True
     ),
+    "slots (SoftMoE), dp 2, ep 2, recompute": C(2, P(ep=2), router=SLOTS, top_k=1, recompute=True),
+    "slots (SoftMoE), fsdp 4, ep 4, hierarchical, no tokens on a rank": C(
+        4,
+        P(data_parallel="fsdp", ep=4),
+        router=SLOTS,
+        top_k=1,
+        dispatch=D("hierarchical", node_size=2),
+        tokens="zero",
+    ),
+    "slots (SoftMoE), pp 2, dp 2, etp 2": C(4, P(pp=2, etp=2), router=SLOTS, top_k=1, micro_batches=4),
+    "slots (SoftMoE), fssdp, dp 2": C(2, P(experts="fssdp"), router=SLOTS, top_k=1),
     "GShard, dp 4, ep 2, recompute": C(
         4,
         P(ep=2),

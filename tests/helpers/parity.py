@@ -82,7 +82,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         router=of.router,
         balance=BalanceConfig(
             of.scope,
-            0.0 if of.router.select in BALANCED or of.router.gate == "hash" else 0.1,
+            0.1 if of.router.needs_balance else 0.0,
             estimator="exact",
             micro_batches=micro_batches,
             counts=of.counts,

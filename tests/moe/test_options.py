@@ -45,6 +45,7 @@ ALSO = {
     "moe.router.cap": ["--moe.router.select=expert_choice_by_position", *CHOOSING],
     "moe.router.sees_future": ["--moe.router.select=expert_choice", *CHOOSING],
     "moe.router.vocabulary": ["--moe.router.gate=hash", "--moe.balance.coefficient=0"],
+    "moe.router.slots": ["--moe.router.gate=slots", "--moe.router.sees_future", "--moe.top_k=1", *CHOOSING[1:2]],
     "moe.router.tasks": ["--moe.router.gate=task"],
     "moe.router.task_width": ["--moe.router.gate=task", "--moe.router.tasks=9"],
     "moe.router.top_p": ["--moe.router.select=top_p"],

@@ -239,7 +239,7 @@ def test_a_choice_that_a_token_does_not_need_is_sent_nowhere() -> None:
 def test_every_selection_and_gate_has_a_row() -> None:
     selects, gates = ({getattr(row.config, name) for row in ROWS.values()} for name in ("select", "gate"))
     assert selects | {"top_k"} == set(SELECTIONS) == set(get_args(Select))
-    assert gates | {"hash"} == set(GATES) == set(get_args(get_type_hints(RouterConfig)["gate"]))
+    assert gates | {"hash", "slots"} == set(GATES) == set(get_args(get_type_hints(RouterConfig)["gate"]))
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
@@ -297,9 +297,11 @@ def test_pieces_without_a_kernel_are_named_at_construction() -> None:
     pieces = {"group_worth='best'": {"groups": 2, "group_worth": "best", "kept_groups": 1}}
     pieces |= {f"select='{name}'": {"select": name} for name in ("each_group", "top_p")}
     pieces["select='expert_choice'"] = {"select": "expert_choice", "normalize_weights": False}
+    pieces |= {"gate='hash'": {"gate": "hash", "vocabulary": 9}, "gate='slots'": {"gate": "slots"}}
     pieces |= {"random_second=True": {"random_second": True}}
     for piece, fields in pieces.items():
-        config = MoEConfig(D, 8, E, 2, RouterConfig(**fields), NO_LOSS, backend="triton")  # type: ignore[arg-type]
+        k = 1 if "slots" in piece else 2
+        config = MoEConfig(D, 8, E, k, RouterConfig(**fields), NO_LOSS, backend="triton")  # type: ignore[arg-type]
         with pytest.warns(UserWarning, match=rf"backend='triton': router\.{piece} has no Triton kernel") as found:
             MoE(config)
         assert len(found) == 1

@@ -39,6 +39,10 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
         {"balance": BalanceConfig(coefficient=0.0)},
     ),
     "hash": (RouterConfig(gate="hash"), {"balance": BalanceConfig(coefficient=0.0)}),
+    "slots": (
+        RouterConfig(gate="slots", slots=2, sees_future=True, normalize_weights=False),
+        {"balance": BalanceConfig(coefficient=0.0), "top_k": 1},
+    ),
     "task": (RouterConfig(gate="task", tasks=3), {"balance": EXACT}),
     "top-p": (RouterConfig(select="top_p", entropy_loss=0.03), {"balance": EXACT}),
     "gshard": (
