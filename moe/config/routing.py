@@ -55,8 +55,9 @@ class RouterConfig:
     random_second: bool = False
     #: what computes the logits. linear: one product; noisy: adds normal noise in training, of a size that it learns
     #: (Shazeer et al., arXiv 1701.06538); cosine: a learned factor times the cosine between a projection of the hidden
-    #: state and a direction per expert (X-MoE, arXiv 2204.09179)
-    gate: Literal["linear", "noisy", "cosine"] = "linear"
+    #: state and a direction per expert (X-MoE, arXiv 2204.09179); residual: one product, plus another one of the
+    #: logits of the MoE layer before (MoE++, arXiv 2410.07348)
+    gate: Literal["linear", "noisy", "cosine", "residual"] = "linear"
     #: for gate "cosine": width of the projection; None: half the number of experts
     projection: int | None = None
     #: for gate "cosine": what the cosines are divided by. Learned from this value on, but the balance loss keeps this

@@ -20,6 +20,7 @@ from ..collectives import draw_seed, fill_normal, reset, seeded
 from ..config import AttentionConfig, MoEConfig, RecomputeConfig
 from ..experts import SwiGLU
 from ..layer import MoE
+from ..routing import PassedLogits
 from .attention import ATTENTION, EPS, Attention
 from .documents import Documents
 
@@ -58,19 +59,29 @@ class Block(nn.Module):
         for part in (self.mlp, self.attention, self.attention_norm, self.mlp_norm):
             reset(part)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        return self.run_block(self._whole, x_BSD, mask_BS, documents)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        documents: Documents | None = None,
+        passed: PassedLogits | None = None,
+    ) -> Tensor:
+        return self.run_block(self._whole, x_BSD, mask_BS, documents, passed)
 
-    def _whole(self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None) -> Tensor:
+    def _whole(
+        self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None, passed: PassedLogits | None
+    ) -> Tensor:
         x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, documents)
-        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS)
+        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS, passed)
 
     def _attend(self, x_BSD: Tensor, documents: Documents | None) -> Tensor:
         return self.attention(self.attention_norm(x_BSD), documents)
 
-    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
-        rest = (mask_BS,) if isinstance(self.mlp, MoE) else ()
-        return self.mlp(self.mlp_norm(x_BSD), *rest)
+    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None, passed: PassedLogits | None) -> Tensor:
+        x_BSD = self.mlp_norm(x_BSD)
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x_BSD)
+        return self.mlp(x_BSD, mask_BS) if passed is None else self.mlp(x_BSD, mask_BS, passed=passed)
 
 
 class Decoder(nn.Module):
@@ -128,6 +139,8 @@ class Decoder(nn.Module):
         #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
         self.init_std, self.num_layers = moe.init_std, num_layers
+        #: whether each MoE layer's logits go to the next one
+        self.passes_logits = moe.router.gate == "residual"
         self._initialise(seed)
 
     def reset_parameters(self) -> None:
@@ -149,8 +162,10 @@ class Decoder(nn.Module):
         documents = None if starts is None else Documents(starts)
         if self.embedding is not None:
             x = self.embedding(x)
+        passed = PassedLogits() if self.passes_logits else None
         for block in self.blocks.values():
-            x = block(x, mask, documents)
+            x = block(x, mask, documents, passed)
+            passed = passed and passed.next()
         return x
 
     def logits(self, x: Tensor) -> Tensor:

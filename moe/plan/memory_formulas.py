@@ -210,12 +210,16 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
     moe = config.moe
     hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, -(-moe.num_experts // degrees.ep)
-    projected = moe.router.projected(moe.num_experts)
+    projected = moe.router.projected(moe.all_experts)
+    number, free = moe.all_experts, moe.zero_computation
     yield from {
-        "linear": [Weight(moe.num_experts, hidden)],
-        "noisy": [Weight(moe.num_experts, hidden)] * 2,
-        "cosine": [Weight(projected, hidden), Weight(moe.num_experts, projected), Weight(1, 1)],
+        "linear": [Weight(number, hidden)],
+        "noisy": [Weight(number, hidden)] * 2,
+        "cosine": [Weight(projected, hidden), Weight(number, projected), Weight(1, 1)],
+        "residual": [Weight(number, hidden), Weight(number, number)],
     }[moe.router.gate]
+    if free is not None and free.constant:
+        yield from (Weight(free.constant, 2 * hidden), Weight(free.constant, hidden))
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
     yield Weight(experts, width * hidden, expert=True)
     if shared := moe.shared_intermediate_size:
@@ -314,15 +318,15 @@ class _Activations:
 
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
-        hidden, rows = moe.hidden_size, moe.top_k * t
-        router = 4 * (hidden + moe.num_experts) * t
+        hidden, number, rows = moe.hidden_size, moe.all_experts, round(moe.mlps_per_token * t)
+        router = 4 * (hidden + number) * t
         # the factor of each value; random numbers and their sizes, or cosines and probabilities; the projection twice
         router += 4 * hidden * t if moe.router.jitter else 0
-        router += 8 * moe.num_experts * t if moe.router.gate != "linear" else 0
-        router += 8 * (moe.router.projected(moe.num_experts) + 1) * t if moe.router.gate == "cosine" else 0
+        router += 8 * number * t if moe.router.gate in ("noisy", "cosine") else 0
+        router += 8 * (moe.router.projected(number) + 1) * t if moe.router.gate == "cosine" else 0
         # outside of the fused op, scores and their logarithms; for the entropy, also before they are normalised
-        router += 8 * (moe.num_experts + 2 * moe.top_k) * t if moe.router.select == "top_p" else 0
-        router += 12 * moe.num_experts * t if moe.router.entropy_loss else 0
+        router += 8 * (number + 2 * moe.top_k) * t if moe.router.select == "top_p" else 0
+        router += 12 * number * t if moe.router.entropy_loss else 0
         x = c * hidden * t if c < 4 or moe.router.jitter else 0  # in addition to the router's fp32 copy
         shared = 0
         if moe.shared_intermediate_size:

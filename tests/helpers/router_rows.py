@@ -167,6 +167,7 @@ ROWS: dict[str, Row] = {
         balance_probs=lambda p, x_TD: (cosines(p, x_TD) / 0.07).softmax(1),
         ks=(2,),
     ),
+    "MoE++, first layer": Row(RouterConfig(gate="residual", normalize_weights=False)),
     "S-BASE": Row(
         RouterConfig(normalize_weights=False, select="sinkhorn"), choose_all=sinkhorn, layer={"balance": NO_LOSS}
     ),

@@ -14,7 +14,7 @@ from equimoe.launch.help import COMMON, field_comments, help_text
 from equimoe.launch.options import ONLY_WITH, Launch, fields_of, hints_of, parse, to_yaml, value_of
 from equimoe.launch.recipes import RECIPES
 from equimoe.launch.text import option_text
-from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig
+from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig, ZeroComputationConfig
 from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from tests.helpers.small import changed
@@ -71,7 +71,7 @@ def is_text(hint: Any) -> bool:
 
 
 #: sections that are off by default
-OPTIONAL = ("moe.capacity", "attention.scaling")
+OPTIONAL = ("moe.capacity", "moe.zero_computation", "attention.scaling")
 FIELDS = [name for name in fields_of() if name not in OPTIONAL]
 
 
@@ -83,7 +83,8 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
         return found
 
     scaled = replace(TrainConfig().attention, scaling=RotaryScaling())
-    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), capacity=CapacityConfig(), attention=scaled)))
+    sections = {"capacity": CapacityConfig(), "zero_computation": ZeroComputationConfig(), "attention": scaled}
+    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), **sections)))
     assert len(FIELDS) > 40
 
 

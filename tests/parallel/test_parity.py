@@ -28,6 +28,8 @@ FAST = (
     "overlapped 2, dp 2, ep 2",
     "cosine (X-MoE), dp 2, ep 2, recompute",
     "top-p (HMoE), dp 2, ep 2, recompute",
+    "zero-computation experts (MoE++), dp 2, ep 2, recompute",
+    "zero-computation experts (MoE++), dp 4, ep 4, capacity of all ranks",
     "pp 2, 1f1b, recompute",
     "pp 2, dp 2, ep 2",
     "documents, cp 2, ring, few labels",

@@ -62,13 +62,14 @@ def _shard_over_replicas(weight: Any) -> None:
 
 
 def gather_routers(model: nn.Module) -> None:
-    """Have ZeRO 3 gather each router's weight together with its layer.
+    """Have ZeRO 3 gather each router's weights together with its layer.
 
     It gathers weights for the backward of a module whose outputs it knows, and a router's output is not a tensor.
     """
     for layer in model.modules():
         if isinstance(layer, MoE):
-            register_external_parameter(layer, layer.router.weight)
+            for weight in layer.router.parameters():
+                register_external_parameter(layer, weight)
 
 
 def create_groups(ep: int, data_before_experts: bool = False) -> None:
