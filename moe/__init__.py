@@ -5,9 +5,18 @@
 """
 
 from .balance import Step, counting_pass, recompute, use_gradient_scaler
-from .config import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig, RouterConfig
+from .config import (
+    BalanceConfig,
+    CapacityConfig,
+    DispatchConfig,
+    ExtraLossConfig,
+    MoEConfig,
+    RouterConfig,
+    ZeroComputationConfig,
+)
 from .layer import MoE
 from .placement import Owners, Placement
+from .routing import PassedLogits
 from .types import Routing, RoutingStats
 from .version import __version__
 
@@ -19,11 +28,13 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "Owners",
+    "PassedLogits",
     "Placement",
     "RouterConfig",
     "Routing",
     "RoutingStats",
     "Step",
+    "ZeroComputationConfig",
     "__version__",
     "counting_pass",
     "recompute",

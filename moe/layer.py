@@ -12,7 +12,7 @@ from .balance import Balancer, Visit, initial_bias
 from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, MixingDispatcher, build_capacity, build_dispatcher
-from .experts import RoutedExperts, SharedExperts
+from .experts import RoutedExperts, SharedExperts, build_local
 from .placement import Placement, Replicas
 from .regions import region
 from .replication import Calibration, Replication
@@ -31,6 +31,9 @@ class MoE(nn.Module):
     The balance loss is attached to ``y`` in the autograd graph: train on your own loss and add nothing to it. ``stats``
     describes the last training forward. Evaluation, no-grad and recomputed forwards change neither it nor any counts.
 
+    Further arguments, by name, go to the router: gate "residual" takes ``passed``, the
+    :class:`~equimoe.moe.routing.PassedLogits` of the layer before.
+
     ``group`` is the process group whose ranks hold different tokens and average their gradients, as under DDP or FSDP;
     None means all ranks. Call :meth:`place` instead if sequences or experts are split over ranks.
 
@@ -42,7 +45,7 @@ class MoE(nn.Module):
         self.config = config
         hidden, std = config.hidden_size, config.init_std
         self.router = build_router(config)
-        self.router.bias_E = initial_bias(config.balance, config.num_experts)
+        self.router.bias_E = initial_bias(config.balance, config.all_experts)
         self.experts = RoutedExperts(
             config.num_experts,
             hidden,
@@ -56,9 +59,17 @@ class MoE(nn.Module):
         self.shared: SharedExperts | None = None
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
+        #: what this rank computes for its own tokens
+        self.local = build_local(config)
         router = config.router
         self.balancer = Balancer(
-            config.balance, config.num_experts, config.top_k, router.z_loss, router.reach, router.entropy_loss
+            config.balance,
+            config.num_experts,
+            config.top_k,
+            router.z_loss,
+            router.reach,
+            router.entropy_loss,
+            config.load_weights,
         )
         self._put(Placement())
         if group is not None:
@@ -98,7 +109,7 @@ class MoE(nn.Module):
             raise ValueError("replicas.owners: differ from the placement's; make them from the same owners")
         self.replication = Replication(replicas, self.balancer.placement.ep, self.dispatcher, free, calibration)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, codes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, codes: Tensor | None = None, **given: Any) -> Tensor:
         whole = x.shape
         x, mask, codes = self.duplicates.split(x, mask, codes)
         x_TD, mask_T, codes_T, sequences = self._flatten(x, mask, codes)
@@ -106,24 +117,25 @@ class MoE(nn.Module):
         held = experts if self.replication is None else self.replication.begin(experts)
         visit, decision = self.balancer.begin(self, x_TD)
         with region("route"):
-            routing = router(x_TD, mask_T, sequences, decision, codes_T)
+            routing = router(x_TD, mask_T, sequences, decision, codes_T, **given)
             if self.capacity is not None:
                 routing = self.capacity(routing)
         with region("balance"):
             counted = visit is not None and self.balancer.count(visit, routing, mask_T)
             if visit is not None and counted:
                 self._keep_stats(routing, visit)
+        sent = self.local.sent(routing)
         if self.replication is not None:
-            held = self.replication.adapt(held, experts, routing, counted)
+            held = self.replication.adapt(held, experts, sent, counted)
         with region("dispatch"):
-            flight = self.dispatcher.send(x_TD, routing)
-        shared_TD = None if shared is None else shared(x_TD)  # overlaps with the exchange of rows
+            flight = self.dispatcher.send(x_TD, sent)
+        local_TD = self.local(shared, x_TD, routing)  # overlaps with the exchange of rows
         with region("combine"):  # region "experts" is inside: rows may arrive and return in chunks
             y_TD = self.dispatcher.finish(flight, held)
         if self.replication is not None:
             y_TD = self.replication.end(y_TD, held)
-        if shared_TD is not None:
-            y_TD = y_TD + shared_TD
+        if local_TD is not None:
+            y_TD = y_TD + local_TD
         with region("balance"):
             y = self.balancer.attach(visit, y_TD, routing, router.weight).view(x.shape).to(x.dtype)
         return self.duplicates.join(y, whole)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,8 @@ class Balancer:
     """Counts a layer's load in the optimizer step, and attaches the balance losses to its output.
 
     ``reach`` maps a number of expert-parallel ranks to the number of them that the router can send a token to.
+    ``load_weights`` multiply the load of each expert in the losses. If there are more of them than ``num_experts``, the
+    router has further experts, which no rank owns.
     """
 
     #: whether the losses are attached to the output, and not a part of the user's loss
@@ -64,8 +66,13 @@ class Balancer:
         z_coefficient: float = 0.0,
         reach: Callable[[int], int] | None = None,
         entropy_coefficient: float = 0.0,
+        load_weights: Sequence[float] | None = None,
     ) -> None:
         self.entropy_coefficient = entropy_coefficient
+        self.load_weight_E = (
+            None if load_weights is None else torch.tensor(load_weights, dtype=torch.float64, device="cpu")
+        )
+        self.owned, num_experts = num_experts, num_experts if load_weights is None else len(load_weights)
         self.config, self.num_experts, self.top_k, self.z_coefficient = config, num_experts, top_k, z_coefficient
         self.bias = bias_rule(config)
         #: which choices are the load, and how many of each token they are
@@ -83,7 +90,7 @@ class Balancer:
         self._sent = any(scope.sent for scope in scopes)
         self._estimate = ESTIMATORS[config.estimator]
         self.placed: Placement | None = None
-        self.owners = Owners.consecutive(num_experts, 1)
+        self.owners = Owners.consecutive(self.owned, 1)
         self._register()
 
     def _register(self, copy_of: LayerNumber | None = None) -> None:
@@ -109,7 +116,7 @@ class Balancer:
     def place(self, placement: Placement) -> None:
         """Balance over the ranks of ``placement``."""
         refuse_two_scales(self.scaler, placement.gradient_scale)
-        self.placed, self.owners = placement, placement.owners_of(self.num_experts)
+        self.placed, self.owners = placement, placement.owners_of(self.owned)
 
     def join(self, step: Step) -> None:
         """Count for a step that the training loop drives."""
@@ -283,7 +290,7 @@ class Balancer:
         losses = [SCOPES[scope].loss(view) for scope, _ in self._terms]
         visit.loss = losses[0]
         visit.terms = [
-            Term(scope, coefficient * self._convention(scope, view), loss.gradient, visit.prob_sums_BE)
+            Term(scope, coefficient * self._convention(scope, view), self._weighted(loss.gradient), visit.prob_sums_BE)
             for loss, (scope, coefficient) in zip(losses, self._terms, strict=True)
         ]
         gradient = sum(term.gradient * (term.coefficient * scale) for term in visit.terms)
@@ -293,6 +300,14 @@ class Balancer:
             visit.terms.append(Term("entropy", self.entropy_coefficient, losses[0].token_weight, visit.entropy_sum))
         of_tokens = [losses[0].token_weight * (c * scale) for c in (self.z_coefficient, self.entropy_coefficient)]
         return torch.as_tensor(gradient), of_tokens[0], of_tokens[1]
+
+    def _weighted(self, loads_XE: Tensor) -> Tensor:
+        """Multiply the load of each expert by its weight."""
+        if self.load_weight_E is None:
+            return loads_XE
+        if self.load_weight_E.device != loads_XE.device:  # move once, after the layer moved to another device
+            self.load_weight_E = self.load_weight_E.to(loads_XE.device)
+        return loads_XE * self.load_weight_E
 
     def _read_once(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Like :meth:`read`, but zeros if an earlier backward through the same forward has delivered the gradients."""
@@ -338,11 +353,12 @@ class Balancer:
     def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
         """Return a micro-batch's losses, see :attr:`equimoe.moe.types.RoutingStats.losses`."""
         totals, top_k = self.layer.totals(visit), self.counted
-        counts_BE, tokens_B, prob_sums_BE = visit.counts_BE, routing.tokens_B, routing.prob_sums_BE.detach()
+        counts_BE, tokens_B = self._weighted(visit.counts_BE), routing.tokens_B
+        prob_sums_BE = routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
         return {
-            "global": float(loss_value(totals[:-1], totals[-1], prob_sums_E, tokens, top_k)),
+            "global": float(loss_value(self._weighted(totals[:-1]), totals[-1], prob_sums_E, tokens, top_k)),
             "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, top_k)),
             "sequence": float(per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1)),
             "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),

@@ -6,7 +6,14 @@ Each section configures one part of the system. The sections of a training run a
 
 from .checks import check_literals, require
 from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
-from .layer import BalanceConfig, CapacityConfig, DispatchConfig, ExtraLossConfig, MoEConfig
+from .layer import (
+    BalanceConfig,
+    CapacityConfig,
+    DispatchConfig,
+    ExtraLossConfig,
+    MoEConfig,
+    ZeroComputationConfig,
+)
 from .nested import dotted
 from .placement import PlacementConfig
 from .routing import RouterConfig, Score
@@ -23,6 +30,7 @@ __all__ = [
     "RotaryScaling",
     "RouterConfig",
     "Score",
+    "ZeroComputationConfig",
     "check_literals",
     "dotted",
     "require",

@@ -132,6 +132,39 @@ class CapacityConfig:
 
 
 @dataclass(frozen=True)
+class ZeroComputationConfig:
+    """Experts that compute next to nothing, beyond the ``num_experts`` MLPs (MoE++, arXiv 2410.07348).
+
+    Every rank holds them all and computes them where the token is, so that nothing is sent for them. Their ids follow
+    those of the MLPs, in the order of these fields.
+    """
+
+    #: number of zero experts: E(x) = 0
+    zero: int = 1
+    #: number of copy experts: E(x) = x
+    copy: int = 1
+    #: number of constant experts: E(x) = a x + b v with a learned vector v, and [a, b] = softmax(W x)
+    constant: int = 2
+    #: load of an MLP relative to that of one of these experts: it weighs their loads in the balance losses, and divides
+    #: their capacity. With less, tokens choose fewer MLPs
+    tau: float = 0.75
+
+    @property
+    def number(self) -> int:
+        """Number of these experts."""
+        return self.zero + self.copy + self.constant
+
+    def __post_init__(self) -> None:
+        for name in ("zero", "copy", "constant"):
+            value = getattr(self, name)
+            require(type(value) is int and value >= 0, f"zero_computation.{name}", value, "must be an integer from 0")
+        require(
+            self.number > 0, "zero_computation.copy", self.copy, "there is no expert; set a number, or leave it out"
+        )
+        require(0 < self.tau <= 1, "zero_computation.tau", self.tau, "must be above 0 and at most 1; 0.75 is usual")
+
+
+@dataclass(frozen=True)
 class DispatchConfig:
     """How rows are dispatched to the ranks that own their experts. Has no effect without expert parallelism."""
 
@@ -196,11 +229,13 @@ class MoEConfig:
     intermediate_size: int
     #: number of routed experts
     num_experts: int
-    #: experts that each token is sent to
+    #: experts that each token chooses
     top_k: int
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
+    #: further experts, which compute next to nothing; None: none
+    zero_computation: ZeroComputationConfig | None = None
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     #: activation of the routed experts; "gelu" uses the error function, "relu2" is the square of ReLU
     activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
@@ -224,13 +259,16 @@ class MoEConfig:
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             require(ok, name, value, "must be an integer of at least 1")
         require(
-            self.top_k <= self.num_experts,
+            self.top_k <= self.all_experts,
             "top_k",
             self.top_k,
-            f"must be at most num_experts={self.num_experts}",
+            f"must be at most num_experts={self.num_experts}"
+            + (f" and the {self.all_experts - self.num_experts} of zero_computation" if self.zero_computation else ""),
         )
         self._check_single_choice()
-        check_router(self.router, self.num_experts, self.top_k)
+        check_router(self.router, self.all_experts, self.top_k)
+        if self.zero_computation is not None:
+            self._check_zero_computation()
         check_balancing(self.router, self.balance.rates())
         even = self.router.select in BY_EXPERTS or self.router.gate == "slots"
         remedy = "the router gives every expert equally many rows; leave it out"
@@ -266,5 +304,54 @@ class MoEConfig:
             "needs shared experts; set shared_intermediate_size",
         )
 
+    @property
+    def all_experts(self) -> int:
+        """Number of experts that a token chooses among: the MLPs, and those of ``zero_computation``."""
+        return self.num_experts + (0 if self.zero_computation is None else self.zero_computation.number)
+
+    @property
+    def mlps_per_token(self) -> float:
+        """Number of MLPs that a token chooses on average if the load is balanced."""
+        shares = self.load_shares
+        return self.top_k if shares is None else self.top_k * sum(shares[: self.num_experts])
+
+    @property
+    def load_shares(self) -> tuple[float, ...] | None:
+        """Each expert's share of the choices if the load is balanced; None: all equal."""
+        free = self.zero_computation
+        if free is None:
+            return None
+        whole = self.num_experts + free.number / free.tau
+        return (1 / whole,) * self.num_experts + (1 / free.tau / whole,) * free.number
+
+    @property
+    def load_weights(self) -> tuple[float, ...] | None:
+        """Weight of each expert's load in the balance losses; None: all 1."""
+        free = self.zero_computation
+        return None if free is None else (1.0,) * self.num_experts + (free.tau,) * free.number
+
     def _check_single_choice(self) -> None:
-        check_single_choice(self.router, self.num_experts, self.top_k)
+        check_single_choice(self.router, self.all_experts, self.top_k)
+
+    def _check_zero_computation(self) -> None:
+        """Raise ``ValueError`` for settings that have no meaning for experts that no rank owns."""
+        router, capacity = self.router, self.capacity
+        require(router.groups == 1, "router.groups", router.groups, "zero_computation has no groups of experts; use 1")
+        if capacity is not None:
+            remedy = "zero_computation has experts on no device; use 'expert'"
+            require(capacity.level == "expert", "capacity.level", capacity.level, remedy)
+            remedy = "experts of zero_computation get more rows than others and no exchange; leave it out"
+            require(not capacity.pad, "capacity.pad", True, remedy)
+        self._check_weighted_loads("zero_computation")
+
+    def _check_weighted_loads(self, setting: str) -> None:
+        """Raise ``ValueError`` for balancing that does not know the weights of loads."""
+        scope, rates = self.balance.scope, self.balance.rates()
+        for name in ("device", "communication"):
+            remedy = f"balances ranks by their choices, which {setting} weighs by expert; use another scope"
+            require(scope != name, "balance.scope", scope, remedy)
+            value = rates[f"extra.{name}"]
+            require(value == 0, f"balance.extra.{name}", value, remedy)
+        value = rates["bias_update_rate"]
+        remedy = f"evens out choices, which {setting} weighs by expert; set it to 0"
+        require(value == 0, "balance.bias_update_rate", value, remedy)

@@ -85,8 +85,9 @@ class RouterConfig:
     #: state and a direction per expert (X-MoE, arXiv 2204.09179); hash: none, a fixed random table of token ids decides
     #: (arXiv 2106.04426), and needs balance.coefficient=0; task: a product with the hidden state and an embedding of
     #: the token's task (arXiv 2204.07689); slots: mixtures of a sequence's tokens go to the experts (SoftMoE, arXiv
-    #: 2308.00951), with top_k=1 and balance.coefficient=0
-    gate: Literal["linear", "noisy", "cosine", "hash", "task", "slots"] = "linear"
+    #: 2308.00951), with top_k=1 and balance.coefficient=0; residual: one product, plus another one of the logits of
+    #: the MoE layer before (MoE++, arXiv 2410.07348)
+    gate: Literal["linear", "noisy", "cosine", "hash", "task", "slots", "residual"] = "linear"
     #: for gate "hash": number of token ids; None: the decoder's vocabulary
     vocabulary: int | None = None
     #: for gate "task": number of tasks. In the training command, a sequence's task is its domain

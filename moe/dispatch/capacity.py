@@ -6,7 +6,7 @@ make.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,9 @@ DROP_POLICIES: dict[str, Callable[[Tensor], Tensor]] = {
 class Capacity:
     """Keeps at most ceil(factor * K * T / bins) choices per bin. A bin is an expert, or all experts of a device.
 
+    With ``shares``, expert i keeps at most ceil(factor * K * T * share_i) choices. The shares sum to 1 (MoE++, arXiv
+    2410.07348, whose equation 8 lacks the factor K).
+
     The ranks of ``axis`` share the limit: T is the number of their valid tokens, and each rank gathers all choices to
     decide which of its own to keep. Tokens are ordered by rank. With ``by_sequence``, for ranks that hold parts of the
     same sequences, they are ordered by sequence and then by ``positions_S``, int64, the positions that this rank holds
@@ -57,8 +60,10 @@ class Capacity:
         axis: Axis = LOCAL,
         by_sequence: bool = False,
         positions_S: Tensor | None = None,
+        shares: Sequence[float] | None = None,
     ) -> None:
         self.factor, self.axis, self.by_sequence, self.positions_S = config.factor, axis, by_sequence, positions_S
+        self.share_E = None if shares is None else torch.tensor(shares, dtype=torch.float64, device="cpu")
         self.order, self.pads = DROP_POLICIES[config.drop], config.pad
         by_device = config.level == "device"
         self.bins = owners.ranks if by_device else owners.num_experts
@@ -79,16 +84,24 @@ class Capacity:
         ids_TK, sequences = routing.ids_TK, routing.counts_BE.shape[0]
         tokens = all_gather_rows(routing.tokens_B.sum().reshape(1), [1] * self.axis.size, self.axis).sum()
         # fp64, in the order of operations of `rows_per_expert`, so that a padded exchange has room for all kept rows
-        limit = torch.ceil(tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins)
+        limit = tokens.double() * (self.factor * ids_TK.shape[1]) / self.bins
         bin_TK = self.bin_of(ids_TK)
         sizes = exchange_sizes(ids_TK, self.axis)
         bin_R = all_gather_rows(bin_TK, sizes, self.axis).flatten()
         weight_R = all_gather_rows(routing.weights_TK.detach(), sizes, self.axis).flatten()
         position_R = self._by_position(sizes, sequences, ids_TK)
         asking_R = position_R[self.order(weight_R[position_R].view(-1, ids_TK.shape[1]))]
-        kept_R = _first(bin_R, asking_R, limit)
+        kept_R = _first(bin_R, asking_R, torch.ceil(limit * self._relative(bin_R)))
         start = sum(sizes[: self.axis.rank])
         return routing.keep(kept_R.view(-1, ids_TK.shape[1])[start : start + ids_TK.shape[0]])
+
+    def _relative(self, bin_R: Tensor) -> Tensor | float:
+        """Return the limits of the choices' bins, relative to equal ones."""
+        if self.share_E is None:
+            return 1.0
+        if self.share_E.device != bin_R.device:  # move once, after the layer moved to another device
+            self.share_E = self.share_E.to(bin_R.device)
+        return self.share_E[bin_R.clamp_min(0)] * self.bins
 
     def _by_position(self, sizes: list[int], sequences: int, ids_TK: Tensor) -> Tensor:
         """Return the choices of all ranks in token order, int64 [R]."""
@@ -111,14 +124,18 @@ def _itself(ids: Tensor) -> Tensor:
 
 
 def _first(bin_R: Tensor, asking_R: Tensor, limit: Tensor) -> Tensor:
-    """Return bool [R]: whether a choice is among the first ``limit`` of its bin in the order ``asking_R``."""
+    """Return bool [R]: whether a choice is among the first of its bin in the order ``asking_R``.
+
+    ``limit`` is their number: one for all, or [R], that of each choice's bin.
+    """
     asked_R = bin_R[asking_R]
     by_bin_R = torch.sort(asked_R, stable=True).indices
     sorted_R = asked_R[by_bin_R]
     # place in the queue of its bin = distance to the bin's first row
     place_R = torch.arange(bin_R.numel(), device=bin_R.device) - torch.searchsorted(sorted_R, sorted_R)
     kept_R = torch.empty_like(bin_R, dtype=torch.bool)
-    kept_R[asking_R[by_bin_R]] = place_R < limit
+    sorted_limit = limit if limit.dim() == 0 else limit[asking_R[by_bin_R]]
+    kept_R[asking_R[by_bin_R]] = place_R < sorted_limit
     return kept_R
 
 
@@ -129,4 +146,4 @@ def build_capacity(config: MoEConfig, placement: Placement) -> Capacity | None:
         return None
     axis = {"local": LOCAL, "sequence": placement.sequence, "global": placement.tokens}[capacity.scope]
     owners, by_sequence = placement.owners_of(config.num_experts), capacity.scope == "sequence"
-    return Capacity(capacity, owners, axis, by_sequence, placement.positions_S)
+    return Capacity(capacity, owners, axis, by_sequence, placement.positions_S, config.load_shares)

@@ -168,7 +168,7 @@ class ExpertPlacement:
             if step is None:
                 counts.append(torch.zeros(experts, dtype=torch.int64, device=device))
             else:
-                counts.append(step.counts_E if summed else step.local_counts_ME.sum(0))
+                counts.append((step.counts_E if summed else step.local_counts_ME.sum(0))[:experts])
         counts_LE = pad_sequence(counts, batch_first=True)
         return counts_LE if summed else sum_over(counts_LE, self.stage).get()  # the balance has summed them, or not
 

@@ -1,8 +1,19 @@
-"""The routed and shared experts: MLPs on rows, without communication. Also linear experts that are merged."""
+"""The experts, without communication: routed and shared MLPs, zero-computation experts, merged linear layers."""
 
+from .local import OnlyShared, ZeroComputation, build_local
 from .merged import MergedLinear, importance_loss
 from .replicated import ReplicatedExperts
 from .routed import RoutedExperts
 from .shared import SharedExperts, SwiGLU
 
-__all__ = ["MergedLinear", "ReplicatedExperts", "RoutedExperts", "SharedExperts", "SwiGLU", "importance_loss"]
+__all__ = [
+    "MergedLinear",
+    "OnlyShared",
+    "ReplicatedExperts",
+    "RoutedExperts",
+    "SharedExperts",
+    "SwiGLU",
+    "ZeroComputation",
+    "build_local",
+    "importance_loss",
+]

@@ -21,6 +21,8 @@ _MOE: tuple[str, ...] = (
 _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
 #: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
 _KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
+#: fields of ``MoEConfig`` that add experts which no model of transformers has; None: none
+_UNKNOWN = ("zero_computation",)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
         require(value in known, f"moe.router.{name}", value, "no model of transformers has such a router")
     norm_head = model.get("norm_head", False)
     require(not norm_head, "model.norm_head", norm_head, "no model of transformers has such a head")
+    for name in _UNKNOWN:
+        value = sections["moe"].get(name)
+        require(value is None, f"moe.{name}", value, "no model of transformers has such experts")
     router = {name: value for name, value in given.items() if name in _ROUTER}
     own: dict[str, Any] = {
         "moe_every": 1,

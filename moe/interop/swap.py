@@ -54,10 +54,10 @@ class SwappedMoE(MoE):
 
     _swapped: _Swapped
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, codes: Tensor | None = None) -> Any:
+    def forward(self, x: Tensor, mask: Tensor | None = None, codes: Tensor | None = None, **given: Any) -> Any:
         """``mask`` ([...], True where a token counts) takes the place of the model's."""
         sent = self._sent_mask(x, needed=mask is None)
-        return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask, codes))
+        return self._swapped.adapter.output(super().forward(x, sent if mask is None else mask, codes, **given))
 
     def parts(self) -> tuple[Any, Any, Any]:
         swapped, adapter = self._swapped, self._swapped.adapter

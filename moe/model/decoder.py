@@ -22,6 +22,7 @@ from ..config import AttentionConfig, MoEConfig, RecomputeConfig
 from ..config.routing import in_decoder
 from ..experts import SwiGLU
 from ..layer import MoE
+from ..routing import PassedLogits
 from .attention import ATTENTION, EPS, Attention
 from .documents import Documents
 from .head import NormHead
@@ -67,21 +68,32 @@ class Block(nn.Module):
         mask_BS: Tensor | None = None,
         documents: Documents | None = None,
         codes_BS: Tensor | None = None,
+        passed: PassedLogits | None = None,
     ) -> Tensor:
-        return self.run_block(self._whole, x_BSD, mask_BS, documents, codes_BS)
+        return self.run_block(self._whole, x_BSD, mask_BS, documents, codes_BS, passed)
 
     def _whole(
-        self, x_BSD: Tensor, mask_BS: Tensor | None, documents: Documents | None, codes_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None,
+        documents: Documents | None,
+        codes_BS: Tensor | None,
+        passed: PassedLogits | None,
     ) -> Tensor:
         x_BSD = x_BSD + self.run_attention(self._attend, x_BSD, documents)
-        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS, codes_BS)
+        return x_BSD + self.run_feed_forward(self._feed_forward, x_BSD, mask_BS, codes_BS, passed)
 
     def _attend(self, x_BSD: Tensor, documents: Documents | None) -> Tensor:
         return self.attention(self.attention_norm(x_BSD), documents)
 
-    def _feed_forward(self, x_BSD: Tensor, mask_BS: Tensor | None, codes_BS: Tensor | None) -> Tensor:
-        rest = (mask_BS, codes_BS) if isinstance(self.mlp, MoE) else ()
-        return self.mlp(self.mlp_norm(x_BSD), *rest)
+    def _feed_forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None, codes_BS: Tensor | None, passed: PassedLogits | None
+    ) -> Tensor:
+        x_BSD = self.mlp_norm(x_BSD)
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x_BSD)
+        given = {} if passed is None else {"passed": passed}
+        return self.mlp(x_BSD, mask_BS, codes_BS, **given)
 
 
 class Decoder(nn.Module):
@@ -145,6 +157,8 @@ class Decoder(nn.Module):
         #: whether the routers read token ids
         self.routes_by_token = moe.router.gate == "hash"
         self.init_std, self.num_layers = moe.init_std, num_layers
+        #: whether each MoE layer's logits go to the next one
+        self.passes_logits = moe.router.gate == "residual"
         self._initialise(seed)
 
     def reset_parameters(self) -> None:
@@ -180,8 +194,10 @@ class Decoder(nn.Module):
             if codes is None and self.routes_by_token:
                 codes = x
             x = self.embedding(x)
+        passed = PassedLogits() if self.passes_logits else None
         for block in self.blocks.values():
-            x = block(x, mask, documents, codes)
+            x = block(x, mask, documents, codes, passed)
+            passed = passed and passed.next()
         return x
 
     def logits(self, x: Tensor) -> Tensor:

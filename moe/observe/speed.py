@@ -35,7 +35,8 @@ def forward_flops(model: Decoder, masked: bool = False) -> dict[str, float]:
     positions in a sequence of full length that causal attention and its window let see each other: (S + 1) / 2 per
     token without a window. ``masked`` also counts the pairs that a window hides, because the kernel computes them.
     Attention inside documents counts as attention over the whole sequence. A routed expert counts for the tokens that
-    choose it, before any drop. Norms, activations, rotary positions, softmax and the embedding count as nothing.
+    choose it, before any drop; if there are zero-computation experts, for those of a balanced load. Norms, activations,
+    rotary positions, softmax and the embedding count as nothing.
     """
     parts = dict.fromkeys(("attention", "dense", "router", "experts", "shared", "head"), 0.0)
     block: Any
@@ -44,8 +45,8 @@ def forward_flops(model: Decoder, masked: bool = False) -> dict[str, float]:
         if isinstance(block.mlp, MoE):
             router, experts, shared = block.mlp.parts()
             parts["router"] += _products(router)
-            parts["experts"] += _products(experts) * block.mlp.config.top_k / block.mlp.config.num_experts
-            parts["shared"] += _products(shared)
+            parts["experts"] += _products(experts) * block.mlp.config.mlps_per_token / block.mlp.config.num_experts
+            parts["shared"] += _products(shared) + _products(block.mlp.local)
         else:
             parts["dense"] += _products(block.mlp)
     parts["head"] = _products(model.head)
@@ -61,8 +62,8 @@ def step_flops(model: Decoder) -> float:
     return 3 * sum(forward_flops(model).values())
 
 
-def _products(part: nn.Module | None) -> float:
-    return 0.0 if part is None else 2.0 * sum(w.numel() for w in part.parameters() if w.dim() >= 2)
+def _products(part: Any) -> float:
+    return 0.0 if not isinstance(part, nn.Module) else 2.0 * sum(w.numel() for w in part.parameters() if w.dim() >= 2)
 
 
 def _scores(attention: Attention, masked: bool) -> float:

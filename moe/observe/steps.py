@@ -60,7 +60,9 @@ def estimate_quality(totals: StepTotals) -> dict[str, float]:
 class Columns(NamedTuple):
     """The columns of a layer's row, equal on every rank, so that rows can be summed over ranks."""
 
+    #: number of experts that tokens choose among; the first ``owned`` of them are on one rank each
     experts: int
+    owned: int
     #: number of a token's choices that count
     top_k: int
     #: names of the losses that are trained on
@@ -74,9 +76,8 @@ class Columns(NamedTuple):
         """Return the columns for a run on ``ranks`` ranks in which every MoE layer has this configuration."""
         names = [name for name, _ in loss_terms(config.balance)]
         names += ["z"] * bool(config.router.z_loss) + ["entropy"] * bool(config.router.entropy_loss)
-        experts = config.num_experts
-        top_k = config.balance.counted(config.top_k)
-        return Columns(experts, top_k, tuple(dict.fromkeys(names)), possible_degrees(experts), ranks)
+        owned, top_k = config.num_experts, config.balance.counted(config.top_k)
+        return Columns(config.all_experts, owned, top_k, tuple(dict.fromkeys(names)), possible_degrees(owned), ranks)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -138,18 +139,18 @@ def observe(
         row["micro_batches"] += totals.micro_batches
         own_ME, prob_sums_ME, tokens_M = own_MX[:, : columns.experts], own_MX[:, columns.experts : -1], own_MX[:, -1]
         row["micro"] += loss_value(own_ME, tokens_M, prob_sums_ME, tokens_M, columns.top_k).sum()
-        factor_M = straggler(rows_ME, layer.balancer.owners)
+        factor_M = straggler(rows_ME[:, : columns.owned], layer.balancer.owners)
         row["straggler"] += factor_M.sum()
         row["busiest"][rank] = factor_M.max()
         for i, ranks in enumerate(columns.degrees):
-            row["projected"][i] = straggler(own_ME, Owners.consecutive(columns.experts, ranks)).sum()
+            row["projected"][i] = straggler(own_ME[:, : columns.owned], Owners.consecutive(columns.owned, ranks)).sum()
         if (replication := layer.replication) is not None:
             row["replicated"] += replicated_M.sum()
             row["replicas"] += fmean(len(used) for used in replication.used[-totals.micro_batches :])
             row["copied_bytes"] += replication.sent_bytes
             row["has_replicas"] += 1.0
             if (expected_E := replication.replicas.expected_E) is not None:
-                row["forecast_error"] += forecast_error(expected_E, totals.counts_E)
+                row["forecast_error"] += forecast_error(expected_E, totals.counts_E[: columns.owned])
                 row["has_forecast_error"] += 1.0
         for term in totals.terms:
             i = columns.losses.index(term.name)
@@ -179,7 +180,8 @@ def _replicated(layers: list[MoE], mesh: Mesh | None) -> list[Tensor]:
         if replication is None or mesh is None:
             found.append(torch.full_like(totals.local_tokens_M, math.nan, dtype=torch.float64))
             continue
-        counts_ME, used = totals.local_counts_ME, replication.used[-totals.micro_batches :]
+        owned, used = replication.replicas.owners.num_experts, replication.used[-totals.micro_batches :]
+        counts_ME = totals.local_counts_ME[:, :owned]
         rank = mesh["ep"].rank
         rows_MP = torch.stack([of.rows_sent(c[None], rank)[0] for c, of in zip(counts_ME, used, strict=True)])
         for axis in ("ep", "etp"):
@@ -202,7 +204,7 @@ def _together(layers: list[MoE], mesh: Mesh | None) -> tuple[Tensor, Tensor]:
             if step is not None
         ]
     )
-    rows_LME = own_LMX[..., : layers[0].config.num_experts].clone()
+    rows_LME = own_LMX[..., : layers[0].config.all_experts].clone()
     if mesh is None:
         return own_LMX, rows_LME
     shared = sum_over(own_LMX, mesh["sequence"])

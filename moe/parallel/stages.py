@@ -126,6 +126,13 @@ def split(model: Decoder, num_stages: int, stage: int) -> Decoder:
     names = list(model.blocks)
     require(len(names) >= num_stages, "model.num_layers", len(names), f"fewer than the {num_stages} pipeline stages")
     require(0 <= stage < num_stages, "stage", stage, f"must be at least 0 and less than {num_stages}")
+    require(
+        num_stages == 1 or not model.passes_logits,
+        "moe.router.gate",
+        "residual",
+        f"passes logits from layer to layer, but {num_stages} pipeline stages exchange hidden states only; use "
+        "'linear', or set parallel.pp=1",
+    )
     each, more = divmod(len(names), num_stages)
     start = stage * each + min(stage, more)
     own = names[start : start + each + (stage < more)]

@@ -217,19 +217,23 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
     moe = config.moe
     hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, -(-moe.num_experts // degrees.ep)
-    projected = moe.router.projected(moe.num_experts)
+    projected = moe.router.projected(moe.all_experts)
+    number, free = moe.all_experts, moe.zero_computation
     yield from {
-        "linear": [Weight(moe.num_experts, hidden)],
-        "noisy": [Weight(moe.num_experts, hidden)] * 2,
+        "linear": [Weight(number, hidden)],
+        "noisy": [Weight(number, hidden)] * 2,
         "hash": [],
         "slots": [Weight(moe.num_experts * moe.router.slots, hidden)],
         "task": [
-            Weight(moe.num_experts, hidden),
-            Weight(moe.num_experts, moe.router.task_width),
+            Weight(number, hidden),
+            Weight(number, moe.router.task_width),
             Weight(moe.router.tasks or 1, moe.router.task_width),
         ],
-        "cosine": [Weight(projected, hidden), Weight(moe.num_experts, projected), Weight(1, 1)],
+        "cosine": [Weight(projected, hidden), Weight(number, projected), Weight(1, 1)],
+        "residual": [Weight(number, hidden), Weight(number, number)],
     }[moe.router.gate]
+    if free is not None and free.constant:
+        yield from (Weight(free.constant, 2 * hidden), Weight(free.constant, hidden))
     yield Weight(experts, (1 + moe.gated) * width * hidden, expert=True)
     yield Weight(experts, width * hidden, expert=True)
     if shared := moe.shared_intermediate_size:
@@ -328,20 +332,20 @@ class _Activations:
 
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
-        hidden, rows, mixed = moe.hidden_size, moe.top_k * t, 0
-        router = 0 if moe.router.gate == "hash" else 4 * (hidden + moe.num_experts) * t
+        hidden, number, rows, mixed = moe.hidden_size, moe.all_experts, round(moe.mlps_per_token * t), 0
+        router = 0 if moe.router.gate == "hash" else 4 * (hidden + number) * t
         if moe.router.gate == "slots":  # shares of tokens in slots and back; the slots, and their results
             slots = moe.num_experts * moe.router.slots
             rows = slots * self.config.data.micro_batch
             router, mixed = (4 * hidden + 20 * slots + 16) * t, 2 * c * hidden * rows
         # the factor of each value; random numbers and their sizes, or cosines and probabilities; the projection twice
         router += 4 * hidden * t if moe.router.jitter else 0
-        router += 8 * moe.num_experts * t if moe.router.gate in ("noisy", "cosine") else 0
-        router += 8 * (moe.router.projected(moe.num_experts) + 1) * t if moe.router.gate == "cosine" else 0
+        router += 8 * number * t if moe.router.gate in ("noisy", "cosine") else 0
+        router += 8 * (moe.router.projected(number) + 1) * t if moe.router.gate == "cosine" else 0
         # outside of the fused op, scores and their logarithms; for the entropy, also before they are normalised
-        width = moe.router.width(moe.num_experts, moe.top_k)
-        router += 8 * (moe.num_experts + 2 * width) * t if moe.router.select in UP_TO_K else 0
-        router += 12 * moe.num_experts * t if moe.router.entropy_loss else 0
+        width = moe.router.width(number, moe.top_k)
+        router += 8 * (number + 2 * width) * t if moe.router.select in UP_TO_K else 0
+        router += 12 * number * t if moe.router.entropy_loss else 0
         copied = c < 4 or moe.router.jitter or moe.router.gate == "hash"
         x = c * hidden * t if copied else 0  # in addition to the router's fp32 copy
         shared = 0

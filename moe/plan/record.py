@@ -278,7 +278,7 @@ class Recorder(TorchDispatchMode):
         """Return the rows sent to each of ``parts`` destinations if all experts are chosen equally often."""
         moe, (hop, ranks) = self.moe, (axis.name.rsplit(".", 1)[-1], axis.size)
         if hop not in ("across", "within"):
-            return part_sizes(self.tokens * moe.top_k, Axis("", size=parts))
+            return part_sizes(round(self.tokens * moe.mlps_per_token), Axis("", size=parts))
         nodes = ranks if hop == "across" else _ep_size(self.mesh) // ranks
         experts = moe.num_experts // (nodes if hop == "across" else nodes * ranks)
         sources = self.tokens * (1 if hop == "across" else nodes)
@@ -322,10 +322,11 @@ def _ep_size(mesh: Mesh | None) -> int:
 def reached_fraction(moe: MoEConfig, experts: int) -> float:
     """Return the fraction of tokens that choose at least one of ``experts`` experts on one rank or node, at random."""
     groups, kept = moe.router.groups, moe.router.kept_groups
-    size, each = moe.num_experts // groups, moe.top_k // groups
+    number = moe.all_experts
+    size, each = number // groups, moe.top_k // groups
     if moe.router.select == "each_group":  # whatever happens in other groups, or at least one whole group is here
         return 1.0 if experts >= size else 1 - comb(size - experts, each) / comb(size, each)
-    if experts > moe.num_experts // groups:
+    if experts > number // groups:
         groups = kept = 1  # these experts span several groups
-    open_to = moe.num_experts * kept // groups
+    open_to = number * kept // groups
     return kept / groups * (1 - comb(open_to - experts, moe.top_k) / comb(open_to, moe.top_k))

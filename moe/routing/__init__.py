@@ -1,6 +1,6 @@
 """Routing: chooses the experts of each token, and their gate weights."""
 
-from .gates import build_router
+from .gates import PassedLogits, build_router
 from .router import Router
 
-__all__ = ["Router", "build_router"]
+__all__ = ["PassedLogits", "Router", "build_router"]

@@ -96,6 +96,58 @@ class CosineRouter(Router):
         return cosines_TE * self.log_scale.to(cosines_TE.dtype).clamp_max(math.log(100)).exp()
 
 
+class PassedLogits:
+    """The logits of the MoE layer before, on their way through one forward of a model. Each layer has an object."""
+
+    def __init__(self, before_TE: Tensor | None = None) -> None:
+        self.before_TE = before_TE
+        #: those of this layer, after its forward
+        self.own_TE: Tensor | None = None
+
+    def next(self) -> PassedLogits:
+        """Return the object of the next layer. A layer without a router passes on what it has got."""
+        return PassedLogits(self.before_TE if self.own_TE is None else self.own_TE)
+
+
+class ResidualRouter(Router):
+    """Adds W_g times the logits of the MoE layer before to its own (MoE++, arXiv 2410.07348).
+
+    The sum is passed on, and gradients return the same way. ``residual_weight`` is W_g [E, E]. It has no effect in the
+    first layer, before which all logits are zero, but is there too, so that layers are alike.
+    """
+
+    def make_parameters(self, hidden_size: int, num_experts: int, config: RouterConfig) -> None:
+        super().make_parameters(hidden_size, num_experts, config)
+        self.residual_weight = nn.Parameter(torch.empty(num_experts, num_experts))
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights with new random values, and the bias with zero."""
+        super().reset_parameters()
+        fill_normal(self.residual_weight, self.init_std)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
+        passed: PassedLogits | None = None,
+    ) -> Routing:
+        logits_TE = self._summed(self.training_logits(x_TD) if self.training else self.logits(x_TD), passed)
+        if passed is not None:
+            passed.own_TE = logits_TE
+        return self.routing(logits_TE, mask_T, sequences, decision)
+
+    def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None, passed: PassedLogits | None = None) -> Tensor:
+        return self.score(self._summed(self.logits(x_TD), passed)).softmax(-1)
+
+    def _summed(self, logits_TE: Tensor, passed: PassedLogits | None) -> Tensor:
+        first = passed is None or passed.before_TE is None
+        before_TE = logits_TE.new_zeros(()).expand_as(logits_TE) if first else passed.before_TE  # type: ignore[union-attr]
+        return logits_TE + self.product(before_TE, self.residual_weight)  # type: ignore[arg-type]
+
+
 #: name -> class of the router
 GATES: dict[str, type[Router]] = {
     "linear": Router,
@@ -104,10 +156,11 @@ GATES: dict[str, type[Router]] = {
     "hash": HashRouter,
     "task": TaskRouter,
     "slots": SlotRouter,
+    "residual": ResidualRouter,
 }
 
 
 def build_router(config: MoEConfig) -> Router:
     """Build a layer's router."""
-    size = (config.hidden_size, config.num_experts, config.top_k)
+    size = (config.hidden_size, config.all_experts, config.top_k)
     return GATES[config.router.gate](*size, config.router, config.init_std, config.backend)

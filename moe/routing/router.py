@@ -141,7 +141,10 @@ class Router(nn.Module):
             return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None) -> Tensor:
-        """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these."""
+        """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these.
+
+        A router that takes further arguments in its forward takes them here, too.
+        """
         return self.score(self.logits(x_TD)).softmax(-1)
 
     def _load_from_state_dict(self, *args: Any) -> None:

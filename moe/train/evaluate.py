@@ -25,9 +25,9 @@ from .config import TrainConfig
 from .data import Corpus, heldout_batches
 
 
-def _seen(router: Router, x_TD: Tensor, routing: Routing, codes_T: Tensor | None = None) -> Tensor:
+def _seen(router: Router, x_TD: Tensor, routing: Routing, codes_T: Tensor | None = None, **given: Any) -> Tensor:
     """Return fp64 [B, E + 2] per sequence: choices of each expert, tokens, probability of the chosen experts."""
-    chosen_B = chosen_probability(router, x_TD, routing, codes_T)
+    chosen_B = chosen_probability(router, x_TD, routing, codes_T, **given)
     return torch.cat((routing.counts_BE.double(), routing.tokens_B[:, None], chosen_B[:, None]), dim=1)
 
 
@@ -55,7 +55,7 @@ def evaluate(
     place = {domain: i for i, domain in enumerate(corpus.domains)}
     #: by domain and batch: fp64 [P readers, B, 2], sum of the loss in nats and tokens of each sequence
     sums_PB2: list[tuple[int, Tensor]] = []
-    width = config.moe.num_experts + 2
+    width = config.moe.all_experts + 2
     seen_NLX = torch.zeros(len(place), len(numbers), width, dtype=torch.float64, device=device)
     rows = config.data.micro_batch if config.moe.capacity is None else 1
     batches = heldout_batches(corpus, config.data.seq_len, config.log.eval_sequences, rows, readers.rank, readers.size)

@@ -92,7 +92,7 @@ class Trainer:
             model = build_model(config, config.model.vocab_size or corpus.vocab_size)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.active_parameters = self.parameters - sum(
-            w.numel() * (config.moe.num_experts - config.moe.top_k) // config.moe.num_experts
+            int(w.numel() * (config.moe.num_experts - config.moe.mlps_per_token) / config.moe.num_experts)
             for layer in model.moe_layers()
             for w in layer.experts.parameters()
         )

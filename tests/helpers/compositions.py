@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from equimoe.moe import CapacityConfig, RouterConfig
+from equimoe.moe import CapacityConfig, RouterConfig, ZeroComputationConfig
 from equimoe.moe import DispatchConfig as D
 from equimoe.moe.config import RecomputeConfig as R
 from equimoe.moe.parallel import ParallelConfig as P
@@ -14,6 +14,11 @@ from tests.helpers.parity import Composition as C
 BF16 = "bfloat16"
 SLOTS = RouterConfig(gate="slots", slots=2, sees_future=True)
 BY_EXPERTS: dict[str, Any] = {"normalize_weights": False, "sees_future": True}
+MOEPP: dict[str, Any] = {
+    "router": RouterConfig(gate="residual", z_loss=0.01),
+    "zero_computation": ZeroComputationConfig(1, 1, 2, tau=0.5),
+    "top_k": 3,
+}
 
 COMPOSITIONS: dict[str, C] = {
     # data and expert parallelism
@@ -263,6 +268,28 @@ COMPOSITIONS: dict[str, C] = {
         dispatch=D("hierarchical", node_size=2),
         top_k=4,
         tokens="zero",
+    ),
+    # experts
+    "zero-computation experts (MoE++), dp 2, ep 2, recompute": C(2, P(ep=2), recompute=True, **MOEPP),
+    "zero-computation experts (MoE++), dp 4, ep 4, capacity of all ranks": C(
+        4, P(ep=4), capacity=CapacityConfig(0.8, scope="global"), micro_batches=1, **MOEPP
+    ),
+    "zero-computation experts (MoE++), fsdp 2, tp 2, ep 4, recompute feed-forward": C(
+        4, P(data_parallel="fsdp", tp=2, ep=4), recompute=R("feed_forward"), tokens="zero", **MOEPP
+    ),
+    "zero-computation experts (MoE++), tp 2, no sp, ep 2": C(2, P(tp=2, ep=2, sequence_parallel=False), **MOEPP),
+    "zero-computation experts (MoE++), fsdp 2, ep 2, bf16": C(
+        2, P(data_parallel="fsdp", ep=2), dtype=BF16, **MOEPP | {"top_k": 2}
+    ),
+    "zero-computation experts (MoE++), fssdp, cp 2, calibrated": C(
+        2, P(experts="fssdp", cp=2), calibrate=True, **MOEPP
+    ),
+    "zero-computation experts (MoE++), hierarchical, 2 nodes, dp 4, ep 4, micro scope": C(
+        4, P(ep=4), dispatch=D("hierarchical", node_size=2), scope="micro", **MOEPP
+    ),
+    # the layers of several stages have no residuals
+    "zero-computation experts (MoE++), pp 2, dp 2, ep 2": C(
+        4, P(pp=2, ep=2), micro_batches=4, zero_computation=MOEPP["zero_computation"]
     ),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig
+from equimoe.moe import BalanceConfig, CapacityConfig, DispatchConfig, MoEConfig, RouterConfig, ZeroComputationConfig
 from equimoe.moe.config import AttentionConfig, PlacementConfig, RecomputeConfig
 from equimoe.moe.config.routing import BALANCED
 from equimoe.moe.engines import Batch, build_engine
@@ -64,6 +64,7 @@ class Composition:
     router: RouterConfig = field(default_factory=partial(RouterConfig, z_loss=0.01))
     top_k: int = 2
     counts: Literal["all", "first"] = "all"
+    zero_computation: ZeroComputationConfig | None = None
 
     @property
     def limit(self) -> float:
@@ -88,6 +89,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
             counts=of.counts,
         ),
         capacity=of.capacity,
+        zero_computation=of.zero_computation,
         dispatch=of.dispatch,
         shared_intermediate_size=8,
         init_std=0.3,
@@ -116,13 +118,16 @@ def _choose_clearly(model: Decoder) -> None:
 
     If two experts are nearly equal, rounding to bf16 decides between them, and two orders of summation may disagree.
     """
-    directions_ED = torch.linalg.qr(torch.randn(16, 16)).Q[:8] * 4
+    experts = model.moe_layers()[0].config.all_experts
+    directions_ED = torch.linalg.qr(torch.randn(16, 16)).Q[:experts] * 4
     token_V = torch.arange(VOCABULARY)
-    first_V, second_V = token_V % 8, (token_V + 1 + token_V // 8) % 8
+    first_V, second_V = token_V % experts, (token_V + 1 + token_V // experts) % experts
     assert isinstance(model.embedding, torch.nn.Embedding)
     model.embedding.weight.add_(directions_ED[first_V] + 0.8 * directions_ED[second_V])
     for layer in model.moe_layers():
         layer.router.weight.mul_(0.1).add_(directions_ED / 4)
+        if (residual := getattr(layer.router, "residual_weight", None)) is not None:
+            residual.mul_(0.1)
 
 
 def batch(step: int, of: Composition) -> dict[str, Tensor]:

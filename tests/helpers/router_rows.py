@@ -225,6 +225,7 @@ ROWS: dict[str, Row] = {
         codes=tasks,
         ks=(2,),
     ),
+    "MoE++, first layer": Row(RouterConfig(gate="residual", normalize_weights=False)),
     "S-BASE": Row(
         RouterConfig(normalize_weights=False, select="sinkhorn"), choose_all=sinkhorn, layer={"balance": NO_LOSS}
     ),

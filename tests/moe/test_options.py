@@ -15,7 +15,7 @@ from equimoe.launch.options import ONLY_WITH, Launch, fields_of, hints_of, parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.launch.recipes.table import PUBLISHED
 from equimoe.launch.text import option_text
-from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig
+from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig, ZeroComputationConfig
 from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from tests.helpers.small import changed
@@ -79,7 +79,7 @@ def is_text(hint: Any) -> bool:
 
 
 #: sections that are off by default
-OPTIONAL = ("moe.capacity", "attention.scaling")
+OPTIONAL = ("moe.capacity", "moe.zero_computation", "attention.scaling")
 FIELDS = [name for name in fields_of() if name not in OPTIONAL]
 
 
@@ -91,7 +91,8 @@ def test_the_walk_finds_every_leaf_of_the_configuration() -> None:
         return found
 
     scaled = replace(TrainConfig().attention, scaling=RotaryScaling())
-    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), capacity=CapacityConfig(), attention=scaled)))
+    sections = {"capacity": CapacityConfig(), "zero_computation": ZeroComputationConfig(), "attention": scaled}
+    assert set(FIELDS) == leaves(asdict(changed(TrainConfig(), **sections)))
     assert len(FIELDS) > 40
 
 

@@ -31,6 +31,8 @@ FAST = (
     "expert choice, dp 2, ep 2, recompute",
     "hash, pp 2, tp 2, ep 2 > dp 1, recompute",
     "slots (SoftMoE), dp 2, ep 2, recompute",
+    "zero-computation experts (MoE++), dp 2, ep 2, recompute",
+    "zero-computation experts (MoE++), dp 4, ep 4, capacity of all ranks",
     "pp 2, 1f1b, recompute",
     "pp 2, dp 2, ep 2",
     "documents, cp 2, ring, few labels",

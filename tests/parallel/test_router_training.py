@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equimoe.moe import BalanceConfig, CapacityConfig, RouterConfig, Routing, checkpoint
+from equimoe.moe import BalanceConfig, CapacityConfig, RouterConfig, Routing, ZeroComputationConfig, checkpoint
 from equimoe.moe.balance import Balancer, Visit
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
@@ -45,6 +45,7 @@ RUNS: dict[str, tuple[RouterConfig, dict[str, Any]]] = {
     ),
     "task": (RouterConfig(gate="task", tasks=3), {"balance": EXACT}),
     "top-p": (RouterConfig(select="top_p", entropy_loss=0.03), {"balance": EXACT}),
+    "moe++": (RouterConfig(gate="residual"), {"balance": EXACT, "zero_computation": ZeroComputationConfig(tau=0.5)}),
     "gshard": (
         RouterConfig(random_second=True),
         {"balance": replace(EXACT, counts="first"), "capacity": CapacityConfig(1.25, "choice")},

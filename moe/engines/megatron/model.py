@@ -120,6 +120,16 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
         raise ValueError(
             f"model.intermediate_size={wide}: must be divisible by parallel.tp={degrees.tp}; change one of them"
         )
+    if model.passes_logits:
+        raise ValueError(
+            "moe.router.gate='residual': Megatron-Core's blocks exchange hidden states only; use 'linear', or "
+            "engine='torch'"
+        )
+    if any(layer.config.zero_computation is not None for layer in layers):
+        raise ValueError(
+            "moe.zero_computation: the Megatron engine has only experts that ranks own; leave it out, or use "
+            "engine='torch'"
+        )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(
