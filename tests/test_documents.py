@@ -46,7 +46,7 @@ def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
 
 def test_the_replay_of_the_training_page_runs(tmp_path: Path) -> None:
     (replay,) = examples("docs/training.md")
-    assert python(replay, tmp_path, ROOT) == ["True"]
+    assert script(replay, tmp_path) == ["True"]
 
 
 def test_the_op_of_the_kernels_page_runs(tmp_path: Path) -> None:
