@@ -32,7 +32,17 @@ _OF_GATE = {
 #: gates that choose no experts by their scores -> why no loss can balance them
 UNBALANCED = {"hash": "has nothing to train", "slots": "gives every expert equally many rows"}
 #: fields of choices by scores
-_OF_CHOICE = ("score", "softmax_after_topk", "z_loss", "groups", "select", "entropy_loss", "random_second", "jitter")
+_OF_CHOICE = (
+    "score",
+    "softmax_after_topk",
+    "z_loss",
+    "groups",
+    "select",
+    "entropy_loss",
+    "random_second",
+    "jitter",
+    "random_steps",
+)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,9 @@ class SlotRouter(Router):
         dispatch_BSX = torch.where(valid_BS1, logits_BSX, lowest).softmax(1) * valid_BS1
         combine_BSX = logits_BSX.softmax(2) * valid_BS1
         tokens_B = valid_BS1.long().sum((1, 2))
-        if decision is None:
-            expert_X = torch.arange(logits_BSX.shape[2], device=x_TD.device) // self.slots
-            ids_BX = torch.where(tokens_B[:, None] > 0, expert_X, -1)
-            decision = Decision(ids_BX.view(-1, 1), ids_BX.view(-1, 1))
+        expert_X = torch.arange(logits_BSX.shape[2], device=x_TD.device) // self.slots
+        ids_BX = torch.where(tokens_B[:, None] > 0, expert_X, -1)
+        decision = Decision(ids_BX.view(-1, 1), ids_BX.view(-1, 1))  # always the same one
         z_BS = torch.where(valid_BS1[..., 0], logits_BSX.logsumexp(2).square(), 0.0)
         return Routing(
             decision,

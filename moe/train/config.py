@@ -130,6 +130,10 @@ class TrainConfig:
         """Raise ``ValueError`` if experts would choose among tokens to come, or among too few tokens."""
         router, experts, micro_batch = self.moe.router, self.moe.num_experts, self.data.micro_batch
         check_causal(router, "moe.")
+        for name in ("record", "replay"):
+            folder = getattr(self.routing, name)
+            remedy = "moe.router.gate='slots' makes no choices; leave it out"
+            require(folder is None or router.gate != "slots", f"routing.{name}", folder, remedy)
         least = math.ceil(experts / self.moe.top_k)
         require(
             router.select != "expert_choice_by_position" or micro_batch >= least,

@@ -21,7 +21,7 @@ from equimoe.moe.routing.gates import GATES
 from equimoe.moe.routing.selections import SELECTIONS
 from equimoe.moe.types import Decision, Routing
 from tests.helpers import oracle
-from tests.helpers.router_rows import DEVICE, NO_LOSS, ROWS, D, E, Row, config_of, optimum, router_of
+from tests.helpers.router_rows import DEVICE, NO_LOSS, ROWS, D, E, Row, config_of, optimum, router_of, tasks
 
 T = 21
 
@@ -70,6 +70,27 @@ def test_noise_is_for_training_only_and_follows_the_seed(name: str) -> None:
     plain = Router(D, E, 3, replace(row.config, jitter=0.0, gate="linear"), 0.4, "torch").to(DEVICE)
     plain.load_state_dict({"weight": router.weight})
     assert torch.equal(weights(1), plain(x_TD).weights_TK)
+
+
+@pytest.mark.parametrize("name", ["noisy top-k", "X-MoE", "task"])
+def test_a_wholly_random_step_ignores_the_hidden_states(name: str) -> None:
+    """``random_steps`` acts on every gate: experts are drawn, in training only."""
+    router = router_of(replace(ROWS[name], config=replace(ROWS[name].config, random_steps=4)), 3)
+
+    def chosen(randomness: float) -> list[list[int]]:
+        router.randomness, found = randomness, []
+        for seed in (1, 2):
+            x_TD = torch.randn(T, D, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(seed))
+            torch.manual_seed(0)
+            found.append(router(x_TD, None, 1, None, tasks(T)).ids_TK.flatten().tolist())
+        return found
+
+    router.begin_step(0)
+    assert router.randomness == 1.0
+    drawn, learned = chosen(1.0), chosen(0.0)
+    assert drawn[0] == drawn[1] and learned[0] != learned[1]
+    router.eval()
+    assert chosen(1.0) == chosen(0.0)
 
 
 def test_the_size_of_the_noise_is_trained() -> None:
