@@ -44,8 +44,10 @@ def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
     )
 
 
-def test_the_replay_of_the_training_page_runs(tmp_path: Path) -> None:
-    (replay,) = examples("docs/training.md")
+def test_the_examples_of_the_training_page_run(tmp_path: Path) -> None:
+    experts, replay = examples("docs/training.md")
+    of_layer = 8 * 64 + 8 * (16 * 64 + 3 * 128 * 8 + 64 * 8)  # a router, and A and B of 8 experts
+    assert script(experts, tmp_path) == [str(2 * of_layer)]
     assert script(replay, tmp_path) == ["True"]
 
 

@@ -1,12 +1,14 @@
 """The experts, without communication: routed and shared MLPs, zero-computation experts, merged linear layers."""
 
 from .local import OnlyShared, ZeroComputation, build_local
+from .lora import LoRAExperts
 from .merged import MergedLinear, importance_loss
 from .replicated import ReplicatedExperts
 from .routed import RoutedExperts
 from .shared import SharedExperts, SwiGLU
 
 __all__ = [
+    "LoRAExperts",
     "MergedLinear",
     "OnlyShared",
     "ReplicatedExperts",

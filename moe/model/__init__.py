@@ -2,6 +2,7 @@
 
 from .attention import ATTENTION, Attention, GroupedAttention, HeadNorm, JointNorm, LatentAttention
 from .decoder import Block, Decoder, numbered_moe_layers
+from .mixed import mix_lora
 
 __all__ = [
     "ATTENTION",
@@ -12,5 +13,6 @@ __all__ = [
     "HeadNorm",
     "JointNorm",
     "LatentAttention",
+    "mix_lora",
     "numbered_moe_layers",
 ]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..collectives import LOCAL
+from ..experts import LoRAExperts
 from ..layer import MoE
 from ..placement import Owners, Placement
 from .mesh import Mesh
@@ -33,6 +34,11 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
             f"parallel.ep={ep.size}, parallel.etp={etp.size}: the experts have an adapter of PEFT, which cannot be "
             "split over ranks; set both to 1, or adapt other modules"
         )
+    if isinstance(experts, LoRAExperts) and (etp.size > 1 or uneven):
+        raise ValueError(
+            f"parallel.etp={etp.size}, parallel.experts={degrees.experts!r}: LoRA experts are whole on their rank; use "
+            "etp=1 and experts='ep'"
+        )
     assign = Owners.spread if uneven else Owners.consecutive
     owners = assign(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
     layer.place(
@@ -46,9 +52,8 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
             positions_S=positions_S,
         )
     )
-    if ep.size * etp.size == 1 or isinstance(
-        layer.experts.gate_up_proj, DTensor
-    ):  # alone, or shared with another layer
+    own_weights = list(layer.experts.named_parameters(recurse=False))
+    if ep.size * etp.size == 1 or isinstance(own_weights[0][1], DTensor):  # alone, or shared with another layer
         return
     own_experts = owners.experts_of(ep.rank)
     if etp.size > 1:  # separate gate and up, so that a slice of the width contains both

@@ -1,0 +1,34 @@
+"""Turns a dense decoder into one whose feed-forwards are LoRA experts over its frozen weights (MixLoRA)."""
+
+from __future__ import annotations
+
+from ..config import MoEConfig
+from ..config.checks import require
+from ..experts import LoRAExperts, SwiGLU
+from ..layer import MoE
+from .decoder import Decoder
+
+
+def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16.0) -> Decoder:
+    """Replace each dense feed-forward by an MoE layer of LoRA experts over it, in place, and freeze all other weights.
+
+    ``config`` describes the layers; with ``router.normalize_weights``, the model computes at first what it did before
+    (MixLoRA, arXiv 2404.15159). Only routers and experts are trained. Raises ValueError if ``config`` does not fit.
+    """
+    plain = MoEConfig
+    for name, wanted in (("activation", plain.activation), ("gated", plain.gated), ("recompute_experts", False)):
+        value = getattr(config, name)
+        require(value == wanted, f"moe.{name}", value, f"LoRA experts are SwiGLU experts; set it to {wanted!r}")
+    model.requires_grad_(False)
+    for name, block in model.blocks.items():
+        base = block.mlp
+        if not isinstance(base, SwiGLU):
+            continue
+        width, hidden = base.gate_proj.weight.shape
+        require(config.hidden_size == hidden, "moe.hidden_size", config.hidden_size, f"block {name} has {hidden}")
+        remedy = f"the feed-forward of block {name} has {width}"
+        require(config.intermediate_size == width, "moe.intermediate_size", config.intermediate_size, remedy)
+        layer = MoE(config).to(base.gate_proj.weight)
+        layer.experts = LoRAExperts(base, config.num_experts, rank, alpha, config.backend)
+        block.mlp = layer
+    return model
