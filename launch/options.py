@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from ..moe.train.config import TrainConfig
 from .initial import Initial
 from .recipes import RECIPES
+from .recipes.scale import SCALES, Scale
 from .strict_yaml import read_yaml
 from .text import option_text
 
@@ -54,6 +55,7 @@ RENAMED = {"log.tensorboard": "log.trackers: 'tensorboard' for true, 'none' for 
 #: options that are not part of the configuration: (type, help text)
 RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "recipe": (str, "configuration to start from; default quickstart"),
+    "scale": (Scale, "tiny: train the recipe's routing and balance in a small model, on two CPU cores; default full"),
     "config": (str, "YAML file that overrides the recipe; may be given more than once"),
     "run_dir": (str, "folder for metrics, checkpoints and report; default runs/RECIPE"),
     "init.from": (str, "start from these weights: a folder of transformers, a checkpoint or a run; sets the model"),
@@ -104,7 +106,8 @@ def parse(argv: list[str]) -> Launch:
     recipe = "quickstart" if run["recipe"] is None else run["recipe"]
     if recipe not in RECIPES:
         raise ValueError(f"--recipe={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
-    start = RECIPES[recipe]()
+    scale = run["scale"] or "full"
+    start = SCALES[scale](RECIPES[recipe]())
     if run["help"] is not None:
         from .help import help_text  # which reads this module
 
@@ -113,7 +116,7 @@ def parse(argv: list[str]) -> Launch:
     if run["processes"] is not None and run["processes"] < 1:
         raise ValueError(f"--processes={run['processes']}: must be at least 1")
     values = asdict(start)
-    run_dir = Path(run["run_dir"] or f"runs/{recipe}").expanduser()
+    run_dir = Path(run["run_dir"] or f"runs/{recipe}{'' if scale == 'full' else f'-{scale}'}").expanduser()
     begun = run_dir if run["resume"] or run["requeue"] else None
     initial = None if run["init.from"] is None else Initial(Path(run["init.from"]).expanduser(), begun)
     if initial is not None:

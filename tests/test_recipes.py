@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch.distributed as dist
 
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
+from equimoe.launch.recipes.scale import tiny
 from equimoe.launch.recipes.table import PUBLISHED, parameters, table
+from equimoe.moe.observe.metrics import METRICS_FILE, read_records
 from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.plan import DryRun, dry_run, memory, sizes
 from equimoe.moe.train.build import build_model
 from equimoe.moe.train.config import TrainConfig
+from tests.helpers.command import launch
 from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
 
@@ -110,3 +114,46 @@ def dry(config: TrainConfig, world: int, rank: int) -> DryRun:
         return dry_run(config, world, rank)
 
     return run_ranks(script, 1, timeout=500.0)[0]
+
+
+def test_a_tiny_recipe_keeps_its_routing() -> None:
+    full, small = (parse(["--recipe", "deepseek_v2", *scale]) for scale in ([], ["--scale", "tiny"]))
+    assert small.config == tiny(full.config) and parse(["--recipe", "deepseek_v2", "--scale=full"]) == full
+    assert (small.run_dir, full.run_dir) == (Path("runs/deepseek_v2-tiny"), Path("runs/deepseek_v2"))
+    assert parse(["--scale", "tiny", "--moe.top_k", "3"]).config.moe.top_k == 3
+    with pytest.raises(ValueError, match="--scale=small: must be one of full, tiny"):
+        parse(["--scale", "small"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_tiny_recipes(name: str) -> None:
+    """Only sizes differ: of the layer, and of the groups if each gets equally many choices."""
+    whole = RECIPES[name]()
+    small = tiny(whole)
+    sizes_of_moe = {"hidden_size", "intermediate_size", "num_experts", "top_k", "shared_intermediate_size", "router"}
+    for field, value in vars(whole.moe).items():
+        assert field in sizes_of_moe or getattr(small.moe, field) == value, field
+    assert replace(small.moe.router, groups=whole.moe.router.groups) == whole.moe.router
+    assert (small.moe.top_k > 1) == (whole.moe.top_k > 1) and small.moe.top_k < small.moe.num_experts
+    assert (small.moe.shared_intermediate_size > 0) == (whole.moe.shared_intermediate_size > 0)
+    assert (small.attention.kind, small.attention.qk_norm) == (whole.attention.kind, whole.attention.qk_norm)
+    assert (small.attention.num_kv_heads is None) == (whole.attention.num_kv_heads is None)
+    assert (small.model.dense_layers > 0) == (whole.model.dense_layers > 0)
+    assert sizes(small, 257).total < 1_000_000 and small.degrees(2).ep == 2
+    with torch.device("meta"):
+        layers = build_model(small, 257).moe_layers()
+    assert 1 <= len(layers) <= 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_every_recipe_trains_at_a_tiny_scale(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """30 steps on two processes that share the experts; the loss falls by half a nat."""
+    monkeypatch.setattr("equimoe.launch.page.PLOTS", ())
+    argv = ["--recipe", name, "--scale", "tiny", "--steps", "30", "--log.every", "1", "--log.eval_every", "0"]
+    argv += ["--run-dir", "run", "--data.builtin_bytes_per_domain", "50000", "--log.trackers", "none"]
+    ended = launch(argv, 2, cwd=tmp_path, timeout=180.0)
+    assert ended.codes == [0, 0], ended.errors
+    losses = [r["loss"] for r in read_records(tmp_path / "run" / METRICS_FILE) if r["kind"] == "train"]
+    assert len(losses) == 30 and sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5, losses
