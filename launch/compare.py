@@ -14,7 +14,7 @@ from ..moe.config import dotted
 from ..moe.observe.printable import printable, short_count
 from .figures import draw_heldout, smooth
 from .page import figures_of
-from .panels import COLORS, FAINT, Drawn, Plot, draw_line, finish, new_panel
+from .panels import COLORS, FAINT, Drawn, Plot, begin_at, draw_line, finish, new_panel
 from .records import Array, Run, flat, last_of, numbers, seen
 from .text import option_text
 
@@ -44,7 +44,7 @@ def _lines(
     if not said:
         return [], []
     if bottom is not None:
-        axes.set_ylim(bottom=bottom)
+        begin_at(axes, bottom)
     axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     return [finish(axes, title, label, "tokens")], [f"{title}: {', '.join(said)}"]
 

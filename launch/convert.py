@@ -8,6 +8,7 @@ means the run's newest valid checkpoint. ``layers`` reads the MoE layers in a ch
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from ..moe import checkpoint
 from ..moe.checkpoint import tools
@@ -34,7 +35,7 @@ def import_(arguments: argparse.Namespace) -> None:
     if arguments.files is not None and arguments.files < 1:
         raise ValueError(f"--files={arguments.files}: must be at least 1")
     if not arguments.dir.is_dir():
-        raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder")
+        raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder; give that of a model or checkpoint")
     if not is_folder(arguments.dir) and tools.held(arguments.dir):
         raise checkpoint.CheckpointError(
             f"{arguments.dir}: holds checkpoints of this package, not a transformers model; to make one of them, use "
@@ -45,7 +46,7 @@ def import_(arguments: argparse.Namespace) -> None:
         print(f"note: {note}")
     size = sum(map(tools.bytes_of, source.tensors.values()))
     print(f"wrote {printable(str(final))}: {counted(len(source.tensors), 'tensor')}, read {size:,} bytes")
-    print(f"train: python -m equimoe.launch.train --init.from {printable(str(arguments.out))}")
+    print(f"train: python -m equimoe.launch.train --init.from {printable(shlex.quote(str(arguments.out)))}")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def export(arguments: argparse.Namespace) -> None:
 def layers(arguments: argparse.Namespace) -> None:
     """Write the MoE layers of a checkpoint of DeepSpeed or Megatron-Core, one safetensors file each."""
     if not arguments.dir.is_dir():
-        raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder")
+        raise checkpoint.CheckpointError(f"{arguments.dir}: is not a folder; give that of a model or checkpoint")
     written = 0
     for file, weights in write_layers(arguments.dir, arguments.out, arguments.expert):
         experts, _, width = weights["experts.down_proj"].shape

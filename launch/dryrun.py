@@ -17,6 +17,7 @@ from ..moe.train.config import TrainConfig
 from . import env
 from .options import parse
 from .text import counted
+from .usage import check_file
 
 USAGE = """usage: python -m equimoe.launch.dryrun --world N [--rank R] [--node N] [--json FILE] [--recipe NAME] ...
 
@@ -114,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         world, node = _number(own, "world", 1), _number(own, "node", 1)
         rank = _number(own, "rank", 0, world - 1)
         config = parse(rest).config
-        if own["json"] and not Path(own["json"]).parent.is_dir():
-            env.stop(env.Process(), env.CANNOT_WRITE, f"--json={own['json']}: the folder does not exist; create it")
+        if own["json"]:
+            check_file(env.Process(), "--json", Path(own["json"]))
         found = dry_run(config, world, rank, node)
     except ValueError as error:
         env.stop(env.Process(), env.CONFIG, " ".join(str(error).split()))

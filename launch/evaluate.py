@@ -31,7 +31,7 @@ from ..moe.train.config import DataConfig
 from ..moe.train.data import Tokenizer, load_corpus, read_labelled
 from . import env, loaded
 from .tokens import TOKENS
-from .usage import Parser, a_path
+from .usage import Parser, a_path, check_file, in_options
 
 #: options that are fields of section ``data``
 FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype")
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, least in {"batch": 1, "limit": 1, "samples": 1, "seq_len": 1, "seed": 0}.items():
             if (value := getattr(arguments, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least {least}")
-        if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-            env.stop(process, env.CANNOT_WRITE, f"--json={arguments.json}: its folder does not exist; create it")
+        if arguments.json is not None:
+            check_file(process, "--json", arguments.json)
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer, arguments.end_of_document)
         seq_len = arguments.seq_len or source.seq_len
@@ -84,7 +84,10 @@ def _documents(
         settings |= {"path": arguments.data, "tokenizer": "bytes", "end_of_document": None}
     elif not source.data:
         raise ValueError("--data: is missing; only a run has held-out text")
-    config = DataConfig(**settings)
+    try:
+        config = DataConfig(**settings)
+    except ValueError as error:
+        raise ValueError(in_options(error, FIELDS, {})) from None
     try:
         if arguments.data is not None:
             found: dict[str, list[Any]] = {**read_labelled(config, tokenizer)}
@@ -92,8 +95,8 @@ def _documents(
             corpus = load_corpus(config, tokenizer, _tokens(arguments.run_dir))
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}
     except ValueError as error:
-        text = str(error).replace("data.path=", "--data=") if arguments.data is not None else str(error)
-        env.stop(process, env.DATA, text.replace(", or none for the text that comes with Python", ""))
+        own = {"path": "--data"} if arguments.data is not None else {}
+        env.stop(process, env.DATA, in_options(error, FIELDS, own))
     end = tokenizer.end_of_document
     texts = {domain: [t for ids, mask in found[domain] for t in _texts(ids, mask, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}

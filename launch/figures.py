@@ -19,6 +19,7 @@ from .panels import (
     ON,
     TEXT,
     Drawn,
+    begin_at,
     draw_line,
     edges_of,
     finish,
@@ -102,7 +103,7 @@ def _over_steps(title: str, unit: str, steps: Array, values: Array, color: int, 
     """Draw a panel with one line, and an axis that begins at zero."""
     axes = new_panel()
     draw_line(axes, steps, values, color=COLORS[color], linewidth=1.5)
-    axes.set_ylim(bottom=0)
+    begin_at(axes)
     if digits:
         axes.yaxis.set_major_formatter(digits)
     return finish(axes, title, unit)
@@ -171,7 +172,7 @@ def draw_optimizer(run: Run) -> Drawn | str:
     panels = [finish(axes, "gradient norm")]
     axes = new_panel()
     draw_line(axes, steps, rates, color=COLORS[4], linewidth=1.5)
-    axes.set_ylim(bottom=0)
+    begin_at(axes)
     axes.yaxis.set_major_formatter("{x:.1e}")
     panels.append(finish(axes, "learning rate"))
     return Drawn(panels, f"Gradient norm {norms[-1]:.3g} and learning rate {rates[-1]:.2g} at the last step.")

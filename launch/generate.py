@@ -78,7 +78,10 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
         try:
             lines = [line.removesuffix("\r") for line in file.read_text(encoding="utf-8-sig").split("\n")]
         except UnicodeDecodeError:
-            raise ValueError(f"--prompts={file}: is not UTF-8 text") from None
+            raise ValueError(f"--prompts={file}: is not UTF-8 text; convert it") from None
+        except OSError as error:
+            text = f"--prompts={file}: cannot be read ({error.strerror}); give a file of text"
+            env.stop(env.this_process(), env.DATA, text)
         for number, line in enumerate(lines, 1):
             if line.strip():
                 prompts.append(_prompt(line, file, number) if file.suffix == ".jsonl" else line)

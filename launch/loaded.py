@@ -202,7 +202,9 @@ def one_line(process: env.Process) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         why = "the model, or the cache of such long texts, does not fit into this machine's memory"
-        env.stop(process, env.MEMORY, f"{why} ({str(error).splitlines()[0] if str(error) else 'out of memory'})")
+        said = str(error).splitlines()[0] if str(error) else "out of memory"
+        remedy = "lower --batch or the length of the texts, or split the model over ranks with --ep and --tp"
+        env.stop(process, env.MEMORY, f"{why} ({said}); {remedy}")
     except OSError as error:
         env.stop(process, env.DATA, f"{error.filename}: cannot be read or written ({error.strerror})")
 

@@ -56,6 +56,8 @@ td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
   main { padding: 20px 10px 40px; }
   section, figure { padding: 14px 12px; }
   th, td { padding-right: 8px; font-size: .9rem; }
+  td:first-child { min-width: 6.5em; }
+  th.n { white-space: normal; }
 }
 """
 for _name, _light, _dark in VARIABLES.values():

@@ -130,6 +130,12 @@ def spread(layers: int, most: int = MAX_LAYERS) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, most))})
 
 
+def begin_at(axes: Axes, bottom: float = 0.0) -> None:
+    """Begin the y axis at ``bottom``, with room for a dot at the highest value."""
+    top = axes.get_ylim()[1]
+    axes.set_ylim(bottom, top + 0.05 * max(top - bottom, 0.0))
+
+
 def finish(axes: Axes, title: str = "", label: str = "", xlabel: str = "step") -> Figure:
     """Label a panel, put its legend below, where it covers nothing, and return the panel."""
     axes.grid(axis="y", linewidth=0.8)

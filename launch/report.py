@@ -23,7 +23,7 @@ from .compare import comparison_of, read_runs
 from .live import HOST, Live, serve
 from .page import POLICY, page, report_of
 from .records import Run
-from .usage import Parser
+from .usage import Parser, a_path, check_file
 
 REPORT_FILE, COMPARISON_FILE = "report.html", "comparison.html"
 PORT = 8710
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m equimoe.launch.report",
         description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl; compare several runs in one page.",
     )
-    parser.add_argument("run_dir", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument("run_dir", nargs="+", type=a_path, help="folder of a run")
     where = f"default RUN_DIR/{REPORT_FILE}, or {COMPARISON_FILE} for several runs"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"file to write; {where}")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help=f"file to write; {where}")
     parser.add_argument("--watch", action="store_true", help=f"serve the page on {HOST}, and renew it")
     parser.add_argument("--port", type=int, default=PORT, help=f"for --watch; default {PORT}, 0: any that is free")
     return parser
@@ -74,11 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 @env.command
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code: 64 for wrong usage, 66 for no metrics, 73 if the page cannot be written."""
-    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     folders: list[Path] = arguments.run_dir
     if arguments.watch:
         return _watch(folders, arguments.port)
     several = len(folders) > 1
+    if arguments.out is not None:
+        check_file(env.Process(), "--out", arguments.out)
     path = arguments.out or (Path(COMPARISON_FILE) if several else folders[0] / REPORT_FILE)
     try:
         print(f"report: {printable(str(write_page(folders, path)))}")

@@ -18,6 +18,7 @@ from .panels import (
     ON,
     TEXT,
     Drawn,
+    begin_at,
     draw_line,
     finish,
     log_axis,
@@ -132,7 +133,7 @@ def draw_estimator(run: Run) -> Drawn | str:
             axes.axhline(whole, color=FAINT, linestyle="--", linewidth=1.2, label=f"the whole step ({whole:g})")
         if name == "gradient_error":
             axes.axhline(1.0, color=FAINT, linestyle="--", linewidth=1.2, label="mostly noise")
-        axes.set_ylim(bottom=0)
+        begin_at(axes)
         panels.append(finish(axes, title, label))
     text = f"Balance batch size at the end: {last_of(sequences, '.3g')}; error of the load that was used: "
     return Drawn(panels, f"{text}{last_of(error)}; of the gradient: {last_of(of_gradient)}.")
@@ -201,7 +202,7 @@ def _replicas(records: list[Record]) -> list[Figure]:
         if seen(values):
             axes = new_panel()
             draw_line(axes, steps, values, color=COLORS[5], linewidth=1.8)
-            axes.set_ylim(bottom=0)
+            begin_at(axes)
             panels.append(finish(axes, title, label))
     return panels
 
@@ -268,7 +269,7 @@ def draw_divergence(run: Run) -> Drawn | str:
             axes.plot(steps, values_NL[:, layer], "o-", color=color, linewidth=1.5, ms=4, label=named)
         if reference is not None:
             axes.axhline(reference, color=FAINT, linestyle="--", linewidth=1.2, label="uniform use")
-        axes.set_ylim(bottom=0)
+        begin_at(axes)
         panels.append(finish(axes, title, label))
     panels.append(_pairs(found[-1][1]))
     text = f"Divergence between the domains' use of experts, mean of {counted(layers, 'MoE layer')}"
@@ -287,8 +288,9 @@ def _pairs(routing: dict[str, Array]) -> Figure:
     axes.imshow(bits_DD, cmap=AMOUNT, vmin=0, vmax=top, aspect="auto")
     figure = finish(axes, "pairs, mean of the layers", "", "")
     axes.grid(False)
-    axes.set_yticks(range(len(names)), [name[:12] for name in names])
-    axes.set_xticks(range(len(names)), [name[:12] for name in names], rotation=45, ha="right")
+    shown = [name if len(name) <= 14 else f"{name[:12]}\u2026" for name in names]
+    axes.set_yticks(range(len(names)), shown)
+    axes.set_xticks(range(len(names)), shown, rotation=45, ha="right")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if len(names) <= 6:

@@ -7,6 +7,7 @@ that is there already, and fits, is kept. --check compares all of its files with
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..moe.observe.printable import printable, short_count
 from ..moe.train.config import DataConfig
 from ..moe.train.data import Wanted, check_store, load_corpus, load_tokenizer, store_at
 from . import env
-from .usage import Parser
+from .usage import Parser, in_options
 
 #: options that are fields of section ``data``
 FIELDS = ("domain_by", "text_field", "domain_field", "token_dtype", "end_of_document")
@@ -94,20 +95,15 @@ def _say(out: Path, manifest: dict[str, Any], what: str) -> None:
         print(f"note: {printable(note)}")
     for domain, about in manifest["domains"].items():
         flat = sum(file["length"] for file in about["flat"])
-        documents = f"{short_count(about['documents'])} documents, {short_count(about['tokens'])} tokens"
-        print(f"{printable(domain)}: {documents}" + (f", and {short_count(flat)} tokens in files" if flat else ""))
-    tokenizer = printable(str(manifest["tokenizer"]["name"]))
-    print(
-        f"{printable(str(out))} {what}; train on it with --data.path {printable(str(out))} --data.tokenizer {tokenizer}"
-    )
+        held = f"{short_count(about['documents'])} documents, {short_count(about['tokens'])} tokens"
+        parts = [held] * bool(about["documents"]) + [f"{short_count(flat)} tokens in files"] * bool(flat)
+        print(f"{printable(domain)}: {', and '.join(parts)}")
+    options = ["--data.path", str(out), "--data.tokenizer", str(manifest["tokenizer"]["name"])]
+    print(f"{printable(str(out))} {what}; train on it with {printable(shlex.join(options))}")
 
 
 def _in_options(error: Exception) -> str:
-    text = str(error).replace("data.path=", "--data=").replace(", or none for the text that comes with Python", "")
-    text = text.replace("data.cache=", "--out=")
-    for name in ("tokenizer", *FIELDS):
-        text = text.replace(f"data.{name}", f"--{name.replace('_', '-')}")
-    return text
+    return in_options(error, ("tokenizer", *FIELDS), {"path": "--data", "cache": "--out"})
 
 
 def _parser() -> argparse.ArgumentParser:

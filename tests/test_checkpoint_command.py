@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from equimoe.launch import checkpoint as command
 from equimoe.launch import env
+from equimoe.launch.usage import Parser
 from equimoe.moe import checkpoint
 from tests.helpers.checkpoints import load_all
 from tests.helpers.fork import run_ranks
@@ -137,7 +138,6 @@ def test_a_full_disk_leaves_nothing_behind(
         (["explode", "x"], "explode"),
         (["show"], "DIR"),
         (["reshard", "x"], "--out"),
-        (["reshard", "x", "--out", "y", "--files", "many"], "--files: invalid int value: 'many'"),
         (["verify", "x", "--deep\nly"], "--deep\\nly"),
     ],
 )
@@ -145,6 +145,30 @@ def test_wrong_usage_is_one_line(capsys: pytest.CaptureFixture[str], arguments: 
     code, out, err = call(capsys, *arguments)
     assert code == env.CONFIG and out == "" and len(err.splitlines()) == 1
     assert err.startswith("error: ") and words in err and err.endswith("; see --help\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--files", "many"], "--files=many: must be a whole number"),
+        (["--ratio", "1,5"], "--ratio=1,5: must be a number"),
+        (["--method", "best"], "--method=best: use one of drop, fine"),
+        (["--files"], "--files: give a value, as in --files VALUE"),
+        (["--weights"], "--weights: give a value, as in --weights VALUE"),
+        (["--nothing", "\x1b[2J"], "unrecognized arguments: --nothing \\x1b[2J; see --help"),
+    ],
+)
+def test_wrong_values_of_options_name_option_value_and_remedy(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    parser = Parser()
+    parser.add_argument("--files", type=int)
+    parser.add_argument("--ratio", type=float)
+    parser.add_argument("--method", choices=("drop", "fine"))
+    parser.add_argument("--weights", type=float, nargs="+")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    assert ended.value.code == env.CONFIG and capsys.readouterr().err == f"error: {line}\n"
 
 
 def test_help_says_where_files_go(capsys: pytest.CaptureFixture[str]) -> None:

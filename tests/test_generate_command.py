@@ -136,7 +136,11 @@ def test_texts_longer_than_those_of_the_training_are_noted(trained: Path) -> Non
         (["--prompt", "a", "--tp", "2"], env.CONFIG, ["--tp=2", "number of processes"]),
         (["--prompt", "a", "--processes", "0"], env.CONFIG, ["--processes=0"]),
         (["--prompt", "a", "--tokenizer", "nowhere"], env.CONFIG, ["--tokenizer='nowhere'"]),
-        (["--prompts", "nowhere"], env.DATA, ["nowhere", "No such file"]),
+        (
+            ["--prompts", "nowhere"],
+            env.DATA,
+            ["--prompts=nowhere: cannot be read (No such file", "give a file of text"],
+        ),
         (["--prompts", "bad.jsonl"], env.CONFIG, ["--prompts=bad.jsonl: line 2"]),
         (["--prompts", "latin.txt"], env.CONFIG, ["--prompts=latin.txt: is not UTF-8"]),
         (["--prompt", "a", "--run-dir", "nowhere"], env.CONFIG, ["--run-dir=nowhere"]),
@@ -263,11 +267,14 @@ def test_bootstrap_errors_are_those_of_a_ratio_of_sums() -> None:
         (["--data", "empty"], env.DATA, ["empty", "has no files"]),
         (["--limit", "0"], env.CONFIG, ["--limit=0"]),
         (["--seq-len", "0"], env.CONFIG, ["--seq-len=0"]),
-        (["--domain-by", "nothing"], env.CONFIG, ["data.domain_by='nothing'"]),
+        (["--domain-by", "nothing"], env.CONFIG, ["--domain-by='nothing'"]),
+        (["--data", "records.jsonl"], env.DATA, ["--text-field='text'", "is missing in 'records.jsonl' line 1"]),
+        (["--json", "texts"], env.CANNOT_WRITE, ["--json=texts: is a folder; name a file in it"]),
         (["--run-dir", "texts"], env.CHECKPOINT, ["no checkpoint", "or a transformers model"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
 def test_mistakes_of_evaluate_end_with_one_line(trained: Path, options: list[str], code: int, words: list[str]) -> None:
     (trained / "empty").mkdir(exist_ok=True)
+    (trained / "records.jsonl").write_text('{"body": "words"}\n')
     one_line(run(trained, evaluate, *options), code, *words)

@@ -128,6 +128,15 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([str(tmp_path / "none"), "--watch"]) == env.DATA
     assert capsys.readouterr().err == f"report: {tmp_path / 'none'}: no such folder; give the folder of a run\n"
     assert main([str(tmp_path), "--watch", "--port", "70000"]) == env.CONFIG
+    for out, words in (
+        (tmp_path, "is a folder; name a file in it"),
+        (tmp_path / "no" / "x", "its folder does not exist"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path), "--out", str(out), str(tmp_path)])
+        assert ended.value.code == env.CANNOT_WRITE
+        assert capsys.readouterr().err.startswith(f"error: --out={out}: {words}")
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()

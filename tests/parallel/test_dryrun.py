@@ -124,6 +124,12 @@ def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
             assert set(real["collectives"]) <= seen
 
 
+def test_a_dry_run_says_how_attention_within_documents_is_counted() -> None:
+    for documents, notes in (("joined", 0), ("separate", 1)):
+        found = dry(replace(SMALL, data=replace(SMALL.data, documents=documents)), 1, 0)
+        assert sum("is counted as with data.documents=joined" in note for note in found.notes) == notes
+
+
 @pytest.mark.parametrize("dispatcher", [name for name in DISPATCHERS if name != "local"])
 def test_a_rank_with_one_expert(dispatcher: Any) -> None:
     """The rank's only valid choice is expert 0, and it computes as many rows as its own tokens choose."""
