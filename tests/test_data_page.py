@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from equimoe.moe.train.data.formats import COMPRESSED, READERS
-from tests.helpers.fresh import python
+from tests.helpers.fresh import script
 from tests.moe.test_data_tokenizer import bpe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,9 +83,9 @@ def test_the_commands_are_parsed() -> None:
 @pytest.mark.slow
 def test_the_scripts_run(tmp_path: Path) -> None:
     engine, batches = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (line,) = python(engine, tmp_path, ROOT)
+    (line,) = script(engine, tmp_path)
     assert line.startswith("torch.Size([4, 32]) ") and float(line.split()[-1]) > 0
-    lines = python(batches, tmp_path, ROOT)
+    lines = script(batches, tmp_path)
     assert len(lines) == 3 and all(line.startswith("torch.Size([8, 16]) ") for line in lines)
     assert all(60 < int(line.split()[-1]) < 8 * 16 for line in lines)
 

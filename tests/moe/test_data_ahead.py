@@ -20,6 +20,7 @@ from equimoe.moe.train.data import Ahead, Batches, DataError, load_corpus, load_
 from equimoe.moe.train.data.ahead import STEPS
 from equimoe.moe.train.trainer import Trainer
 from tests.helpers import small
+from tests.helpers.slow import slow_but
 from tests.moe.test_data_store import write
 
 BYTES = load_tokenizer("bytes")
@@ -159,7 +160,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGKILL], [signal.SIGKILL, signal.SIGTERM]))
 def test_the_processes_end_with_the_run_however_it_ends(tmp_path, number):
     command = [sys.executable, "-c", PROGRAM, str(write(tmp_path / "data")), str(tmp_path / "cache")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
