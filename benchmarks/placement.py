@@ -140,11 +140,9 @@ def measured(run_dir: Path, size: Size) -> dict[str, Any]:
         "straggler": mean(r["straggler"] for r in late),
         "curve": [[r["step"], r["straggler"], r.get("replicated_straggler", r["straggler"])] for r in trained],
     }
-    if any("replicated_straggler" in r for r in trained):  # absent where a step has no replicas
-        found["replicated_straggler"] = mean(r.get("replicated_straggler", r["straggler"]) for r in late)
-        found["copied_bytes"] = mean(r.get("copied_bytes", 0.0) for r in late)
-    if errors := [r["forecast_error"] for r in late if "forecast_error" in r]:
-        found["forecast_error"] = mean(errors)
+    for name in ("replicated_straggler", "copied_bytes", "forecast_error"):
+        if name in late[-1]:  # only in runs with replicas
+            found[name] = mean(r[name] for r in late)
     return found
 
 
@@ -183,7 +181,7 @@ def markdown(result: dict[str, Any]) -> str:
     for name in shown:
         plain = name.partition("-")[0]
         if name != plain and plain in shown:
-            changes.append([name, *(f"{loss[key] - loss[plain, key[1]]:+.5f}" for key in loss if key[0] == name)])
+            changes.append([name, *(f"{loss[key] - loss[plain, key[1]]:+.4f}" for key in loss if key[0] == name)])
     seeds = sorted({record["seed"] for record in records})
     return "\n".join(
         [

@@ -44,10 +44,10 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     runs = [
         {"arm": arm, "seed": seed, "loss": loss + seed, **rest, **more}
         for seed in (0, 1)
-        for arm, loss, more in (("global", 1.0, {}), ("global-fssdp", 1.00001, {"replicated_straggler": 1.3}))
+        for arm, loss, more in (("global", 1.0, {}), ("global-fssdp", 1.0001, {"replicated_straggler": 1.3}))
     ]
     text = markdown(RESULT | {"runs": runs})
-    assert "| global | 1.5000 \u00b1 0.7071 |" in text and "| global-fssdp | +0.00001 | +0.00001 |" in text
+    assert "| global | 1.5000 \u00b1 0.7071 |" in text and "| global-fssdp | +0.0001 | +0.0001 |" in text
     assert "1.300 \u00b1 0.000" in text and "micro-fssdp" not in text
     draw({"runs": runs}, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000

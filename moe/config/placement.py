@@ -22,7 +22,7 @@ class PlacementConfig:
     window: int = 5
     #: file that says which rank owns which expert at the start; None: equal runs of consecutive experts
     owners: str | None = None
-    #: optimizer steps after which experts move to new owners; 0: never
+    #: optimizer steps after which experts move to new owners if ranks then wait less for each other; 0: never
     reshard_every: int = 0
     #: free replicas after the forward, and copy them again in the backward; recomputation does so anyway
     rematerialize: bool = False
