@@ -269,7 +269,7 @@ def refused_steps(rank: int, world: int) -> list[list[Owners]]:
         draw = random.Random(1)
         patch.setattr("equimoe.moe.engines.experts.reshard", lambda *_: random_owners(draw, engine))
         for accept in (True, False, False):
-            part = (t.chunk(world)[rank] for t in batch(0, Composition(world)))
+            part = (t.chunk(world)[rank] for t in batch(0, Composition(world)).values())
             assert engine.step([Batch(*part)], 1e-3, lambda _, accept=accept: accept).applied == accept
             found.append(engine.experts.owners)
     return found
