@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -107,7 +107,7 @@ def parse(argv: list[str]) -> Launch:
     if recipe not in RECIPES:
         raise ValueError(f"--recipe={recipe}: no such recipe; use one of {', '.join(RECIPES)}")
     scale = run["scale"] or "full"
-    start = SCALES[scale](RECIPES[recipe]())
+    start = SCALES[cast(Scale, scale)](RECIPES[recipe]())
     if run["help"] is not None:
         from .help import help_text  # which reads this module
 

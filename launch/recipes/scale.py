@@ -20,8 +20,9 @@ def tiny(config: TrainConfig) -> TrainConfig:
     """Return a run that routes, weighs, drops and balances as ``config`` does, with a small model of bytes.
 
     A token is sent to about the same share of the experts, but to at least two if ``config`` sends it to several.
-    Widths keep their ratios, up to four times the hidden width. Dense blocks, blocks without experts, shared experts, latent
-    and grouped-query attention stay, each in its smallest form. The mesh is data and expert parallelism over all ranks.
+    Widths keep their ratios, up to four times the hidden width. Dense blocks, blocks without experts, shared experts,
+    latent and grouped-query attention stay, each in its smallest form. The mesh is data and expert parallelism over all
+    ranks.
     """
     dense, every = min(config.model.dense_layers, 1), min(config.model.moe_every, 3)
     model = replace(
