@@ -2,7 +2,7 @@
 
 from .local import OnlyShared, ZeroComputation, build_local
 from .lora import LoRAExperts
-from .merged import MergedLinear, importance_loss
+from .merged import MergedLinear, MergedSwiGLU, importance_loss
 from .replicated import ReplicatedExperts
 from .routed import RoutedExperts
 from .shared import SharedExperts, SwiGLU
@@ -10,6 +10,7 @@ from .shared import SharedExperts, SwiGLU
 __all__ = [
     "LoRAExperts",
     "MergedLinear",
+    "MergedSwiGLU",
     "OnlyShared",
     "ReplicatedExperts",
     "RoutedExperts",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..collectives import fill_normal
+from ..collectives import fill_normal, reset
 
 
 class MergedLinear(nn.Module):
@@ -70,6 +70,27 @@ class MergedLinear(nn.Module):
         tokens_G1 = self.segment * torch.arange(1, sums_BGI.shape[1], device=x_BSI.device)[:, None]
         start_B1I = self.start.to(x_BSI.dtype).expand(len(x_BSI), 1, -1)
         return torch.cat((start_B1I, earlier_BGI / tokens_G1), dim=1)
+
+
+class MergedSwiGLU(nn.Module):
+    """The MLP down(silu(gate(x)) * up(x)) of three :class:`MergedLinear`, each with experts and a router of its own."""
+
+    def __init__(
+        self, hidden_size: int, width: int, num_experts: int, top_k: int, segment: int | None, init_std: float
+    ) -> None:
+        super().__init__()
+        experts = num_experts, top_k, segment, init_std
+        self.gate_proj = MergedLinear(hidden_size, width, *experts)
+        self.up_proj = MergedLinear(hidden_size, width, *experts)
+        self.down_proj = MergedLinear(width, hidden_size, *experts)
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights with new random values, and the biases with zero."""
+        for part in self.children():
+            reset(part)
+
+    def forward(self, x_BSI: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BSI)) * self.up_proj(x_BSI))
 
 
 def importance_loss(gates_BGK: Tensor, ids_BGK: Tensor, num_experts: int) -> Tensor:

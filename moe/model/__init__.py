@@ -2,7 +2,7 @@
 
 from .attention import ATTENTION, Attention, GroupedAttention, HeadNorm, JointNorm, LatentAttention
 from .decoder import Block, Decoder, numbered_moe_layers
-from .mixed import mix_lora
+from .mixed import merge_experts, mix_lora
 
 __all__ = [
     "ATTENTION",
@@ -13,6 +13,7 @@ __all__ = [
     "HeadNorm",
     "JointNorm",
     "LatentAttention",
+    "merge_experts",
     "mix_lora",
     "numbered_moe_layers",
 ]

@@ -1,10 +1,10 @@
-"""Turns a dense decoder into one whose feed-forwards are LoRA experts over its frozen weights (MixLoRA)."""
+"""Turns a dense decoder into one whose feed-forwards are LoRA experts (MixLoRA) or merged linear experts (MEO)."""
 
 from __future__ import annotations
 
 from ..config import MoEConfig
 from ..config.checks import require
-from ..experts import LoRAExperts, SwiGLU
+from ..experts import LoRAExperts, MergedSwiGLU, SwiGLU
 from ..layer import MoE
 from .decoder import Decoder
 
@@ -31,4 +31,25 @@ def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16
         layer = MoE(config).to(base.gate_proj.weight)
         layer.experts = LoRAExperts(base, config.num_experts, rank, alpha, config.backend)
         block.mlp = layer
+    return model
+
+
+def merge_experts(
+    model: Decoder, num_experts: int, top_k: int, segment: int | None = 64, sees_future: bool = False
+) -> Decoder:
+    """Replace each dense feed-forward by one of merged linear experts with new weights, in place (arXiv 2310.09832).
+
+    Each ``segment`` positions of a sequence share merged weights, which routers choose from the mean of all positions
+    before them, also those of earlier documents in the sequence. With ``segment=None`` they choose from the whole
+    sequence. A decoder would then see what it is to predict, so this needs ``sees_future=True``. No balance loss is
+    attached: :func:`equimoe.moe.experts.importance_loss` computes the paper's. For data parallelism, FSDP and
+    pipelines; sequences cannot be split over ranks, and text cannot be generated with a key/value cache.
+    """
+    remedy = "lets each position see later ones, which a decoder is to predict; give a length, or set sees_future=True"
+    require(segment is not None or sees_future, "segment", segment, remedy)
+    for block in model.blocks.values():
+        if isinstance(block.mlp, SwiGLU):
+            like = block.mlp.gate_proj.weight
+            width, hidden = like.shape
+            block.mlp = MergedSwiGLU(hidden, width, num_experts, top_k, segment, block.mlp.init_std).to(like)
     return model

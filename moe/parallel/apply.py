@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..experts import MergedLinear
 from ..layer import MoE
 from ..model import Attention, Block, Decoder
 from .context import ContextAttention, positions
@@ -35,6 +36,11 @@ def parallelize(model: M, mesh: Mesh, dtype: torch.dtype | None = None, *, reduc
     if not reduced:
         _refuse_unreduced(mesh)
     degrees, tied = mesh.degrees, tied_weights(model)
+    if degrees.tp * degrees.cp > 1 and any(isinstance(module, MergedLinear) for module in model.modules()):
+        raise ValueError(
+            f"parallel.tp={degrees.tp}, parallel.cp={degrees.cp}: merged linear experts read whole sequences; set both "
+            "to 1"
+        )
     positions_S = apply_context_parallel(_decoder(model, "cp"), mesh) if degrees.cp > 1 else None
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
         apply_expert_parallel(layer, mesh, positions_S=positions_S)

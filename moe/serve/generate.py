@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives import LOCAL, Axis, sum_over
+from ..experts import MergedLinear
 from ..model import Attention, Decoder
 from ..model.past import Past, Positions
 from .sample import Sampling, choose
@@ -99,6 +100,10 @@ class _Batch:
         stop: Collection[int],
         end: int | None,
     ) -> None:
+        if any(isinstance(module, MergedLinear) for module in model.modules()):
+            raise ValueError(
+                "model: merged linear experts read whole sequences, and have no cache to generate text with"
+            )
         self.model, self.sampling, self.stop, self.end = model, sampling, stop, end
         self.numbers = list(prompts)
         self.texts: dict[int, list[int]] = {number: [] for number in prompts}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..collectives import Axis
 from ..layer import MoE
@@ -29,11 +28,12 @@ def recorded_routing(layers: Mapping[Any, MoE]) -> Iterator[Decisions]:
     It records training and evaluation, but neither recomputation nor counting passes. Choices that a capacity drops are
     recorded as dropped.
     """
+    _check(layers)
     found: Decisions = {}
     parts: dict[Any, list[Decision]] = {name: [] for name in layers}
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.enter_context(_sent(layer, parts[name].append))
+            stack.enter_context(_decided(layer, parts[name].append))
         yield found
     for name, decisions in parts.items():
         if decisions:
@@ -47,6 +47,7 @@ def replayed_routing(layers: Mapping[Any, MoE], decisions: Mapping[Any, Decision
     Gate weights, balance losses and all gradients are those of the present weights. Batches may be cut into other
     micro-batches. Raises ValueError if a forward has more tokens than are left, or if some are left at the end.
     """
+    _check(layers)
     queues = {name: _Queue(name, decisions.get(name)) for name in layers}
     handles = [
         layer.router.register_forward_pre_hook(queues[name].give, with_kwargs=True) for name, layer in layers.items()
@@ -58,6 +59,12 @@ def replayed_routing(layers: Mapping[Any, MoE], decisions: Mapping[Any, Decision
             handle.remove()
     for queue in queues.values():
         queue.check_empty()
+
+
+def _check(layers: Mapping[Any, MoE]) -> None:
+    for name, layer in layers.items():
+        if layer.config.router.gate == "slots":
+            raise ValueError(f"MoE layer {name}: router.gate='slots' mixes all tokens, and has no decisions to replay")
 
 
 class _Queue:
@@ -106,7 +113,7 @@ class _Queue:
 
 
 @contextmanager
-def _sent(layer: MoE, see: Callable[[Decision], None]) -> Iterator[None]:
+def _decided(layer: MoE, see: Callable[[Decision], None]) -> Iterator[None]:
     """Context that calls ``see`` with the final decision of each forward that makes one."""
     decides = False
 
@@ -115,20 +122,20 @@ def _sent(layer: MoE, see: Callable[[Decision], None]) -> Iterator[None]:
         counts_ahead = router.training and not torch.is_grad_enabled()
         decides = not counts_ahead and (len(args) < 4 or args[3] is None) and torch._C._current_graph_task_id() == -1
 
-    dispatcher, send = layer.dispatcher, layer.dispatcher.send
+    local, sent = layer.local, layer.local.sent
 
-    def seen(x_TD: Tensor, routing: Routing) -> Any:
+    def seen(routing: Routing) -> Routing:
         if decides:
             see(Decision(*(ids_TK.detach().to(torch.int32) for ids_TK in routing.decision)))
-        return send(x_TD, routing)
+        return sent(routing)
 
     handle = layer.router.register_forward_pre_hook(before, prepend=True)  # before a replay gives a decision
-    dispatcher.send = seen  # type: ignore[method-assign]
+    local.sent = seen
     try:
         yield
     finally:
         handle.remove()
-        del dispatcher.send  # the class's own again
+        del local.sent  # the class's own again
 
 
 class RoutingFiles:

@@ -16,7 +16,7 @@ from .config import OptimConfig, TrainConfig
 #: (trainable weights by name, configuration) -> their optimizer
 Build = Callable[[Mapping[str, nn.Parameter], OptimConfig], Optimizer]
 #: parts of names of matrices that map from or to something else than hidden states; Muon leaves them to AdamW
-_ENDS = (".embedding.", ".head.", ".router.", ".gate.")
+_ENDS = (".embedding.", ".head.", ".router.", ".gate.", ".bias.")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> Optimizer:
@@ -36,7 +36,7 @@ def _lamb(weights: Mapping[str, nn.Parameter], config: OptimConfig) -> Optimizer
 
 
 def _muon(weights: Mapping[str, nn.Parameter], config: OptimConfig) -> Optimizer:
-    inner = {name: p for name, p in weights.items() if p.dim() > 1 and not any(end in f".{name}" for end in _ENDS)}
+    inner = {name: p for name, p in weights.items() if p.dim() > 1 and not any(end in f".{name}." for end in _ENDS)}
     others = {name: p for name, p in weights.items() if name not in inner}
     groups = [*({**group, "orthogonal": True} for group in _groups(inner, config)), *_groups(others, config)]
     return Muon(groups, **_adam_settings(config), momentum=config.momentum)

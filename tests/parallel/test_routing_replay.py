@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from equimoe.moe import CapacityConfig, MoE, MoEConfig
+from equimoe.moe import BalanceConfig, CapacityConfig, MoE, MoEConfig, RouterConfig
+from equimoe.moe.config import ZeroComputationConfig
 from equimoe.moe.engines.torch import TorchEngine
 from equimoe.moe.model.decoder import numbered_moe_layers
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
@@ -131,14 +132,23 @@ def test_a_replay_on_ranks_is_that_of_one_process(world: int, degrees: dict[str,
         assert worst(got, want)[0] < 1e-8
 
 
-def test_dropped_choices_are_dropped_again() -> None:
+SLOTS = RouterConfig(gate="slots", normalize_weights=False)
+KINDS: dict[str, dict[str, Any]] = {
+    "MLPs": {},
+    "zero-computation experts": {"zero_computation": ZeroComputationConfig(1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_choices_are_dropped_again(kind: str) -> None:
     torch.manual_seed(0)
-    layer = MoE(MoEConfig(8, 4, 4, 2, capacity=CapacityConfig(0.7)))
+    layer = MoE(MoEConfig(8, 4, 4, 2, capacity=CapacityConfig(0.7), **KINDS[kind]))
     x = torch.randn(32, 8)
     with recorded_routing({"a": layer}) as decisions:
         y = layer(x)
     dropped = int((decisions["a"].ids_TK < 0).sum())
     assert dropped == int(layer.stats.dropped_choices) > 0
+    assert bool((decisions["a"].ids_TK >= 4).any()) == bool(KINDS[kind])
     with torch.no_grad():
         layer.router.weight.mul_(-1.0)
     with recorded_routing({"a": layer}) as again, replayed_routing({"a": layer}, decisions):
@@ -150,6 +160,9 @@ def test_wrong_replays_are_refused() -> None:
     layer, x = MoE(MoEConfig(8, 4, 4, 2)), torch.randn(6, 8)
     with recorded_routing({"a": layer}) as decisions:
         layer(x)
+    slots = MoE(MoEConfig(8, 4, 4, 1, router=SLOTS, balance=BalanceConfig(coefficient=0.0)))
+    with pytest.raises(ValueError, match="MoE layer a: router.gate='slots' mixes all tokens"):
+        recorded_routing({"a": slots}).__enter__()
     match = "decisions: none were recorded for MoE layer b"
     with pytest.raises(ValueError, match=match), replayed_routing({"b": layer}, decisions):
         pass
@@ -167,7 +180,7 @@ def test_wrong_replays_are_refused() -> None:
         with pytest.raises(ValueError, match="use equimoe.moe.recompute to replay routing"):
             torch.stack(ys).sum().backward()
     layer(x)  # no hook is left
-    assert "send" not in vars(layer.dispatcher)
+    assert "sent" not in vars(layer.local)
 
 
 @pytest.fixture
