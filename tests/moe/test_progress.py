@@ -9,6 +9,7 @@ import re
 import pytest
 
 from equimoe.launch.recipes import RECIPES
+from equimoe.moe.observe.printable import fitted
 from equimoe.moe.observe.progress import Progress, balance_note, duration, eval_line, progress_line
 from tests.moe.test_metrics import TRAIN
 
@@ -80,6 +81,14 @@ def test_an_eval_line_of_many_domains_fits_100_columns() -> None:
     line = eval_line({"step": 7, "loss": 1.0, "domains": domains})
     assert line.startswith("eval:    7  held-out loss: 1.0000  domain 0: 0.0000  domain 1: 1.0000  ")
     assert line.endswith("  domain 1: 1.0000  and 198 more") and 82 < len(line) <= 100  # another one has 18 columns
+
+
+def test_parts_that_fit_into_a_line() -> None:
+    parts = [f"part {i}" for i in range(30)]
+    assert fitted("a (", parts[:3], end=")") == "a (part 0, part 1, part 2)"
+    assert fitted("a (", parts, end=")") == f"a ({', '.join(parts[:10])}, and 20 more)"
+    assert fitted("a ", ["x" * 200, "y"]) == f"a {'x' * 200}, and 1 more"
+    assert fitted("none", []) == "none"
 
 
 class Terminal(io.StringIO):
