@@ -20,6 +20,7 @@ def test_progress_line() -> None:
     assert progress_line(FAST, 300) == (
         " 10/300  loss 4.2034  norm 1.10  5.12k tok/s  0.13 TFLOP/s  0.879 GiB  max/mean 1.42  left 3m 52s"
     )  # 290 steps of 4096 tokens at 5120 tokens/s
+    assert "  7.85 GFLOP/s  " in progress_line(FAST | {"tflops_per_device": 0.00785}, 300)
     bare = progress_line({"kind": "train", "step": 1, "loss": None, "max_over_mean": None}, 20000)
     assert bare == "    1/20000  loss nan  max/mean nan"
     assert progress_line(TRAIN | {"step": 300}, 300).endswith("left 0s")
