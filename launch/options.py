@@ -182,7 +182,8 @@ def _known(text: str | None) -> str:
     sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
     name = str(text).replace("-", "_")
     if name not in names and name not in sections:
-        raise ValueError(f"--allow-change={text}: no such setting{suggest(name, [*names, *sorted(sections)])}")
+        near = suggest(name, [*names, *sorted(sections)])
+        raise ValueError(f"--allow-change={text}: no such setting{near or '; --help all lists them'}")
     return name
 
 
@@ -289,7 +290,7 @@ def _read_yaml(file: str) -> dict[Any, Any]:
     try:
         found = read_yaml(Path(file).expanduser())
     except OSError as error:
-        raise ValueError(f"--config={file}: cannot be read ({error.strerror or error})") from None
+        raise ValueError(f"--config={file}: cannot be read ({error.strerror or error}); give a YAML file") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if found is not None and not isinstance(found, dict):

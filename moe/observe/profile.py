@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -44,6 +45,7 @@ class StepProfile:
         """Start to profile if ``step``, which comes next, is one of the steps."""
         if step not in self.steps or self._profiler is not None:
             return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notes would be among the progress lines
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
         profiler = profile(activities=activities, profile_memory=True)
         try:

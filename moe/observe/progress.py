@@ -27,12 +27,17 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
+def _rate(tflops: float) -> str:
+    """Format a rate in TFLOP/s, or in GFLOP/s where these would begin with zeros."""
+    return f"{short_count(tflops)} TFLOP/s" if not tflops < 0.1 else f"{short_count(1000 * tflops)} GFLOP/s"
+
+
 #: what a progress line shows of a record, the most important first
 SHOWN: dict[str, Callable[[float], str]] = {
     "grad_norm": "norm {:.2f}".format,
     "tokens_per_s": lambda rate: f"{short_count(rate)} tok/s",
     "tokens_per_s_per_device": lambda rate: f"{short_count(rate)}/dev",
-    "tflops_per_device": lambda rate: f"{short_count(rate)} TFLOP/s",
+    "tflops_per_device": _rate,
     "mfu": "MFU {:.0%}".format,
     "memory_bytes": lambda size: f"{size / (1 << 30):.3g} GiB",
     "max_over_mean": "max/mean {:.2f}".format,

@@ -296,6 +296,11 @@ def test_odd_files_give_one_line_that_names_them(tmp_path, name):
     assert words in message and "\n" not in message and len(message) < 700, message
 
 
+def test_a_cache_that_is_a_file_is_one_line_also_for_short_text(tmp_path):
+    with pytest.raises(ValueError, match=r"^data\.cache='.*x': is a file; give a folder, which may be new$"):
+        load(raw("x", b"text " * 50)(tmp_path), cache=str(tmp_path / "x"))
+
+
 def test_the_index_of_a_file_that_is_not_there_is_left_out_by_name(tmp_path):
     raw("x.idx", b"MMIDIDX")(tmp_path)
     as_text(tmp_path)

@@ -281,7 +281,11 @@ def test_numbers_and_none() -> None:
         (["--processes", "0"], "--processes=0: must be at least 1"),
         (["--moe.shared_gate"], "moe.shared_gate=True: needs shared experts; set shared_intermediate_size"),
         (["steps"], "steps: is not an option; write options as --name value"),
-        (["--config", "no/such.yaml"], "--config=no/such.yaml: cannot be read (No such file or directory)"),
+        (
+            ["--config", "no/such.yaml"],
+            "--config=no/such.yaml: cannot be read (No such file or directory); give a YAML file",
+        ),
+        (["--allow-change", "zzzzzz"], "--allow-change=zzzzzz: no such setting; --help all lists them"),
         (["--steps", "0"], "steps=0: must be at least 1"),
         (["--optim.lr", "-1e-3"], "optim.lr=-0.001: must be positive"),
         (["--moe.top-k", "99"], "moe.top_k=99: must be at most num_experts=8"),
@@ -334,7 +338,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"is not UTF-8 text; give a YAML file$"):
         parse(["--config", str(file)])
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)$"):
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); give a YAML file$"):
         parse(["--config", str(tmp_path)])
 
 

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from equimoe.launch.recipes import RECIPES
+from equimoe.moe.observe.printable import fitted
 from equimoe.moe.observe.progress import Progress, balance_note, duration, eval_line, progress_line
 from tests.moe.test_metrics import TRAIN
 
@@ -19,6 +20,7 @@ def test_progress_line() -> None:
     assert progress_line(FAST, 300) == (
         " 10/300  loss 4.2034  norm 1.10  5.12k tok/s  0.13 TFLOP/s  0.879 GiB  max/mean 1.42  left 3m 52s"
     )  # 290 steps of 4096 tokens at 5120 tokens/s
+    assert "  7.85 GFLOP/s  " in progress_line(FAST | {"tflops_per_device": 0.00785}, 300)
     bare = progress_line({"kind": "train", "step": 1, "loss": None, "max_over_mean": None}, 20000)
     assert bare == "    1/20000  loss nan  max/mean nan"
     assert progress_line(TRAIN | {"step": 300}, 300).endswith("left 0s")
@@ -80,6 +82,14 @@ def test_an_eval_line_of_many_domains_fits_100_columns() -> None:
     line = eval_line({"step": 7, "loss": 1.0, "domains": domains})
     assert line.startswith("eval:    7  held-out loss: 1.0000  domain 0: 0.0000  domain 1: 1.0000  ")
     assert line.endswith("  domain 1: 1.0000  and 198 more") and 82 < len(line) <= 100  # another one has 18 columns
+
+
+def test_parts_that_fit_into_a_line() -> None:
+    parts = [f"part {i}" for i in range(30)]
+    assert fitted("a (", parts[:3], end=")") == "a (part 0, part 1, part 2)"
+    assert fitted("a (", parts, end=")") == f"a ({', '.join(parts[:10])}, and 20 more)"
+    assert fitted("a ", ["x" * 200, "y"]) == f"a {'x' * 200}, and 1 more"
+    assert fitted("none", []) == "none"
 
 
 class Terminal(io.StringIO):

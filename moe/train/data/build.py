@@ -25,6 +25,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...config import require
 from ..config import DataConfig
 from . import store
 from .document import Document
@@ -299,6 +300,9 @@ def open_path(config: DataConfig, tokenizer: Tokenizer, cache: Path | None) -> W
     if path.is_dir() and store.manifest_of(path) is not None:
         return path
     cache = cache if config.cache is None else Path(config.cache).expanduser()
+    require(
+        cache is None or not cache.is_file(), "data.cache", str(cache), "is a file; give a folder, which may be new"
+    )
     found = find(config, cache)
     if cache is None or found.short:
         return found
