@@ -1,8 +1,7 @@
-"""Runs the whole suite as two pytest processes at once, which keeps both cores of a small machine busy.
+"""Runs the whole suite as three pytest processes at once, which keeps both cores of a small machine busy.
 
-From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; both get the arguments. The first runs
-the folders whose ranks wait for each other much of the time, and the library's tests. The second, mostly kernels, keeps
-one core busy, of which the ranks of the first take some; so it has less to do.
+From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; all get the arguments. Ranks wait for
+each other much of the time, and then the other processes have the cores.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ import tempfile
 from contextlib import ExitStack
 
 FOLDERS = ["tests/parallel", "tests/moe"]
-#: name -> which tests; the second leaves out what the first names, so every test runs once
-HALVES = {
-    "library and training": FOLDERS,
+#: name -> which tests; the last leaves out what the others name, so every test runs once
+PARTS = {
+    "parallelism": FOLDERS[:1],
+    "library and training": FOLDERS[1:],
     "kernels and all else": ["tests", *(f"--ignore={folder}" for folder in FOLDERS)],
 }
 
 
 def main(arguments: list[str]) -> int:
-    """Run the halves with ``arguments``; return the first exit code that is not 0."""
-    return run({name: [*which, *arguments] for name, which in HALVES.items()})
+    """Run the parts with ``arguments``; return the first exit code that is not 0."""
+    return run({name: [*which, *arguments] for name, which in PARTS.items()})
 
 
 def run(parts: dict[str, list[str]]) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from equimoe.moe.observe.metrics import read_records
-from tests.helpers.fresh import python
+from tests.helpers.fresh import script
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "watching.md").read_text()
@@ -82,10 +82,10 @@ def test_the_comparison(first: tuple[Path, str]) -> None:
 
 def test_the_scripts(first: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = first
-    assert python(COUNT, folder, ROOT)[-1] == "250 GFLOP per token, forward and backward"
-    lines = python(READ, folder, ROOT)
+    assert script(COUNT, folder)[-1] == "250 GFLOP per token, forward and backward"
+    lines = script(READ, folder)
     assert len(lines) == 3 + 3 and sum("held out:" in line for line in lines) == 3
-    printed = python(OWN, folder, ROOT)
+    printed = script(OWN, folder)
     assert printed[-5].startswith("learning rate 0.003")
     assert [line.split()[0] for line in printed[-4:] if line] == ["2", "4", "4"]
 

@@ -1,4 +1,4 @@
-"""Runs the tests with other packages as two pytest processes at once: ``make engines``.
+"""Runs the tests with other packages as three pytest processes at once: ``make engines``.
 
 Arguments may select tests, which then run in one process.
 """
@@ -15,15 +15,16 @@ from tests.side_by_side import run  # noqa: E402
 FOLDERS = ["tests/engines", "tests/interop"]
 MEGATRON = sorted(str(path) for path in Path("tests/engines").glob("test_megatron*.py"))
 #: name -> which tests
-HALVES = {
+PARTS = {
     "Megatron-Core": MEGATRON,
-    "DeepSpeed, Transformers and others": [*FOLDERS, *(f"--ignore={file}" for file in MEGATRON)],
+    "DeepSpeed and others": [FOLDERS[0], *(f"--ignore={file}" for file in MEGATRON)],
+    "Transformers": FOLDERS[1:],
 }
 
 
 def main(arguments: list[str]) -> int:
     """Run pytest with ``arguments``; return its exit code."""
-    parts = {"selection": FOLDERS} if arguments else HALVES
+    parts = {"selection": FOLDERS} if arguments else PARTS
     return run({name: [*which, "-m", "engines", *arguments] for name, which in parts.items()})
 
 

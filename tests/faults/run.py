@@ -21,14 +21,15 @@ sys.path.insert(0, str(ROOT))
 from tests.faults.rows import ELSEWHERE, NOT_APPLICABLE, ROWS  # noqa: E402
 from tests.side_by_side import run  # noqa: E402
 
-NODES = "tests/faults/test_nodes.py"
-JOBS = [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "reshard", "resume", "soak")]
+#: name -> files of tests that take long; more parts than a small machine has cores, because ranks that end often wait
+LONG = {
+    "jobs on nodes": ["tests/faults/test_nodes.py"],
+    "other jobs": [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "resume")],
+    "soak and meshes": [f"tests/faults/test_{name}.py" for name in ("soak", "reshard")],
+}
 OTHERS = sorted({function for functions in ELSEWHERE.values() for function in functions})
-#: name -> which tests; more parts than a small machine has cores, because ranks that are restarted often wait
-PARTS = {
-    "jobs on nodes": [NODES],
-    "other jobs": JOBS,
-    "all else": ["tests/faults", *(f"--ignore={file}" for file in (NODES, *JOBS)), *OTHERS],
+PARTS = LONG | {
+    "all else": ["tests/faults", *(f"--ignore={file}" for files in LONG.values() for file in files), *OTHERS]
 }
 
 

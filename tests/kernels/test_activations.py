@@ -31,8 +31,13 @@ PATHS = ("torch", "grouped", "blocks", TRITON)
 KINDS = [(activation, gated) for activation in ACTIVATIONS for gated in (True, False)]
 
 
-@pytest.mark.parametrize("recompute", slow_but([False], [False, True]))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    slow_but(
+        [(torch.float32, False), (torch.bfloat16, False)],
+        [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ),
+)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("activation", "gated"), KINDS)
 def test_against_fp64(

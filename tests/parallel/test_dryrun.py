@@ -107,7 +107,7 @@ def counted(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", slow_but(["ddp", "pp", "tp_ddp"], MAPPINGS))
+@pytest.mark.parametrize("name", slow_but(["ddp", "pp"], MAPPINGS))
 def test_a_real_run_has_what_the_formula_and_the_dry_run_say(name: str) -> None:
     config = MAPPINGS[name]
     for rank, real in enumerate(run_ranks(counted, 4, config, timeout=120.0)):
@@ -198,9 +198,11 @@ def test_bytes_of_fully_sharded_weights_by_hand() -> None:
     assert {kind.axis for kind, _, _ in found.traffic if kind.verb in RING} == {"fsdp"}
 
 
+@pytest.mark.slow
 def test_bytes_of_replicas_by_hand() -> None:
     """Rank 0 owns the experts that are replicated: it sends each to three ranks, and they return gradients."""
-    sparse, calls, sent = replace(SMALL, parallel=ParallelConfig(experts="fssdp")), [], []
+    model, data = replace(MODEL, num_layers=2), replace(SMALL.data, global_batch=8)
+    sparse, calls, sent = replace(SMALL, model=model, data=data, parallel=ParallelConfig(experts="fssdp")), [], []
     for placement in (
         PlacementConfig(overlap=0),
         PlacementConfig(overlap=2, reshard_every=1),
@@ -209,7 +211,7 @@ def test_bytes_of_replicas_by_hand() -> None:
         found = [dry(replace(sparse, placement=placement), 4, rank) for rank in (0, 3)]
         calls.append([sum(calls for kind, calls, _ in of.traffic if kind.axis == "ep") for of in found])
         sent.append([sum(size for kind, _, size in of.traffic if kind.axis == "ep") for of in found])
-    layers, expert = MODEL.num_layers - MODEL.dense_layers, 4 * 3 * 16 * 12
+    layers, expert = model.num_layers - model.dense_layers, 4 * 3 * 16 * 12
     forwards = layers * found[0].micro_batches
     slots = 2 * 3 * 8  # numbers of rows, int64, for two more slots of each of the others
     more = [forwards * (2 * 3 * expert + slots), forwards * (2 * expert + slots)]
@@ -291,15 +293,14 @@ def test_deepseek_v3_at_1024_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["true", "false"])
-def test_qwen3_235b_at_1024_ranks(recompute: str) -> None:
-    config = parse(["--recipe", "qwen3_235b", "--model.recompute", recompute]).config
+def test_qwen3_235b_at_1024_ranks() -> None:
+    config = parse(["--recipe", "qwen3_235b", "--model.recompute", "true"]).config
     found = dry(config, 1024, 1023)
     within(found, config)
     assert found.blocks == [89, 90, 91, 92, 93]
 
 
-@pytest.mark.parametrize("rank", [0, 8000, 16383])
+@pytest.mark.parametrize("rank", [0, 16383])
 @pytest.mark.slow
 def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
     argv = ["--recipe", "deepseek_v3", "--data.global_batch", "16384", "--model.num_layers", "16"]
@@ -310,8 +311,7 @@ def test_deepseek_v3_made_shallow_at_16384_ranks(rank: int) -> None:
     assert {kind.ranks for kind, _, _ in found.traffic if kind.axis == "fsdp"} == {1024}
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_235b"])
-@pytest.mark.parametrize("rank", [0, 63])
+@pytest.mark.parametrize(("name", "rank"), [("deepseek_v3", 63), ("qwen3_235b", 0)])
 @pytest.mark.slow
 def test_models_made_shallow_under_tensor_parallelism(name: str, rank: int) -> None:
     argv = ["--recipe", name, "--model.num_layers", "4", "--model.dense_layers", "1", "--model.recompute", "false"]
