@@ -45,23 +45,26 @@ def write_owners(owners: Sequence[Owners]) -> str:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"rank {twice} is named twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"rank {name[:20]!r} is named twice")
+        found[name] = value
+    return found
 
 
 def _owners(where: str, experts_of: Any, num_experts: int, ranks: int) -> Owners:
     if not isinstance(experts_of, dict) or not all(isinstance(experts, list) for experts in experts_of.values()):
         raise ValueError(f"{where}: must map each rank to the list of its experts")
     rank_of: dict[int, int] = {}
+    names = {str(rank) for rank in range(ranks)}
     for name, experts in experts_of.items():
-        if not name.isdecimal() or int(name) >= ranks:
-            raise ValueError(f"{where}: rank {name[:20]} does not exist; ranks are 0 to {ranks - 1}")
+        if name not in names:
+            raise ValueError(f"{where}: rank {name[:20]!r} does not exist; ranks are 0 to {ranks - 1}")
         for expert in experts:
             if isinstance(expert, bool) or not isinstance(expert, int) or not 0 <= expert < num_experts:
                 raise ValueError(
-                    f"{where}: expert {str(expert)[:20]} does not exist; experts are 0 to {num_experts - 1}"
+                    f"{where}: expert {repr(expert)[:20]} does not exist; experts are 0 to {num_experts - 1}"
                 )
             if expert in rank_of:
                 raise ValueError(f"{where}: expert {expert} has two owners, ranks {rank_of[expert]} and {int(name)}")

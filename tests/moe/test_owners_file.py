@@ -28,12 +28,17 @@ def test_one_object_is_for_all_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"0": [0], "0": [1, 2], "1": []}', r"cannot be read as owners of experts \(rank 0 is named twice\)"),
+        ('{"0": [0], "0": [1, 2], "1": []}', r"cannot be read as owners of experts \(rank '0' is named twice\)"),
         ('{"0": [0], "1": [2]}', "layer 0: expert 1 has no owner; name it under a rank"),
         ('{"0": [0, 1], "1": [2, 1]}', "layer 0: expert 1 has two owners, ranks 0 and 1"),
-        ('{"0": [0, 1, 2], "2": []}', "layer 0: rank 2 does not exist; ranks are 0 to 1"),
+        ('{"0": [0, 1, 2], "2": []}', "layer 0: rank '2' does not exist; ranks are 0 to 1"),
         ('{"0": [0, 1, 2, 3]}', "layer 0: expert 3 does not exist; experts are 0 to 2"),
         ('{"0": [0, 1, true]}', "layer 0: expert True does not exist"),
+        ('{"0": [0], "00": [1, 2]}', "layer 0: rank '00' does not exist"),  # would be rank 0 again
+        ('{"0": [0], "\u0661": [1, 2]}', "layer 0: rank '\u0661' does not exist"),  # a digit in another script
+        ('{"0": [0, 1, 2], "a\\nb": []}', r"layer 0: rank 'a\\nb' does not exist"),
+        (f'{{"0": [0, 1, 2], "{"9" * 5000}": []}}', "layer 0: rank '99999999999999999999' does not exist"),
+        ('{"0": [0, 1, "a\\nb"]}', r"layer 0: expert 'a\\nb' does not exist"),
         ('[{"0": [0, 1, 2]}]', "has owners for 1 layers; the model has 2"),
         ("[1, 2]", "layer 0: must map each rank to the list of its experts"),
         ("{", "cannot be read as owners of experts"),
