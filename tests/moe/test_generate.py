@@ -16,6 +16,7 @@ from equimoe.moe.parallel import ParallelConfig, build_mesh, parallelize
 from equimoe.moe.serve import Sampling, Window, generate, score, windows
 from equimoe.moe.serve.sample import choose
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 LATENT = {"kind": "latent", "kv_lora_rank": 8, "qk_nope_width": 8, "qk_rope_width": 4, "v_width": 6}
 ATTENTION = {
@@ -63,8 +64,19 @@ def test_the_cache_changes_no_token(attention: str) -> None:
     assert all(block.attention.past is None for block in model.blocks.values())
 
 
-@pytest.mark.parametrize("degrees", [{"ep": 2}, {"tp": 2, "ep": 1}, {"tp": 2, "ep": 2}], ids=str)
-@pytest.mark.parametrize("attention", ["grouped", "latent"])
+@pytest.mark.parametrize(
+    ("attention", "degrees"),
+    slow_but(
+        [("grouped", {"ep": 2}), ("latent", {"tp": 2, "ep": 2})],
+        [
+            ("grouped", {"ep": 2}),
+            ("latent", {"tp": 2, "ep": 2}),
+            ("grouped", {"tp": 2, "ep": 1}),
+            ("latent", {"ep": 2}),
+        ],
+    ),
+    ids=str,
+)
 def test_ranks_that_split_the_model_generate_the_same(degrees: dict, attention: str) -> None:
     """Without tensor parallelism the ranks share the prompts; one of them has fewer, or none."""
     model = decoder(attention)
@@ -105,7 +117,7 @@ def test_a_text_ends_after_the_stop_token() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["grouped", "window", "latent, scaled"])
+@pytest.mark.parametrize("attention", slow_but(["window"], ["grouped", "window", "latent, scaled"]))
 def test_tokens_after_the_end_of_a_document_do_not_see_it(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in training on separate documents: in prompts, and if a document ends in the new text."""
     attend = Past.attend
