@@ -302,6 +302,11 @@ def half_frozen() -> Decoder:
     return frozen
 
 
+def by_token() -> Decoder:
+    moe = MoEConfig(16, 8, 4, 2, RouterConfig(gate="hash"), BalanceConfig(coefficient=0.0))
+    return Decoder(vocab_size=32, seq_len=8, num_layers=1, num_heads=2, intermediate_size=24, moe=moe)
+
+
 def refused(message: str, mesh: dict[str, Any], **how: Any) -> None:
     def rank_main(rank: int, world: int) -> None:
         with megatron_on_cpu(), pytest.raises(ValueError, match=message) as caught:
@@ -340,6 +345,7 @@ def refused(message: str, mesh: dict[str, Any], **how: Any) -> None:
                 "window": replace(ATTENTION, window=3, window_from=1),
             }.items()
         ),
+        ("router.gate: the Megatron engine does not give routers the tokens", {}, {"model": by_token}),
         ("model.head: shares its weight with the embedding", {}, {"model": partial(model, tie_embeddings=True)}),
         ("on some rank .a pipeline stage. all weights are frozen", {"pp": 2}, {"model": half_frozen}),
         ("model: a Linear; the Megatron engine trains only a Decoder", {}, {"model": lambda: nn.Linear(2, 2)}),
