@@ -86,7 +86,8 @@ class LoRAExperts(nn.Module):
         gate_a, up_a = self.gate_up_a.chunk(2, dim=1)
         gate = base.gate_proj.weight + scale * self.gate_b @ gate_a
         up = base.up_proj.weight + scale * self.up_b @ up_a
-        found = RoutedExperts(*gate.shape[::2], gate.shape[1], self.backend, 0.0)
+        experts, width, hidden = gate.shape
+        found = RoutedExperts(experts, hidden, width, self.backend, 0.0)
         found.gate_up_proj = nn.Parameter(torch.cat((gate, up), dim=1))
         found.down_proj = nn.Parameter(base.down_proj.weight + scale * self.down_b @ self.down_a)
         return found

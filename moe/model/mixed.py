@@ -29,7 +29,7 @@ def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16
         remedy = f"the feed-forward of block {name} has {width}"
         require(config.intermediate_size == width, "moe.intermediate_size", config.intermediate_size, remedy)
         layer = MoE(config).to(base.gate_proj.weight)
-        layer.experts = LoRAExperts(base, config.num_experts, rank, alpha, config.backend)
+        layer.experts = LoRAExperts(base, config.num_experts, rank, alpha, config.backend)  # type: ignore[assignment]
         block.mlp = layer
     return model
 
