@@ -216,6 +216,7 @@ def test_content_in_parts(tmp_path):
         ("{{ 'x' * 10**15 }}", TALK, "(MemoryError); mend"),
         ("{% for i in range(10**9) %}x{% endfor %}", TALK, "(Range too big."),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", TALK, "(maximum recursion depth exceeded"),
+        ("{{ strftime_now('%d') }}", TALK, "'strftime_now' is undefined); mend"),
         ("{% include '/etc/passwd' %}", TALK, "cannot write this conversation ("),
     ],
 )
