@@ -212,6 +212,12 @@ def test_content_in_parts(tmp_path):
             "(it writes a message differently when others follow); mend the conversation",
         ),
         ("{{ messages[0].nothing.at_all }}", TALK, "cannot write this conversation ("),
+        ("{{ 1 / 0 }}", TALK, "(division by zero); mend"),
+        ("{{ 'x' * 10**15 }}", TALK, "(MemoryError); mend"),
+        ("{% for i in range(10**9) %}x{% endfor %}", TALK, "(Range too big."),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", TALK, "(maximum recursion depth exceeded"),
+        ("{{ strftime_now('%d') }}", TALK, "'strftime_now' is undefined); mend"),
+        ("{% include '/etc/passwd' %}", TALK, "cannot write this conversation ("),
     ],
 )
 def test_a_template_that_fails_is_one_line(tmp_path, template, messages, words):
@@ -220,6 +226,39 @@ def test_a_template_that_fails_is_one_line(tmp_path, template, messages, words):
     with pytest.raises(ValueError, match=r"^data\.path='chat\.jsonl:2': the tokenizer's chat template") as refused:
         load_corpus(DataConfig(path=str(path)), tokenizer)
     assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_templates_write_json_and_generations_as_transformers_does(tmp_path):
+    """JSON without the escapes of HTML; a block ``generation`` is what is in it."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m | tojson }} {% endif %}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a < b & 'c' \u4e2d"}, {"role": "assistant", "content": "yes"}]
+    tokenizer = chat(tmp_path, template)
+    ids, mask = tokens(tmp_path, tokenizer, {"messages": talk}, name=str(tmp_path))
+    expected = json.dumps(talk[0], ensure_ascii=False) + " yes"
+    assert tokenizer._backend.decode(ids.tolist(), skip_special_tokens=False) == expected
+    assert trained(tokenizer, ids, mask)[-1].strip() == "yes"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer_config.json", b"{", "is not a JSON object; save it again, or remove it"),
+        ("tokenizer_config.json", b"[]", "is not a JSON object; save it again, or remove it"),
+        ("tokenizer_config.json", b'{"a":' * 100_000, "is not a JSON object; save it again, or remove it"),
+        ("tokenizer_config.json", b"\xff", "is not a JSON object; save it again, or remove it"),
+        ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text; save it again"),
+    ],
+)
+def test_damaged_files_next_to_a_tokenizer_are_one_line(tmp_path, name, content, words):
+    """They say which token ends a document, and how conversations are written: neither may be lost in silence."""
+    bpe(tmp_path / "tokenizer.json")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^data\.tokenizer='") as refused:
+        load_tokenizer(str(tmp_path))
+    assert str(refused.value) == f"data.tokenizer={str(tmp_path / name)!r}: {words}"
 
 
 def test_a_template_that_is_wrong_is_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -30,20 +31,32 @@ class Template:
 
     def __init__(self, source: str, tokens: dict[str, str]) -> None:
         from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        def as_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+        class Generation(Extension):
+            """The block ``generation`` of transformers, which marks answers and writes what is in it."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        extensions = [loopcontrols, Generation]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.globals["raise_exception"] = refuse
+        environment.filters["tojson"] = as_json  # Jinja's own escapes characters of HTML, that of transformers does not
         self._template = environment.from_string(source)
         self._tokens = tokens
 
     def __call__(self, messages: list[dict[str, Any]], where: str) -> tuple[Piece, ...]:
-        from jinja2.exceptions import TemplateError
-
         try:
             whole = self._write(messages, False)
             pieces: list[Piece] = []
@@ -61,8 +74,8 @@ class Template:
                 pieces += self._between(done, after, whole, messages[: number + 1], answer)
                 done = after
             return (*pieces, *self._between(done, whole, whole, messages, False))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # a template can fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"data.path={where!r}: the tokenizer's chat template cannot write this conversation ({reason}); mend "
                 "the conversation, or remove the template from tokenizer_config.json for a plain form"

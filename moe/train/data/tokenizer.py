@@ -206,8 +206,11 @@ def _end_of_document(path: Path, settings: Path, vocabulary: dict[str, int], ask
 def _chat(settings: Path) -> tuple[Chat, str]:
     """Return how a tokenizer writes conversations, and the source of its template; a plain form if it has none."""
     source, tokens = "", {name: special_token(settings, name) for name in ("bos_token", "eos_token")}
+    file = settings.with_name("chat_template.jinja")
     try:
-        source = settings.with_name("chat_template.jinja").read_text(encoding="utf-8")
+        source = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"data.tokenizer={str(file)!r}: is not UTF-8 text; save it again") from None
     except OSError:
         found = _read_json(settings).get("chat_template")
         if isinstance(found, list):  # several by name
@@ -253,15 +256,22 @@ def _may_cut(spec: dict[str, Any]) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Return the content of a file; empty if there is none. Raises ValueError if it is damaged."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError):
+        found = None
+    require(isinstance(found, dict), "data.tokenizer", str(file), "is not a JSON object; save it again, or remove it")
+    return dict(found)
 
 
 def special_token(file: Path, name: str) -> str:
-    """Return a special token that a ``tokenizer_config.json`` names, such as "eos_token"; empty if it names none."""
+    """Return a special token that a ``tokenizer_config.json`` names, such as "eos_token"; empty if it names none.
+
+    Raises ValueError if the file is damaged.
+    """
     found = _read_json(file).get(name)
     found = found.get("content") if isinstance(found, dict) else found
     return found if isinstance(found, str) else ""
