@@ -58,6 +58,7 @@ setup(
     ],
     package_data={
         **{f"equimoe.{folder}": ["py.typed"] for folder in FOLDERS},
+        "equimoe.kernels": ["py.typed", "auto.json"],
         "equimoe.launch": ["py.typed", "slurm/*.sbatch", "k8s/*.yaml"],
     },
     include_package_data=False,

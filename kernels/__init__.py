@@ -3,6 +3,7 @@
 Every op has three backends: ``reference`` (slow and obvious; the tests compare the others with it), ``torch`` (fast and
 portable) and ``triton``. Each op takes ``backend="auto" | "torch" | "triton" | "reference"``. The ops know nothing of
 layers or meshes. ``cpu/`` holds what the torch backend does only on a CPU.
+``"auto"`` is torch on a CPU; on a GPU :mod:`.auto` chooses.
 
 All backends of an op follow the same rules:
 
@@ -32,7 +33,10 @@ _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
 def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
-    """Return the implementation of ``op`` for ``backend``, to run without autocast. ``"auto"`` means ``"torch"``."""
+    """Return the implementation of ``op`` for ``backend``, to run without autocast.
+
+    An op whose "auto" has not been resolved by :func:`.auto.automatic` has only been tried in torch.
+    """
     chosen = backends.get("torch" if backend == "auto" else backend)
     if chosen is None:
         raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, ('auto', *backends)))}; use one of these")

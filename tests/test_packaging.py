@@ -76,7 +76,7 @@ def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel: Path) -> None
     expected = {
         f"equimoe/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")
     }
-    data = {"equimoe/launch/slurm/train.sbatch", "equimoe/launch/k8s/train.yaml"}
+    data = {"equimoe/launch/slurm/train.sbatch", "equimoe/launch/k8s/train.yaml", "equimoe/kernels/auto.json"}
     typed = {f"equimoe/{folder}/py.typed" for folder in FOLDERS}
     assert ours == expected | data | typed
 

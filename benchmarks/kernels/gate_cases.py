@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from equimoe.kernels.activations.triton_ops import activate_rows, differentiate_rows
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS
@@ -89,6 +90,15 @@ def products(dtype: torch.dtype, size: Size, bucket: str) -> None:
     grouped_gemm_wgrad(dy_RF, x_SD, order.offsets_E, index_R=index_R, out=out, backend="triton")
 
 
+def activation(dtype: torch.dtype, size: Size, gated: bool) -> None:
+    """Run the activation and its gradient as kernels between two products."""
+    rows, form = 16 * size.K, ("silu", gated)
+    dh_RF, pre_RU = (_random(size, dtype, rows, width).detach() for width in (size.F, (1 + gated) * size.F))
+    weights_SK, order_R = torch.zeros(16, size.K), torch.arange(rows)
+    activate_rows(pre_RU, weights_SK, order_R, *form)
+    differentiate_rows(dh_RF, pre_RU, weights_SK, order_R, *form)
+
+
 def gate(experts: int, k: int, dtype: torch.dtype, bias: bool, mask: bool, given: bool, **method: object) -> None:
     tokens = 2
     topk_gate_like = {
@@ -155,6 +165,9 @@ def works() -> Iterator[tuple[str, Work]]:
     for dtype, bucket in (("bf16", "few"), ("bf16", "many"), ("fp16", "many"), ("fp32", "many")):
         for size in ("even", "tail", "odd") if dtype == "bf16" else ("even", "odd"):
             yield f"{dtype} {bucket} {size}", partial(products, DTYPES[dtype], SIZES[size], bucket)
+    for size in ("even", "tail", "odd"):
+        for gated in (True, False):
+            yield f"bf16 {size} silu{' plain' * (not gated)}", partial(activation, torch.bfloat16, SIZES[size], gated)
     for experts, k, dtype, bias, mask, method in GATES:
         for given in (False, True):
             name = f"E{experts} K{k} {dtype} {method.get('score', 'softmax')}{' given' * given}"

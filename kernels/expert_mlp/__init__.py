@@ -11,6 +11,7 @@ from .. import pick
 from .._autocast import autocast_dtype
 from .._triton import backend_without_fp64
 from ..activations import ACTIVATIONS
+from ..auto import automatic
 from ..checks import backend_without_values, check_device, check_offsets
 from ..sort_by_expert import ExpertOrder
 from . import reference, torch_ops
@@ -33,7 +34,26 @@ def _triton(
     return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
-_BACKENDS = {"reference": reference.expert_mlp, "torch": torch_ops.expert_mlp, "triton": _triton}
+def _hybrid(
+    x_SD: Tensor,
+    weights_SK: Tensor,
+    order: ExpertOrder,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    options: MLPOptions,
+    recompute: bool,
+) -> Tensor:
+    from . import hybrid
+
+    return torch_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute, hybrid)
+
+
+_BACKENDS = {
+    "reference": reference.expert_mlp,
+    "torch": torch_ops.expert_mlp,
+    "hybrid": _hybrid,
+    "triton": _triton,
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,6 +83,8 @@ def expert_mlp(
     * With ``recompute`` only the inputs are kept for the backward pass, which recomputes the pre-activation
       ``x @ gate_up.T``. Otherwise the pre-activation of all routed rows is kept, too.
 
+    * ``backend="hybrid"`` is torch's grouped products with Triton kernels between them, for bf16 on a GPU.
+
     y has x's dtype. The sums over k accumulate in fp32 (fp64 for fp64). Under autocast x, gate_up and down are first
     cast to autocast's dtype unless they are fp64, as in torch's own layers. Each gradient has its input's dtype.
     Differentiable once in x, weights, gate_up and down, whichever require it. The gradient of an expert without rows is
@@ -82,6 +104,9 @@ def expert_mlp(
         x_SD, gate_up_EFD, down_EDF = x_SD.to(dtype), gate_up_EFD.to(dtype), down_EDF.to(dtype)
     weights_SK = weights_SK.to(torch.float64 if x_SD.dtype == torch.float64 else torch.float32)
     backend = backend_without_fp64(backend_without_values(backend, x_SD), x_SD.dtype)
+    if backend == "auto":
+        sizes = (order.order_R.shape[0], order.offsets_E.shape[0] - 1, down_EDF.shape[1:])
+        backend = automatic("expert_mlp", x_SD, *sizes)
     return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 

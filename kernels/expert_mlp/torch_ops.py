@@ -1,4 +1,4 @@
-"""One autograd.Function for two implementations: expert by expert on a CPU, grouped products elsewhere."""
+"""One autograd.Function for implementations with torch's products: expert by expert on a CPU, grouped elsewhere."""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R routed rows.
 
@@ -36,9 +36,10 @@ class _ExpertMLP(torch.autograd.Function):
         offsets_E: Tensor,
         options: MLPOptions,
         recompute: bool,
+        path: ModuleType,
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
-        ctx.path, ctx.options = _path(x_SD), options
+        ctx.path, ctx.options = path, options
         y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
         return y_SD
@@ -50,7 +51,7 @@ class _ExpertMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         inputs = (x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF)
         with without_autocast(dy_SD.device):
-            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.options, needs), None, None, None, None, None
+            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.options, needs), *(None,) * 6
 
 
 def expert_mlp(
@@ -61,8 +62,10 @@ def expert_mlp(
     down_EDF: Tensor,
     options: MLPOptions,
     recompute: bool,
+    path: ModuleType | None = None,
 ) -> Tensor:
+    path = path or _path(x_SD)
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return _path(x_SD).forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, False)[0]
-    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, options, recompute)
+        return path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, False)[0]
+    return _ExpertMLP.apply(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, options, recompute, path)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..auto import automatic
 from ..checks import backend_without_values, check_device, readable
 from ..sort_by_expert import ExpertOrder
 from . import reference, torch_ops
@@ -49,6 +50,8 @@ def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int | None = None, backe
         raise ValueError(
             f"num_rows={num_rows}: must lie in 0..{rows}, the number of sorted rows ({sources} x {choices})"
         )
+    if backend == "auto":
+        backend = automatic("permute", x_SD)
     return pick("permute", _PERMUTE, backend_without_values(backend, x_SD))(x_SD, order, num_rows)
 
 
@@ -68,6 +71,8 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
     some_left_out = rows_RD.shape[0] < rows
     if some_left_out and readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {kept} rows; give all of them")
+    if backend == "auto":
+        backend = automatic("combine", rows_RD)
     return pick("combine", _COMBINE, backend_without_values(backend, rows_RD))(rows_RD, order)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..auto import automatic
 from ..checks import backend_without_values, readable
 from . import reference, torch_ops
 from .types import ExpertOrder
@@ -39,4 +40,6 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         low, high = (int(bound) for bound in ids_SK.aminmax())
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
+    if backend == "auto":
+        backend = automatic("sort_by_expert", ids_SK)
     return pick("sort_by_expert", _BACKENDS, backend_without_values(backend, ids_SK))(ids_SK, num_experts)

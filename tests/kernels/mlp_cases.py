@@ -41,7 +41,7 @@ class Case:
 
     def run(self, path: str = "torch", dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, Tensor]:
         """Return the output and the gradients by name."""
-        backend = path if path in ("reference", "triton") else "torch"
+        backend = path if path in ("reference", "hybrid", "triton") else "torch"
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = {
             name: t.detach().to(wide if name == "weights" else dtype).requires_grad_()

@@ -27,7 +27,8 @@ from .mlp_cases import NAMES, call, compare, make, take_path_fixture  # noqa: F4
 
 HAS_TRITON = find_spec("triton") is not None and not torch.cuda.is_available()
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton's interpreter"))
-PATHS = ("torch", "grouped", "blocks", TRITON)
+HYBRID = pytest.param("hybrid", marks=TRITON.marks)
+PATHS = ("torch", "grouped", "blocks", HYBRID, TRITON)
 KINDS = [(activation, gated) for activation in ACTIVATIONS for gated in (True, False)]
 
 

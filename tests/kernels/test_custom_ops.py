@@ -121,6 +121,15 @@ def mlp_backward(
     return make(sources, D), pre_RU, *arguments, list(needs)
 
 
+def activation(rows: int, make: Callable[..., Tensor], backward: bool = False, gated: bool = True) -> tuple:
+    """Make the arguments of the activation between two products, whose rows are sorted."""
+    flat_R = torch.randperm(rows, device=DEVICE)
+    pre_RU = make(rows, 2 * F if gated else F)
+    weights_SK = make(rows // K, K)
+    arguments = (pre_RU, weights_SK, column(flat_R) if make is strided else flat_R, "silu", gated)
+    return (make(rows, F), *arguments) if backward else arguments
+
+
 Case = tuple[str, str, Callable[[], tuple]]
 #: op, description of the case, function that makes the arguments
 CASES: list[Case] = [
@@ -159,6 +168,12 @@ CASES: list[Case] = [
         "no rows",
         lambda: (randn(0, F), randn(0, D), offsets(0, 0, 0), None, None, randn(E, F, D)),
     ),
+    ("activate", "gated", lambda: activation(S * K, randn)),
+    ("activate", "strided, no gate", lambda: activation(S * K, strided, gated=False)),
+    ("activate", "no rows", lambda: activation(0, randn)),
+    ("activate_backward", "gated", lambda: activation(S * K, randn, True)),
+    ("activate_backward", "strided, no gate", lambda: activation(S * K, strided, True, gated=False)),
+    ("activate_backward", "no rows", lambda: activation(0, randn, True)),
     ("expert_mlp", "dropped ids", lambda: mlp()),
     ("expert_mlp", "strided, nothing kept", lambda: mlp(make=strided, keep=False)),
     ("expert_mlp", "no rows", lambda: mlp(0)),

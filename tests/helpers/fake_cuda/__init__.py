@@ -115,6 +115,7 @@ def _believe() -> None:
         "current_device": lambda: 0,
         "set_device": lambda _: None,
         "get_device_name": lambda *_: "fake",
+        "get_device_capability": lambda *_: (9, 0),
         "max_memory_allocated": lambda *_: 0,
         "reset_peak_memory_stats": lambda *_: None,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),

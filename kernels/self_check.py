@@ -1,0 +1,75 @@
+"""Compares a backend with the reference on one small input, forward and backward."""
+
+# S source rows, K choices per row, D hidden, F expert width, E experts.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .expert_mlp import expert_mlp
+from .permute import combine, permute
+from .sort_by_expert import ExpertOrder, sort_by_expert
+
+S, K, D, F, E = 320, 2, 80, 96, 4
+#: largest relative error: of exact ops, and of sums and products by the dtype of rows
+LARGEST = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def error_of(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Return the largest relative error of the op's results and gradients, and what is permitted."""
+    check, largest = _CHECKS[op], LARGEST.get(dtype, 0.0)
+    ids_SK = torch.randint(0, E - 1, (S, K), generator=torch.Generator().manual_seed(0))  # the last expert gets no row
+    ids_SK[:200, 0] = 1
+    ids_SK[7:30, 1] = -1
+    with torch.autocast(device.type, enabled=False):
+        found, expected = (
+            [t.detach().double().cpu() for t in check(name, ids_SK.to(device), dtype, torch.Generator().manual_seed(1))]
+            for name in (backend, "reference")
+        )
+    errors = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(found, expected, strict=True)]
+    worst = torch.stack(errors).max().item()
+    return (worst if worst == worst else float("inf")), largest
+
+
+def _random(generator: torch.Generator, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    values = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    return values.to(like.device, dtype).requires_grad_()
+
+
+def _order(ids_SK: Tensor) -> ExpertOrder:
+    return sort_by_expert(ids_SK, E, backend="torch")
+
+
+def _sort(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    return list(sort_by_expert(ids_SK, E, backend=backend))
+
+
+def _permute(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    x_SD = _random(generator, ids_SK, dtype, S, D)
+    rows_RD = permute(x_SD, _order(ids_SK), backend=backend)
+    return [rows_RD, *torch.autograd.grad(rows_RD, x_SD, rows_RD.detach().cos())]
+
+
+def _combine(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    rows_RD = _random(generator, ids_SK, dtype, S * K, D)
+    y_SD = combine(rows_RD, _order(ids_SK), backend=backend)
+    return [y_SD, *torch.autograd.grad(y_SD, rows_RD, torch.ones_like(y_SD))]
+
+
+def _mlp(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    leaves = [
+        _random(generator, ids_SK, dtype, S, D),
+        _random(generator, ids_SK, torch.float32, S, K),
+        _random(generator, ids_SK, dtype, E, 2 * F, D),
+        _random(generator, ids_SK, dtype, E, D, F),
+    ]
+    y_SD = expert_mlp(leaves[0], leaves[1], _order(ids_SK), leaves[2], leaves[3], backend)
+    dy_SD = torch.randn(y_SD.shape, generator=generator).to(y_SD)
+    return [y_SD, *torch.autograd.grad(y_SD, leaves, dy_SD)]
+
+
+_Check = Callable[[str, Tensor, torch.dtype, torch.Generator], list[Tensor]]
+_CHECKS: dict[str, _Check] = {"sort_by_expert": _sort, "permute": _permute, "combine": _combine, "expert_mlp": _mlp}
