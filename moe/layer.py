@@ -12,7 +12,7 @@ from .balance import Balancer, Visit, initial_bias
 from .collectives import reset
 from .config import MoEConfig
 from .dispatch import Dispatcher, DropDuplicates, MixingDispatcher, build_capacity, build_dispatcher
-from .experts import RoutedExperts, SharedExperts, build_local
+from .experts import SharedExperts, build_experts, build_local
 from .placement import Placement, Replicas
 from .regions import region
 from .replication import Calibration, Replication
@@ -46,16 +46,7 @@ class MoE(nn.Module):
         hidden, std = config.hidden_size, config.init_std
         self.router = build_router(config)
         self.router.bias_E = initial_bias(config.balance, config.all_experts)
-        self.experts = RoutedExperts(
-            config.num_experts,
-            hidden,
-            config.intermediate_size,
-            config.backend,
-            std,
-            config.activation,
-            config.gated,
-            config.recompute_experts,
-        )
+        self.experts = build_experts(config)
         self.shared: SharedExperts | None = None
         if config.shared_intermediate_size:
             self.shared = SharedExperts(hidden, config.shared_intermediate_size, config.shared_gate, std)
@@ -89,6 +80,10 @@ class MoE(nn.Module):
 
         Raises ValueError if the placement's owners do not match the layer.
         """
+        if self.config.chunks is not None and placement.ep.size > 1 and placement.owners is None:
+            raise ValueError(
+                "placement.owners=None: experts of unequal width need owners; use Owners.even(widths, ranks)"
+            )
         self._put(placement)
         self.balancer.place(placement)
 

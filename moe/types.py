@@ -104,6 +104,8 @@ class DispatchPlan:
     weights_SK: Tensor
     #: the S * K choices, sorted by local expert
     order: ExpertOrder
+    #: numbers of the local experts; empty: not said
+    experts: tuple[int, ...] = ()
 
 
 #: maps source rows [S, D] and their plan to the weighted sum over each row's choices [S, D]

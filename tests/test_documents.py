@@ -36,7 +36,7 @@ def test_the_routers_of_the_page_run(tmp_path: Path) -> None:
     found = dict(line.split(" [") for line in script(every, tmp_path))
     sums = {name: sum(map(int, re.findall(r"\d+", counts))) for name, counts in found.items()}
     assert (
-        len(sums) == 17
+        len(sums) == 18
         and sums["GShard"] == 2 * 32 * 2
         and sums["DeepSeek-V3"] == 2 * 32 * 4
         and sums["Switch"] == sums["hash"] == sums["SoftMoE"] == 2 * 32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from .checks import check_literals, require
@@ -225,7 +227,7 @@ class MoEConfig:
 
     #: width of the hidden states
     hidden_size: int
-    #: width of one expert
+    #: width of one expert; the mean if they have ``widths``
     intermediate_size: int
     #: number of routed experts
     num_experts: int
@@ -234,6 +236,10 @@ class MoEConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity: CapacityConfig | None = None
+    #: widths of the experts one by one, such as "64,32,32", whose mean is ``intermediate_size``; None: all are equally
+    #: wide. The balance losses then weigh an expert's load by width / mean width (HMoE, arXiv 2408.10681), and every
+    #: expert-parallel rank gets consecutive experts with the same sum of widths
+    widths: str | None = None
     #: further experts, which compute next to nothing; None: none
     zero_computation: ZeroComputationConfig | None = None
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
@@ -265,6 +271,8 @@ class MoEConfig:
             f"must be at most num_experts={self.num_experts}"
             + (f" and the {self.all_experts - self.num_experts} of zero_computation" if self.zero_computation else ""),
         )
+        if self.widths is not None:
+            self._check_widths()
         self._check_single_choice()
         check_router(self.router, self.all_experts, self.top_k)
         if self.zero_computation is not None:
@@ -327,11 +335,48 @@ class MoEConfig:
     @property
     def load_weights(self) -> tuple[float, ...] | None:
         """Weight of each expert's load in the balance losses; None: all 1."""
-        free = self.zero_computation
-        return None if free is None else (1.0,) * self.num_experts + (free.tau,) * free.number
+        free, mean = self.zero_computation, self.intermediate_size
+        if free is None and self.widths is None:
+            return None
+        of_mlps = tuple(width / mean for width in self.expert_widths)
+        return of_mlps if free is None else of_mlps + (free.tau,) * free.number
+
+    @property
+    def expert_widths(self) -> tuple[int, ...]:
+        """Width of each MLP."""
+        if self.widths is None:
+            return (self.intermediate_size,) * self.num_experts
+        return tuple(map(int, self.widths.split(",")))
+
+    @property
+    def row_width(self) -> int:
+        """Width of a row of the experts' stacked weights: the largest that divides the width of every expert."""
+        return math.gcd(*self.expert_widths)
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        """Number of rows of the stacked weights that each expert has; None: one."""
+        return None if self.widths is None else tuple(width // self.row_width for width in self.expert_widths)
+
+    def splits_over(self, ranks: int) -> bool:
+        """Return whether consecutive experts can be given to this number of ranks so that all hold equal widths."""
+        ends = [0, *accumulate(self.expert_widths)]
+        return ends[-1] % ranks == 0 and {ends[-1] // ranks * rank for rank in range(ranks)} <= set(ends)
 
     def _check_single_choice(self) -> None:
         check_single_choice(self.router, self.all_experts, self.top_k)
+
+    def _check_widths(self) -> None:
+        assert self.widths is not None
+        words = self.widths.split(",")
+        require(self.widths.strip() != "", "widths", self.widths, "is empty; give widths, or leave it out")
+        ok = len(words) == self.num_experts and all(w.strip().isdecimal() and int(w) > 0 for w in words)
+        remedy = f"must be {self.num_experts} whole numbers of at least 1, one per expert, with commas between them"
+        require(ok, "widths", self.widths, remedy)
+        whole = sum(self.expert_widths)
+        remedy = f"must be the mean of widths, {whole / self.num_experts:g}"
+        require(whole == self.num_experts * self.intermediate_size, "intermediate_size", self.intermediate_size, remedy)
+        self._check_weighted_loads("widths")
 
     def _check_zero_computation(self) -> None:
         """Raise ``ValueError`` for settings that have no meaning for experts that no rank owns."""

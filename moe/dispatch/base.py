@@ -72,9 +72,10 @@ class Dispatcher(ABC):
         """Send rows to these holders from now on. All ranks must do this before the same forward."""
         #: says to which slot of which rank a choice goes
         self.holders = holders
-        #: numbers of slots per rank and in total, and of experts that this rank holds
+        #: numbers of slots per rank and in total; experts that this rank holds, and their number
         self.slots, self.all_slots = holders.slots, holders.slots * self.axis.size
-        self.experts_here = len(holders.experts_of(self.axis.rank))
+        self.here = tuple(holders.experts_of(self.axis.rank))
+        self.experts_here = len(self.here)
 
     @abstractmethod
     def send(self, x_TD: Tensor, routing: Routing) -> Any:
@@ -108,7 +109,7 @@ class Dispatcher(ABC):
             ids_SK = torch.where(ids_SK < self.experts_here, ids_SK, -1)
         order = sort_by_expert(ids_SK, self.experts_here, backend=self.backend)
         with region("experts"):
-            y_SD = experts(rows_SD, DispatchPlan(weights_SK, order))
+            y_SD = experts(rows_SD, DispatchPlan(weights_SK, order, self.here))
         return reduce_scatter_rows(y_SD, sizes, self.etp)
 
 

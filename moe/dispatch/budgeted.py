@@ -45,7 +45,7 @@ class Budget:
     @staticmethod
     def of(config: MoEConfig, etp: int) -> Budget:
         assert config.dispatch.memory_mb is not None
-        width = (3 if config.gated else 2) * config.intermediate_size // etp
+        width = (3 if config.gated else 2) * max(config.expert_widths) // etp
         stops = config.dispatch.over_memory == "stop"
         return Budget(config.dispatch.memory_mb, 2 * config.hidden_size + width, stops)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -34,6 +35,7 @@ class RoutedExperts(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.backend = backend
         self.mlp = partial(expert_mlp, backend=backend, activation=activation, gated=gated, recompute=recompute)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width if gated else width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, width))
@@ -46,6 +48,10 @@ class RoutedExperts(nn.Module):
         """Initialize the weights with new random values."""
         for weight in self.parameters():
             fill_normal(weight, self.init_std)
+
+    def rows_of(self, experts: Sequence[int]) -> list[int]:
+        """Return the rows of the stacked weights that are those of ``experts``."""
+        return list(experts)
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""

@@ -21,8 +21,8 @@ _MOE: tuple[str, ...] = (
 _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
 #: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
 _KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
-#: fields of ``MoEConfig`` that add experts which no model of transformers has; None: none
-_UNKNOWN = ("zero_computation",)
+#: fields of ``MoEConfig`` for experts that no model of transformers has; None: none
+_UNKNOWN = ("zero_computation", "widths")
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     consecutive parts in rank order. Raises ValueError for sizes that the degrees do not divide.
     """
     config, degrees, ep, etp = layer.config, mesh.degrees, mesh["ep"], mesh["etp"]
-    uneven = degrees.experts == "fssdp"
-    if config.num_experts % ep.size and not uneven:
+    uneven, unequal = degrees.experts == "fssdp", config.widths is not None
+    if uneven and unequal:
+        raise ValueError(f"moe.widths={config.widths}: parallel.experts='fssdp' moves equal experts; use 'ep'")
+    if config.num_experts % ep.size and not uneven and not unequal:
         number = config.num_experts
         raise ValueError(f"moe.num_experts={number}: must be divisible by parallel.ep={ep.size}; change one of them")
-    if config.intermediate_size % etp.size:
-        width = config.intermediate_size
+    if config.row_width % etp.size:
+        width = config.row_width
         what = f"must be divisible by parallel.etp={etp.size}; change one of them"
         raise ValueError(f"moe.intermediate_size={width}: {what}")
     experts = getattr(layer, "experts", None)
@@ -40,7 +42,7 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
             "etp=1 and experts='ep'"
         )
     assign = Owners.spread if uneven else Owners.consecutive
-    owners = assign(config.num_experts, ep.size)  # as DTensor shards them, and checkpoints store them
+    owners = Owners.even(config.expert_widths, ep.size) if unequal else assign(config.num_experts, ep.size)
     layer.place(
         Placement(
             tokens=mesh["stage"],
@@ -55,12 +57,12 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     own_weights = list(layer.experts.named_parameters(recurse=False))
     if ep.size * etp.size == 1 or isinstance(own_weights[0][1], DTensor):  # alone, or shared with another layer
         return
-    own_experts = owners.experts_of(ep.rank)
+    own_rows = layer.experts.rows_of(owners.experts_of(ep.rank))  # as DTensor shards them, and checkpoints store them
     if etp.size > 1:  # separate gate and up, so that a slice of the width contains both
         stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
         layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)
     for name, weight in list(layer.experts.named_parameters(recurse=False)):
-        own, axes, placements = weight.detach()[own_experts], mesh.expert["ep"], [Shard(0)]
+        own, axes, placements = weight.detach()[own_rows], mesh.expert["ep"], [Shard(0)]
         if etp.size > 1:
             width = weight.dim() - (2 if name == "gate_up_proj" else 1)
             own, axes = own.chunk(etp.size, width)[etp.rank], mesh.expert["ep", "etp"]

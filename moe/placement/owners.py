@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,6 +45,21 @@ class Owners:
             raise ValueError(f"num_experts={num_experts}: must be divisible by parallel.ep={ranks}; change one of them")
         each = num_experts // ranks
         return cls(ranks, [e // each for e in range(num_experts)], [e % each for e in range(num_experts)])
+
+    @classmethod
+    def even(cls, widths: Sequence[int], ranks: int) -> Owners:
+        """Assign runs of consecutive experts, such that all ranks have equal sums of widths.
+
+        Raises ValueError if an expert would have to be split.
+        """
+        whole, ends = sum(widths), [0, *accumulate(widths)]
+        cuts = [whole * rank // ranks for rank in range(ranks + 1)]
+        if whole % ranks or not set(cuts) <= set(ends):
+            raise ValueError(
+                f"moe.widths={','.join(map(str, widths))}: cannot be cut into parallel.ep={ranks} runs with equal "
+                "sums; change their order, the widths, or parallel.ep"
+            )
+        return cls.of_ranks(ranks, [(end - 1) * ranks // whole for end in ends[1:]])
 
     @classmethod
     def of_ranks(cls, ranks: int, rank_of_E: Sequence[int]) -> Owners:

@@ -216,7 +216,8 @@ def _attention_weights(config: TrainConfig, tp: int) -> Iterator[Weight]:
 
 def _moe_weights(config: TrainConfig, degrees: ParallelConfig) -> Iterator[Weight]:
     moe = config.moe
-    hidden, width, experts = moe.hidden_size, moe.intermediate_size // degrees.etp, -(-moe.num_experts // degrees.ep)
+    rows = moe.num_experts if moe.chunks is None else sum(moe.chunks)
+    hidden, width, experts = moe.hidden_size, moe.row_width // degrees.etp, -(-rows // degrees.ep)
     projected = moe.router.projected(moe.all_experts)
     number, free = moe.all_experts, moe.zero_computation
     yield from {

@@ -95,16 +95,22 @@ class TrainConfig:
         self.attention.check(self.moe.hidden_size, self.model.num_heads)
         sparse = self.parallel.experts == "fssdp"
         require(
-            sparse or self.parallel.ep == -1 or self.moe.num_experts % self.parallel.ep == 0,
+            sparse or self.parallel.ep == -1 or self.moe.splits_over(self.parallel.ep),
             "parallel.ep",
             self.parallel.ep,
-            f"must divide moe.num_experts={self.moe.num_experts}",
+            f"must divide moe.num_experts={self.moe.num_experts}{self._widths}",
         )
+
+    @property
+    def _widths(self) -> str:
+        return "" if self.moe.widths is None else f", and moe.widths={self.moe.widths} into runs with equal sums"
 
     def _check_placement(self) -> None:
         fssdp = self.parallel.experts == "fssdp"
         if fssdp and self.engine != "torch":
             raise ValueError(f"parallel.experts='fssdp': engine={self.engine!r} owns the experts; use engine='torch'")
+        if fssdp and self.moe.widths is not None:
+            raise ValueError(f"moe.widths={self.moe.widths}: parallel.experts='fssdp' moves equal experts; use 'ep'")
         if fssdp and self.moe.balance.counts == "first":
             raise ValueError("parallel.experts='fssdp': plans replicas by all choices; set moe.balance.counts='all'")
         if fssdp and self.moe.dispatch.name == "deepep":
@@ -150,11 +156,11 @@ class TrainConfig:
         """
         found = self.parallel.resolve(world, self.moe.num_experts)
         require(
-            self.moe.num_experts % found.ep == 0 or found.experts == "fssdp",
+            self.moe.splits_over(found.ep) or found.experts == "fssdp",
             "parallel.ep",
             found.ep,
-            f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}; "
-            "set parallel.ep or change the number of processes",
+            f"the value resolved for world size {world} must divide moe.num_experts={self.moe.num_experts}"
+            f"{self._widths}; set parallel.ep or change the number of processes",
         )
         require(
             not self.model.tie_embeddings or found.pp == 1,

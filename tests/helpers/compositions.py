@@ -14,6 +14,7 @@ from tests.helpers.parity import Composition as C
 BF16 = "bfloat16"
 SLOTS = RouterConfig(gate="slots", slots=2, sees_future=True)
 BY_EXPERTS: dict[str, Any] = {"normalize_weights": False, "sees_future": True}
+WIDTHS = "12,4,4,4,8,16,6,10"
 MOEPP: dict[str, Any] = {
     "router": RouterConfig(gate="residual", z_loss=0.01),
     "zero_computation": ZeroComputationConfig(1, 1, 2, tau=0.5),
@@ -291,6 +292,29 @@ COMPOSITIONS: dict[str, C] = {
     "zero-computation experts (MoE++), pp 2, dp 2, ep 2": C(
         4, P(pp=2, ep=2), micro_batches=4, zero_computation=MOEPP["zero_computation"]
     ),
+    "unequal widths (HMoE), dp 2, ep 2, recompute": C(2, P(ep=2), recompute=True, widths=WIDTHS, top_k=3),
+    "unequal widths (HMoE), dp 4, ep 4": C(4, P(ep=4), widths=WIDTHS),
+    "unequal widths (HMoE), tp 2, fsdp 2, ep 4, top-p": C(
+        4,
+        P(tp=2, data_parallel="fsdp", ep=4),
+        router=RouterConfig(select="top_p", entropy_loss=0.03),
+        top_k=4,
+        widths=WIDTHS,
+        tokens="zero",
+    ),
+    "unequal widths (HMoE), dp 4, ep 2, etp 2, recompute, exchanges kept": C(
+        4, P(ep=2, etp=2), widths=WIDTHS, recompute=R(keep_exchanges=True)
+    ),
+    "unequal widths (HMoE), fsdp 2, bf16": C(2, P(data_parallel="fsdp"), dtype=BF16, widths=WIDTHS),
+    "unequal widths (HMoE), hierarchical, 2 nodes, dp 4, ep 4, capacity": C(
+        4,
+        P(ep=4),
+        dispatch=D("hierarchical", node_size=2),
+        capacity=CapacityConfig(1.0),
+        tokens="equal",
+        widths=WIDTHS,
+    ),
+    "unequal widths (HMoE), pp 2, dp 2, ep 2": C(4, P(pp=2, ep=2), micro_batches=4, widths=WIDTHS),
     # pipelines
     "pp 2, gpipe": C(2, P(pp=2, schedule="gpipe"), micro_batches=4),
     "pp 2, 1f1b, recompute": C(2, P(pp=2), micro_batches=4, recompute=True),

@@ -65,6 +65,7 @@ class Composition:
     top_k: int = 2
     counts: Literal["all", "first"] = "all"
     zero_computation: ZeroComputationConfig | None = None
+    widths: str | None = None
 
     @property
     def limit(self) -> float:
@@ -90,6 +91,7 @@ def make(of: Composition, micro_batches: int) -> Decoder:
         ),
         capacity=of.capacity,
         zero_computation=of.zero_computation,
+        widths=of.widths,
         dispatch=of.dispatch,
         shared_intermediate_size=8,
         init_std=0.3,

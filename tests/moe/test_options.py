@@ -27,6 +27,7 @@ OTHER_VALUES = {
     **{"model.dense_layers": "2", "attention.num_kv_heads": "3", "attention.rotary_base": "500.0"},
     **{"attention.scaling.factor": "8.0", "attention.scaling.fast_turns": "8.0"},
     **{"parallel.ep": "4", "parallel.dp_shard": "2", "parallel.edp": "2"},
+    "moe.widths": "384,192,192,192,192,192,96,96",
     **{"log.trackers": "wandb,mlflow", "log.profile": "10:13"},
 }
 
@@ -140,7 +141,7 @@ def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path)
 
 
 #: texts of a form of their own
-FORMED = ("data.mixture", "log.trackers", "log.profile")
+FORMED = ("moe.widths", "data.mixture", "log.trackers", "log.profile")
 FREE_TEXT = [name for name, hint in fields_of().items() if is_text(hint) and name not in FORMED]
 
 

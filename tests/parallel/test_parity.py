@@ -33,6 +33,8 @@ FAST = (
     "slots (SoftMoE), dp 2, ep 2, recompute",
     "zero-computation experts (MoE++), dp 2, ep 2, recompute",
     "zero-computation experts (MoE++), dp 4, ep 4, capacity of all ranks",
+    "unequal widths (HMoE), dp 2, ep 2, recompute",
+    "unequal widths (HMoE), dp 4, ep 4",
     "pp 2, 1f1b, recompute",
     "pp 2, dp 2, ep 2",
     "documents, cp 2, ring, few labels",

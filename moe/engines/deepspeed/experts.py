@@ -34,6 +34,10 @@ def adopt_experts(model: nn.Module, ep: int, ranks: float, zero_stage: int) -> N
     if zero_stage == 3:
         create_groups(ep)
     for layer in [module for module in model.modules() if isinstance(module, MoE)]:
+        if layer.config.widths is not None:
+            raise ValueError(
+                f"moe.widths={layer.config.widths}: DeepSpeed counts experts of one width; use engine='torch'"
+            )
         for name, weight in list(layer.experts.named_parameters(recurse=False)):
             local = weight.to_local() if isinstance(weight, DTensor) else weight
             own: Any = nn.Parameter(local.detach(), requires_grad=weight.requires_grad)

@@ -125,11 +125,12 @@ def transformer_config(model: Decoder, mesh: Mesh, device: torch.device) -> Tran
             "moe.router.gate='residual': Megatron-Core's blocks exchange hidden states only; use 'linear', or "
             "engine='torch'"
         )
-    if any(layer.config.zero_computation is not None for layer in layers):
-        raise ValueError(
-            "moe.zero_computation: the Megatron engine has only experts that ranks own; leave it out, or use "
-            "engine='torch'"
-        )
+    for name in ("zero_computation", "widths"):
+        if any(getattr(layer.config, name) is not None for layer in layers):
+            raise ValueError(
+                f"moe.{name}: the Megatron engine has only experts of one width that ranks own; leave it out, or use "
+                "engine='torch'"
+            )
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise ValueError(
