@@ -26,7 +26,7 @@ SPEC := setup.py pyproject.toml constraints.txt
 # no build isolation, so that builds use the pinned tools and nothing is downloaded twice
 INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt $(PIP_ARGS)
 
-.PHONY: help train test test-slow faults defences engines check types kernels bench measure gpu balance clean
+.PHONY: help train test test-slow faults defences engines check types kernels tune bench measure gpu balance clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make engines run the tests with DeepSpeed, Transformers and others, about 7 minutes   [ARGS=\"-k zero\"]"
 	@echo "make check   lint, formatting, types"
 	@echo "make kernels compile every Triton kernel for every supported GPU architecture, without a GPU"
+	@echo "make tune    measure on this GPU which backend backend=\"auto\" should be, and write kernels/auto.json"
 	@echo "make bench   compare one layer with other libraries  [ARGS=...]"
 	@echo "make measure time every op and the layer, on the GPU if there is one  [ARGS=\"--suite kernels\"]"
 	@echo "make gpu     check and measure everything that needs a GPU, in 12 minutes; rehearses without one  [ARGS=gate]"
@@ -85,6 +86,9 @@ types: $(VENV)/.stamp-dev
 
 kernels: $(VENV)/.stamp-dev
 	$(PY) benchmarks/kernels/compile_gate.py $(ARGS)
+
+tune: $(VENV)/.stamp-dev
+	$(PY) benchmarks/kernels/tune.py $(ARGS)
 
 bench: $(VENV)/.stamp-bench
 	$(PY) benchmarks/layer/bench_layer.py $(ARGS)

@@ -51,7 +51,7 @@ def permute(x_SD: Tensor, order: ExpertOrder, num_rows: int | None = None, backe
             f"num_rows={num_rows}: must lie in 0..{rows}, the number of sorted rows ({sources} x {choices})"
         )
     if backend == "auto":
-        backend = automatic("permute", x_SD)
+        backend = automatic("permute", x_SD, rows, order.offsets_E.shape[0] - 1)
     return pick("permute", _PERMUTE, backend_without_values(backend, x_SD))(x_SD, order, num_rows)
 
 
@@ -72,7 +72,7 @@ def combine(rows_RD: Tensor, order: ExpertOrder, backend: str = "auto") -> Tenso
     if some_left_out and readable(order.offsets_E) and rows_RD.shape[0] < (kept := int(order.offsets_E[-1])):
         raise ValueError(f"rows_RD={list(rows_RD.shape)}: the order keeps {kept} rows; give all of them")
     if backend == "auto":
-        backend = automatic("combine", rows_RD)
+        backend = automatic("combine", rows_RD, rows, order.offsets_E.shape[0] - 1)
     return pick("combine", _COMBINE, backend_without_values(backend, rows_RD))(rows_RD, order)
 
 

@@ -41,5 +41,5 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         if low < -1 or high >= num_experts:
             raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
     if backend == "auto":
-        backend = automatic("sort_by_expert", ids_SK)
+        backend = automatic("sort_by_expert", ids_SK, ids_SK.numel(), num_experts)
     return pick("sort_by_expert", _BACKENDS, backend_without_values(backend, ids_SK))(ids_SK, num_experts)

@@ -6,13 +6,13 @@ Each section configures one part of the system. The sections of a training run a
 
 from .checks import check_literals, require
 from .decoder import AttentionConfig, RecomputeConfig, RotaryScaling
+from .experts import ZeroComputationConfig
 from .layer import (
     BalanceConfig,
     CapacityConfig,
     DispatchConfig,
     ExtraLossConfig,
     MoEConfig,
-    ZeroComputationConfig,
 )
 from .nested import dotted
 from .placement import PlacementConfig

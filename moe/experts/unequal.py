@@ -31,10 +31,6 @@ class UnequalExperts(RoutedExperts):
         self.chunks = tuple(chunks)
         self._tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
-    def rows_of(self, experts: Sequence[int]) -> list[int]:
-        first = [0, *accumulate(self.chunks)]
-        return [row for e in experts for row in range(first[e], first[e + 1])]
-
     def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
         experts = plan.experts or tuple(range(len(self.chunks)))
         table_EM = self._table(experts, rows_SD.device)

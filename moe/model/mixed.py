@@ -16,7 +16,12 @@ def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16
     (MixLoRA, arXiv 2404.15159). Only routers and experts are trained. Raises ValueError if ``config`` does not fit.
     """
     plain = MoEConfig
-    for name, wanted in (("activation", plain.activation), ("gated", plain.gated), ("recompute_experts", False)):
+    for name, wanted in (
+        ("activation", plain.activation),
+        ("gated", plain.gated),
+        ("recompute_experts", False),
+        ("widths", None),
+    ):
         value = getattr(config, name)
         require(value == wanted, f"moe.{name}", value, f"LoRA experts are SwiGLU experts; set it to {wanted!r}")
     model.requires_grad_(False)

@@ -57,7 +57,7 @@ def apply_expert_parallel(layer: MoE, mesh: Mesh, positions_S: Tensor | None = N
     own_weights = list(layer.experts.named_parameters(recurse=False))
     if ep.size * etp.size == 1 or isinstance(own_weights[0][1], DTensor):  # alone, or shared with another layer
         return
-    own_rows = layer.experts.rows_of(owners.experts_of(ep.rank))  # as DTensor shards them, and checkpoints store them
+    own_rows = config.rows_of(owners.experts_of(ep.rank))  # as DTensor shards them, and checkpoints store them
     if etp.size > 1:  # separate gate and up, so that a slice of the width contains both
         stacked = layer.experts.gate_up_proj.unflatten(1, (2 if config.gated else 1, -1))
         layer.experts.gate_up_proj = nn.Parameter(stacked.detach(), layer.experts.gate_up_proj.requires_grad)

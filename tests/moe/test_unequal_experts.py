@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, Owners, Placement, RouterConfig, Step, recompute
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, Owners, Placement, RouterConfig, Step, checkpoint, recompute
 from equimoe.moe.collectives import Axis
-from equimoe.moe.experts import UnequalExperts
-from tests.helpers import oracle
+from equimoe.moe.parallel import build_mesh
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.trainer import Trainer
+from tests.helpers import oracle, small
+from tests.helpers.checkpoints import load_all
+from tests.helpers.fork import run_ranks
 
 WIDTHS, D, ALPHA = (9, 3, 15, 6, 12), 10, 0.3
 E, UNIT = len(WIDTHS), 3
@@ -157,8 +162,7 @@ def test_no_tokens_and_unchosen_experts() -> None:
 def test_ranks_get_equal_widths() -> None:
     owners = Owners.even((12, 4, 4, 4, 8, 16, 6, 10), 4)
     assert owners.rank_of_E == (0, 0, 1, 1, 1, 2, 3, 3) and owners.slots == 3
-    experts = layer_of(1).experts
-    assert isinstance(experts, UnequalExperts) and experts.rows_of([1, 3]) == [3, 9, 10]
+    assert config(1).rows_of([1, 3]) == [3, 9, 10]
     for widths, ranks in (((1, 2, 4), 2), ((3, 1, 3, 1), 3)):
         with pytest.raises(ValueError, match=rf"^moe.widths=.*: cannot be cut into parallel.ep={ranks} runs"):
             Owners.even(widths, ranks)
@@ -182,3 +186,34 @@ def test_settings_that_do_not_fit(changes: dict[str, Any], message: str) -> None
 def test_a_placement_needs_owners() -> None:
     with pytest.raises(ValueError, match="^placement.owners=None: experts of unequal width need owners"):
         layer_of(2).place(Placement(ep=Axis("ep", size=3)))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_resumes_on_another_mesh(tmp_path: Path) -> None:
+    """From two expert-parallel ranks onto one process and back, in the same bits; losses stay equal."""
+    texts = small.write_texts(tmp_path / "texts")
+    config = small.on(texts, widths="16,8,12,12", backend="torch")
+    config = replace(config, optim=replace(config.optim, lr=1e-3))
+    corpus = load_corpus(config.data, load_tokenizer("bytes"))
+
+    def script(rank: int, world: int, onto: str, start: str | None) -> list[float]:
+        parallel = replace(config.parallel, ep=world)
+        mesh = build_mesh(parallel) if world > 1 else None
+        micro_batch = replace(config.data, micro_batch=config.data.global_batch // world)
+        trainer = Trainer(replace(config, parallel=parallel, data=micro_batch), corpus, mesh, torch.device("cpu"))
+        if start is not None:
+            trainer.resume(Path(start), checkpoint.read_manifest(Path(start)))
+            trainer.save(tmp_path / f"{onto} at once")
+        losses = [trainer.record(trainer.train_step())["loss"] for _ in range(2)]
+        trainer.save(tmp_path / onto)
+        return losses
+
+    run_ranks(script, 2, "first", None)
+    first, second = tmp_path / "first" / "step-00000002", tmp_path / "second" / "step-00000004"
+    on_one = run_ranks(script, 1, "second", str(first))[0]
+    assert run_ranks(script, 2, "other", str(first))[0] == pytest.approx(on_one, rel=1e-6)
+    run_ranks(script, 2, "third", str(second))
+    for saved, resumed in ((first, "second at once"), (second, "third at once")):
+        before, after = load_all(saved), load_all(tmp_path / resumed / saved.name)
+        assert before["model.blocks.0.mlp.experts.gate_up_proj"].shape == (12, 2 * 4, 16)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
