@@ -34,6 +34,8 @@ def introduce(trainer: Trainer, launch: Launch, notes: list[str]) -> None:
     if corpus.folder is not None:
         print(f"tokens: {printable(str(corpus.folder))}, read when they are needed")
     print("\n".join(_plan(trainer)))
+    if trainer.step:
+        print(f"goes on after step {trainer.step}")
     for note in (*corpus.notes, *notes):
         print(f"note: {printable(note)}")
     if launch.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_change_of_meaning_is_refused_and_can_be_allowed(run: Run, tmp_path: Pat
     allowed = run(*change, "--allow-change", "seed", "--allow-change", "model.num_heads", "--allow-change=moe")
     assert allowed.codes == [0], allowed
     assert "note: resumed with seed changed from 0 to 7\n" in allowed.out[0]
+    assert re.search(r"^goes on after step [1-9]\d*$", allowed.out[0], re.M)
     unknown = run("--steps", "6", "--allow-change", "moe.topk")
     assert unknown.errors == ["error: --allow-change=moe.topk: no such setting; did you mean moe.top_k?"]
     report("54", "refused by name until allowed by name", exit_code=env.CONFIG)
