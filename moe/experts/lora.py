@@ -6,7 +6,6 @@ E experts, F width, D hidden, r rank, S source rows, K choices of a row, R = S *
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -54,10 +53,6 @@ class LoRAExperts(nn.Module):
             fill_normal(weight, 1 / math.sqrt(weight.shape[-1]))
         for weight in (self.gate_b, self.up_b, self.down_b):
             nn.init.zeros_(weight)
-
-    def rows_of(self, experts: Sequence[int]) -> list[int]:
-        """Return the rows of the stacked weights that are those of ``experts``."""
-        return list(experts)
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""

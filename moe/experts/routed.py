@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -48,10 +47,6 @@ class RoutedExperts(nn.Module):
         """Initialize the weights with new random values."""
         for weight in self.parameters():
             fill_normal(weight, self.init_std)
-
-    def rows_of(self, experts: Sequence[int]) -> list[int]:
-        """Return the rows of the stacked weights that are those of ``experts``."""
-        return list(experts)
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
