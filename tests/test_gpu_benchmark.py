@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import run
+from benchmarks.gpu import parts, run
 from benchmarks.gpu.run import Part
+from equimoe.kernels.matmul_tiles import MatmulTile
 
 CHILD = "import subprocess, sys, time; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
 
@@ -68,9 +69,17 @@ def test_a_stage_ends_in_time(
     assert "why: right: ran longer than the 0 s that it had" in capsys.readouterr().out
 
 
+def test_the_best_tiles_are_a_change_of_the_table() -> None:
+    tiles = {"gemm": MatmulTile(1, 2, 3, 4, 5), "wgrad": MatmulTile(6, 7, 8, 9, 10)}
+    before = parts.TABLE.read_text()
+    lines = zip(before.splitlines(), parts.with_tiles(before, "sm_90", tiles).splitlines(), strict=True)
+    changed = [new.strip() for old, new in lines if new != old]
+    assert changed == ['"gemm": MatmulTile(1, 2, 3, 4, 5),', '"wgrad": MatmulTile(6, 7, 8, 9, 10),']
+
+
 def test_the_parts_run_files_that_exist() -> None:
-    for parts in run.STAGES.values():
-        for one in parts.values():
+    for stage in run.STAGES.values():
+        for one in stage.values():
             files = [word for word in (*one.arguments, *one.rehearsal) if word.endswith(".py")]
             assert files and all((run.ROOT / file).is_file() for file in files)
 

@@ -7,12 +7,14 @@ A finding is one line: name, PASS, FAIL or a number, and details. The command ex
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.checkout import ROOT
 from benchmarks.shared.agreement import TOLERANCE, brief, errors
 from benchmarks.shared.options import Parser
 from benchmarks.shared.records import facts_line
@@ -41,30 +44,13 @@ from equimoe.moe.parallel.pair_attention import PAIR_ATTENTION
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 SHAPES = [BY_NAME[name] for name in (("30B-b", "Qwen3-30B-8k", "Mixtral-8x7B-8k") if ON_GPU else ("tiny-a",))]
+TABLE = ROOT / "kernels" / "matmul_tiles.py"
 #: kind of tile -> the candidates: rows, columns, depth, warps, stages
 CANDIDATES = {
-    "gemm": [
-        (128, 256, 64, 8, 3),
-        (128, 256, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (64, 256, 64, 8, 4),
-    ],
-    "gated": [(128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3), (128, 128, 64, 8, 3)],
-    "gated_grad": [
-        (128, 64, 64, 8, 3),
-        (128, 64, 64, 8, 4),
-        (128, 128, 64, 8, 3),
-        (64, 64, 64, 4, 3),
-        (64, 64, 64, 8, 3),
-    ],
-    "wgrad": [
-        (128, 128, 64, 8, 3),
-        (128, 128, 64, 8, 4),
-        (128, 256, 64, 8, 3),
-        (128, 128, 32, 8, 5),
-        (256, 128, 64, 8, 3),
-    ],
+    "gemm": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4)],
+    "gated": [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4)],
+    "gated_grad": [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 8, 3), (64, 64, 64, 8, 3)],
+    "wgrad": [(128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3)],
 }
 #: those of the rehearsal
 SMALL = [(16, 16, 16, 1, 1), (32, 16, 16, 1, 1)]
@@ -279,7 +265,7 @@ def profile() -> None:
 
 
 def sweep() -> None:
-    """Time the tiles of every product; a tile counts if its result is right. Print the best ones for the table."""
+    """Time the tiles of every product, if their results are right; print the best as a change of the table."""
     from equimoe.kernels.grouped_gemm import triton_ops as gemm
 
     shipped = gemm.shipped_tile
@@ -309,9 +295,29 @@ def sweep() -> None:
                 relative = times[tile] / median(times.values())
                 if kind not in best or relative < best[kind][0]:
                     best[kind] = relative, tile
-    print(f"\nfor kernels/matmul_tiles.py, {arch_of(DEVICE)}, many rows:")
-    for kind, (_, tile) in best.items():
-        print(f'        "{kind}": MatmulTile({", ".join(map(str, tile[:5]))}),')
+    arch, tiles = arch_of(DEVICE), {kind: tile for kind, (_, tile) in best.items()}
+    for kind, tile in tiles.items():
+        say(f"best, {kind}", tuple_of(tile))
+    before = TABLE.read_text()
+    # in the rehearsal, the table has no tiles of the interpreter
+    after = with_tiles(before, arch if ON_GPU else "sm_90", tiles)
+    name = str(TABLE.relative_to(ROOT))
+    print("\nto apply with git apply:\n")
+    print("".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{name}", f"b/{name}")))
+
+
+def tuple_of(tile: MatmulTile) -> str:
+    return ", ".join(map(str, tile[:5]))
+
+
+def with_tiles(source: str, arch: str, tiles: Mapping[str, MatmulTile]) -> str:
+    """Return the source of the table with these tiles for many rows on ``arch``."""
+    head = f'("{arch}", "many"): {{\n'
+    before, found, rest = source.partition(head)
+    entries, end, after = rest.partition("    },\n")
+    for kind, tile in tiles.items():
+        entries = re.sub(rf'("{kind}": MatmulTile)\(.*\)', rf"\1({tuple_of(tile)})", entries)
+    return before + found + entries + end + after
 
 
 def graphs() -> None:

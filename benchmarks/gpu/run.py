@@ -3,7 +3,8 @@
     python benchmarks/gpu/run.py [gate] [speed] [why] [--out DIR]
 
 gate: are the kernels, the layer, training, resuming and collectives right on this GPU? speed: how fast are the ops and
-the layer, beside other libraries? why: a profile, the best tiles, CUDA graphs, and torch.compile.
+the layer, beside other libraries? why: a profile, the fastest backends (kernels/auto.json) and tiles (as a change of
+their table), CUDA graphs, and torch.compile.
 
 Each part is a process with a time limit, so that one that hangs or crashes costs only itself. It prints to a file of
 its own in DIR, which is kept whatever ends the command. A part that fails is one line. The command exits with 1 if a
@@ -91,8 +92,9 @@ STAGES: dict[str, dict[str, Part]] = {
         ),
     },
     "why": {
-        "profile": own("profile", 40, environment=INTERPRETED),
-        "tiles": own("sweep", 130, environment=INTERPRETED),
+        "profile": own("profile", 30, environment=INTERPRETED),
+        "backends": Part(("benchmarks/kernels/tune.py",), (), 60),
+        "tiles": own("sweep", 110, environment=INTERPRETED),
         "graphs": Part(("benchmarks/gpu/parts.py", "graphs"), (), 30),
         "compiled": Part(("benchmarks/gpu/parts.py", "compiled"), (), 35),
     },
