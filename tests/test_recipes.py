@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,14 @@ def test_tiny_recipes(name: str) -> None:
     """Only sizes differ: of the layer, of groups that get equally many choices, of slots and of the first steps."""
     whole = RECIPES[name]()
     small = tiny(whole)
-    sizes_of_moe = {"hidden_size", "intermediate_size", "num_experts", "top_k", "shared_intermediate_size", "router"}
+    sizes_of_moe = {"hidden_size", "intermediate_size", "widths", "num_experts", "top_k", "shared_intermediate_size"}
+    sizes_of_moe.add("router")
     for field, value in vars(whole.moe).items():
         assert field in sizes_of_moe or getattr(small.moe, field) == value, field
     counts = {name: getattr(whole.moe.router, name) for name in ("groups", "slots", "random_steps")}
     assert replace(small.moe.router, **counts) == whole.moe.router
+    ratios = [{Fraction(w, moe.intermediate_size) for w in moe.expert_widths} for moe in (small.moe, whole.moe)]
+    assert ratios[0] == ratios[1]
     assert (small.moe.top_k > 1) == (whole.moe.top_k > 1) and small.moe.top_k < small.moe.num_experts
     assert (small.moe.shared_intermediate_size > 0) == (whole.moe.shared_intermediate_size > 0)
     assert (small.attention.kind, small.attention.qk_norm) == (whole.attention.kind, whole.attention.qk_norm)

@@ -11,7 +11,7 @@ from .mixtral import mixtral
 from .quickstart import quickstart
 from .qwen import qwen3_30b, qwen3_235b
 from .qwen3_global_batch import qwen3_global_batch
-from .released import ling_lite, ling_plus, mixtral_8x7b, moepp_7b, olmoe, pangu_pro_72b
+from .released import hmoe_3b, ling_lite, ling_plus, mixtral_8x7b, moepp_7b, olmoe, pangu_pro_72b
 
 #: recipes by the name that ``--recipe NAME`` takes: small studies first, then published models
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -19,7 +19,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     for recipe in (
         *(quickstart, qwen3_global_batch, mixtral),
         *(gshard, switch, base_layers, expert_choice, xmoe, softmoe),
-        *(mixtral_8x7b, deepseekmoe_16b, olmoe, moepp_7b, deepseek_v2, deepseek_v3),
+        *(mixtral_8x7b, deepseekmoe_16b, olmoe, hmoe_3b, moepp_7b, deepseek_v2, deepseek_v3),
         *(qwen3_30b, qwen3_235b, ling_lite, ling_plus, pangu_pro_72b, kimi_k2),
     )
 }

@@ -154,6 +154,31 @@ def moepp_7b() -> TrainConfig:
     )
 
 
+def hmoe_3b() -> TrainConfig:
+    """HMoE-3B: eight experts per block, from 2,304 to 5,888 wide, top-2, for 16 ranks.
+
+    Wang et al. 2024, arXiv 2408.10681. The balance loss is the parameter penalty, which lets a token use a wide expert
+    only if that is worth it. The order of experts gives four expert-parallel ranks equal widths. Width and depth of the
+    model are those with which experts of equal width have the paper's 0.77 billion active parameters; batch and mesh
+    are ours. The paper's second variant is ``router.select="top_p"`` with ``entropy_loss=0.03``.
+    """
+    return at_scale(
+        steps=100_000,
+        model=ModelConfig(num_layers=24, num_heads=16, intermediate_size=4096, vocab_size=32000),
+        moe=MoEConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            widths="2304,5888,2816,5376,3328,4864,3840,4352",
+            num_experts=8,
+            top_k=2,
+            balance=BalanceConfig(coefficient=0.1),
+        ),
+        data=DataConfig(seq_len=2048, global_batch=512, micro_batch=4),
+        optim=OptimConfig(lr=3e-4, warmup_steps=2000),
+        parallel=ParallelConfig(ep=4),
+    )
+
+
 def _ling(hidden: int, width: int, top_k: int, shared: int) -> MoEConfig:
     return MoEConfig(
         hidden_size=hidden,

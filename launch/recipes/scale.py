@@ -63,11 +63,15 @@ def _moe(config: TrainConfig) -> MoEConfig:
         groups = max(top_k * router.groups // moe.top_k, 1)
         top_k, router = groups * (moe.top_k // router.groups), replace(router, groups=groups)
     router = replace(router, random_steps=min(router.random_steps, 5), slots=min(router.slots, SEQUENCE // experts))
-    width = _width(moe.intermediate_size, config)
+    width, widths = _width(moe.intermediate_size, config), None
+    if moe.widths is not None:
+        of_experts = [8 * round(one * HIDDEN / moe.hidden_size / 8) for one in moe.expert_widths]
+        width, widths = sum(of_experts) // experts, ",".join(map(str, of_experts))
     return replace(
         moe,
         hidden_size=HIDDEN,
         intermediate_size=width,
+        widths=widths,
         num_experts=experts,
         top_k=top_k,
         router=router,

@@ -35,6 +35,7 @@ PUBLISHED: dict[str, Published] = {
     "mixtral_8x7b": Published("2401.04088", 128, "46.7B", "12.9B"),
     "deepseekmoe_16b": Published("2401.06066", 64, "16.4B", "2.8B"),
     "olmoe": Published("2409.02060", 256, "6.9B", "1.3B"),
+    "hmoe_3b": Published("2408.10681", 16, "3B"),
     "moepp_7b": Published("2410.07348", 64, "7B"),
     "deepseek_v2": Published("2405.04434", 1024, "236B", "21B"),
     "deepseek_v3": Published("2412.19437", 1024, "671B", "36.6B", embedding=False),
