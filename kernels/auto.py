@@ -42,7 +42,6 @@ def automatic(op: str, rows: Tensor, num_rows: int = 0, experts: int = 1, widths
     return _chosen(op, rows.device, rows.dtype, num_rows >= MANY_ROWS * experts, fits, has_values(rows))
 
 
-@torch.compiler.assume_constant_result
 def _chosen(op: str, device: torch.device, dtype: torch.dtype, many: bool, fits: bool, values: bool) -> str:
     backend = _table().get(arch_of(device), {}).get(key(op, dtype, many), UNMEASURED.get(op, "torch"))
     if backend == "hybrid" and not fits:
@@ -50,6 +49,10 @@ def _chosen(op: str, device: torch.device, dtype: torch.dtype, many: bool, fits:
     if backend == "torch" or not values:
         return backend
     return backend if _works(op, backend, dtype, device) else "torch"
+
+
+# torch.compiler.assume_constant_result does just this, but imports torch's compiler
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

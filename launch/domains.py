@@ -13,6 +13,7 @@ from ..moe.interop.domains import mean_activity
 from ..moe.train.config import DataConfig
 from ..moe.train.data import Tokenizer, read_documents
 from . import loaded
+from .usage import in_options
 
 #: sequences in a forward
 BATCH = 8
@@ -36,7 +37,7 @@ def _read(data: str, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
     try:
         found = read_documents(DataConfig(path=data), tokenizer)
     except ValueError as error:
-        raise ValueError(str(error).replace("data.path=", "--data=").partition(", or None")[0]) from None
+        raise ValueError(in_options(error, (), {"path": "--data"})) from None
     return {domain: [np.asarray(text).tolist() for text in texts] for domain, texts in found.items()}
 
 

@@ -157,6 +157,7 @@ def test_auto_keeps_fp64_from_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (expert_op, gemm_op):
         monkeypatch.setattr(module, "pick", pick)
+    monkeypatch.setattr(expert_op, "automatic", lambda *_: "triton")
     for dtype, expected in ((torch.float64, "torch"), (torch.float32, "triton")):
         chosen.clear()
         inputs = {name: t.to(dtype) for name, t in case.inputs.items()}

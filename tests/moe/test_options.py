@@ -131,7 +131,9 @@ def test_empty_text_is_refused(name: str, text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path) -> None:
-    argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--moe.capacity.factor", "1.1", "--data.text_field", "1e-3"]
+    argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--data.text_field", "1e-3"]
+    if recipe not in ("expert_choice", "softmoe"):  # their experts have equal loads, and no capacity
+        argv += ["--moe.capacity.factor", "1.1"]
     config = parse(argv).config
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
