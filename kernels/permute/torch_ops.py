@@ -70,7 +70,8 @@ def _combine(rows_RD: Tensor, order: ExpertOrder) -> Tensor:
     num_rows, inverse_SK = rows_RD.shape[0], order.inverse_SK
     if num_rows < inverse_SK.numel():
         inverse_SK = inverse_SK.masked_fill(inverse_SK >= num_rows, -1)
-    all_kept = readable(order.offsets_E) and int(order.offsets_E[-1]) == num_rows == inverse_SK.numel()
+    # not from the offsets: a padded order has rows that no choice fills, and may have as many rows as choices
+    all_kept = readable(inverse_SK) and inverse_SK.numel() > 0 and int(inverse_SK.amin()) >= 0
     return sum_rows(rows_RD, inverse_SK, all_kept=all_kept)
 
 

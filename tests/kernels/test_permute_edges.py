@@ -187,3 +187,14 @@ def test_one_graph_for_any_number_of_rows() -> None:
         x_SD, ids_SK = torch.randn(sources, 4, device=DEVICE), torch.randint(-1, 3, (sources, 2), device=DEVICE)
         assert torch.equal(compiled(x_SD, ids_SK), step(x_SD, ids_SK))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_padded_order_with_as_many_rows_as_choices(path: str) -> None:
+    """One row is filled by no choice, and one choice is in no row, but the offsets count every row."""
+    order_R, inverse_SK = torch.tensor([0, 3, 2, 4]), torch.tensor([[0, -1], [2, 1]])
+    order = ExpertOrder(order_R.to(DEVICE), inverse_SK.to(DEVICE), torch.tensor([0, 2, 4], device=DEVICE))
+    rows_RD = torch.randn(4, 3, device=DEVICE)
+    with on(path) as backend:
+        y_SD = combine(rows_RD, order, backend=backend)
+    assert torch.allclose(y_SD, torch.stack((rows_RD[0], rows_RD[1] + rows_RD[2])), atol=1e-6)
