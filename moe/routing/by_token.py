@@ -12,7 +12,6 @@ from ..collectives import fill_normal
 from ..config import RouterConfig
 from ..types import Decision, Routing
 from .compose import sum_by_sequence
-from .noise import mixed
 from .router import Router
 
 
@@ -127,9 +126,7 @@ class TaskRouter(Router):
         codes_T: Tensor | None = None,
     ) -> Routing:
         logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
-        logits_TE = logits_TE + self._of_tasks(codes_T)
-        logits_TE = mixed(logits_TE, self.randomness) if self.training else logits_TE
-        return self.routing(logits_TE, mask_T, sequences, decision)
+        return self.routing(logits_TE + self._of_tasks(codes_T), mask_T, sequences, decision)
 
     def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None) -> Tensor:
         return self.score(self.logits(x_TD) + self._of_tasks(codes_T)).softmax(-1)

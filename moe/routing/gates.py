@@ -74,9 +74,7 @@ class CosineRouter(Router):
         codes_T: Tensor | None = None,
     ) -> Routing:
         cosines_TE = self.cosines(self.disturbed(x_TD) if self.training else x_TD)
-        logits_TE = self._scaled(cosines_TE)
-        logits_TE = noise.mixed(logits_TE, self.randomness) if self.training else logits_TE
-        routing = self.routing(logits_TE, mask_T, sequences, decision)
+        routing = self.routing(self._scaled(cosines_TE), mask_T, sequences, decision)
         probs_TE = (cosines_TE / self.fixed_temperature).softmax(-1)
         if mask_T is not None:
             probs_TE = torch.where(mask_T[:, None], probs_TE, 0.0)

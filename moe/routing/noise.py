@@ -26,15 +26,20 @@ def jittered(x_TD: Tensor, size: float) -> Tensor:
     return x_TD * (1 - size + 2 * size * uniform(x_TD))
 
 
-def mixed(logits_TE: Tensor, share: float) -> Tensor:
+def mixed(logits_TE: Tensor, share: float, mask_T: Tensor | None) -> Tensor:
     """Replace this share of the logits by normal noise of their own mean and deviation (Ling, arXiv 2503.05139).
 
-    The paper takes running values of both; these are of the tokens at hand, so that a forward leaves nothing behind.
+    The paper takes running values of both; these are of the valid tokens at hand, so that a forward leaves nothing
+    behind.
     """
     if share == 0.0:
         return logits_TE
     fixed_TE = logits_TE.detach()
-    noise_TE = fixed_TE.mean() + fixed_TE.std(correction=0) * normal(fixed_TE)
+    valid_T1 = torch.ones_like(fixed_TE[:, :1], dtype=torch.bool) if mask_T is None else mask_T[:, None]
+    number = (valid_T1.sum() * fixed_TE.shape[1]).clamp_min(1)
+    mean = torch.where(valid_T1, fixed_TE, 0.0).sum() / number
+    variance = torch.where(valid_T1, (fixed_TE - mean).square(), 0.0).sum() / number
+    noise_TE = mean + variance.sqrt() * normal(fixed_TE)
     return (1 - share) * logits_TE + share * noise_TE
 
 

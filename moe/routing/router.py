@@ -96,11 +96,12 @@ class Router(nn.Module):
         If a ``decision`` is given, its experts are kept and only their gate weights are computed. ``codes_T``, int64,
         are the numbers that :attr:`reads` names.
         """
-        logits_TE = mixed(self.training_logits(x_TD), self.randomness) if self.training else self.logits(x_TD)
+        logits_TE = self.training_logits(x_TD) if self.training else self.logits(x_TD)
         return self.routing(logits_TE, mask_T, sequences, decision)
 
     def routing(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int, decision: Decision | None) -> Routing:
-        """Route T tokens with these logits, see :meth:`forward`."""
+        """Route T tokens with these logits, see :meth:`forward`; in training, after :meth:`begin_step`'s noise."""
+        logits_TE = mixed(logits_TE, self.randomness, mask_T) if self.training else logits_TE
         chosen_TK = self._select(logits_TE, mask_T, sequences) if decision is None else decision.chosen_TK
         gate = self.route(logits_TE, bias_E=self.bias_E, mask_T=mask_T, sequences=sequences, ids_TK=chosen_TK)
         # drawn whether or not the decision is given, so that whatever draws next gets the same numbers in recomputation

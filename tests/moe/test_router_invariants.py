@@ -72,7 +72,7 @@ def test_noise_is_for_training_only_and_follows_the_seed(name: str) -> None:
     assert torch.equal(weights(1), plain(x_TD).weights_TK)
 
 
-@pytest.mark.parametrize("name", ["noisy top-k", "X-MoE", "task"])
+@pytest.mark.parametrize("name", ["noisy top-k", "X-MoE", "task", "MoE++, first layer"])
 def test_a_wholly_random_step_ignores_the_hidden_states(name: str) -> None:
     """``random_steps`` acts on every gate: experts are drawn, in training only."""
     router = router_of(replace(ROWS[name], config=replace(ROWS[name].config, random_steps=4)), 3)

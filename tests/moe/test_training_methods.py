@@ -82,6 +82,20 @@ def test_routing_is_uniform_at_first_and_the_routers_own_at_last() -> None:
     assert shares[2].tolist() == shares[3].tolist() == [0] * 6 + [0.5, 0.5]
 
 
+def test_padding_has_no_part_in_the_random_routing() -> None:
+    """The noise has the mean and deviation of the valid tokens' logits only."""
+    router = MoE(MoEConfig(8, 4, 8, 2, router=RouterConfig(random_steps=10))).router
+    router.begin_step(5)
+    x, mask = torch.randn(12, 8), torch.arange(12) % 3 > 0
+
+    def weights(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return router(x, mask).weights_TK[mask]
+
+    assert torch.equal(weights(x), weights(torch.where(mask[:, None], x, 1e4)))
+    assert not torch.equal(weights(x), router(x).weights_TK[mask])
+
+
 def test_a_run_lowers_the_randomness(config: TrainConfig) -> None:
     router = replace(config.moe.router, random_steps=4)
     trainer = trainer_of(replace(config, moe=replace(config.moe, router=router)))
