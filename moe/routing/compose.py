@@ -60,7 +60,7 @@ def wanted(log_scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
     if bias_E is None:
         return wanted_TE
     # an expert with a bias of -inf still comes before one outside of the kept groups
-    return wanted_TE + bias_E.clamp_min(lowest_bias(wanted_TE.dtype))
+    return wanted_TE + bias_E.to(wanted_TE.dtype).clamp_min(lowest_bias(wanted_TE.dtype))
 
 
 def sum_by_sequence(values_TX: Tensor, sequences: int) -> Tensor:

@@ -192,3 +192,22 @@ def test_with_the_sequence_loss_of_deepseek_v3() -> None:
     load_E = counts(layer, tokens(0), tokens(1))
     steps_of(layer, 1, 2, frozen(layer))
     assert torch.equal(layer.router.bias_E, (RATE * sign(load_E).double()).float())
+
+
+@pytest.mark.parametrize(
+    ("router", "chosen"),
+    [
+        (RouterConfig(groups=2, group_worth="best"), [0, 1]),
+        (RouterConfig(select="each_group", groups=2), [0, 2]),
+        (RouterConfig(select="top_p", top_p=0.9), [0, 2]),
+    ],
+    ids=["best group", "each group", "top-p"],
+)
+def test_the_bias_chooses_in_fp64_too(router: RouterConfig, chosen: list[int]) -> None:
+    """The bias itself stays fp32; -inf excludes an expert."""
+    layer = MoE(MoEConfig(2, 4, 4, 2, router=router, balance=BalanceConfig(bias_update_rate=0.1))).double()
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([[2.0], [1.0], [0.9], [0.8]]).expand(4, 2))
+    layer.router.bias_E.copy_(torch.tensor([0.0, -torch.inf, 0.1, 0.0]))
+    routing = layer.router(torch.ones(1, 2, dtype=torch.float64))
+    assert sorted(routing.ids_TK[0].tolist()) == chosen
