@@ -357,6 +357,8 @@ class MoEConfig:
     def _check_zero_computation(self) -> None:
         """Raise ``ValueError`` for settings that have no meaning for experts that no rank owns."""
         router, capacity = self.router, self.capacity
+        remedy = "gives its slots to experts that ranks own, not to those of zero_computation; use another gate"
+        require(router.gate != "slots", "router.gate", router.gate, remedy)
         require(router.groups == 1, "router.groups", router.groups, "zero_computation has no groups of experts; use 1")
         if capacity is not None:
             remedy = "zero_computation has experts on no device; use 'expert'"

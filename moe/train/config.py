@@ -134,7 +134,7 @@ class TrainConfig:
 
     def _check_choosing(self) -> None:
         """Raise ``ValueError`` if experts would choose among tokens to come, or among too few tokens."""
-        router, experts, micro_batch = self.moe.router, self.moe.num_experts, self.data.micro_batch
+        router, experts, micro_batch = self.moe.router, self.moe.all_experts, self.data.micro_batch
         check_causal(router, "moe.")
         for name in ("record", "replay"):
             folder = getattr(self.routing, name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig, ZeroComputationConfig
 from equimoe.moe.config.routing import Select
 from equimoe.moe.model import Decoder
 from equimoe.moe.routing import Router
@@ -111,6 +111,8 @@ def test_too_few_sequences_to_choose_among_are_refused_in_training() -> None:
     with pytest.raises(ValueError, match="data.micro_batch=2: .* set it to at least 4"):
         small.changed(small.CONFIG, router=router, balance=balance, num_experts=8)
     small.changed(small.CONFIG, router=router, balance=balance)
+    with pytest.raises(ValueError, match="data.micro_batch=2: .* set it to at least 4"):
+        small.changed(small.CONFIG, router=router, balance=balance, zero_computation=ZeroComputationConfig())
 
 
 @pytest.mark.parametrize("select", ["expert_choice", "expert_choice_by_position"])

@@ -291,6 +291,10 @@ def test_parameters_and_operations() -> None:
         ({"capacity": CapacityConfig(pad=True)}, "capacity.pad=True: experts of zero_computation"),
         ({"capacity": CapacityConfig(level="device")}, "capacity.level='device': zero_computation has"),
         ({"router": RouterConfig(groups=5, kept_groups=3)}, "router.groups=5: zero_computation has no groups"),
+        (
+            {"k": 1, "router": RouterConfig(gate="slots"), "balance": BalanceConfig(coefficient=0.0)},
+            "router.gate='slots': gives its slots to experts that ranks own",
+        ),
         ({"balance": BalanceConfig("device")}, "balance.scope='device': balances ranks"),
         ({"balance": BalanceConfig(bias_update_rate=0.001)}, "balance.bias_update_rate=0.001: evens out choices"),
     ],
