@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..balance import recompute
 from ..collectives import draw_seed, fill_normal, reset, seeded
 from ..config import AttentionConfig, MoEConfig, RecomputeConfig
+from ..config.checks import require
 from ..config.routing import in_decoder
 from ..experts import SwiGLU
 from ..layer import MoE
@@ -151,15 +152,25 @@ class Decoder(nn.Module):
             self.head: nn.Module | None = (NormHead if norm_head else nn.Linear)(hidden, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.hidden_size = hidden
+        self.hidden_size, self.vocab_size = hidden, vocab_size
         #: whether the backward pass recomputes any activations
         self.recomputes = recompute_blocks
-        #: whether the routers read token ids
-        self.routes_by_token = moe.router.gate == "hash"
         self.init_std, self.num_layers = moe.init_std, num_layers
-        #: whether each MoE layer's logits go to the next one
-        self.passes_logits = moe.router.gate == "residual"
+        self.serve_routers(moe.router.gate)
         self._initialise(seed)
+
+    def serve_routers(self, gate: str) -> None:
+        """Give MoE layers with this gate what their routers read. All of a decoder's MoE layers must have the same.
+
+        Raises ValueError if it has others.
+        """
+        for layer in self.moe_layers():
+            other = layer.config.router.gate
+            require(gate == other, "moe.router.gate", gate, f"the decoder's other MoE layers have {other!r}; use it")
+        #: whether the routers read token ids
+        self.routes_by_token = gate == "hash"
+        #: whether each MoE layer's logits go to the next one
+        self.passes_logits = gate == "residual"
 
     def reset_parameters(self) -> None:
         """Initialise all weights randomly. The same seed gives the same weights as a new model.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import MoEConfig
 from ..config.checks import require
+from ..config.routing import in_decoder
 from ..experts import LoRAExperts, MergedSwiGLU, SwiGLU
 from ..layer import MoE
 from .decoder import Decoder
@@ -24,6 +27,8 @@ def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16
     ):
         value = getattr(config, name)
         require(value == wanted, f"moe.{name}", value, f"LoRA experts are SwiGLU experts; set it to {wanted!r}")
+    config = replace(config, router=in_decoder(config.router, model.vocab_size))
+    model.serve_routers(config.router.gate)
     model.requires_grad_(False)
     for name, block in model.blocks.items():
         base = block.mlp

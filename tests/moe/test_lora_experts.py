@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from equimoe.moe import BalanceConfig, MoE, MoEConfig
+from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
 from equimoe.moe.engines import build_engine
 from equimoe.moe.experts import LoRAExperts, SwiGLU
 from equimoe.moe.model import Decoder, mix_lora
@@ -141,3 +142,37 @@ def test_what_cannot_be_split_is_refused() -> None:
         mix_lora(model, config)
     with pytest.raises(ValueError, match="rank=0: must be at least 1"):
         LoRAExperts(SwiGLU(4, 4, 0.1), 2, 0, 1.0)
+
+
+@pytest.mark.parametrize("gate", ["hash", "residual"])
+def test_layers_over_a_dense_model_get_what_their_routers_read(gate: Any) -> None:
+    """Although the dense model was built for other routers: the result is that of one that was built for them."""
+    plain = MoEConfig(8, 6, E, 2, balance=BalanceConfig(coefficient=0.0), init_std=0.4)
+    config = replace(plain, router=RouterConfig(gate=gate))
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "num_layers": 2, "num_heads": 2}
+    models = [Decoder(**sizes, intermediate_size=6, moe=moe, moe_every=0) for moe in (plain, config)]
+    mixed, built = (mix_lora(model, config, rank=2) for model in models)
+    torch.manual_seed(0)
+    for weight in mixed.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    built.load_state_dict(mixed.state_dict())
+    ids = torch.randint(VOCABULARY, (2, LENGTH))
+    for model in (mixed, built):
+        model(ids).square().sum().backward()
+    for (name, got), want in zip(mixed.named_parameters(), built.parameters(), strict=True):
+        assert (got.grad is None) == (want.grad is None)
+        if got.grad is not None:
+            assert torch.equal(got.grad, want.grad)
+            assert "residual_weight" not in name or "blocks.1" not in name or bool(got.grad.any())
+
+
+def test_routers_that_do_not_fit_a_decoder_are_refused() -> None:
+    balance = BalanceConfig(coefficient=0.0)
+    plain = MoEConfig(8, 6, E, 2, balance=balance)
+    sizes: dict[str, Any] = {"vocab_size": 9, "seq_len": 4, "num_layers": 2, "num_heads": 2, "intermediate_size": 6}
+    sees = RouterConfig(select="expert_choice", normalize_weights=False)
+    with pytest.raises(ValueError, match="router.select='expert_choice': decides about a token by later tokens"):
+        mix_lora(Decoder(**sizes, moe=plain, moe_every=0), replace(plain, router=sees))
+    half = Decoder(**sizes, moe=plain, dense_layers=1)
+    with pytest.raises(ValueError, match="moe.router.gate='residual': the decoder's other MoE layers have 'linear'"):
+        mix_lora(half, replace(plain, router=RouterConfig(gate="residual")))
