@@ -15,8 +15,9 @@ from .config import OptimConfig, TrainConfig
 
 #: (trainable weights by name, configuration) -> their optimizer
 Build = Callable[[Mapping[str, nn.Parameter], OptimConfig], Optimizer]
-#: parts of names of matrices that map from or to something else than hidden states; Muon leaves them to AdamW
-_ENDS = (".embedding.", ".head.", ".router.", ".gate.", ".bias.")
+#: parts of names of matrices that map from or to something else than hidden states, and of stacks of vectors; Muon
+#: leaves them to AdamW
+_ENDS = (".embedding.", ".head.", ".router.", ".gate.", ".bias.", ".mixing.", ".vectors.")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> Optimizer:

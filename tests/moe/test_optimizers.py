@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equimoe.moe import BalanceConfig, MoEConfig
+from equimoe.moe import BalanceConfig, MoEConfig, ZeroComputationConfig
 from equimoe.moe.engines.optimizers import Lamb, Muon, orthogonalized
 from equimoe.moe.model import Decoder
 from equimoe.moe.train.config import OptimConfig, TrainConfig
@@ -145,7 +145,8 @@ def test_an_orthogonalized_matrix_keeps_its_singular_vectors(shape: tuple[int, .
 
 
 def decoder() -> Decoder:
-    moe = MoEConfig(8, 4, 4, 2, balance=BalanceConfig(), shared_intermediate_size=4, shared_gate=True)
+    shared: dict[str, Any] = {"shared_intermediate_size": 4, "shared_gate": True}
+    moe = MoEConfig(8, 4, 4, 2, balance=BalanceConfig(), zero_computation=ZeroComputationConfig(), **shared)
     return Decoder(vocab_size=16, seq_len=8, num_layers=2, num_heads=2, intermediate_size=8, moe=moe, dense_layers=1)
 
 
@@ -153,7 +154,7 @@ def test_muon_updates_the_matrices_between_hidden_states() -> None:
     named = dict(decoder().named_parameters())
     optimizer = build_optimizer(named, OptimConfig(name="muon"))
     inner = {p for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
-    kept = ("embedding.weight", "head.weight", "router.weight", "shared.gate.weight")
+    kept = ("embedding.weight", "head.weight", "router.weight", "shared.gate.weight", "local.mixing", "local.vectors")
     assert inner == {p for name, p in named.items() if p.dim() > 1 and not name.endswith(kept)}
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(named.values())
 
