@@ -21,6 +21,8 @@ _MOE: tuple[str, ...] = (
 _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "groups", "kept_groups", "group_worth")
 #: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
 _KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
+#: what to do with a model that transformers does not have
+_REMEDY = "so its weights can neither be converted nor start another run; train on with --resume"
 #: fields of ``MoEConfig`` for experts that no model of transformers has; None: none
 _UNKNOWN = ("zero_computation", "widths")
 
@@ -88,12 +90,12 @@ def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
     given = sections["moe"].get("router", {})
     for name, known in _KNOWN.items():
         value = given.get(name, known[0])
-        require(value in known, f"moe.router.{name}", value, "no model of transformers has such a router")
+        require(value in known, f"moe.router.{name}", value, f"no model of transformers has such a router, {_REMEDY}")
     norm_head = model.get("norm_head", False)
-    require(not norm_head, "model.norm_head", norm_head, "no model of transformers has such a head")
+    require(not norm_head, "model.norm_head", norm_head, f"no model of transformers has such a head, {_REMEDY}")
     for name in _UNKNOWN:
         value = sections["moe"].get(name)
-        require(value is None, f"moe.{name}", value, "no model of transformers has such experts")
+        require(value is None, f"moe.{name}", value, f"no model of transformers has such experts, {_REMEDY}")
     router = {name: value for name, value in given.items() if name in _ROUTER}
     own: dict[str, Any] = {
         "moe_every": 1,
