@@ -131,7 +131,10 @@ class Trainer:
         if folder is None:
             return None
         tokens, stage = (self.axis, 0) if self.mesh is None else (self.mesh["stage"], self.mesh["pp"].rank)
-        return RoutingFiles(folder, f"routing.{name}", tokens, stage)
+        files = RoutingFiles(folder, f"routing.{name}", tokens, stage)
+        if name == "replay":
+            files.check()
+        return files
 
     @property
     def model(self) -> Decoder:
