@@ -206,3 +206,13 @@ class RoutingFiles:
                 "seed and steps"
             )
         return decisions
+
+    @contextmanager
+    def replayed(self, layers: Mapping[Any, MoE], step: int, sequences: list[int]) -> Iterator[None]:
+        """Context of a step in which ``layers`` replay what is stored. Raises DataError if that does not fit them."""
+        decisions = self.read(step, sequences)
+        try:
+            with replayed_routing(layers, decisions):
+                yield
+        except ValueError as error:
+            raise DataError(f"{self.option}={self.folder}: does not fit this run: {error}") from error

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -208,6 +209,12 @@ def test_a_run_replays_the_decisions_of_another(config: TrainConfig, tmp_path: P
     with pytest.raises(DataError, match="routing.replay=.*: the decisions of step 3 cannot be read from"):
         second.train_step()
     stored = first.records.path(0)
+    with np.load(stored) as file:
+        ids = {name: ids if name == "sequences" else ids + 77 for name, ids in file.items()}
+    np.savez(stored, **ids)
+    third = trainer_of(replace(config, routing=RoutingConfig(replay=folders[0])))
+    with pytest.raises(DataError, match=f"routing.replay={folders[0]}: does not fit this run: ids_TK in .77, "):
+        third.train_step()
     stored.write_bytes(stored.read_bytes()[:-40].replace(b"chosen_TK", b"chosen_TX"))
     with pytest.raises(DataError, match="the decisions of step 1 cannot be read from"):
         first.records.read(0, [])
