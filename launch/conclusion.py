@@ -17,6 +17,7 @@ from ..moe.train.optim import rise_on_resume
 from ..moe.train.trainer import Trainer
 from . import env
 from .options import Launch
+from .records import numbers
 
 
 def constant_rate(rate: float) -> str:
@@ -32,14 +33,15 @@ def conclude(trainer: Trainer, launch: Launch, result: dict[str, Any], arguments
         records = read_records(run_dir / METRICS_FILE)
     except OSError:  # a full disk did not end the run, and the missing file does not either
         records = []
-    bigram: dict[str, float] = next((record["bigram"] for record in records if record["kind"] == "baseline"), {})
+    baseline = next((record for record in records if record["kind"] == "baseline"), {})
     trained: dict[str, Any] = next(
         (record for record in reversed(records) if record["kind"] == "train"), {"layers": []}
     )
     print("\nheld-out loss (nats per token), compared with a bigram model of the whole training text:")
     rows = [(d, entry["loss"]) for d, entry in result["domains"].items()] + [("all", result["loss"])]
     for domain, loss in rows:
-        print(f"  {printable(domain):<16} {loss:.4f}   bigram {bigram.get(domain, float('nan')):.4f}")
+        bigram = numbers([baseline], "bigram", domain)[0]
+        print(f"  {printable(domain):<16} {loss:.4f}   bigram {bigram:.4f}")
     dead = sum(int(layer["dead"]) for layer in trained["layers"])
     print(f"dead experts in the last step: {dead} of {len(trained['layers']) * config.moe.num_experts}")
     print(f"checkpoint: {printable(str(checkpoint.newest(run_dir / 'checkpoints')))}")
@@ -64,6 +66,15 @@ def conclude_early(trainer: Trainer, launch: Launch, number: int, arguments: lis
     print(f"metrics:    {printable(str(run_dir / METRICS_FILE))}")
     print(f"report:     {_report(run_dir)}")
     print(f"continue:   {printable(command_to_continue(arguments, process, steps))}", flush=True)
+
+
+def report_if_missing(run_dir: Path) -> None:
+    """Write the report of a finished run that was killed before it had one."""
+    from .report import REPORT_FILE
+
+    page, metrics = run_dir / REPORT_FILE, run_dir / METRICS_FILE
+    if metrics.exists() and (not page.exists() or page.stat().st_mtime < metrics.stat().st_mtime):
+        print(f"report:     {_report(run_dir)}")
 
 
 def _report(run_dir: Path) -> str:

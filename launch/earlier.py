@@ -21,6 +21,10 @@ FILES = (METRICS_FILE, LOCK, EXIT_FILE, CONFIG_FILE)
 def exists(run_dir: Path) -> bool:
     """Return whether the run folder exists. Raises ValueError if it cannot be one."""
     remedy = "choose another --run-dir"
+    try:
+        str(run_dir).encode()
+    except UnicodeEncodeError:  # safetensors could not open the checkpoints
+        raise ValueError(f"run_dir={str(run_dir)!r}: is not UTF-8; {remedy}") from None
     for place in (run_dir, *run_dir.absolute().parents):
         try:
             kind = os.stat(place).st_mode
@@ -78,7 +82,8 @@ def _lost(run_dir: Path) -> str:
     A run makes the folder of its checkpoints before its metrics, and records each checkpoint when it is complete.
     """
     root = run_dir / CHECKPOINTS
-    saved = [record["step"] for record in read_records(run_dir / METRICS_FILE) if record["kind"] == "checkpoint"]
+    records = read_records(run_dir / METRICS_FILE)
+    saved = [record.get("step", 0) for record in records if record["kind"] == "checkpoint"]
     if saved:
         return f"holds no checkpoint, although the run has saved one in step {max(saved)}"
     if not root.is_dir():

@@ -109,6 +109,11 @@ def started() -> bool:
     return "RANK" in os.environ
 
 
+def under_torchrun() -> bool:
+    """Return whether torchrun itself started this process as a rank. Its variable alone is left of something else."""
+    return started() and "TORCHELASTIC_RUN_ID" in os.environ
+
+
 #: the variables of a rank, and the launchers' names for the optional one
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")

@@ -25,7 +25,8 @@ from ..moe import MoE
 from ..moe.health import Heartbeat
 from ..moe.observe.printable import printable
 from ..moe.train.data import DataError
-from .env import DATA, HANG, MEMORY, Process, end_agent, leave, may_restart, record_exit
+from ..moe.train.decisions import RecordError
+from .env import CANNOT_WRITE, DATA, HANG, MEMORY, Process, end_agent, leave, may_restart, record_exit
 from .joining import Meeting
 from .memory import is_out_of_memory, out_of_memory_line
 
@@ -59,6 +60,8 @@ def classify(problem: Exception, layers: Mapping[int, MoE]) -> tuple[int, str]:
     text = " ".join(str(problem).split())
     if is_out_of_memory(problem):
         return MEMORY, f"out of memory: {out_of_memory_line(problem, layers)}"
+    if isinstance(problem, RecordError):
+        return CANNOT_WRITE, text
     return (DATA, text) if isinstance(problem, DataError) else (FAILED, f"{type(problem).__name__}: {text}")
 
 

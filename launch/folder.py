@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..moe.observe.printable import printable
 from .env import start_time
 
 LOCK = "lock"
@@ -115,12 +116,9 @@ class RunLock:
             raise ValueError(self._in_use(before))
         if self.continues:
             return
-        print(
-            f"note: {self.run_dir} was held by process {before.get('pid')} on {before.get('host')}, which has ended; "
-            "taking it over",
-            file=sys.stderr,
-            flush=True,
-        )
+        holder = f"process {before.get('pid')} on {before.get('host')}"
+        note = printable(f"{self.run_dir} was held by {holder}, which has ended; taking it over")
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
     def _abandoned(self) -> bool:
         """Return whether the lock of another host is not renewed any more. This may take some seconds to find out."""
@@ -137,7 +135,8 @@ class RunLock:
         probe = self.run_dir / f".{LOCK}.{os.getpid()}"
         try:
             probe.touch()
-            return probe.stat().st_mtime - os.fstat(self._file).st_mtime
+            age = probe.stat().st_mtime - os.fstat(self._file).st_mtime
+            return max(age, 0.0)  # the clock may have been set back since
         except OSError:
             return 0.0
         finally:

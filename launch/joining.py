@@ -347,7 +347,7 @@ def together(
     try:
         result = work()
     except (ValueError, OSError) as problem:
-        error = " ".join(str(problem).split())
+        error = " ".join(str(problem).split()) or type(problem).__name__
     mine = (error, "" if error else fingerprint(result))  # type: ignore[arg-type]
     reports = gathered(process, mine)
     failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]

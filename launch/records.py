@@ -6,6 +6,7 @@ Shapes: N records, L MoE layers, E experts, D domains.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def numbers(records: Iterable[Record], *path: str) -> Array:
     def value(record: Any) -> float:
         for part in path:
             record = record.get(part) if isinstance(record, dict) else None
-        return float(record) if isinstance(record, (int, float)) and math.isfinite(record) else math.nan
+        is_one = isinstance(record, (int, float)) and abs(record) <= sys.float_info.max
+        return float(record) if is_one else math.nan
 
     return np.array([value(record) for record in records], float)
 

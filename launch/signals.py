@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from .env import Process, end_agent, is_launcher, may_restart, record_exit
+from .env import Process, end_agent, is_launcher, may_restart, record_exit, under_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
@@ -121,11 +121,14 @@ class Signals:
 
 def _bind_to_parent() -> int:
     """Make this rank end when its torchrun does; return torchrun's process id, or 0 without torchrun."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not under_torchrun():
         return 0
     parent = os.getppid()
     if sys.platform == "linux":  # reaches also a rank that is stopped
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or not is_launcher(parent):
-        os._exit(128 + signal.SIGKILL)  # torchrun was killed while this process started
+    if os.getppid() != parent or not is_launcher(parent):  # torchrun was killed while this process started
+        why = f"its parent, process {os.getppid()}, is not torchrun"
+        remedy = "if torchrun runs, let a script in between start this command with exec"
+        print(f"error: rank {os.environ['RANK']}: {why}; {remedy}", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGKILL)
     return parent

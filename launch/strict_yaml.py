@@ -12,6 +12,8 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 
 #: bytes of a file, nested collections, and values after every alias has been replaced by what it stands for
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 32, 100_000
+#: digits of a whole number; Python refuses to print one of some thousands
+MAX_DIGITS = 400
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,6 +91,8 @@ def _check_values(root: Node) -> None:
                 children = [part for pair in node.value for part in pair]
             elif isinstance(node, SequenceNode):
                 children = node.value
+            elif node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:
+                raise _Refused(f"a number of more than {MAX_DIGITS} digits; give a smaller one", line)
             total = 1
             for child in children:
                 total += size(child)

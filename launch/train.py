@@ -22,6 +22,7 @@ from ..moe import checkpoint
 from ..moe.config import dotted
 from ..moe.health import COLLECTIVE, Heartbeat
 from ..moe.observe.metrics import METRICS_FILE, MetricsWriter, write_atomically
+from ..moe.observe.printable import printable
 from ..moe.observe.progress import Progress
 from ..moe.observe.trackers import check_installed, tracker_names
 from ..moe.parallel import ParallelConfig, build_mesh
@@ -35,7 +36,7 @@ from ..moe.train.optim import rise_on_resume
 from ..moe.train.replay import DisagreementError
 from ..moe.train.trainer import Trainer
 from . import earlier, env, initial, joining, tokens
-from .conclusion import conclude, conclude_early, constant_rate
+from .conclusion import conclude, conclude_early, constant_rate, report_if_missing
 from .failing import FAILED, Failure, classify
 from .folder import RunLock
 from .introduction import introduce
@@ -175,7 +176,9 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     if found is not None and found[1]["step"] >= config.steps:
         if process.rank == 0:
             reached = f"{found[0].name} has reached --steps={config.steps}"
-            print(f"{run_dir}: is finished, as {reached}; raise it to train on")
+            print(f"{printable(str(run_dir))}: is finished, as {reached}; raise it to train on")
+            if not launch.dry_run:
+                report_if_missing(run_dir)
             env.record_exit(process, 0)
         return
     patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
@@ -191,6 +194,8 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         return
     if not exists:
         lock = _lock(attempt, held)
+        # another job may have made the folder meanwhile, and have ended again
+        together(process, env.CHECKPOINT, lambda: lock is None or earlier.check(launch, False, False, False))
     if lock is not None:
         lock.confirm()
         trainer.saver.guard = lock.lost
@@ -273,7 +278,7 @@ def _lock(attempt: Attempt, held: ExitStack) -> RunLock | None:
 
 def _restarted(lock: RunLock, meeting: joining.Meeting) -> bool:
     """Return whether torchrun has restarted this very job. One that was refused has not held the folder."""
-    return lock.continues and (meeting.restarted or "TORCHELASTIC_RUN_ID" in os.environ)
+    return lock.continues and (meeting.restarted or env.under_torchrun())
 
 
 def _check_vocabulary(config: TrainConfig, corpus: Corpus) -> None:
@@ -304,7 +309,7 @@ def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple
     why_new = together(process, env.CHECKPOINT, lambda: earlier.check(launch, resuming, again, choice is not None))
     note = note or why_new
     if note and process.rank == 0:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        print(f"note: {printable(note)}", file=sys.stderr, flush=True)
     return None if choice is None else (choice.path, choice.manifest)
 
 

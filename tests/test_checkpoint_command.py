@@ -201,6 +201,17 @@ def test_export(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(set(index["weight_map"].values())) == {1: 3, 100: 2, 10**9: 1}[file_bytes]
 
 
+def test_an_export_touches_nothing_beside_its_folder(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "mine").write_text("precious")
+    before = set(tmp_path.iterdir())
+    assert call(capsys, "export", run_dir, "--out", tmp_path / "out")[0] == 0
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
+    assert (tmp_path / "out.tmp" / "mine").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["show", "reshard", "export"])
 def test_the_newest_valid_checkpoint_of_a_run_is_used(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

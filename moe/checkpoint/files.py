@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,25 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes ``out`` at the end of the block. After an error, nothing is left of it.
+
+    Nothing that was there before is touched. Raises ValueError if ``out`` exists.
+    """
+    if os.path.lexists(out):
+        raise ValueError(f"--out={out}: exists already; choose another folder")
+    partial = out.with_name(f"{out.name}.{secrets.token_hex(4)}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+        sync(out.absolute().parent)
+    except BaseException:
+        remove(partial)
+        raise
 
 
 def free_bytes(folder: Path) -> int | None:

@@ -76,7 +76,10 @@ def parse_manifest(path: Path) -> dict[str, Any]:
         content = read_plain(file, _MAX_BYTES)
         manifest = parse_json(content)
         schema, step, position = manifest["schema"], manifest["step"], dict(manifest["position"])
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in dict(manifest["files"]).items()}
+        entries = {
+            str(name): {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in dict(manifest["files"]).items()
+        }
         if type(step) is not int or not 0 <= step <= _MAX_STEP:
             raise ValueError("step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -92,8 +95,8 @@ def parse_manifest(path: Path) -> dict[str, Any]:
     folder = FOLDER.fullmatch(path.resolve().name)
     if folder and int(folder[1]) != step:
         raise CheckpointError(f"{file}: is of step {step}, unlike its folder; rename the folder or delete it")
-    _check_listing(path, schema, files.keys())
-    fields = {"schema": schema, "step": step, "position": position, "files": manifest["files"]}
+    _check_listing(path, schema, entries.keys())
+    fields = {"schema": schema, "step": step, "position": position, "files": entries}
     return fields | {"digest": hashlib.sha256(content).hexdigest()}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .agreement import choose
-from .files import remove, sync, write_blocks, write_durably
+from .files import new_folder, remove, write_blocks, write_durably
 from .manifest import MANIFEST, CheckpointError, read_manifest, reason
 from .reader import key_of
 from .store import candidates, commit, contents, opener
@@ -126,8 +126,6 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
     Names are those of the model's parameters. A JSON index names the file of each weight. A larger weight gets its own
     file. Returns the files.
     """
-    if out.exists():
-        raise ValueError(f"--out={out}: exists already; choose another folder")
     saved = contents(source, manifest)
     weights = {name.removeprefix(WEIGHTS): name for name in saved if name.startswith(WEIGHTS)}
     groups: list[list[str]] = [[]]
@@ -139,10 +137,7 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
             size = 0
         groups[-1].append(name)
         size += nbytes
-    partial = out.with_name(f"{out.name}.tmp")
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         places: dict[str, str] = {}
         with Reader(source, saved, opener(manifest)) as reader:
             for number, names in enumerate(groups, 1):
@@ -153,11 +148,6 @@ def export(source: Path, manifest: dict[str, Any], out: Path, file_bytes: int) -
         total = sum(bytes_of(saved[full]) for full in weights.values())
         index = {"metadata": {"total_size": total, "step": manifest["step"]}, "weight_map": places}
         write_durably(partial / INDEX, [json.dumps(index, indent=1).encode()])
-        partial.rename(out)
-        sync(out.absolute().parent)
-    except BaseException:
-        remove(partial)
-        raise
     return sorted(out.iterdir())
 
 

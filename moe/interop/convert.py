@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, contents
-from ..checkpoint.files import remove, sync, write_blocks, write_durably
+from ..checkpoint.files import new_folder, remove, write_blocks, write_durably
 from ..checkpoint.manifest import parse_manifest, reason
 from ..checkpoint.store import opener
 from ..checkpoint.tensors import DTYPE_OF_NAME, Saved
@@ -196,19 +196,11 @@ def export_checkpoint(
     exact = "float32" if dtype or not record else usual
     dtypes = {name: DTYPE_OF_NAME[others.get(name, exact if _BIAS in name else usual)] for name in tensors}
     small[CONFIG] = json.dumps(config | _dtype_of(config, usual), indent=2).encode()
-    partial = out.with_name(f"{out.name}.tmp")
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         for name, content in small.items():
             write_durably(partial / name, [content])
         with Reader(path, saved, opener(manifest)) as reader:
             _write(partial, tensors, dtypes, _blocks_of(reader, tensors, dtypes), file_bytes)
-        partial.rename(out)
-        sync(out.absolute().parent)
-    except BaseException:
-        remove(partial)
-        raise
     return kind, sorted(out.iterdir())
 
 

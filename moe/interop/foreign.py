@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..checkpoint.files import remove, sync, write_tensors
+from ..checkpoint.files import new_folder, write_tensors
 from ..checkpoint.manifest import METADATA, read_plain, reason, short
 from ..checkpoint.pickles import Name
 from ..checkpoint.tensors import Chunk, Saved
@@ -78,22 +78,12 @@ def moe_layers(folder: Path, expert: Sequence[str] = EXPERT) -> Iterator[tuple[s
 
 def write_layers(folder: Path, out: Path, expert: Sequence[str] = EXPERT) -> Iterator[tuple[Path, dict[str, Tensor]]]:
     """Write a safetensors file for each layer of :func:`moe_layers` to the new folder ``out``; yield them."""
-    if out.exists():
-        raise ValueError(f"--out={out}: exists already; choose another folder")
-    partial = out.with_name(f"{out.name}.tmp")
-    remove(partial)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out) as partial:
         for name, weights in moe_layers(folder, expert):
             if not re.fullmatch(r"\w[\w.]*", name):
                 raise CheckpointError(f"{folder}: refused: {short(name)} is no name of a layer")
             write_tensors(partial / f"{name}.safetensors", weights)
             yield out / f"{name}.safetensors", weights
-        partial.rename(out)
-        sync(out.absolute().parent)
-    except BaseException:
-        remove(partial)
-        raise
 
 
 def _newest(folder: Path) -> Path:

@@ -180,9 +180,9 @@ class MetricsWriter:
         return found.st_dev, found.st_ino
 
     def _cut(self, step: int) -> None:
-        records = (_parse(line) for line in self.path.read_bytes().split(b"\n"))
-        kept = [record for record in records if record is not None and (record.get("step") or 0) <= step]
-        write_atomically(self.path, b"".join(to_line(record) for record in kept))
+        lines = ((line, _parse(line)) for line in self.path.read_bytes().split(b"\n"))
+        kept = [line for line, record in lines if record is not None and record.get("step", 0) <= step]
+        write_atomically(self.path, b"".join(line + b"\n" for line in kept))
 
     def write(self, record: Record) -> None:
         """Append one record, see the module's docstring. Records of kind "train" and "eval" need a ``step``."""

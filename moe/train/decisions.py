@@ -16,6 +16,7 @@ import torch
 from ..collectives import Axis
 from ..layer import MoE
 from ..types import Decision, Routing
+from .data import DataError
 
 #: the decisions of each layer, by its name or number, for all tokens of a rank, in the order of its forwards
 Decisions = dict[Any, Decision]
@@ -138,6 +139,10 @@ def _decided(layer: MoE, see: Callable[[Decision], None]) -> Iterator[None]:
         del local.sent  # the class's own again
 
 
+class RecordError(OSError):
+    """Decisions cannot be stored. Raised on the rank that has them."""
+
+
 class RoutingFiles:
     """Stores a rank's decisions of every step in a folder, without pickle.
 
@@ -152,37 +157,62 @@ class RoutingFiles:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}" / self.name
 
+    def check(self) -> None:
+        """Raise ValueError if the folder has no decisions for this rank."""
+        if not any(self.folder.glob(f"step-*/{self.name}")):
+            raise ValueError(
+                f"{self.option}={self.folder}: has no {self.name} for any step; give the folder of recorded decisions, "
+                "and replay with the sizes of parallel.* that recorded them"
+            )
+
     def write(self, step: int, sequences: list[int], decisions: Decisions) -> None:
-        """Store the decisions of a step on these sequences of the training data."""
+        """Store the decisions of a step on these sequences of the training data. Raises RecordError if it cannot."""
         path = self.path(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
         parts = {
             f"{number}.{field}": ids_TK.cpu().numpy()
             for number, decision in decisions.items()
             for field, ids_TK in decision._asdict().items()
         }
-        with path.with_suffix(".partial").open("wb") as file:
-            np.savez_compressed(file, sequences=np.array(sequences), **parts)
-        path.with_suffix(".partial").replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_suffix(".partial").open("wb") as file:
+                np.savez_compressed(file, sequences=np.array(sequences), **parts)
+            path.with_suffix(".partial").replace(path)
+        except OSError as error:
+            why = f"cannot be written ({error.strerror or error})"
+            remedy = "make room there or choose another folder, and resume"
+            raise RecordError(f"{self.option}={self.folder}: {why}; {remedy}") from None
 
     def read(self, step: int, sequences: list[int]) -> Decisions:
-        """Return what :meth:`write` has stored. Raises ValueError if it was of other sequences, or cannot be read."""
+        """Return what :meth:`write` has stored. Raises DataError if it was of other sequences, or cannot be read."""
         path = self.path(step)
         try:
+            if not path.is_file():  # opening a pipe may never end
+                raise ValueError("is not a file" if path.exists() else "does not exist")
             with np.load(path, allow_pickle=False) as file:
                 found = {name: torch.from_numpy(file[name]) for name in file.files}
             stored = found.pop("sequences").tolist()
             numbers = sorted({int(name.partition(".")[0]) for name in found})
             fields = Decision._fields
             decisions = {n: Decision(*(found[f"{n}.{field}"] for field in fields)) for n in numbers}
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ValueError(
+        except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds for a damaged file
+            raise DataError(
                 f"{self.option}={self.folder}: the decisions of step {step + 1} cannot be read from {path} ({error}); "
                 "replay with the sizes of parallel.* that recorded them"
             ) from None
         if stored != sequences:
-            raise ValueError(
+            raise DataError(
                 f"{self.option}={self.folder}: step {step + 1} was recorded on other sequences; use the same data.*, "
                 "seed and steps"
             )
         return decisions
+
+    @contextmanager
+    def replayed(self, layers: Mapping[Any, MoE], step: int, sequences: list[int]) -> Iterator[None]:
+        """Context of a step in which ``layers`` replay what is stored. Raises DataError if that does not fit them."""
+        decisions = self.read(step, sequences)
+        try:
+            with replayed_routing(layers, decisions):
+                yield
+        except ValueError as error:
+            raise DataError(f"{self.option}={self.folder}: does not fit this run: {error}") from error

@@ -270,6 +270,7 @@ class RoutingConfig:
         for name in ("record", "replay"):
             folder = getattr(self, name)
             require(folder is None or folder.strip() != "", f"routing.{name}", folder, "is empty; give a folder")
+            require("\0" not in (folder or ""), f"routing.{name}", folder, "cannot name a folder; choose another")
 
 
 @dataclass(frozen=True)

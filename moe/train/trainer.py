@@ -42,7 +42,7 @@ from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
 from .data import READ_AHEAD, Ahead, Batches, Corpus, Cursor
-from .decisions import Decisions, RoutingFiles, recorded_routing, replayed_routing
+from .decisions import Decisions, RoutingFiles, recorded_routing
 from .evaluate import evaluate
 from .judge import Judge, NonFiniteError
 from .optim import learning_rate
@@ -131,7 +131,10 @@ class Trainer:
         if folder is None:
             return None
         tokens, stage = (self.axis, 0) if self.mesh is None else (self.mesh["stage"], self.mesh["pp"].rank)
-        return RoutingFiles(folder, f"routing.{name}", tokens, stage)
+        files = RoutingFiles(folder, f"routing.{name}", tokens, stage)
+        if name == "replay":
+            files.check()
+        return files
 
     @property
     def model(self) -> Decoder:
@@ -236,7 +239,7 @@ class Trainer:
         found: Decisions = {}
         with ExitStack() as stack:
             if self.replays is not None:
-                stack.enter_context(replayed_routing(self.layers, self.replays.read(self.step, numbers)))
+                stack.enter_context(self.replays.replayed(self.layers, self.step, numbers))
             if self.records is not None:
                 found = stack.enter_context(recorded_routing(self.layers))
             yield

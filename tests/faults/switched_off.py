@@ -38,7 +38,7 @@ DEFENCES = [
             "Cursor()"),
     Defence("2", "launch/train.py",
             "test_bad_input.py::test_a_run_that_torchrun_has_restarted_goes_on",
-            'return lock.continues and (meeting.restarted or "TORCHELASTIC_RUN_ID" in os.environ)',
+            'return lock.continues and (meeting.restarted or env.under_torchrun())',
             "return False"),
     Defence("2", "launch/signals.py",
             "test_endings.py::test_a_run_that_torchrun_restarts_does_not_take_its_signal_for_the_users",

@@ -15,6 +15,7 @@ import torch
 
 from equimoe.moe import checkpoint
 from equimoe.moe.checkpoint import CheckpointError
+from equimoe.moe.checkpoint.manifest import seal
 from tests.faults.table import report
 from tests.helpers.checkpoints import forge, load_all, nothing_happens, save_old
 
@@ -23,6 +24,14 @@ SHARD = "rank00000-000.safetensors"
 
 def save(root: Path, step: int, keep: int = 9) -> Path:
     return checkpoint.save(root, step, {"model.w": torch.full((5, 3), float(step))}, {}, keep)
+
+
+def _pairs(path: Path) -> None:
+    """List the files as pairs, of which a dict could be made."""
+    file = path / checkpoint.MANIFEST
+    fields = json.loads(file.read_text())
+    file.write_bytes(seal(json.dumps(fields | {"files": list(fields["files"].items())}, indent=1).encode()))
+    (path / SHARD).write_bytes(b"")
 
 
 def _manifest_is(content: bytes) -> Callable[[Path], object]:
@@ -47,6 +56,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a million arrays in it": _manifest_is(b'{"schema": 3, "position": ' + b"[" * 1_000_000),
     "huge": lambda path: os.truncate(path / checkpoint.MANIFEST, 1 << 40),
     "huge number": _manifest_is(b'{"schema": 3, "step": ' + b"9" * 1_000_000 + b"}"),
+    "pairs": _pairs,
     "not text": _manifest_is(b"\xff\xfe\x00"),
     "empty": _manifest_is(b""),
 }

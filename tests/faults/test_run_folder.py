@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from equimoe.launch import env
+from equimoe.launch import env, train
 from equimoe.moe import checkpoint
 from equimoe.moe.observe.metrics import MetricsWriter, read_records
 from equimoe.moe.train.config import CheckpointConfig
@@ -132,6 +133,53 @@ def test_a_missing_folder_of_checkpoints_is_no_early_end(tmp_path: Path, run: Ru
     one_line(run("--requeue"), env.CHECKPOINT, "checkpoints: is missing, although the run had begun; put it back")
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_metrics_that_somebody_else_wrote_end_no_run(tmp_path: Path, run: Run, lost: bool) -> None:
+    """Records that lack fields, or are nested deeply: with checkpoints, the run goes on, else it says what it lacks."""
+    assert run("--checkpoint.every", "0").codes == [0]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    nested = '{"kind": "x", "a": ' + "[" * 600 + "]" * 600 + "}"
+    lines = ['{"kind": "baseline"}', '{"kind": "baseline", "bigram": [1]}', '{"kind": "checkpoint"}', nested]
+    metrics.write_text("\n".join(lines) + "\n" + metrics.read_text())
+    if lost:
+        _empty(tmp_path / "run" / "checkpoints")
+        one_line(run("--resume"), env.CHECKPOINT, "although the run has saved one in step 4")
+        return
+    ended = run("--resume", "--steps", "5")
+    assert ended.codes == [0] and "bigram nan" in ended.out[0], ended
+    assert [json.loads(line) for line in metrics.read_text().splitlines()[:4]] == [json.loads(line) for line in lines]
+
+
+def test_a_run_that_was_killed_before_its_report_gets_one_when_it_is_started_again(tmp_path: Path, run: Run) -> None:
+    assert run().codes == [0]
+    page = tmp_path / "run" / "report.html"
+    for change in (page.unlink, lambda: os.utime(page, (1, 1))):  # none, or one of before the last steps
+        change()
+        assert run("--resume", "--dry-run").codes == [0] and not (page.exists() and page.stat().st_mtime > 1)
+        ended = run("--resume")
+        assert ended.codes == [0] and f"report:     {page}" in ended.out[0] and page.stat().st_mtime > 1
+
+
+def test_a_job_that_starts_at_the_same_time_overwrites_nothing(tmp_path: Path, run: Run) -> None:
+    """The other one makes the folder while this one prepares, and has ended when this one takes it."""
+    real, folder = train.introduce, tmp_path / "run"
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        def introduce(*args: Any) -> None:
+            real(*args)
+            (tmp_path / "theirs").rename(folder)
+
+        with mock.patch.object(train, "introduce", introduce):
+            yield
+
+    assert run().codes == [0]
+    before = (folder / "metrics.jsonl").read_bytes()
+    folder.rename(tmp_path / "theirs")
+    one_line(run(within=together), env.CHECKPOINT, f"run_dir={str(folder)!r}: already holds a run; add --resume")
+    assert (folder / "metrics.jsonl").read_bytes() == before and (folder / "exit_code").read_text() == "0\n"
+
+
 # ---- a folder that cannot be used
 
 
@@ -145,6 +193,7 @@ def test_a_missing_folder_of_checkpoints_is_no_early_end(tmp_path: Path, run: Ru
         ("small.yaml/a/b", "small.yaml is not a folder"),
         ("dangling", "dangling is a link to nothing"),
         ("circle/run", "cannot be used (Too many levels of symbolic links)"),
+        (os.fsdecode(b"r\xfcn"), "is not UTF-8; choose another"),
     ],
 )
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, run: Run, name: str, words: str) -> None:

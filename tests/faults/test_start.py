@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from equimoe.launch import env, folder, joining
+from equimoe.launch import env, folder, joining, signals
 from equimoe.launch.env import Process
 from equimoe.launch.folder import RunLock
 from equimoe.launch.options import to_yaml
@@ -136,6 +138,27 @@ def test_a_stale_rank_does_not_train(
     report("58", "one line", exit_code=env.CONFIG)
 
 
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_a_stale_torchrun_is_said(
+    variables: Callable[..., None],
+    rank: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without a rank, its variable means nothing; a rank whose parent is a script does not end without a word."""
+    ended: list[int] = []
+    variables(TORCHELASTIC_RUN_ID="old", **({} if rank is None else {"RANK": rank}))
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    monkeypatch.setattr(signals, "is_launcher", lambda pid: False)
+    monkeypatch.setattr(signals.ctypes, "CDLL", mock.Mock())
+    parent = signals._bind_to_parent()
+    if rank is None:
+        assert parent == 0 and not ended and not env.under_torchrun()
+    else:
+        why = f"error: rank 0: its parent, process {os.getppid()}, is not torchrun; if torchrun runs, let a script in"
+        assert ended == [128 + signal.SIGKILL] and capsys.readouterr().err.startswith(why)
+
+
 # ---- the lock
 
 
@@ -211,17 +234,26 @@ def test_the_lock_of_another_host_is_respected_while_it_is_renewed(
         RunLock(tmp_path / "run", [])
 
 
-@pytest.mark.parametrize("age", [0.0, 3600.0])
+@pytest.mark.parametrize("age", [0.0, 3600.0, -3600.0])
 def test_an_abandoned_lock_of_another_host_is_taken_over(
     tmp_path: Path, age: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that is not old yet is watched until it is."""
-    monkeypatch.setattr(folder, "STALE_S", 1.0 if age == 0 else 20.0)
+    """One that is not old yet is watched until it is, but not for an hour if the clock was set back by one."""
+    monkeypatch.setattr(folder, "STALE_S", 20.0 if age > 0 else 1.0)
     lock, start = elsewhere(tmp_path / "run"), time.time()
     os.utime(lock, (start - age, start - age))
     RunLock(tmp_path / "run", []).release()
     assert "was held by process 7 on node-b, which has ended; taking it over" in capsys.readouterr().err
-    assert (time.time() - start > 0.9) == (age == 0)
+    assert (time.time() - start > 0.9) == (age <= 0)
+
+
+def test_the_name_of_a_holder_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folder, "STALE_S", 0.0)
+    (tmp_path / "lock").write_text(json.dumps({"host": "\x1b]0;owned\x07\nb", "pid": 7}))
+    RunLock(tmp_path, []).release()
+    assert "process 7 on \\x1b]0;owned\\x07\\nb, which has ended" in capsys.readouterr().err
 
 
 def test_without_flock_a_living_holder_is_still_found(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from equimoe.moe.engines.torch import TorchEngine
 from equimoe.moe.model.decoder import numbered_moe_layers
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh
 from equimoe.moe.train.config import RoutingConfig, TrainConfig
-from equimoe.moe.train.decisions import Decisions, recorded_routing, replayed_routing
+from equimoe.moe.train.data import DataError
+from equimoe.moe.train.decisions import Decisions, RecordError, recorded_routing, replayed_routing
 from equimoe.moe.types import Decision
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
@@ -191,18 +194,45 @@ def config(tmp_path: Path) -> TrainConfig:
 def test_a_run_replays_the_decisions_of_another(config: TrainConfig, tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("first", "second")]
     first = trainer_of(replace(config, routing=RoutingConfig(record=folders[0])))
+    steps = []
+    for step in range(2):
+        steps.append(first.cursor.batch(step, config.data.global_batch))
+        first.train_step()
     second = trainer_of(replace(config, routing=RoutingConfig(record=folders[1], replay=folders[0])))
     disturb_routers(second.engine)
     assert first.records is not None and second.records is not None
-    for step in range(2):
-        numbers = first.cursor.batch(step, config.data.global_batch)
-        first.train_step()
+    for step, numbers in enumerate(steps):
         second.train_step()
         assert same(first.records.read(step, numbers), second.records.read(step, numbers))
         with pytest.raises(ValueError, match=f"routing.record=.*: step {step + 1} was recorded on other sequences"):
             first.records.read(step, numbers[1:])
-    with pytest.raises(ValueError, match="routing.replay=.*: the decisions of step 3 cannot be read from"):
+    with pytest.raises(DataError, match="routing.replay=.*: the decisions of step 3 cannot be read from"):
         second.train_step()
+    stored = first.records.path(0)
+    with np.load(stored) as file:
+        ids = {name: ids if name == "sequences" else ids + 77 for name, ids in file.items()}
+    np.savez(stored, **ids)
+    third = trainer_of(replace(config, routing=RoutingConfig(replay=folders[0])))
+    with pytest.raises(DataError, match=f"routing.replay={folders[0]}: does not fit this run: ids_TK in .77, "):
+        third.train_step()
+    stored.write_bytes(stored.read_bytes()[:-40].replace(b"chosen_TK", b"chosen_TX"))
+    with pytest.raises(DataError, match="the decisions of step 1 cannot be read from"):
+        first.records.read(0, [])
+    stored.unlink()
+    os.mkfifo(stored)
+    with pytest.raises(DataError, match="the decisions of step 1 cannot be read from .* \\(is not a file\\)"):
+        first.records.read(0, [])
+
+
+def test_a_replay_without_decisions_is_refused_before_the_first_step(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"routing.replay={tmp_path}: has no tokens-0-of-1.stage-0.npz for any step"):
+        trainer_of(replace(config, routing=RoutingConfig(replay=str(tmp_path))))
+
+
+def test_decisions_that_cannot_be_stored_name_the_folder(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "step-00000000").write_text("in the way")
+    with pytest.raises(RecordError, match=f"routing.record={tmp_path}: cannot be written \\(File exists\\); make room"):
+        trainer_of(replace(config, routing=RoutingConfig(record=str(tmp_path)))).train_step()
 
 
 def test_a_replay_and_steps_computed_twice_exclude_each_other(config: TrainConfig) -> None:

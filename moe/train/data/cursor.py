@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+#: more sequences than a run reads, and than it postpones
+MOST_READ, MOST_POSTPONED = 1 << 48, 1 << 24
+
 
 class Cursor:
     """Says which sequences the next step reads: new ones in order, and earlier ones whose step was not taken.
@@ -83,7 +86,10 @@ class Cursor:
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Cursor:
-        """Return a cursor at the position that :meth:`state` described."""
+        """Return a cursor at the position that :meth:`state` described. Raises ValueError for one that cannot be."""
         cursor = cls(int(state["first"]))
         cursor.postponed = [(int(when), int(first), int(count)) for when, first, count in state["postponed"]]
+        read_before = all(0 <= first <= first + count <= cursor.first for _, first, count in cursor.postponed)
+        if not (0 <= cursor.first < MOST_READ and read_before and cursor.waiting < MOST_POSTPONED):
+            raise ValueError("the cursor is at no possible place")
         return cursor
