@@ -82,10 +82,10 @@ TERMINALS = {name: printing(name) for name in ENCODINGS} | {"full-disk": full_di
 
 @pytest.mark.parametrize("terminal", TERMINALS)
 def test_a_finished_run_has_its_report(run: Callable[..., Ended], tmp_path: Path, terminal: str) -> None:
-    ended = run("--run-dir", NAMES[1], within=TERMINALS[terminal])
+    ended = run("--run-dir", NAMES[0], within=TERMINALS[terminal])
     assert ended.codes == [0], ended
     assert ("\ncontinue:" in ended.out[0]) == (terminal in ENCODINGS), ended  # all that it had to say
-    folder = Path(os.fsdecode(os.fsencode(tmp_path / NAMES[1])))
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / NAMES[0])))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Ελληνικά" in page and "\x1b" not in page and "\u202e" not in page
     assert "\x1b" not in ended.out[0] and "\u202e" not in ended.out[0]
