@@ -29,6 +29,7 @@ PARTS = {
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "STAGES", {"gate": PARTS, "why": {"right": PARTS["right"]}})
+    monkeypatch.setattr(run, "REHEARSAL", 1)
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
 
 

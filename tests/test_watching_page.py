@@ -54,7 +54,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_progress_line_is_as_shown(first: tuple[Path, str]) -> None:
     shown = next(line.strip() for line in PAGE.splitlines() if line.startswith("     30/30"))
     printed = next(line.strip() for line in first[1].splitlines() if line.strip().startswith("30/30"))
-    assert re.sub(r"[\d.]+k?", "#", printed) == re.sub(r"[\d.]+k?", "#", shown)
+    # a slow machine shows GFLOP/s
+    assert re.sub(r"[\d.]+k?", "#", printed.replace("GFLOP", "TFLOP")) == re.sub(r"[\d.]+k?", "#", shown)
     assert max(len(line) for line in first[1].splitlines() if re.match(r" *\d+/30 ", line)) <= 100
 
 
