@@ -128,9 +128,17 @@ class MegatronRouter(TopKRouter):
         """Do nothing: Megatron-Core keeps the counts of a step that broke off, and the move of the bias."""
 
     def forward(
-        self, x_TD: Tensor, mask_T: Tensor | None = None, sequences: int = 1, decision: Decision | None = None
+        self,
+        x_TD: Tensor,
+        mask_T: Tensor | None = None,
+        sequences: int = 1,
+        decision: Decision | None = None,
+        codes_T: Tensor | None = None,
     ) -> Routing:
-        """Route T tokens: ``sequences`` sequences of equal length. A ``decision`` is not kept but made again."""
+        """Route T tokens: ``sequences`` sequences of equal length. A ``decision`` is not kept but made again.
+
+        Megatron's router reads no ``codes_T``.
+        """
         x_SBD = x_TD.unflatten(0, (sequences, -1)).transpose(0, 1).contiguous()
         padding_SB = None if mask_T is None else ~mask_T.view(sequences, -1).transpose(0, 1)
         probs, chosen = super().forward(x_SBD, padding_SB)
