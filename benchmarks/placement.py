@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from benchmarks.checkout import ROOT
-from benchmarks.shared.options import Parser, positive
+from benchmarks.shared.options import Parser
 from benchmarks.shared.records import as_lines, facts, load_averages, spent, table, write
 from equimoe.launch.env import command
 from equimoe.moe.config import PlacementConfig
@@ -247,25 +247,15 @@ def draw(result: dict[str, Any], file: Path) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny models, one seed: a minute, to try the command")
-    parser.add_argument("--seeds", type=positive, help="(default 3; quick 1)")
-    parser.add_argument("--steps", type=positive, help=f"(default {FULL.steps})")
-    parser.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(ARMS)} (default: all)")
-    parser.add_argument("--runs", type=Path, help="folder for the runs (default runs/placement)")
-    parser.add_out()
-    args = parser.parse_args(argv)
-    size, seeds = QUICK if args.quick else FULL, args.seeds or (1 if args.quick else 3)
+    args = Parser(__doc__).parse_arms(argv, ARMS, FULL.steps, "placement")
+    size = QUICK if args.quick else FULL
     size = replace(size, steps=args.steps or size.steps)
-    chosen = args.arms.split(",") if args.arms else tuple(ARMS)
-    if unknown := set(chosen) - set(ARMS):
-        parser.error(f"--arms={','.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
     begin, before = time.perf_counter(), load_averages()
     folder = args.runs or ROOT / "runs" / f"placement-{'quick-' if args.quick else ''}{size.steps}"
     folder.mkdir(parents=True, exist_ok=True)
     runs = []
-    for seed in range(seeds):
-        for name in (name for name in ARMS if name in chosen):
+    for seed in range(args.seeds):
+        for name in args.arms:
             runs.append(record := run(name, size, seed, folder))
             factor = record.get("replicated_straggler", record["straggler"])
             print(
@@ -276,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = {
         "facts": facts(),
         "command": " ".join(["python benchmarks/placement.py", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": asdict(size) | {"seeds": seeds},
+        "settings": asdict(size) | {"seeds": args.seeds},
         "runs": runs,
         **spent(begin, before),
     }

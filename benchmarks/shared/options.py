@@ -36,6 +36,26 @@ class Parser(argparse.ArgumentParser):
             )
         return chosen
 
+    def parse_arms(
+        self, argv: list[str] | None, arms: Mapping[str, object], steps: int, name: str
+    ) -> argparse.Namespace:
+        """Parse the options of a benchmark that trains every arm with several seeds, and keeps finished runs.
+
+        ``arms`` of the result are the chosen names, in the order of the mapping; ``seeds`` is set.
+        """
+        self.add_argument("--quick", action="store_true", help="tiny models, one seed: a minute, to try the command")
+        self.add_argument("--seeds", type=positive, help="(default 3; quick 1)")
+        self.add_argument("--steps", type=positive, help=f"(default {steps})")
+        self.add_argument("--arms", metavar="NAME,...", help=f"of {', '.join(arms)} (default: all)")
+        self.add_argument("--runs", type=Path, help=f"folder for the runs (default runs/{name}-STEPS)")
+        self.add_out()
+        args = self.parse_args(argv)
+        chosen = args.arms.split(",") if args.arms else list(arms)
+        if unknown := set(chosen) - set(arms):
+            self.error(f"--arms={','.join(sorted(unknown))}: choose from {', '.join(arms)}")
+        args.arms, args.seeds = [arm for arm in arms if arm in chosen], args.seeds or (1 if args.quick else 3)
+        return args
+
     def add_out(self) -> None:
         """Add the option for the folder of the results."""
         self.add_argument("--out", type=folder, default=str(RESULTS), help="folder for results (default %(default)s)")

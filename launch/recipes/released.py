@@ -129,7 +129,7 @@ def ling_plus() -> TrainConfig:
 
 
 def moepp_7b() -> TrainConfig:
-    """MoE++ 7B/(16+4): 16 experts beside one zero, one copy and two constant ones, top-2, for 64 ranks.
+    """MoE++ 7B/(16+4): 16 MLPs, one zero, one copy and two constant experts, top-2, for 64 ranks.
 
     Jin et al. 2024, arXiv 2410.07348. Logits of a layer also depend on those of the layer before. An expert gets 0.75
     choices per choice of one without computation, by the weighted balance loss of coefficient 0.01, and a capacity of

@@ -1,4 +1,4 @@
-"""The published sizes of the recipes' models, beside those that the recipes have."""
+"""Compares the sizes of the recipes' models with the published ones."""
 
 from __future__ import annotations
 
