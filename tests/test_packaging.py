@@ -451,6 +451,7 @@ KINDS = {
     "-m not slow and not engines": "test",
     "-m slow": "test-slow",
     "tests/engines/run.py": "engines",
+    "tests/faults/run.py": "faults",
     "ruff": "check",
     "mypy": "check",
 }
@@ -465,8 +466,8 @@ def test_a_change_passes_if_all_kinds_of_tests_and_the_checks_do(make, tmp_path:
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], env=clean_of_make(), capture_output=True, text=True)
-    lines, failed = done.stdout.splitlines()[-4:], KINDS[failing]
-    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "check"]
+    lines, failed = done.stdout.splitlines()[-5:], KINDS[failing]
+    assert [line.split()[1] for line in lines] == ["test", "test-slow", "engines", "faults", "check"]
     assert [line.split()[1] for line in lines if "FAILED" in line] == ([failed] if failed else []), done.stdout
     assert (done.returncode == 0) == (failed is None)
 
