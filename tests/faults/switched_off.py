@@ -33,7 +33,7 @@ class Defence(NamedTuple):
 DEFENCES = [
     # processes
     Defence("1", "moe/train/trainer.py",
-            "test_nodes.py::test_one_node_recovers_from_a_kill_in_every_phase[0-7-data]",
+            "test_nodes.py::test_one_node_recovers_from_a_kill_in_every_phase[0-10-save:rename]",
             'Cursor.restored(position["cursor"]) if "cursor" in position else Cursor(sequences)',
             "Cursor()"),
     Defence("2", "launch/train.py",
