@@ -1,4 +1,4 @@
-"""Runs the whole suite as three pytest processes at once, which keeps both cores of a small machine busy.
+"""Runs the whole suite as four pytest processes at once, which keeps both cores of a small machine busy.
 
 From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; all get the arguments. Ranks wait for
 each other much of the time, and then the other processes have the cores.
@@ -11,13 +11,14 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-FOLDERS = ["tests/parallel", "tests/moe"]
-#: name -> which tests; the last leaves out what the others name, so every test runs once
-PARTS = {
-    "parallelism": FOLDERS[:1],
-    "library and training": FOLDERS[1:],
-    "kernels and all else": ["tests", *(f"--ignore={folder}" for folder in FOLDERS)],
+#: name -> folders of tests
+FOLDERS = {
+    "parallelism": ["tests/parallel"],
+    "library and training": ["tests/moe"],
+    "kernels": ["tests/kernels", "tests/devices"],
 }
+#: the last leaves out what the others name, so every test runs once
+PARTS = FOLDERS | {"all else": ["tests", *(f"--ignore={name}" for names in FOLDERS.values() for name in names)]}
 
 
 def main(arguments: list[str]) -> int:

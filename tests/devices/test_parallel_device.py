@@ -6,6 +6,7 @@ values, so every size that the host reads is the same number.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -135,8 +136,10 @@ def test_documents_are_told_apart_without_waiting() -> None:
     assert on_fake_cuda(body) == {"waits": [], "copies": [], "mixed": []}
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    slow_but([("cp, ring", True), ("tp without sp", False), ("cp and ep", False)], product(MODELS, [False, True])),
+)
 def test_a_parallel_decoder_and_its_optimizer_are_on_the_device(name: str, packed: bool) -> None:
     """A parallel decoder and its optimizer must be entirely on the device.
 

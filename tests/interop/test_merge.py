@@ -21,6 +21,7 @@ from tests.helpers.begun import MESHES, begun
 from tests.helpers.fork import run_ranks
 from tests.helpers.grown import Held, dense, tensors, write
 from tests.helpers.hf_folders import assert_same
+from tests.helpers.slow import slow_but
 from tests.helpers.small import write_texts
 
 GATE_UP = "model.blocks.1.mlp.experts.gate_up_proj"
@@ -116,7 +117,7 @@ def test_any_number_of_files_has_the_same_values(threshold: list[str], models: l
     assert_same(merged(sharded, tmp_path / "many", *options, "--files", "4"), one)
 
 
-@pytest.mark.parametrize("mesh", ["ep", "tp", "pp", "fsdp, bfloat16"])
+@pytest.mark.parametrize("mesh", slow_but(["pp", "fsdp, bfloat16"], ["ep", "tp", "pp", "fsdp, bfloat16"]))
 def test_checkpoints_of_any_mesh_are_merged_alike(mesh: str, models: list[Path], tmp_path: Path) -> None:
     """A step on the mesh changes no bit; then the result is that of checkpoints of one process."""
     world, options = MESHES[mesh]

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from equimoe.kernels.topk_gate import GateOutput, topk_gate  # noqa: E402
+from tests.helpers.slow import slow_but  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 #: largest permitted relative error of a row in fp32; by norm a fifth of it, since rows may nearly cancel
@@ -82,7 +83,7 @@ def random_gradients(tokens: int, experts: int, k: int, sequences: int) -> list[
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but([case for case in CASES if "limits" not in case], CASES))
 def test_values_and_gradients(case: str, backend: str) -> None:
     tokens, experts, k, sequences, bias, masked, options = CASES[case]
     logits_TE, tensors = inputs(tokens, experts, bias, masked)

@@ -19,6 +19,7 @@ from equimoe.moe.checkpoint import CheckpointError, restore_optimizer, training_
 from equimoe.moe.checkpoint.tensors import DTYPES
 from tests.helpers.checkpoints import load_all, save_old
 from tests.helpers.fork import run_ranks
+from tests.helpers.slow import slow_but
 
 
 class Run:
@@ -207,7 +208,7 @@ MESHES: dict[str, tuple[tuple[int, ...], dict[str, tuple[Any, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_but(["rows", "nested"], MESHES))
 def test_any_mesh_writes_and_any_mesh_reads(tmp_path: Path, mesh: str) -> None:
     """Some shards are uneven or empty, and some names exist on only one rank."""
 

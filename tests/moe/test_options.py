@@ -18,6 +18,7 @@ from equimoe.launch.text import option_text
 from equimoe.moe.config import CapacityConfig, ExtraLossConfig, RotaryScaling, RouterConfig, ZeroComputationConfig
 from equimoe.moe.parallel.stages import check_pipeline
 from equimoe.moe.train.config import OptimConfig, TrainConfig
+from tests.helpers.slow import slow_but
 from tests.helpers.small import changed
 
 #: a valid value for fields where the next larger number or the last choice is not valid
@@ -129,7 +130,7 @@ def test_empty_text_is_refused(name: str, text: str, tmp_path: Path) -> None:
             parse(["--config", str(file)])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", slow_but(["quickstart", "gshard", "deepseek_v3", "pangu_pro_72b"], RECIPES))
 def test_a_printed_configuration_comes_back_exactly(recipe: str, tmp_path: Path) -> None:
     argv = ["--recipe", recipe, "--optim.lr", "1.2345e-7", "--data.text_field", "1e-3"]
     if recipe not in ("expert_choice", "softmoe"):  # their experts have equal loads, and no capacity
