@@ -129,7 +129,7 @@ def test_a_step_that_is_not_finite_is_not_applied(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "raises"),
     [
-        *slow_but([(name, False) for name in (*MESHES, "pp 2, fsdp 2")], [(name, False) for name in (*MESHES, *MORE)]),
+        *slow_but([("dp 2, ep 2", False), ("pp 2, fsdp 2", False)], [(name, False) for name in (*MESHES, *MORE)]),
         ("alone", True),
         ("fsdp 2", True),
     ],

@@ -86,7 +86,7 @@ MAPPINGS = [
     *([(4, {"pp": 2, "schedule": "zbv", "ep": 2})] if SPLITS_BACKWARD else []),
     (4, {"ep": 2, "etp": 2}),
 ]
-FAST = [(world, degrees) for world, degrees in MAPPINGS if world == 2 and "sequence_parallel" not in degrees]
+FAST = [(2, {"pp": 2}), (2, {"cp": 2}), (2, {"tp": 2, "ep": 2})]
 
 
 @pytest.mark.parametrize(("world", "parallel"), slow_but(FAST, MAPPINGS), ids=str)
