@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.checkpoint import tools
+from ..moe.interop.architecture import OWN, OWN_CHOICES
 from ..moe.interop.convert import SOURCES, companions_of, model_of, weights_of
 from ..moe.interop.hf import COMPANIONS, Weights, companions, is_folder, keep_companions
 from ..moe.train.trainer import Trainer
 
+#: routers that add weights to those of gate "linear"; the new ones begin as in a new run
+EXTENDED = ("noisy", "residual", "task")
+#: fields that must stay plain if the model's are
+PLAIN = {name: OWN[name] for name in ("moe.router.gate", "moe.zero_computation", "moe.widths")}
 #: expert bias update rate of a run whose model has an expert bias, if none is given (DeepSeek-V3, arXiv 2412.19437)
 BIAS_UPDATE_RATE = 0.001
 
@@ -44,9 +49,10 @@ class Initial:
 
     def check(self, values: dict[str, Any]) -> None:
         """Raise ValueError if a configuration describes another model."""
-        for name, value in self.sections.items():
+        for name, value in (self.sections if self.model.is_dense else PLAIN | self.sections).items():
             section, field = _place(values, name)
-            if section[field] != value:
+            added = name == "moe.router.gate" and value == OWN[name] and section[field] in EXTENDED
+            if section[field] != value and not added and name not in OWN_CHOICES:
                 has = f"the model of --init.from={self.path} has {value!r}; leave it out"
                 if self.model.is_dense and name.startswith(("moe.", "model.moe_every")):
                     has = f"the model of --init.from={self.path} is dense; give it experts with equimoe.launch.upcycle"
@@ -83,7 +89,7 @@ def tokenizer_in(path: Path) -> Path | None:
 
 def weights(path: Path) -> Weights:
     """Describe the weights in the folder of a transformers model, a checkpoint or a run."""
-    return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path, SOURCES))
+    return weights_of(path) if is_folder(path) else weights_of(*tools.newest_valid(path, SOURCES), own=True)
 
 
 def _place(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:

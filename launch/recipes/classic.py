@@ -1,8 +1,8 @@
 """GShard, Switch Transformer, BASE, X-MoE, expert choice and Soft MoE at their published sizes.
 
-These models are encoder-decoders and encoders, or have feed-forwards without a gate. A recipe is a decoder with equally
-many weights: as many blocks as encoder and decoder together, and gated dense feed-forwards of 2/3 of the width. It has
-RMSNorm and rotary positions, and AdamW instead of Adafactor.
+Most of these models are encoder-decoders or encoders whose feed-forwards have no gate. A recipe is a decoder with
+equally many weights: as many blocks as encoder and decoder together, without attention between the two, and gated dense
+feed-forwards of 2/3 of the width. It has RMSNorm and rotary positions, and AdamW instead of Adafactor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def gshard() -> TrainConfig:
 
     Lepikhin et al. 2020, arXiv 2006.16668. Every second block has 2,048 experts, one on each rank. The load is that of
     first choices; a token's second choice is skipped at random if its weight is low; first choices claim the capacity
-    2 T / E before second ones. Four million tokens per step.
+    2 T / E before second ones. Four million tokens per step. The embedding has the 64,000 rows of the source language,
+    and the head as many as the embedding and the head of the target language, 32,000 each.
     """
     return at_scale(
         steps=250_000,
@@ -128,14 +129,15 @@ def expert_choice() -> TrainConfig:
 
     Zhou et al. 2022, arXiv 2202.09368. Every expert of a rank's micro-batch chooses equally many tokens, so there is no
     balance loss. A token's experts depend on later tokens, which this recipe allows by name (``router.sees_future``);
-    ``router.select="expert_choice_by_position"`` does not. Every second block has experts; the mesh is ours.
+    ``router.select="expert_choice_by_position"`` does not. Every second block has experts, whose MLPs have no gate, and
+    the dense feed-forwards have one. The mesh is ours.
     """
     return at_scale(
         steps=500_000,
         model=ModelConfig(
             num_layers=32,
             num_heads=32,
-            intermediate_size=10923,
+            intermediate_size=16384,
             moe_every=2,
             vocab_size=256000,
             tie_embeddings=True,
@@ -160,8 +162,8 @@ def softmoe() -> TrainConfig:
     """Soft MoE B/16 with 128 experts: 3.7 billion parameters, every expert gets two mixtures of tokens, for 32 ranks.
 
     Puigcerver et al. 2023, arXiv 2308.00951. The last six of twelve blocks have experts. The paper's model is a vision
-    transformer; as a decoder, it sees later tokens, which this recipe allows by name (``router.sees_future``). Mesh,
-    batch and vocabulary are ours.
+    transformer, whose experts have one slot each for the 196 patches of an image; as a decoder, it sees later tokens,
+    which this recipe allows by name (``router.sees_future``). Slots, length, steps, mesh and vocabulary are ours.
     """
     return at_scale(
         steps=500_000,

@@ -122,18 +122,22 @@ def load(path: Path, state: State, manifest: dict[str, Any]) -> None:
     fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opener(manifest))
 
 
+#: tensors of routers that weights of a linear router lack
+_ADDED = tuple(f"router.{n}" for n in ("bias_E", "noise_weight", "residual_weight", "task_weight", "task_embedding"))
+
+
 def load_weights(path: Path, weights: State, saved: dict[str, Saved], opened: Opened) -> None:
     """Fill ``weights`` in place, in their own dtype, from the tensors ``saved`` in folder ``path``.
 
     Every rank must call this, and reads only its own parts. The names and shapes of all ranks together must be those of
-    ``saved``; an expert bias that is not saved is left alone.
+    ``saved``; an expert bias, and what some routers have beyond a linear one, is left alone if it is not saved.
     """
     parts_of = {name: logical(name, value) for name, value in weights.items()}
     want = {name: shape for name, (_, shape) in _of_all_ranks(parts_of).items()}
     have = {name: list(entry.shape) for name, entry in saved.items()}
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)
-        if ours != theirs and not (theirs is None and name.endswith("router.bias_E")):
+        if ours != theirs and not (theirs is None and name.endswith(_ADDED)):
             raise CheckpointError(f"{path}: {printable(name)}: this run wants shape {ours}, the file has {theirs}")
     fill(path, {name: value for name, value in parts_of.items() if name in saved}, saved, opened)
 

@@ -8,7 +8,7 @@ from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, s
 from .codec import PLAIN, Codec, Plain, Wire
 from .initial import draw_seed, fill, fill_normal, reset, seeded
 from .kept import Kept, keeping, once
-from .local import local_rows
+from .local import first_row, local_rows
 from .no_gradient import (
     AssumedSizes,
     Pending,
@@ -59,6 +59,7 @@ __all__ = [
     "global_ranks",
     "held_by_all",
     "keeping",
+    "first_row",
     "local_rows",
     "on_host",
     "once",

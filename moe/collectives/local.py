@@ -18,6 +18,13 @@ def local_rows(weight: Tensor) -> Tensor:
     return weight.to_local() if even or not weight.requires_grad else _Uneven.apply(weight)
 
 
+def first_row(weight: Tensor) -> int:
+    """Return the first row that this rank holds of a weight that ranks hold equally many rows of."""
+    if not isinstance(weight, DTensor):
+        return 0
+    return weight.device_mesh.get_local_rank(0) * weight._local_tensor.shape[0]
+
+
 class _Uneven(torch.autograd.Function):
     """This rank's rows of an unevenly divided weight; the backward adds to ``weight.grad`` itself.
 

@@ -23,7 +23,7 @@ UP_TO_K: tuple[Select, ...] = ("top_p", *BY_EXPERTS)
 
 
 #: fields that only one gate has
-_OF_GATE = {
+OF_GATE = {
     "cosine": ("projection", "temperature"),
     "hash": ("vocabulary",),
     "task": ("tasks", "task_width"),
@@ -141,7 +141,7 @@ class RouterConfig:
         ok = self.projection is None or (type(self.projection) is int and self.projection >= 1)
         require(ok, "router.projection", self.projection, remedy)
         require(self.temperature > 0, "router.temperature", self.temperature, "must be positive; 0.3 is usual")
-        for gate, names in _OF_GATE.items():
+        for gate, names in OF_GATE.items():
             if self.gate != gate:
                 self._keep_default(*names, setting=f"router.gate={self.gate!r}")
         for name in ("vocabulary", "tasks", "task_width", "slots"):

@@ -9,6 +9,7 @@ from .lora import LoRAExperts
 from .merged import MergedLinear, MergedSwiGLU, importance_loss
 from .replicated import ReplicatedExperts
 from .routed import RoutedExperts
+from .shards import LOW_RANK, ShardedLoRAExperts, ShardPool
 from .shared import SharedExperts, SwiGLU
 from .unequal import UnequalExperts
 
@@ -29,12 +30,15 @@ def build_experts(config: MoEConfig) -> RoutedExperts:
 
 
 __all__ = [
+    "LOW_RANK",
     "LoRAExperts",
     "MergedLinear",
     "MergedSwiGLU",
     "OnlyShared",
     "ReplicatedExperts",
     "RoutedExperts",
+    "ShardPool",
+    "ShardedLoRAExperts",
     "SharedExperts",
     "SwiGLU",
     "UnequalExperts",

@@ -54,16 +54,23 @@ class LoRAExperts(nn.Module):
         for weight in (self.gate_b, self.up_b, self.down_b):
             nn.init.zeros_(weight)
 
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return ``gate_up_a``, ``gate_b``, ``up_b``, ``down_a`` and ``down_b`` of the experts on this rank."""
+        return (
+            local_rows(self.gate_up_a),
+            local_rows(self.gate_b),
+            local_rows(self.up_b),
+            local_rows(self.down_a),
+            local_rows(self.down_b),
+        )
+
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
         dtype, order, base = self._dtype(rows_SD), plan.order, self.base
         rows_SD = rows_SD.to(dtype)
         grouped = partial(grouped_gemm, offsets_E=order.offsets_E, backend=self.backend)
         sort = partial(permute, order=order, backend=self.backend)
-        gate_up_a, gate_b, up_b, down_a, down_b = (
-            local_rows(weight).to(dtype)
-            for weight in (self.gate_up_a, self.gate_b, self.up_b, self.down_a, self.down_b)
-        )
+        gate_up_a, gate_b, up_b, down_a, down_b = (weight.to(dtype) for weight in self.weights())
         gate_low_RL, up_low_RL = grouped(sort(rows_SD), gate_up_a).chunk(2, dim=1)
         gate_RF = sort(base.gate_proj(rows_SD)) + self.scale * grouped(gate_low_RL.contiguous(), gate_b)
         up_RF = sort(base.up_proj(rows_SD)) + self.scale * grouped(up_low_RL.contiguous(), up_b)
@@ -83,11 +90,12 @@ class LoRAExperts(nn.Module):
     def merged(self) -> RoutedExperts:
         """Return experts with whole weights that compute the same. All experts must be on this rank."""
         base, scale = self.base, self.scale
-        gate_a, up_a = self.gate_up_a.chunk(2, dim=1)
-        gate = base.gate_proj.weight + scale * self.gate_b @ gate_a
-        up = base.up_proj.weight + scale * self.up_b @ up_a
+        gate_up_a, gate_b, up_b, down_a, down_b = self.weights()
+        gate_a, up_a = gate_up_a.chunk(2, dim=1)
+        gate = base.gate_proj.weight + scale * gate_b @ gate_a
+        up = base.up_proj.weight + scale * up_b @ up_a
         experts, width, hidden = gate.shape
         found = RoutedExperts(experts, hidden, width, self.backend, 0.0)
         found.gate_up_proj = nn.Parameter(torch.cat((gate, up), dim=1))
-        found.down_proj = nn.Parameter(base.down_proj.weight + scale * self.down_b @ self.down_a)
+        found.down_proj = nn.Parameter(base.down_proj.weight + scale * down_b @ down_a)
         return found

@@ -22,6 +22,8 @@ class MergedLinear(nn.Module):
     With ``segment=L``, each L tokens share a weight, which the router chooses from the mean of all tokens before them:
     no output depends on later tokens, as a decoder needs. The first segment's weight does not depend on the tokens.
     With ``segment=None``, the tokens of a sequence share a weight that depends on all of them. Use it in encoders only.
+
+    ``mask`` bool [B, S] is True where a token is valid. Other tokens get an output too, but enter no mean.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class MergedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features))
         self.router = nn.Parameter(torch.empty(num_experts, in_features))
-        #: what the router sees before any token
+        #: what the router sees before any valid token
         self.start = nn.Parameter(torch.empty(in_features))
         self.reset_parameters()
 
@@ -46,30 +48,37 @@ class MergedLinear(nn.Module):
             fill_normal(weight, self.init_std)
         nn.init.zeros_(self.bias)
 
-    def gates(self, x_BSI: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gate weights [B, G, K] of each segment, and the ids of their experts."""
-        logits_BGE = F.linear(self._seen(x_BSI), self.router)
+    def gates(self, x_BSI: Tensor, mask_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the gate weights [B, G, K] of each segment, and the ids of their experts.
+
+        They are computed in fp32 (fp64 for fp64 input), whatever autocast says.
+        """
+        with torch.autocast(x_BSI.device.type, enabled=False):
+            seen_BGI = self._seen(x_BSI.to(torch.promote_types(x_BSI.dtype, torch.float32)), mask_BS)
+            logits_BGE = F.linear(seen_BGI, self.router.to(seen_BGI.dtype))
         chosen_BGK, ids_BGK = logits_BGE.topk(self.top_k, dim=-1)
         return chosen_BGK.softmax(-1), ids_BGK
 
-    def forward(self, x_BSI: Tensor) -> Tensor:
-        gates_BGK, ids_BGK = self.gates(x_BSI)
-        gates_N1K, ids_NK = gates_BGK.flatten(0, 1)[:, None], ids_BGK.flatten(0, 1)
+    def forward(self, x_BSI: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        gates_BGK, ids_BGK = self.gates(x_BSI, mask_BS)
+        gates_N1K, ids_NK = gates_BGK.flatten(0, 1)[:, None].to(self.weight.dtype), ids_BGK.flatten(0, 1)
         weight_NOI = (gates_N1K @ self.weight[ids_NK].flatten(2)).view(-1, *self.weight.shape[1:])
         bias_N1O = gates_N1K @ self.bias[ids_NK]
         x_NLI = _segments(x_BSI, self.segment).flatten(0, 1)
         y_NLO = x_NLI @ weight_NOI.mT + bias_N1O
         return y_NLO.view(len(x_BSI), -1, y_NLO.shape[-1])[:, : x_BSI.shape[1]]
 
-    def _seen(self, x_BSI: Tensor) -> Tensor:
+    def _seen(self, x_BSI: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Return what the router sees for each segment, [B, G, I]."""
+        valid_BS1 = torch.ones_like(x_BSI[..., :1], dtype=torch.bool) if mask_BS is None else mask_BS[..., None]
+        x_BSI = x_BSI if mask_BS is None else x_BSI.masked_fill(~valid_BS1, 0)
+        sums_BGI, tokens_BG1 = (_segments(t, self.segment).sum(2) for t in (x_BSI, valid_BS1.long()))
         if self.segment is None:
-            return x_BSI.mean(1, keepdim=True)
-        sums_BGI = _segments(x_BSI, self.segment).sum(2)
-        earlier_BGI = sums_BGI.cumsum(1)[:, :-1]
-        tokens_G1 = self.segment * torch.arange(1, sums_BGI.shape[1], device=x_BSI.device)[:, None]
-        start_B1I = self.start.to(x_BSI.dtype).expand(len(x_BSI), 1, -1)
-        return torch.cat((start_B1I, earlier_BGI / tokens_G1), dim=1)
+            return sums_BGI / tokens_BG1.clamp_min(1)
+        sums_BGI, tokens_BG1 = (
+            F.pad(t.cumsum(1)[:, :-1], (0, 0, 1, 0)) for t in (sums_BGI, tokens_BG1)
+        )  # earlier ones
+        return torch.where(tokens_BG1 > 0, sums_BGI / tokens_BG1.clamp_min(1), self.start.to(x_BSI.dtype))
 
 
 class MergedSwiGLU(nn.Module):
@@ -89,8 +98,9 @@ class MergedSwiGLU(nn.Module):
         for part in self.children():
             reset(part)
 
-    def forward(self, x_BSI: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSI)) * self.up_proj(x_BSI))
+    def forward(self, x_BSI: Tensor, mask_BS: Tensor | None = None) -> Tensor:
+        hidden_BSI = F.silu(self.gate_proj(x_BSI, mask_BS)) * self.up_proj(x_BSI, mask_BS)
+        return self.down_proj(hidden_BSI, mask_BS)
 
 
 def importance_loss(gates_BGK: Tensor, ids_BGK: Tensor, num_experts: int) -> Tensor:

@@ -26,7 +26,8 @@ class SwiGLU(nn.Module):
         for weight in self.parameters():
             fill_normal(weight, self.init_std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute each token from itself alone; a ``mask``, as other feed-forwards take it, changes nothing."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

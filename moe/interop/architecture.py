@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..config import AttentionConfig, MoEConfig, RotaryScaling, RouterConfig, dotted
 from ..config.checks import require
+from ..config.routing import OF_GATE
 
 #: most decoder blocks
 MOST_LAYERS = 10_000
@@ -22,9 +24,20 @@ _ROUTER = ("score", "normalize_weights", "softmax_after_topk", "weight_scale", "
 #: fields of ``RouterConfig`` that change what a trained model computes, and their values that transformers knows
 _KNOWN: dict[str, tuple[Any, ...]] = {"select": ("top_k", "sinkhorn", "base"), "gate": ("linear",)}
 #: what to do with a model that transformers does not have
-_REMEDY = "so its weights can neither be converted nor start another run; train on with --resume"
+_REMEDY = "so its weights cannot be converted; train on with --resume, or start another run with --init.from"
 #: fields of ``MoEConfig`` for experts that no model of transformers has; None: none
 _UNKNOWN = ("zero_computation", "widths")
+#: fields that only runs of ours have, by dotted name, and their plain values: those that determine weights
+OWN: dict[str, Any] = {
+    "model.norm_head": False,
+    **{f"moe.{name}": None for name in _UNKNOWN},
+    "moe.router.gate": "linear",
+    **{f"moe.router.{name}": getattr(RouterConfig, name) for names in OF_GATE.values() for name in names},
+}
+#: and those that do not, which a run that starts from the weights may change
+OWN_CHOICES: dict[str, Any] = {
+    f"moe.router.{name}": getattr(RouterConfig, name) for name in ("select", "cap", "top_p", "sees_future")
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class Architecture:
     attention: AttentionConfig
     #: whether routers have an expert bias
     expert_bias: bool = False
+    #: what transformers does not know, by dotted name, if it is not plain; only runs of ours have it
+    own: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         layers, heads, experts = self.num_layers, self.num_heads, self.moe.num_experts
@@ -63,12 +78,14 @@ class Architecture:
         return not any(map(self.is_moe, range(self.num_layers)))
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of :meth:`sections` by dotted name."""
-        return dict(dotted(self.sections(), whole=("scaling",)))
+        """Return the fields of :meth:`sections` by dotted name, and :attr:`own`."""
+        return dict(dotted(self.sections(), whole=("scaling",))) | dict(self.own)
 
     def sections(self) -> dict[str, Any]:
         """Return the fields of a run's configuration that the architecture determines, as nested mappings."""
-        own = {name: value for name, value in vars(self).items() if name not in ("moe", "attention", "expert_bias")}
+        own = {
+            name: value for name, value in vars(self).items() if name not in ("moe", "attention", "expert_bias", "own")
+        }
         moe = {name: getattr(self.moe, name) for name in _MOE}
         router = {name: getattr(self.moe.router, name) for name in _ROUTER}
         return {
@@ -78,41 +95,60 @@ class Architecture:
         }
 
 
-def architecture(sections: dict[str, Any], expert_bias: bool) -> Architecture:
+def architecture(sections: dict[str, Any], expert_bias: bool, own: bool = False) -> Architecture:
     """Return the architecture of a run's configuration, given as nested mappings of at least the fields that matter.
 
-    Two configurations that compute the same have equal architectures. Raises ValueError, KeyError or TypeError.
+    Two configurations that compute the same have equal architectures. Raises ValueError, KeyError or TypeError; without
+    ``own``, also for a model that no model of transformers computes.
     """
     model, attention = sections["model"], dict(sections["attention"])
     scaling = attention.get("scaling")
     attention["scaling"] = None if scaling is None else RotaryScaling(**scaling)
     moe = {name: sections["moe"][name] for name in _MOE if name in sections["moe"]}
     given = sections["moe"].get("router", {})
-    for name, known in _KNOWN.items():
-        value = given.get(name, known[0])
-        require(value in known, f"moe.router.{name}", value, f"no model of transformers has such a router, {_REMEDY}")
-    norm_head = model.get("norm_head", False)
-    require(not norm_head, "model.norm_head", norm_head, f"no model of transformers has such a head, {_REMEDY}")
-    for name in _UNKNOWN:
-        value = sections["moe"].get(name)
-        require(value is None, f"moe.{name}", value, f"no model of transformers has such experts, {_REMEDY}")
+    if not own:
+        _refuse_unknown(sections)
     router = {name: value for name, value in given.items() if name in _ROUTER}
-    own: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "moe_every": 1,
         "dense_layers": 0,
         "intermediate_size": None,
         "norm_eps": 1e-5,
         "tie_embeddings": False,
     }
-    own |= {name: model[name] for name in (*own, "num_layers", "num_heads", "vocab_size") if name in model}
+    sizes |= {name: model[name] for name in (*sizes, "num_layers", "num_heads", "vocab_size") if name in model}
     return canonical(
         Architecture(
-            **own,
+            **sizes,
             moe=MoEConfig(**moe, router=RouterConfig(**router)),
             attention=AttentionConfig(**attention),
             expert_bias=expert_bias,
+            own=tuple(_not_plain(sections)) if own else (),
         )
     )
+
+
+def _refuse_unknown(sections: dict[str, Any]) -> None:
+    given = sections["moe"].get("router", {})
+    for name, known in _KNOWN.items():
+        value = given.get(name, known[0])
+        require(value in known, f"moe.router.{name}", value, f"no model of transformers has such a router, {_REMEDY}")
+    norm_head = sections["model"].get("norm_head", False)
+    require(not norm_head, "model.norm_head", norm_head, f"no model of transformers has such a head, {_REMEDY}")
+    for name in _UNKNOWN:
+        value = sections["moe"].get(name)
+        require(value is None, f"moe.{name}", value, f"no model of transformers has such experts, {_REMEDY}")
+
+
+def _not_plain(sections: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of :data:`OWN` and :data:`OWN_CHOICES` that have other values, with these."""
+    for name, plain in (OWN | OWN_CHOICES).items():
+        *path, field = name.split(".")
+        section = sections
+        for part in path:
+            section = section.get(part, {})
+        if section.get(field, plain) != plain:
+            yield name, section[field]
 
 
 def canonical(found: Architecture) -> Architecture:

@@ -49,36 +49,42 @@ _BIAS = "e_score_correction_bias"
 
 
 def model_of(path: Path) -> Architecture:
-    """Return the architecture of the model in a transformers folder, a checkpoint or a run, without reading weights."""
+    """Return the architecture of the model in a transformers folder, a checkpoint or a run, without reading weights.
+
+    It need not be one that transformers knows.
+    """
     if is_folder(path):
         return config_of(path)[1]
     problem = None
     for found in reversed(find(path, SOURCES)):
         try:
             manifest = parse_manifest(found)
-            return _architecture(found, manifest, contents(found, manifest))
+            return _architecture(found, manifest, contents(found, manifest), own=True)
         except CheckpointError as error:  # of a run, an older one may be valid
             problem = problem or error
     assert problem is not None, "there is a checkpoint"
     raise problem
 
 
-def weights_of(path: Path, manifest: dict[str, Any] | None = None) -> Weights:
-    """Describe the weights in a transformers folder, or in the checkpoint in folder ``path`` with its ``manifest``."""
+def weights_of(path: Path, manifest: dict[str, Any] | None = None, own: bool = False) -> Weights:
+    """Describe the weights in a transformers folder, or in the checkpoint in folder ``path`` with its ``manifest``.
+
+    Raises CheckpointError for a model that transformers does not know, unless it may be our ``own``.
+    """
     if manifest is None:
         return open_folder(path)
     saved = contents(path, manifest)
     tensors = {name: entry for name, entry in saved.items() if name.startswith(WEIGHTS)}
-    return Weights(path, _architecture(path, manifest, saved), tensors, opener(manifest), {})
+    return Weights(path, _architecture(path, manifest, saved, own), tensors, opener(manifest), {})
 
 
-def _architecture(path: Path, manifest: dict[str, Any], saved: dict[str, Saved]) -> Architecture:
+def _architecture(path: Path, manifest: dict[str, Any], saved: dict[str, Saved], own: bool = False) -> Architecture:
     position = manifest["position"]
     try:
         sections = position[ARCHITECTURE] if ARCHITECTURE in position else position["config"]
         vocabulary = saved[f"{WEIGHTS}embedding.weight"].shape[0]
         sections = sections | {"model": sections["model"] | {"vocab_size": vocabulary}}
-        return architecture(sections, any(name.endswith("router.bias_E") for name in saved))
+        return architecture(sections, any(name.endswith("router.bias_E") for name in saved), own)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: the configuration of its model cannot be read ({reason(error)})") from None
 

@@ -92,7 +92,7 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BSD = self.mlp_norm(x_BSD)
         if not isinstance(self.mlp, MoE):
-            return self.mlp(x_BSD)
+            return self.mlp(x_BSD, mask_BS)
         given = {} if passed is None else {"passed": passed}
         return self.mlp(x_BSD, mask_BS, codes_BS, **given)
 
@@ -100,7 +100,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A decoder language model that maps token ids int64 [B, S] to logits [B, S, V].
 
-    ``mask`` [B, S], True where a token is valid, is passed to the MoE layers. ``starts`` int64 [B, S] packs several
+    ``mask`` [B, S], True where a token is valid, is passed to the feed-forwards. ``starts`` int64 [B, S] packs several
     documents into a sequence: it is the position at which each position's document starts, see
     :func:`.documents.document_starts`, and no position attends to another document. ``codes`` int64 [B, S] are the
     numbers that routers read: tasks for ``gate="task"``; token ids for ``gate="hash"``, by default those of ``x``. Like

@@ -7,17 +7,22 @@ from dataclasses import replace
 from ..config import MoEConfig
 from ..config.checks import require
 from ..config.routing import in_decoder
-from ..experts import LoRAExperts, MergedSwiGLU, SwiGLU
+from ..experts import LOW_RANK, MergedSwiGLU, SwiGLU
 from ..layer import MoE
 from .decoder import Decoder
 
 
-def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16.0) -> Decoder:
+def mix_lora(
+    model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16.0, experts: str = "lora", **how: int
+) -> Decoder:
     """Replace each dense feed-forward by an MoE layer of LoRA experts over it, in place, and freeze all other weights.
 
     ``config`` describes the layers; with ``router.normalize_weights``, the model computes at first what it did before
-    (MixLoRA, arXiv 2404.15159). Only routers and experts are trained. Raises ValueError if ``config`` does not fit.
+    (MixLoRA, arXiv 2404.15159). Only routers and experts are trained. ``experts="shards"`` shares the experts' weights
+    in shards (MoS, arXiv 2410.00938), and ``how`` are its further settings, see
+    :class:`equimoe.moe.experts.ShardedLoRAExperts`. Raises ValueError for settings that do not fit.
     """
+    require(experts in LOW_RANK, "experts", experts, f"must be one of {', '.join(LOW_RANK)}")
     plain = MoEConfig
     for name, wanted in (
         ("activation", plain.activation),
@@ -39,7 +44,7 @@ def mix_lora(model: Decoder, config: MoEConfig, rank: int = 8, alpha: float = 16
         remedy = f"the feed-forward of block {name} has {width}"
         require(config.intermediate_size == width, "moe.intermediate_size", config.intermediate_size, remedy)
         layer = MoE(config).to(base.gate_proj.weight)
-        layer.add_module("experts", LoRAExperts(base, config.num_experts, rank, alpha, config.backend))
+        layer.add_module("experts", LOW_RANK[experts](base, config.num_experts, rank, alpha, config.backend, **how))
         block.mlp = layer
     return model
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from ..experts import ShardPool
 from ..layer import MoE
 from ..model import Block
 from .mesh import Mesh
@@ -31,7 +32,9 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     routers = list(dict.fromkeys(layer.router for layer in layers)) if dtype is not None else []
     routers = [router for router in routers if any(True for _ in router.parameters())]
-    check_units(model, tied_weights(model), [*dict.fromkeys(layer.experts for layer in layers), *routers, *blocks])
+    pools = [module for module in model.modules() if isinstance(module, ShardPool)]
+    units = [*dict.fromkeys(layer.experts for layer in layers), *pools, *routers, *blocks]
+    check_units(model, tied_weights(model), units)
     dense, expert = _submesh(mesh.dense, "dp_replicate", "fsdp"), _submesh(mesh.expert, "edp_replicate", "edp_shard")
     owned: set[nn.Parameter] = set()
     if mesh.degrees.experts == "fssdp":  # each expert has one owner, so nothing is left to shard
@@ -39,6 +42,8 @@ def apply_fully_sharded(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None 
         for layer in layers:
             layer.experts.dtype = dtype
         layers = []
+    for pool in pools:  # every expert-parallel rank holds all of it, as dense weights
+        fully_shard(pool, mesh=dense, mp_policy=policy)
     for experts, layer in {layer.experts: layer for layer in layers}.items():  # layers may share experts
         # with chunked dispatch the experts run several times per forward, but their weights should be gathered once
         once = layer.config.dispatch.chunks > 1

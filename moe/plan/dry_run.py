@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from ..engines import Batch, build_engine
 from ..engines.experts import ExpertPlacement
@@ -94,7 +96,8 @@ def dry_run(config: TrainConfig, world: int, rank: int, node: int = 8) -> DryRun
         mode = FakeTensorMode(allow_non_fake_inputs=True)  # rotary positions and ranks are real tensors
         with mode:
             model = build_model(config, vocabulary)
-        engine = _engine(config, model, mesh, simulated)
+        with _few_chunks():
+            engine = _engine(config, model, mesh, simulated)
         recorder = _recorder(config, mesh, node)
         _step(config, engine, recorder, mode, simulated)
         at_peak, most = recorder.peak()
@@ -142,6 +145,33 @@ def _engine(config: TrainConfig, model: Any, mesh: Mesh | None, simulated: int) 
         precision=partial(mixed_precision, config, CPU),
         placement=config.placement,
     )
+
+
+@contextmanager
+def _few_chunks() -> Iterator[None]:
+    """Within the block, FSDP2 cuts weights into the parts that it reads instead of one per rank.
+
+    It reads two. With thousands of ranks and hundreds of weights, making the others takes minutes on fake tensors.
+    """
+    whole = _fsdp_param._chunk_with_empty
+    _fsdp_param._chunk_with_empty = _Chunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param._chunk_with_empty = whole
+
+
+class _Chunks:
+    """Stands for the list that torch's function of the same arguments returns, and cuts an entry when it is read."""
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self.tensor, self.dim = tensor, dim
+        self.length = -(-tensor.shape[dim] // num_chunks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        first = index * self.length
+        left = self.tensor.shape[self.dim] - first
+        return self.tensor.narrow(self.dim, first, min(self.length, left)) if left > 0 else self.tensor.new_empty(0)
 
 
 def _recorder(config: TrainConfig, mesh: Mesh | None, node: int) -> Recorder:

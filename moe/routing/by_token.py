@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..collectives import fill_normal
 from ..config import RouterConfig
@@ -70,7 +71,23 @@ class HashRouter(Router):
     def _look_up(self, codes_T: Tensor | None) -> Tensor:
         if codes_T is None:
             raise ValueError("codes=None: router.gate='hash' routes by token ids; call layer(x, mask, codes=ids)")
-        return self.weight[codes_T]
+        check_codes(codes_T, 0, "router.vocabulary", len(self.weight), "give token ids")
+        return F.embedding(codes_T, self.weight)
+
+
+def check_codes(codes_T: Tensor, least: int, field: str, number: int, remedy: str) -> None:
+    """Raise ValueError if a code on a CPU is below ``least``, or not below ``number``, the value of ``field``.
+
+    On a GPU the host would have to wait for the codes. There the look-up in :func:`torch.nn.functional.embedding` stops
+    the device with an assertion.
+    """
+    if codes_T.device.type != "cpu" or bool(((codes_T >= least) & (codes_T < number)).all()):
+        return
+    wrong = next(code for code in codes_T.tolist() if not least <= code < number)
+    raise ValueError(
+        f"codes={wrong}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
+        "is False"
+    )
 
 
 def balanced_table(ids: int, experts: int, k: int, device: torch.device) -> Tensor:
@@ -140,6 +157,9 @@ class TaskRouter(Router):
                     "-1 for an unknown one"
                 )
             codes_T = torch.full((1,), -1, device=self.weight.device)
-        known_NR = self.task_embedding
-        all_NR = torch.cat((known_NR, known_NR.mean(0, keepdim=True)))  # -1 is the last row
-        return self.product(all_NR, self.task_weight)[codes_T]
+        known_NR, tasks = self.task_embedding, len(self.task_embedding)
+        check_codes(codes_T, -1, "router.tasks", tasks, "give tasks")
+        all_NR = torch.cat((known_NR, known_NR.mean(0, keepdim=True)))
+        # -1 is the last row; codes out of range get rows that do not exist
+        row_T = torch.where(codes_T < 0, tasks - 1 - codes_T, codes_T + (codes_T >= tasks))
+        return F.embedding(row_T, self.product(all_NR, self.task_weight))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from equimoe.launch import env, generate, initial
 from equimoe.launch.convert import main as convert
@@ -15,6 +16,8 @@ from equimoe.launch.options import parse
 from equimoe.launch.train import _facts as facts_of
 from equimoe.moe.checkpoint import reader
 from equimoe.moe.interop import hf
+from equimoe.moe.train.data import load_corpus, load_tokenizer
+from equimoe.moe.train.trainer import Trainer
 from tests.helpers.begun import MESHES, STILL, begun
 from tests.helpers.command import launch, one_line
 from tests.helpers.fork import run_ranks
@@ -70,6 +73,67 @@ def test_a_run_on_any_mesh_has_the_weights(mesh: str, kind: str, tmp_path: Path,
     assert_same(read(tmp_path / "back"), read(source))
     again = run_ranks(begun, 1, still, run_dir, tmp_path / "again")  # from that run, in one process
     assert again == pytest.approx(found[:1], rel=3e-2 if "bfloat16" in mesh else 1e-5)
+
+
+#: a model of ours; its router's settings and its sizes are options
+SMALL = ["--moe.hidden_size", "16", "--moe.intermediate_size", "8", "--moe.num_experts", "4", "--moe.top_k", "2"]
+SMALL += ["--model.num_layers", "2", "--model.num_heads", "2"]
+
+
+def own_run(run_dir: Path, texts: str, *options: str) -> Path:
+    """Start a small run of ours from nothing and leave a checkpoint."""
+    config = parse([*SMALL, *STILL, "--data.path", texts, *options]).config
+    trainer = Trainer(config, load_corpus(config.data, load_tokenizer("bytes")), None, torch.device("cpu"))
+    trainer.save(run_dir / "checkpoints")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("router", "changes"),
+    slow_but(
+        [(["gate", "cosine"], ["select", "top_p"]), (["gate", "linear"], ["gate", "residual"])],
+        [
+            (["gate", "cosine"], ["select", "top_p"]),
+            (["gate", "noisy"], ["select", "top_k"]),
+            (["select", "top_p"], ["select", "top_k"]),
+            (["gate", "linear"], ["gate", "residual"]),
+            (["gate", "linear"], ["gate", "noisy"]),
+            (["gate", "linear"], ["gate", "task"]),
+        ],
+    ),
+)
+def test_a_run_starts_from_one_with_a_router_of_ours(
+    router: list[str], changes: list[str], tmp_path: Path, texts: str
+) -> None:
+    """It has its weights, and its router unless that is chosen anew; what a new router adds begins as in a new run."""
+    tasks = ["--moe.router.tasks", "3"] if "task" in changes else []
+    source = own_run(tmp_path / "own", texts, f"--moe.router.{router[0]}", router[1])
+    found = parse(["--init.from", str(source)]).config.moe.router
+    assert getattr(found, router[0]) == router[1]
+    argv = ["--data.path", texts, f"--moe.router.{changes[0]}", changes[1], *tasks]
+    run_ranks(begun, 1, argv, source, tmp_path / "next")
+    before, after = (weights_in(folder) for folder in (source, tmp_path / "next"))
+    assert set(before) <= set(after)
+    assert all(".router." in name for name in set(after) - set(before))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def weights_in(run_dir: Path) -> dict[str, torch.Tensor]:
+    found = initial.weights(run_dir)
+    with found.reader() as reader:
+        return {name: reader.box(name, (0,) * len(saved.shape), saved.shape) for name, saved in found.tensors.items()}
+
+
+def test_a_router_with_other_weights_is_refused(tmp_path: Path, texts: str) -> None:
+    source = own_run(tmp_path / "own", texts)
+    for name, value in (("gate", "'cosine'"), ("gate", "'hash'")):
+        with pytest.raises(
+            ValueError, match=f"moe.router.{name}={value}: the model of --init.from=.* has 'linear'; lea"
+        ):
+            parse(["--init.from", str(source), f"--moe.router.{name}", value.strip("'")])
+    other = own_run(tmp_path / "other", texts, "--moe.router.gate", "noisy")
+    with pytest.raises(ValueError, match="moe.router.gate='linear': the model of --init.from=.* has 'noisy'; leave"):
+        parse(["--init.from", str(other), "--moe.router.gate", "linear"])
 
 
 @pytest.mark.slow

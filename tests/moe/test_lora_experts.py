@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, RouterConfig
 from equimoe.moe.engines import build_engine
-from equimoe.moe.experts import LoRAExperts, SwiGLU
+from equimoe.moe.experts import LOW_RANK, LoRAExperts, SwiGLU
 from equimoe.moe.model import Decoder, mix_lora
 from equimoe.moe.parallel import ParallelConfig, build_mesh
 from tests.helpers.fork import run_ranks
@@ -91,20 +91,25 @@ def test_merged_experts_compute_the_same() -> None:
     torch.testing.assert_close(moe(x), want)
 
 
-def mixed(**how: Any) -> Decoder:
+def mixed(experts: str = "lora", **how: Any) -> Decoder:
     torch.manual_seed(0)
     config = MoEConfig(8, 6, E, 2, balance=BalanceConfig(coefficient=0.1, estimator="exact"), init_std=0.4)
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "seq_len": LENGTH, "num_layers": 2, "num_heads": 2}
     model = Decoder(**sizes, intermediate_size=6, moe=config, moe_every=0, **how).double()
-    return mix_lora(model, config, rank=2)
+    return mix_lora(model, config, 2, 16.0, experts, **({"shards": 2} if experts == "shards" else {}))
 
 
-def trained(rank: int, world: int, degrees: dict[str, Any]) -> dict[str, Tensor]:
+def trained(rank: int, world: int, degrees: dict[str, Any], experts: str = "lora") -> dict[str, Tensor]:
     mesh = build_mesh(ParallelConfig(**degrees)) if world > 1 else None
     shape = (SEQUENCES // (1 if mesh is None else mesh["dp"].size) // MICRO_BATCHES, LENGTH)
     optimizer = lambda named: torch.optim.AdamW(named.values(), weight_decay=0.5)  # noqa: E731
     engine = build_engine(
-        mixed(recompute_blocks=world > 1), mesh, optimizer, micro_batches=MICRO_BATCHES, shape=shape, max_norm=0.5
+        mixed(experts, recompute_blocks=world > 1),
+        mesh,
+        optimizer,
+        micro_batches=MICRO_BATCHES,
+        shape=shape,
+        max_norm=0.5,
     )
     for step in range(3):
         engine.step(batches(mesh, step), lr=0.05)
@@ -120,10 +125,11 @@ MESHES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("experts", LOW_RANK)
 @pytest.mark.parametrize(("world", "degrees"), slow_but(MESHES[:2], MESHES), ids=str)
-def test_steps_equal_those_of_one_process(world: int, degrees: dict[str, Any]) -> None:
-    want, before = trained(0, 1, {}), dict(mixed().named_parameters())
-    for got in run_ranks(trained, world, degrees):
+def test_steps_equal_those_of_one_process(world: int, degrees: dict[str, Any], experts: str) -> None:
+    want, before = trained(0, 1, {}, experts), dict(mixed(experts).named_parameters())
+    for got in run_ranks(trained, world, degrees, experts):
         assert worst(got, want)[0] < 1e-8
         for name, value in got.items():
             moves = "router" in name or ("experts" in name and "base" not in name)

@@ -23,13 +23,15 @@ def tokens(length: int = S) -> Tensor:
     return torch.randn(B, length, I, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def mixture(merged: MergedLinear, x: Tensor) -> Tensor:
+def mixture(merged: MergedLinear, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mix the outputs of the experts, token by token."""
     length = merged.segment or x.shape[1]
     rows = []
     for t in range(x.shape[1]):
-        first = t // length * length
-        seen = x.mean(1) if merged.segment is None else x[:, :first].mean(1) if first else merged.start.expand(B, -1)
+        first = x.shape[1] if merged.segment is None else t // length * length
+        valid = [[s for s in range(first) if mask is None or bool(mask[b, s])] for b in range(len(x))]
+        before = torch.zeros_like(merged.start) if merged.segment is None else merged.start
+        seen = torch.stack([sum(row[s] for s in v) / len(v) if v else before for row, v in zip(x, valid, strict=True)])
         logits = seen @ merged.router.T
         chosen, ids = logits.topk(merged.top_k)
         gates = torch.zeros_like(logits).scatter(1, ids, chosen.softmax(-1))
@@ -50,6 +52,39 @@ def test_outputs_and_gradients_are_those_of_the_mixture(segment: int | None, len
         assert (got is None) == (want is None)
         if got is not None and want is not None:
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+MASKS = {
+    "every third": lambda length: torch.arange(B * length).view(B, length) % 3 > 0,
+    "padding on the left": lambda length: torch.arange(length) >= torch.tensor([[5], [0], [length]]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("segment", "length"), [(None, 12), (4, 10), (1, 5)])
+def test_masked_tokens_enter_no_mean(segment: int | None, length: int, mask: str) -> None:
+    """Whatever they are: the third sequence of the second mask has no valid token. They get an output themselves."""
+    mask_BS, merged, found = MASKS[mask](length), layer(segment), []
+    for function in (merged, lambda x, mask: mixture(merged, x, mask)):
+        x = tokens(length).requires_grad_()
+        y = function(x, mask_BS)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *merged.parameters()], allow_unused=True)])
+    for got, want in zip(*found, strict=True):
+        if got is not None and want is not None:
+            torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        broken = merged(tokens(length).masked_fill(~mask_BS[..., None], float("nan")), mask_BS)
+        assert torch.equal(broken[mask_BS], found[0][0][mask_BS])
+        assert torch.equal(merged(tokens(length), torch.ones_like(mask_BS)), merged(tokens(length)))
+
+
+def test_gates_are_those_of_fp32_under_autocast() -> None:
+    merged, x = layer().float(), tokens().float()
+    want = merged.gates(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = merged.gates(x)
+        assert merged(x).dtype == torch.bfloat16
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("segment", [1, 4, 5])

@@ -181,6 +181,40 @@ def test_mistakes() -> None:
         engine.step([Batch(ids, ids, tasks=ids)], 0.1)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "wrong", "allowed"), [("hash", (-1, V, -V), (0, V - 1)), ("task", (-2, 4), (-1, 3))])
+def test_codes_out_of_range_are_refused(
+    name: str, wrong: tuple[int, ...], allowed: tuple[int, ...], training: bool
+) -> None:
+    """Indexing would wrap negative ones around."""
+    of = layer(2) if name == "hash" else layer_of(ROWS["task"], 2).double()
+    of.train(training)
+    field, number = ("router.vocabulary", V) if name == "hash" else ("router.tasks", 4)
+    x_TD, mask_T = torch.randn(3, of.config.hidden_size, dtype=torch.float64), torch.tensor([True, True, False])
+    for code in allowed:
+        assert bool(of(x_TD, mask_T, torch.tensor([1, 0, code]))[:2].isfinite().all())
+    for code in wrong:
+        message = (
+            f"codes={code}: out of range for {field}={number}; give .* from {allowed[0]} to {number - 1}, also where"
+        )
+        for place in range(3):
+            codes_T = torch.ones(3, dtype=torch.int64)
+            codes_T[place] = code
+            with pytest.raises(ValueError, match=message):
+                of(x_TD, mask_T, codes_T)
+            with pytest.raises(ValueError, match=message):
+                of.router.probabilities(x_TD, codes_T)
+
+
+def test_the_lookup_itself_refuses_codes_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what happens on a GPU, where nobody reads the codes."""
+    monkeypatch.setattr("equimoe.moe.routing.by_token.check_codes", lambda *_: None)
+    for of, wrong in ((layer(2), (-1, V)), (layer_of(ROWS["task"], 2).double(), (-2, 4, -4))):
+        for code in wrong:
+            with pytest.raises(IndexError, match="index out of range"):
+                of(torch.randn(2, of.config.hidden_size, dtype=torch.float64), None, torch.tensor([1, code]))
+
+
 def test_the_task_of_a_sequence_is_its_domain(tmp_path: Path) -> None:
     """A run trains the embedding of every domain, and evaluates each with its own."""
     router = RouterConfig(gate="task", tasks=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -26,6 +27,7 @@ from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
 from equimoe.moe.plan import DryRun, dry_run, memory
+from equimoe.moe.plan.dry_run import _Chunks, _fsdp_param
 from equimoe.moe.plan.record import reached_fraction
 from equimoe.moe.routing.select import each_group
 from equimoe.moe.train.build import build_model, mixed_precision
@@ -400,3 +402,22 @@ def test_help_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     text = describe(dry(MAPPINGS["pp"], 4, 1), MAPPINGS["pp"])
     assert "rank 1 of 4: blocks 0-1 of 4" in text and "activations" in text and "all_to_all" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(("shape", "dim", "number"), [((7, 3), 0, 3), ((2, 3), 0, 5), ((4, 9), 1, 4), ((8,), 0, 8)])
+def test_parts_of_weights_are_those_of_torch(shape: tuple[int, ...], dim: int, number: int) -> None:
+    tensor = torch.arange(math.prod(shape)).view(shape)
+    few = _Chunks(tensor, number, dim)
+    for index, want in enumerate(_fsdp_param._chunk_with_empty(tensor, number, dim)):
+        assert few[index].shape == want.shape and torch.equal(few[index], want)
+
+
+def test_fsdp_makes_no_part_of_a_weight_per_rank() -> None:
+    """With 2,048 ranks and hundreds of weights, that would take minutes."""
+
+    def script(*_: Any) -> int:
+        dist.destroy_process_group()
+        _fsdp_param._chunk_with_empty = lambda *_: pytest.fail("torch's function makes one per rank")
+        return dry_run(MAPPINGS["fsdp"], 8, 0).parameters
+
+    assert run_ranks(script, 1)[0] > 0

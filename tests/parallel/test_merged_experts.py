@@ -29,17 +29,20 @@ def decoder(segment: int | None = 3, sees_future: bool = False, **how: Any) -> D
     return merge_experts(model, 4, 2, segment, sees_future)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("segment", [None, 3])
-def test_the_feed_forward_is_that_of_mixed_outputs(segment: int | None) -> None:
+def test_the_feed_forward_is_that_of_mixed_outputs(segment: int | None, masked: bool) -> None:
     torch.manual_seed(0)
     merged, results = MergedSwiGLU(6, 5, 4, 2, segment, 0.7).double(), []
+    mask = torch.arange(24).view(3, 8) % 5 > 1 if masked else None
 
-    def by_token(x: Tensor) -> Tensor:
-        return mixture(merged.down_proj, F.silu(mixture(merged.gate_proj, x)) * mixture(merged.up_proj, x))
+    def by_token(x: Tensor, mask: Tensor | None) -> Tensor:
+        gate, up = mixture(merged.gate_proj, x, mask), mixture(merged.up_proj, x, mask)
+        return mixture(merged.down_proj, F.silu(gate) * up, mask)
 
     for compute in (merged, by_token):
         x = torch.randn(3, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = compute(x)
+        y = compute(x, mask)
         gradients = torch.autograd.grad(y.square().sum(), [x, *merged.parameters()], allow_unused=True)
         results.append([y, *(g for g in gradients if g is not None)])
     for got, want in zip(*results, strict=True):
@@ -56,6 +59,19 @@ def test_a_later_token_changes_earlier_outputs_only_without_segments(segment: in
         before, after = model(ids), model(changed)
     assert torch.equal(before[:, :-1], after[:, :-1]) != leaks
     assert not torch.equal(before[:, -1], after[:, -1])
+
+
+def test_a_decoder_passes_its_mask_on() -> None:
+    """Padding between the tokens of a sequence changes nothing for later ones, and without the mask it does."""
+    model = decoder(1)
+    ids = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(LENGTH).expand(2, -1) % 4 > 0
+    x = model.embedding(ids)
+    changed, block = x + 3.0 * ~mask[..., None], model.blocks["0"]
+    with torch.no_grad():
+        for given, alike in ((mask, True), (None, False)):
+            before, after = (block._feed_forward(t, given, None, None) for t in (x, changed))
+            assert torch.equal(before[mask], after[mask]) == alike
 
 
 def trained(rank: int, world: int, degrees: dict[str, Any]) -> dict[str, Tensor]:
