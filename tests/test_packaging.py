@@ -420,20 +420,24 @@ def test_make_runs_fast_and_slow_tests_apart(make) -> None:
 
 
 def test_the_processes_run_every_test_once(tmp_path: Path) -> None:
-    for i, folder in enumerate(side_by_side.FOLDERS):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / f"test_{i}.py").write_text("def test_a(): pass\n")
+    paths = [tmp_path / path for paths in side_by_side.TESTS.values() for path in paths]
+    files = [path if path.suffix else path / f"test_{i}.py" for i, path in enumerate(paths)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("def test_it(): pass\n")
     shutil.copy(ROOT / "tests" / "side_by_side.py", tmp_path / "tests")
-    (tmp_path / "tests" / "test_other.py").write_text("def test_c(): pass\n")
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "tests/side_by_side.py", "-q"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert [line.split(" in ")[0] for line in lines if " in " in line] == ["1 passed"] * 3
-    assert done.returncode == 0 and lines[-3:] == [f"{name}: passed" for name in side_by_side.PARTS]
+    expected = [f"{len(paths)} passed" for paths in side_by_side.TESTS.values()]
+    assert [line.split(" in ")[0] for line in lines if " in " in line] == expected
+    assert done.returncode == 0 and lines[-len(expected) :] == [f"{name}: passed" for name in side_by_side.TESTS]
 
 
-@pytest.mark.parametrize(("failing", "place"), [(f"pytest {side_by_side.FOLDERS[0]}", 0), ("pytest tests --ignore", 2)])
+@pytest.mark.parametrize(
+    ("failing", "place"), [("pytest tests/parallel/test_parity.py", 0), ("pytest tests --ignore", -1)]
+)
 def test_any_process_can_fail_the_suite(
     failing: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
