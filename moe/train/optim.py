@@ -17,7 +17,7 @@ from .config import OptimConfig, TrainConfig
 Build = Callable[[Mapping[str, nn.Parameter], OptimConfig], Optimizer]
 #: parts of names of matrices that map from or to something else than hidden states, and of stacks of vectors; Muon
 #: leaves them to AdamW
-_ENDS = (".embedding.", ".head.", ".router.", ".gate.", ".bias.", ".mixing.", ".vectors.")
+_ENDS = (".embedding.", ".head.", ".router.", ".gate.", ".bias.", ".mixing.", ".vectors.", ".pool.")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> Optimizer:

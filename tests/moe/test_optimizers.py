@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equimoe.moe import BalanceConfig, MoEConfig, ZeroComputationConfig
 from equimoe.moe.engines.optimizers import Lamb, Muon, orthogonalized
-from equimoe.moe.model import Decoder
+from equimoe.moe.model import Decoder, mix_lora
 from equimoe.moe.train.config import OptimConfig, TrainConfig
 from equimoe.moe.train.optim import OPTIMIZERS, build_optimizer
 
@@ -133,6 +133,25 @@ def test_muon_is_torchs_for_matrices_and_each_expert_and_adamw_for_the_rest() ->
         torch.testing.assert_close(own[name].detach(), want.view_as(own[name]), rtol=0.02, atol=0.01)  # both in bf16
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (2, 9), (9, 2), (1, 7)])
+def test_muons_steps_are_those_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """In fp64, with the momentum of the paper, which is 1 / (1 - mu) times ours: only directions matter."""
+    own = nn.Parameter(torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    wanted, sums, (lr, decay, mu) = own.detach().clone(), torch.zeros_like(own), (0.1, 0.2, 0.9)
+    optimizer = Muon([{"params": [own], "orthogonal": True}], lr=lr, weight_decay=decay, momentum=mu)
+    for step in range(3):
+        own.grad = torch.randn(own.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1 + step))
+        optimizer.step()
+        for weight, sum_, grad in zip(wanted, sums, own.grad, strict=True):
+            sum_.mul_(mu).add_(grad)
+            u, values, vt = torch.linalg.svd(grad + mu * sum_, full_matrices=False)
+            values = values / values.square().sum().sqrt()
+            for _ in range(5):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            weight.mul_(1 - lr * decay).sub_(lr * 0.2 * max(shape) ** 0.5 * (u * values) @ vt)
+    torch.testing.assert_close(own.detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5), (3, 4, 8), (2, 3, 7, 4)])
 def test_an_orthogonalized_matrix_keeps_its_singular_vectors(shape: tuple[int, ...]) -> None:
     given = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -157,6 +176,16 @@ def test_muon_updates_the_matrices_between_hidden_states() -> None:
     kept = ("embedding.weight", "head.weight", "router.weight", "shared.gate.weight", "local.mixing", "local.vectors")
     assert inner == {p for name, p in named.items() if p.dim() > 1 and not name.endswith(kept)}
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(named.values())
+
+
+def test_muon_leaves_pools_of_shards_to_adamw() -> None:
+    """A pool is a stack of parts of vectors, and no matrix."""
+    moe = MoEConfig(8, 8, 4, 2)
+    sizes: dict[str, Any] = {"vocab_size": 16, "seq_len": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    model = mix_lora(Decoder(**sizes, moe=moe, moe_every=0), moe, rank=4, experts="shards")
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(name="muon"))
+    inner = {p for group in optimizer.param_groups if group["orthogonal"] for p in group["params"]}
+    assert inner == set(model.blocks["0"].mlp.experts.parameters(recurse=False))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
