@@ -1,4 +1,4 @@
-"""Counts the bytes that a rank sends in one layer's step, and compares them with closed formulas.
+"""Counts the exchanges and bytes of a rank in one layer's step, and compares them with closed formulas.
 
     python benchmarks/parallel/wire.py
 
@@ -23,7 +23,7 @@ from benchmarks.shared.options import Parser
 from equimoe.launch.env import command
 from equimoe.moe import DispatchConfig
 from tests.helpers.fork import run_ranks
-from tests.helpers.wire import SPREADS, D, K, T, cases, measure
+from tests.helpers.wire import SPREADS, D, K, Passed, T, cases, measure
 
 
 def label(dispatch: DispatchConfig, padded: bool, etp: int) -> str:
@@ -34,8 +34,8 @@ def label(dispatch: DispatchConfig, padded: bool, etp: int) -> str:
     return ", ".join([name, *degrees, *extra])
 
 
-def count(rank: int, world: int, made: list, spread: str) -> list[tuple[int, int]]:
-    """Return the bytes that this rank sends with each dispatcher, forward and backward."""
+def count(rank: int, world: int, made: list, spread: str) -> list[list[Passed]]:
+    """Return what this rank sends with each dispatcher, forward and backward."""
     return [measure(rank, world, *case, spread) for case in made]
 
 
@@ -46,17 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     print(f"{T} tokens of {D} fp32 values on each of 4 ranks, top-{K}; bytes sent by a rank, forward + backward\n")
-    print(f"{'dispatcher':<28} {'on the wire':<12} {'a token chooses':<12}  {'counted':>15}  {'formula':>15}")
+    title = f"{'dispatcher':<28} {'on the wire':<12} {'a token chooses':<15}"
+    print(f"{title}  exchanges  {'counted':>15}  {'formula':>15}")
     wrong = 0
     for wire in ("compute", "bf16", "fp8"):
         for spread in SPREADS:
             rows = cases(wire, spread)
             results = run_ranks(count, 4, [case[:3] for case in rows], spread)
-            for i, (dispatch, capacity, etp, want) in enumerate(rows):
-                equal = all(result[i] == tuple(want) for result in results)
+            for i, (dispatch, capacity, etp, exchanges, want) in enumerate(rows):
+                equal = all(result[i] == [Passed(exchanges, sent) for sent in want] for result in results)
                 wrong += not equal
-                counted, formula = (f"{int(a):>6} + {int(b):>6}" for a, b in (results[0][i], want))
-                row = f"{label(dispatch, capacity is not None, etp):<28} {wire:<12} {spread:<15}"
+                passed = " + ".join(str(one.exchanges) for one in results[0][i])
+                sent = [one.sent for one in results[0][i]]
+                counted, formula = (f"{int(a):>6} + {int(b):>6}" for a, b in (sent, want))
+                row = f"{label(dispatch, capacity is not None, etp):<28} {wire:<12} {spread:<15}  {passed:>9}"
                 print(f"{row}  {counted:>15}  {formula:>15}{'' if equal else '  NOT EQUAL'}")
     print(f"\nrows that differ from their formula: {wrong}")
     return wrong

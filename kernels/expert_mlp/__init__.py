@@ -31,6 +31,7 @@ def _triton(
 ) -> Tensor:
     from . import triton_ops  # imported late, because the other backends do not need triton
 
+    x_SD = x_SD.contiguous()  # rows of an exchange are not: copy them once, not in every kernel that reads them
     return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
 
 
@@ -45,6 +46,7 @@ def _hybrid(
 ) -> Tensor:
     from . import hybrid
 
+    x_SD = x_SD.contiguous()
     return torch_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute, hybrid)
 
 

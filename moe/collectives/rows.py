@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .axes import Axis
 from .codec import PLAIN, Codec, Wire
 from .kept import once
+from .packing import Packing
 from .traffic import note
 
 
@@ -33,12 +34,17 @@ class Direction(NamedTuple):
 
 
 class RowCollective:
-    """A collective that has started, and how to decode the rows that it receives."""
+    """A collective that has started, and how to decode the rows that it receives.
 
-    def __init__(self, rows: Tensor, direction: Direction, codec: Codec) -> None:
+    ``extras`` [S, ...] of any dtypes travel with the rows, bit by bit; only the rows are encoded.
+    """
+
+    def __init__(self, rows: Tensor, direction: Direction, codec: Codec, extras: tuple[Tensor, ...] = ()) -> None:
         self.direction, self.codec, self.dtype = direction, codec, rows.dtype
         axis, sent, received = direction.axis, direction.sent, direction.received
-        payload = codec.encode(rows).contiguous()
+        tensors = (codec.encode(rows), *extras)
+        self.packing = Packing(tensors)
+        payload = self.packing.pack(tensors)
         self.out = payload.new_empty((sum(received), *payload.shape[1:]))
         others = len(payload) * (axis.size - 1) if sent is None else len(payload) - sent[axis.rank]
         note(direction.verb, axis, others * (payload[0].nbytes if len(payload) else 0))
@@ -50,14 +56,16 @@ class RowCollective:
             self.work = dist.all_to_all_single(self.out, payload, received, sent, group=axis.group, async_op=True)
         self.payload: Tensor | None = payload  # kept alive until the send completes
 
-    def wait(self) -> Tensor:
-        """Wait for the collective; return the rows received, or their sum."""
+    def wait(self) -> tuple[Tensor, ...]:
+        """Wait for the collective; return the rows and extras received, or their sums."""
         if self.payload is not None:
             self.work.wait()
             self.work = self.payload = None
-        rows = self.codec.decode(self.out.detach(), self.dtype)
-        if not self.direction.summed:
-            return rows
+        rows, *extras = self.packing.unpack(self.out.detach())
+        found = (self.codec.decode(rows, self.dtype), *(extra.contiguous() for extra in extras))
+        return tuple(self._sum(part) for part in found) if self.direction.summed else found
+
+    def _sum(self, rows: Tensor) -> Tensor:
         first, *others = rows.split(self.direction.received)
         total = first.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
         for part in others:
@@ -70,63 +78,99 @@ class _Exchange:
 
     def __init__(self, forward: Direction, backward: Direction, wire: Wire) -> None:
         self.forward, self.backward, self.wire = forward, backward, wire
+        #: whether the rows, and each of the extras, have a gradient
+        self.trained: tuple[bool, ...] = ()
         self.running: RowCollective | None = None
 
-    def wait(self) -> Tensor:
+    def constants(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return those of the rows and extras that have no gradient."""
+        return [tensor for tensor, trained in zip(tensors, self.trained, strict=True) if not trained]
+
+    def start_back(self, grads: tuple[Tensor, ...]) -> None:
+        first, *others = [grad for grad, trained in zip(grads, self.trained, strict=True) if trained]
+        codec = self.wire.backward if self.trained[0] else PLAIN.backward
+        self.running = RowCollective(first, self.backward, codec, tuple(others))
+
+    def wait(self) -> tuple[Tensor, ...]:
         running, self.running = self.running, None
         assert running is not None
         return running.wait()
 
 
+def _tokens(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """Return tensors of the same dtypes with ``rows`` rows, but without their memory."""
+    return tuple(tensor.new_zeros(()).expand(rows, *tensor.shape[1:]) for tensor in tensors)
+
+
 class _Start(torch.autograd.Function):
-    """Starts the exchange, and puts a token into the graph: a tensor of the result's shape, but without its memory."""
+    """Starts the exchange, and puts tokens into the graph: tensors of the results' shapes, but without their memory."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.running = once(lambda: RowCollective(rows, exchange.forward, exchange.wire.forward))
-        return rows.new_zeros(()).expand(exchange.forward.rows, *rows.shape[1:])
+    def forward(ctx: Any, exchange: _Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange, exchange.trained = exchange, ctx.needs_input_grad[1:]
+        rows, *extras = tensors
+        exchange.running = once(lambda: RowCollective(rows, exchange.forward, exchange.wire.forward, tuple(extras)))
+        tokens = _tokens(tensors, exchange.forward.rows)
+        ctx.mark_non_differentiable(*exchange.constants(tokens))
+        return tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, token: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.exchange.wait(), None
+    def backward(ctx: Any, *tokens: Tensor) -> tuple[Tensor | None, ...]:
+        received = iter(ctx.exchange.wait())
+        return None, *(next(received) if trained else None for trained in ctx.exchange.trained)
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, exchange: _Exchange) -> Tensor:
+    def forward(ctx: Any, exchange: _Exchange, *tokens: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        return exchange.wait()
+        received = exchange.wait()
+        ctx.mark_non_differentiable(*exchange.constants(received))
+        return received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        exchange = ctx.exchange
-        exchange.running = RowCollective(grad, exchange.backward, exchange.wire.backward)
-        return grad.new_zeros(()).expand(grad.shape), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.start_back(grads)
+        tokens = _tokens(grads, len(grads[0]))
+        return None, *(t if trained else None for t, trained in zip(tokens, ctx.exchange.trained, strict=True))
 
 
 class PendingRows:
-    """An exchange of rows that has started; :meth:`wait` returns the rows received.
+    """An exchange of rows, and perhaps of ``extras``, that has started; :meth:`wait` returns the rows received.
 
     Computation between start and wait overlaps with the exchange, in the forward and in the backward.
     """
 
-    def __init__(self, rows: Tensor, exchange: _Exchange) -> None:
+    def __init__(self, exchange: _Exchange, rows: Tensor, extras: tuple[Tensor, ...] = ()) -> None:
         self._exchange = exchange if exchange.forward.axis.size > 1 else None
-        self._token = rows if self._exchange is None else _Start.apply(rows, exchange)
+        tensors = (rows, *extras)
+        self._tokens: tuple[Tensor, ...] = tensors if self._exchange is None else _Start.apply(exchange, *tensors)
 
     def wait(self) -> Tensor:
         """Wait for the rows received, and return them in the order of the ranks that sent them."""
-        return self._token if self._exchange is None else _Finish.apply(self._token, self._exchange)
+        return self.wait_all()[0]
+
+    def wait_all(self) -> tuple[Tensor, ...]:
+        """Do the same, and return the extras after the rows."""
+        return self._tokens if self._exchange is None else _Finish.apply(self._exchange, *self._tokens)
 
 
-def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> PendingRows:
+def start_exchange(
+    rows: Tensor,
+    sent: list[int],
+    received: list[int],
+    axis: Axis,
+    wire: Wire = PLAIN,
+    extras: tuple[Tensor, ...] = (),
+) -> PendingRows:
     """Start an all-to-all of rows: ``sent[p]`` rows to rank p, ``received[p]`` from it, both in rank order.
 
-    Differentiable; gradients travel the other way. ``received`` must come from the senders' counts
-    (:func:`exchange_counts`): wrong sizes are not detected, and yield undefined values.
+    ``extras`` [S, ...] have an entry for each row, which travels with it in the same collective; they are never rounded
+    to the rows' wire format. Differentiable in rows and extras; all gradients travel the other way together.
+    ``received`` must come from the senders' counts (:func:`exchange_counts`): wrong sizes are not detected, and yield
+    undefined values.
     """
     if len(sent) != axis.size or len(received) != axis.size or sum(sent) != rows.shape[0]:
         raise ValueError(
@@ -134,9 +178,8 @@ def start_exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axi
             f"size {axis.size}; give one size per rank, and sizes sent that add up to the rows"
         )
     name = "exchange_rows"
-    return PendingRows(
-        rows, _Exchange(Direction(name, axis, sent, received), Direction(name, axis, received, sent), wire)
-    )
+    exchange = _Exchange(Direction(name, axis, sent, received), Direction(name, axis, received, sent), wire)
+    return PendingRows(exchange, rows, extras)
 
 
 def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
@@ -144,13 +187,15 @@ def exchange_rows(rows: Tensor, sent: list[int], received: list[int], axis: Axis
     return start_exchange(rows, sent, received, axis, wire).wait()
 
 
-def start_all_gather(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> PendingRows:
+def start_all_gather(
+    rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN, extras: tuple[Tensor, ...] = ()
+) -> PendingRows:
     """Start to gather the rows of all ranks, in rank order; rank p has ``sizes[p]`` rows.
 
-    The backward is a :func:`reduce_scatter_rows`.
+    ``extras`` travel with the rows, see :func:`start_exchange`. The backward is a :func:`reduce_scatter_rows`.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes[axis.rank : axis.rank + 1])
-    return PendingRows(rows, _Exchange(all_gathering(sizes, axis), _reduce_scatter(sizes, axis), wire))
+    return PendingRows(_Exchange(all_gathering(sizes, axis), _reduce_scatter(sizes, axis), wire), rows, extras)
 
 
 def all_gather_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire = PLAIN) -> Tensor:
@@ -164,7 +209,7 @@ def reduce_scatter_rows(rows: Tensor, sizes: list[int], axis: Axis, wire: Wire =
     The backward is an :func:`all_gather_rows`. Terms are added in rank order; 16-bit rows in fp32.
     """
     check_sizes(sizes, rows.shape[0], axis, sizes)
-    return PendingRows(rows, _Exchange(_reduce_scatter(sizes, axis), all_gathering(sizes, axis), wire)).wait()
+    return PendingRows(_Exchange(_reduce_scatter(sizes, axis), all_gathering(sizes, axis), wire), rows).wait()
 
 
 def check_sizes(sizes: list[int], rows: int, axis: Axis, counted: list[int]) -> None:

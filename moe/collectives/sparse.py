@@ -67,7 +67,8 @@ class _Copying:
         """Wait, and return what was received for each tensor."""
         running, self.running = self.running, None
         assert running is not None
-        parts = running.wait().split([shape.numel() for shape in self.shapes], dim=1)
+        (payload,) = running.wait()
+        parts = payload.split([shape.numel() for shape in self.shapes], dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 

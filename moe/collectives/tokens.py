@@ -48,14 +48,14 @@ class _Split(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return RowCollective(grad, ctx.direction, Plain()).wait(), None
+        return RowCollective(grad, ctx.direction, Plain()).wait()[0], None
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_TD: Tensor, sizes: list[int], axis: Axis) -> Tensor:
         ctx.axis = axis
-        return once(lambda: RowCollective(y_TD, all_gathering(sizes, axis), Plain())).wait()
+        return once(lambda: RowCollective(y_TD, all_gathering(sizes, axis), Plain())).wait()[0]
 
     @staticmethod
     @once_differentiable

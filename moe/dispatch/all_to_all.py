@@ -25,8 +25,8 @@ class AllToAllFlight(NamedTuple):
 
     tokens: int
     plan: ExchangePlan
-    #: (rows, weights) of each chunk
-    chunks: list[tuple[PendingRows, PendingRows]]
+    #: rows of each chunk, and their gate weights
+    chunks: list[PendingRows]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -54,23 +54,20 @@ class AllToAllDispatcher(Dispatcher):
 
     def finish(self, flight: AllToAllFlight, experts: Experts) -> Tensor:
         plan, going_home = flight.plan, []
-        for c, (rows, weights) in zip(plan.chunks, flight.chunks, strict=True):
-            y_SD = self.compute(rows.wait(), weights.wait(), c.ids_S1, experts, plan.sizes_of)
+        for c, pending in zip(plan.chunks, flight.chunks, strict=True):
+            y_SD = self.compute(*pending.wait_all(), c.ids_S1, experts, plan.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.combine_wire))
         home = [pending.wait() for pending in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)
         return combine(y_XD, plan.order, backend=self.backend)[: flight.tokens]
 
-    def _start(self, x_SD: Tensor, weights_SK: Tensor, plan: ExchangePlan) -> list[tuple[PendingRows, PendingRows]]:
+    def _start(self, x_SD: Tensor, weights_SK: Tensor, plan: ExchangePlan) -> list[PendingRows]:
         """Start the exchanges of all chunks at once. Later chunks arrive while the first are computed and returned."""
         rows_XD = permute(x_SD, plan.order, plan.rows, backend=self.backend)
         weights_X1 = weights_SK.reshape(-1, 1)[plan.order.order_R[: plan.rows]]
         sizes = [sum(chunk.sent) for chunk in plan.chunks]
         return [
-            (
-                start_exchange(rows, c.sent, c.received, self.axis, self.dispatch_wire),
-                start_exchange(weights, c.sent, c.received, self.axis),  # never rounded to the rows' wire format
-            )
+            start_exchange(rows, c.sent, c.received, self.axis, self.dispatch_wire, (weights,))
             for c, rows, weights in zip(plan.chunks, rows_XD.split(sizes), weights_X1.split(sizes), strict=True)
         ]
 

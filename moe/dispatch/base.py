@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.sort_by_expert import sort_by_expert
-from ..collectives import LOCAL, Axis, all_gather_rows, equal_sizes, exchange_sizes, reduce_scatter_rows
+from ..collectives import LOCAL, Axis, equal_sizes, exchange_sizes, reduce_scatter_rows, start_all_gather
 from ..config import CapacityConfig, DispatchConfig
 from ..placement import Owners
 from ..regions import region
@@ -99,8 +99,8 @@ class Dispatcher(ABC):
         """
         sizes = sizes_of(rows_SD, self.etp)
         if self.etp.size > 1:
-            sources = (rows_SD, weights_SK, ids_SK.int())
-            rows_SD, weights_SK, ids_SK = (all_gather_rows(t, sizes, self.etp) for t in sources)
+            gathered = start_all_gather(rows_SD, sizes, self.etp, extras=(weights_SK, ids_SK.int()))
+            rows_SD, weights_SK, ids_SK = gathered.wait_all()
         ids_SK = ids_SK.long()
         if not self.experts_here:
             y_SD = _Nothing.apply(rows_SD, weights_SK, *getattr(experts, "parameters", tuple)())

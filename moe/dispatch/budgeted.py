@@ -23,8 +23,8 @@ from .all_to_all import AllToAllDispatcher, AllToAllFlight
 from .base import as_computed
 from .exchange_plan import ExchangeChunk, ExchangePlan
 
-#: bytes of a received row's gate weight and slot
-ROUTING_BYTES = 16
+#: bytes of a received row's gate weight, with which the row is padded to a multiple of 16, and of its slot
+ROUTING_BYTES = 16 + 8
 
 
 class OverBudgetError(MemoryError):
@@ -164,9 +164,9 @@ class BudgetedDispatcher(AllToAllDispatcher):
 
     def _part(self, chunk: ExchangeChunk, plan: ExchangePlan, experts: Experts) -> Callable[[Tensor, Tensor], Tensor]:
         def run(rows_XD: Tensor, weights_X1: Tensor) -> Tensor:
-            rows = start_exchange(rows_XD, chunk.sent, chunk.received, self.axis, self.dispatch_wire)
-            weights = start_exchange(weights_X1, chunk.sent, chunk.received, self.axis)
-            y_SD = self.compute(rows.wait(), weights.wait(), chunk.ids_S1, experts, plan.sizes_of)
+            sizes = chunk.sent, chunk.received
+            pending = start_exchange(rows_XD, *sizes, self.axis, self.dispatch_wire, (weights_X1,))
+            y_SD = self.compute(*pending.wait_all(), chunk.ids_S1, experts, plan.sizes_of)
             return start_exchange(y_SD, chunk.received, chunk.sent, self.axis, self.combine_wire).wait()
 
         return run

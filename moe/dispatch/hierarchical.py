@@ -39,8 +39,8 @@ class Hop(NamedTuple):
 
     axis: Axis
     #: rows, weights and ids if the axis has one rank; else they are in ``pending``
-    local: tuple[Tensor, ...]
-    pending: tuple[PendingRows, ...] = ()
+    local: tuple[Tensor, ...] = ()
+    pending: PendingRows | None = None
     #: None if the axis has one rank
     order: ExpertOrder | None = None
     sent: list[int] = []
@@ -93,17 +93,16 @@ class HierarchicalDispatcher(Dispatcher):
         ids_XK = ids_SK[source_X] - rank_X[:, None] * each
         local_XK = torch.where(to_SK[source_X] == rank_X[:, None], ids_XK, -1)
 
-        rows = start_exchange(rows_XD, sent, received, axis, self.dispatch_wire)
-        weights = start_exchange(weights_XK, sent, received, axis)
-        ids = start_exchange(local_XK.int(), sent, received, axis)
-        return Hop(axis, (), (rows, weights, ids), order, sent, received)
+        routed = weights_XK, local_XK.int()
+        pending = start_exchange(rows_XD, sent, received, axis, self.dispatch_wire, routed)
+        return Hop(axis, (), pending, order, sent, received)
 
     def finish_hop(self, hop: Hop, inner: Inner) -> Tensor:
         """Wait for the rows, run ``inner`` on them, return the results, and sum them per source row."""
-        if hop.order is None:
+        if hop.pending is None or hop.order is None:
             return inner(*hop.local)
-        rows, weights, ids = hop.pending
-        y_SD = inner(rows.wait(), weights.wait(), ids.wait().long())
+        rows_SD, weights_SK, ids_SK = hop.pending.wait_all()
+        y_SD = inner(rows_SD, weights_SK, ids_SK.long())
         home_XD = exchange_rows(y_SD, hop.received, hop.sent, hop.axis, self.combine_wire)
         return combine(home_XD, hop.order, backend=self.backend)
 

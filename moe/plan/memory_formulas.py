@@ -291,8 +291,9 @@ class _Activations:
     def _kept(self) -> int:
         """Bytes that a recomputed MoE layer keeps: its routing decisions, and exchanged rows under keep_exchanges."""
         rows = self.config.moe.top_k * self._moe_tokens()
-        exchanged = 2 * self.c * self.config.moe.hidden_size + 4 if self.config.recompute.keep_exchanges else 0
-        return (8 + exchanged * (self.part.degrees.ep > 1)) * rows
+        exchanged = self._received() + self.c * self.config.moe.hidden_size
+        kept = self.config.recompute.keep_exchanges and self.part.degrees.ep > 1
+        return (8 + exchanged * kept) * rows
 
     def _to_split(self, width: int, layers: int = 1) -> int:
         """Bytes of the input of layers split by tensor parallelism; one per layer under sequence parallelism."""
@@ -328,6 +329,10 @@ class _Activations:
         inside = 4 * self.c * (self.config.model.intermediate_size // self.tp) * self.T
         return self._to_split(self.config.moe.hidden_size, layers=2) + inside
 
+    def _received(self) -> int:
+        """Bytes of a row that a rank receives together with its gate weight."""
+        return ceil((self.c * self.config.moe.hidden_size + 4) / 16) * 16
+
     def _moe_tokens(self) -> int:
         return ceil(self.T / self.tp)  # tensor-parallel ranks hold the same tokens and divide them
 
@@ -355,7 +360,7 @@ class _Activations:
             shared = 4 * c * moe.shared_intermediate_size * t + gate
         # rows received under ep; without ep, only etp ranks gather tokens
         arriving = rows if degrees.ep > 1 else t if degrees.etp > 1 else 0
-        sources = c * hidden * arriving * degrees.etp
+        sources = self._received() * arriving * degrees.etp
         up = (1 + moe.gated) * moe.intermediate_size // degrees.etp
         places = 72 * rows  # ids, gate weights and row positions
         if degrees.ep == 1:  # the host does not know how many of a token's places stay empty

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 _ID = 4
 
+#: alignment of the parts of a row that travel together, and of the row, in bytes
+_PART, _ROW = 4, 16
+
 
 class Bytes(NamedTuple):
     """Bytes sent in a forward and in a backward pass."""
@@ -50,11 +53,18 @@ class RoutedTokens:
 
 
 def _exchange(load: RoutedTokens, rows: float, choices: int, ids: bool) -> Bytes:
-    """Dispatch of rows with their gate weights (and perhaps ids) and combine of results; the reverse in backward."""
+    """Dispatch of rows with their gate weights (and perhaps ids) and combine of results; the reverse in backward.
+
+    A row is sent together with its weights and ids, and the gradients of rows together with those of weights.
+    """
     weights = choices * load.weight
-    return Bytes(
-        rows * (load.out + weights + ids * choices * _ID + load.home), rows * (load.home + load.home + weights)
-    )
+    there = _together(load.out, weights + ids * choices * _ID)
+    return Bytes(rows * (there + load.home), rows * (load.home + _together(load.home, weights)))
+
+
+def _together(row: int, extras: int) -> int:
+    """Return the bytes of a row and what travels with it, padded so that any row can be loaded in words of 16 bytes."""
+    return -(-(-(-row // _PART) * _PART + extras) // _ROW) * _ROW
 
 
 def expert_tensor_parallel(load: RoutedTokens, etp: int, rows: float, choices: int) -> Bytes:

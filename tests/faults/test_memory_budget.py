@@ -35,7 +35,7 @@ Wrap = Callable[..., Tensor]
 def tighten(layer: MoE, fits: int) -> None:
     """Let the budget be ``fits`` rows, far less than the MiB that a configuration can express."""
     assert isinstance(layer.dispatcher, BudgetedDispatcher)
-    budget = replace(layer.dispatcher.budget, values=((1 << 20) // fits - 16) // 8)
+    budget = replace(layer.dispatcher.budget, values=((1 << 20) // fits - 24) // 8)
     layer.dispatcher.budget = budget
     assert (1 << 20) // budget.bytes_of(1, 8) == fits
 
@@ -126,7 +126,7 @@ def test_all_ranks_stop_alike(fits: int, stops: bool) -> None:
 
 
 def test_the_number_of_parts() -> None:
-    budget = Budget(limit=1, values=(1 << 20) // 100 // 4 - 4, stops=False)
+    budget = Budget(limit=1, values=(1 << 20) // 100 // 4 - 6, stops=False)
     assert (1 << 20) // budget.bytes_of(1, 4) == 100
     for rows, runs in ((0, 0), (100, 100), (101, 8), (1000, 8), (10_000, 99), (150, 10)):
         parts = budget.parts([Load(rows, runs, 0, rows), Load(5, 2, 0, 5)], 4)

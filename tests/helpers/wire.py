@@ -1,8 +1,9 @@
-"""Measures what every dispatcher sends for a known routing, and pairs it with the closed formula."""
+"""Measures what every dispatcher sends for a known routing, and pairs it with the closed formula and the exchanges."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ SPREADS = {
 }
 
 
+class Passed(NamedTuple):
+    """What a rank sends in one pass through a layer."""
+
+    exchanges: int
+    sent: int
+
+
 def routing(spread: str, dtype: torch.dtype) -> Routing:
     ids_TK = torch.tensor([SPREADS[spread][0](t) for t in range(T)])
     weights = torch.full((T, K), 0.5, dtype=dtype, requires_grad=True)
@@ -35,8 +43,8 @@ def routing(spread: str, dtype: torch.dtype) -> Routing:
 
 def measure(
     rank: int, world: int, dispatch: DispatchConfig, capacity: CapacityConfig | None, etp: int, spread: str
-) -> tuple[int, int]:
-    """Return the bytes that this rank sends in a forward and in a backward, without counts."""
+) -> list[Passed]:
+    """Return what this rank sends in a forward and in a backward, without counts."""
     axis, etp_axis = split_axis(world_axis(), etp)
     dispatcher = build_dispatcher(
         replace(CONFIG, dispatch=dispatch, capacity=capacity), Placement(ep=axis, etp=etp_axis)
@@ -51,12 +59,12 @@ def measure(
     with record_traffic() as backward:
         y_TD.sum().backward()
     assert {entry.size for entry in forward + backward} <= {2, 4}
-    sums = [sum(entry.sent for entry in entries if entry.verb != "exchange_counts") for entries in (forward, backward)]
-    return sums[0], sums[1]
+    rows = [[entry.sent for entry in entries if entry.verb != "exchange_counts"] for entries in (forward, backward)]
+    return [Passed(len(sent), sum(sent)) for sent in rows]
 
 
-#: dispatcher, capacity, ranks that split each expert, formula
-Case = tuple[DispatchConfig, CapacityConfig | None, int, Bytes]
+#: dispatcher, capacity, ranks that split each expert, exchanges of a forward and also of its backward, formula
+Case = tuple[DispatchConfig, CapacityConfig | None, int, int, Bytes]
 
 
 def cases(wire: str, spread: str) -> list[Case]:
@@ -65,17 +73,18 @@ def cases(wire: str, spread: str) -> list[Case]:
     _, nodes_each, ranks_each = SPREADS[spread]
     capacity = CapacityConfig(factor=1.0, pad=True)
     found: list[Case] = [
-        (DispatchConfig(), None, 1, traffic.all_to_all(load, 4)),
-        (DispatchConfig(), None, 2, traffic.all_to_all(load, 2, 2)),
-        (DispatchConfig(), None, 4, traffic.local(load, 4)),
-        (DispatchConfig(), capacity, 1, traffic.padded(load, 4, T * K // E, E)),
-        (DispatchConfig("overlapped", chunks=2), None, 1, traffic.all_to_all(load, 4)),
-        (DispatchConfig("all_gather"), None, 1, traffic.all_gather(load, 4)),
-        (DispatchConfig("all_gather", equal_tokens=True), None, 2, traffic.all_gather(load, 2, 2)),
+        (DispatchConfig(), None, 1, 2, traffic.all_to_all(load, 4)),
+        (DispatchConfig(), None, 2, 4, traffic.all_to_all(load, 2, 2)),
+        (DispatchConfig(), None, 4, 2, traffic.local(load, 4)),
+        (DispatchConfig(), capacity, 1, 2, traffic.padded(load, 4, T * K // E, E)),
+        (DispatchConfig("overlapped", chunks=2), None, 1, 4, traffic.all_to_all(load, 4)),
+        (DispatchConfig("all_gather"), None, 1, 2, traffic.all_gather(load, 4)),
+        (DispatchConfig("all_gather", equal_tokens=True), None, 2, 4, traffic.all_gather(load, 2, 2)),
         (
             DispatchConfig("hierarchical", node_size=2),
             None,
             1,
+            4,
             traffic.hierarchical(load, 2, 2, nodes_each, ranks_each),
         ),
     ]

@@ -177,8 +177,8 @@ def test_bytes_and_products_by_hand() -> None:
     hidden = 4 * d * tokens
     sent = {(kind.verb, kind.axis): size for kind, _, size in found.traffic}
     assert sent["send", "pp"] == 2 * hidden and sent["recv", "pp"] == 0
-    # per layer half of the rows, dispatched and combined, with gradients; weights; the number of rows per expert
-    exchanged = 2 * (4 * rows // 2 * 4 * d + 2 * rows // 2 * 4 + 8 * 8 // 2 * 8)
+    # per layer half of the rows, dispatched and combined, with gradients; weights, padded to 16 bytes; rows per expert
+    exchanged = 2 * (4 * rows // 2 * 4 * d + 2 * rows // 2 * 16 + 8 * 8 // 2 * 8)
     assert sent["all_to_all", "ep"] == exchanged
     assert found.flops["experts"] == 2 * 3 * 2 * rows * d * 3 * f
     projections, pairs = 3 * 2 * tokens * d * 4 * d, 16 * 17 // 2

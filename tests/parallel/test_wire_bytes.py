@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from equimoe.moe import BalanceConfig, DispatchConfig, MoE
-from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, world_axis
+from equimoe.moe.collectives import LOCAL, exchange_rows, record_traffic, start_exchange, world_axis
+from equimoe.moe.collectives.packing import Packing
 from equimoe.moe.dispatch import DropDuplicates, build_dispatcher
 from equimoe.moe.dispatch.codecs import WIRES, BFloat16, Float8
 from equimoe.moe.placement import Placement
@@ -18,7 +20,7 @@ from equimoe.moe.plan.traffic_formulas import RoutedTokens
 from equimoe.moe.types import Decision
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
-from tests.helpers.wire import CONFIG, SPREADS, D, E, K, T, cases, measure, routing
+from tests.helpers.wire import CONFIG, SPREADS, D, E, K, Passed, T, cases, measure, routing
 
 # ---- formats ------------------------------------------------------------------------------------------------------
 
@@ -90,19 +92,78 @@ def test_gradients_take_their_own_format() -> None:
         assert torch.equal(grad, rows[rank].bfloat16().float().expand(2, 5))
 
 
+# ---- tensors that travel together ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "width"), [(0, 6), (1, 1), (5, 7), (3, 8)])
+def test_packed_rows_keep_every_bit(dtype: torch.dtype, rows: int, width: int) -> None:
+    """NaN with any payload, infinity and -0.0 must arrive as they are, aligned, in rows of a multiple of 16 bytes."""
+    odd = torch.tensor([0x7FC00001, 0x7F800000, -(1 << 31), 1, 0x3F800001], dtype=torch.int32).view(torch.float32)
+    tensors = [
+        torch.randn(rows, width).to(dtype),
+        odd.repeat(rows * 2)[: rows * 3].view(rows, 3),
+        torch.arange(rows, dtype=torch.int32) - 1,
+        torch.arange(rows * 4, dtype=torch.int64).view(rows, 2, 2) << 40,
+    ]
+    packing = Packing(tensors)
+    payload = packing.pack([tensors[0].t().contiguous().t(), *tensors[1:]])  # in any memory layout
+    assert payload.dtype == torch.uint8 and payload.shape[0] == rows and payload.shape[1] % 16 == 0
+    for got, want in zip(packing.unpack(payload), tensors, strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert torch.equal(_bits(got), _bits(want))
+    assert Packing(tensors[:1]).pack(tensors[:1]) is tensors[0]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_rows_and_weights_travel_together(trained: tuple[bool, bool]) -> None:
+    """One exchange each way, for what is trained; weights and their gradients are not rounded to the rows' format."""
+
+    def script(rank: int, world: int) -> tuple[list[Any], list[str]]:
+        rows = torch.full((2, 3), 1.0 + rank, dtype=torch.bfloat16).requires_grad_(trained[0])
+        weights = torch.tensor([[1.0 + 2.0**-20], [3.0]], requires_grad=trained[1])
+        ids = torch.tensor([4, 5], dtype=torch.int32) + 2 * rank
+        with record_traffic() as entries:
+            pending = start_exchange(rows, [1, 1], [1, 1], world_axis(), WIRES["bf16"][0], (weights, ids))
+            got, factors, numbers = pending.wait_all()
+            (got.float() * factors * (1 + 2.0**-20)).sum().backward()
+        assert (got.requires_grad, factors.requires_grad, numbers.requires_grad) == (*trained, False)
+        found = [got.detach(), factors.detach(), numbers, rows.grad, weights.grad]
+        return found, [entry.verb for entry in entries]
+
+    for rank, (found, verbs) in enumerate(run_ranks(script, 2)):
+        got, factors, numbers, of_rows, of_weights = found
+        assert verbs == ["exchange_rows"] * 2
+        factor = (1.0 + 2.0**-20, 3.0)
+        assert got[:, 0].tolist() == [1.0, 2.0] and factors.flatten().tolist() == [factor[rank]] * 2
+        assert numbers.tolist() == [4 + rank, 6 + rank]
+        assert (of_rows is None, of_weights is None) == (not trained[0], not trained[1])
+        if of_rows is not None:
+            want = torch.tensor(factor, dtype=torch.float32) * (1 + 2.0**-20)
+            assert torch.equal(of_rows, want.bfloat16()[:, None].expand(2, 3))
+        if of_weights is not None:
+            assert of_weights.flatten().tolist() == [3.0 * (1 + rank) * (1 + 2.0**-20)] * 2
+
+
 # ---- bytes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("spread", SPREADS)
-def test_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
+def test_exchanges_and_bytes_equal_the_closed_formulas(wire: str, spread: str) -> None:
+    """A layer's forward and backward have four exchanges: gate weights, ids and their gradients travel with rows."""
     expected = cases(wire, spread)
 
-    def script(rank: int, world: int) -> list[tuple[int, int]]:
-        return [measure(rank, world, *case, spread) for *case, _ in expected]
+    def script(rank: int, world: int) -> list[list[Passed]]:
+        return [measure(rank, world, *case, spread) for *case, _, _ in expected]
 
     for result in run_ranks(script, 4):
-        assert result == [tuple(want) for *_, want in expected]
+        assert result == [[Passed(exchanges, sent) for sent in want] for *_, exchanges, want in expected]
 
 
 def test_formula_of_the_paper() -> None:
@@ -126,7 +187,7 @@ def test_hierarchical_sends_a_row_at_most_once_to_a_node() -> None:
             dispatcher.finish(dispatcher.send(torch.randn(T, D), made), lambda rows, plan: rows)
         between = [e.sent for e in entries if e.axis == "ep.across" and e.verb == "exchange_rows"]
         other = [[int(i) for i in row if int(i) // 4 != rank // 2] for row in ids_TK]
-        return between[0], sum(bool(row) for row in other) * D * 4
+        return between[0], sum(bool(row) for row in other) * (D * 4 + 5 * 4 + 5 * 4)  # with 5 weights and 5 ids
 
     for sent, want in run_ranks(script, 4):
         assert sent == want > 0
