@@ -165,7 +165,7 @@ class RoutingStats:
 
 def load_summary(counts_E: Tensor) -> dict[str, float]:
     """Return max/mean, coefficient of variation, normalised entropy and number of dead experts of a load int64 [E]."""
-    load = counts_E.double()
+    load = counts_E.cpu().double()
     total = float(load.sum())
     if total == 0:
         return {"max_over_mean": 1.0, "cv": 0.0, "entropy": 1.0, "dead": float(load.numel())}

@@ -11,7 +11,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("moe", "kernels", "launch")
 
-BASE = ("moe.collectives", "moe.placement", "moe.regions", "moe.types", "moe.config", "moe.version", "kernels")
+BASE = (
+    "moe.collectives",
+    "moe.placement",
+    "moe.regions",
+    "moe.transfer",
+    "moe.types",
+    "moe.config",
+    "moe.version",
+    "kernels",
+)
 STAGES = ("moe.routing", "moe.balance", "moe.dispatch", "moe.experts")
 LAYER = ("moe.layer", "moe.replication", *STAGES, *BASE)
 MODEL = ("moe.model", *LAYER)

@@ -160,8 +160,8 @@ def gradients(
     quality = [estimate_quality(step) for step in steps]
     return Pass(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
-        estimator_error=[one["estimator_error"] for one in quality],
-        gradient_error=[one["gradient_error"] for one in quality],
+        estimator_error=[float(one["estimator_error"]) for one in quality],
+        gradient_error=[float(one["gradient_error"]) for one in quality],
         load=[step.local_counts_ME.sum(0).double() / step.local_tokens_M.sum() for step in steps],
     )
 

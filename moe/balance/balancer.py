@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..collectives import LOCAL, Axis, world_axis
 from ..config import BalanceConfig
 from ..placement import Owners, Placement
+from ..transfer import Reading
 from ..types import Decision, Routing
 from .agreement import Agreement
 from .attach import attach
@@ -357,16 +358,16 @@ class Balancer:
         prob_sums_BE = routing.prob_sums_BE.detach()
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
-        return {
-            "global": float(loss_value(self._weighted(totals[:-1]), totals[-1], prob_sums_E, tokens, top_k)),
-            "micro": float(loss_value(counts_E, tokens, prob_sums_E, tokens, top_k)),
-            "sequence": float(per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1)),
-            "z": float(routing.z_sum.detach() / tokens.clamp_min(1)),
-        } | (
-            {}
-            if routing.entropy_sum is None
-            else {"entropy": float(routing.entropy_sum.detach() / tokens.clamp_min(1))}
-        )
+        values = {
+            "global": loss_value(self._weighted(totals[:-1]), totals[-1], prob_sums_E, tokens, top_k),
+            "micro": loss_value(counts_E, tokens, prob_sums_E, tokens, top_k),
+            "sequence": per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1),
+            "z": routing.z_sum.detach() / tokens.clamp_min(1),
+        }
+        if routing.entropy_sum is not None:
+            values["entropy"] = routing.entropy_sum.detach() / tokens.clamp_min(1)
+        read = Reading(torch.stack([value.double() for value in values.values()])).get()
+        return dict(zip(values, map(float, read), strict=True))
 
     def observe(self, totals_MX: Tensor) -> None:
         """Remember a step that has ended: counts and tokens of its micro-batches, int64 [M, E + 1]."""

@@ -75,7 +75,7 @@ def build_engine(
         assert isinstance(model, Decoder)
         reducer = Reducer(parameters, axes)
         pipeline = _pipeline(model, parts, mesh, micro_batches, shape, device, dtype, precision)  # type: ignore[arg-type]
-        runner, steps = Stages(pipeline, mesh, loss), pipeline.steps
+        runner, steps = Stages(pipeline, mesh, loss, reducer), pipeline.steps
     else:
         if model_has_values(model):
             # buckets get their own groups: ranks may start exchanges and buckets of a backward in different orders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from ..collectives import LOCAL, world_axis
 from ..health import finite_everywhere
 from ..layer import MoE
 from ..parallel import IGNORED, LocalBatch, Mesh, check_trained_alike, digest, take_local_batch
+from ..transfer import Reading, to_device
 from .base import Accept, Batch, Computed
 
 
@@ -29,11 +31,16 @@ def local_batches(
     codes_of = CODES[codes_read(parts)]
 
     def moved(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(device)
+        return None if t is None else to_device(t, device)
 
     return [
         take_local_batch(
-            b.inputs.to(device), b.labels.to(device), moved(b.mask), moved(b.documents), mesh, moved(codes_of(b))
+            to_device(b.inputs, device),
+            to_device(b.labels, device),
+            moved(b.mask),
+            moved(b.documents),
+            mesh,
+            moved(codes_of(b)),
         )
         for b in batches
     ]
@@ -59,14 +66,21 @@ CODES: dict[str | None, Callable[[Batch], Tensor | None]] = {
 }
 
 
+class Counted(NamedTuple):
+    """What the ranks count at the start of a step."""
+
+    #: int64 scalars, over all ranks: positions that the loss counts, and tokens that MoE layers route
+    tokens: Tensor
+    routed: Tensor
+    #: raises ValueError, on every rank, if ranks train different weights, whose gradients would be added up. Every rank
+    #: calls it before its first gradient is reduced: later calls find the answer there, and need not wait for it
+    check_alike: Callable[[], None]
+
+
 def count_tokens(
     batches: Sequence[Batch], local: Sequence[LocalBatch], mesh: Mesh | None, parameters: dict[str, nn.Parameter]
-) -> tuple[Tensor, Tensor]:
-    """Return how many positions of the step the loss counts, and how many tokens MoE layers route, on all ranks.
-
-    Both are int64 scalars. The same all-reduce checks that all ranks train the same weights: gradients of different
-    weights would be added up otherwise. Raises ValueError, on every rank, if they do not, or without micro-batches.
-    """
+) -> Counted:
+    """Count the tokens of a step on all ranks. Raises ValueError, on every rank, without micro-batches."""
     if not batches:
         raise ValueError("batches=[]: a step needs micro-batches; pass at least one")
     counted = torch.stack([valid_positions(batch) for batch in local]).sum()
@@ -76,15 +90,19 @@ def count_tokens(
     routed = torch.zeros_like(counted) + first * sum(b.inputs.shape[:2].numel() for b in batches if b.mask is None)
     for batch in batches:
         if batch.mask is not None and first:
-            routed += batch.mask.sum().to(routed.device)
+            routed += to_device(batch.mask.sum(), routed.device)
     if mesh is None or mesh["stage"].size == 1:
-        return counted, routed
+        return Counted(counted, routed, lambda: None)
     trained = digest([name for name, p in parameters.items() if p.requires_grad])
     sums = torch.stack([counted * whole, routed, torch.full_like(routed, trained)])
     dist.all_reduce(sums, group=mesh["stage"].group)
-    if not bool(sums[2] == trained * mesh["stage"].size):
-        check_trained_alike(parameters, mesh["stage"])
-    return sums[0], sums[1]
+    stage, found = mesh["stage"], Reading(sums[2])
+
+    def check_alike() -> None:
+        if int(found.get()) != trained * stage.size:
+            check_trained_alike(parameters, stage)
+
+    return Counted(sums[0], sums[1], check_alike)
 
 
 def valid_positions(batch: LocalBatch) -> Tensor:

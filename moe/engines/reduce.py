@@ -8,7 +8,7 @@ it is summed only over replicas (edp).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,9 +41,15 @@ class Reducer:
         self._buckets: list[_Bucket] = []
         self._of: dict[nn.Parameter, _Bucket] = {}
         self._next = 0
+        #: raises ValueError if ranks train different weights
+        self.check_alike: Callable[[], None] = lambda: None
 
-    def begin(self) -> None:
-        """Start a step: discard leftovers of the previous one, and put the trainable weights into buckets."""
+    def begin(self, check_alike: Callable[[], None]) -> None:
+        """Start a step: discard leftovers of the previous one, and put the trainable weights into buckets.
+
+        ``check_alike`` is called before any gradient is reduced, as late as possible.
+        """
+        self.check_alike = check_alike
         self._buckets, self._of, self._next = [], {}, 0
         open_buckets: dict[tuple, _Bucket] = {}
         # in reverse order, because a backward completes the gradients of the last weights first

@@ -66,6 +66,7 @@ class WholeModel:
         overlap = self.reducer.overlapped() if last else nullcontext()
         with balance.micro_batch(m), vocabulary_parallel(self.mesh), overlap:
             losses_BS = self._losses(batch)
+            self.reducer.check_alike()  # the device is busy with the forward by now
             (losses_BS.sum() / tokens).backward()
         return losses_BS.detach()
 
@@ -105,8 +106,8 @@ class WholeModel:
 class Stages:
     """Runs all micro-batches through this rank's pipeline stages, in the order of the schedule."""
 
-    def __init__(self, pipeline: Pipeline, mesh: Mesh, loss: LossFunction) -> None:
-        self.pipeline, self.mesh, self.loss = pipeline, mesh, loss
+    def __init__(self, pipeline: Pipeline, mesh: Mesh, loss: LossFunction, reducer: Reducer) -> None:
+        self.pipeline, self.mesh, self.loss, self.reducer = pipeline, mesh, loss, reducer
 
     def train(self, batches: list[LocalBatch], tokens: Tensor, balance: StepBalance) -> list[Tensor]:
         inputs, labels, rest = _columns(batches)
@@ -119,6 +120,7 @@ class Stages:
             found.append(losses_BS.detach())
             return losses_BS.sum() / tokens
 
+        self.reducer.check_alike()  # the schedule mixes forwards and backwards, so it can be no later
         with vocabulary_parallel(self.mesh):
             self.pipeline.step(inputs, labels, rest, loss)
         return found

@@ -54,15 +54,15 @@ class TorchEngine:
         self._adopt_trainable()
         try:
             local = local_batches(batches, self._mesh, self._device, self.parts)
-            tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
+            counted = count_tokens(batches, local, self._mesh, self.parameters)
             self.experts.begin(self.optimizer)
-            self.balance.begin(len(local), routed)
-            self._reducer.begin()
-            losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
+            self.balance.begin(len(local), counted.routed)
+            self._reducer.begin(counted.check_alike)
+            losses = self._runner.train(local, counted.tokens.clamp_min(1), self.balance)
             self._reducer.finish()
             stages = LOCAL if self._mesh is None else self._mesh["pp"]
             norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
-            applied = accepted(accept, Computed(losses, norm, tokens, self._gradient), self._mesh)
+            applied = accepted(accept, Computed(losses, norm, counted.tokens, self._gradient), self._mesh)
             if applied:
                 self._update(lr)
         except BaseException:

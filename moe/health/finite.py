@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import Axis, sum_over
+from ..transfer import Reading
 
 
 def finite_here(losses: Sequence[Tensor], norm: Tensor) -> Tensor:
@@ -22,4 +23,4 @@ def finite_everywhere(losses: Sequence[Tensor], norm: Tensor, axis: Axis) -> boo
     A gradient can be damaged on one rank after it has been reduced. If each rank decided on its own, some would update
     their weights and others would not.
     """
-    return bool(sum_over(finite_here(losses, norm).long(), axis).get() == axis.size)
+    return bool(Reading(sum_over(finite_here(losses, norm).long(), axis).get()).get() == axis.size)

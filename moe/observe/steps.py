@@ -21,16 +21,17 @@ from ..config import MoEConfig
 from ..layer import MoE
 from ..parallel import Mesh
 from ..placement import Owners
+from ..transfer import to_device
 from ..types import load_summary
 from .waiting import busiest_over_mean, possible_degrees, straggler
 
 ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_error")
 
 
-def estimate_quality(totals: StepTotals) -> dict[str, float]:
+def estimate_quality(totals: StepTotals) -> dict[str, Tensor]:
     """Return how well the main loss estimated the load of the whole step; empty if no backward pass used it.
 
-    It synchronises with the device.
+    The values are fp64 scalars on the device, and the host waits for none of them.
 
     - ``balance_tokens``, ``balance_sequences``: the tokens and sequences over which the loss counted its load (the
       paper's balance batch size), averaged over the step's backward passes. Under ``carry`` this includes those of the
@@ -38,7 +39,7 @@ def estimate_quality(totals: StepTotals) -> dict[str, float]:
     - ``estimator_error``: |estimated load - load of the step| / |load of the step|, with 2-norms over experts and the
       root mean square over micro-batches (and over sequences, for the sequence loss).
     - ``gradient_error``: |estimated load - load of the step| / |load of the step - even load|. Only the uneven part of
-      a load has a gradient, so this is approximately the relative error of the loss's gradient. Absent if the load is
+      a load has a gradient, so this is approximately the relative error of the loss's gradient. NaN if the load is
       even.
 
     For a scope within one rank, the step's load is that of this rank, unless some loss or the expert bias counts over
@@ -50,11 +51,15 @@ def estimate_quality(totals: StepTotals) -> dict[str, float]:
     load_E = counts_E * experts / counts_E.sum().clamp_min(1)
     read_XE = torch.cat([loss.loads.view(-1, experts) for loss in totals.losses])
     apart = (read_XE - load_E).square().sum(1).mean().sqrt()
-    tokens, uneven = float(torch.stack([loss.tokens for loss in totals.losses]).mean()), float((load_E - 1.0).norm())
-    found = {"balance_tokens": tokens, "estimator_error": float(apart / load_E.norm().clamp_min(1e-300))}
-    if local_tokens := int(totals.local_tokens):
-        found["balance_sequences"] = tokens * int(totals.local_sequences) / (local_tokens * totals.sequence_ranks)
-    return found | ({"gradient_error": float(apart) / uneven} if uneven else {})
+    tokens, uneven = torch.stack([loss.tokens for loss in totals.losses]).mean(), (load_E - 1.0).norm()
+    local_tokens = totals.local_tokens.double()
+    sequences = tokens * totals.local_sequences / (local_tokens * totals.sequence_ranks)
+    return {
+        "balance_tokens": tokens,
+        "estimator_error": apart / load_E.norm().clamp_min(1e-300),
+        "balance_sequences": torch.where(local_tokens > 0, sequences, math.nan),
+        "gradient_error": torch.where(uneven > 0, apart / uneven, math.nan),
+    }
 
 
 class Columns(NamedTuple):
@@ -154,21 +159,21 @@ def observe(
                 row["has_forecast_error"] += 1.0
         for term in totals.terms:
             i = columns.losses.index(term.name)
-            row["used"][i] = 1.0
+            row["used"][i].fill_(1.0)  # an assignment would copy the number from the host
             row["scaled_losses"][i] += term.value * term.coefficient
             row["losses"][i] += term.value
         for name, value in estimate_quality(totals).items():
-            row[name] += value
-            row[f"has_{name}"] += 1.0
+            row[name] += value.nan_to_num(0.0)
+            row[f"has_{name}"] += ~value.isnan()
         if score is not None:
             row["score"] += score
 
 
-def forecast_error(expected_E: Sequence[float], counts_E: Tensor) -> float:
-    """Return |expected load - load| / |load|, where both are shares of all choices."""
-    expected = torch.as_tensor(expected_E, dtype=torch.float64, device=counts_E.device)
+def forecast_error(expected_E: Sequence[float], counts_E: Tensor) -> Tensor:
+    """Return |expected load - load| / |load|, an fp64 scalar, where both are shares of all choices."""
+    expected = to_device(torch.tensor(expected_E, dtype=torch.float64, device="cpu"), counts_E.device)
     wanted = counts_E.double() / counts_E.sum().clamp_min(1)
-    return float((expected / expected.sum().clamp_min(1e-300) - wanted).norm() / wanted.norm().clamp_min(1e-300))
+    return (expected / expected.sum().clamp_min(1e-300) - wanted).norm() / wanted.norm().clamp_min(1e-300)
 
 
 def _replicated(layers: list[MoE], mesh: Mesh | None) -> list[Tensor]:

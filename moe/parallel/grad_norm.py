@@ -29,7 +29,7 @@ def clip_gradients_(grads: list[Tensor], max_norm: float, device: torch.device, 
 
     Each element counts once: squares of a sharded gradient are summed over the axes that shard it, those of a
     replicated one are not. The norm includes the parameters of all pipeline ``stages``. If the norm is not finite,
-    gradients are left alone; the caller should then skip the step.
+    gradients are left alone; the caller should then skip the step. The host waits for nothing.
     """
     by_split: dict[tuple, list[Tensor]] = {(): []}
     for grad in grads:
@@ -44,9 +44,11 @@ def clip_gradients_(grads: list[Tensor], max_norm: float, device: torch.device, 
             dist.all_reduce(square, group=group)
         total = total + square
     norm = sum_over(total, stages).get().sqrt()
-    factor = max_norm / (float(norm) + 1e-6)  # the same formula as torch.nn.utils.clip_grad_norm_
-    if max_norm > 0 and 0 < factor < 1:
-        torch._foreach_mul_([local_part(grad) for grad in grads], factor)
+    if grads and max_norm > 0:
+        factor = max_norm / (norm + 1e-6)  # the same formula as torch.nn.utils.clip_grad_norm_
+        factor = torch.where((factor > 0) & (factor < 1), factor, 1.0)  # NaN is neither
+        parts = [local_part(grad) for grad in grads]
+        torch._foreach_mul_(parts, factor.to(torch.promote_types(parts[0].dtype, torch.float32)))
     return norm.float()
 
 

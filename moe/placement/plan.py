@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..transfer import Reading
 from .owners import Owners
 from .replicas import Replicas
 
@@ -21,16 +22,21 @@ class Forecast:
     """The load that the next step is expected to have: the mean of the last ``window`` steps."""
 
     def __init__(self, window: int) -> None:
-        self.steps: deque[Tensor] = deque(maxlen=window)
+        self._steps: deque[Reading] = deque(maxlen=window)
 
     def observe(self, counts_LE: Tensor) -> None:
-        """Add the choices of a step on all ranks, int64 [L, E]."""
-        self.steps.append(counts_LE.cpu())
+        """Add the choices of a step on all ranks, int64 [L, E]. The host waits for them when they are first needed."""
+        self._steps.append(Reading(counts_LE))
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """The choices of the last steps, int64 [L, E] each, on the host."""
+        return [step.get() for step in self._steps]
 
     @property
     def loads_LE(self) -> Tensor | None:
         """fp64 [L, E]; None before the first step. Sums are of integers, so all ranks have the same bits."""
-        return torch.stack(list(self.steps)).sum(0).double() / len(self.steps) if self.steps else None
+        return torch.stack(self.steps).sum(0).double() / len(self._steps) if self._steps else None
 
 
 def busiest(loads_E: Sequence[float], number: int) -> list[int]:

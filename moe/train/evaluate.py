@@ -19,6 +19,7 @@ from ..layer import MoE
 from ..observe import chosen_probability, domain_record, watch_routers
 from ..parallel import IGNORED, Mesh
 from ..routing import Router
+from ..transfer import Reading, to_device
 from ..types import Routing
 from .build import documents_of
 from .config import TrainConfig
@@ -71,15 +72,18 @@ def evaluate(
             own_PB2 = torch.zeros(readers.size, rows, 2, dtype=torch.float64, device=device)
             if tp.rank == 0 and i < len(found):  # equal on a tensor-parallel group, none before the last stage
                 own_PB2[readers.rank, :, 0] = found[i].double().sum(1)
-                own_PB2[readers.rank, :, 1] = (mask_BS & (labels_BS != IGNORED)).sum(1) * (cp.rank == 0)
+                counted_B = (mask_BS & (labels_BS != IGNORED)).sum(1) * (cp.rank == 0)
+                own_PB2[readers.rank, :, 1] = to_device(counted_B, device)
             sums_PB2.append((place[domain], own_PB2))
         for number, of_layer in zip(layers, routings, strict=True):
             for (domain, *_), seen_BX in zip(several, of_layer, strict=False):
                 seen_NLX[place[domain], numbers.index(number)] += seen_BX.sum(0)
-    sums_X2 = _summed(torch.cat([seen_NLX.new_zeros(0, 2), *(sums.flatten(0, 1) for _, sums in sums_PB2)]))
+    parts, size = [sums.flatten() for _, sums in sums_PB2], seen_NLX.numel()
+    read = Reading(sum_over(torch.cat([*parts, seen_NLX.flatten()]), world_axis()).get()).get()  # the only wait
+    sums_X2, seen_NLX = read[: len(read) - size].view(-1, 2), read[len(read) - size :].view(seen_NLX.shape)
     domain_X = torch.tensor([i for i, _ in sums_PB2]).repeat_interleave(readers.size * rows)
     seen_X = sums_X2[:, 1] > 0
-    return _summary(corpus.domains, sums_X2[seen_X], domain_X[seen_X], _summed(seen_NLX))
+    return _summary(corpus.domains, sums_X2[seen_X], domain_X[seen_X], seen_NLX)
 
 
 @contextmanager
@@ -91,10 +95,6 @@ def _capacity_of_each_sequence(layers: Iterable[MoE], mesh: Mesh | None) -> Iter
             if layer.capacity is not None and not layer.capacity.pads:
                 stack.enter_context(layer.capacity.of_sequences(axis))
         yield
-
-
-def _summed(values: Tensor) -> Tensor:
-    return sum_over(values, world_axis()).get().cpu()
 
 
 def _loss(sums_X2: Tensor) -> dict[str, Any]:

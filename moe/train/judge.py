@@ -14,6 +14,7 @@ from ..collectives import Axis, sum_over
 from ..engines import Computed
 from ..health import LossWindow
 from ..health.finite import finite_here
+from ..transfer import Reading
 from .config import HealthConfig
 
 #: steps over which ``health.max_skipped`` counts
@@ -56,9 +57,11 @@ class Judge:
         here = finite_here(computed.losses, computed.norm)
         losses = computed.losses if self._counts else []
         facts = torch.stack([here.double(), _sum(losses, here), computed.tokens.to(here.device).double()])
-        sound, total, tokens = sum_over(facts, self._axis).get().tolist()
+        sums = sum_over(facts, self._axis).get()
+        # the only values of a step that the host waits for
+        sound, total, tokens, norm = Reading(torch.cat((sums, computed.norm.to(sums).reshape(1)))).get().tolist()
         tokens /= self._axis.size  # every rank knows those of all
-        loss, norm = total / max(tokens, 1.0), float(computed.norm)
+        loss = total / max(tokens, 1.0)
         self.fault = None
         if sound < self._axis.size:
             self.fault = Fault("nonfinite", self._name_ranks(computed, here), loss, norm)

@@ -9,6 +9,7 @@ from ..balance import random_state_kept
 from ..collectives import Axis, sum_over
 from ..engines import Accept, Batch, Computed, Engine
 from ..parallel.alike import content_hash
+from ..transfer import Reading
 
 
 class DisagreementError(RuntimeError):
@@ -51,4 +52,4 @@ def replayed(engine: Engine, batches: list[Batch], lr: float, axis: Axis, accept
 
 def _hashes(computed: Computed) -> Tensor:
     found = [content_hash(part) for part in (*computed.losses, computed.norm, *computed.gradient())]
-    return torch.stack([value.cpu() for value in found])
+    return Reading(torch.stack([value.to(computed.norm.device) for value in found])).get()

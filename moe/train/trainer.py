@@ -38,6 +38,7 @@ from ..observe import (
     watch_routers,
 )
 from ..parallel import IGNORED, Mesh
+from ..transfer import Reading, to_device
 from .build import build_model, documents_of, engine_of, one_line_for_memory
 from .config import TrainConfig
 from .contract import DATA
@@ -197,7 +198,7 @@ class Trainer:
             first = self.mesh is None or self.mesh["cp"].rank == 0  # one of the ranks that share a sequence
             for losses_BS, (_, labels_BS, domain_B) in zip(result.losses, sampled, strict=False):  # of the last stage
                 labelled_B = (labels_BS != IGNORED).sum(1) * first
-                self.losses.add(losses_BS, *torch.stack((labelled_B, domain_B)).to(self.device))
+                self.losses.add(losses_BS, *to_device(torch.stack((labelled_B, domain_B)), self.device))
         return result
 
     def _skip(self, numbers: list[int]) -> None:
@@ -262,14 +263,16 @@ class Trainer:
         """Return a ``train`` record of the steps since the last record.
 
         Every rank must call it. It costs one small all-reduce, and smaller ones among ranks that share sequences or
-        experts.
+        experts. The host waits once, for all layers and the norm together.
         """
         table = torch.zeros(len(self.moe_numbers), self.columns.width, dtype=torch.float64, device=self.device)
         places = [self.moe_numbers.index(number) for number in self.layers]
         observe(table, places, self.layers.values(), self.columns, self.mesh, self.axis.rank, self.scores)
-        joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get().cpu()
-        sums_N2 = joined[: self.losses.sums_N2.numel()].view(-1, 2)
-        rows = [layer_record(row, self.columns) for row in joined[sums_N2.numel() :].view(table.shape)]
+        joined = sum_over(torch.cat((self.losses.sums_N2.flatten(), table.flatten())), self.axis).get()
+        read = Reading(torch.cat((joined, norm.to(joined).reshape(1)))).get()
+        sums_N2, table, norm = read.split([self.losses.sums_N2.numel(), table.numel(), 1])
+        sums_N2 = sums_N2.view(-1, 2)
+        rows = [layer_record(row, self.columns) for row in table.view(-1, self.columns.width)]
         self.losses = DomainLosses(len(self.corpus.domains), self.device)
         loss, tokens = sums_N2.sum(0).tolist()
         return {
@@ -393,7 +396,7 @@ class Trainer:
 
         ``tokens_per_s`` is the speed of all ranks together.
         """
-        memory_P = torch.zeros(self.axis.size, dtype=torch.int64, device=self.device)
+        memory_P = torch.zeros(self.axis.size, dtype=torch.int64)  # on the host, so that no GPU is waited for
         memory_P[self.axis.rank] = memory_in_use(self.device)
         most = int(sum_over(memory_P, self.axis).get().max())
         found = speed_record(tokens_per_s, self.axis.size, self.flops_per_token, self.peak_flops)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.permute import combine
@@ -24,20 +22,6 @@ T, D, F, E, K = 32768, 4096, 512, 128, 8
 GB = 1e9
 
 
-class Traffic(Watch):
-    """Also adds up the bytes of the tensors that ops read or write; one that an op changes counts once."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.ops.total()
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.ops.total() > before:
-            seen = {id(t): t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
-            self.bytes += sum(t.numel() * t.element_size() for t in seen.values())
-        return result
-
-
 def order() -> ExpertOrder:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device="cuda")
@@ -49,7 +33,7 @@ def order() -> ExpertOrder:
 def test_a_sum_over_k_moves_little_more_than_its_rows(backend: str) -> None:
     def body() -> tuple[float, int]:
         rows = torch.empty(T * K, D, dtype=torch.bfloat16, device="cuda")
-        with Traffic() as watch:
+        with Watch() as watch:
             combine(rows, order(), backend=backend)
         return watch.bytes / GB, watch.ops.total()
 
@@ -67,7 +51,7 @@ def test_auto_moves_less_and_launches_fewer_kernels_than_torch() -> None:
                 for shape in ((T, D), (E, 2 * F, D), (E, D, F))
             )
             weights = torch.empty(T, K, device="cuda", requires_grad=True)
-            with Traffic() as watch:
+            with Watch() as watch:
                 expert_mlp(x, weights, order(), gate_up, down, backend).backward(torch.empty_like(x))
             assert not watch.waits and not watch.mixed
             found[backend] = (watch.bytes / GB, watch.ops.total(), dict(watch.ops))

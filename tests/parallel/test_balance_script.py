@@ -192,7 +192,7 @@ def test_counts_beyond_2_to_the_24_are_exact() -> None:
             layer(tokens(rank, 0)[0]).sum().backward()
         optimizer.step()
         last = layer.balancer.previous_step
-        error = estimate_quality(last)["estimator_error"]
+        error = float(estimate_quality(last)["estimator_error"])
         return [*last.counts_E.tolist(), int(last.tokens)], layer.router.bias_E.tolist(), error
 
     for totals, bias, error in run_ranks(script, WORLD):

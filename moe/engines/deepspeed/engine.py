@@ -158,7 +158,8 @@ class DeepSpeedEngine:
         self._check_trained()
         try:
             local = local_batches(batches, self._mesh, self._device, self.parts)
-            tokens, routed = count_tokens(batches, local, self._mesh, self.parameters)
+            tokens, routed, check_alike = count_tokens(batches, local, self._mesh, self.parameters)
+            check_alike()
             self.balance.begin(len(local), routed)
             losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
             norm, applied = self._update(lr, losses, tokens, accept)

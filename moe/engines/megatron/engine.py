@@ -260,7 +260,8 @@ class MegatronEngine:
         parameters = {name: weight.parameter for name, weight in self._held.items()}
         try:
             local = local_batches(batches, self._mesh, self._device, self.parts)
-            tokens, routed = count_tokens(batches, local, self._mesh, parameters)
+            tokens, routed, check_alike = count_tokens(batches, local, self._mesh, parameters)
+            check_alike()
             self._tokens.value = tokens.clamp_min(1)
             self.balance.begin(len(local), routed)
             self._zero_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import cpp_extension
 
-from tests.helpers.fake_cuda.watch import Watch
+from tests.helpers.fake_cuda.watch import Event, Stream, Watch
 from tests.helpers.fork import run_ranks
 
 __all__ = ["Watch", "needs_fake_cuda", "on_fake_cuda", "real_tensors"]
@@ -81,9 +81,23 @@ def _check_autograd() -> None:
 
 
 class _Mode(FakeTensorMode):
-    """Creates constants of the device on the host and copies them, as if torch had no device to initialize."""
+    """Creates constants of the device on the host and copies them, as if torch had no device to initialize.
+
+    Fake tensors know no pinned memory, so it marks them: their attribute ``pinned`` is True.
+    """
 
     avoid_device_init = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        pins = kwargs.pop("pin_memory", False)
+        if func is torch.ops.aten._pin_memory.default:
+            func, args, pins = torch.ops.aten.clone.default, args[:1], True
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if pins:
+            assert result.is_cpu, "only the host's memory can be pinned"
+            result.pinned = True
+        return result
 
 
 def _build() -> Path:
@@ -120,6 +134,9 @@ def _believe() -> None:
         "reset_peak_memory_stats": lambda *_: None,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),
         "set_rng_state": lambda *_: None,
+        "current_stream": lambda *_: Stream(),
+        "synchronize": lambda *_: Stream().synchronize(),
+        "Event": Event,
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
