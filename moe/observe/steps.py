@@ -21,17 +21,17 @@ from ..config import MoEConfig
 from ..layer import MoE
 from ..parallel import Mesh
 from ..placement import Owners
-from ..transfer import to_device
+from ..transfer import Reading, to_device
 from ..types import load_summary
 from .waiting import busiest_over_mean, possible_degrees, straggler
 
 ESTIMATE = ("balance_tokens", "balance_sequences", "estimator_error", "gradient_error")
 
 
-def estimate_quality(totals: StepTotals) -> dict[str, Tensor]:
+def estimate_quality(totals: StepTotals) -> dict[str, float]:
     """Return how well the main loss estimated the load of the whole step; empty if no backward pass used it.
 
-    The values are fp64 scalars on the device, and the host waits for none of them.
+    Waits for the device, once.
 
     - ``balance_tokens``, ``balance_sequences``: the tokens and sequences over which the loss counted its load (the
       paper's balance batch size), averaged over the step's backward passes. Under ``carry`` this includes those of the
@@ -39,12 +39,21 @@ def estimate_quality(totals: StepTotals) -> dict[str, Tensor]:
     - ``estimator_error``: |estimated load - load of the step| / |load of the step|, with 2-norms over experts and the
       root mean square over micro-batches (and over sequences, for the sequence loss).
     - ``gradient_error``: |estimated load - load of the step| / |load of the step - even load|. Only the uneven part of
-      a load has a gradient, so this is approximately the relative error of the loss's gradient. NaN if the load is
+      a load has a gradient, so this is approximately the relative error of the loss's gradient. Absent if the load is
       even.
 
     For a scope within one rank, the step's load is that of this rank, unless some loss or the expert bias counts over
     all ranks.
     """
+    found = _quality(totals)
+    if not found:
+        return {}
+    values = map(float, Reading(torch.stack(list(found.values()))).get())
+    return {name: value for name, value in zip(found, values, strict=True) if not math.isnan(value)}
+
+
+def _quality(totals: StepTotals) -> dict[str, Tensor]:
+    """Return the values of :func:`estimate_quality` on the device, fp64; NaN for one that is absent."""
     if not totals.losses:
         return {}
     experts, counts_E = len(totals.counts_E), totals.counts_E.double()
@@ -162,7 +171,7 @@ def observe(
             row["used"][i].fill_(1.0)  # an assignment would copy the number from the host
             row["scaled_losses"][i] += term.value * term.coefficient
             row["losses"][i] += term.value
-        for name, value in estimate_quality(totals).items():
+        for name, value in _quality(totals).items():
             row[name] += value.nan_to_num(0.0)
             row[f"has_{name}"] += ~value.isnan()
         if score is not None:

@@ -81,11 +81,11 @@ def check_codes(codes_T: Tensor, least: int, field: str, number: int, remedy: st
     On a GPU the host would have to wait for the codes. There the look-up in :func:`torch.nn.functional.embedding` stops
     the device with an assertion.
     """
-    if codes_T.device.type != "cpu" or bool(((codes_T >= least) & (codes_T < number)).all()):
+    wrong_T = (codes_T < least) | (codes_T >= number)
+    if codes_T.device.type != "cpu" or not wrong_T.any():
         return
-    wrong = next(code for code in codes_T.tolist() if not least <= code < number)
     raise ValueError(
-        f"codes={wrong}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
+        f"codes={int(codes_T[wrong_T][0])}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
         "is False"
     )
 
