@@ -84,8 +84,9 @@ def check_codes(codes_T: Tensor, least: int, field: str, number: int, remedy: st
     wrong_T = (codes_T < least) | (codes_T >= number)
     if codes_T.device.type != "cpu" or not wrong_T.any():
         return
+    wrong = int(codes_T[wrong_T][0])
     raise ValueError(
-        f"codes={int(codes_T[wrong_T][0])}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
+        f"codes={wrong}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
         "is False"
     )
 
