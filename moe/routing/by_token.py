@@ -81,9 +81,12 @@ def check_codes(codes_T: Tensor, least: int, field: str, number: int, remedy: st
     On a GPU the host would have to wait for the codes. There the look-up in :func:`torch.nn.functional.embedding` stops
     the device with an assertion.
     """
-    if codes_T.device.type != "cpu" or bool(((codes_T >= least) & (codes_T < number)).all()):
+    if codes_T.device.type != "cpu":
         return
-    wrong = next(code for code in codes_T.tolist() if not least <= code < number)
+    inside_T = (codes_T >= least) & (codes_T < number)
+    if bool(inside_T.all()):
+        return
+    wrong = int(codes_T[~inside_T][0])
     raise ValueError(
         f"codes={wrong}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
         "is False"
