@@ -81,10 +81,12 @@ def check_codes(codes_T: Tensor, least: int, field: str, number: int, remedy: st
     On a GPU the host would have to wait for the codes. There the look-up in :func:`torch.nn.functional.embedding` stops
     the device with an assertion.
     """
-    wrong_T = (codes_T < least) | (codes_T >= number)
-    if codes_T.device.type != "cpu" or not wrong_T.any():
+    if codes_T.device.type != "cpu":
         return
-    wrong = int(codes_T[wrong_T][0])
+    inside_T = (codes_T >= least) & (codes_T < number)
+    if bool(inside_T.all()):
+        return
+    wrong = int(codes_T[~inside_T][0])
     raise ValueError(
         f"codes={wrong}: out of range for {field}={number}; {remedy} from {least} to {number - 1}, also where the mask "
         "is False"
