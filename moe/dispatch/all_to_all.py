@@ -25,8 +25,8 @@ class AllToAllFlight(NamedTuple):
 
     tokens: int
     plan: ExchangePlan
-    #: rows of each chunk, and their gate weights
-    chunks: list[PendingRows]
+    #: of each chunk, the exchange of rows with their gate weights; or (rows, weights) that are yet to be sent
+    chunks: list[Any]
 
 
 class AllToAllDispatcher(Dispatcher):
@@ -55,7 +55,8 @@ class AllToAllDispatcher(Dispatcher):
     def finish(self, flight: AllToAllFlight, experts: Experts) -> Tensor:
         plan, going_home = flight.plan, []
         for c, pending in zip(plan.chunks, flight.chunks, strict=True):
-            y_SD = self.compute(*pending.wait_all(), c.ids_S1, experts, plan.sizes_of)
+            rows_SD, weights_S1 = pending.wait_all()
+            y_SD = self.compute(rows_SD, weights_S1, c.ids_S1, experts, plan.sizes_of)
             going_home.append(start_exchange(y_SD, c.received, c.sent, self.axis, self.combine_wire))
         home = [pending.wait() for pending in going_home]
         y_XD = home[0] if len(home) == 1 else torch.cat(home)

@@ -166,7 +166,8 @@ class BudgetedDispatcher(AllToAllDispatcher):
         def run(rows_XD: Tensor, weights_X1: Tensor) -> Tensor:
             sizes = chunk.sent, chunk.received
             pending = start_exchange(rows_XD, *sizes, self.axis, self.dispatch_wire, (weights_X1,))
-            y_SD = self.compute(*pending.wait_all(), chunk.ids_S1, experts, plan.sizes_of)
+            rows_SD, weights_S1 = pending.wait_all()
+            y_SD = self.compute(rows_SD, weights_S1, chunk.ids_S1, experts, plan.sizes_of)
             return start_exchange(y_SD, chunk.received, chunk.sent, self.axis, self.combine_wire).wait()
 
         return run

@@ -70,18 +70,17 @@ def build_engine(
     parameters = {name: p for part in parts for name, p in part.named_parameters()}
     axes = reduction_axes(parts, parameters, mesh)
     experts = _placement(parts, layers, mesh, placement or PlacementConfig(), dtype)
+    if all(model_has_values(part) for part in parts):
+        # buckets get their own groups: ranks may start exchanges and buckets of a backward in different orders
+        own = {axis.name: private_axis(axis) for axis in _distinct(axes)}
+        axes = {name: own[axis.name] for name, axis in axes.items()}
+    reducer = Reducer(parameters, axes)
     runner: Runner
     if mesh is not None and mesh.degrees.pp > 1:
         assert isinstance(model, Decoder)
-        reducer = Reducer(parameters, axes)
         pipeline = _pipeline(model, parts, mesh, micro_batches, shape, device, dtype, precision)  # type: ignore[arg-type]
         runner, steps = Stages(pipeline, mesh, loss, reducer), pipeline.steps
     else:
-        if model_has_values(model):
-            # buckets get their own groups: ranks may start exchanges and buckets of a backward in different orders
-            own = {axis.name: private_axis(axis) for axis in _distinct(axes)}
-            axes = {name: own[axis.name] for name, axis in axes.items()}
-        reducer = Reducer(parameters, axes)
         runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer), [Step.of(parts[0])]
     return TorchEngine(
         parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm

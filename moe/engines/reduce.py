@@ -9,7 +9,7 @@ it is summed only over replicas (edp).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ from ..parallel.mesh import EXPERT_GRID
 class Reducer:
     """Reduces the gradients of ``parameters``, each over its axis.
 
-    :meth:`begin` looks up which weights are trainable. All ranks start buckets in the same order, so sums do not depend
-    on timing, and a resumed run gets the same sums. A weight that only some ranks used gets its gradient on all ranks;
-    one that no rank used gets none.
+    :meth:`begin` looks up which weights are trainable. All ranks start the same buckets in the same order, so sums do
+    not depend on timing, and a resumed run gets the same sums. A weight that only some ranks used gets its gradient on
+    all ranks; one that no rank used gets none. Every step that begins starts every bucket once, in :meth:`finish` or
+    :meth:`abandon`, so that no bucket of one step meets a bucket of another step on another rank.
     """
 
     def __init__(
@@ -41,15 +42,14 @@ class Reducer:
         self._buckets: list[_Bucket] = []
         self._of: dict[nn.Parameter, _Bucket] = {}
         self._next = 0
-        #: raises ValueError if ranks train different weights
-        self.check_alike: Callable[[], None] = lambda: None
+        self._check_alike: Callable[[], None] = lambda: None
 
     def begin(self, check_alike: Callable[[], None]) -> None:
-        """Start a step: discard leftovers of the previous one, and put the trainable weights into buckets.
+        """Start a step: put the trainable weights into buckets.
 
-        ``check_alike`` is called before any gradient is reduced, as late as possible.
+        ``check_alike`` raises ValueError, on every rank, if ranks train different weights.
         """
-        self.check_alike = check_alike
+        self._check_alike = check_alike
         self._buckets, self._of, self._next = [], {}, 0
         open_buckets: dict[tuple, _Bucket] = {}
         # in reverse order, because a backward completes the gradients of the last weights first
@@ -59,19 +59,32 @@ class Reducer:
             bucket = open_buckets.get(key)
             if bucket is None or bucket.nbytes + local.nbytes > self._bucket_bytes:
                 bucket = open_buckets[key] = _Bucket(axis)
-                self._buckets.append(bucket)
             bucket.add(p, local.nbytes)
             self._of[p] = bucket
+        # a bucket starts when its last weight's gradient is complete, and waits for no bucket that is complete later
+        self._buckets = list(dict.fromkeys(reversed(self._of.values())))[::-1]
+
+    def check_alike(self) -> None:
+        """Raise ValueError if ranks train different weights. Call this as late as possible before the first backward.
+
+        The host waits for the answer.
+        """
+        try:
+            self._check_alike()
+        except ValueError:
+            self._buckets, self._of = [], {}  # those of other ranks are different
+            raise
 
     @contextmanager
-    def overlapped(self) -> Iterator[None]:
-        """Context for the step's last backward: reduces buckets in order, as soon as their gradients are complete.
+    def overlapped(self, backwards: int = 1) -> Iterator[None]:
+        """Context for a step's last backwards: reduces buckets in order, as soon as their gradients are complete.
 
-        With FSDP, buckets are reduced after the backward: FSDP delivers a gradient once for each use of a block, and
-        few small weights are left to reduce.
+        A gradient is complete after this number of ``backwards``. Weights that FSDP shards must not be among the
+        parameters, because FSDP delivers a gradient once for each use of a block.
         """
-        sharded = any(isinstance(p, DTensor) for p in self._of)
-        handles = [] if sharded else [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
+        for bucket in self._buckets:
+            bucket.left = dict.fromkeys(bucket.parameters, backwards)
+        handles = [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
         try:
             yield
         finally:
@@ -83,23 +96,40 @@ class Reducer:
         """Reduce the remaining buckets and wait for all. Every rank must call this after the step's last backward."""
         while self._next < len(self._buckets):
             self._start_next()
-        by_axis: dict[str, list[_Bucket]] = {}
-        for bucket in self._buckets:
-            by_axis.setdefault(bucket.axis.name, []).append(bucket)
-        used = {name: _anywhere(buckets) for name, buckets in by_axis.items()}
+        used = {axis: _anywhere(buckets) for axis, buckets in self._by_axis().items()}
         for bucket in self._buckets:
             bucket.deliver(used[bucket.axis.name])
         self._buckets, self._of = [], {}
 
+    def abandon(self) -> None:
+        """Give up the step after an exception: send NaN for the remaining buckets, and wait for none.
+
+        Ranks that have not failed, or failed elsewhere, thus neither wait for this one nor get sums that lack its part.
+        """
+        with suppress(Exception):  # the exception that interrupted the step may have come from the process group
+            if self._buckets:
+                self.check_alike()
+            for bucket in self._buckets[self._next :]:
+                bucket.fail()
+            for buckets in self._by_axis().values():
+                _start_count(buckets)
+        self._buckets, self._of = [], {}
+
+    def _by_axis(self) -> dict[str, list[_Bucket]]:
+        found: dict[str, list[_Bucket]] = {}
+        for bucket in self._buckets:
+            found.setdefault(bucket.axis.name, []).append(bucket)
+        return found
+
     def _ready(self, parameter: Tensor) -> None:
         bucket = self._of[parameter]  # type: ignore[index]
-        if bucket.work is not None or parameter in bucket.ready:
+        if not bucket.left[parameter]:
             name = self._names[parameter]  # type: ignore[index]
             raise RuntimeError(
                 f"{name}: got a second gradient in one backward, as reentrant checkpointing does; "
                 "use torch.utils.checkpoint with use_reentrant=False"
             )
-        bucket.ready.add(parameter)
+        bucket.left[parameter] -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].complete:
             self._start_next()
 
@@ -115,10 +145,10 @@ class _Bucket:
         self.axis = axis
         self.parameters: list[nn.Parameter] = []
         self.nbytes = 0
-        #: parameters whose gradient is complete
-        self.ready: set[Tensor] = set()
+        #: number of backwards that each weight's gradient still lacks
+        self.left: dict[Tensor, int] = {}
         self.work: Any = None
-        #: parameters without a gradient on this rank -> the sum of the other ranks' gradients
+        #: weights without a gradient on this rank -> the sum of the other ranks' gradients
         self.missing: dict[nn.Parameter, Tensor] = {}
         #: (gradient that keeps its memory, its sum), to be copied back
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -129,7 +159,7 @@ class _Bucket:
 
     @property
     def complete(self) -> bool:
-        return len(self.ready) == len(self.parameters)
+        return not any(self.left.values())
 
     @torch.no_grad()
     def start(self) -> None:
@@ -153,6 +183,13 @@ class _Bucket:
                 self.copies.append((part, piece))
         self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
 
+    @torch.no_grad()
+    def fail(self) -> None:
+        """Start to reduce NaN instead of the gradients."""
+        parts = [local_part(p) for p in self.parameters]
+        flat = parts[0].new_full((sum(part.numel() for part in parts),), float("nan"))
+        dist.all_reduce(flat, group=self.axis.group, async_op=True)
+
     def deliver(self, used: dict[nn.Parameter, bool]) -> None:
         """Wait for the sum, and give it also to weights that only other ranks ``used``."""
         self.work.wait()
@@ -163,19 +200,27 @@ class _Bucket:
                 p.grad = _like(p, piece)
 
 
-def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
-    """Return for each weight whether any rank of the axis has its gradient.
-
-    The host waits for the answer only if this rank lacks a gradient.
-    """
+def _start_count(buckets: list[_Bucket]) -> tuple[Tensor, Any]:
+    """Start to count, for each weight of an axis's buckets, the ranks that have its gradient; int32."""
     parameters = [p for bucket in buckets for p in bucket.parameters]
     missing = {p for bucket in buckets for p in bucket.missing}
     device = local_part(parameters[0]).device
     here = torch.ones(len(parameters), dtype=torch.int32, device=device)
     if missing:
         here = torch.tensor([p not in missing for p in parameters], dtype=torch.int32, device=device)
-    dist.all_reduce(here, group=buckets[0].axis.group)
-    found = here.tolist() if missing else [1] * len(parameters)
+    return here, dist.all_reduce(here, group=buckets[0].axis.group, async_op=True)
+
+
+def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
+    """Return for each weight whether any rank of the axis has its gradient.
+
+    The host waits for the answer only if this rank lacks a gradient.
+    """
+    here, work = _start_count(buckets)
+    work.wait()
+    parameters = [p for bucket in buckets for p in bucket.parameters]
+    lacks = any(bucket.missing for bucket in buckets)
+    found = here.tolist() if lacks else [1] * len(parameters)
     return {p: bool(count) for p, count in zip(parameters, found, strict=True)}
 
 

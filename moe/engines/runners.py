@@ -61,9 +61,10 @@ class WholeModel:
         return [self._train_one(batch, m, tokens, balance, m == last) for m, batch in enumerate(batches)]
 
     def _train_one(self, batch: LocalBatch, m: int, tokens: Tensor, balance: StepBalance, last: bool) -> Tensor:
+        overlap = self.reducer.overlapped() if last else nullcontext()
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
-        overlap = self.reducer.overlapped() if last else nullcontext()
+            overlap = nullcontext()
         with balance.micro_batch(m), vocabulary_parallel(self.mesh), overlap:
             losses_BS = self._losses(batch)
             self.reducer.check_alike()  # the device is busy with the forward by now
@@ -104,10 +105,15 @@ class WholeModel:
 
 
 class Stages:
-    """Runs all micro-batches through this rank's pipeline stages, in the order of the schedule."""
+    """Runs all micro-batches through this rank's pipeline stages, in the order of the schedule.
+
+    ``reducer`` reduces the gradients of a stage's weights during its last backward, unless FSDP shards the weights or
+    the schedule splits backwards, which computes gradients of weights by other means than autograd's accumulation.
+    """
 
     def __init__(self, pipeline: Pipeline, mesh: Mesh, loss: LossFunction, reducer: Reducer) -> None:
         self.pipeline, self.mesh, self.loss, self.reducer = pipeline, mesh, loss, reducer
+        self._overlaps = mesh.degrees.data_parallel != "fsdp" and not pipeline.kind.split_backward
 
     def train(self, batches: list[LocalBatch], tokens: Tensor, balance: StepBalance) -> list[Tensor]:
         inputs, labels, rest = _columns(batches)
@@ -121,7 +127,8 @@ class Stages:
             return losses_BS.sum() / tokens
 
         self.reducer.check_alike()  # the schedule mixes forwards and backwards, so it can be no later
-        with vocabulary_parallel(self.mesh):
+        overlap = self.reducer.overlapped(len(batches)) if self._overlaps else nullcontext()
+        with vocabulary_parallel(self.mesh), overlap:
             self.pipeline.step(inputs, labels, rest, loss)
         return found
 

@@ -66,6 +66,7 @@ class TorchEngine:
             if applied:
                 self._update(lr)
         except BaseException:
+            self._reducer.abandon()
             self.balance.discard()
             forget_step(self.parts)
             raise
