@@ -82,10 +82,14 @@ class Routing:
         if not self.counts_BE.is_inference():
             return self.detach()
         with torch.inference_mode(False):
-            decision = Decision(*(ids_TK.clone() for ids_TK in self.decision))
-            names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum", "entropy_sum")
-            values = {name: value.clone() for name in names if (value := getattr(self, name)) is not None}
-            return replace(self, decision=decision, mixing=None, **values)
+            return self.cloned()
+
+    def cloned(self) -> Routing:
+        """Return the same routing in memory of its own."""
+        decision = Decision(*(ids_TK.clone() for ids_TK in self.decision))
+        names = ("weights_TK", "counts_BE", "tokens_B", "prob_sums_BE", "z_sum", "entropy_sum")
+        values = {name: value.clone() for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, decision=decision, mixing=None, **values)
 
     def keep(self, kept_TK: Tensor) -> Routing:
         """Return the same routing with the choices dropped where ``kept_TK`` is False."""

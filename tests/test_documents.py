@@ -52,8 +52,15 @@ def test_the_examples_of_the_training_page_run(tmp_path: Path) -> None:
 
 
 def test_the_op_of_the_kernels_page_runs(tmp_path: Path) -> None:
-    (op,) = examples("docs/kernels.md")
+    op, _ = examples("docs/kernels.md")
     assert script(op, tmp_path) == ["(10, 32) (4, 32, 16)"]
+
+
+@pytest.mark.slow
+def test_the_compiled_layer_of_the_kernels_page_runs(tmp_path: Path) -> None:
+    _, layer = examples("docs/kernels.md")
+    (line,) = script(layer, tmp_path)
+    assert 1.0 <= float(line) <= 8.0
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.matmul_tiles import MatmulTile, arch_of
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.launch.env import command
-from equimoe.moe import MoE, MoEConfig
+from equimoe.moe import CapacityConfig, MoE, MoEConfig, Step
 from equimoe.moe.parallel.pair_attention import PAIR_ATTENTION
 
 ON_GPU = torch.cuda.is_available()
@@ -321,7 +322,7 @@ def with_tiles(source: str, arch: str, tiles: Mapping[str, MatmulTile]) -> str:
 
 
 def graphs() -> None:
-    """Capture the expert path as a CUDA graph."""
+    """Capture the expert path, and a layer in evaluation, as CUDA graphs."""
     for shape in SHAPES[:2]:
         with checking(shape.name):
             run = expert_path(shape)
@@ -331,12 +332,16 @@ def graphs() -> None:
                 f"{1e3 * seconds(run):.3f} ms, as a graph {1e3 * seconds(replay):.3f} ms" if replay else "not captured"
             )
             say(shape.name, equal, detail)
+    for name, capacity in (("layer", None), ("layer with a capacity", CapacityConfig())):
+        with checking(name), torch.no_grad():
+            layer = MoE(MoEConfig(512, 256, 16, 2, capacity=capacity)).to(DEVICE, torch.bfloat16).eval()
+            call = partial(layer, torch.randn(2048, 512, device=DEVICE, dtype=torch.bfloat16))
+            output, replay = call(), graphed(call, DEVICE)
+            say(name, replay is not None and torch.equal(output, replay()))
 
 
 def compiled() -> None:
-    """Compile the expert path as one graph, and count the graph breaks of the layer."""
-    import torch._dynamo as dynamo
-
+    """Compile the expert path, and a layer whose step is driven, as one graph each."""
     shape = SHAPES[0]
     batch = make_batch(shape, "uniform", torch.bfloat16, DEVICE)
     gate_up, down = expert_weights(shape, torch.bfloat16, DEVICE)
@@ -351,12 +356,13 @@ def compiled() -> None:
             call(batch.x_TD[:tokens].detach(), batch.weights_TK[:tokens].detach(), batch.ids_TK[:tokens])
         say("expert path", True, "one graph")
     with checking("layer"):
-        dynamo.reset()
-        dynamo.utils.counters.clear()
-        one = torch.compile(MoE(MoEConfig(512, 256, 16, 2, backend="triton")).to(DEVICE, torch.bfloat16))
+        layer = MoE(MoEConfig(512, 256, 16, 2, backend="triton")).to(DEVICE, torch.bfloat16)
+        step, one = Step.of(layer), torch.compile(layer, fullgraph=True)
         for _ in range(3):
-            one(torch.randn(2048, 512, device=DEVICE, dtype=torch.bfloat16)).sum().backward()
-        say("layer", f"{sum(dynamo.utils.counters['graph_break'].values())} graph breaks")
+            with step.micro_batch():
+                one(torch.randn(2048, 512, device=DEVICE, dtype=torch.bfloat16)).sum().backward()
+            step.end()
+        say("layer", True, "one graph")
 
 
 PARTS = {

@@ -92,8 +92,9 @@ def expert_mlp(
     Differentiable once in x, weights, gate_up and down, whichever require it. The gradient of an expert without rows is
     zero.
 
-    Under ``torch.compile`` the torch backend breaks the graph on a CPU, because it reads how many rows each expert has;
-    on accelerators, and with the triton backend, the op compiles as part of one graph.
+    Under ``torch.compile`` the op is part of one graph with every backend but the reference. The compiler does not look
+    into the torch backend on a CPU, which reads how many rows each expert has; there the backward then recomputes, as
+    with ``recompute``.
 
     Raises ValueError if shapes, dtypes, devices or the activation do not fit and, on the CPU, if the order's offsets do
     not ascend from 0 to at most R. The other values of an order are not checked: if it does not come from

@@ -65,6 +65,10 @@ def expert_mlp(
     path: ModuleType | None = None,
 ) -> Tensor:
     path = path or _path(x_SD)
+    if path is cpu and torch.compiler.is_compiling():
+        from . import compiled  # imported late, because it registers ops
+
+        return compiled.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options)
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, False)[0]

@@ -21,6 +21,7 @@ from ..config import BalanceConfig
 from ..placement import Owners, Placement
 from ..transfer import Reading
 from ..types import Decision, Routing
+from . import traced
 from .agreement import Agreement
 from .attach import attach
 from .auto import AutoStep, may_hold_copies
@@ -36,7 +37,7 @@ from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
 
 #: attributes that a copy does not take over
-_NOT_COPIED = ("step", "layer", "shared", "scaler")
+_NOT_COPIED = ("step", "layer", "shared", "scaler", "traced")
 
 
 def loss_terms(config: BalanceConfig) -> list[tuple[str, float]]:
@@ -103,6 +104,8 @@ class Balancer:
         self.shared: dict[Axis, Sums] = {}
         #: the training loop's gradient scaler, see :func:`equimoe.moe.use_gradient_scaler`
         self.scaler: Scaler | None = None
+        #: what compiled forwards have begun
+        self.traced = traced.Traced()
         register_while_alive(register_optimizer_step_pre_hook, self.refuse_unknown_scaler)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,27 +199,36 @@ class Balancer:
 
     # ---- the forward
 
-    @untraced
+    @untraced(traced.begin)
     def begin(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit | None, Decision | None]:
         """Return the visit of a forward, and the routing decision to repeat if the forward recomputes another.
 
         The visit is None for evaluation and other forwards that are not counted.
         """
-        if not module.training or not (torch.is_grad_enabled() or self.step.counting):
+        if not self.counts_forward(module, x_TD):
             return None, None
+        visit, certain = self.visit(module, x_TD)
+        return visit, visit.decision if certain else None
+
+    def counts_forward(self, module: nn.Module, x_TD: Tensor) -> bool:
+        """Return whether a forward is counted. Evaluation is not."""
+        if not module.training or not (torch.is_grad_enabled() or self.step.counting):
+            return False
         # FSDP1 makes weights views of a flat parameter, so the router's is not among the module's parameters
         weights = (module.router.weight, *module.parameters())  # type: ignore[union-attr]
         trained = x_TD.requires_grad or any(weight.requires_grad for weight in weights)
-        # a counting pass has no gradients, so it cannot tell whether x is trained
-        if not trained and not self.step.counting:
-            return None, None  # a frozen model, such as a teacher in distillation
+        # a frozen model, such as a teacher, is not counted; a counting pass cannot tell, because it has no gradients
+        return trained or self.step.counting
+
+    def visit(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit, bool]:
+        """Return the visit of a forward, and whether the forward certainly recomputes another of the same visit."""
         visit, certain = visit_being_recomputed(self.step, self.layer)
         if visit is None:
             visit = self.step.visit(self.layer, module, x_TD)
         remember(visit)
-        return visit, visit.decision if certain else None
+        return visit, certain
 
-    @untraced
+    @untraced(traced.count)
     def count(self, visit: Visit, routing: Routing, mask_T: Tensor | None = None) -> bool:
         """Store a visit's decision and counts, and start to sum them. Returns False in a recomputation."""
         if visit.counted and not visit.ahead:
@@ -241,12 +253,12 @@ class Balancer:
             visit.batch = self.step.sum_row(self.layer, "all", total_1X, placement.tokens)
         return True
 
-    @untraced
+    @untraced(traced.attach)
     def attach(self, visit: Visit | None, carrier: Tensor, routing: Routing, weight: Tensor) -> Tensor:
         """Attach a visit's losses to ``carrier``, and return it. ``weight`` is the router's."""
         if visit is None or not carrier.requires_grad:
             return carrier
-        gradients = partial(self._read_once, visit, weight)  # only the graph holds it, so they die together
+        gradients = partial(self.read_once, visit, weight)  # only the graph holds it, so they die together
         if visit.graph() is None:  # a recomputation has a graph of its own, which dies before the backward ends
             visit.graph = weakref.ref(gradients)
         return attach(carrier, routing.prob_sums_BE, routing.z_sum, routing.entropy_sum, gradients)
@@ -276,9 +288,9 @@ class Balancer:
             sent_P=visit.extras if self._sent else None,
         )
 
-    def read(self, visit: Visit) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, visit: Visit | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]), z_sum and entropy_sum."""
-        if visit not in self.layer.visits.values():
+        if visit is None or visit not in self.layer.visits.values():
             raise ValueError(
                 "MoE: this backward pass comes too late, its step has ended or was discarded; run it before the "
                 "optimizer's update, and before Step.end() or Step.discard()"
@@ -310,9 +322,10 @@ class Balancer:
             self.load_weight_E = self.load_weight_E.to(loads_XE.device)
         return loads_XE * self.load_weight_E
 
-    def _read_once(self, visit: Visit, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read_once(self, visit: Visit | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Like :meth:`read`, but zeros if an earlier backward through the same forward has delivered the gradients."""
         gradients = self.read(visit)
+        assert visit is not None  # or read has raised
         if visit.delivered:
             return torch.zeros_like(gradients[0]), torch.zeros_like(gradients[1]), torch.zeros_like(gradients[2])
         if torch._C._autograd._get_current_graph_task_keep_graph():

@@ -6,6 +6,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -26,12 +27,16 @@ def register_while_alive(register: Callable[..., Any], method: Callable[[torch.o
     weakref.finalize(method.__self__, register(hook).remove)  # type: ignore[attr-defined]
 
 
-def untraced(method: Callable[P, R]) -> Callable[P, R]:
-    """Make torch.compile break the graph around ``method`` and run it as plain Python.
+def untraced(traced: Callable[..., R] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make torch.compile break the graph around a method of a balancer, and run it as plain Python.
 
-    What it does depends on the step and not only on its arguments, and it may create process groups.
+    What it does depends on the step and not only on its arguments, and it may create process groups. ``traced`` is
+    compiled in its place, unless that returns NotImplemented.
     """
+    return partial(_untraced, traced)
 
+
+def _untraced(traced: Callable[..., R] | None, method: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         # all methods share the code of call: if it were compiled too, it would soon reach the limit of recompilations
         torch._dynamo.eval_frame.skip_code(call.__code__)  # type: ignore[attr-defined]
@@ -41,6 +46,10 @@ def untraced(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if traced is not None and torch.compiler.is_compiling():
+            result = traced(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
             return outside(*args, **kwargs)
         return method(*args, **kwargs)

@@ -103,6 +103,8 @@ def counting_pass() -> Iterator[None]:
 class OwnStep(Step):
     """The step of one layer, which numbers the layer's training forwards itself. Subclasses know where it ends."""
 
+    traceable = False
+
     def __init__(self, balancer: Balancer) -> None:
         super().__init__()
         self.layers = [LayerStep(balancer, balancer.number)]

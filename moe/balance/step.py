@@ -159,6 +159,9 @@ class Step:
     layers.
     """
 
+    #: whether torch.compile can trace forwards, because the step itself says where it begins and ends
+    traceable = True
+
     def __init__(self) -> None:
         self.layers: list[LayerStep] = []
         #: number of micro-batches of the step, and their valid tokens on all ranks (int64 scalar); None if unknown
@@ -183,6 +186,7 @@ class Step:
             balancer = getattr(module, "balancer", None)
             if balancer is not None:
                 balancer.join(step)
+                balancer.layer.module = weakref.ref(module)
         return step
 
     def join(self, balancer: Balancer) -> LayerStep:

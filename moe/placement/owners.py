@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -37,6 +36,10 @@ class Owners:
             if taken != list(range(len(taken))):
                 raise ValueError(f"slot_of_E: rank {rank} has slots {taken}; number them from 0, each once")
         self._tables: dict[torch.device, Tensor] = {}
+        #: number of slots of every rank: that of the rank with the most experts
+        self.slots = max(map(len, self._experts_of))
+        #: whether every expert's number equals its slot number
+        self.in_order = self._slot_of_E == tuple(range(self.num_experts)) and self.slots * ranks == self.num_experts
 
     @classmethod
     def consecutive(cls, num_experts: int, ranks: int) -> Owners:
@@ -76,16 +79,6 @@ class Owners:
         """Assign runs of consecutive experts of the same length; the last ranks get fewer, or none, as in a DTensor."""
         each = -(-num_experts // ranks)
         return cls.of_ranks(ranks, [e // each for e in range(num_experts)])
-
-    @cached_property
-    def slots(self) -> int:
-        """Number of slots of every rank: that of the rank with the most experts."""
-        return max(map(len, self._experts_of))
-
-    @cached_property
-    def in_order(self) -> bool:
-        """Whether every expert's number equals its slot number."""
-        return self._slot_of_E == tuple(range(self.num_experts)) and self.slots * self.ranks == self.num_experts
 
     @property
     def _slot_of_E(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from tests.helpers.fork import run_ranks  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
 for path in sorted(Path(kernels.__path__[0]).glob("*/triton_ops.py")):
     import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers the ops
+import_module("equimoe.kernels.expert_mlp.compiled")
 
 S, K, D, F, E = 5, 2, 8, 6, 3
 
@@ -121,6 +122,11 @@ def mlp_backward(
     return make(sources, D), pre_RU, *arguments, list(needs)
 
 
+def cpu_backward(**how: Any) -> tuple:
+    dy_SD, _, *arguments = mlp_backward(**how)
+    return dy_SD, *arguments[:-2], arguments[-1]
+
+
 def activation(rows: int, make: Callable[..., Tensor], backward: bool = False, gated: bool = True) -> tuple:
     """Make the arguments of the activation between two products, whose rows are sorted."""
     flat_R = torch.randperm(rows, device=DEVICE)
@@ -180,6 +186,12 @@ CASES: list[Case] = [
     ("expert_mlp_backward", "dropped ids", lambda: mlp_backward()),
     ("expert_mlp_backward", "strided, computed again", lambda: mlp_backward(make=strided, keep=False)),
     ("expert_mlp_backward", "no rows", lambda: mlp_backward(0)),
+    ("cpu_expert_mlp", "dropped ids", lambda: mlp()[:-1]),
+    ("cpu_expert_mlp", "strided, no gate", lambda: mlp(make=strided, kind=("gelu", False))[:-1]),
+    ("cpu_expert_mlp", "no rows", lambda: mlp(0)[:-1]),
+    ("cpu_expert_mlp_backward", "dropped ids", lambda: cpu_backward()),
+    ("cpu_expert_mlp_backward", "strided", lambda: cpu_backward(make=strided)),
+    ("cpu_expert_mlp_backward", "one gradient", lambda: cpu_backward(needs=(False, True, False, False))),
 ]
 MORE: list[Case] = [
     ("expert_mlp", "all dropped, no gate", lambda: mlp(drop="all", kind=("gelu", False))),

@@ -416,7 +416,7 @@ def test_what_is_untraced_reaches_no_limit_of_recompilations() -> None:
         sums.append(x.sum().item())  # torch.compile cannot trace this into a graph
         return x + len(more)
 
-    first, second = untraced(lambda x, *more: run(x, *more)), untraced(run)
+    first, second = untraced()(lambda x, *more: run(x, *more)), untraced()(run)
     compiled = torch.compile(lambda x, *more: second(first(x, *more) * 2, *more) * 2, backend="eager", dynamic=True)
     with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
         for number in range(4):

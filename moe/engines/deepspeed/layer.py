@@ -101,7 +101,7 @@ class _Balancer(Balancer):
         counts_E, tokens = routing.counts_BE.sum(0), routing.tokens_B.sum()
         value = loss_value(counts_E, tokens, routing.prob_sums_BE.detach().sum(0), tokens, self.top_k).float()
         if visit is not None and carrier.requires_grad:
-            gradients = partial(self._read_once, visit, weight)  # only the graph holds it, so they die together
+            gradients = partial(self.read_once, visit, weight)  # only the graph holds it, so they die together
             if visit.graph() is None:
                 visit.graph = weakref.ref(gradients)
             value = _LossOutput.apply(value, routing.prob_sums_BE, routing.z_sum, gradients, self._visits)

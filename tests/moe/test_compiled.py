@@ -1,0 +1,211 @@
+"""A layer under torch.compile(fullgraph=True): the same outputs, gradients and counts as without, and no graph break.
+
+B sequences, S tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from equimoe.moe import (
+    BalanceConfig,
+    CapacityConfig,
+    ExtraLossConfig,
+    MoE,
+    MoEConfig,
+    RouterConfig,
+    Step,
+    ZeroComputationConfig,
+)
+from equimoe.moe.model import Decoder
+from tests.helpers.slow import slow_but
+
+Call = Callable[..., Tensor]
+B, S, D, MICRO_BATCHES = 3, 10, 16, 2
+BASE = MoEConfig(hidden_size=D, intermediate_size=24, num_experts=8, top_k=2)
+EXTRA = ExtraLossConfig(micro=0.01, sequence=0.01, data_parallel=0.01, device=0.01, communication=0.01)
+CASES: dict[str, MoEConfig] = {
+    "plain": BASE,
+    "all together": replace(
+        BASE,
+        shared_intermediate_size=16,
+        shared_gate=True,
+        capacity=CapacityConfig(),
+        router=RouterConfig(score="sigmoid", z_loss=0.01, entropy_loss=0.01, groups=4, kept_groups=2),
+        balance=BalanceConfig(bias_update_rate=0.01, extra=EXTRA),
+    ),
+    "carry": replace(BASE, balance=BalanceConfig(estimator="carry")),
+    "exact": replace(BASE, balance=BalanceConfig(estimator="exact")),
+    "first choices": replace(BASE, balance=BalanceConfig(counts="first")),
+    "not gated, recomputed": replace(BASE, gated=False, activation="relu2", recompute_experts=True),
+    "capacity by position": replace(BASE, capacity=CapacityConfig(drop="position", scope="sequence")),
+    "capacity of devices": replace(BASE, capacity=CapacityConfig(level="device")),
+    "zero computation": replace(BASE, zero_computation=ZeroComputationConfig(zero=1, copy=1, constant=1)),
+    "unequal": replace(BASE, intermediate_size=16, widths="8,8,8,16,16,24,24,24"),
+    "expert choice": replace(
+        BASE,
+        router=RouterConfig(select="expert_choice", normalize_weights=False),
+        balance=BalanceConfig(coefficient=0.0),
+    ),
+}
+FAST = ["all together"]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()  # it keeps the layers for whatever runs next
+
+
+def twins(config: MoEConfig, dtype: torch.dtype = torch.float32) -> tuple[MoE, MoE]:
+    torch.manual_seed(0)
+    layer = MoE(config).to(dtype)
+    return layer, copy.deepcopy(layer)
+
+
+def compiled(module: nn.Module, backend: str = "aot_eager") -> Call:
+    return torch.compile(module, fullgraph=True, backend=backend)
+
+
+def batches(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(1)
+    x = [torch.randn(B, S, D, dtype=dtype) for _ in range(MICRO_BATCHES)]
+    return x, torch.rand(B, S) > 0.2
+
+
+def train(layer: MoE, call: Call, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Train two steps, and return outputs, gradients, counts, biases and statistics."""
+    (inputs, mask), step, found = batches(dtype), Step.of(layer), list[Tensor]()
+    for _ in range(2):
+        step.begin(MICRO_BATCHES, MICRO_BATCHES * int(mask.sum()))
+        if layer.config.balance.estimator == "exact":
+            for m, x in enumerate(inputs):
+                with step.micro_batch(m, ahead=True), torch.no_grad():
+                    call(x, mask)
+        for m, x in enumerate(inputs):
+            x = x.clone().requires_grad_()
+            with step.micro_batch(m):
+                y = call(x, mask)
+                y.square().sum().backward()
+            found += [y.detach(), x.grad]  # type: ignore[list-item]
+        step.end()
+        found += [p.grad for p in layer.parameters() if p.grad is not None]
+        totals = layer.balancer.previous_step
+        assert totals is not None and totals.micro_batches == MICRO_BATCHES
+        found += [totals.counts_E, totals.local_prob_sums_ME, *(b.clone() for b in layer.buffers())]
+        found += [layer.stats.counts, layer.stats.dropped_choices, torch.tensor(list(layer.stats.losses.values()))]
+        layer.zero_grad()
+    return found
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor], **tolerance: Any) -> None:
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, ["plain", *FAST]))
+def test_evaluation_is_one_graph(name: str) -> None:
+    plain, other = (layer.eval() for layer in twins(CASES[name]))
+    call, (inputs, mask) = compiled(other), batches()
+    for x in inputs:
+        with torch.no_grad():
+            assert_same([call(x, mask)], [plain(x, mask)])
+    assert other.balancer.visits == []
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, list(CASES)))
+def test_training_with_a_step_is_one_graph(name: str) -> None:
+    plain, other = twins(CASES[name])
+    assert_same(train(other, compiled(other)), train(plain, plain))
+
+
+@pytest.mark.slow
+def test_autocast() -> None:
+    plain, other = twins(BASE)
+
+    def under(call: Call) -> Call:
+        def run(*args: Any) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return call(*args)
+
+        return run
+
+    assert_same(train(other, under(compiled(other))), train(plain, under(plain)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler for a CPU")
+def test_inductor() -> None:
+    plain, other = twins(CASES["all together"])
+    assert_same(train(other, compiled(other, "inductor")), train(plain, plain))
+
+
+def test_what_was_dropped_is_not_counted() -> None:
+    """A forward whose graph has gone without a backward does not count; neither does a copy count for its original."""
+    layer, other = twins(BASE)
+    call, ((x, _), _) = compiled(layer), batches()
+    step = Step.of(layer)
+    step.begin()
+    with step.micro_batch(0):
+        call(x)
+    with step.micro_batch(1):
+        call(x).sum().backward()
+    assert [visit.number for visit in layer.balancer.visits] == [1] and other.balancer.visits == []
+    step.end()
+
+
+def test_a_late_backward_is_refused() -> None:
+    layer, _ = twins(BASE)
+    call, ((x, _), _) = compiled(layer), batches()
+    step = Step.of(layer)
+    with step.micro_batch():
+        y = call(x)
+    step.discard()
+    with pytest.raises(ValueError, match="comes too late"):
+        y.sum().backward()
+    with pytest.raises(ValueError, match="outside of a micro-batch"):
+        call(x)
+
+
+def test_recomputation_counts_once() -> None:
+    plain, other = twins(BASE)
+
+    def again(call: Call) -> Call:
+        return lambda *args: checkpoint(call, *args, use_reentrant=False)
+
+    assert_same(train(other, again(compiled(other))), train(plain, again(plain)))
+
+
+@pytest.mark.parametrize("training", slow_but([False], [False, True]))
+def test_a_decoder_is_one_graph(training: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "seq_len": S, "num_layers": 3, "num_heads": 2, "intermediate_size": 24}
+    plain = Decoder(**sizes, moe=CASES["all together"], dense_layers=1)  # type: ignore[arg-type]
+    other = copy.deepcopy(plain)
+    ids, mask = torch.randint(20, (B, S)), batches()[1]
+    found = []
+    for model, call in ((plain, plain), (other, compiled(other))):
+        model.train(training)
+        if not training:
+            with torch.no_grad():
+                found.append([call(ids, mask)])
+            continue
+        step = Step.of(model)
+        step.begin(1, int(mask.sum()))
+        with step.micro_batch():
+            y = call(ids, mask)
+            y.square().mean().backward()
+        step.end()
+        found.append([y.detach(), *(p.grad for p in model.parameters())])
+    assert_same(found[1], found[0])
