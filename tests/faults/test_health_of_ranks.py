@@ -26,6 +26,8 @@ from tests.faults.table import report
 from tests.helpers import small
 from tests.helpers.fork import run_ranks
 
+pytestmark = pytest.mark.faults
+
 NAME = "blocks.1.attention.out_proj.weight"
 
 
@@ -87,10 +89,7 @@ def replicas(rank: int, world: int, config: TrainConfig) -> dict[str, Any]:
     return found
 
 
-FEW = ("dp", "hsdp x ep")
-
-
-@pytest.mark.parametrize("mesh", [pytest.param(m, marks=() if m in FEW else pytest.mark.faults) for m in MESHES])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_flipped_bit_in_any_copy_is_found_and_named(texts: Path, mesh: str) -> None:
     world, parallel = MESHES[mesh]
     results = run_ranks(replicas, world, config_of(texts, parallel))

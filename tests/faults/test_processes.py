@@ -19,6 +19,8 @@ from tests.faults.conftest import Run
 from tests.faults.table import report
 from tests.helpers.checkpoints import load_all
 
+pytestmark = pytest.mark.faults
+
 #: seconds in which a stopped rank has been killed by another one; the test itself kills ranks after 60
 KILLED_S = 30.0
 
@@ -33,7 +35,7 @@ def assert_equal_ends(one: Path, other: Path, step: int = 8) -> None:
     assert losses(one) == losses(other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.timeout(180)
 def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path: Path, number: signal.Signals) -> None:
     """The other rank must stop after the same step. Step 6 is one that is not saved otherwise."""
@@ -53,7 +55,6 @@ def test_a_signal_to_one_rank_saves_on_all_and_loses_no_step(run: Run, tmp_path:
     report("6 SIGTERM" if number == signal.SIGTERM else "6 SIGINT", "holds", steps_lost=0, exit_code=ended.codes[0])
 
 
-@pytest.mark.faults
 def test_a_signal_that_comes_twice_within_a_second_is_one_request(run: Run, tmp_path: Path) -> None:
     """A scheduler signals the ranks, and torchrun, which forwards it."""
     ended = run(faults="term@rank=1,step=6,phase=dispatch,times=2")
@@ -62,7 +63,6 @@ def test_a_signal_that_comes_twice_within_a_second_is_one_request(run: Run, tmp_
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000006"
 
 
-@pytest.mark.faults
 def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
     slow = "sleep@rank=0,step=5,phase=data,seconds=5"
     ended = run(
@@ -85,9 +85,7 @@ def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
     report("7 SIGSTOP of a rank", "holds", exit_code=env.HANG, seconds=ended.seconds)
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
     ended = run(faults="stop@rank=0,step=5,phase=backward")
     assert ended.codes == [-signal.SIGKILL, env.HANG], ended
@@ -96,7 +94,6 @@ def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_rank_that_keeps_the_others_waiting_is_named(run: Run) -> None:
     ended = run(faults="sleep@rank=1,step=5,phase=data,seconds=600")
     assert ended.codes == [env.HANG, -signal.SIGKILL] or ended.codes == [env.HANG] * 2, ended
@@ -123,7 +120,6 @@ def test_an_error_of_all_ranks_is_printed_once(run: Run) -> None:
     assert errors == ["error: rank 0, step 5, phase step: ValueError: injected on rank 0 in phase data"], ended
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(180)
 def test_an_error_is_printed_although_the_stores_holder_was_killed(run: Run) -> None:
     ended = run(faults="kill@rank=0,step=5,phase=data;sleep@rank=1,step=5,phase=data,seconds=1;raise@rank=1,step=5")
@@ -139,8 +135,8 @@ def test_running_out_of_memory_is_one_line_and_code_77(run: Run) -> None:
     assert line.startswith("error: rank 1, step 2, phase step: out of memory: MoE layer of block 0: CUDA out of"), ended
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
-@pytest.mark.parametrize("phase", ["dispatch", *(pytest.param(p, marks=pytest.mark.faults) for p in ("data", "optim"))])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", ["dispatch", "data", "optim"])
 @pytest.mark.timeout(180)
 def test_a_killed_rank_is_named(run: Run, tmp_path: Path, phase: str, rank: int) -> None:
     ended = run(faults=f"kill@rank={rank},step=5,phase={phase}")
@@ -151,7 +147,6 @@ def test_a_killed_rank_is_named(run: Run, tmp_path: Path, phase: str, rank: int)
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> None:
     """Nobody can judge the step in which the rank was killed; a NaN of an earlier step would have ended the run."""
     ended = run(faults="nan@rank=0,step=5,phase=forward;kill@rank=1,step=5,phase=backward")
@@ -161,7 +156,6 @@ def test_a_killed_rank_is_the_cause_although_another_holds_a_nan(run: Run) -> No
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_kill_while_experts_move_loses_nothing(run: Run, tmp_path: Path) -> None:
     """The checkpoint before the move is whole, and the resumed run ends in the same bits as an uninterrupted one."""
     options = ["--parallel.ep=1", "--parallel.experts=fssdp", "--placement.reshard_every=1", "--placement.window=1"]
@@ -175,7 +169,6 @@ def test_a_kill_while_experts_move_loses_nothing(run: Run, tmp_path: Path) -> No
     report("1 a rank is killed while experts move", "holds")
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(180)
 def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch compares them if it is asked to; both ranks then fail at the same time, and one of them speaks."""
@@ -203,7 +196,6 @@ def test_collectives_in_another_order_are_named_once(run: Run, monkeypatch: pyte
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.health.heartbeat.LEAST_LOOKS", 15)  # seconds less
     ended = run("--log.every", "8", faults="sleep@rank=1,phase=data,seconds=0.3,times=0")
@@ -214,7 +206,6 @@ def test_a_slow_rank_is_named_in_the_records(run: Run, tmp_path: Path, monkeypat
     report("8 straggler", "holds", named=True, steps=8)
 
 
-@pytest.mark.faults
 def test_a_few_looks_name_nobody(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equimoe.moe.health.heartbeat.LEAST_LOOKS", 10**9)
     assert run("--log.every", "1", faults="sleep@rank=1,phase=data,seconds=0.1,times=0").codes == [0, 0]
@@ -230,7 +221,6 @@ def restarted(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_restart_before_the_first_checkpoint_starts_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +233,6 @@ def test_a_restart_before_the_first_checkpoint_starts_again(
     assert_equal_ends(tmp_path / "run", tmp_path / "straight")
 
 
-@pytest.mark.faults
 def test_a_run_without_a_checkpoint_is_no_dead_end(run: Run) -> None:
     assert run("--steps", "5", faults="kill@rank=1,step=2,phase=dispatch").codes[1] == -signal.SIGKILL
     ended = run("--resume", "--steps", "3")
@@ -264,7 +253,6 @@ def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, mo
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.faults
 def test_a_requeued_job_starts_and_resumes(run: Run, tmp_path: Path) -> None:
     for fault, said in (("kill@rank=0,step=2,phase=optim", ""), ("kill@rank=1,step=6,phase=optim", "starting again")):
         ended = run("--requeue", faults=fault, folder="run")

@@ -23,6 +23,8 @@ from equimoe.moe.train.trainer import Trainer
 from tests.faults.conftest import Run, command
 from tests.helpers.command import one_line
 
+pytestmark = pytest.mark.faults
+
 FILES = "equimoe.moe.checkpoint.files"
 
 
@@ -242,7 +244,6 @@ def test_metrics_are_not_written_to_a_pipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("instead", "world"), [("nothing", 1), ("another", 2), ("another while saving", 2), ("lock deleted", 1)]
 )
-@pytest.mark.faults
 def test_a_folder_that_disappears_ends_the_run_at_the_next_save(
     tmp_path: Path, run: Run, instead: str, world: int
 ) -> None:
