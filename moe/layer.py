@@ -170,15 +170,9 @@ class MoE(nn.Module):
         mask_T, codes_T = (None if t is None else t.reshape(-1) for t in (mask, codes))
         return x_TD, mask_T, codes_T, sequences
 
-    @torch.no_grad()
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:
-        counts_E = routing.counts_BE.sum(0)
-        self._stats = RoutingStats(
-            counts=counts_E,
-            tokens=routing.tokens_B.sum(),
-            dropped_choices=counts_E.sum() - (routing.ids_TK >= 0).sum(),
-            loss_values=partial(self.balancer.loss_values, routing.detach(), visit),
-        )
+        losses = partial(self.balancer.loss_values, visit)
+        self._stats = RoutingStats(routing.counts_BE, routing.tokens_B, routing.ids_TK, losses)
 
     def __getstate__(self) -> dict[str, Any]:
         # both may hold unfinished collectives, which cannot be copied

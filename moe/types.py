@@ -63,24 +63,13 @@ class Routing:
         """int64 [T, K], ids of the experts to compute; -1 means none."""
         return self.decision.ids_TK
 
-    def detach(self) -> Routing:
-        """Return the same routing, detached from the autograd graph."""
-        return replace(
-            self,
-            weights_TK=self.weights_TK.detach(),
-            prob_sums_BE=self.prob_sums_BE.detach(),
-            z_sum=self.z_sum.detach(),
-            entropy_sum=None if self.entropy_sum is None else self.entropy_sum.detach(),
-            mixing=None,
-        )
-
     def outside_inference(self) -> Routing:
-        """Return a detached routing that autograd may use later.
+        """Return the same routing, in tensors that autograd may use later.
 
         Tensors that were created under ``torch.inference_mode`` are cloned into normal tensors.
         """
         if not self.counts_BE.is_inference():
-            return self.detach()
+            return self
         with torch.inference_mode(False):
             return self.cloned()
 
@@ -118,19 +107,35 @@ Experts = Callable[[Tensor, DispatchPlan], Tensor]
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Routing statistics of a layer's last training forward.
+    """Routing statistics of a layer's last training forward. They are computed when they are read.
 
     Reading a number from it synchronises with the device; creating it does not.
     """
 
-    #: int64 [E], choices of each expert on this rank, before any drop
-    counts: Tensor
-    #: int64 scalar, valid tokens on this rank
-    tokens: Tensor
-    #: int64 scalar, choices dropped because their expert was full
-    dropped_choices: Tensor
+    #: int64 [B, E] and [B], on this rank, before any drop
+    counts_BE: Tensor
+    tokens_B: Tensor
+    #: int64 [T, K], ids of the experts that were computed, -1 for none; None if none can have been dropped
+    ids_TK: Tensor | None
     #: computes :attr:`losses`
     loss_values: Callable[[], dict[str, float]]
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [E], choices of each expert on this rank, before any drop."""
+        return self.counts_BE.sum(0)
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 scalar, valid tokens on this rank."""
+        return self.tokens_B.sum()
+
+    @property
+    def dropped_choices(self) -> Tensor:
+        """int64 scalar, choices dropped because their expert was full."""
+        if self.ids_TK is None:
+            return torch.zeros_like(self.tokens)
+        return self.counts_BE.sum() - (self.ids_TK >= 0).sum()
 
     @property
     def losses(self) -> dict[str, float]:

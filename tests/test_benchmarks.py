@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import run
-from benchmarks.layer import bench_layer, peers
+from benchmarks import run, train_step
+from benchmarks.layer import bench_layer, host_time, peers
 from benchmarks.shared import agreement, report, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,3 +221,56 @@ def test_a_wrong_peer_is_left_out_and_a_wrong_layer_stops(
     assert bench_layer.main(LAYER) == 1
     shown = capsys.readouterr()
     assert shown.err.startswith("WRONG: equimoe, ") and "GFLOP/s" not in shown.out
+
+
+def test_the_host_time_of_a_tiny_layer_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert host_time.main(["--rounds", "3", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".md").read_text() in capsys.readouterr().out
+    for figures in json.loads(path.read_text())["figures"].values():
+        for parts in figures["microseconds"].values():
+            assert all(0 < low <= middle <= high for low, middle, high in parts.values())
+        assert figures["microseconds"].keys() == {"equimoe", *figures["ratios"]}
+        assert figures["ratios"].keys() | figures["missing"].keys() == host_time.PEERS.keys()
+
+
+STEPS = ["--rounds", "2", "--threads", "1", "--sizes", "tiny"]
+
+
+@pytest.mark.peers
+def test_whole_steps_are_compared_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert train_step.main([*STEPS, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".md").read_text() in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    others = {f"transformers, {way}" for way in train_step.WAYS}
+    for name in ("tiny, fp32", "tiny, bf16"):
+        figures = result["figures"][name]
+        assert figures["ratios"].keys() == others and figures["missing"] == {}
+        assert figures["losses"]["equimoe"][-1] < figures["losses"]["equimoe"][0], "the batches come again"
+        assert result["least"][name] == min(middle for _, middle, _ in figures["ratios"].values()) > 0
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+def test_a_model_with_another_loss_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    right = train_step._theirs
+
+    def wrong(*given: Any) -> train_step.Train:
+        train = right(*given)
+        return lambda ids_BS: 1.02 * train(ids_BS)
+
+    monkeypatch.setattr(train_step, "_theirs", wrong)
+    assert train_step.main([*STEPS, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "tiny, fp32: transformers, eager: disagrees: losses" in shown and "faster transformers: none" in shown
+
+
+def test_an_unknown_size_of_a_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_step.main(["--sizes", "tiny,huge"])
+    assert stop.value.code == 2 and "--sizes=huge: choose from quickstart" in capsys.readouterr().err

@@ -10,6 +10,8 @@ for 16-bit rows: PyTorch's 16-bit arithmetic converts in every operation, which 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,37 +28,41 @@ if TYPE_CHECKING:
     from ..expert_mlp.types import MLPOptions
 
 
-class _Rows:
+class Rows:
     """Which source rows the experts process, with what weights, and in which places of a buffer.
 
-    For 16-bit products, each expert's rows are padded with zero rows to a multiple of 16: oneDNN, which computes them,
-    compiles code for every number of rows that it meets, and a router produces new numbers in every step.
+    For 16-bit products of many rows, each expert's rows are padded with zero rows to a multiple of 16: oneDNN, which
+    computes them, compiles code for every number of rows that it meets, and a router produces new numbers in every
+    step. With fewer than 16 rows per expert, padding would more than double them.
     """
 
     def __init__(self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder) -> None:
-        bounds_E, counts_E = order.offsets_E, order.offsets_E.diff()
-        multiple = 16 if x_SD.element_size() == 2 else 1
-        offsets_E = F.pad(((counts_E + multiple - 1) // multiple * multiple).cumsum(0), (1, 0))
-        self.like, self.spans = x_SD, list(rows_of_experts(offsets_E))
-        self.size, kept = int(offsets_E[-1]), int(bounds_E[-1])
-        self.flat_R = order.order_R[:kept]
-        self.place_R = torch.arange(kept, device=x_SD.device)
-        source_R, weights_R = self.flat_R // max(weights_SK.shape[1], 1), weights_SK.reshape(-1)[self.flat_R]
-        self.inverse_SK, self.all_kept = order.inverse_SK, kept == order.order_R.numel()
-        self.padded = self.size > kept
+        bounds = order.offsets_E.tolist()
+        multiple = 16 if x_SD.element_size() == 2 and bounds[-1] >= 16 * (len(bounds) - 1) else 1
+        sizes = [-(-(stop - start) // multiple) * multiple for start, stop in pairwise(bounds)]
+        #: the places of expert e are ``offsets[e]:offsets[e + 1]``
+        self.offsets = list(accumulate(sizes, initial=0))
+        self.size, kept = self.offsets[-1], bounds[-1]
+        self.all_kept, self.padded = kept == order.order_R.numel(), self.size > kept
+        self.flat_R = order.order_R if self.all_kept else order.order_R[:kept]
+        self.inverse_SK = order.inverse_SK
+        source_R, weights_R = self.flat_R // max(weights_SK.shape[1], 1), weights_SK.take(self.flat_R)
         if self.padded:
-            self.place_R += (offsets_E - bounds_E)[:-1].repeat_interleave(counts_E)
+            shift_E = (torch.tensor(self.offsets, device=x_SD.device) - order.offsets_E)[:-1]
+            shift_R = shift_E.repeat_interleave(order.offsets_E.diff())
+            self.place_R = torch.arange(kept, device=x_SD.device) + shift_R
             self.inverse_SK = torch.where(self.inverse_SK < 0, -1, self.place_R[self.inverse_SK])
             source_R = source_R.new_full((self.size,), x_SD.shape[0]).index_copy_(0, self.place_R, source_R)
             weights_R = weights_R.new_zeros(self.size).index_copy_(0, self.place_R, weights_R)
         self.source_P, self.weights_P1 = source_R, weights_R[:, None]
 
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """Yield each expert that has rows, and the slice of its places."""
+        return rows_of_experts(self.offsets)
+
     def sources(self, x_SD: Tensor) -> Tensor:
         """What ``source_P`` points into: the source rows and, for the padding, a row of zeros."""
         return F.pad(x_SD, (0, 0, 0, 1)) if self.padded else x_SD
-
-    def buffer(self, width: int) -> Tensor:
-        return empty(self.size, width, like=self.like)
 
     def sum(self, rows_PD: Tensor) -> Tensor:
         """[S, D] the sum over each source row's kept rows."""
@@ -64,30 +70,32 @@ class _Rows:
 
     def unsort(self, values_P: Tensor) -> Tensor:
         """[S, K] one value per choice from one value per place; zero for dropped choices."""
+        if self.all_kept:
+            return values_P[self.inverse_SK]
         out_SK = values_P.new_zeros(self.inverse_SK.shape)
-        out_SK.view(-1)[self.flat_R] = values_P[self.place_R]
+        out_SK.view(-1)[self.flat_R] = values_P[self.place_R] if self.padded else values_P
         return out_SK
 
     def new_gradient(self, weight: Tensor) -> Tensor:
         """Memory for the gradient of a stacked weight; zero for experts without rows, else undefined."""
         grad = empty(*weight.shape, like=weight)
-        for expert in set(range(weight.shape[0])) - {expert for expert, _ in self.spans}:
+        for expert in set(range(weight.shape[0])) - {expert for expert, _ in self.spans()}:
             grad[expert].zero_()
         return grad
 
 
-def _widen(rows: Tensor) -> Tensor:
+def widen(rows: Tensor) -> Tensor:
     return rows.float() if rows.element_size() == 2 else rows
 
 
-def _activate(pre_NU: Tensor, options: MLPOptions) -> tuple[Tensor, Tensor, Tensor | None]:
+def activate(pre_NU: Tensor, options: MLPOptions) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, act(z) and, for gated experts, the factor up, [N, F] each; fp32 for 16-bit rows."""
-    z_NF, up_NF = _widen(pre_NU).chunk(2, 1) if options.gated else (_widen(pre_NU), None)
+    z_NF, up_NF = widen(pre_NU).chunk(2, 1) if options.gated else (widen(pre_NU), None)
     s_NF = z_NF.new_empty(z_NF.shape)
     return z_NF, ACTIVATIONS[options.activation].value(z_NF, out=s_NF), up_NF
 
 
-def _differentiate(
+def differentiate(
     dh_NF: Tensor, z_NF: Tensor, s_NF: Tensor, up_NF: Tensor | None, options: MLPOptions, dpre_NU: Tensor
 ) -> Tensor:
     """Write the gradient of the pre-activation to ``dpre_NU``. Overwrites ``dh_NF`` and ``s_NF``."""
@@ -109,14 +117,14 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
-    rows = _Rows(x_SD, weights_SK, order)
-    out_PD = rows.buffer(x_SD.shape[1])
-    pre_PU = rows.buffer(gate_up_EUD.shape[1]) if keep else None
+    rows = Rows(x_SD, weights_SK, order)
+    out_PD = empty(rows.size, x_SD.shape[1], like=x_SD)
+    pre_PU = empty(rows.size, gate_up_EUD.shape[1], like=x_SD) if keep else None
     source_SD = rows.sources(x_SD)
-    for expert, span in rows.spans:
+    for expert, span in rows.spans():
         x_ND = source_SD.index_select(0, rows.source_P[span])
         pre_NU = torch.mm(x_ND, gate_up_EUD[expert].T, out=None if pre_PU is None else pre_PU[span])
-        _, h_NF, up_NF = _activate(pre_NU, options)
+        _, h_NF, up_NF = activate(pre_NU, options)
         if up_NF is not None:
             h_NF.mul_(up_NF)
         h_NF.mul_(rows.weights_P1[span])  # in fp32, before rounding to 16 bits
@@ -139,27 +147,27 @@ def backward(
 
     If ``pre_PU`` is None, recompute the pre-activations expert by expert.
     """
-    rows = _Rows(x_SD, weights_SK, order)
+    rows = Rows(x_SD, weights_SK, order)
     needs_x, needs_weights, needs_gate_up, needs_down = needs
-    dx_PD = rows.buffer(x_SD.shape[1]) if needs_x else None
+    dx_PD = empty(rows.size, x_SD.shape[1], like=x_SD) if needs_x else None
     dweights_P = weights_SK.new_empty(rows.size) if needs_weights else None
     dgate_up_EUD = rows.new_gradient(gate_up_EUD) if needs_gate_up else None
     ddown_EDF = rows.new_gradient(down_EDF) if needs_down else None
     x_SD, dy_SD = rows.sources(x_SD), rows.sources(dy_SD)
-    for expert, span in rows.spans:
+    for expert, span in rows.spans():
         index_N, w_N1 = rows.source_P[span], rows.weights_P1[span]
         x_ND, dy_ND = x_SD.index_select(0, index_N), dy_SD.index_select(0, index_N)
         pre_NU = torch.mm(x_ND, gate_up_EUD[expert].T) if pre_PU is None else pre_PU[span]
-        z_NF, s_NF, up_NF = _activate(pre_NU, options)
+        z_NF, s_NF, up_NF = activate(pre_NU, options)
         h_NF = s_NF if up_NF is None else s_NF * up_NF
-        dh_NF = _widen(torch.mm(dy_ND, down_EDF[expert]))
+        dh_NF = widen(torch.mm(dy_ND, down_EDF[expert]))
         if ddown_EDF is not None:
             torch.mm(dy_ND.T, (h_NF * w_N1).to(x_SD.dtype), out=ddown_EDF[expert])
         if dweights_P is not None:
             torch.sum(h_NF * dh_NF, 1, out=dweights_P[span])
         if dgate_up_EUD is None and dx_PD is None:
             continue
-        dpre_NU = _differentiate(dh_NF.mul_(w_N1), z_NF, s_NF, up_NF, options, torch.empty_like(pre_NU))
+        dpre_NU = differentiate(dh_NF.mul_(w_N1), z_NF, s_NF, up_NF, options, torch.empty_like(pre_NU))
         if dgate_up_EUD is not None:
             torch.mm(dpre_NU.T, x_ND, out=dgate_up_EUD[expert])
         if dx_PD is not None:

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-def rows_of_experts(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
+def rows_of_experts(offsets: list[int]) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has rows, and the slice of the sorted rows that belongs to it."""
-    bounds = offsets_E.tolist()
-    for expert, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(offsets)):
         if start < stop:
             yield expert, slice(start, stop)
 
@@ -26,7 +26,7 @@ def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor
     """[R, N] rows @ weight[e].T; zero for rows past ``offsets[E]``."""
     num_rows = (rows if index_R is None else index_R).shape[0]
     out_RN = rows.new_empty(num_rows, weight_ENK.shape[1])
-    for expert, span in rows_of_experts(offsets_E):
+    for expert, span in rows_of_experts(offsets_E.tolist()):
         torch.mm(_gather(rows, index_R, span), weight_ENK[expert].T, out=out_RN[span])
     out_RN[int(offsets_E[-1]) :] = 0
     return out_RN
@@ -37,7 +37,7 @@ def wgrad(
 ) -> Tensor:
     """[E, N, K] dy.T @ rows by expert; added to ``out``, in its dtype, if it is given."""
     grad_ENK = dy.new_zeros(offsets_E.shape[0] - 1, dy.shape[1], rows.shape[1]) if out is None else out
-    for expert, span in rows_of_experts(offsets_E):
+    for expert, span in rows_of_experts(offsets_E.tolist()):
         left, right = _gather(dy, dy_index_R, span), _gather(rows, index_R, span)
         if out is None:
             torch.mm(left.T, right, out=grad_ENK[expert])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import readable
 
-_HUGE_PAGE = 1 << 21
+HUGE_PAGE = 1 << 21
 
 
 class _Pool:
@@ -81,7 +81,7 @@ _PATIENCE = 4096
 
 
 def _map(size: int) -> mmap.mmap:
-    step = max(_HUGE_PAGE, 1 << max(size.bit_length() - 4, 0))  # so that sizes that differ a little share blocks
+    step = max(HUGE_PAGE, 1 << max(size.bit_length() - 4, 0))  # so that sizes that differ a little share blocks
     block = mmap.mmap(-1, -(-size // step) * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -107,7 +107,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     size = like.element_size()
     for length in shape:
         size *= length
-    if not readable(like) or size < _HUGE_PAGE or _pool is None:
+    if not readable(like) or size < HUGE_PAGE or _pool is None:
         return like.new_empty(shape)
     try:
         return torch.frombuffer(_pool.lend(size), dtype=like.dtype).view(shape)

@@ -1,4 +1,7 @@
-"""One autograd.Function for implementations with torch's products: expert by expert on a CPU, grouped elsewhere."""
+"""One autograd.Function for implementations with torch's products.
+
+On a CPU, many rows are multiplied expert by expert, few rows by grouped products; elsewhere, all are grouped.
+"""
 
 # S source rows, K choices per row, D hidden, F expert width, E experts, R routed rows.
 
@@ -14,13 +17,16 @@ from torch.autograd.function import once_differentiable
 from .._autocast import without_autocast
 from ..checks import on_host
 from ..cpu import expert_mlp as cpu
+from ..cpu import few_rows
 from ..sort_by_expert import ExpertOrder
 from . import accelerator
 from .types import MLPOptions
 
 
-def _path(x_SD: Tensor) -> ModuleType:
-    return cpu if on_host(x_SD) else accelerator
+def _path(x_SD: Tensor, order: ExpertOrder, gate_up_EFD: Tensor, down_EDF: Tensor) -> ModuleType:
+    if not on_host(x_SD):
+        return accelerator
+    return few_rows if few_rows.fits(order.order_R.shape[0], gate_up_EFD, down_EDF) else cpu
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -40,7 +46,7 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
         ctx.path, ctx.options = path, options
-        y_SD, pre_RF = ctx.path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
+        y_SD, pre_RF = path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
         return y_SD
 
@@ -64,11 +70,11 @@ def expert_mlp(
     recompute: bool,
     path: ModuleType | None = None,
 ) -> Tensor:
-    path = path or _path(x_SD)
-    if path is cpu and torch.compiler.is_compiling():
+    if path is None and on_host(x_SD) and torch.compiler.is_compiling():
         from . import compiled  # imported late, because it registers ops
 
         return compiled.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options)
+    path = path or _path(x_SD, order, gate_up_EFD, down_EDF)
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, False)[0]

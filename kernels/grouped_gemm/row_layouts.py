@@ -39,7 +39,7 @@ class GroupedLayout:
         return rows
 
     def product(self, rows_PI: Tensor, weight_EIO: Tensor) -> Tensor:
-        product = _traced_grouped_mm if torch.compiler.is_compiling() else _grouped_mm
+        product = _traced_grouped_mm if torch.compiler.is_compiling() else grouped_mm
         return product(rows_PI, weight_EIO, self.ends_E)
 
     def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
@@ -57,12 +57,13 @@ def _dense(weight_EIO: Tensor) -> Tensor:
     return weight_EIO.clone(memory_format=torch.contiguous_format)
 
 
-def _grouped_mm(rows_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_mm(rows_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Return rows @ weight[e] by expert, [P, O]; ``ends_E`` is int32."""
     return F.grouped_mm(rows_PI, _dense(weight_EIO), offs=ends_E)
 
 
 #: an op of its own, because dynamo cannot trace the look at the weight's address
-_traced_grouped_mm = torch.library.custom_op("equimoe::grouped_mm", _grouped_mm, mutates_args=())
+_traced_grouped_mm = torch.library.custom_op("equimoe::grouped_mm", grouped_mm, mutates_args=())
 
 
 @_traced_grouped_mm.register_fake

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 #: returns the gradients of the loss with respect to ``prob_sums_BE`` ([E] or [B, E]), and to ``z_sum`` and
-#: ``entropy_sum`` (scalars)
-Gradients = Callable[[], tuple[Tensor, Tensor, Tensor]]
+#: ``entropy_sum`` (scalars; None: zero)
+Gradients = Callable[[], tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 class _Attach(torch.autograd.Function):
@@ -23,16 +23,15 @@ class _Attach(torch.autograd.Function):
         entropy_sum: Tensor | None,
         gradients: Gradients,
     ) -> Tensor:
-        ctx.gradients, ctx.has_entropy = gradients, entropy_sum is not None
-        ctx.shape, ctx.dtype = prob_sums_BE.shape, prob_sums_BE.dtype
+        ctx.gradients, ctx.shape, ctx.dtype = gradients, prob_sums_BE.shape, prob_sums_BE.dtype
         return carrier.view_as(carrier)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_BE, grad_z, grad_entropy = ctx.gradients()
-        last = grad_entropy.to(ctx.dtype) if ctx.has_entropy else None
-        return grad, grad_BE.expand(ctx.shape).to(ctx.dtype), grad_z.to(ctx.dtype), last, None
+        grad_BE, *of_tokens = ctx.gradients()
+        grad_z, grad_entropy = (None if g is None else g.to(ctx.dtype) for g in of_tokens)
+        return grad, grad_BE.to(ctx.dtype).expand(ctx.shape), grad_z, grad_entropy, None
 
 
 def attach(

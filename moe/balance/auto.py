@@ -72,7 +72,7 @@ class AutoStep(OwnStep):
 
     def visit(self, layer: LayerStep, module: nn.Module, x: Tensor) -> Visit:
         found = super().visit(layer, module, x)
-        if not layer.trained():
+        if layer.first_trained() is None:
             layer.before = _nearest_parameter(x)
         return found
 
@@ -119,7 +119,7 @@ class AutoStep(OwnStep):
         super().end(applied, overflow)
 
     def _watched(self) -> nn.Parameter | None:
-        return next(iter(self.layers[0].trained()), None)
+        return self.layers[0].first_trained()
 
     def _changed(self) -> bool:
         (at_start, version), weight = self._at_start, self._watched()

@@ -36,6 +36,10 @@ from .step import LayerStep, Step, StepTotals
 from .sums import LayerNumber, Sums
 from .visit import Visit, accumulates
 
+#: the placement of a layer that no other rank works with
+_ALONE = Placement()
+#: the estimators that need the previous step's load
+_CARRY = ("carry", "adaptive")
 #: attributes that a copy does not take over
 _NOT_COPIED = ("step", "layer", "shared", "scaler", "traced")
 
@@ -79,7 +83,8 @@ class Balancer:
         self.bias = bias_rule(config)
         #: which choices are the load, and how many of each token they are
         self._counts, self.counted = COUNTS[config.counts], config.counted(top_k)
-        #: int64 [E + 2], counts, tokens and micro-batches of the previous step; all zero before a resume fills it
+        #: int64 [E + 2], counts, tokens and micro-batches of the previous step, if the estimator needs them; all zero
+        #: before a resume fills it
         self.previous_X: Tensor | None = None
         #: how well earlier steps have predicted each other, if the estimator is "adaptive"
         self.agreement: Agreement | None = None
@@ -153,7 +158,7 @@ class Balancer:
         if self.placed is not None:
             return self.placed
         world = world_axis()
-        return Placement(tokens=world, gradient_scale=float(world.size))
+        return Placement(tokens=world, gradient_scale=float(world.size)) if world.size > 1 else _ALONE
 
     @property
     def counting_axis(self) -> Axis:
@@ -215,10 +220,10 @@ class Balancer:
         if not module.training or not (torch.is_grad_enabled() or self.step.counting):
             return False
         # FSDP1 makes weights views of a flat parameter, so the router's is not among the module's parameters
-        weights = (module.router.weight, *module.parameters())  # type: ignore[union-attr]
-        trained = x_TD.requires_grad or any(weight.requires_grad for weight in weights)
+        if x_TD.requires_grad or module.router.weight.requires_grad:  # type: ignore[union-attr]
+            return True
         # a frozen model, such as a teacher, is not counted; a counting pass cannot tell, because it has no gradients
-        return trained or self.step.counting
+        return self.step.counting or any(weight.requires_grad for weight in module.parameters())
 
     def visit(self, module: nn.Module, x_TD: Tensor) -> tuple[Visit, bool]:
         """Return the visit of a forward, and whether the forward certainly recomputes another of the same visit."""
@@ -234,8 +239,9 @@ class Balancer:
         if visit.counted and not visit.ahead:
             return False
         routing = routing.outside_inference()
-        visit.decision, visit.prob_sums_BE, visit.z_sum = routing.decision, routing.prob_sums_BE, routing.z_sum
-        visit.entropy_sum = routing.entropy_sum
+        visit.decision, visit.prob_sums_BE = routing.decision, routing.prob_sums_BE.detach()
+        visit.z_sum = routing.z_sum.detach()
+        visit.entropy_sum = None if routing.entropy_sum is None else routing.entropy_sum.detach()
         if visit.counted:  # its counting pass has summed the counts
             visit.ahead = False
             return True
@@ -243,7 +249,7 @@ class Balancer:
         visit.size = len(routing.ids_TK) if mask_T is None else None
         placement = self.placement
         local_BX = torch.cat((visit.counts_BE, visit.tokens_B[:, None]), dim=1)
-        total_1X = local_BX.sum(0, keepdim=True)
+        total_1X = local_BX if len(local_BX) == 1 else local_BX.sum(0, keepdim=True)
         own_BX = local_BX if self._by_sequence else total_1X
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
         visit.own = visit.batch = self.step.sum_row(self.layer, "own", own_BX, own_axis)
@@ -268,16 +274,13 @@ class Balancer:
     def view(self, visit: Visit) -> StepView:
         """Return what is known now about a visit and its step."""
         step, layer, placement, owners = self.step, self.layer, self.placement, self.owners
-        own_BX, batch_X = visit.own.get(), visit.total
         seen, micro_batches = len(layer.known), step.expected(layer)
         estimate = self._estimate(layer.totals(visit), seen, micro_batches, self.previous_X, self.agreement)
         if step.tokens is not None:
             estimate = estimate._replace(step_tokens=step.tokens.double() * layer.runs)
         return StepView(
-            counts_BE=own_BX[:, :-1],
-            tokens_B=own_BX[:, -1],
-            batch_counts_E=batch_X[:-1],
-            batch_tokens=batch_X[-1],
+            own_BX=visit.own.get(),
+            batch_X=visit.total,
             step=estimate,
             seen=seen,
             micro_batches=micro_batches,
@@ -288,8 +291,11 @@ class Balancer:
             sent_P=visit.extras if self._sent else None,
         )
 
-    def read(self, visit: Visit | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]), z_sum and entropy_sum."""
+    def read(self, visit: Visit | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of a visit's losses with respect to prob_sums ([E] or [B, E]), z_sum and entropy_sum.
+
+        The last two are None if no loss needs them.
+        """
         if visit is None or visit not in self.layer.visits.values():
             raise ValueError(
                 "MoE: this backward pass comes too late, its step has ended or was discarded; run it before the "
@@ -306,13 +312,15 @@ class Balancer:
             Term(scope, coefficient * self._convention(scope, view), self._weighted(loss.gradient), visit.prob_sums_BE)
             for loss, (scope, coefficient) in zip(losses, self._terms, strict=True)
         ]
-        gradient = sum(term.gradient * (term.coefficient * scale) for term in visit.terms)
+        first, *others = [term.gradient * (term.coefficient * scale) for term in visit.terms]
+        gradient = sum(others, start=first)
         if self.z_coefficient:
             visit.terms.append(Term("z", self.z_coefficient, losses[0].token_weight, visit.z_sum))
         if visit.entropy_sum is not None:
             visit.terms.append(Term("entropy", self.entropy_coefficient, losses[0].token_weight, visit.entropy_sum))
-        of_tokens = [losses[0].token_weight * (c * scale) for c in (self.z_coefficient, self.entropy_coefficient)]
-        return torch.as_tensor(gradient), of_tokens[0], of_tokens[1]
+        of_tokens = self.z_coefficient, self.entropy_coefficient
+        of_z, of_entropy = (losses[0].token_weight * (c * scale) if c else None for c in of_tokens)
+        return gradient, of_z, of_entropy
 
     def _weighted(self, loads_XE: Tensor) -> Tensor:
         """Multiply the load of each expert by its weight."""
@@ -322,12 +330,12 @@ class Balancer:
             self.load_weight_E = self.load_weight_E.to(loads_XE.device)
         return loads_XE * self.load_weight_E
 
-    def read_once(self, visit: Visit | None, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def read_once(self, visit: Visit | None, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Like :meth:`read`, but zeros if an earlier backward through the same forward has delivered the gradients."""
         gradients = self.read(visit)
         assert visit is not None  # or read has raised
         if visit.delivered:
-            return torch.zeros_like(gradients[0]), torch.zeros_like(gradients[1]), torch.zeros_like(gradients[2])
+            return torch.zeros_like(gradients[0]), None, None
         if torch._C._autograd._get_current_graph_task_keep_graph():
             visit.delivered = accumulates(weight) is True
         return gradients
@@ -364,37 +372,38 @@ class Balancer:
 
     # ---- statistics and checkpoints
 
-    def loss_values(self, routing: Routing, visit: Visit) -> dict[str, float]:
+    def loss_values(self, visit: Visit) -> dict[str, float]:
         """Return a micro-batch's losses, see :attr:`equimoe.moe.types.RoutingStats.losses`."""
         totals, top_k = self.layer.totals(visit), self.counted
-        counts_BE, tokens_B = self._weighted(visit.counts_BE), routing.tokens_B
-        prob_sums_BE = routing.prob_sums_BE.detach()
+        counts_BE, tokens_B = self._weighted(visit.counts_BE), visit.tokens_B
+        prob_sums_BE = visit.prob_sums_BE
         counts_E, tokens, prob_sums_E = counts_BE.sum(0), tokens_B.sum(), prob_sums_BE.sum(0)
         per_sequence_B = loss_value(counts_BE, tokens_B, prob_sums_BE, tokens_B, top_k)
         values = {
             "global": loss_value(self._weighted(totals[:-1]), totals[-1], prob_sums_E, tokens, top_k),
             "micro": loss_value(counts_E, tokens, prob_sums_E, tokens, top_k),
             "sequence": per_sequence_B.sum() / (tokens_B > 0).sum().clamp_min(1),
-            "z": routing.z_sum.detach() / tokens.clamp_min(1),
+            "z": visit.z_sum / tokens.clamp_min(1),
         }
-        if routing.entropy_sum is not None:
-            values["entropy"] = routing.entropy_sum.detach() / tokens.clamp_min(1)
+        if visit.entropy_sum is not None:
+            values["entropy"] = visit.entropy_sum / tokens.clamp_min(1)
         read = Reading(torch.stack([value.double() for value in values.values()])).get()
         return dict(zip(values, map(float, read), strict=True))
 
-    def observe(self, totals_MX: Tensor) -> None:
-        """Remember a step that has ended: counts and tokens of its micro-batches, int64 [M, E + 1]."""
+    def observe(self, totals: StepTotals) -> None:
+        """Remember a step that has ended, if the estimator needs it."""
         if self.config.estimator == "adaptive":
-            self.agreement = self.agreement or Agreement(totals_MX.device)
-            self.agreement.observe(totals_MX, self.previous_X)
-        self.previous_X = F.pad(totals_MX.sum(0), (0, 1), value=len(totals_MX))
+            self.agreement = self.agreement or Agreement(totals.totals_MX.device)
+            self.agreement.observe(totals.totals_MX, self.previous_X)
+        if self.config.estimator in _CARRY:
+            self.previous_X = F.pad(totals.total_X, (0, 1), value=totals.micro_batches)
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint must hold: the previous step's load if ``carry`` needs it.
 
         To resume, fill them in place and pass them to :meth:`restore`. The expert bias is a buffer of the router.
         """
-        if self.config.estimator not in ("carry", "adaptive"):
+        if self.config.estimator not in _CARRY:
             return {}
         empty_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
         state = {"step_before": empty_X if self.previous_X is None else self.previous_X}

@@ -37,8 +37,9 @@ def rolling(
     known_X: Tensor, seen: int, micro_batches: int, previous_X: Tensor | None, agreement: Agreement | None = None
 ) -> Estimate:
     """Take the load of the micro-batches that are known. The others count as having the same load and length."""
-    counts_E, tokens = known_X[:-1].double(), known_X[-1].double()
-    return Estimate(counts_E, tokens, tokens * (max(micro_batches, seen) / seen))
+    known_X = known_X.double()
+    counts_E, tokens = known_X[:-1], known_X[-1]
+    return Estimate(counts_E, tokens, tokens if seen >= micro_batches else tokens * (micro_batches / seen))
 
 
 def carry(

@@ -24,13 +24,11 @@ from .estimators import Estimate
 class StepView:
     """What is known during a backward about one micro-batch, and about the optimizer step that contains it."""
 
-    #: int64 [B, E] and [B], the micro-batch on the ranks that hold parts of its sequences; B is 1 if no loss needs
-    #: sequences
-    counts_BE: Tensor
-    tokens_B: Tensor
-    #: int64 [E] and scalar, the micro-batch on all ranks
-    batch_counts_E: Tensor
-    batch_tokens: Tensor
+    #: int64 [B, E + 1], counts and tokens of the micro-batch on the ranks that hold parts of its sequences; B is 1 if
+    #: no loss needs sequences
+    own_BX: Tensor
+    #: int64 [E + 1], counts and tokens of the micro-batch on all ranks
+    batch_X: Tensor
     #: the estimated load of all micro-batches on all ranks
     step: Estimate
     #: number of micro-batches that are known, and that the step has
@@ -45,6 +43,26 @@ class StepView:
     reach: int = 1
     #: int64 [P], tokens of the micro-batch on all ranks that chose an expert of each rank; for "communication"
     sent_P: Tensor | None = None
+
+    @property
+    def counts_BE(self) -> Tensor:
+        """int64 [B, E], the micro-batch on the ranks that hold parts of its sequences."""
+        return self.own_BX[:, :-1]
+
+    @property
+    def tokens_B(self) -> Tensor:
+        """int64 [B], the micro-batch on the ranks that hold parts of its sequences."""
+        return self.own_BX[:, -1]
+
+    @property
+    def batch_counts_E(self) -> Tensor:
+        """int64 [E], the micro-batch on all ranks."""
+        return self.batch_X[:-1]
+
+    @property
+    def batch_tokens(self) -> Tensor:
+        """int64 scalar, the micro-batch on all ranks."""
+        return self.batch_X[-1]
 
 
 class Term(NamedTuple):
@@ -93,7 +111,7 @@ def loss_value(counts: Tensor, tokens: Tensor, prob_sums: Tensor, prob_tokens: T
 
 def global_batch(view: StepView) -> Loss:
     """Balance the whole optimizer step on all ranks (arXiv 2501.11873)."""
-    weight = 1.0 / view.step.step_tokens.clamp_min(1)
+    weight = view.step.step_tokens.clamp_min(1).reciprocal()
     return Loss(loads(view.step.counts_E, view.step.tokens, view.top_k), weight, weight, view.step.tokens)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,28 +23,59 @@ if TYPE_CHECKING:
     from .balancer import Balancer
 
 
-@dataclass(frozen=True)
 class StepTotals:
-    """What one layer counted in a step that has ended, summed over its micro-batches."""
+    """What one layer counted in a step that has ended. Sums over its micro-batches are computed when they are read.
 
-    #: int64 [E] and scalar, over all ranks that count together
-    counts_E: Tensor
-    tokens: Tensor
-    #: int64 [M, E], int64 [M] and fp32 [M, E], of this rank's micro-batches
-    local_counts_ME: Tensor
-    local_tokens_M: Tensor
-    local_prob_sums_ME: Tensor
-    #: int64 scalar, this rank's sequences with a valid token
-    local_sequences: Tensor
-    #: number of ranks that hold parts of the same sequences
-    sequence_ranks: int
-    #: the main loss of each micro-batch, and all losses, as the backwards read them
-    losses: list[Loss]
-    terms: list[Term]
+    ``sequence_ranks`` is the number of ranks that hold parts of the same sequences.
+    """
+
+    def __init__(self, visits: list[Visit], sequence_ranks: int) -> None:
+        self.sequence_ranks, self.micro_batches = sequence_ranks, len(visits)
+        self._totals = [v.total for v in visits]  # all ranks must wait for these sums at the same point
+        self._local = [(v.counts_BE, v.tokens_B, v.prob_sums_BE) for v in visits]
+        #: the main loss of each micro-batch, and all losses, as the backwards read them
+        self.losses: list[Loss] = [v.loss for v in visits if v.loss is not None]
+        self.terms: list[Term] = [term for v in visits for term in v.terms]
+
+    @cached_property
+    def totals_MX(self) -> Tensor:
+        """int64 [M, E + 1]: counts and tokens of each micro-batch, over all ranks that count together."""
+        return torch.stack(self._totals)
+
+    @cached_property
+    def total_X(self) -> Tensor:
+        """int64 [E + 1]: their sum."""
+        return self.totals_MX.sum(0)
 
     @property
-    def micro_batches(self) -> int:
-        return len(self.local_tokens_M)
+    def counts_E(self) -> Tensor:
+        """int64 [E], over all ranks that count together."""
+        return self.total_X[:-1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 scalar, over all ranks that count together."""
+        return self.total_X[-1]
+
+    @cached_property
+    def local_counts_ME(self) -> Tensor:
+        """int64 [M, E], of this rank's micro-batches."""
+        return torch.stack([counts_BE.sum(0) for counts_BE, _, _ in self._local])
+
+    @cached_property
+    def local_tokens_M(self) -> Tensor:
+        """int64 [M], of this rank's micro-batches."""
+        return torch.stack([tokens_B.sum() for _, tokens_B, _ in self._local])
+
+    @cached_property
+    def local_prob_sums_ME(self) -> Tensor:
+        """fp32 [M, E], of this rank's micro-batches."""
+        return torch.stack([prob_sums_BE.sum(0) for _, _, prob_sums_BE in self._local])
+
+    @property
+    def local_sequences(self) -> Tensor:
+        """int64 scalar, this rank's sequences with a valid token."""
+        return torch.stack([(tokens_B > 0).sum() for _, tokens_B, _ in self._local]).sum()
 
     @property
     def local_tokens(self) -> Tensor:
@@ -88,8 +118,16 @@ class LayerStep:
     def trained(self) -> list[nn.Parameter]:
         """Return the weights that are trained, the router's first; if there is none, the one before the layer."""
         before = self.before()
-        weights = self.weights()
-        return [p for p in weights if p.requires_grad] or [p for p in (before,) if p is not None and p.requires_grad]
+        return [p for p in self.weights() if p.requires_grad] or (
+            [before] if before is not None and before.requires_grad else []
+        )
+
+    def first_trained(self) -> nn.Parameter | None:
+        """Return the first of :meth:`trained`, or None."""
+        module = self.module()
+        if module is not None and module.router.weight.requires_grad:  # nearly always
+            return module.router.weight
+        return next(iter(self.trained()), None)
 
     @property
     def known(self) -> list[Visit]:
@@ -106,9 +144,10 @@ class LayerStep:
 
         If the step of ``of`` has ended, they are those of that step.
         """
-        if of.step_total is not None:
-            return of.step_total
-        return torch.stack([v.total for v in dict.fromkeys((*self.known, of))]).sum(0)
+        if of.ended is not None:
+            return of.ended.total_X
+        first, *others = [v.total for v in dict.fromkeys((*self.known, of))]
+        return torch.stack((first, *others)).sum(0) if others else first
 
     def close(self, applied: bool, overflow: Tensor | None) -> None:
         """End the step: keep its totals, and move the expert bias if the update was ``applied``."""
@@ -116,26 +155,15 @@ class LayerStep:
         self.visits, self.first_known = {}, None
         if not ended or balancer is None:
             return
-        totals_MX = torch.stack([v.total for v in ended])
-        total = totals_MX.sum(0)
+        totals = self.previous_step = StepTotals(ended, balancer.placement.sequence.size)
         for v in ended:
-            v.step_total = total
-        self.previous_step = StepTotals(
-            counts_E=total[:-1],
-            tokens=total[-1],
-            local_counts_ME=torch.stack([v.counts_BE.sum(0) for v in ended]),
-            local_tokens_M=torch.stack([v.tokens_B.sum() for v in ended]),
-            local_prob_sums_ME=torch.stack([v.prob_sums_BE.sum(0) for v in ended]),
-            local_sequences=torch.stack([(v.tokens_B > 0).sum() for v in ended]).sum(),
-            sequence_ranks=balancer.placement.sequence.size,
-            losses=[v.loss for v in ended if v.loss is not None],
-            terms=[term for v in ended for term in v.terms],
-        )
-        balancer.observe(totals_MX)
+            v.ended = totals
+        balancer.observe(totals)
         module, bias = self.module(), balancer.bias
-        trained = module is not None and any(p.requires_grad for p in module.parameters())
-        if applied and bias is not None and trained and module.router.bias_E is not None:
-            bias.move(module.router.bias_E, self.previous_step, overflow)
+        if not applied or bias is None or module is None or module.router.bias_E is None:
+            return
+        if any(p.requires_grad for p in module.parameters()):
+            bias.move(module.router.bias_E, totals, overflow)
 
 
 def random_state_kept() -> AbstractContextManager[None]:

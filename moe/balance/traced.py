@@ -141,7 +141,10 @@ def _read_losses(
     balancer, module = _layer(number, copy)
     gradients = balancer.read_once(balancer.traced.visits.get(int(token)), module.router.weight)
     shapes = prob_sums_BE.shape, (), ()
-    first, *others = (g.expand(s).to(prob_sums_BE.dtype, copy=True) for g, s in zip(gradients, shapes, strict=True))
+    first, *others = (
+        prob_sums_BE.new_zeros(s) if g is None else g.expand(s).to(prob_sums_BE.dtype, copy=True)
+        for g, s in zip(gradients, shapes, strict=True)
+    )
     return first, others[0], others[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from ..types import Decision
 from .losses import Loss, Term
 from .sums import SummedRow
+
+if TYPE_CHECKING:
+    from .step import StepTotals
 
 
 class Visit:
@@ -52,8 +55,8 @@ class Visit:
         #: the main loss, and all losses, as the backward read them
         self.loss: Loss | None = None
         self.terms: list[Term] = []
-        #: int64 [E + 1], counts and tokens of the step that contained the visit, once it has ended
-        self.step_total: Tensor | None = None
+        #: the totals of the step that contained the visit, once it has ended
+        self.ended: StepTotals | None = None
 
     @property
     def being_read(self) -> bool:
@@ -77,7 +80,8 @@ class Visit:
 
     @cached_property
     def _batch_X(self) -> Tensor:
-        return self.batch.get().sum(0)
+        batch_BX = self.batch.get()
+        return batch_BX[0] if len(batch_BX) == 1 else batch_BX.sum(0)
 
 
 def accumulates(weight: Tensor | None) -> bool | None:

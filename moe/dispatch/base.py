@@ -97,8 +97,9 @@ class Dispatcher(ABC):
         of all etp ranks are gathered on each, and the partial results are reduce-scattered; ``sizes_of`` returns each
         rank's number of rows.
         """
-        sizes = sizes_of(rows_SD, self.etp)
+        sizes = [len(rows_SD)]
         if self.etp.size > 1:
+            sizes = sizes_of(rows_SD, self.etp)
             gathered = start_all_gather(rows_SD, sizes, self.etp, extras=(weights_SK, ids_SK.int()))
             rows_SD, weights_SK, ids_SK = gathered.wait_all()
         ids_SK = ids_SK.long()
@@ -110,7 +111,7 @@ class Dispatcher(ABC):
         order = sort_by_expert(ids_SK, self.experts_here, backend=self.backend)
         with region("experts"):
             y_SD = experts(rows_SD, DispatchPlan(weights_SK, order, self.here))
-        return reduce_scatter_rows(y_SD, sizes, self.etp)
+        return y_SD if self.etp.size == 1 else reduce_scatter_rows(y_SD, sizes, self.etp)
 
 
 class _Nothing(torch.autograd.Function):

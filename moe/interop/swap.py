@@ -73,7 +73,7 @@ class SwappedMoE(MoE):
         super()._keep_stats(routing, visit)
         assert self._stats is not None
         # masked tokens are computed but not counted, so the difference is not what was dropped
-        self._stats = replace(self._stats, dropped_choices=torch.zeros_like(self._stats.tokens))
+        self._stats = replace(self._stats, ids_TK=None)
 
     def place(self, placement: Placement) -> None:
         split = placement.ep.size * placement.etp.size

@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from ..collectives import LOCAL, Axis, sum_over
 
+#: on a CPU, torch copies a whole tensor to fp64 before it computes the norm; so many elements stay in the cache
+_CHUNK = 1 << 16
+
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
     """Clip the gradients of ``parameters`` by their joint norm, see :func:`clip_gradients_`; return the norm.
@@ -38,7 +41,8 @@ def clip_gradients_(grads: list[Tensor], max_norm: float, device: torch.device, 
     for groups, parts in by_split.items():
         square = torch.zeros_like(total)
         if parts:
-            norms = torch.stack(torch._foreach_norm(parts, 2.0, dtype=torch.float64))
+            chunks = [chunk for part in parts for chunk in (part.flatten().split(_CHUNK) if part.is_cpu else (part,))]
+            norms = torch.stack(torch._foreach_norm(chunks, 2.0, dtype=torch.float64))
             square = norms.square().sum()
         for group in groups:
             dist.all_reduce(square, group=group)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels import without_autocast
 from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
@@ -114,13 +115,13 @@ class Router(nn.Module):
         sums = gate.counts_BE, gate.tokens_B, gate.prob_sums_BE, gate.z_sum
         return Routing(decision, gate.weights_TK, *sums, entropy)
 
-    @torch.no_grad()
     def _select(self, logits_TE: Tensor, mask_T: Tensor | None, sequences: int) -> Tensor | None:
         """Return the chosen experts int64 [T, K]; None if :attr:`route` is to choose them."""
         select = self.selection.training if self.training else self.selection.evaluation
         if select is None:
             return None
-        return select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T, sequences)
+        with torch.no_grad():
+            return select(logits_TE, wanted(self.score(logits_TE), self.bias_E), mask_T, sequences)
 
     def begin_step(self, step: int) -> None:
         """Set the share of noise in the logits of an optimizer step, from 0, for ``random_steps``."""
@@ -137,7 +138,7 @@ class Router(nn.Module):
 
     def product(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Multiply hidden states by a weight in fp32 (fp64 for fp64 input), whatever autocast says."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD.device):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from equimoe.kernels.cpu import expert_mlp as loop
 from equimoe.kernels.expert_mlp import accelerator, expert_mlp, torch_ops
 from equimoe.kernels.grouped_gemm.row_layouts import BlockLayout
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert
@@ -91,11 +92,16 @@ def make(
 
 @pytest.fixture(name="take_path")
 def take_path_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes the torch backend take the path of accelerators; "blocks" also forces the block layout."""
+    """Makes the torch backend take a path.
+
+    "loop" is that of many rows on a CPU; "grouped" and "blocks" are those of accelerators, with either row layout.
+    """
 
     def choose(path: str) -> None:
+        if path == "loop":
+            monkeypatch.setattr(torch_ops, "_path", lambda *_: loop)
         if path in ("grouped", "blocks"):
-            monkeypatch.setattr(torch_ops, "_path", lambda x_SD: accelerator)
+            monkeypatch.setattr(torch_ops, "_path", lambda *_: accelerator)
         if path == "blocks":
             monkeypatch.setattr(
                 accelerator, "row_layout", lambda offsets_E, num_rows, *_: BlockLayout(offsets_E, num_rows)

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from equimoe.kernels import checks
+from equimoe.kernels.cpu import few_rows
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.sort_by_expert import sort_by_expert
 
 from .mlp_cases import NAMES, TOLERANCE, NoHostReads, call, compare, make, take_path_fixture  # noqa: F401
 
-#: the backends, and the torch backend with the accelerators' two row layouts, which run on the CPU, too
-PATHS = ("reference", "torch", "grouped", "blocks")
+#: the backends, and paths of the torch backend, see :func:`take_path_fixture`
+PATHS = ("reference", "torch", "loop", "grouped", "blocks")
 IDS = ("random", "some dropped", "one expert", "duplicates", "all dropped")
 SHAPES = [  # S, K, D, F, E
     (63, 2, 31, 17, 3),
@@ -172,6 +173,23 @@ def test_experts_without_rows_get_zero(path: str, take_path: Callable[[str], Non
         for expert in (1, 2, 4, 5):
             assert (found["gate_up"][expert] == 0).all() and (found["down"][expert] == 0).all()
         assert found["gate_up"][0].norm() > 0 and found["gate_up"][3].norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ids", IDS)
+def test_few_rows_have_the_numbers_of_many(
+    ids: str, dtype: torch.dtype, take_path: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(64, 2, 32, 24, 16, ids=ids)
+    calls, product = [], few_rows.grouped_mm
+    monkeypatch.setattr(few_rows, "grouped_mm", lambda *given: calls.append(given) or product(*given))
+    few = [case.run("torch", dtype, recompute=recompute) for recompute in (False, True)]
+    assert len(calls) == 2 * 4 + 1, "all experts at once"
+    take_path("loop")
+    many = case.run("loop", dtype)
+    assert len(calls) == 9
+    for found in few:
+        assert all(torch.equal(found[name], many[name]) for name in many)
 
 
 def test_weights_of_zero_have_a_gradient() -> None:

@@ -70,7 +70,7 @@ class _LossOutput(torch.autograd.Function):
         value: Tensor,
         prob_sums_BE: Tensor,
         z_sum: Tensor,
-        gradients: Callable[[], tuple[Tensor, Tensor, Tensor]],
+        gradients: Callable[[], tuple[Tensor, Tensor | None, Tensor | None]],
         visits: Callable[[], int],
     ) -> Tensor:
         ctx.gradients, ctx.visits, ctx.shape = gradients, visits, prob_sums_BE.shape
@@ -82,7 +82,8 @@ class _LossOutput(torch.autograd.Function):
         grad_BE, grad_z, _ = ctx.gradients()
         # this forward's gradients are its share of the step's loss; the caller takes the mean or the sum over forwards
         factor = grad * ctx.visits()
-        return None, (grad_BE.expand(ctx.shape) * factor).to(grad.dtype), (grad_z * factor).to(grad.dtype), None, None
+        of_z = None if grad_z is None else (grad_z * factor).to(grad.dtype)
+        return None, (grad_BE.expand(ctx.shape) * factor).to(grad.dtype), of_z, None, None
 
 
 class _Balancer(Balancer):
