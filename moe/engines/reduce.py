@@ -30,8 +30,8 @@ class Reducer:
 
     :meth:`begin` looks up which weights are trainable. All ranks start the same buckets in the same order, so sums do
     not depend on timing, and a resumed run gets the same sums. A weight that only some ranks used gets its gradient on
-    all ranks; one that no rank used gets none. Every step that begins starts every bucket once, in :meth:`finish` or
-    :meth:`abandon`, so that no bucket of one step meets a bucket of another step on another rank.
+    all ranks; one that no rank used gets none. Every step that begins starts every bucket once, in the end by
+    :meth:`finish` or :meth:`settle`, so that no bucket of one step meets one of another step on another rank.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Reducer:
 
         ``check_alike`` raises ValueError, on every rank, if ranks train different weights.
         """
-        self._check_alike = check_alike
-        self._buckets, self._of, self._next = [], {}, 0
+        self.settle()
+        self._check_alike, self._next = check_alike, 0
         open_buckets: dict[tuple, _Bucket] = {}
         # in reverse order, because a backward completes the gradients of the last weights first
         for p in [p for p in reversed(self._names) if p.requires_grad and self._names[p] in self._axes]:
@@ -101,14 +101,17 @@ class Reducer:
             bucket.deliver(used[bucket.axis.name])
         self._buckets, self._of = [], {}
 
-    def abandon(self) -> None:
-        """Give up the step after an exception: send NaN for the remaining buckets, and wait for none.
+    def settle(self) -> None:
+        """Start the buckets that a step lacks which an exception interrupted, with NaN, and wait for none.
 
-        Ranks that have not failed, or failed elsewhere, thus neither wait for this one nor get sums that lack its part.
+        Call this before a rank that has failed communicates again. Ranks that have not failed, or failed elsewhere,
+        then do not take its next buckets for those that are missing, nor a sum that lacks its part for a sound one. The
+        exception itself starts nothing: at its exit, a process waits for collectives that its peers may never join.
         """
+        if not self._buckets:
+            return
         with suppress(Exception):  # the exception that interrupted the step may have come from the process group
-            if self._buckets:
-                self.check_alike()
+            self.check_alike()
             for bucket in self._buckets[self._next :]:
                 bucket.fail()
             for buckets in self._by_axis().values():

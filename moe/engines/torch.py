@@ -51,6 +51,7 @@ class TorchEngine:
 
     def step(self, batches: list[Batch], lr: float, accept: Accept | None = None) -> StepResult:
         """See :meth:`equimoe.moe.engines.base.Engine.step`."""
+        self._reducer.settle()
         self._adopt_trainable()
         try:
             local = local_batches(batches, self._mesh, self._device, self.parts)
@@ -66,7 +67,6 @@ class TorchEngine:
             if applied:
                 self._update(lr)
         except BaseException:
-            self._reducer.abandon()
             self.balance.discard()
             forget_step(self.parts)
             raise
@@ -84,6 +84,7 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
+        self._reducer.settle()
         try:
             with evaluation_mode(self.parts):
                 return self._runner.evaluate(local_batches(batches, self._mesh, self._device, self.parts))
