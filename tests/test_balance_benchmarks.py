@@ -126,7 +126,8 @@ def test_the_step_before_is_the_one_that_was_trained_on(trained: tuple[Trainer, 
     trainer, previous, steps = trained
     before_BS, shuffled_BS = (steps.inputs("shuffled", trainer.step + i) for i in (-1, 0))
     for got_MX, layer in zip(estimators.count(previous, before_BS, M), trainer.model.moe_layers(), strict=True):
-        got_X, want_X = got_MX.sum(0), layer.balancer.previous_X[:-1]
+        assert layer.balancer.previous_step is not None
+        got_X, want_X = got_MX.sum(0), layer.balancer.previous_step.total_X
         assert got_X[-1] == want_X[-1] == before_BS.numel()
         assert int((got_X - want_X).abs().sum()) <= 0.02 * int(want_X.sum())  # fp64 may choose other experts than fp32
     (batch,) = trainer.batches.sample(trainer.step - 1, 0, 1, 1, B)

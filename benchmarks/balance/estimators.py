@@ -130,7 +130,7 @@ def count(model: Decoder, inputs_BS: Tensor, parts: int) -> list[Tensor]:
             model(part)
         for balancer in made:
             balancer.step.end(applied=False)
-        found.append([balancer.previous_X[:-1] for balancer in made if balancer.previous_X is not None])
+        found.append([balancer.previous_step.total_X for balancer in made if balancer.previous_step is not None])
     return [torch.stack(of_layer) for of_layer in zip(*found, strict=True)]
 
 
@@ -160,8 +160,8 @@ def gradients(
     quality = [estimate_quality(step) for step in steps]
     return Pass(
         gradients=[weight.grad.clone() for weight in weights if weight.grad is not None],
-        estimator_error=[float(one["estimator_error"]) for one in quality],
-        gradient_error=[float(one["gradient_error"]) for one in quality],
+        estimator_error=[one["estimator_error"] for one in quality],
+        gradient_error=[one["gradient_error"] for one in quality],
         load=[step.local_counts_ME.sum(0).double() / step.local_tokens_M.sum() for step in steps],
     )
 

@@ -38,8 +38,6 @@ from .visit import Visit, accumulates
 
 #: the placement of a layer that no other rank works with
 _ALONE = Placement()
-#: the estimators that need the previous step's load
-_CARRY = ("carry", "adaptive")
 #: attributes that a copy does not take over
 _NOT_COPIED = ("step", "layer", "shared", "scaler", "traced")
 
@@ -390,20 +388,24 @@ class Balancer:
         read = Reading(torch.stack([value.double() for value in values.values()])).get()
         return dict(zip(values, map(float, read), strict=True))
 
-    def observe(self, totals: StepTotals) -> None:
-        """Remember a step that has ended, if the estimator needs it."""
+    @property
+    def remembers(self) -> bool:
+        """Whether the estimator needs the load of earlier steps."""
+        return self.config.estimator in ("carry", "adaptive")
+
+    def observe(self, totals_MX: Tensor) -> None:
+        """Remember a step that has ended: counts and tokens of its micro-batches, int64 [M, E + 1]."""
         if self.config.estimator == "adaptive":
-            self.agreement = self.agreement or Agreement(totals.totals_MX.device)
-            self.agreement.observe(totals.totals_MX, self.previous_X)
-        if self.config.estimator in _CARRY:
-            self.previous_X = F.pad(totals.total_X, (0, 1), value=totals.micro_batches)
+            self.agreement = self.agreement or Agreement(totals_MX.device)
+            self.agreement.observe(totals_MX, self.previous_X)
+        self.previous_X = F.pad(totals_MX.sum(0), (0, 1), value=len(totals_MX))
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint must hold: the previous step's load if ``carry`` needs it.
 
         To resume, fill them in place and pass them to :meth:`restore`. The expert bias is a buffer of the router.
         """
-        if self.config.estimator not in _CARRY:
+        if not self.remembers:
             return {}
         empty_X = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=device)
         state = {"step_before": empty_X if self.previous_X is None else self.previous_X}

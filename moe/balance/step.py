@@ -158,7 +158,8 @@ class LayerStep:
         totals = self.previous_step = StepTotals(ended, balancer.placement.sequence.size)
         for v in ended:
             v.ended = totals
-        balancer.observe(totals)
+        if balancer.remembers:
+            balancer.observe(totals.totals_MX)
         module, bias = self.module(), balancer.bias
         if not applied or bias is None or module is None or module.router.bias_E is None:
             return

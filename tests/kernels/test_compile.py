@@ -74,7 +74,7 @@ def test_experts_on_a_cpu_are_one_graph(make: Callable[..., tuple[Op, list[Tenso
     op, leaves = make("torch", dtype)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for a, b in zip(outputs(compiled, leaves), outputs(op, leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b)  # a few rows are multiplied in another order outside a graph
 
 
 def test_grouped_gemm_breaks_the_graph_on_a_cpu() -> None:
