@@ -1,7 +1,8 @@
 """Which backend ``backend="auto"`` is, by chip, op, dtype and size.
 
 On a CPU it is torch. On a GPU it is what auto.json says, a table that ``make tune`` measures. On a chip that nobody has
-measured, it is Triton for what moves rows, and for the experts torch's grouped products with Triton between them
+measured, it is Triton for what moves rows and for routers' logits, and for the experts torch's grouped products with
+Triton between them
 ("hybrid"; Triton alone for the dtypes and widths that torch's products do not take). Before a backend is used for the
 first time in a process, it is compared with the reference on that device; if it is wrong there, or does not compile,
 torch takes its place, with a warning.
@@ -22,7 +23,13 @@ from .matmul_tiles import BUCKETS, MANY_ROWS, arch_of
 
 TABLE = Path(__file__).with_name("auto.json")
 #: what a chip without measurements uses; "hybrid" stands for "triton" where torch's grouped products do not fit
-UNMEASURED = {"sort_by_expert": "triton", "permute": "triton", "combine": "triton", "expert_mlp": "hybrid"}
+UNMEASURED = {
+    "sort_by_expert": "triton",
+    "permute": "triton",
+    "combine": "triton",
+    "expert_mlp": "hybrid",
+    "router_logits": "triton",
+}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

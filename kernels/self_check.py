@@ -11,16 +11,19 @@ from torch import Tensor
 
 from .expert_mlp import expert_mlp
 from .permute import combine, permute
+from .router_logits import router_logits
 from .sort_by_expert import ExpertOrder, sort_by_expert
 
 S, K, D, F, E = 320, 2, 80, 96, 4
 #: largest relative error: of exact ops, and of sums and products by the dtype of rows
 LARGEST = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+#: the same of a router's logits, which are fp32 for 16-bit rows too. A sum may be rounded to the next 16-bit number.
+LARGEST_OF_LOGITS = 3e-4
 
 
 def error_of(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """Return the largest relative error of the op's results and gradients, and what is permitted."""
-    check, largest = _CHECKS[op], LARGEST.get(dtype, 0.0)
+    check, largest = _CHECKS[op], LARGEST_OF_LOGITS if op == "router_logits" else LARGEST.get(dtype, 0.0)
     ids_SK = torch.randint(0, E - 1, (S, K), generator=torch.Generator().manual_seed(0))  # the last expert gets no row
     ids_SK[:200, 0] = 1
     ids_SK[7:30, 1] = -1
@@ -71,5 +74,18 @@ def _mlp(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Gene
     return [y_SD, *torch.autograd.grad(y_SD, leaves, dy_SD)]
 
 
+def _logits(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    x_SD, weight_ED = _random(generator, ids_SK, dtype, S, D), _random(generator, ids_SK, torch.float32, E, D)
+    y_SE = router_logits(x_SD, weight_ED, backend=backend)
+    dy_SE = torch.randn(y_SE.shape, generator=generator).to(y_SE)
+    return [y_SE, *torch.autograd.grad(y_SE, (x_SD, weight_ED), dy_SE)]
+
+
 _Check = Callable[[str, Tensor, torch.dtype, torch.Generator], list[Tensor]]
-_CHECKS: dict[str, _Check] = {"sort_by_expert": _sort, "permute": _permute, "combine": _combine, "expert_mlp": _mlp}
+_CHECKS: dict[str, _Check] = {
+    "sort_by_expert": _sort,
+    "permute": _permute,
+    "combine": _combine,
+    "expert_mlp": _mlp,
+    "router_logits": _logits,
+}

@@ -41,7 +41,18 @@ COLUMNS = "{:7} {:46} {:19} {:>5} {:>6} {:>5} {:>6} {:>6} {:9} {:>6} {:>5}  {}"
 def is_matrix_kernel(launch: Launch) -> bool:
     """Return whether the kernel multiplies 16-bit matrices. (There is no matrix instruction for exact fp32.)"""
     halves = (torch.bfloat16, torch.float16)
-    return "tl.dot(" in launch.kernel.src and any(getattr(one, "dtype", None) in halves for one in launch.args)
+    is_half = any(getattr(one, "dtype", None) in halves for one in launch.args)
+    return splits(launch) or ("tl.dot(" in launch.kernel.src and is_half)
+
+
+def splits(launch: Launch) -> bool:
+    """Return whether the kernel splits its fp32 operands into bf16 terms, in registers."""
+    return "_add_product(" in launch.kernel.src
+
+
+def steps_of(launch: Launch) -> int:
+    """Return how many steps the pipeline should hold: what is in registers needs no place in shared memory."""
+    return int(launch.options.get("num_stages", 0)) - splits(launch)
 
 
 def tile_of(launch: Launch) -> str:
@@ -69,7 +80,7 @@ def examined(name: str, label: str, launch: Launch, seen: set[int], known: Row |
         seen.add(id(found))
         row = Row(name, label, tile, read(chip, found, found.metadata.num_warps))
         is_matrix = is_matrix_kernel(launch)
-        faults = row.binary.faults(chip, is_matrix, launch.options.get("num_stages", 0))
+        faults = row.binary.faults(chip, is_matrix, steps_of(launch))
         if known is not None:
             faults += row.binary.losses(known.binary, is_matrix)
             pairs = zip(HEADINGS[2:], row.cells()[2:], known.cells()[2:], strict=True)

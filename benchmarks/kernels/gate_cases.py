@@ -20,6 +20,7 @@ from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS
 from equimoe.kernels.permute import combine, permute
+from equimoe.kernels.router_logits import router_logits
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.kernels.topk_gate import topk_gate
 
@@ -111,6 +112,13 @@ def gate(experts: int, k: int, dtype: torch.dtype, bias: bool, mask: bool, given
     (found.weights_TK.sum() + found.prob_sums_BE.sum()).backward()
 
 
+def logits(x_dtype: torch.dtype, weight_dtype: torch.dtype, size: Size) -> None:
+    """Run the router's product and its gradients. Tokens are cut into chunks for the weight's gradient."""
+    x_TD, weight_ED = _random(size, x_dtype, MANY_ROWS, size.D), _random(size, weight_dtype, 8 * size.E, size.D)
+    y_TE = router_logits(x_TD, weight_ED, backend="triton")
+    torch.autograd.grad(y_TE, (x_TD, weight_ED), torch.zeros_like(y_TE))
+
+
 def move(dtype: torch.dtype, hidden: int, k: int) -> None:
     order = sort_by_expert(torch.zeros(3, k, dtype=torch.int64), 1, backend="reference")
     permute(torch.zeros(3, hidden, dtype=dtype), order, backend="triton")
@@ -135,6 +143,18 @@ GATES: tuple[tuple[int, int, str, bool, bool, dict[str, object]], ...] = (
     (2048, 32, "fp32", True, True, {"score": "sigmoid", "groups": 16, "kept_groups": 4}),
     (4096, 64, "fp32", False, False, {}),
     (4092, 64, "fp32", True, True, {"score": "sigmoid", "groups": 33, "kept_groups": 9}),
+)
+
+
+#: dtypes of hidden states and of the router's weight, and the kind of size
+LOGITS = (
+    ("bf16", "fp32", "even"),
+    ("bf16", "fp32", "odd"),
+    ("bf16", "fp32", "shifted"),
+    ("fp32", "fp32", "even"),
+    ("fp32", "fp32", "odd"),
+    ("bf16", "bf16", "even"),
+    ("bf16", "bf16", "odd"),
 )
 
 
@@ -172,6 +192,8 @@ def works() -> Iterator[tuple[str, Work]]:
         for given in (False, True):
             name = f"E{experts} K{k} {dtype} {method.get('score', 'softmax')}{' given' * given}"
             yield name, partial(gate, experts, k, DTYPES[dtype], bias, mask, given, **method)
+    for x_dtype, weight_dtype, size in LOGITS:
+        yield f"{x_dtype} {weight_dtype} {size}", partial(logits, DTYPES[x_dtype], DTYPES[weight_dtype], SIZES[size])
     for name, dtype in DTYPES.items():
         for hidden in (16, 100, 2048):
             yield f"D{hidden} {name}", partial(move, dtype, hidden, 6)

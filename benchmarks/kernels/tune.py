@@ -29,6 +29,7 @@ from equimoe.kernels import auto
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS, arch_of
 from equimoe.kernels.permute import combine, permute
+from equimoe.kernels.router_logits import router_logits
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.launch.env import command
 
@@ -41,6 +42,7 @@ OPS: dict[str, tuple[tuple[torch.dtype, ...], tuple[str, ...]]] = {
     "permute": (FLOATS, ("triton",)),
     "combine": (FLOATS, ("triton",)),
     "expert_mlp": (FLOATS, ("hybrid", "triton")),
+    "router_logits": (FLOATS, ("triton",)),
 }
 #: timed runs, after one that is not timed
 RUNS = 11
@@ -52,11 +54,16 @@ def call(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Cal
     batch = make_batch(shape, "uniform", floats, device)
     order = sort_by_expert(batch.ids_TK, shape.E, backend="torch")
     gate_up, down = expert_weights(shape, floats, device) if op == "expert_mlp" else (None, None)
+    router_ED = torch.randn(shape.E, shape.D, device=device, requires_grad=True)
+    dlogits_TE = torch.randn(shape.T, shape.E, device=device)
     rows_RD = torch.randn(shape.rows, shape.D, device=device).to(floats).requires_grad_()
 
     def run(backend: str) -> object:
         if op == "sort_by_expert":
             return sort_by_expert(batch.ids_TK, shape.E, backend=backend)
+        if op == "router_logits":
+            y = router_logits(batch.x_TD, router_ED, backend)
+            return torch.autograd.grad(y, (batch.x_TD, router_ED), dlogits_TE)
         if op == "permute":
             y = permute(batch.x_TD, order, backend=backend)
             return torch.autograd.grad(y, batch.x_TD, rows_RD.detach())

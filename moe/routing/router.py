@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...kernels import without_autocast
+from ...kernels.router_logits import router_logits
 from ...kernels.topk_gate import FUSED_SCORES, GateOutput, topk_gate
 from ..collectives import fill_normal
 from ..config import RouterConfig
@@ -53,7 +52,7 @@ class Router(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.top_k, self.init_std = top_k, init_std
+        self.top_k, self.init_std, self.backend = top_k, init_std, backend
         self.make_parameters(hidden_size, num_experts, config)
         self.register_buffer("bias_E", None)
         self.reset_parameters()
@@ -138,9 +137,7 @@ class Router(nn.Module):
 
     def product(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         """Multiply hidden states by a weight in fp32 (fp64 for fp64 input), whatever autocast says."""
-        with without_autocast(x_TD.device):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
+        return router_logits(x_TD, weight_ED, self.backend)
 
     def probabilities(self, x_TD: Tensor, codes_T: Tensor | None = None) -> Tensor:
         """Return each token's scores, normalised to sum 1, [T, E]. The load-balancing loss sums these.

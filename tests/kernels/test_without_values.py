@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from equimoe.kernels.expert_mlp import expert_mlp  # noqa: E402
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad  # noqa: E402
 from equimoe.kernels.permute import combine, permute  # noqa: E402
+from equimoe.kernels.router_logits import router_logits  # noqa: E402
 from equimoe.kernels.sort_by_expert import sort_by_expert  # noqa: E402
 from equimoe.kernels.topk_gate import topk_gate  # noqa: E402
 
@@ -56,8 +57,12 @@ def _mlp(make: Inputs, backend: str) -> tuple[Tensor, ...]:
     return (expert_mlp(make("x", S, D), make("weights", S, K), order, *weights, backend=backend),)
 
 
+def _logits(make: Inputs, backend: str) -> tuple[Tensor, ...]:
+    return (router_logits(make("x", S, D).bfloat16(), make("weight", E, D), backend=backend),)
+
+
 OPS = {"sort_by_expert": _sort, "permute, combine": _permute, "topk_gate": _gate, "grouped_gemm": _gemm}
-OPS["expert_mlp"] = _mlp
+OPS |= {"expert_mlp": _mlp, "router_logits": _logits}
 
 
 def results(op: str, backend: str, device: str) -> list[Tensor]:
