@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from equimoe.kernels.router_logits import router_logits
-from tests.devices.test_auto_device import GB, D, E, T, Traffic
-from tests.helpers.fake_cuda import needs_fake_cuda, on_fake_cuda
+from tests.devices.test_auto_device import GB, D, E, T
+from tests.helpers.fake_cuda import Watch, needs_fake_cuda, on_fake_cuda
 
 pytest.importorskip("triton", reason="needs triton, which is not to be had on this system")
 pytestmark = needs_fake_cuda
@@ -24,7 +24,7 @@ def test_a_router_keeps_no_copy_of_the_hidden_states() -> None:
                 kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
             return t
 
-        with Traffic() as watch:
+        with Watch() as watch:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 logits = router_logits(x, weight, backend)
             logits.backward(torch.empty_like(logits))
