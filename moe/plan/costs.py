@@ -136,6 +136,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_efficient_attention_backward": lambda _, q, k, v, m, *a, **b: _attention(
         q, k, v, 3, 2, m
     ),
+    "equimoe::router_logits": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
+    "equimoe::router_logits_backward": lambda _, x, weight, needs, **__: sum(needs) * 2 * x.numel() * weight.shape[0],
     "equimoe::expert_mlp": _experts,
     "equimoe::expert_mlp_backward": _experts_backward,
 }
