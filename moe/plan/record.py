@@ -300,7 +300,7 @@ class Recorder(TorchDispatchMode):
 
     def _part(self, func: Any) -> str:
         if func.namespace == "equimoe":
-            return "experts"
+            return "router" if func._schema.name.startswith("equimoe::router") else "experts"
         node = torch._C._current_autograd_node() if self._task != -1 and not self._parts else None
         if node is not None:  # attribute backward operations to the part whose forward created the node
             return self._labels[bisect_right(self._starts, node._sequence_nr()) - 1]
