@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,9 @@ from ..auto import automatic
 from ..checks import backend_without_values, check_device, check_offsets
 from ..sort_by_expert import ExpertOrder
 from . import reference, torch_ops
-from .types import MLPOptions
+from .types import MainGrads, MLPOptions
 
-__all__ = ["ACTIVATIONS", "expert_mlp"]
+__all__ = ["ACTIVATIONS", "MainGrads", "expert_mlp"]
 
 
 def _triton(
@@ -28,11 +30,12 @@ def _triton(
     down_EDF: Tensor,
     options: MLPOptions,
     recompute: bool,
+    main_grads: MainGrads = (None, None),
 ) -> Tensor:
     from . import triton_ops  # imported late, because the other backends do not need triton
 
     x_SD = x_SD.contiguous()  # rows of an exchange are not: copy them once, not in every kernel that reads them
-    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
+    return triton_ops.expert_mlp(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute, main_grads)
 
 
 def _hybrid(
@@ -70,6 +73,7 @@ def expert_mlp(
     activation: str = "silu",
     gated: bool = True,
     recompute: bool = False,
+    main_grads: MainGrads = (None, None),
 ) -> Tensor:
     """Apply its experts' MLPs to each row, and sum their outputs by router weight: [S, D].
 
@@ -84,6 +88,10 @@ def expert_mlp(
     * ``activation`` is "silu", "gelu" (with the error function), "gelu_tanh", or "relu2" (the square of ReLU).
     * With ``recompute`` only the inputs are kept for the backward pass, which recomputes the pre-activation
       ``x @ gate_up.T``. Otherwise the pre-activation of all routed rows is kept, too.
+
+    * ``main_grads`` are fp32 tensors of the shapes of gate_up and down, or None. A weight's gradient is added to its
+      own, in fp32, by each backward pass, and autograd gets no gradient of it. The triton backend adds within the
+      product that computes it; the others add a gradient in the dtype in which they compute.
 
     * ``backend="hybrid"`` is torch's grouped products with Triton kernels between them, for bf16 on a GPU.
 
@@ -110,7 +118,42 @@ def expert_mlp(
     if backend == "auto":
         sizes = (order.order_R.shape[0], order.offsets_E.shape[0] - 1, down_EDF.shape[1:])
         backend = automatic("expert_mlp", x_SD, *sizes)
-    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, recompute)
+    rest = options, recompute
+    if any(main_grad is not None for main_grad in main_grads):
+        _check_main_grads(main_grads, gate_up_EFD, down_EDF)
+        if backend == "triton":
+            rest += (main_grads,)  # type: ignore[assignment]
+        else:
+            gate_up_EFD, down_EDF = map(_added_to, (gate_up_EFD, down_EDF), main_grads)
+    return pick("expert_mlp", _BACKENDS, backend)(x_SD, weights_SK, order, gate_up_EFD, down_EDF, *rest)
+
+
+class _AddedTo(torch.autograd.Function):
+    """Returns a weight. The backward adds its gradient to ``main_grad`` and passes none on."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.main_grad = main_grad  # not saved: other micro-batches change it before the backward
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.main_grad.add_(grad)
+        return None, None
+
+
+def _added_to(weight: Tensor, main_grad: Tensor | None) -> Tensor:
+    return weight if main_grad is None else _AddedTo.apply(weight, main_grad)
+
+
+def _check_main_grads(main_grads: MainGrads, *weights: Tensor) -> None:
+    for name, main_grad, weight in zip(("gate_up", "down"), main_grads, weights, strict=True):
+        if main_grad is None:
+            continue
+        check_device(weight.device, main_grads=main_grad)
+        if main_grad.dtype != torch.float32 or main_grad.shape != weight.shape or not main_grad.is_contiguous():
+            found, shape = f"{main_grad.dtype}{list(main_grad.shape)}", list(weight.shape)
+            raise ValueError(f"main_grads={found} of {name}: must be contiguous fp32 {shape}")
 
 
 def _check(

@@ -40,7 +40,7 @@ from ..grouped_gemm.triton_ops import (
 )
 from ..permute.triton_ops import sum_rows
 from ..sort_by_expert import ExpertOrder
-from .types import MLPOptions
+from .types import MainGrads, MLPOptions
 
 
 @triton.jit
@@ -291,6 +291,8 @@ def _forward(
     activation: str,
     gated: bool,
     keep: bool,
+    gate_up_main: Tensor | None = None,
+    down_main: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [S, D] and the pre-activations [R, U] (without rows unless ``keep``)."""
     options = MLPOptions(activation, gated)
@@ -299,11 +301,11 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, activation, gated, keep):
+def _(x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, activation, gated, keep, *main_grads):
     return x_SD.new_empty(x_SD.shape), x_SD.new_empty(order_R.shape[0] if keep else 0, gate_up_EFD.shape[1])
 
 
-@torch.library.custom_op("equimoe::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op("equimoe::expert_mlp_backward", mutates_args=("gate_up_main", "down_main"))
 def _backward(
     dy_SD: Tensor,
     pre_RU: Tensor,
@@ -318,8 +320,13 @@ def _backward(
     gated: bool,
     keep: bool,
     needs: list[bool],
+    gate_up_main: Tensor | None = None,
+    down_main: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weights, gate_up and down; empty where ``needs`` is False."""
+    """Return the gradients of x, weights, gate_up and down; empty where ``needs`` is False.
+
+    Those of gate_up and down are added to fp32 tensors instead, and empty, if these are given.
+    """
     num_rows, choices = order_R.shape[0], inverse_SK.shape[1]
     source_R, dy_SD = order_R // max(choices, 1), dy_SD.contiguous()
     if not keep:
@@ -333,33 +340,41 @@ def _backward(
         if num_rows:  # contiguous for any strides of the order, as the fake implementation promises
             dweights_SK = dweights_RP.sum(1)[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0).contiguous()
     if needs[3]:
-        ddown_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R)
+        grad_EDF = weight_grad(dy_SD, h_RF, offsets_E, dy_index_R=source_R, out=down_main)
+        ddown_EDF = grad_EDF if down_main is None else ddown_EDF
     del h_RF
     if needs[2]:
-        dgate_up_EFD = weight_grad(dpre_RU, x_SD, offsets_E, index_R=source_R)
+        grad_EFD = weight_grad(dpre_RU, x_SD, offsets_E, index_R=source_R, out=gate_up_main)
+        dgate_up_EFD = grad_EFD if gate_up_main is None else dgate_up_EFD
     if needs[0]:
         dx_SD = sum_rows(gemm(dpre_RU, gate_up_EFD, offsets_E, transposed=True), inverse_SK)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF
 
 
 @_backward.register_fake
-def _(dy_SD, pre_RU, x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, act, gated, keep, needs):
+def _(
+    dy_SD, pre_RU, x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, act, gated, keep, needs,
+    gate_up_main=None, down_main=None,
+):  # fmt: skip
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
+    needs = [*needs[:2], needs[2] and gate_up_main is None, needs[3] and down_main is None]
     return tuple(t.new_empty(t.shape) if n else x_SD.new_empty(0) for t, n in zip(inputs, needs, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.options, ctx.main_grads = inputs[7:10], inputs[10:]  # not saved: other micro-batches add to main_grads
 
 
 def _autograd(ctx: Any, dy_SD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy_SD is None:
-        return (None,) * 10
+        return (None,) * 12
     needs = list(ctx.needs_input_grad[:4])
-    grads = _backward(dy_SD, *ctx.saved_tensors, *ctx.options, needs)
-    return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 6
+    grads = _backward(dy_SD, *ctx.saved_tensors, *ctx.options, needs, *ctx.main_grads)
+    added = (False, False, *(main_grad is not None for main_grad in ctx.main_grads))
+    given = (g if n and not a else None for g, n, a in zip(grads, needs, added, strict=True))
+    return *given, *(None,) * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -373,7 +388,8 @@ def expert_mlp(
     down_EDF: Tensor,
     options: MLPOptions,
     recompute: bool,
+    main_grads: MainGrads,
 ) -> Tensor:
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return _forward(*inputs, *order, *options, keep)[0]
+    return _forward(*inputs, *order, *options, keep, *main_grads)[0]

@@ -19,6 +19,7 @@ from ..parallel.tied import check_stages, materialize, tied_weights
 from .balance import StepBalance
 from .base import OptimizerFactory
 from .experts import ExpertPlacement
+from .main_grads import accumulating
 from .reduce import Reducer, reduction_axes
 from .runners import Precision, Runner, Stages, WholeModel
 from .torch import TorchEngine
@@ -81,7 +82,8 @@ def build_engine(
         pipeline = _pipeline(model, parts, mesh, micro_batches, shape, device, dtype, precision)  # type: ignore[arg-type]
         runner, steps = Stages(pipeline, mesh, loss, reducer), pipeline.steps
     else:
-        runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer), [Step.of(parts[0])]
+        main_grads = accumulating(parts, parameters, set(axes), mesh)
+        runner, steps = WholeModel(parts[0], mesh, loss, precision, reducer, main_grads), [Step.of(parts[0])]
     return TorchEngine(
         parts, parameters, mesh, runner, reducer, StepBalance(steps, exact), experts, optimizer, device, max_norm
     )

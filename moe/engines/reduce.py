@@ -181,7 +181,7 @@ class _Bucket:
             if p.grad is None:
                 self.missing[p] = piece
             elif moves:
-                p.grad = _like(p.grad, piece)
+                p.grad = like(p.grad, piece)
             else:
                 self.copies.append((part, piece))
         self.work = dist.all_reduce(flat, group=self.axis.group, async_op=True)
@@ -200,7 +200,7 @@ class _Bucket:
             gradient.copy_(piece)
         for p, piece in self.missing.items():
             if used[p]:
-                p.grad = _like(p, piece)
+                p.grad = like(p, piece)
 
 
 def _start_count(buckets: list[_Bucket]) -> tuple[Tensor, Any]:
@@ -227,7 +227,7 @@ def _anywhere(buckets: list[_Bucket]) -> dict[nn.Parameter, bool]:
     return {p: bool(count) for p, count in zip(parameters, found, strict=True)}
 
 
-def _like(model: Tensor, piece: Tensor) -> Tensor:
+def like(model: Tensor, piece: Tensor) -> Tensor:
     """Wrap ``piece``, this rank's part, as a DTensor if ``model`` is one, with the same mesh and placements."""
     if not isinstance(model, DTensor):
         return piece

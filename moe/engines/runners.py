@@ -15,6 +15,7 @@ from ..balance import random_state_kept
 from ..model import Decoder
 from ..parallel import LocalBatch, LossFunction, Mesh, vocabulary_parallel
 from .balance import StepBalance
+from .main_grads import MainGrads
 from .reduce import Reducer
 
 if TYPE_CHECKING:
@@ -43,13 +44,21 @@ class Runner(Protocol):
 class WholeModel:
     """Runs micro-batches one after the other through a model that has all its layers on this rank.
 
-    ``reducer`` reduces the gradients of weights that FSDP does not shard, during the last backward.
+    ``reducer`` reduces the gradients of weights that FSDP does not shard, during the last backward. ``main_grads`` adds
+    those of experts over the micro-batches.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh | None, loss: LossFunction, precision: Precision, reducer: Reducer
+        self,
+        model: nn.Module,
+        mesh: Mesh | None,
+        loss: LossFunction,
+        precision: Precision,
+        reducer: Reducer,
+        main_grads: MainGrads,
     ) -> None:
-        self.model, self.mesh, self.loss, self.precision, self.reducer = model, mesh, loss, precision, reducer
+        self.model, self.mesh, self.loss, self.precision = model, mesh, loss, precision
+        self.reducer, self.main_grads = reducer, main_grads
 
     def train(self, batches: list[LocalBatch], tokens: Tensor, balance: StepBalance) -> list[Tensor]:
         if balance.counts_ahead:
@@ -58,7 +67,8 @@ class WholeModel:
                     with balance.micro_batch(m, ahead=True):
                         self._forward(batch)
         last = len(batches) - 1
-        return [self._train_one(batch, m, tokens, balance, m == last) for m, batch in enumerate(batches)]
+        with self.main_grads.of_step(len(batches)):
+            return [self._train_one(batch, m, tokens, balance, m == last) for m, batch in enumerate(batches)]
 
     def _train_one(self, batch: LocalBatch, m: int, tokens: Tensor, balance: StepBalance, last: bool) -> Tensor:
         overlap = self.reducer.overlapped() if last else nullcontext()

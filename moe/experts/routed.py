@@ -7,9 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...kernels.expert_mlp import expert_mlp
-from ..collectives import Route, fill_normal, local_rows, start_sparse_all_gather
+from ...kernels.expert_mlp import MainGrads, expert_mlp
+from ..collectives import Route, fill_normal, start_sparse_all_gather
 from ..types import DispatchPlan
+from .main_grads import weight_of
 from .replicated import ReplicatedExperts
 
 
@@ -50,11 +51,23 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
-        return self.compute(rows_SD, plan, *self._weights(self.dtype))
+        (gate_up, gate_up_grad), (down, down_grad) = (
+            weight_of(weight, self.dtype) for weight in (self.gate_up_proj, self.down_proj)
+        )
+        gate_up_grad = None if gate_up_grad is None else gate_up_grad.flatten(1, -2)
+        return self.compute(rows_SD, plan, gate_up, down, (gate_up_grad, down_grad))
 
-    def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
-        """Do the same with these weights, of any number of experts."""
-        return self.mlp(rows_SD, plan.weights_SK, plan.order, gate_up.flatten(1, -2), down)
+    def compute(
+        self,
+        rows_SD: Tensor,
+        plan: DispatchPlan,
+        gate_up: Tensor,
+        down: Tensor,
+        main_grads: MainGrads = (None, None),
+    ) -> Tensor:
+        """Do the same with these weights, of any number of experts, and their main gradients."""
+        rows = rows_SD, plan.weights_SK, plan.order
+        return self.mlp(*rows, gate_up.flatten(1, -2), down, main_grads=main_grads)
 
     def replicated(self, route: Route, first: ReplicatedExperts | None = None) -> ReplicatedExperts:
         """Start to copy experts between ranks, and return this rank's own experts together with those it gets.
@@ -70,5 +83,4 @@ class RoutedExperts(nn.Module):
 
     def _weights(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the weights, in ``dtype`` if it is given."""
-        gate_up, down = local_rows(self.gate_up_proj), local_rows(self.down_proj)
-        return (gate_up, down) if dtype is None else (gate_up.to(dtype), down.to(dtype))
+        return weight_of(self.gate_up_proj, dtype)[0], weight_of(self.down_proj, dtype)[0]

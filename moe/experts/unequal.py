@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.expert_mlp import MainGrads
 from ...kernels.sort_by_expert import ExpertOrder, sort_by_expert
 from ..types import DispatchPlan
 from .routed import RoutedExperts
@@ -31,13 +32,19 @@ class UnequalExperts(RoutedExperts):
         self.chunks = tuple(chunks)
         self._tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
-    def compute(self, rows_SD: Tensor, plan: DispatchPlan, gate_up: Tensor, down: Tensor) -> Tensor:
+    def compute(
+        self,
+        rows_SD: Tensor,
+        plan: DispatchPlan,
+        gate_up: Tensor,
+        down: Tensor,
+        main_grads: MainGrads = (None, None),
+    ) -> Tensor:
         experts = plan.experts or tuple(range(len(self.chunks)))
         table_EM = self._table(experts, rows_SD.device)
         order = self._by_chunk(plan.order, table_EM, sum(self.chunks[e] for e in experts))
-        return super().compute(
-            rows_SD, DispatchPlan(plan.weights_SK.repeat_interleave(table_EM.shape[1], 1), order), gate_up, down
-        )
+        plan = DispatchPlan(plan.weights_SK.repeat_interleave(table_EM.shape[1], 1), order)
+        return super().compute(rows_SD, plan, gate_up, down, main_grads)
 
     def _by_chunk(self, order: ExpertOrder, table_EM: Tensor, chunks: int) -> ExpertOrder:
         """Replace each choice of an expert by choices of its chunks, [S, K M]; -1 for chunks that it does not have."""

@@ -24,6 +24,7 @@ from ...parallel.grad_norm import clip_gradients_
 from ..balance import StepBalance
 from ..base import Accept, Batch, Computed, OptimizerFactory, StepResult
 from ..inputs import accepted, count_tokens, evaluation_mode, local_batches
+from ..main_grads import MainGrads
 from ..reduce import Reducer
 from ..runners import Precision, WholeModel
 from .config import build_config, check_degrees
@@ -111,7 +112,7 @@ class _Runner(WholeModel):
     """Runs micro-batches through a DeepSpeed engine, which averages gradients over all ``ranks``."""
 
     def __init__(self, engine: Any, mesh: Mesh | None, loss: LossFunction, precision: Precision, ranks: float) -> None:
-        super().__init__(engine.module, mesh, loss, precision, Reducer({}, {}))
+        super().__init__(engine.module, mesh, loss, precision, Reducer({}, {}), MainGrads([]))
         self._engine, self._ranks = engine, ranks
 
     def _forward(self, batch: LocalBatch) -> Any:
