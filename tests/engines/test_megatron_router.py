@@ -98,11 +98,15 @@ def _outputs(how: dict[str, Any], dtype: torch.dtype) -> list[dict[str, Tensor]]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_bit_for_bit(name: str) -> None:
+def test_the_numbers_of_megatrons_router(name: str) -> None:
+    """Choices and weights are the same bits; gradients are computed in another order."""
     [of_dtypes] = run_ranks(partial(outputs, SETTINGS[name]), 1)
-    for ours, theirs in of_dtypes:
-        for part, value in theirs.items():
-            assert torch.equal(ours[part], value), f"{part}: {(ours[part].float() - value.float()).abs().max()}"
+    for (ours, theirs), limit in zip(of_dtypes, (1e-6, 5e-3), strict=True):
+        for part in ("probs", "map"):
+            assert torch.equal(ours[part], theirs[part]), part
+        for part in ("x", "weight"):
+            apart, want = (ours[part] - theirs[part]).double().norm(), theirs[part].double().norm()
+            assert apart <= limit * want, (part, float(apart / want))
 
 
 # ---- auxiliary losses

@@ -379,5 +379,5 @@ def assert_same_training(runs: list[Run], wanted: list[Run], kinds: tuple[str, .
     for kind in kinds or wanted[0].parts:
         found = joined([r.parts[kind] for r in runs])
         assert_equal(
-            found, joined([r.parts[kind] for r in wanted]), rtol=2e-4 if kind == "weights" else 1e-4, atol=2e-6
+            found, joined([r.parts[kind] for r in wanted]), rtol=5e-4 if kind == "weights" else 1e-4, atol=2e-6
         )
