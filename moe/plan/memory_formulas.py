@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import ceil, prod
 
+from ...kernels.matmul_tiles import MANY_ROWS
 from ..config import require
 from ..config.routing import UP_TO_K
 from ..parallel.degrees import ParallelConfig
@@ -339,7 +340,9 @@ class _Activations:
     def _moe(self) -> int:
         moe, degrees, t, c = self.config.moe, self.part.degrees, self._moe_tokens(), self.c
         hidden, number, rows, mixed = moe.hidden_size, moe.all_experts, round(moe.mlps_per_token * t), 0
-        router = 0 if moe.router.gate == "hash" else 4 * (hidden + number) * t
+        # the router's op keeps the hidden states as they are; for few tokens, and in slots, their fp32 copy is kept
+        in_fp32 = t < MANY_ROWS or moe.router.gate == "slots"
+        router = 0 if moe.router.gate == "hash" else ((4 if in_fp32 else c) * hidden + 4 * number) * t
         if moe.router.gate == "slots":  # shares of tokens in slots and back; the slots, and their results
             slots = moe.num_experts * moe.router.slots
             rows = slots * self.config.data.micro_batch
@@ -352,8 +355,8 @@ class _Activations:
         width = moe.router.width(number, moe.top_k)
         router += 8 * (number + 2 * width) * t if moe.router.select in UP_TO_K else 0
         router += 12 * number * t if moe.router.entropy_loss else 0
-        copied = c < 4 or moe.router.jitter or moe.router.gate == "hash"
-        x = c * hidden * t if copied else 0  # in addition to the router's fp32 copy
+        copied = (in_fp32 and c < 4) or moe.router.jitter or moe.router.gate == "hash"
+        x = c * hidden * t if copied else 0  # in addition to what the router keeps
         shared = 0
         if moe.shared_intermediate_size:
             gate = c * (hidden + 1) * t if moe.shared_gate else 0
