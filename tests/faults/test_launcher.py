@@ -171,6 +171,7 @@ def test_how_to_go_on(process: env.Process, expected: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_run_that_torchrun_started_goes_on_as_the_last_line_says(base: list[str]) -> None:
     code, lines = terminal("-u", *TORCHRUN, *base)
     assert code == 0, lines

@@ -19,10 +19,16 @@ WEIGHTS = ("gate_up", "down")
 
 
 def backward(
-    backend: str, dtype: torch.dtype, micro_batches: int, main_grads: Any, **options: Any
+    backend: str,
+    dtype: torch.dtype,
+    micro_batches: int,
+    main_grads: Any,
+    sizes: tuple[int, int] = (9, 6),
+    **options: Any,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Run micro-batches with the same weights; return the gradients of the rows, and autograd's of the weights."""
-    cases = [make(sources=7 + 4 * m, hidden=9, width=6, experts=3, ids="random") for m in range(micro_batches)]
+    hidden, width = sizes
+    cases = [make(sources=7 + 4 * m, hidden=hidden, width=width, experts=3, ids="random") for m in range(micro_batches)]
     leaves = [cases[0].inputs[name].to(dtype).requires_grad_() for name in WEIGHTS]
     rows = []
     for case in cases:
@@ -44,13 +50,14 @@ MORE = [("reference", BF16, 2, False), ("triton", BF16, 3, True), ("torch", FP32
     [*ROWS, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)],
 )
 def test_gradients_are_added_in_fp32(backend: str, dtype: torch.dtype, micro_batches: int, recompute: bool) -> None:
-    start = [torch.randn(3, 12, 9), torch.randn(3, 9, 6)]
+    hidden, width = sizes = (16, 8) if backend == "hybrid" else (9, 6)  # torch's grouped products read 16 bytes at once
+    start = [torch.randn(3, 2 * width, hidden), torch.randn(3, hidden, width)]
     main_grads = tuple(t.clone() for t in start)
-    rows, none = backward(backend, dtype, micro_batches, main_grads, recompute=recompute)
+    rows, none = backward(backend, dtype, micro_batches, main_grads, sizes, recompute=recompute)
     assert none == [None, None]
-    plain_rows, _ = backward(backend, dtype, micro_batches, (None, None), recompute=recompute)
+    plain_rows, _ = backward(backend, dtype, micro_batches, (None, None), sizes, recompute=recompute)
     assert all(torch.equal(a, b) for a, b in zip(rows, plain_rows, strict=True)), "gradients of x"
-    _, wanted = backward("reference", torch.float64, micro_batches, (None, None))
+    _, wanted = backward("reference", torch.float64, micro_batches, (None, None), sizes)
     for found, before, want in zip(main_grads, start, wanted, strict=True):
         added = found.double() - before.double()
         assert found.dtype == FP32 and (added - want).norm() <= TOLERANCE[dtype][0] * want.norm()
