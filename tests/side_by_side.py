@@ -1,4 +1,4 @@
-"""Runs the whole suite as four pytest processes at once, which keeps both cores of a small machine busy.
+"""Runs the whole suite as five pytest processes at once, which keeps both cores of a small machine busy.
 
 From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; all get the arguments. Ranks wait for
 each other much of the time, and then the other processes have the cores.
@@ -11,11 +11,12 @@ import sys
 import tempfile
 from contextlib import ExitStack
 
-#: name -> which tests, of about equal cost; a part leaves out what the parts before it name, so every test runs once
+#: name -> which tests; a part leaves out what the parts before it name, so every test runs once
 TESTS = {
     "parity": [f"tests/parallel/test_{name}.py" for name in ("parity", "balance_matrix", "dryrun")],
     "parallelism": ["tests/parallel"],
-    "kernels and library": ["tests/kernels", "tests/devices", "tests/moe"],
+    "kernels": ["tests/kernels", "tests/devices"],
+    "library and training": ["tests/moe"],
     "all else": ["tests"],
 }
 #: name -> arguments of pytest
