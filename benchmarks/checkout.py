@@ -28,6 +28,7 @@ def _use(name: str, folder: Path) -> None:
         spec = ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         package = sys.modules[name] = module_from_spec(spec)
+        del package.__file__  # it is None, for which `inspect` raises an error
     found = Path(next(iter(package.__path__))).resolve()
     if found != folder:
         sys.exit(f"{name} is already imported from {found}, but this script belongs to {ROOT}: run it on its own")
