@@ -17,8 +17,9 @@ from ..collectives import reset
 from ..config import AttentionConfig, require
 from .attend import causal_attention, windowed_attention
 from .documents import Documents
+from .norm import RMSNorm
 from .past import Past
-from .rotary import rotary_tables
+from .rotary import rotary_tables, rotate
 
 AttendWithin = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 
@@ -26,14 +27,14 @@ AttendWithin = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
 EPS = 1e-5
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadNorm(RMSNorm):
     """RMSNorm of each head, with one weight [H] that all heads share.
 
     Under tensor parallelism its gradient must be summed over the ranks that hold the heads.
     """
 
 
-class JointNorm(nn.RMSNorm):
+class JointNorm(RMSNorm):
     """RMSNorm over all heads of [B, M, G, S, H] together, with a weight [M * G * H]."""
 
     def forward(self, x_BMGSH: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         """Rotate each channel pair (i, i + R/2) of [B, ..., S, R] by the angle of its position."""
         if self.past is not None:
             positions = self.past.now.positions_BS.view(t.shape[0], *[1] * (t.dim() - 3), t.shape[-2])
-            return _turned(t, self.cos_SR[positions], self.sin_SR[positions])
+            return rotate(t, self.cos_SR[positions], self.sin_SR[positions])
         length, held = t.shape[-2], self.cos_SR.shape[0]
         split = self._positions_S is not None
         if length > held or (split and length < held):
@@ -117,7 +118,7 @@ class Attention(nn.Module):
                 f"x: sequences of {length * parts} positions, but the model has seq_len={self.seq_len}; give it "
                 f"sequences of {'exactly' if split else 'at most'} that length, or build it with another seq_len"
             )
-        return _turned(t, self.cos_SR[:length], self.sin_SR[:length])
+        return rotate(t, self.cos_SR[:length], self.sin_SR[:length])
 
     def _scaled(self, q: Tensor) -> Tensor:
         """Scale queries, and so the scores; without ``score_scale`` they are the same tensor."""
@@ -149,8 +150,9 @@ class GroupedAttention(Attention):
             self.k_norm = norm(width if norm is HeadNorm else kv_heads * width, eps=eps)
 
     def forward(self, x_BSD: Tensor, documents: Documents | None = None) -> Tensor:
-        qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.group + 2, self.head_width)).permute(0, 2, 3, 1, 4)
-        q_BMGSH, k_BM1SH, v_BM1SH = qkv.split((self.group, 1, 1), dim=2)
+        qkv = self.qkv_proj(x_BSD).unflatten(-1, (-1, self.group + 2, self.head_width))
+        # split first: the backward then joins the gradients in the order of the weights, and copies them once
+        q_BMGSH, k_BM1SH, v_BM1SH = (t.permute(0, 2, 3, 1, 4) for t in qkv.split((self.group, 1, 1), dim=3))
         q_BNSH = self._scaled(self._rotate(self.q_norm(q_BMGSH))).flatten(1, 2)
         k_BMSH = self._rotate(self.k_norm(k_BM1SH)).flatten(1, 2)
         v_BMSH = v_BM1SH.flatten(1, 2)
@@ -182,10 +184,10 @@ class LatentAttention(Attention):
         self.q_norm: nn.Module = nn.Identity()
         if config.q_lora_rank:
             self.q_down_proj = nn.Linear(hidden_size, config.q_lora_rank, bias=inputs)
-            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, eps=eps)
         self.q_up_proj = nn.Linear(config.q_lora_rank or hidden_size, num_heads * sum(self.q_widths), bias=False)
         self.kv_down_proj = nn.Linear(hidden_size, sum(self.latent_widths), bias=inputs)
-        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, eps=eps)
         self.kv_up_proj = nn.Linear(config.kv_lora_rank, num_heads * sum(self.kv_widths), bias=False)
         self.out_proj = nn.Linear(num_heads * config.v_width, hidden_size, bias=output)
         #: applied to the key part [B, S, R] that all heads share; tensor parallelism replaces it to reach all ranks
@@ -229,12 +231,6 @@ ATTENTION: dict[str, Callable[..., Attention]] = {
     "grouped": GroupedAttention,
     "latent": LatentAttention,
 }
-
-
-def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = t.chunk(2, dim=-1)
-    cos, sin = cos.to(t.dtype), sin.to(t.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _heads(rows_BSX: Tensor, width: int) -> Tensor:

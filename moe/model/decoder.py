@@ -27,6 +27,7 @@ from ..routing import PassedLogits
 from .attention import ATTENTION, EPS, Attention
 from .documents import Documents
 from .head import NormHead
+from .norm import RMSNorm
 
 #: calls a function with its arguments; may call it a second time, in the backward pass, to recompute activations
 Caller = Callable[..., Any]
@@ -52,9 +53,9 @@ class Block(nn.Module):
         self.run_block, self.run_attention, self.run_feed_forward = (
             recompute if recompute is not None and part == again else _run for part in PARTS
         )
-        self.attention_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.attention_norm = RMSNorm(hidden_size, eps=eps)
         self.attention = attention
-        self.mlp_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.mlp_norm = RMSNorm(hidden_size, eps=eps)
         self.mlp = mlp
 
     def reset_parameters(self) -> None:
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
                 if (window := attention.window_of(i)) is not None:
                     attend.see_only(window)
                 self.blocks[str(i)] = Block(attend, mlp, hidden, again, part, norm_eps)
-            self.norm: nn.Module | None = nn.RMSNorm(hidden, eps=norm_eps)
+            self.norm: nn.Module | None = RMSNorm(hidden, eps=norm_eps)
             self.head: nn.Module | None = (NormHead if norm_head else nn.Linear)(hidden, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -15,6 +15,7 @@ from ..routing import Router
 from .attention import ATTENTION
 from .decoder import Block, Decoder
 from .documents import Documents
+from .norm import RMSNorm
 
 
 class PreGate(nn.Module):
@@ -24,7 +25,7 @@ class PreGate(nn.Module):
         super().__init__()
         attention = ATTENTION["grouped"](hidden_size, num_heads, seq_len, AttentionConfig(), 1e-5)
         self.block = Block(attention, SwiGLU(hidden_size, 2 * hidden_size, init_std), hidden_size)
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-5)
+        self.norm = RMSNorm(hidden_size, eps=1e-5)
         self.head = nn.Linear(hidden_size, num_experts, bias=False)
         with torch.no_grad():
             for module in self.modules():

@@ -1,12 +1,14 @@
-"""Sines and cosines of rotary positions (arXiv 2104.09864).  S positions, R rotated channels."""
+"""Rotary positions (arXiv 2104.09864): their sines and cosines, and the rotation.  S positions, R rotated channels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..config import RotaryScaling
 
@@ -20,6 +22,31 @@ def rotary_tables(seq_len: int, width: int, base: float, scaling: RotaryScaling 
     if scaling is None or scaling.magnitude == 1.0:
         return angle_SR.cos().float(), angle_SR.sin().float()
     return (angle_SR.cos() * scaling.magnitude).float(), (angle_SR.sin() * scaling.magnitude).float()
+
+
+def rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each channel pair (i, i + R/2) of [..., S, R] by an angle with this cosine and sine, [..., S, R / 2]."""
+    return cast(Tensor, _Rotate.apply(t, cos.to(t.dtype), sin.to(t.dtype)))
+
+
+class _Rotate(torch.autograd.Function):
+    """Computes whole rows at once; autograd would split and join them in the forward, and again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(t, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, -sin), None, None  # the inverse rotation
+
+
+def _rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    other_halves = t.roll(t.shape[-1] // 2, -1)
+    return (t * torch.cat((cos, cos), -1)).addcmul_(other_halves, torch.cat((-sin, sin), -1))
 
 
 def _linear(frequency: Tensor, base: float, scaling: RotaryScaling) -> Tensor:
