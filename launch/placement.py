@@ -122,10 +122,8 @@ def describe(
         f"{'':<30}{'mean':>8}{'worst':>9}{'MiB':>12}{'MiB':>12}{'MiB':>12}{'ms':>9}",
     ]
     for name, o in found.items():
-        lines.append(
-            f"{name:<30}{o.straggler:>8.3f}{o.straggler_max:>9.2f}{o.copied_bytes / MIB:>12.1f}"
-            f"{o.moved_bytes / MIB:>12.1f}{o.replica_bytes / MIB:>12.1f}{1e3 * o.seconds:>9.3f}"
-        )
+        sizes = "".join(f"{_mib(count):>12}" for count in (o.copied_bytes, o.moved_bytes, o.replica_bytes))
+        lines.append(f"{name:<30}{o.straggler:>8.3f}{o.straggler_max:>9.2f}{sizes}{1e3 * o.seconds:>9.3f}")
     lines += [
         "",
         "busiest rank: its rows over the mean. copied: weights and gradients of replicas, of all ranks, per layer and",
@@ -133,6 +131,10 @@ def describe(
         "experts, forward and backward, with the copies that delay it, modelled as latency + bytes / bandwidth.",
     ]
     return "\n".join(lines)
+
+
+def _mib(count: float) -> str:
+    return f"{count / MIB:.1f}" if count >= MIB or not count else f"{count / MIB:.3f}"
 
 
 def _parser() -> argparse.ArgumentParser:
