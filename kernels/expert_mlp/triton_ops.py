@@ -291,8 +291,8 @@ def _forward(
     activation: str,
     gated: bool,
     keep: bool,
-    gate_up_main: Tensor | None = None,
-    down_main: Tensor | None = None,
+    gate_up_main: Tensor | None,
+    down_main: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [S, D] and the pre-activations [R, U] (without rows unless ``keep``)."""
     options = MLPOptions(activation, gated)
@@ -320,8 +320,9 @@ def _backward(
     gated: bool,
     keep: bool,
     needs: list[bool],
-    gate_up_main: Tensor | None = None,
-    down_main: Tensor | None = None,
+    # no defaults: torch leaves arguments out that equal them, and torch 2.11 then looks for those that are written to
+    gate_up_main: Tensor | None,
+    down_main: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weights, gate_up and down; empty where ``needs`` is False.
 
@@ -354,7 +355,7 @@ def _backward(
 @_backward.register_fake
 def _(
     dy_SD, pre_RU, x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, act, gated, keep, needs,
-    gate_up_main=None, down_main=None,
+    gate_up_main, down_main,
 ):  # fmt: skip
     inputs = (x_SD, weights_SK, gate_up_EFD, down_EDF)
     needs = [*needs[:2], needs[2] and gate_up_main is None, needs[3] and down_main is None]

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils import cpp_extension
 
@@ -136,10 +137,12 @@ def _believe() -> None:
         "set_rng_state": lambda *_: None,
         "current_stream": lambda *_: Stream(),
         "synchronize": lambda *_: Stream().synchronize(),
+        "is_current_stream_capturing": lambda: False,
         "Event": Event,
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
+    fake_tensor.init_gpu_context = lambda device: None  # in some builds it allocates on the device
     for kernel in ("flash", "mem_efficient", "cudnn"):  # torch's choice of them reads properties of the device
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
