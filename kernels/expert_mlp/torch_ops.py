@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autocast import without_autocast
+from .._autograd import result
 from ..checks import on_host
 from ..cpu import expert_mlp as cpu
 from ..cpu import few_rows
@@ -48,7 +49,7 @@ class _ExpertMLP(torch.autograd.Function):
         ctx.path, ctx.options = path, options
         y_SD, pre_RF = path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
         ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
-        return y_SD
+        return result(y_SD)
 
     @staticmethod
     @once_differentiable

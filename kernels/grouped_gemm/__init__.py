@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import pick
+from .._autograd import result
 from .._triton import backend_without_fp64
 from ..checks import backend_without_values, check_device, check_index, check_offsets
 from . import reference, torch_ops
@@ -137,7 +138,7 @@ class _GroupedGEMM(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, weight_ENK, offsets_E, index_R)
         ctx.backend = backend
-        return _run("forward", backend, rows, weight_ENK, offsets_E, index_R)
+        return result(_run("forward", backend, rows, weight_ENK, offsets_E, index_R))
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autograd import result
 from ..checks import readable
 from ..cpu.memory import empty
 from ..sort_by_expert import ExpertOrder
@@ -79,7 +80,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, num_rows: int, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
-        return _permute(x_SD, ExpertOrder(*order), num_rows)
+        return result(_permute(x_SD, ExpertOrder(*order), num_rows))
 
     @staticmethod
     @once_differentiable
@@ -93,7 +94,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, *order: Tensor) -> Tensor:
         ctx.save_for_backward(*order)
         ctx.num_rows = rows_RD.shape[0]
-        return _combine(rows_RD.contiguous(), ExpertOrder(*order))
+        return result(_combine(rows_RD.contiguous(), ExpertOrder(*order)))
 
     @staticmethod
     @once_differentiable

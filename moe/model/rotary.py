@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...kernels._autograd import result
 from ..config import RotaryScaling
 
 
@@ -35,7 +36,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(t, cos, sin)
+        return result(_rotated(t, cos, sin))
 
     @staticmethod
     @once_differentiable

@@ -131,11 +131,11 @@ def test_expert_kernels_stay_in_their_memory(offsets: list[int], keep: bool, can
     order = (torch.tensor([-far, far, -1, 8, 1, 2, 3, 4]), torch.tensor([[0, far], [7, -1], [8, 2], [-far, 3]]))
     inputs = [between_nans(4, K), between_nans(4, 2), between_nans(E, 2 * F, K), between_nans(E, K, F)]
     arguments = (*inputs, *order, torch.tensor(offsets), "silu", True, keep)
-    y, pre_RU = triton_ops._forward(*arguments)
+    y, pre_RU = triton_ops._forward(*arguments, None, None)
     assert y.isfinite().all() and pre_RU.isfinite().all()
     canaries()
     # torch gathers the weights' gradient, and refuses this inverse
-    grads = triton_ops._backward(between_nans(4, K), pre_RU, *arguments, [True, False, True, True])
+    grads = triton_ops._backward(between_nans(4, K), pre_RU, *arguments, [True, False, True, True], None, None)
     assert all(grad.isfinite().all() for grad in grads)
     canaries()
 

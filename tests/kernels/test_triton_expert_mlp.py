@@ -210,6 +210,6 @@ def test_what_is_kept_of_dropped_rows_is_zero() -> None:
     ids_SK, inputs, _ = make(ids="some dropped")
     order = sort_by_expert(ids_SK, 3)
     expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton")  # registers the op
-    _, pre_RU = torch.ops.equimoe.expert_mlp(*inputs, *order, "silu", True, True)
+    _, pre_RU = torch.ops.equimoe.expert_mlp(*inputs, *order, "silu", True, True, None, None)
     kept = int(order.offsets_E[-1])
     assert 0 < kept < len(pre_RU) and pre_RU[:kept].isfinite().all() and (pre_RU[kept:] == 0).all()
