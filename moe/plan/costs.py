@@ -117,7 +117,7 @@ def _experts(x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tens
 def _experts_backward(
     dy: Tensor, pre: Tensor, x: Tensor, weights: Any, gate_up: Tensor, down: Tensor, order: Tensor, *rest: Any, out: Any
 ) -> int:
-    keep, needs = rest[-2], rest[-1]
+    keep, needs = rest[4:6]
     up = 2 * order.numel() * x.shape[1] * gate_up.shape[1]
     return up * (needs[0] + needs[2] + (not keep)) + 2 * order.numel() * x.shape[1] * down.shape[2] * (1 + needs[3])
 

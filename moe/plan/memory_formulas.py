@@ -304,8 +304,8 @@ class _Activations:
         a, model = self.config.attention, self.config.model
         width, n = a.head_width or self.config.moe.hidden_size // model.num_heads, self.heads
         m = (a.num_kv_heads or model.num_heads) // self.tp
-        # the qkv projection; rotated q and k; the output, and its copy with concatenated heads
-        heads = self.c * width * ((n + 2 * m) + n + m + 2 * n)
+        # the qkv projection; rotated q and k; the output
+        heads = self.c * width * ((n + 2 * m) + n + m + n)
         rows = 4 * n + 4 * (n + m) * a.qk_norm  # attention's logsumexp; norms
         if a.qk_norm and a.qk_norm_over == "all_heads":  # copies of q and k with their heads side by side
             rows += 8 - 4 * (n + m) + self.c * width * (n + m)
