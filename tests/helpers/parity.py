@@ -70,7 +70,10 @@ class Composition:
     @property
     def limit(self) -> float:
         """The largest allowed relative error."""
-        return 1e-5 if self.dtype == "float32" else 2e-2
+        if self.dtype != "float32":
+            return 2e-2
+        # the gradient of a temperature is one number, a sum over all tokens that nearly cancels
+        return 3e-5 if self.router.gate == "cosine" else 1e-5
 
 
 def make(of: Composition, micro_batches: int) -> Decoder:
