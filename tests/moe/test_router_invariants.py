@@ -291,7 +291,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "cap": (
         {"select": "expert_choice", "normalize_weights": False, "cap": 1},
         2,
-        "router.cap=1: must be from top_k=2, the experts of a token on average, to num_experts=12",
+        "router.cap=1: must be from top_k=2, the experts of a token on average, to the 12 experts",
     ),
     "cap without expert choice": ({"cap": 4}, 2, "router.cap=4: has no effect with router.select='top_k'"),
     "nothing to allow": ({"sees_future": True}, 2, "router.sees_future=True: has no effect with"),
