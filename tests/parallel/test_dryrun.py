@@ -22,7 +22,15 @@ from equimoe.launch.dryrun import describe, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, PlacementConfig, RotaryScaling, RouterConfig
+from equimoe.moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    DispatchConfig,
+    MoEConfig,
+    PlacementConfig,
+    RotaryScaling,
+    RouterConfig,
+)
 from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
@@ -187,6 +195,15 @@ def test_bytes_and_products_by_hand() -> None:
     assert found.flops["router"] == 2 * 3 * 2 * tokens * d * 8
     inside = {(kind.verb, kind.axis): kind.inside_node for kind, _, _ in found.traffic}
     assert inside["all_to_all", "ep"] and inside["send", "pp"]
+
+
+@pytest.mark.parametrize("slots", slow_but([1], [1, 5]))
+def test_products_of_slots_by_hand(slots: int) -> None:
+    """Experts process the slots of each sequence, whatever its length."""
+    router, balance = RouterConfig(gate="slots", slots=slots, sees_future=True), BalanceConfig(coefficient=0.0)
+    parallel = ParallelConfig(ep=2)
+    found = dry(changed(SMALL, router=router, balance=balance, top_k=1, parallel=parallel), 2, 1)
+    assert found.flops["experts"] == 3 * 3 * 2 * found.micro_batches * 8 * slots * 16 * 3 * 12
 
 
 def test_bytes_of_fully_sharded_weights_by_hand() -> None:
