@@ -84,7 +84,7 @@ def test_the_page_has_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         parse(["--help", "recipes"])
     assert capsys.readouterr().out == table() + "\n"
     assert table() in (ROOT / "docs" / "recipes.md").read_text()
-    assert "| `deepseek_v3` | " in table() and " | 671.0B | 671B | 36.63B * | 36.6B | 1,024 | 19.3 |" in table()
+    assert "| `deepseek_v3` | " in table() and " | 671.0B | 671B | 36.63B * | 36.6B | 1,024 | 25.0 |" in table()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

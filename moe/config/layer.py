@@ -243,9 +243,9 @@ class MoEConfig:
         if self.widths is not None:
             self._check_widths()
         self._check_single_choice()
-        check_router(self.router, self.all_experts, self.top_k)
         if self.zero_computation is not None:
             self._check_zero_computation()
+        check_router(self.router, self.all_experts, self.top_k)
         check_balancing(self.router, self.balance.rates())
         even = self.router.select in BY_EXPERTS or self.router.gate == "slots"
         remedy = "the router gives every expert equally many rows; leave it out"
@@ -344,10 +344,10 @@ class MoEConfig:
 
     def _check_widths(self) -> None:
         assert self.widths is not None
-        words = self.widths.split(",")
-        require(self.widths.strip() != "", "widths", self.widths, "is empty; give widths, or leave it out")
+        words = self.widths.split(",") if isinstance(self.widths, str) else []
+        require(words != [""], "widths", self.widths, "is empty; give widths, or leave it out")
         ok = len(words) == self.num_experts and all(w.strip().isdecimal() and int(w) > 0 for w in words)
-        remedy = f"must be {self.num_experts} whole numbers of at least 1, one per expert, with commas between them"
+        remedy = f"must be {self.num_experts} whole numbers of at least 1, one per expert, in a text with commas"
         require(ok, "widths", self.widths, remedy)
         whole = sum(self.expert_widths)
         remedy = f"must be the mean of widths, {whole / self.num_experts:g}"

@@ -153,6 +153,8 @@ class RouterConfig:
         )
         if self.gate in UNBALANCED:
             self._keep_default(*_OF_CHOICE, setting=f"router.gate={self.gate!r}, which chooses by no score")
+        if self.gate == "slots":
+            self._keep_default("weight_scale", setting="router.gate='slots', which has no gate weights")
         require(self.weight_scale > 0, "router.weight_scale", self.weight_scale, "must be positive")
         require(0 <= self.jitter < 1, "router.jitter", self.jitter, "must be at least 0 and less than 1; 0.01 is usual")
         ok = type(self.random_steps) is int and self.random_steps >= 0
@@ -216,7 +218,7 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         return
     if router.select in BY_EXPERTS:
         cap = router.width(num_experts, top_k)
-        remedy = f"must be from top_k={top_k}, the experts of a token on average, to num_experts={num_experts}"
+        remedy = f"must be from top_k={top_k}, the experts of a token on average, to the {num_experts} experts"
         require(type(cap) is int and top_k <= cap <= num_experts, "router.cap", router.cap, remedy)
     if router.gate == "slots":
         require(top_k == 1, "top_k", top_k, "must be 1 for router.gate='slots', which mixes the results of all experts")

@@ -175,9 +175,11 @@ class _Chunks:
 
 
 def _recorder(config: TrainConfig, mesh: Mesh | None, node: int) -> Recorder:
-    pieces = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size
+    pieces, moe = 1 if mesh is None else mesh["cp"].size * mesh["tp"].size, config.moe
     tokens = config.data.micro_batch * config.data.seq_len // pieces
-    return Recorder(mesh, node, tokens, config.moe)
+    if moe.router.gate == "slots":  # which are dispatched instead of tokens, those of whole sequences
+        tokens = config.data.micro_batch * moe.num_experts * moe.router.slots
+    return Recorder(mesh, node, tokens, moe)
 
 
 def _step(config: TrainConfig, engine: TorchEngine, recorder: Recorder, mode: FakeTensorMode, simulated: int) -> None:

@@ -1,8 +1,8 @@
 """Computes the memory of a rank in closed form, from the configuration and the parallel degrees alone.
 
 Weights, gradients and optimizer state are exact. Activations are what a GPU's fused kernels save for the backward pass,
-with balanced routing. Weights gathered by FSDP and temporary tensors are not included;
-:mod:`equimoe.moe.plan.dry_run` measures those as well.
+with balanced routing. Buffers of collectives and temporary tensors are not included, except for those of the loss;
+:mod:`equimoe.moe.plan.dry_run` measures all.
 
 D hidden, N heads, M key/value heads, H head width, F expert width, V vocabulary, T tokens of a micro-batch in this
 rank's attention, t tokens that it holds between split layers.
@@ -11,7 +11,7 @@ rank's attention, t tokens that it holds between split layers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil, prod
 
 from ...kernels.matmul_tiles import MANY_ROWS
@@ -35,12 +35,16 @@ class Memory:
     whole_gradients: int
     #: AdamW's two moments, and one step counter per weight tensor
     optimizer_state: int
+    #: weights that FSDP has gathered: all of a pipeline's rank; else those outside of blocks, and those of one block
+    gathered_weights: int
     #: activations of all micro-batches that are in flight at the same time
     activations: int
+    #: gradients of the log-softmax and of the logits in fp32, which the backward of the loss needs at the same time
+    loss: int
 
     @property
     def total(self) -> int:
-        """The sum of all kinds."""
+        """The sum of all kinds, which are rarely at their largest all at once."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
@@ -133,8 +137,23 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         gradients=4 * padded + (0 if sharded else unsplit),
         whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
         optimizer_state=8 * own + 4 * len(weights),
+        gathered_weights=_gathered(config, part, vocabulary) * activations.c if sharded else 0,
         activations=_in_flight(config, part, micro_batches) * activations.of_stage() + arriving,
+        loss=8 * activations.logits if part.last else 0,
     )
+
+
+def _gathered(config: TrainConfig, part: RankPart, vocabulary: int) -> int:
+    """Return how many of this rank's weights are gathered at the same time under FSDP."""
+
+    def count(blocks: tuple[int, ...], stages: tuple[int, ...] = ()) -> int:
+        some = replace(part, blocks=blocks, stages=stages)
+        weights = weights_of(config, some, vocabulary)
+        return sum(w.rows * w.width for w in weights if not (w.expert and part.degrees.experts == "fssdp"))
+
+    if part.num_stages > 1:
+        return count(part.blocks, part.stages)
+    return count((), part.stages) + max(count((block,)) for block in part.blocks)
 
 
 def _part_of(config: TrainConfig, world: int, rank: int) -> RankPart:
@@ -251,7 +270,7 @@ class _Activations:
 
     def __init__(self, config: TrainConfig, part: RankPart, vocabulary: int) -> None:
         d = part.degrees
-        self.config, self.part, self.vocabulary = config, part, vocabulary
+        self.config, self.part = config, part
         self.heads, self.tp = config.model.num_heads // d.tp, d.tp
         #: bytes per value in the computation's dtype
         self.c = 2 if config.dtype == "bfloat16" else 4
@@ -260,6 +279,8 @@ class _Activations:
         self.t = self.T // d.tp if self.splits else self.T
         #: bytes of the hidden states between two blocks
         self.hidden = self.c * config.moe.hidden_size * self.t
+        #: number of logits
+        self.logits = ceil(vocabulary / d.tp) * self.T
 
     def of_stage(self) -> int:
         """Bytes that all blocks of this rank save, with their inputs, and those of the head."""
@@ -373,7 +394,6 @@ class _Activations:
         return router + experts + places + shared + (x if shared or degrees.ep * degrees.etp == 1 else 0)
 
     def _head(self) -> int:
-        """Bytes of the final norm, the logits, and their log-softmax in fp32."""
-        kept = 4 if self.part.num_stages > 1 and FREES_LOGITS else self.c + 4
-        logits = kept * ceil(self.vocabulary / self.tp) * self.T
-        return 4 * self.t + self._to_split(self.config.moe.hidden_size) + logits
+        """Bytes of the final norm, and of the logits' log-softmax in fp32; most pipelines keep the logits too."""
+        kept = 4 if self.part.num_stages == 1 or FREES_LOGITS else self.c + 4
+        return 4 * self.t + self._to_split(self.config.moe.hidden_size) + kept * self.logits

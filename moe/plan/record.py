@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):
     mesh: Mesh | None
     #: ranks per node
     node: int
-    #: tokens that each MoE layer dispatches on this rank
+    #: tokens, or slots, that each MoE layer dispatches on this rank
     tokens: int
     #: configuration of the MoE layers
     moe: MoEConfig

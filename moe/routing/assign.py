@@ -22,17 +22,22 @@ def sinkhorn(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequen
     Its rows sum to 1, and its columns to T/E. It is exp(logits) times a factor per token and one per expert, so the
     choice depends on the latter only.
     """
+    if len(logits_TE) == 0:
+        return top_k(logits_TE, k)
     logits_TE = logits_TE.double()
-    exp_TE = (logits_TE - logits_TE.amax(1, keepdim=True)).exp()
+    exp_TE = logits_TE - logits_TE.amax(1, keepdim=True)
     if mask_T is not None:
-        exp_TE = exp_TE * mask_T[:, None]
+        exp_TE = exp_TE.masked_fill(~mask_T[:, None], -torch.inf)
+    # an expert with much lower logits than others would have a column of zeros
+    highest_E = exp_TE.amax(0).nan_to_num(neginf=0.0)
+    exp_TE = (exp_TE - highest_E).exp()
     tokens = len(exp_TE) if mask_T is None else mask_T.sum()
     smallest = torch.finfo(exp_TE.dtype).tiny
     factor_E = exp_TE.new_ones(exp_TE.shape[1])
     for _ in range(SINKHORN_STEPS):
         factor_T = 1 / (exp_TE @ factor_E).clamp_min(smallest)
         factor_E = tokens / len(factor_E) / (factor_T @ exp_TE).clamp_min(smallest)
-    return top_k(logits_TE + factor_E.log(), k)
+    return top_k(logits_TE - highest_E + factor_E.log(), k)
 
 
 def balanced(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequences: int) -> Tensor:

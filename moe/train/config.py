@@ -103,7 +103,10 @@ class TrainConfig:
 
     @property
     def _widths(self) -> str:
-        return "" if self.moe.widths is None else f", and moe.widths={self.moe.widths} into runs with equal sums"
+        if self.moe.widths is None:
+            return ""
+        possible = [str(n) for n in range(1, self.moe.num_experts + 1) if self.moe.splits_over(n)]
+        return f", and moe.widths={self.moe.widths} into runs with equal sums (possible: {', '.join(possible)})"
 
     def _check_placement(self) -> None:
         fssdp = self.parallel.experts == "fssdp"

@@ -295,6 +295,11 @@ def test_numbers_and_none() -> None:
         (["--moe.top-k", "99"], "moe.top_k=99: must be at most num_experts=8"),
         (["--moe.capacity.factor=-1"], "moe.capacity.factor=-1.0: must be positive; 1.25 is usual"),
         (["--parallel.ep", "3"], "parallel.ep=3: must divide moe.num_experts=8"),
+        (
+            ["--recipe", "hmoe_3b", "--parallel.ep", "8"],
+            "parallel.ep=8: must divide moe.num_experts=8, and moe.widths=2304,5888,2816,5376,3328,4864,3840,4352 into "
+            "runs with equal sums (possible: 1, 2, 4)",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:

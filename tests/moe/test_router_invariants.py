@@ -141,6 +141,18 @@ def test_sinkhorn_evens_the_columns() -> None:
         assert torch.bincount(logits_TE.argmax(1), minlength=E).max() > 10 * 500 / E
 
 
+def test_sinkhorn_needs_no_similar_logits() -> None:
+    """Experts whose logits differ by more than exp can express get equal loads; masked tokens may hold anything."""
+    torch.manual_seed(0)
+    logits_TE, valid_T = torch.randn(4096, 4), torch.arange(4096) % 8 != 1
+    far_TE = torch.where(valid_T[:, None], logits_TE + torch.tensor([1e5, -1e5, 0.0, 0.0]), float("nan"))
+    for mask_T, given_TE in ((None, far_TE.nan_to_num()[valid_T]), (valid_T, far_TE)):
+        ids_TK = sinkhorn(given_TE, given_TE, mask_T, 1, 1)
+        load_E = torch.bincount(ids_TK[... if mask_T is None else mask_T].flatten(), minlength=4)
+        assert load_E.max() < 1.1 * load_E.double().mean()
+        assert int(load_E.sum()) == int(valid_T.sum())
+
+
 def test_the_auction_finds_the_best_assignment() -> None:
     """To 1/1000 of the range of the scores; with scipy, also for many tokens."""
     for seed, (tokens, experts) in enumerate([(1, 3), (6, 3), (7, 3), (9, 2), (12, 4), (5, 5), (11, 4)] * 4):
@@ -291,7 +303,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
     "cap": (
         {"select": "expert_choice", "normalize_weights": False, "cap": 1},
         2,
-        "router.cap=1: must be from top_k=2, the experts of a token on average, to num_experts=12",
+        "router.cap=1: must be from top_k=2, the experts of a token on average, to the 12 experts",
     ),
     "cap without expert choice": ({"cap": 4}, 2, "router.cap=4: has no effect with router.select='top_k'"),
     "nothing to allow": ({"sees_future": True}, 2, "router.sees_future=True: has no effect with"),

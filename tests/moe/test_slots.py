@@ -165,6 +165,8 @@ def test_mistakes() -> None:
             MoEConfig(D, 4, router=SLOTS, **given | wrong)
     with pytest.raises(ValueError, match="router.slots=0: must be an integer of at least 1"):
         replace(SLOTS, slots=0)
+    with pytest.raises(ValueError, match="router.weight_scale=2.0: has no effect with router.gate='slots'"):
+        replace(SLOTS, weight_scale=2.0)
     with pytest.raises(ValueError, match="router.slots=2: has no effect with router.gate='linear'"):
         RouterConfig(slots=2)
 

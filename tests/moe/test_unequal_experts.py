@@ -173,6 +173,8 @@ def test_ranks_get_equal_widths() -> None:
     [
         ({"widths": "9,3"}, "widths='9,3': must be 5 whole numbers"),
         ({"widths": "9,3,15,6,-12"}, "widths='9,3,15,6,-12': must be 5 whole numbers"),
+        ({"widths": ""}, "widths='': is empty"),
+        ({"widths": [9, 3, 15, 6, 12]}, "widths=[9, 3, 15, 6, 12]: must be 5 whole numbers"),
         ({"intermediate_size": 8}, "intermediate_size=8: must be the mean of widths, 9"),
         ({"balance": BalanceConfig("communication")}, "balance.scope='communication': balances ranks"),
         ({"balance": BalanceConfig(bias_update_rate=0.1)}, "balance.bias_update_rate=0.1: evens out choices"),

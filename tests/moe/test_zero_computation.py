@@ -292,6 +292,7 @@ def test_parameters_and_operations() -> None:
         ({"capacity": CapacityConfig(pad=True)}, "capacity.pad=True: experts of zero_computation"),
         ({"capacity": CapacityConfig(level="device")}, "capacity.level='device': zero_computation has"),
         ({"router": RouterConfig(groups=5, kept_groups=3)}, "router.groups=5: zero_computation has no groups"),
+        ({"router": RouterConfig(groups=3, kept_groups=3)}, "router.groups=3: zero_computation has no groups"),
         (
             {"k": 1, "router": RouterConfig(gate="slots"), "balance": BalanceConfig(coefficient=0.0)},
             "router.gate='slots': gives its slots to experts that ranks own",

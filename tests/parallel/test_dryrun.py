@@ -22,7 +22,15 @@ from equimoe.launch.dryrun import describe, main
 from equimoe.launch.options import parse
 from equimoe.launch.recipes import RECIPES
 from equimoe.moe.collectives import record_traffic
-from equimoe.moe.config import AttentionConfig, DispatchConfig, MoEConfig, PlacementConfig, RotaryScaling, RouterConfig
+from equimoe.moe.config import (
+    AttentionConfig,
+    BalanceConfig,
+    DispatchConfig,
+    MoEConfig,
+    PlacementConfig,
+    RotaryScaling,
+    RouterConfig,
+)
 from equimoe.moe.dispatch import DISPATCHERS
 from equimoe.moe.engines import Batch, build_engine
 from equimoe.moe.parallel import build_mesh
@@ -189,6 +197,15 @@ def test_bytes_and_products_by_hand() -> None:
     assert inside["all_to_all", "ep"] and inside["send", "pp"]
 
 
+@pytest.mark.parametrize("slots", slow_but([1], [1, 5]))
+def test_products_of_slots_by_hand(slots: int) -> None:
+    """Experts process the slots of each sequence, whatever its length."""
+    router, balance = RouterConfig(gate="slots", slots=slots, sees_future=True), BalanceConfig(coefficient=0.0)
+    parallel = ParallelConfig(ep=2)
+    found = dry(changed(SMALL, router=router, balance=balance, top_k=1, parallel=parallel), 2, 1)
+    assert found.flops["experts"] == 3 * 3 * 2 * found.micro_batches * 8 * slots * 16 * 3 * 12
+
+
 def test_bytes_of_fully_sharded_weights_by_hand() -> None:
     """Blocks are gathered for each forward and backward, other weights once for both; the reductions come last."""
     config = replace(SMALL, parallel=ParallelConfig(data_parallel="fsdp"))
@@ -249,6 +266,20 @@ def test_memory_is_counted_at_its_peak() -> None:
     assert sum(less.flops.values()) > 1.2 * sum(found.flops.values())
 
 
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
+def test_memory_of_a_large_vocabulary(dtype: Any) -> None:
+    """Without a pipeline, only the log-softmax of the logits is kept; the peak is in the backward of the loss."""
+    model, parallel = replace(MODEL, vocab_size=5000), ParallelConfig(data_parallel="fsdp")
+    config = replace(SMALL, dtype=dtype, model=model, parallel=parallel)
+    found, formula = dry(config, 2, 0), memory(config, 2, 0)
+    assert formula.loss == 2 * 4 * 5000 * 16
+    assert found.memory["temporary"] == pytest.approx(formula.loss, rel=0.01)
+    assert found.most["activations"] == pytest.approx(formula.activations, rel=0.02)
+    assert found.most["gathered weights"] == pytest.approx(formula.gathered_weights, rel=0.02)
+    # at the peak, gradients have not been reduced yet
+    assert sum(found.memory.values()) == pytest.approx(formula.total - formula.gradients, rel=0.05)
+
+
 def test_share_of_tokens_that_choose_a_place() -> None:
     """Compare with random draws: 8 of 64 experts, also limited to 2 of 4 groups, or 2 in each of 4 groups."""
     limited, each = RouterConfig(groups=4, kept_groups=2), RouterConfig(groups=4, select="each_group")
@@ -271,7 +302,7 @@ def within(found: DryRun, config: TrainConfig) -> None:
     formula = memory(config, found.world, found.rank)
     for kind in ("parameters", "gradients", "optimizer state"):
         assert found.most[kind] == getattr(formula, kind.replace(" ", "_"))
-    for kind in ("whole gradients", "activations"):
+    for kind in ("whole gradients", "gathered weights", "activations"):
         assert found.most.get(kind, 0) == pytest.approx(getattr(formula, kind.replace(" ", "_")), rel=0.05), kind
 
 
