@@ -345,7 +345,7 @@ class MoEConfig:
     def _check_widths(self) -> None:
         assert self.widths is not None
         words = self.widths.split(",") if isinstance(self.widths, str) else []
-        require(words != [""], "widths", self.widths, "is empty; give widths, or leave it out")
+        require([w.strip() for w in words] != [""], "widths", self.widths, "is empty; give widths, or leave it out")
         ok = len(words) == self.num_experts and all(w.strip().isdecimal() and int(w) > 0 for w in words)
         remedy = f"must be {self.num_experts} whole numbers of at least 1, one per expert, in a text with commas"
         require(ok, "widths", self.widths, remedy)
