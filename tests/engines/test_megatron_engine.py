@@ -380,6 +380,18 @@ def test_without_a_gpu_it_is_one_line() -> None:
     run_ranks(rank_main, 1)
 
 
+def test_stages_exchange_hidden_states_in_one_dtype_under_autocast() -> None:
+    def rank_main(rank: int, world: int) -> list[tuple[float, float]]:
+        with megatron_on_cpu():
+            mesh = mesh_of(pp=2)
+            return trajectory(megatron_engine(mesh, precision=partial(torch.autocast, "cpu", torch.bfloat16)), mesh)
+
+    found = run_ranks(rank_main, 2)
+    for step, (loss, norm) in enumerate(one_process()[0]):
+        assert sum(of_rank[step][0] for of_rank in found) == pytest.approx(loss, rel=2e-2), step
+        assert found[0][step][1] == pytest.approx(norm, rel=0.1), step
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_and_back_to_our_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     monkeypatch.setattr("equimoe.launch.page.PLOTS", ())

@@ -303,6 +303,8 @@ class MegatronEngine:
             hidden = None if batch.starts is None else ~Documents(batch.starts).seen()
             with around(m), self._precision():
                 output = model(batch.inputs, positions, hidden, padding_mask=padding)
+            if not self._stage.post_process:
+                output = output.to(self._stage.config.pipeline_dtype)  # what the next stage receives, also of autocast
             return output, lambda logits: self._losses(logits, batch)
 
         first = batches[0].inputs.shape
