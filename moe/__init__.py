@@ -14,6 +14,7 @@ from .config import (
     RouterConfig,
     ZeroComputationConfig,
 )
+from .experts import cast_once
 from .layer import MoE
 from .placement import Owners, Placement
 from .routing import PassedLogits
@@ -36,6 +37,7 @@ __all__ = [
     "Step",
     "ZeroComputationConfig",
     "__version__",
+    "cast_once",
     "counting_pass",
     "recompute",
     "use_gradient_scaler",

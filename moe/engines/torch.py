@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint import State, expect_moments, restore_optimizer, tensors_of, training_state
 from ..collectives import LOCAL
+from ..experts import cast_once
 from ..parallel import Mesh, clip_grad_norm_, forget_step, free_gathered
 from ..parallel.grad_norm import local_part
 from .balance import StepBalance
@@ -59,7 +60,8 @@ class TorchEngine:
             self.experts.begin(self.optimizer)
             self.balance.begin(len(local), counted.routed)
             self._reducer.begin(counted.check_alike)
-            losses = self._runner.train(local, counted.tokens.clamp_min(1), self.balance)
+            with cast_once(*self.parts):
+                losses = self._runner.train(local, counted.tokens.clamp_min(1), self.balance)
             self._reducer.finish()
             stages = LOCAL if self._mesh is None else self._mesh["pp"]
             norm = clip_grad_norm_(self.parameters.values(), self._max_norm, stages)
@@ -86,7 +88,7 @@ class TorchEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         self._reducer.settle()
         try:
-            with evaluation_mode(self.parts):
+            with evaluation_mode(self.parts), cast_once(*self.parts):
                 return self._runner.evaluate(local_batches(batches, self._mesh, self._device, self.parts))
         except BaseException:
             forget_step(self.parts)

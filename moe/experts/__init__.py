@@ -8,7 +8,7 @@ from .local import OnlyShared, ZeroComputation, build_local
 from .lora import LoRAExperts
 from .merged import MergedLinear, MergedSwiGLU, importance_loss
 from .replicated import ReplicatedExperts
-from .routed import RoutedExperts
+from .routed import RoutedExperts, cast_once
 from .shards import LOW_RANK, ShardedLoRAExperts, ShardPool
 from .shared import SharedExperts, SwiGLU
 from .unequal import UnequalExperts
@@ -45,5 +45,6 @@ __all__ = [
     "ZeroComputation",
     "build_experts",
     "build_local",
+    "cast_once",
     "importance_loss",
 ]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ...kernels import autocast_dtype
 from ...kernels.expert_mlp import MainGrads, expert_mlp
 from ..collectives import Route, fill_normal, start_sparse_all_gather
 from ..types import DispatchPlan
+from .casts import KeptCasts
 from .main_grads import weight_of
 from .replicated import ReplicatedExperts
 
@@ -22,6 +28,9 @@ class RoutedExperts(nn.Module):
     its own experts. Under expert tensor parallelism ``gate_up_proj`` is [E, 2, F, D], sharded over F. See
     :func:`expert_mlp` for ``activation`` and ``recompute``.
     """
+
+    #: the weights in the dtype in which the experts compute, within :func:`cast_once`
+    casts: KeptCasts | None = None
 
     def __init__(
         self,
@@ -51,9 +60,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows_SD: Tensor, plan: DispatchPlan) -> Tensor:
         """Return each source row's weighted sum over its experts on this rank, [S, D]."""
-        (gate_up, gate_up_grad), (down, down_grad) = (
-            weight_of(weight, self.dtype) for weight in (self.gate_up_proj, self.down_proj)
-        )
+        (gate_up, gate_up_grad), (down, down_grad) = self._cast(self._dtype())
         gate_up_grad = None if gate_up_grad is None else gate_up_grad.flatten(1, -2)
         return self.compute(rows_SD, plan, gate_up, down, (gate_up_grad, down_grad))
 
@@ -76,11 +83,54 @@ class RoutedExperts(nn.Module):
 
         Under autocast, weights travel in the dtype in which the experts compute.
         """
-        dtype, device = self.dtype, self.down_proj.device.type
-        if dtype is None and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = self._dtype()
         return ReplicatedExperts(self.compute, lambda: start_sparse_all_gather(self._weights(dtype), route), first)
 
     def _weights(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Return this rank's part of the weights, in ``dtype`` if it is given."""
-        return weight_of(self.gate_up_proj, dtype)[0], weight_of(self.down_proj, dtype)[0]
+        (gate_up, _), (down, _) = self._cast(dtype)
+        return gate_up, down
+
+    def _cast(self, dtype: torch.dtype | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the same, each with its main gradient."""
+        casts = None if torch.compiler.is_compiling() else self.casts  # a graph would read a cast that has been freed
+        return [weight_of(weight, dtype, casts) for weight in (self.gate_up_proj, self.down_proj)]
+
+    def _dtype(self) -> torch.dtype | None:
+        """Return the dtype in which the experts compute; None: that of their weights."""
+        if self.dtype is not None or self.down_proj.dtype == torch.float64:
+            return self.dtype
+        return autocast_dtype(self.down_proj.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "casts"}
+
+
+@contextmanager
+def cast_once(*models: nn.Module) -> Iterator[None]:
+    """Within the block, cast the experts' weights once for all forwards, and not in each of them.
+
+    Enter it for the micro-batches of a step if the weights are fp32 and autocast computes in 16 bits. Gradients are the
+    same, bit for bit. The casts take the memory of this rank's routed experts in 16 bits; they are made when they are
+    first needed, and freed at the end of the block.
+
+    After a step of a torch optimizer, or any other change in place that torch counts, weights are cast again. Leave the
+    block before you change them otherwise, as by ``weight.data.copy_``. Weights that FSDP or ZeRO-3 gathers are cast as
+    without the block; so is everything in a compiled or captured graph.
+    """
+    found = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, RoutedExperts))
+    made = {experts: KeptCasts(experts.parameters(recurse=False)) for experts in found if experts.casts is None}
+
+    def forget(*_: Any) -> None:
+        for casts in made.values():
+            casts.forget()
+
+    hook = register_optimizer_step_post_hook(forget)
+    try:
+        for experts, casts in made.items():
+            experts.casts = casts
+        yield
+    finally:
+        hook.remove()
+        for experts in made:
+            experts.casts = None

@@ -98,7 +98,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         config.dtype == "float32" or part.degrees.data_parallel == "fsdp",
         "parallel.data_parallel",
         part.degrees.data_parallel,
-        "autocast keeps a copy of the weights per micro-batch, which has no formula; use equimoe.launch.dryrun",
+        "autocast keeps 16-bit casts of the weights, which have no formula; use equimoe.launch.dryrun",
     )
     require(
         config.optim.name != "muon",

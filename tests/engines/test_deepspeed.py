@@ -5,6 +5,7 @@ The model has MoE layers with the global-batch loss (estimator "exact") and weig
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from equimoe.moe.engines import Batch, Engine, build_engine  # noqa: E402
 from equimoe.moe.engines.deepspeed import DeepSpeedEngine, build_deepspeed_engine  # noqa: E402
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh  # noqa: E402
 from tests.helpers import trained  # noqa: E402
+from tests.helpers.casts import Casts, always_cast  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.recorded import full  # noqa: E402
 
@@ -52,7 +54,12 @@ def torch_engine(mesh: Mesh | None = None, **how: Any) -> Engine:
 
 
 def deepspeed_engine(
-    mesh: Mesh | None, stage: int, micro_batches: int = trained.MICRO_BATCHES, settings: Any = SETTINGS, **how: Any
+    mesh: Mesh | None,
+    stage: int,
+    micro_batches: int = trained.MICRO_BATCHES,
+    settings: Any = SETTINGS,
+    precision: Any = nullcontext,
+    **how: Any,
 ) -> Any:
     ranks = 1 if mesh is None else mesh["dp"].size
     size = trained.SEQUENCES // ranks // micro_batches
@@ -65,6 +72,7 @@ def deepspeed_engine(
         max_norm=1.0,
         micro_batch=size,
         micro_batches=micro_batches,
+        precision=precision,
     )
 
 
@@ -348,3 +356,29 @@ def test_only_experts_are_frozen(stage: int) -> None:
         assert still == {name for name in before if "experts" in name}
 
     run_ranks(rank_main, 2)
+
+
+def test_weights_that_are_cast_once_per_step_get_the_bits_of_casts_in_every_forward() -> None:
+    """Two micro-batches, counted ahead, with recomputation. ZeRO 3 gathers weights for every forward."""
+
+    def found(mesh: Mesh, stage: int) -> tuple[dict[str, Tensor], list[Tensor], int]:
+        bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+        engine, losses = deepspeed_engine(mesh, stage, precision=bf16, recompute_blocks=True), []
+        for step in range(STEPS):
+            with Casts(engine.parts[0]) as casts:
+                losses += engine.step(trained.batches(mesh, step), RATE).losses
+            losses += engine.evaluate(trained.batches(mesh, 9))
+        return whole_state(engine), losses, casts.count
+
+    def rank_main(rank: int, world: int) -> list[tuple[bool, int, int]]:
+        mesh, same = build_mesh(ParallelConfig(ep=2)), []
+        for stage in STAGES:
+            state, losses, once = found(mesh, stage)
+            with always_cast():
+                right, expected, always = found(mesh, stage)
+            equal = all(torch.equal(state[n], value) for n, value in right.items())
+            same.append((equal and all(map(torch.equal, losses, expected)), once, always))
+        return same
+
+    for rows in run_ranks(rank_main, 2, timeout=100):
+        assert rows == [*[(True, 2, 12)] * 3, (True, 0, 0)]

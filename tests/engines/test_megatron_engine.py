@@ -33,6 +33,7 @@ from equimoe.moe.model import Decoder  # noqa: E402
 from equimoe.moe.observe.metrics import read_records  # noqa: E402
 from equimoe.moe.parallel import Mesh, ParallelConfig, build_mesh  # noqa: E402
 from tests.helpers import small, trained  # noqa: E402
+from tests.helpers.casts import Casts, always_cast  # noqa: E402
 from tests.helpers.command import launch  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 from tests.helpers.megatron_cpu import megatron_on_cpu  # noqa: E402
@@ -378,6 +379,47 @@ def test_without_a_gpu_it_is_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     run_ranks(rank_main, 1)
+
+
+def test_stages_exchange_hidden_states_in_one_dtype_under_autocast() -> None:
+    def rank_main(rank: int, world: int) -> list[tuple[float, float]]:
+        with megatron_on_cpu():
+            mesh = mesh_of(pp=2)
+            return trajectory(megatron_engine(mesh, precision=partial(torch.autocast, "cpu", torch.bfloat16)), mesh)
+
+    found = run_ranks(rank_main, 2)
+    for step, (loss, norm) in enumerate(one_process()[0]):
+        assert sum(of_rank[step][0] for of_rank in found) == pytest.approx(loss, rel=2e-2), step
+        assert found[0][step][1] == pytest.approx(norm, rel=0.1), step
+
+
+@pytest.mark.parametrize("degrees", [{"ep": 2}, {"pp": 2}])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_weights_that_are_cast_once_per_step_get_the_bits_of_casts_in_every_forward(
+    degrees: dict[str, int], distributed: bool
+) -> None:
+    """Micro-batches are counted ahead."""
+
+    def found(mesh: Mesh) -> tuple[dict[str, Tensor], list[Tensor], int]:
+        bf16 = partial(torch.autocast, "cpu", torch.bfloat16)
+        engine, losses = megatron_engine(mesh, precision=bf16, distributed_optimizer=distributed), []
+        for step in range(STEPS):
+            with Casts(engine.parts[0]) as casts:
+                losses += engine.step(batches(mesh, step), RATE).losses
+            losses += engine.evaluate(batches(mesh, 9))
+        return whole_state(engine), losses, casts.count
+
+    @megatron_on_cpu()
+    def rank_main(rank: int, world: int) -> tuple[bool, int, int]:
+        mesh = mesh_of(**degrees)
+        state, losses, once = found(mesh)
+        with always_cast():
+            right, expected, always = found(mesh)
+        equal = all(torch.equal(state[n], value) for n, value in right.items())
+        return equal and all(map(torch.equal, losses, expected)), once, always
+
+    for equal, once, always in run_ranks(rank_main, 2, timeout=100):
+        assert equal and 0 < once == always / (2 * trained.MICRO_BATCHES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

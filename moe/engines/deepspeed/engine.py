@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ...balance import Step
 from ...checkpoint import State, tensors_of
 from ...collectives import world_axis
+from ...experts import cast_once
 from ...layer import MoE
 from ...parallel import LocalBatch, LossFunction, Mesh, check_alike, parallelize, token_losses
 from ...parallel.grad_norm import clip_gradients_
@@ -162,7 +163,8 @@ class DeepSpeedEngine:
             tokens, routed, check_alike = count_tokens(batches, local, self._mesh, self.parameters)
             check_alike()
             self.balance.begin(len(local), routed)
-            losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
+            with cast_once(*self.parts):
+                losses = self._runner.train(local, tokens.clamp_min(1), self.balance)
             norm, applied = self._update(lr, losses, tokens, accept)
         except BaseException:
             self.balance.discard()
@@ -189,7 +191,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> list[Tensor]:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
-        with evaluation_mode(self.parts):
+        with evaluation_mode(self.parts), cast_once(*self.parts):
             return self._runner.evaluate(local_batches(batches, self._mesh, self._device, self.parts))
 
     def weights(self) -> dict[str, Tensor]:

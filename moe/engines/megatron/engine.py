@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ...balance import Step, random_state_kept
 from ...checkpoint import State, tensors_of
 from ...collectives import global_ranks, world_axis
+from ...experts import cast_once
 from ...layer import MoE
 from ...model import Decoder
 from ...model.documents import Documents
@@ -265,10 +266,11 @@ class MegatronEngine:
             self._tokens.value = tokens.clamp_min(1)
             self.balance.begin(len(local), routed)
             self._zero_grad()
-            if self.balance.counts_ahead:
-                with random_state_kept(), torch.no_grad():
-                    self._run(local, lambda m: self.balance.micro_batch(m, ahead=True), forward_only=True)
-            losses = self._run(local, self.balance.micro_batch, forward_only=False)
+            with cast_once(*self.parts):
+                if self.balance.counts_ahead:
+                    with random_state_kept(), torch.no_grad():
+                        self._run(local, lambda m: self.balance.micro_batch(m, ahead=True), forward_only=True)
+                losses = self._run(local, self.balance.micro_batch, forward_only=False)
             norm, applied = self._update(lr, losses, tokens, accept)
         except BaseException:
             self.balance.discard()
@@ -283,7 +285,7 @@ class MegatronEngine:
         """See :meth:`equimoe.moe.engines.base.Engine.evaluate`."""
         if not batches:
             return []
-        with evaluation_mode([self.megatron]):
+        with evaluation_mode([self.megatron]), cast_once(*self.parts):
             local = local_batches(batches, self._mesh, self._device, self.parts)
             return self._run(local, lambda m: nullcontext(), forward_only=True)
 
@@ -303,6 +305,8 @@ class MegatronEngine:
             hidden = None if batch.starts is None else ~Documents(batch.starts).seen()
             with around(m), self._precision():
                 output = model(batch.inputs, positions, hidden, padding_mask=padding)
+            if not self._stage.post_process:
+                output = output.to(self._stage.config.pipeline_dtype)  # what the next stage receives, also of autocast
             return output, lambda logits: self._losses(logits, batch)
 
         first = batches[0].inputs.shape

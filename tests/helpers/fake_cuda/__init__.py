@@ -123,6 +123,7 @@ def _build() -> Path:
 
 def _believe() -> None:
     """Make the Python half of torch.cuda believe in the device too, and let modules of fake tensors move to it."""
+    stream = Stream()
     stand_ins: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
@@ -135,7 +136,8 @@ def _believe() -> None:
         "reset_peak_memory_stats": lambda *_: None,
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),
         "set_rng_state": lambda *_: None,
-        "current_stream": lambda *_: Stream(),
+        "current_stream": lambda *_: stream,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *_: Stream().synchronize(),
         "is_current_stream_capturing": lambda: False,
         "Event": Event,
