@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from ..collectives import local_rows
+
+#: modes of selective checkpointing, in the forward and in the recomputation
+_SELECTIVE = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 @dataclass
@@ -40,6 +45,8 @@ class KeptCasts:
             return None
         if weight.is_inference() or local.is_inference():
             return None  # torch does not count their changes
+        if any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()):
+            return None  # a recomputation must run the same ops as its forward, which may have made the cast
         stream = None
         if local.is_cuda:
             if torch.cuda.is_current_stream_capturing():

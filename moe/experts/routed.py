@@ -116,7 +116,7 @@ def cast_once(*models: nn.Module) -> Iterator[None]:
 
     After a step of a torch optimizer, or any other change in place that torch counts, weights are cast again. Leave the
     block before you change them otherwise, as by ``weight.data.copy_``. Weights that FSDP or ZeRO-3 gathers are cast as
-    without the block; so is everything in a compiled or captured graph.
+    without the block; so is everything in compiled and captured graphs, and under selective checkpointing.
     """
     found = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, RoutedExperts))
     made = {experts: KeptCasts(experts.parameters(recurse=False)) for experts in found if experts.casts is None}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig, Step, cast_once, recompute
 from equimoe.moe.engines import Batch, build_engine
@@ -155,17 +156,6 @@ def assigned(layer: MoE) -> None:
         weight.data = weight.detach() * 2
 
 
-def moved_in_a_buffer(layer: MoE) -> None:
-    """As engines do that keep all weights in one tensor."""
-    weight = layer.experts.down_proj
-    buffer = torch.randn(2 * weight.numel())
-    weight.data = buffer[: weight.numel()].view_as(weight)
-    with cast_once(layer):
-        before = plain(layer)
-        weight.data = buffer[weight.numel() :].view_as(weight)
-        assert not torch.equal(plain(layer)[0], before[0])
-
-
 @torch.no_grad()
 def doubled(layer: MoE) -> None:
     for weight in layer.experts.parameters():
@@ -206,7 +196,6 @@ CHANGES: dict[str, Callable[[MoE], object]] = {
     ),
     "another Parameter": replaced,
     "weight.data": assigned,
-    "weight.data in a buffer": moved_in_a_buffer,
     "conversion": converted,
     "swap_tensors": swapped,
 }
@@ -223,6 +212,19 @@ def test_a_changed_weight_is_cast_again(change: str) -> None:
     want = plain(layer)
     assert not torch.equal(before[0], want[0])
     assert all(map(torch.equal, found, want)) and all(map(torch.equal, again, want))
+
+
+def test_a_weight_that_moves_within_a_buffer_is_cast_again() -> None:
+    """As in engines that keep all weights in one tensor."""
+    layer = MoE(CONFIG)
+    weight = layer.experts.down_proj
+    parts = torch.randn(2, *weight.shape)
+    weight.data = parts[0]
+    with cast_once(layer):
+        plain(layer)
+        weight.data = parts[1]
+        found = plain(layer)
+    assert all(map(torch.equal, found, plain(layer)))
 
 
 def test_a_backward_after_a_change_uses_the_weights_of_its_forward() -> None:
@@ -353,10 +355,35 @@ def test_a_compiled_graph_casts_by_itself(trains: bool) -> None:
         return all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(run(compiled), run(layer), strict=True))
 
     with cast_once(layer):
+        run(compiled)
+        assert held(layer) == [None, None]
         for _ in range(2):
             assert alike()
             doubled(layer)
     assert alike()
+
+
+def test_selective_checkpointing_may_save_casts() -> None:
+    """It numbers the ops of a forward, and its recomputation must run the same ones."""
+
+    def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.aten._to_copy.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer, x = MoE(CONFIG).eval(), inputs(0).requires_grad_()
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def run(how: Callable[..., Any]) -> tuple[Tensor, ...]:
+        with BF16():
+            y = how(layer, x)
+        return torch.autograd.grad(y.float().square().sum(), [x, *layer.experts.parameters()])
+
+    want = run(lambda f, x: f(x))
+    with cast_once(layer):
+        for _ in range(2):
+            found = run(partial(checkpoint, use_reentrant=False, context_fn=contexts))
+            assert all(map(torch.equal, found, want))
+            run(lambda f, x: f(x))
 
 
 def test_parametrized_and_functional_weights() -> None:
