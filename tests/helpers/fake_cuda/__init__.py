@@ -139,7 +139,6 @@ def _believe() -> None:
         "current_stream": lambda *_: stream,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda *_: Stream().synchronize(),
-        "is_current_stream_capturing": lambda: False,
         "Event": Event,
     }
     for name, stand_in in stand_ins.items():
