@@ -18,7 +18,7 @@ TESTS = {
     "kernels": ["tests/kernels", "tests/devices"],
     "library and training": ["tests/moe"],
     "commands": [
-        *(f"tests/test_{name}.py" for name in ("gpu_benchmark", "dockerfile", "documents", "watching_page")),
+        *(f"tests/test_{name}.py" for name in ("dockerfile", "documents", "watching_page", "gpu_benchmark")),
         "tests/interop/test_weights_page.py",
     ],
     "all else": ["tests"],

@@ -86,6 +86,6 @@ def test_the_parts_run_files_that_exist() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_rehearsal_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["gate", "why", "--out", str(tmp_path)]) == 0, capsys.readouterr().out

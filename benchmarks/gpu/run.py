@@ -133,14 +133,14 @@ def run_part(part: Part, file: Path, on_gpu: bool, seconds: float) -> int:
 
 def run_stage(stage: str, out: Path, on_gpu: bool) -> list[str]:
     """Run the parts of a stage, and return the names of those that failed."""
-    failed, end = [], time.monotonic() + STAGE_SECONDS
+    patience = 1 if on_gpu else REHEARSAL
+    failed, end = [], time.monotonic() + patience * STAGE_SECONDS
     for name, part in STAGES[stage].items():
         if not on_gpu and not part.rehearsal:
             print(f"{stage}: {name}: cannot be rehearsed without a GPU", flush=True)
             continue
         begin, file = time.monotonic(), out / f"{stage}_{slug(name)}.txt"
-        limit = part.seconds if on_gpu else REHEARSAL * part.seconds
-        seconds = max(min(limit, end - begin), 0)
+        seconds = max(min(patience * part.seconds, end - begin), 0)
         code = run_part(part, file, on_gpu, seconds)
         verdict = {0: "passed", 124: f"ran longer than the {seconds:.0f} s that it had"}.get(
             code, f"FAILED with exit code {code}"

@@ -186,12 +186,17 @@ CASES: list[Case] = [
     ("activate_backward", "gated", lambda: activation(S * K, randn, True)),
     ("activate_backward", "strided, no gate", lambda: activation(S * K, strided, True, gated=False)),
     ("activate_backward", "no rows", lambda: activation(0, randn, True)),
-    ("expert_mlp", "dropped ids", lambda: mlp()),
-    ("expert_mlp", "strided, nothing kept", lambda: mlp(make=strided, keep=False)),
-    ("expert_mlp", "no rows", lambda: mlp(0)),
-    ("expert_mlp_backward", "dropped ids", lambda: mlp_backward()),
-    ("expert_mlp_backward", "strided, computed again", lambda: mlp_backward(make=strided, keep=False)),
-    ("expert_mlp_backward", "no rows", lambda: mlp_backward(0)),
+    ("expert_mlp", "dropped ids", lambda: (*mlp(), None, None)),
+    ("expert_mlp", "strided, nothing kept", lambda: (*mlp(make=strided, keep=False), None, None)),
+    ("expert_mlp", "no rows", lambda: (*mlp(0), None, None)),
+    ("expert_mlp_backward", "dropped ids", lambda: (*mlp_backward(), None, None)),
+    ("expert_mlp_backward", "strided, computed again", lambda: (*mlp_backward(make=strided, keep=False), None, None)),
+    ("expert_mlp_backward", "no rows", lambda: (*mlp_backward(0), None, None)),
+    (
+        "expert_mlp_backward",
+        "into main gradients",
+        lambda: (*mlp_backward(), randn(E, 2 * F, D), randn(E, D, F)),
+    ),
     ("cpu_expert_mlp", "dropped ids", lambda: mlp()[:-1]),
     ("cpu_expert_mlp", "strided, no gate", lambda: mlp(make=strided, kind=("gelu", False))[:-1]),
     ("cpu_expert_mlp", "no rows", lambda: mlp(0)[:-1]),
@@ -200,8 +205,8 @@ CASES: list[Case] = [
     ("cpu_expert_mlp_backward", "one gradient", lambda: cpu_backward(needs=(False, True, False, False))),
 ]
 MORE: list[Case] = [
-    ("expert_mlp", "all dropped, no gate", lambda: mlp(drop="all", kind=("gelu", False))),
-    ("expert_mlp_backward", "one gradient", lambda: mlp_backward(needs=(False, True, False, False))),
+    ("expert_mlp", "all dropped, no gate", lambda: (*mlp(drop="all", kind=("gelu", False)), None, None)),
+    ("expert_mlp_backward", "one gradient", lambda: (*mlp_backward(needs=(False, True, False, False)), None, None)),
 ]
 
 

@@ -134,11 +134,11 @@ def test_custom_ops(gated: bool) -> None:
     order = sort_by_expert(ids_SK, 3)
     expert_mlp(inputs[0], inputs[1], order, inputs[2], inputs[3], backend="triton", gated=gated)  # registers the ops
     for keep in (True, False):
-        arguments = ([t.detach().requires_grad_() for t in inputs], order, ("silu", gated, keep))
+        arguments = ([t.detach().requires_grad_() for t in inputs], order, ("silu", gated, keep, None, None))
         torch.library.opcheck(torch.ops.equimoe.expert_mlp.default, [t for part in arguments for t in part])
         pre_RU = torch.randn(12 if keep else 0, inputs[2].shape[1], device=DEVICE)
         for needs in ([True] * 4, [False, True, False, False]):
-            rest = (dy_SD, pre_RU, *inputs, *order, "silu", gated, keep, needs)
+            rest = (dy_SD, pre_RU, *inputs, *order, "silu", gated, keep, needs, None, None)
             torch.library.opcheck(torch.ops.equimoe.expert_mlp_backward.default, rest)
 
 
