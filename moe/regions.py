@@ -9,11 +9,14 @@ import torch
 from torch.profiler import record_function
 
 
+_NOTHING = nullcontext()
+
+
 def region(name: str) -> AbstractContextManager[Any]:
     """Return a context that a running torch profiler shows under ``name``; without one, it does nothing.
 
     It does nothing in compiled code either, where torch names the parts.
     """
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
-        return nullcontext()
+        return _NOTHING
     return record_function(name)

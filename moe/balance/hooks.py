@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+#: returns what torch calls for every new Python frame; None if it is not within compiled code
+_compiler_of_frames = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,12 +48,10 @@ def _untraced(traced: Callable[..., R] | None, method: Callable[P, R]) -> Callab
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if traced is not None and torch.compiler.is_compiling():
-            result = traced(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
-            return outside(*args, **kwargs)
-        return method(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            result = NotImplemented if traced is None else traced(*args, **kwargs)
+            return outside(*args, **kwargs) if result is NotImplemented else result
+        # outside of compiled code, there is no compiler that could look into the method
+        return method(*args, **kwargs) if _compiler_of_frames() is None else outside(*args, **kwargs)
 
     return call
