@@ -10,9 +10,9 @@ for 16-bit rows: PyTorch's 16-bit arithmetic converts in every operation, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,11 @@ class Rows:
     For 16-bit products of many rows, each expert's rows are padded with zero rows to a multiple of 16: oneDNN, which
     computes them, compiles code for every number of rows that it meets, and a router produces new numbers in every
     step. With fewer than 16 rows per expert, padding would more than double them.
+
+    ``tensors`` are those of the same rows in the forward, if the backward is not to compute them again.
     """
 
-    def __init__(self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder) -> None:
+    def __init__(self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, tensors: Sequence[Any] = ()) -> None:
         bounds = order.offsets_E.tolist()
         multiple = 16 if x_SD.element_size() == 2 and bounds[-1] >= 16 * (len(bounds) - 1) else 1
         sizes = [-(-(stop - start) // multiple) * multiple for start, stop in pairwise(bounds)]
@@ -45,16 +47,25 @@ class Rows:
         self.size, kept = self.offsets[-1], bounds[-1]
         self.all_kept, self.padded = kept == order.order_R.numel(), self.size > kept
         self.flat_R = order.order_R if self.all_kept else order.order_R[:kept]
-        self.inverse_SK = order.inverse_SK
-        source_R, weights_R = self.flat_R // max(weights_SK.shape[1], 1), weights_SK.take(self.flat_R)
-        if self.padded:
-            shift_E = (torch.tensor(self.offsets, device=x_SD.device) - order.offsets_E)[:-1]
-            shift_R = shift_E.repeat_interleave(order.offsets_E.diff())
-            self.place_R = torch.arange(kept, device=x_SD.device) + shift_R
-            self.inverse_SK = torch.where(self.inverse_SK < 0, -1, self.place_R[self.inverse_SK])
-            source_R = source_R.new_full((self.size,), x_SD.shape[0]).index_copy_(0, self.place_R, source_R)
-            weights_R = weights_R.new_zeros(self.size).index_copy_(0, self.place_R, weights_R)
-        self.source_P, self.weights_P1 = source_R, weights_R[:, None]
+        self.tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+        self.tensors = tuple(tensors) or self._compute(x_SD, weights_SK, order)
+        self.source_P, self.weights_P1, self.inverse_SK, self.place_R = self.tensors
+
+    def _compute(
+        self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the source row and the weight of each place, and the place of each choice and of each kept row."""
+        source_R = self.flat_R.floor_divide(max(weights_SK.shape[1], 1))
+        weights_R = weights_SK.take(self.flat_R)
+        if not self.padded:
+            return source_R, weights_R[:, None], order.inverse_SK, None
+        shift_E = (torch.tensor(self.offsets, device=x_SD.device) - order.offsets_E)[:-1]
+        shift_R = shift_E.repeat_interleave(order.offsets_E.diff())
+        place_R = torch.arange(len(shift_R), device=x_SD.device) + shift_R
+        inverse_SK = torch.where(order.inverse_SK < 0, -1, place_R[order.inverse_SK])
+        source_P = source_R.new_full((self.size,), x_SD.shape[0]).index_copy_(0, place_R, source_R)
+        weights_P = weights_R.new_zeros(self.size).index_copy_(0, place_R, weights_R)
+        return source_P, weights_P[:, None], inverse_SK, place_R
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Yield each expert that has rows, and the slice of its places."""
@@ -73,7 +84,7 @@ class Rows:
         if self.all_kept:
             return values_P[self.inverse_SK]
         out_SK = values_P.new_zeros(self.inverse_SK.shape)
-        out_SK.view(-1)[self.flat_R] = values_P[self.place_R] if self.padded else values_P
+        out_SK.view(-1)[self.flat_R] = values_P if self.place_R is None else values_P[self.place_R]
         return out_SK
 
     def new_gradient(self, weight: Tensor) -> Tensor:
@@ -99,11 +110,16 @@ def differentiate(
     dh_NF: Tensor, z_NF: Tensor, s_NF: Tensor, up_NF: Tensor | None, options: MLPOptions, dpre_NU: Tensor
 ) -> Tensor:
     """Write the gradient of the pre-activation to ``dpre_NU``. Overwrites ``dh_NF`` and ``s_NF``."""
-    width = dh_NF.shape[1]
+    dz_NF = dpre_NU
     if up_NF is not None:
-        dpre_NU[:, width:] = s_NF.mul_(dh_NF)
+        dz_NF, dup_NF = dpre_NU.chunk(2, 1)
+        torch.mul(s_NF, dh_NF, out=dup_NF)
         dh_NF.mul_(up_NF)
-    dpre_NU[:, :width] = ACTIVATIONS[options.activation].gradient(dh_NF, z_NF, out=s_NF)
+    gradient = ACTIVATIONS[options.activation].gradient
+    if dz_NF.dtype == s_NF.dtype:
+        gradient(dh_NF, z_NF, out=dz_NF)
+    else:
+        dz_NF.copy_(gradient(dh_NF, z_NF, out=s_NF))
     return dpre_NU
 
 
@@ -115,7 +131,7 @@ def forward(
     down_EDF: Tensor,
     options: MLPOptions,
     keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
     rows = Rows(x_SD, weights_SK, order)
     out_PD = empty(rows.size, x_SD.shape[1], like=x_SD)
@@ -129,12 +145,12 @@ def forward(
             h_NF.mul_(up_NF)
         h_NF.mul_(rows.weights_P1[span])  # in fp32, before rounding to 16 bits
         torch.mm(h_NF.to(x_SD.dtype), down_EDF[expert].T, out=out_PD[span])
-    return rows.sum(out_PD), pre_PU
+    return rows.sum(out_PD), () if pre_PU is None else (pre_PU,)
 
 
 def backward(
     dy_SD: Tensor,
-    pre_PU: Tensor | None,
+    kept: Sequence[Tensor],
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
@@ -145,7 +161,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
 
-    If ``pre_PU`` is None, recompute the pre-activations expert by expert.
+    ``kept`` is what the forward kept. If that is nothing, recompute the pre-activations expert by expert.
     """
     rows = Rows(x_SD, weights_SK, order)
     needs_x, needs_weights, needs_gate_up, needs_down = needs
@@ -157,7 +173,7 @@ def backward(
     for expert, span in rows.spans():
         index_N, w_N1 = rows.source_P[span], rows.weights_P1[span]
         x_ND, dy_ND = x_SD.index_select(0, index_N), dy_SD.index_select(0, index_N)
-        pre_NU = torch.mm(x_ND, gate_up_EUD[expert].T) if pre_PU is None else pre_PU[span]
+        pre_NU = kept[0][span] if kept else torch.mm(x_ND, gate_up_EUD[expert].T)
         z_NF, s_NF, up_NF = activate(pre_NU, options)
         h_NF = s_NF if up_NF is None else s_NF * up_NF
         dh_NF = widen(torch.mm(dy_ND, down_EDF[expert]))

@@ -9,13 +9,13 @@ The products are torch's grouped ones, which multiply expert by expert as well, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
-from ..grouped_gemm.row_layouts import grouped_mm
 from ..sort_by_expert import ExpertOrder
 from .expert_mlp import Rows, activate, differentiate, widen
 from .memory import HUGE_PAGE
@@ -33,7 +33,8 @@ def fits(rows: int, gate_up_EUD: Tensor, down_EDF: Tensor) -> bool:
     size, (experts, both, hidden) = gate_up_EUD.element_size(), gate_up_EUD.shape
     if rows * both > _FEW or experts * both * hidden * size >= HUGE_PAGE or gate_up_EUD.dtype == torch.float64:
         return False
-    return all(width and width * size % 16 == 0 for width in (hidden, both, down_EDF.shape[2]))
+    aligned = all(width and width * size % 16 == 0 for width in (hidden, both, down_EDF.shape[2]))
+    return aligned and all(w.is_contiguous() and w.storage_offset() * size % 16 == 0 for w in (gate_up_EUD, down_EDF))
 
 
 def _sum(rows: Rows, rows_PD: Tensor) -> Tensor:
@@ -41,6 +42,11 @@ def _sum(rows: Rows, rows_PD: Tensor) -> Tensor:
     if rows.all_kept and rows_PD.dtype == torch.float32:  # fewer calls
         return rows_PD[rows.inverse_SK].sum(1)
     return rows.sum(rows_PD)
+
+
+def _ends(rows: Rows) -> Tensor:
+    """int32 [E], where each expert's places end."""
+    return torch.tensor(rows.offsets[1:], dtype=torch.int32, device=rows.source_P.device)
 
 
 def forward(
@@ -51,22 +57,23 @@ def forward(
     down_EDF: Tensor,
     options: MLPOptions,
     keep: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return the output [S, D] and, if ``keep``, the pre-activations [P, U] and which rows they are of."""
     rows = Rows(x_SD, weights_SK, order)
-    ends_E = torch.tensor(rows.offsets[1:], dtype=torch.int32, device=x_SD.device)
+    ends_E = _ends(rows)
     x_PD = rows.sources(x_SD).index_select(0, rows.source_P)
-    pre_PU = grouped_mm(x_PD, gate_up_EUD.mT, ends_E)
+    pre_PU = grouped_mm(x_PD, gate_up_EUD.mT, offs=ends_E)
     _, h_PF, up_PF = activate(pre_PU, options)
     if up_PF is not None:
         h_PF.mul_(up_PF)
     h_PF.mul_(rows.weights_P1)
-    return _sum(rows, grouped_mm(h_PF.to(x_SD.dtype), down_EDF.mT, ends_E)), pre_PU if keep else None
+    y_SD = _sum(rows, grouped_mm(h_PF.to(x_SD.dtype), down_EDF.mT, offs=ends_E))
+    return y_SD, (pre_PU, ends_E, *rows.tensors) if keep else ()
 
 
 def backward(
     dy_SD: Tensor,
-    pre_PU: Tensor | None,
+    kept: Sequence[Tensor],
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
@@ -77,26 +84,25 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
 
-    If ``pre_PU`` is None, recompute the pre-activations.
+    ``kept`` is what the forward kept. If that is nothing, recompute it.
     """
-    rows = Rows(x_SD, weights_SK, order)
-    ends_E = torch.tensor(rows.offsets[1:], dtype=torch.int32, device=x_SD.device)
+    rows = Rows(x_SD, weights_SK, order, kept[2:])
+    ends_E = kept[1] if kept else _ends(rows)
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     dx_SD = dweights_SK = dgate_up_EUD = ddown_EDF = None
     x_PD, dy_PD = (rows.sources(t).index_select(0, rows.source_P) for t in (x_SD, dy_SD))
-    if pre_PU is None:
-        pre_PU = grouped_mm(x_PD, gate_up_EUD.mT, ends_E)
+    pre_PU = kept[0] if kept else grouped_mm(x_PD, gate_up_EUD.mT, offs=ends_E)
     z_PF, s_PF, up_PF = activate(pre_PU, options)
     h_PF = s_PF if up_PF is None else s_PF * up_PF
-    dh_PF = widen(grouped_mm(dy_PD, down_EDF, ends_E))
+    dh_PF = widen(grouped_mm(dy_PD, down_EDF, offs=ends_E))
     if needs_down:
-        ddown_EDF = F.grouped_mm(dy_PD.T, (h_PF * rows.weights_P1).to(x_SD.dtype), offs=ends_E)
+        ddown_EDF = grouped_mm(dy_PD.T, (h_PF * rows.weights_P1).to(x_SD.dtype), offs=ends_E)
     if needs_weights:
         dweights_SK = rows.unsort((h_PF * dh_PF).sum(1).to(weights_SK.dtype))
     if needs_x or needs_gate_up:
         dpre_PU = differentiate(dh_PF.mul_(rows.weights_P1), z_PF, s_PF, up_PF, options, torch.empty_like(pre_PU))
         if needs_gate_up:
-            dgate_up_EUD = F.grouped_mm(dpre_PU.T, x_PD, offs=ends_E)
+            dgate_up_EUD = grouped_mm(dpre_PU.T, x_PD, offs=ends_E)
         if needs_x:
-            dx_SD = _sum(rows, grouped_mm(dpre_PU, gate_up_EUD, ends_E))
+            dx_SD = _sum(rows, grouped_mm(dpre_PU, gate_up_EUD, offs=ends_E))
     return dx_SD, dweights_SK, dgate_up_EUD, ddown_EDF

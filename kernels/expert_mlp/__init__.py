@@ -87,7 +87,8 @@ def expert_mlp(
       ``gate_up_EFD`` is [E, F, D] and contains up.
     * ``activation`` is "silu", "gelu" (with the error function), "gelu_tanh", or "relu2" (the square of ReLU).
     * With ``recompute`` only the inputs are kept for the backward pass, which recomputes the pre-activation
-      ``x @ gate_up.T``. Otherwise the pre-activation of all routed rows is kept, too.
+      ``x @ gate_up.T``. Otherwise the pre-activation of all routed rows is kept, too, and for few rows on a CPU also
+      which rows they are of.
 
     * ``main_grads`` are fp32 tensors of the shapes of gate_up and down, or None. A weight's gradient is added to its
       own, in fp32, by each backward pass, and autograd gets no gradient of it. The triton backend adds within the

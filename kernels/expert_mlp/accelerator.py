@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,20 +63,20 @@ def forward(
     down_EDF: Tensor,
     options: MLPOptions,
     keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [P, U]."""
     if _is_empty(order, down_EDF):
-        return x_SD.new_zeros(x_SD.shape), x_SD.new_zeros(0, gate_up_EFD.shape[1]) if keep else None
+        return x_SD.new_zeros(x_SD.shape), ()
     rows = _Rows(weights_SK, order, down_EDF)
     pre_PU = rows.layout.product(x_SD[rows.source_P], gate_up_EFD.mT)
     h_PF = _activate(pre_PU, options, down_EDF.shape[2])[1]
     out_PD = rows.layout.product(h_PF, down_EDF.mT).mul_(rows.weights_P1)
-    return sum_rows(out_PD, rows.inverse_SK), pre_PU if keep else None
+    return sum_rows(out_PD, rows.inverse_SK), (pre_PU,) if keep else ()
 
 
 def backward(
     dy_SD: Tensor,
-    pre_PU: Tensor | None,
+    kept: Sequence[Tensor],
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
@@ -85,7 +87,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
 
-    If ``pre_PU`` is None, recompute the pre-activations.
+    ``kept`` is what the forward kept. If that is nothing, recompute the pre-activations.
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     if _is_empty(order, down_EDF):
@@ -94,8 +96,7 @@ def backward(
         return dx, dweights, dgate_up, ddown
     rows = _Rows(weights_SK, order, down_EDF)
     product, weight_grad = rows.layout.product, rows.layout.weight_grad
-    if pre_PU is None:
-        pre_PU = product(x_SD[rows.source_P], gate_up_EFD.mT)
+    pre_PU = kept[0] if kept else product(x_SD[rows.source_P], gate_up_EFD.mT)
     s_PF, h_PF = _activate(pre_PU, options, down_EDF.shape[2])
     dy_PD = dy_SD[rows.source_P]
     dh_PF = product(dy_PD, down_EDF)

@@ -58,7 +58,7 @@ def _backward(
     order, options = ExpertOrder(order_R, inverse_SK, offsets_E), MLPOptions(activation, gated)
     needed = (needs[0], needs[1], needs[2], needs[3])
     with without_autocast(dy_SD.device):
-        found = cpu.backward(dy_SD, None, x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, needed)
+        found = cpu.backward(dy_SD, (), x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, needed)
     dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF = (x_SD.new_empty(0) if t is None else t for t in found)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF
 

@@ -9,6 +9,8 @@ apply activations: each reads and writes every row once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..activations.triton_ops import activate_rows, differentiate_rows
@@ -26,20 +28,20 @@ def forward(
     down_EDF: Tensor,
     options: MLPOptions,
     keep: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [R, U]."""
     num_rows = order.order_R.shape[0]
     if num_rows == 0 or down_EDF.numel() == 0:
-        return x_SD.new_zeros(x_SD.shape), x_SD.new_zeros(0, gate_up_EFD.shape[1]) if keep else None
+        return x_SD.new_zeros(x_SD.shape), ()
     layout = GroupedLayout(order.offsets_E, num_rows)
     pre_RU = layout.product(permute(x_SD, order, num_rows), gate_up_EFD.mT)
     h_RF = activate_rows(pre_RU, weights_SK, order.order_R, *options)
-    return combine(layout.product(h_RF, down_EDF.mT), order), pre_RU if keep else None
+    return combine(layout.product(h_RF, down_EDF.mT), order), (pre_RU,) if keep else ()
 
 
 def backward(
     dy_SD: Tensor,
-    pre_RU: Tensor | None,
+    kept: Sequence[Tensor],
     x_SD: Tensor,
     weights_SK: Tensor,
     order: ExpertOrder,
@@ -50,7 +52,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, weights, gate_up and down; None where ``needs`` is False.
 
-    If ``pre_RU`` is None, recompute the pre-activations.
+    ``kept`` is what the forward kept. If that is nothing, recompute the pre-activations.
     """
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     num_rows, inverse_SK = order.order_R.shape[0], order.inverse_SK
@@ -59,8 +61,7 @@ def backward(
         dx, dweights, dgate_up, ddown = (t.new_zeros(t.shape) if needed else None for t, needed in inputs)
         return dx, dweights, dgate_up, ddown
     layout = GroupedLayout(order.offsets_E, num_rows)
-    if pre_RU is None:
-        pre_RU = layout.product(permute(x_SD, order, num_rows), gate_up_EFD.mT)
+    pre_RU = kept[0] if kept else layout.product(permute(x_SD, order, num_rows), gate_up_EFD.mT)
     dy_RD = permute(dy_SD, order, num_rows)
     dh_RF = layout.product(dy_RD, down_EDF)
     h_RF, dpre_RU, dweights_R = differentiate_rows(dh_RF, pre_RU, weights_SK, order.order_R, *options)

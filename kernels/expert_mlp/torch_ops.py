@@ -47,18 +47,18 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         order = ExpertOrder(order_R, inverse_SK, offsets_E)
         ctx.path, ctx.options = path, options
-        y_SD, pre_RF = path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
-        ctx.save_for_backward(pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order)
+        y_SD, kept = path.forward(x_SD, weights_SK, order, gate_up_EFD, down_EDF, options, not recompute)
+        ctx.save_for_backward(x_SD, weights_SK, gate_up_EFD, down_EDF, *order, *kept)
         return result(y_SD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_SD: Tensor) -> tuple[Tensor | None, ...]:
-        pre_RF, x_SD, weights_SK, gate_up_EFD, down_EDF, *order = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        inputs = (x_SD, weights_SK, ExpertOrder(*order), gate_up_EFD, down_EDF)
+        x_SD, weights_SK, gate_up_EFD, down_EDF, *saved = ctx.saved_tensors
+        order, kept = ExpertOrder(*saved[:3]), saved[3:]
+        inputs = (x_SD, weights_SK, order, gate_up_EFD, down_EDF)
         with without_autocast(dy_SD.device):
-            return *ctx.path.backward(dy_SD, pre_RF, *inputs, ctx.options, needs), *(None,) * 6
+            return *ctx.path.backward(dy_SD, kept, *inputs, ctx.options, ctx.needs_input_grad[:4]), *(None,) * 6
 
 
 def expert_mlp(

@@ -86,8 +86,11 @@ def test_what_a_run_keeps_is_what_the_formula_says(backend: str) -> None:
 
     kept = timing.kept_for_backward(forward, (gate_up, down))
     small = 8 * (2 * shape.rows + shape.E + 1) + 4 * shape.rows
-    padding = 4 * shape.F * 15 * shape.E * (backend == "torch")
-    assert 0 <= kept - cost.kept_bytes(shape) - small <= padding
+    more = 0
+    if backend == "torch":  # on a CPU: padding, and which rows the few rows are of
+        places = shape.rows + 15 * shape.E
+        more = 4 * shape.F * 15 * shape.E + (8 + 4) * places + 2 * 8 * shape.rows + 4 * shape.E
+    assert 0 <= kept - cost.kept_bytes(shape) - small <= more
 
 
 def test_what_is_kept_counts_memory_once_and_no_weights() -> None:
