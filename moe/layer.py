@@ -172,7 +172,8 @@ class MoE(nn.Module):
 
     def _keep_stats(self, routing: Routing, visit: Visit) -> None:
         losses = partial(self.balancer.loss_values, visit)
-        self._stats = RoutingStats(routing.counts_BE, routing.tokens_B, routing.ids_TK, losses)
+        # not by nn.Module's assignment, which looks for parameters and modules
+        self.__dict__["_stats"] = RoutingStats(routing.counts_BE, routing.tokens_B, routing.ids_TK, losses)
 
     def __getstate__(self) -> dict[str, Any]:
         # both may hold unfinished collectives, which cannot be copied

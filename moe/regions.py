@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-
 _NOTHING = nullcontext()
 
 

@@ -40,12 +40,11 @@ class Rows:
 
     def __init__(self, x_SD: Tensor, weights_SK: Tensor, order: ExpertOrder, tensors: Sequence[Any] = ()) -> None:
         bounds = order.offsets_E.tolist()
-        multiple = 16 if x_SD.element_size() == 2 and bounds[-1] >= 16 * (len(bounds) - 1) else 1
-        sizes = [-(-(stop - start) // multiple) * multiple for start, stop in pairwise(bounds)]
+        kept, experts = bounds[-1], len(bounds) - 1
         #: the places of expert e are ``offsets[e]:offsets[e + 1]``
-        self.offsets = list(accumulate(sizes, initial=0))
-        self.size, kept = self.offsets[-1], bounds[-1]
-        self.all_kept, self.padded = kept == order.order_R.numel(), self.size > kept
+        self.offsets = _padded(bounds) if x_SD.element_size() == 2 and kept >= 16 * experts else bounds
+        self.size = self.offsets[-1]
+        self.all_kept, self.padded = kept == order.order_R.shape[0], self.size > kept
         self.flat_R = order.order_R if self.all_kept else order.order_R[:kept]
         self.tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
         self.tensors = tuple(tensors) or self._compute(x_SD, weights_SK, order)
@@ -95,6 +94,11 @@ class Rows:
         return grad
 
 
+def _padded(bounds: list[int]) -> list[int]:
+    """Round each expert's rows up to a multiple of 16."""
+    return list(accumulate((-(-(stop - start) // 16) * 16 for start, stop in pairwise(bounds)), initial=0))
+
+
 def widen(rows: Tensor) -> Tensor:
     return rows.float() if rows.element_size() == 2 else rows
 
@@ -102,8 +106,7 @@ def widen(rows: Tensor) -> Tensor:
 def activate(pre_NU: Tensor, options: MLPOptions) -> tuple[Tensor, Tensor, Tensor | None]:
     """z, act(z) and, for gated experts, the factor up, [N, F] each; fp32 for 16-bit rows."""
     z_NF, up_NF = widen(pre_NU).chunk(2, 1) if options.gated else (widen(pre_NU), None)
-    s_NF = z_NF.new_empty(z_NF.shape)
-    return z_NF, ACTIVATIONS[options.activation].value(z_NF, out=s_NF), up_NF
+    return z_NF, ACTIVATIONS[options.activation].value(z_NF, out=None), up_NF
 
 
 def differentiate(

@@ -44,9 +44,10 @@ def _sum(rows: Rows, rows_PD: Tensor) -> Tensor:
     return rows.sum(rows_PD)
 
 
-def _ends(rows: Rows) -> Tensor:
+def _ends(rows: Rows, order: ExpertOrder) -> Tensor:
     """int32 [E], where each expert's places end."""
-    return torch.tensor(rows.offsets[1:], dtype=torch.int32, device=rows.source_P.device)
+    offsets_E = torch.tensor(rows.offsets) if rows.padded else order.offsets_E
+    return offsets_E[1:].int()
 
 
 def forward(
@@ -60,7 +61,7 @@ def forward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the output [S, D] and, if ``keep``, the pre-activations [P, U] and which rows they are of."""
     rows = Rows(x_SD, weights_SK, order)
-    ends_E = _ends(rows)
+    ends_E = _ends(rows, order)
     x_PD = rows.sources(x_SD).index_select(0, rows.source_P)
     pre_PU = grouped_mm(x_PD, gate_up_EUD.mT, offs=ends_E)
     _, h_PF, up_PF = activate(pre_PU, options)
@@ -87,7 +88,7 @@ def backward(
     ``kept`` is what the forward kept. If that is nothing, recompute it.
     """
     rows = Rows(x_SD, weights_SK, order, kept[2:])
-    ends_E = kept[1] if kept else _ends(rows)
+    ends_E = kept[1] if kept else _ends(rows, order)
     needs_x, needs_weights, needs_gate_up, needs_down = needs
     dx_SD = dweights_SK = dgate_up_EUD = ddown_EDF = None
     x_PD, dy_PD = (rows.sources(t).index_select(0, rows.source_P) for t in (x_SD, dy_SD))

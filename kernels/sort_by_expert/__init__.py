@@ -11,22 +11,18 @@ from .. import pick
 from ..auto import automatic
 from ..checks import backend_without_values, readable
 from . import reference, torch_ops
-from .types import ExpertOrder
+from .types import ExpertOrder, check_range
 
 __all__ = ["ExpertOrder", "sort_by_expert"]
 
 
-def _triton(ids_SK: Tensor, num_experts: int, all_kept: bool) -> ExpertOrder:
+def _triton(ids_SK: Tensor, num_experts: int) -> ExpertOrder:
     from . import triton_ops  # imported late, because the other backends do not need triton
 
     return triton_ops.sort_by_expert(ids_SK, num_experts)
 
 
-def _reference(ids_SK: Tensor, num_experts: int, all_kept: bool) -> ExpertOrder:
-    return reference.sort_by_expert(ids_SK, num_experts)
-
-
-_BACKENDS = {"reference": _reference, "torch": torch_ops.sort_by_expert, "triton": _triton}
+_BACKENDS = {"reference": reference.sort_by_expert, "torch": torch_ops.sort_by_expert, "triton": _triton}
 
 
 def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> ExpertOrder:
@@ -40,12 +36,10 @@ def sort_by_expert(ids_SK: Tensor, num_experts: int, backend: str = "auto") -> E
         raise ValueError(f"ids_SK={ids_SK.dtype}{list(ids_SK.shape)}: give int64 expert ids of shape [S, K]")
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: must be at least 1")
-    all_kept = False  # as far as is known
-    if readable(ids_SK) and ids_SK.numel():
-        low, high = map(int, ids_SK.aminmax())
-        all_kept = low >= 0
-        if low < -1 or high >= num_experts:
-            raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
     if backend == "auto":
         backend = automatic("sort_by_expert", ids_SK, ids_SK.numel(), num_experts)
-    return pick("sort_by_expert", _BACKENDS, backend_without_values(backend, ids_SK))(ids_SK, num_experts, all_kept)
+    backend = backend_without_values(backend, ids_SK)
+    if backend != "torch" and readable(ids_SK) and ids_SK.numel():  # torch looks at the sorted ids
+        low, high = ids_SK.aminmax()
+        check_range(int(low), int(high), num_experts)
+    return pick("sort_by_expert", _BACKENDS, backend)(ids_SK, num_experts)

@@ -9,6 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def check_range(low: int, high: int, num_experts: int) -> None:
+    """Raise ValueError unless the lowest and the highest id are those of experts, or -1."""
+    if low < -1 or high >= num_experts:
+        raise ValueError(f"ids_SK in [{low}, {high}]: use 0..{num_experts - 1}, or -1 for a dropped choice")
+
+
 class ExpertOrder(NamedTuple):
     """The order of routed rows that are sorted by expert. All three tensors are int64."""
 

@@ -60,7 +60,7 @@ class _Weigh(torch.autograd.Function):
         if mask_T is not None:
             probs_TE, z_T = torch.where(mask_T[:, None], probs_TE, 0.0), torch.where(mask_T, z_T, 0.0)
         weights_TK = shares_TK if options.scale == 1 else shares_TK * options.scale
-        return weights_TK, _by_sequence(probs_TE, options.sequences).sum(dim=1), z_T.sum()
+        return weights_TK, _sums_of_sequences(probs_TE, options.sequences), z_T.sum()
 
     @staticmethod
     @once_differentiable
@@ -72,8 +72,8 @@ class _Weigh(torch.autograd.Function):
         if dsums_BE is None:
             grad_TE = torch.zeros_like(probs_TE)
         else:
-            length = len(probs_TE) // options.sequences
-            dprobs_TE = dsums_BE[:, None].expand(-1, length, -1).reshape(probs_TE.shape)
+            tokens = probs_TE.shape[0] // options.sequences
+            dprobs_TE = dsums_BE.expand(tokens, -1) if options.sequences == 1 else dsums_BE.repeat_interleave(tokens, 0)
             if mask_T is not None:
                 dprobs_TE = dprobs_TE.masked_fill(~mask_T[:, None], 0)
             grad_TE = _softmax_gradient(dprobs_TE, probs_TE)
@@ -102,10 +102,12 @@ def _softmax_gradient(dy: Tensor, y: Tensor) -> Tensor:
     return torch._softmax_backward_data(dy, y, -1, y.dtype)
 
 
-def _by_sequence(values_TX: Tensor, sequences: int) -> Tensor:
-    """[B, tokens of a sequence, X]."""
+def _sums_of_sequences(values_TX: Tensor, sequences: int) -> Tensor:
+    """[B, X], the sums over each sequence's tokens."""
+    if sequences == 1:
+        return values_TX.sum(0, keepdim=True)
     tokens, width = values_TX.shape
-    return values_TX.reshape(sequences, tokens // sequences, width)
+    return values_TX.reshape(sequences, tokens // sequences, width).sum(1)
 
 
 def _score(logits_TE: Tensor, options: GateOptions) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +181,10 @@ def _shares(
 
 def _count(ids_TK: Tensor, mask_T: Tensor | None, sequences: int, experts: int) -> tuple[Tensor, Tensor]:
     """Return the choices per sequence and expert [B, E] and the valid tokens per sequence [B]; int64."""
-    (tokens, k), ids_BX = ids_TK.shape, ids_TK.reshape(sequences, ids_TK.numel() // sequences)
+    tokens, k = ids_TK.shape
+    if mask_T is None and sequences == 1 and readable(ids_TK):  # one call; on accelerators it would make the host wait
+        return ids_TK.reshape(-1).bincount(minlength=experts)[None], ids_TK.new_full((1,), tokens)
+    ids_BX = ids_TK.reshape(sequences, ids_TK.numel() // sequences)
     if mask_T is None:
         ones_BX, tokens_B = torch.ones_like(ids_BX), ids_TK.new_full((sequences,), tokens // sequences)
     else:

@@ -244,10 +244,10 @@ class Balancer:
             visit.ahead = False
             return True
         visit.counted, visit.counts_BE, visit.tokens_B = True, self._counts(routing, mask_T), routing.tokens_B
-        visit.size = len(routing.ids_TK) if mask_T is None else None
+        visit.size = routing.ids_TK.shape[0] if mask_T is None else None
         placement = self.placement
         local_BX = torch.cat((visit.counts_BE, visit.tokens_B[:, None]), dim=1)
-        total_1X = local_BX if len(local_BX) == 1 else local_BX.sum(0, keepdim=True)
+        total_1X = local_BX if local_BX.shape[0] == 1 else local_BX.sum(0, keepdim=True)
         own_BX = local_BX if self._by_sequence else total_1X
         own_axis = placement.sequence if self._of_own_sequences else LOCAL
         visit.own = visit.batch = self.step.sum_row(self.layer, "own", own_BX, own_axis)

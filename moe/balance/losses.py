@@ -9,7 +9,6 @@ T tokens, B sequences, E experts, P expert-parallel ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ from ..types import Routing
 from .estimators import Estimate
 
 
-@dataclass(frozen=True)
-class StepView:
+class StepView(NamedTuple):
     """What is known during a backward about one micro-batch, and about the optimizer step that contains it."""
 
     #: int64 [B, E + 1], counts and tokens of the micro-batch on the ranks that hold parts of its sequences; B is 1 if
@@ -95,12 +93,17 @@ class Loss(NamedTuple):
     @property
     def gradient(self) -> Tensor:
         """The gradient with respect to prob_sums, [E] or [B, E]."""
-        return self.loads * self.weight.unsqueeze(-1)
+        return self.loads * _each_expert(self.weight)
+
+
+def _each_expert(values: Tensor) -> Tensor:
+    """Return a scalar or [B] such that it broadcasts over the experts of [E] or [B, E]."""
+    return values.unsqueeze(-1) if values.dim() else values
 
 
 def loads(counts: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """Return E times the fraction of choices that went to each expert, in fp64; 0 without tokens."""
-    return counts.double() * counts.shape[-1] / (tokens.double().clamp_min(1) * top_k).unsqueeze(-1)
+    return counts.double() * counts.shape[-1] / _each_expert(tokens.double().clamp_min(1) * top_k)
 
 
 def loss_value(counts: Tensor, tokens: Tensor, prob_sums: Tensor, prob_tokens: Tensor, top_k: int) -> Tensor:

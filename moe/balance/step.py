@@ -125,8 +125,9 @@ class LayerStep:
     def first_trained(self) -> nn.Parameter | None:
         """Return the first of :meth:`trained`, or None."""
         module = self.module()
-        if module is not None and module.router.weight.requires_grad:  # nearly always
-            return module.router.weight
+        weight = None if module is None else module.router.weight
+        if weight is not None and weight.requires_grad:  # nearly always
+            return weight
         return next(iter(self.trained()), None)
 
     @property
@@ -358,8 +359,9 @@ class Step:
 
     def announced(self, layer: LayerStep) -> int:
         """Return how many visits a layer will have in the step, as configured, told or counted ahead; 0 if unknown."""
-        announced = (self.length or 0) * layer.runs or layer.balancer.config.micro_batches or 0
-        return announced or sum(v.was_ahead for v in layer.visits.values())
+        if self.length:
+            return self.length * layer.runs
+        return layer.balancer.config.micro_batches or sum(v.was_ahead for v in layer.visits.values())
 
     def expected(self, layer: LayerStep) -> int:
         """Return how many visits a layer probably has: as announced, or as in the previous step; 1 if unknown."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +40,7 @@ class Visit:
         self.own: SummedRow
         #: int64 [1, E + 1 + X]: counts, tokens and extras on all ranks; the same as ``own`` if nothing needs them
         self.batch: SummedRow
+        self._batch_X: Tensor | None = None
         #: tokens on this rank; None if a mask hides how many are valid
         self.size: int | None = None
         #: a weak reference that dies with the forward's graph
@@ -68,20 +68,28 @@ class Visit:
         """Whether its training forward is still to come, or its backward has run or can still run."""
         return self.ahead or self.done or self.being_read or self.graph() is not None
 
-    @cached_property
+    @property
     def total(self) -> Tensor:
         """int64 [E + 1]: counts and tokens on all ranks that count together."""
-        return self._batch_X[: self.counts_BE.shape[1] + 1]
+        values_X = self._values()
+        return values_X if values_X.shape[0] == self._width else values_X[: self._width]
 
     @property
     def extras(self) -> Tensor:
         """int64 [X]: per-scope sums that were reduced together with the counts."""
-        return self._batch_X[self.counts_BE.shape[1] + 1 :]
+        return self._values()[self._width :]
 
-    @cached_property
-    def _batch_X(self) -> Tensor:
-        batch_BX = self.batch.get()
-        return batch_BX[0] if len(batch_BX) == 1 else batch_BX.sum(0)
+    @property
+    def _width(self) -> int:
+        """E + 1."""
+        return self.counts_BE.shape[1] + 1
+
+    def _values(self) -> Tensor:
+        """int64 [E + 1 + X], computed once."""
+        if self._batch_X is None:  # not a cached_property, which takes a lock in some versions of Python
+            batch_BX = self.batch.get()
+            self._batch_X = batch_BX[0] if batch_BX.shape[0] == 1 else batch_BX.sum(0)
+        return self._batch_X
 
 
 def accumulates(weight: Tensor | None) -> bool | None:
