@@ -25,15 +25,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ._autocast import autocast_dtype, without_autocast
+
+__all__ = ["autocast_dtype", "pick"]
 
 _Op = TypeVar("_Op", bound=Callable[..., object])
 
 
 def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
-    """Return the implementation of ``op`` for ``backend``, to run without autocast.
+    """Return the implementation of ``op`` for ``backend``, to run at once and without autocast.
 
     An op whose "auto" has not been resolved by :func:`.auto.automatic` has only been tried in torch.
     """
@@ -41,9 +44,10 @@ def pick(op: str, backends: Mapping[str, _Op], backend: str) -> _Op:
     if chosen is None:
         raise ValueError(f"backend={backend!r}: {op} has {', '.join(map(repr, ('auto', *backends)))}; use one of these")
 
+    if not torch._C._is_any_autocast_enabled():  # nearly always
+        return chosen
+
     def run(first: Tensor, *rest: Any) -> object:
-        if autocast_dtype(first.device) is None:
-            return chosen(first, *rest)
         with without_autocast(first.device):
             return chosen(first, *rest)
 

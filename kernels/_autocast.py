@@ -9,6 +9,8 @@ import torch
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the dtype that autocast uses on a device, or None if autocast is off there."""
+    if not torch._C._is_any_autocast_enabled():  # nearly always
+        return None
     name = device.type
     on = name != "meta" and torch.is_autocast_enabled(name)  # this call raises for the meta device
     return torch.get_autocast_dtype(name) if on else None

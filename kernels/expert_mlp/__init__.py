@@ -59,7 +59,7 @@ _BACKENDS = {
     "hybrid": _hybrid,
     "triton": _triton,
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 def expert_mlp(
@@ -170,7 +170,8 @@ def _check(
         raise ValueError(f"activation={options.activation!r}: use one of {', '.join(map(repr, ACTIVATIONS))}")
     found = (x_SD.dtype, gate_up_EFD.dtype, down_EDF.dtype)
     castable = autocast is not None and torch.float64 not in found
-    if any(dtype not in _DTYPES for dtype in found) or not (castable or len(set(found)) == 1):
+    dtypes = set(found)
+    if not dtypes <= _DTYPES or not (castable or len(dtypes) == 1):
         words = ", ".join(map(str, found))
         raise ValueError(f"x, gate_up, down={words}: give all three the same dtype, one of fp32, bf16, fp16 and fp64")
     if x_SD.dim() != 2:

@@ -85,12 +85,13 @@ class AutoStep(OwnStep):
         return bool(done) and (self._gradient_is_gone() or (self._left is None and self._changed()))
 
     def _end_if_over(self, layer: LayerStep) -> None:
-        visits, announced = layer.visits.values(), self.announced(layer)
-        done = sum(v.done for v in visits)
         if self._over(layer):
             if self._changed():
                 self.end()  # else at the next backward, because nothing may train on this forward
-        elif announced:
+            return
+        visits = layer.visits.values()
+        done = sum(v.done for v in visits)
+        if self.announced(layer):
             # an exception broke the step off; optimizers of copies may take the gradients away after every backward
             if done and self._optimized and self._gradient_is_gone() and not all(v.lives for v in visits):
                 self.end(applied=False)
