@@ -32,8 +32,9 @@ def router_logits(x_TD: Tensor, weight_ED: Tensor, backend: str = "auto") -> Ten
 
     Both are fp32, bf16, fp16 or fp64, of any strides; an fp64 weight is rounded to the dtype of the result. Sums
     accumulate in fp32, and products of fp32 numbers are exact to fp32, also in the triton backend, which multiplies in
-    bf16: it writes an fp32 number as the sum of three bf16 numbers. Gradients have their input's dtype and are as
-    accurate. Differentiable once with the triton backend.
+    bf16: it writes an fp32 number as the sum of three bf16 numbers. Those below 1.2e-38 may count as zero, so a number
+    below 2e-31 is exact to 1.2e-38 only. Gradients have their input's dtype and are as accurate. Differentiable once
+    with the triton backend.
 
     Numbers that are not finite make the results that depend on them infinite or NaN; with the triton backend this holds
     for numbers above 3.38e38 as well.

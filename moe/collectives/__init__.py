@@ -6,6 +6,7 @@ All ranks of an axis must call the same collectives in the same order, even with
 
 from .axes import LOCAL, Axis, axis_of, device_of, global_ranks, private_axis, split_axis, world_axis
 from .codec import PLAIN, Codec, Plain, Wire
+from .fsdp import gathered_weights, sharded_modules, sharded_weights
 from .initial import draw_seed, fill, fill_normal, reset, seeded
 from .kept import Kept, keeping, once
 from .local import first_row, local_rows
@@ -56,6 +57,7 @@ __all__ = [
     "all_gather_rows",
     "gather_counts",
     "gather_tokens",
+    "gathered_weights",
     "global_ranks",
     "held_by_all",
     "keeping",
@@ -68,6 +70,8 @@ __all__ = [
     "reduce_scatter_rows",
     "reset",
     "seeded",
+    "sharded_modules",
+    "sharded_weights",
     "part_sizes",
     "split_axis",
     "split_tokens",

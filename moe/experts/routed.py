@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...kernels import autocast_dtype
 from ...kernels.expert_mlp import MainGrads, expert_mlp
-from ..collectives import Route, fill_normal, start_sparse_all_gather
+from ..collectives import Route, fill_normal, gathered_weights, start_sparse_all_gather
 from ..types import DispatchPlan
 from .casts import KeptCasts
 from .main_grads import weight_of
@@ -115,11 +115,17 @@ def cast_once(*models: nn.Module) -> Iterator[None]:
     first needed, and freed at the end of the block.
 
     After a step of a torch optimizer, or any other change in place that torch counts, weights are cast again. Leave the
-    block before you change them otherwise, as by ``weight.data.copy_``. Weights that FSDP or ZeRO-3 gathers are cast as
-    without the block; so is everything in compiled and captured graphs, and under selective checkpointing.
+    block before you change them otherwise: by ``weight.data.copy_``, through numpy, or by a collective such as
+    ``dist.all_reduce(weight)``. Weights that FSDP or ZeRO-3 gathers are cast as without the block; so is everything in
+    compiled and captured graphs, and under selective checkpointing.
     """
     found = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, RoutedExperts))
-    made = {experts: KeptCasts(experts.parameters(recurse=False)) for experts in found if experts.casts is None}
+    gathered = set(gathered_weights(models))  # FSDP fills them again, which torch does not count
+    made = {
+        experts: KeptCasts(weight for weight in experts.parameters(recurse=False) if weight not in gathered)
+        for experts in found
+        if experts.casts is None
+    }
 
     def forget(*_: Any) -> None:
         for casts in made.values():

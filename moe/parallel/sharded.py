@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from ..collectives import gathered_weights, sharded_modules, sharded_weights
 from ..experts import ShardPool
 from ..layer import MoE
 from ..model import Block
@@ -70,7 +71,7 @@ def free_gathered(parts: Iterable[nn.Module]) -> None:
 
     The optimizer and checkpoints know only the sharded weights.
     """
-    for module in _sharded_modules(parts):
+    for module in sharded_modules(parts):
         module.reshard()
 
 
@@ -80,18 +81,12 @@ def forget_step(parts: Iterable[nn.Module]) -> None:
     for part in parts:
         if isinstance(part, FSDPModule) and hasattr(part, "reset_iter_state"):  # not in torch 2.11
             part.reset_iter_state()
-    for module in _sharded_modules(parts):
-        # before torch 2.15 the reset keeps gradients that wait for the step's last micro-batch to be reduced
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            for weight in group.fsdp_params:
-                if hasattr(weight, "_unsharded_param"):
-                    weight._unsharded_param.grad = None
-                if weight.unsharded_accumulated_grad is not None:
-                    weight.unsharded_accumulated_grad = None
-
-
-def _sharded_modules(parts: Iterable[nn.Module]) -> Iterator[FSDPModule]:
-    return (module for part in parts for module in part.modules() if isinstance(module, FSDPModule))
+    # before torch 2.15 the reset keeps gradients that wait for the step's last micro-batch to be reduced
+    for weight in gathered_weights(parts):
+        weight.grad = None
+    for sharded in sharded_weights(parts):
+        if sharded.unsharded_accumulated_grad is not None:
+            sharded.unsharded_accumulated_grad = None
 
 
 def _divided(ranks: int, weight: nn.Parameter) -> Shard | None:

@@ -132,6 +132,17 @@ def test_bad_numbers_stay_with_their_token_and_are_seen(value: float) -> None:
     assert not logits_TE[7].isfinite().any() and bad_T.nonzero().flatten().tolist() == [7]
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 1e-40])
+def test_tiny_numbers_are_as_exact_as_promised(size: float) -> None:
+    x_TD, weight_ED = size * torch.randn(20, 18, device=DEVICE), 1e30 * torch.randn(5, 18, device=DEVICE)
+    error = router_logits(x_TD, weight_ED, backend="triton").double() - x_TD.double() @ weight_ED.double().T
+    of_sums, of_terms = (
+        1e-6 * x_TD.double().abs() @ weight_ED.double().abs().T,
+        1.2e-38 * weight_ED.double().abs().sum(1),
+    )
+    assert (error.abs() <= of_sums + (of_terms if size < 2e-31 else 0)).all()
+
+
 @pytest.mark.parametrize("sizes", [(0, 8, 3), (4, 0, 3)])
 def test_nothing_to_sum(sizes: tuple[int, int, int]) -> None:
     tokens, hidden, experts = sizes

@@ -137,3 +137,30 @@ def test_a_loop_of_your_own_with_all_its_steps_in_the_block(wrap: Any) -> None:
         return all(map(torch.equal, trains(True), trains(False)))
 
     assert run_ranks(body, 2) == [True] * 2
+
+
+def test_a_block_that_is_entered_while_weights_are_gathered() -> None:
+    """FSDP fills them again, after a change of the sharded weights that torch does not count for the gathered ones."""
+
+    def body(rank: int, world: int) -> list[bool]:
+        torch.manual_seed(0)
+        layer, x = fully_shard(MoE(MoEConfig(16, 24, num_experts=4, top_k=2)).eval()), torch.randn(2, 5, 16)
+
+        @torch.no_grad()
+        def output() -> Tensor:
+            with BF16():
+                return layer(x).clone()
+
+        before = output()
+        layer.unshard()
+        with cast_once(layer):
+            found = [output()]
+            layer.reshard()
+            with torch.no_grad():
+                for weight in layer.experts.parameters():
+                    weight.mul_(2)
+            found.append(output())
+        after = output()
+        return [torch.equal(found[0], before), torch.equal(found[1], after), not torch.equal(before, after)]
+
+    assert run_ranks(body, 2) == [[True] * 3] * 2

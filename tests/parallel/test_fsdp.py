@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from equimoe.moe import BalanceConfig, MoE, MoEConfig
+from equimoe.moe.engines import Batch, build_engine
+from equimoe.moe.parallel import ParallelConfig, build_mesh
 from tests.helpers import oracle
 from tests.helpers.fork import run_ranks
 
@@ -81,3 +85,33 @@ def test_a_skipped_step_starts_anew() -> None:
 
     for _, second, third in run_ranks(script, 2):
         assert torch.equal(second, third)
+
+
+def test_a_step_that_fails_says_why_and_leaves_nothing() -> None:
+    def script(rank: int, world: int) -> tuple[str, bool]:
+        def engine_of() -> Any:
+            return build_engine(
+                make(),
+                build_mesh(ParallelConfig(data_parallel="fsdp")),
+                optimizer=lambda trainable: torch.optim.SGD(trainable.values(), lr=0.1),
+                loss=lambda y, labels: (y - labels).square().sum(-1),
+                max_norm=1.0,
+            )
+
+        def broken(module: MoE, args: Any, output: Tensor) -> None:
+            seen.append(output)
+            if len(seen) == 2:
+                raise RuntimeError("broken in the second micro-batch")
+
+        batches = [Batch(inputs=tokens(rank, m)[None], labels=tokens(rank, 9)[None]) for m in range(2)]
+        engine, seen, said = engine_of(), list[Tensor](), ""
+        want = engine_of().step(batches, 0.1).norm
+        handle = engine.parts[0].register_forward_hook(broken)
+        try:
+            engine.step(batches, 0.1)
+        except RuntimeError as error:
+            said = str(error)
+        handle.remove()
+        return said, torch.equal(engine.step(batches, 0.1).norm, want)
+
+    assert run_ranks(script, 2) == [("broken in the second micro-batch", True)] * 2
