@@ -136,6 +136,8 @@ def gate_all(chips: Sequence[str], only: str, jobs: int, update: bool) -> bool:
     elif missing and not only:  # with --only, a binary can appear under the name of a later case
         print(f"{len(missing)} are missing in {TABLE.name}, first {' '.join(missing[0])!r}: add them with --update")
         faulty += len(missing)
+    if not done:
+        print(f"--only={only}: no kernel's label contains this; leave it out to compile all")
     print(f"{done} compiled, {faulty} at fault")
     return done > 0 and not faulty
 

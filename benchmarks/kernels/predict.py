@@ -156,10 +156,13 @@ def totals(s: Shape, found: dict[str, tuple[float, float]]) -> tuple[float, floa
 
 
 @command
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--shapes", default=",".join(MARKS), help="(default: %(default)s)")
-    shapes = parse(parser.parse_args().shapes)
+    try:
+        shapes = parse(parser.parse_args(arguments).shapes)
+    except ValueError as error:
+        parser.error(str(error))
     tiles = kernels()
     print(
         "Predicted for an H200 in bf16 with the shipped Triton kernels; nothing was measured. Assumptions:\n"

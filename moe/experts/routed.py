@@ -119,6 +119,9 @@ def cast_once(*models: nn.Module) -> Iterator[None]:
     ``dist.all_reduce(weight)``. Weights that FSDP or ZeRO-3 gathers are cast as without the block; so is everything in
     compiled and captured graphs, and under selective checkpointing.
     """
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models={type(model).__name__}: must be modules; pass several as cast_once(*models)")
     found = dict.fromkeys(m for model in models for m in model.modules() if isinstance(m, RoutedExperts))
     gathered = set(gathered_weights(models))  # FSDP fills them again, which torch does not count
     made = {

@@ -17,14 +17,14 @@ _CHUNK = 1 << 15
 _SMALL = 1e-30
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, stages: Axis = LOCAL) -> Tensor:
     """Clip the gradients of ``parameters`` by their joint norm, see :func:`clip_gradients_`; return the norm.
 
     Use it for a model that :func:`equimoe.moe.parallel.parallelize` has split. There, torch's function of the same name
     raises "got mixed torch.Tensor and DTensor" or "must have the same mesh": experts and dense weights are sharded over
     different ranks, and torch cannot add norms of different meshes.
     """
-    parameters = list(parameters)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = parameters[0].device if parameters else torch.device("cpu")
     return clip_gradients_([p.grad for p in parameters if p.grad is not None], max_norm, device, stages)
 

@@ -142,7 +142,8 @@ def test_the_table_covers_every_chip() -> None:
 
 @pytest.mark.slow
 def test_nothing_to_compile_is_a_failure() -> None:
-    assert python("benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel").returncode == 1
+    done = python("benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel")
+    assert done.returncode == 1 and "--only=no such kernel: no kernel's label" in done.stdout
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks.kernels.predict import MARKS, Tile, kernels, predict, totals
+from benchmarks.kernels.predict import MARKS, Tile, kernels, main, predict, totals
 from benchmarks.shared.shapes import BY_NAME
 
 WIDE = Tile(128, 256, 64, 256, 1, 3)
@@ -35,3 +35,9 @@ def test_every_product_of_the_table_is_predicted_below_the_peak() -> None:
     for better, worse in zip(totals(shape, found), totals(shape, predict(shape, narrow)), strict=True):
         assert better > worse
     assert set(MARKS) <= set(BY_NAME)
+
+
+def test_an_unknown_shape_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--shapes", "30B-b,nope"])
+    assert stop.value.code == 2 and "--shapes=nope: choose from 30B-b, " in capsys.readouterr().err

@@ -398,3 +398,10 @@ def test_parametrized_and_functional_weights() -> None:
     doubled(layer)
     with BF16(), torch.no_grad():
         assert torch.equal(layer(inputs(0)), y)
+
+
+def test_a_list_of_models_is_refused() -> None:
+    models: Any = [MoE(CONFIG)]
+    wanted = r"models=list: must be modules; .* cast_once\(\*models\)"
+    with pytest.raises(TypeError, match=wanted), cast_once(models):
+        pass

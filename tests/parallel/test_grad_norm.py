@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equimoe.moe.parallel.grad_norm import clip_gradients_
+from equimoe.moe.parallel.grad_norm import clip_grad_norm_, clip_gradients_
 
 CPU = torch.device("cpu")
 
@@ -34,3 +34,11 @@ def test_gradients_that_are_not_finite_are_left_alone(value: float) -> None:
 def test_no_gradient_at_all() -> None:
     assert float(clip_gradients_([], 1.0, CPU)) == 0.0
     assert float(clip_gradients_([torch.zeros(3)], 1.0, CPU)) == 0.0
+
+
+def test_one_weight_is_no_list_of_its_rows() -> None:
+    """As torch's function takes it."""
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.full((3, 4), 2.0)
+    assert float(clip_grad_norm_(weight, 1.0)) == pytest.approx(48**0.5)
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
