@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 #: up to this many elements of the pre-activation; benchmarks/NOTES.md has the measurements
 _FEW = 1 << 17
+#: or, with many experts, up to this many of each and this many in all, on one thread and on several
+_OF_EACH, _OF_ALL = 1 << 15, (1 << 19, 1 << 22)
+#: bytes of a weight below which the gradients of all experts, which are new memory, cost little
+_LIGHT = 8 * HUGE_PAGE
 
 
 def fits(rows: int, gate_up_EUD: Tensor, down_EDF: Tensor) -> bool:
-    """Tell whether there are few rows, torch's grouped product takes the weights, and they need no huge pages."""
+    """Tell whether there are few rows per expert, the weights are light, and torch's grouped product takes them."""
     size, (experts, both, hidden) = gate_up_EUD.element_size(), gate_up_EUD.shape
-    if rows * both > _FEW or experts * both * hidden * size >= HUGE_PAGE or gate_up_EUD.dtype == torch.float64:
+    most = max(_FEW, min(experts * _OF_EACH, _OF_ALL[torch.get_num_threads() > 1]))
+    if rows * both > most or experts * both * hidden * size >= _LIGHT or gate_up_EUD.dtype == torch.float64:
         return False
     aligned = all(width and width * size % 16 == 0 for width in (hidden, both, down_EDF.shape[2]))
     return aligned and all(w.is_contiguous() and w.storage_offset() * size % 16 == 0 for w in (gate_up_EUD, down_EDF))
