@@ -13,6 +13,7 @@ model whose loss differs from ours in the first or the last round is left out an
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -25,6 +26,10 @@ from itertools import cycle
 from pathlib import Path
 from statistics import geometric_mean, quantiles
 from typing import Any
+
+# read when torch loads; oneDNN keeps code for 1024 shapes, fewer than all models together have, so that each would wait
+# for code which the others have pushed out
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent)
