@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,8 @@ UNREAD = 141
 CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, HANG, MEMORY = 64, 65, 66, 67, 70, 73, 75, 77
 #: exit codes after a signal, as shells use them: 128 + its number
 STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+#: seconds for which ranks wait until another one has told torchrun to end
+TOLD_S = 10.0
 #: after these, the same command would fail again or was asked to end, so torchrun must not restart the run
 FINAL = (CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, MEMORY, *STOPPED)
 OWN = (*FINAL, HANG, UNREAD)
@@ -270,7 +273,7 @@ def leave(process: Process, code: int, message: str, alone: bool = False) -> NoR
         with suppress(OSError):  # torchrun fails on a file that is not complete
             write_atomically(Path(file), json.dumps({"message": report}).encode())
     if may_restart(process, code):
-        end_agent(code, tells=alone or process.local_rank == 0)
+        end_agent(process, code, tells=alone or process.local_rank == 0)
     sys.exit(code)
 
 
@@ -289,15 +292,35 @@ def may_restart(process: Process, code: int) -> bool:
     return code in FINAL and process.restarts < process.max_restarts
 
 
-def end_agent(code: int, tells: bool) -> None:
+def end_agent(process: Process, code: int, tells: bool) -> None:
     """Have this node's torchrun end, instead of restarting a run that exits with ``code``; one rank ``tells`` it to.
 
     The others of the node wait until it has been told: it would restart all ranks if one exited before.
     """
-    if not tells:
-        time.sleep(1.0)
-    elif is_launcher(os.getppid()):
-        os.kill(os.getppid(), code - 128 if code in STOPPED else signal.SIGTERM)
+    agent = os.getppid()
+    if not is_launcher(agent):
+        return
+    if tells:
+        os.kill(agent, code - 128 if code in STOPPED else signal.SIGTERM)
+        with suppress(OSError):  # a full disk: the others wait as long as they may
+            _mark(process).touch()
+        return
+    deadline = time.monotonic() + TOLD_S
+    while not agent_told(process) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def agent_told(process: Process) -> bool:
+    """Return whether a rank has told this node's torchrun to end."""
+    return _mark(process).exists()
+
+
+def _mark(process: Process) -> Path:
+    """Return the file with which a rank tells the others of this node that torchrun has been told to end."""
+    reports = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder of this rank, below that of the attempt
+    folder = Path(reports).parents[1] if reports else Path(tempfile.gettempdir())
+    agent = os.getppid()
+    return folder / f"equimoe-end-{agent}-{start_time(agent)}-{process.restarts}"
 
 
 def start_time(pid: int) -> str:

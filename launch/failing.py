@@ -154,7 +154,7 @@ class Failure:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
         if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
             told = rank is not None and self.meeting.places[rank][0] == socket.gethostname()
-            end_agent(code, tells=self.process.local_rank == 0 and not told)
+            end_agent(self.process, code, tells=self.process.local_rank == 0 and not told)
         _end(code)
 
     def _lost(self, text: str) -> NoReturn:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from .env import Process, end_agent, is_launcher, may_restart, record_exit, under_torchrun
+from .env import Process, agent_told, end_agent, is_launcher, may_restart, record_exit, under_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
@@ -89,6 +89,10 @@ class Signals:
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
+        if number == signal.SIGTERM and self._parent and agent_told(self.process):
+            if not self.graceful:
+                os._exit(128 + number)  # the rank that told torchrun to end has said why
+            return  # the next collective fails
         killed = self.killed() if number == signal.SIGTERM and self._parent else []
         if killed and not self.graceful:
             self.end_after(killed)
@@ -114,7 +118,7 @@ class Signals:
             print(text, file=sys.stderr, flush=True)
             record_exit(self.process, code)
         if may_restart(self.process, code) and not self.restarting():
-            end_agent(code, tells=speaks)
+            end_agent(self.process, code, tells=speaks)
         self.stay()
         os._exit(code)
 

@@ -42,7 +42,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **how: Any) -> Run:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs the small run with faults, in ``folder`` of the test's folder."""
-    config = write_config(tmp_path, monkeypatch, 3.0, ep=2, steps=8, checkpoint=CheckpointConfig(4, 9))
+    config = write_config(tmp_path, monkeypatch, 20.0, ep=2, steps=8, checkpoint=CheckpointConfig(4, 9))
 
     def command(
         *options: str, faults: str = "", folder: str = "run", world: int = 2, within: Within = nullcontext

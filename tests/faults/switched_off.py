@@ -74,7 +74,7 @@ DEFENCES = [
             "saves = last or ("),
     Defence("6", "launch/signals.py",
             "test_endings.py::test_a_signal_before_the_first_step_is_not_restarted",
-            "end_agent(code, tells=speaks)",
+            "end_agent(self.process, code, tells=speaks)",
             "pass"),
     Defence("6", "launch/signals.py",
             "test_endings.py::test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted[setup-one-by-one]",

@@ -139,7 +139,34 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "kill", kill)
     monkeypatch.setattr(env, "is_launcher", lambda _: True)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     return file
+
+
+def test_ranks_stay_until_torchrun_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes: the rank that tells it records the exit code before, on a disk that may be busy."""
+    signals: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    monkeypatch.setattr(env, "is_launcher", lambda _: True)
+    monkeypatch.setattr(os, "kill", lambda _, number: signals.append(number))
+    waits = threading.Thread(target=env.end_agent, args=(env.Process(1, 2, 1, 2), env.CONFIG, False))
+    waits.start()
+    waits.join(1.5)
+    assert waits.is_alive() and not env.agent_told(env.Process())
+    env.end_agent(env.Process(0, 2, 0, 2), env.CONFIG, tells=True)
+    waits.join(5.0)
+    assert not waits.is_alive() and signals == [signal.SIGTERM]
+    assert env.agent_told(env.Process()) and not env.agent_told(env.Process(restarts=1))
+
+
+def test_torchruns_signal_after_it_was_told_is_quiet(run: Run, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank that told it may have ended since; nobody killed it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr("equimoe.launch.signals.is_launcher", lambda _: True)
+    late = "sleep@rank=1,phase=setup,seconds=1.5;term@rank=1,phase=setup"
+    ended = run(faults=f"oom@rank=0,phase=setup;{late}")
+    assert ended.codes == [env.MEMORY, 128 + signal.SIGTERM] and len(ended.errors) == 1, ended
+    assert told.read_text() == "0\n"
 
 
 def test_a_signal_before_the_first_step_is_not_restarted(run: Run, told: Path) -> None:

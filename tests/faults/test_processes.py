@@ -23,6 +23,8 @@ pytestmark = pytest.mark.faults
 
 #: seconds in which a stopped rank has been killed by another one; the test itself kills ranks after 60
 KILLED_S = 30.0
+#: options with which a hang is found soon; other tests have more patience, because disks may be busy
+SOON = ("--parallel.timeout_s", "3")
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -77,7 +79,7 @@ def test_a_second_signal_ends_at_once(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
-    ended = run(faults="stop@rank=1,step=5,phase=dispatch")
+    ended = run(*SOON, faults="stop@rank=1,step=5,phase=dispatch")
     assert ended.codes == [env.HANG, -signal.SIGKILL], ended
     assert ended.seconds < KILLED_S, ended
     assert len(ended.errors) == 1 and "rank 1 is silent" in ended.errors[0] and "step 5" in ended.errors[0], ended
@@ -87,7 +89,7 @@ def test_a_stopped_rank_is_named_and_killed(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
-    ended = run(faults="stop@rank=0,step=5,phase=backward")
+    ended = run(*SOON, faults="stop@rank=0,step=5,phase=backward")
     assert ended.codes == [-signal.SIGKILL, env.HANG], ended
     assert ended.seconds < KILLED_S, ended
     assert len(ended.errors) == 1 and "rank 0 is silent" in ended.errors[0], ended
@@ -95,7 +97,7 @@ def test_the_rank_that_holds_the_store_is_named_too(run: Run) -> None:
 
 @pytest.mark.timeout(180)
 def test_a_rank_that_keeps_the_others_waiting_is_named(run: Run) -> None:
-    ended = run(faults="sleep@rank=1,step=5,phase=data,seconds=600")
+    ended = run(*SOON, faults="sleep@rank=1,step=5,phase=data,seconds=600")
     assert ended.codes == [env.HANG, -signal.SIGKILL] or ended.codes == [env.HANG] * 2, ended
     assert len(ended.errors) == 1 and "rank 1 keeps the others waiting" in ended.errors[0], ended
 
