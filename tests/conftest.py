@@ -22,18 +22,24 @@ import torch  # noqa: E402
 import torch._dynamo.trace_rules  # noqa: E402, F401  (records torch's functions before a test replaces some)
 import torch.distributed._functional_collectives  # noqa: E402, F401  (forked ranks inherit it)
 
+from tests.helpers.fork import PATIENCE  # noqa: E402
+
 torch.set_num_threads(1)  # a forked child hangs if the parent has run OpenMP threads
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; ranks would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run GPU tests last and fake-GPU tests first.
 
     After autograd has run on a GPU, forked ranks can no longer run a backward. Autograd counts devices in a process's
     first backward, and forks inherit that count, so the fake GPU must come before any other backward.
     """
     items.sort(key=lambda item: bool(item.get_closest_marker("gpu")) - bool(item.get_closest_marker("fake_cuda")))
+    for item in items if PATIENCE != 1 else ():
+        given = item.get_closest_marker("timeout")
+        limit = float(given.args[0] if given else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(limit * PATIENCE), append=False)
 
 
 def pytest_collection_finish() -> None:

@@ -6,10 +6,14 @@ each other much of the time, and then the other processes have the cores.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+
+#: how many times as long as usual a test may take if others run beside it: nothing hangs because a machine is busy
+PATIENCE = 3
 
 #: name -> which tests; a part leaves out what the parts before it name, so every test runs once
 TESTS = {
@@ -40,14 +44,15 @@ def run(parts: dict[str, list[str]]) -> int:
 
     The first part's output is shown while it runs, and that of the others afterwards.
     """
+    environment = {**os.environ, "EQUIMOE_TEST_PATIENCE": str(PATIENCE)}
     shown, *kept = ([sys.executable, "-m", "pytest", *arguments] for arguments in parts.values())
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in kept]
         others = [
-            stack.enter_context(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+            stack.enter_context(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
             for command, output in zip(kept, outputs, strict=True)
         ]
-        codes = [subprocess.run(shown, check=False).returncode, *(other.wait() for other in others)]
+        codes = [subprocess.run(shown, check=False, env=environment).returncode, *(other.wait() for other in others)]
         for output in outputs:
             output.seek(0)
             sys.stdout.buffer.write(output.read())

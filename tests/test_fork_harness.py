@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.fork import run_ranks
+from tests.helpers.fork import PATIENCE, run_ranks
 from tests.helpers.slow import slow_but
 
 
@@ -123,7 +123,7 @@ def test_a_dying_rank_is_reported(culprit: int, tmp_path) -> None:
 def test_a_hanging_rank_is_reported_with_its_stack(tmp_path) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match="no result after 3.0 s from rank 0, 1 of 2") as error:
-        run_ranks(misbehave, 2, "hang", 1, str(tmp_path), timeout=3.0)
+        run_ranks(misbehave, 2, "hang", 1, str(tmp_path), timeout=3.0 / PATIENCE)
     assert 3.0 <= time.monotonic() - start < 10
     stack = str(error.value).split("rank 1 is at:")[1]
     assert "own_pid_then" in stack and "test_fork_harness.py" in stack
@@ -136,7 +136,7 @@ def test_a_rank_that_cannot_be_interrupted_is_killed(tmp_path) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     with pytest.raises(AssertionError, match="no result after 1.0 s"):
-        run_ranks(stop, 2, timeout=1.0)
+        run_ranks(stop, 2, timeout=1.0 / PATIENCE)
     assert_all_gone(str(tmp_path), 2)
 
 

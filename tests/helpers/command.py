@@ -19,6 +19,7 @@ import torch
 
 import equimoe.launch.page as page
 import equimoe.launch.train as train
+from tests.helpers.fork import PATIENCE
 
 Main = Callable[[list[str]], None]
 Within = Callable[[], AbstractContextManager[None]]
@@ -67,7 +68,7 @@ def launch(
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(max(0.0, start + timeout - time.monotonic()))
+            rank.join(max(0.0, start + timeout * PATIENCE - time.monotonic()))
             if rank.is_alive():
                 rank.kill()
                 rank.join()

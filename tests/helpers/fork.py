@@ -31,18 +31,20 @@ import torch.distributed._functional_collectives  # noqa: F401  (slow to import:
 
 #: seconds after the first failure in which other ranks may report an earlier one
 GRACE_S = 0.3
+#: how many times as long as they say tests may take, on a machine that runs others beside them
+PATIENCE = float(os.environ.get("EQUIMOE_TEST_PATIENCE", "1"))
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0, detail: bool = False) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on ``world`` forked ranks with an initialised gloo group.
 
-    ``fn`` may be a closure; its results must be picklable, and are returned in rank order. ``timeout`` (seconds) limits
-    the whole call; after it, all ranks are killed. ``detail`` makes torch check that all ranks run the same collectives
-    (``TORCH_DISTRIBUTED_DEBUG=DETAIL``).
+    ``fn`` may be a closure; its results must be picklable, and are returned in rank order. ``timeout`` (seconds, times
+    :data:`PATIENCE`) limits the whole call; after it, all ranks are killed. ``detail`` makes torch check that all ranks
+    run the same collectives (``TORCH_DISTRIBUTED_DEBUG=DETAIL``).
 
     Raises AssertionError with the traceback of the rank that failed first, or with the stacks of all hanging ranks.
     """
-    fork = multiprocessing.get_context("fork")
+    fork, timeout = multiprocessing.get_context("fork"), timeout * PATIENCE
     processes: list[Any] = []
     pipes: list[Connection] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
