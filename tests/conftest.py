@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
 import signal
+import sys
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")  # read when the libraries load, so set before they are imported
@@ -14,6 +16,7 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton loads; runs kernels on numpy without a GPU
 
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -46,6 +49,21 @@ def pytest_collection_finish() -> None:
     """Exclude all objects that exist after collection from later garbage collections, which training runs too."""
     gc.collect()
     gc.freeze()
+    _use_huge_pages()
+
+
+def _use_huge_pages() -> None:
+    """Put this process's memory into huge pages: a fork copies the table of all pages, four times as fast then."""
+    if sys.platform != "linux":
+        return
+    huge, collapse, libc = 2 << 20, 25, ctypes.CDLL(None)  # MADV_COLLAPSE; older kernels refuse it
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, access, *_, name = (*line.split(maxsplit=5), "")[:6]
+        if access == "rw-p" and name in ("", "[heap]"):
+            begin, end = (int(address, 16) for address in where.split("-"))
+            begin, end = -(-begin // huge) * huge, end // huge * huge
+            if begin < end:
+                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), collapse)
 
 
 def pytest_unconfigure() -> None:

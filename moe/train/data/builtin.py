@@ -157,7 +157,8 @@ def _without_docstrings(source: str, tree: ast.Module) -> tuple[str, str]:
     """Return the docstrings of a module, and its source without them."""
     lines = source.encode().split(b"\n")
     prose = []
-    found = [node for node in ast.walk(tree) if isinstance(node, Documented) and ast.get_docstring(node, clean=False)]
+    documented = (node for node in _blocks(tree) if isinstance(node, Documented))
+    found = [node for node in documented if ast.get_docstring(node, clean=False)]
     # from the end backwards, so that the line numbers of earlier docstrings stay valid
     for node in sorted(found, key=lambda node: -node.body[0].lineno):
         prose.append(ast.get_docstring(node) or "")
@@ -167,6 +168,15 @@ def _without_docstrings(source: str, tree: ast.Module) -> tuple[str, str]:
         alone = not before.strip() and not after.strip() and len(node.body) > 1
         lines[first : last + 1] = [] if alone else [before + b"pass" + after]
     return "\n\n".join(reversed(prose)), b"\n".join(lines).decode()
+
+
+def _blocks(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield a module and its statements at all depths, without their expressions, which take most of the time."""
+    pending: list[ast.AST] = [tree]
+    for node in pending:
+        yield node
+        for inner in ("body", "orelse", "finalbody", "handlers", "cases"):
+            pending += getattr(node, inner, ())
 
 
 def _disassemble(tree: ast.Module, name: str) -> str:
