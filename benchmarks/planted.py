@@ -128,6 +128,7 @@ SUITES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "kernels": (
         kernel_suite,
         (
+            "router_logits",
             "topk_gate",
             "sort_by_expert",
             "permute",

@@ -37,6 +37,7 @@ FAST = [
     ("kernels", "permute", "zeroes its input"),
     ("kernels", "combine", "another dtype"),
     ("kernels", "grouped_gemm", "gradient zero"),
+    ("kernels", "router_logits", "gradient zero"),
     ("kernels", "topk_gate", "one row wrong"),
     ("kernels", "sort_by_expert", "output doubled"),
     ("kernels", "sort_by_expert", "raises when timed"),

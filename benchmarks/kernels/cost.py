@@ -88,6 +88,11 @@ def kept_bytes(s: Shape) -> int:
     return 2 * s.T * s.D + 4 * s.rows * s.F
 
 
+def _logits_backward(s: Shape) -> Stage:
+    """Read x, weight and the logits' gradient; write the gradients of x and weight."""
+    return Stage("router_logits backward", 4 * s.T * s.D * s.E, 4 * s.T * s.E + 4 * s.T * s.D + 4 * s.D * s.E)
+
+
 def _gate_backward(s: Shape) -> Stage:
     """Read logits, ids and the weights' gradient; write the logits' gradient."""
     return Stage("topk_gate backward", 0, 8 * s.T * s.E + 8 * s.rows)
@@ -100,6 +105,8 @@ def ops(s: Shape) -> dict[str, list[Stage]]:
     gemm, weight, rows = s.rows * s.D * s.F, s.E * s.D * s.F, s.rows
     gathered = 2 * s.T * s.D + 4 * rows
     return {
+        "router_logits forward": [router(s)[0]],
+        "router_logits backward": [_logits_backward(s)],
         "topk_gate forward": [router(s)[1]],
         "topk_gate backward": [_gate_backward(s)],
         "sort_by_expert": [forward["sort_by_expert"]],

@@ -35,11 +35,12 @@ from benchmarks.shared.timing import Context, Step, graphed, interleave, summary
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from equimoe.kernels.permute import combine, permute
+from equimoe.kernels.router_logits import router_logits
 from equimoe.kernels.sort_by_expert import sort_by_expert
 from equimoe.kernels.topk_gate import GateOutput, topk_gate
 
 #: short ops, timed as CUDA graphs, because launch overhead would dominate
-GRAPHED = ("topk_gate", "sort_by_expert", "permute", "combine")
+GRAPHED = ("router_logits", "topk_gate", "sort_by_expert", "permute", "combine")
 
 
 class Bench:
@@ -50,7 +51,9 @@ class Bench:
         self.shape = shape
         self.batch = make_batch(shape, routing, dtype, device)
         self.gate_up, self.down = expert_weights(shape, dtype, device)
+        self.router_ED = unit_random((shape.E, shape.D), torch.float32, device, shape.D**-0.5).requires_grad_()
         self.logits_TE = spread_logits(shape, device)
+        self.dlogits_TE = unit_random((shape.T, shape.E), torch.float32, device)
         self.order = right_order(self.batch.ids_TK, shape.E)  # not our sort, whose errors would reach other ops
         self.source_R = self.order.order_R // shape.K
         widths = {"rows_RD": shape.D, "dpre_RF": 2 * shape.F, "h_RF": shape.F}
@@ -64,9 +67,16 @@ class Bench:
     def inputs(self) -> dict[str, Tensor]:
         """Return all tensors that the calls read, with names for error messages."""
         order = {f"order's {name}": value for name, value in self.order._asdict().items()}
-        weights = {"gate_up": self.gate_up, "down": self.down, "logits": self.logits_TE}
+        weights = {"gate_up": self.gate_up, "down": self.down, "router": self.router_ED}
+        logits = {"logits": self.logits_TE, "gradient of logits": self.dlogits_TE}
         rows = {"rows": self.rows_RD, "gradient of the first product": self.dpre_RF, "hidden rows": self.h_RF}
-        return {**self.batch.tensors(), **weights, **rows, **order, "source rows": self.source_R}
+        return {**self.batch.tensors(), **weights, **logits, **rows, **order, "source rows": self.source_R}
+
+    def logits_forward(self) -> Tensor:
+        return router_logits(self.batch.x_TD, self.router_ED, backend=self.backend)
+
+    def logits_backward(self, y_TE: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y_TE, (self.batch.x_TD, self.router_ED), self.dlogits_TE)
 
     def gate_forward(self) -> GateOutput:
         return topk_gate(self.logits_TE, self.shape.K, backend=self.backend)
@@ -85,6 +95,7 @@ class Bench:
     def pairs(self) -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
         """Return forward and backward of the ops whose directions are both timed."""
         return {
+            "router_logits": (self.logits_forward, self.logits_backward),
             "topk_gate": (self.gate_forward, self.gate_backward),
             "expert_mlp": (self.mlp_forward, self.mlp_backward),
         }
@@ -141,7 +152,8 @@ class Check:
                 return {}
             if op in bench.pairs():
                 forward, grads = (made, None) if name.endswith(" forward") else made
-                seen = self.choice(forward, grads) if op == "topk_gate" else self.mlp(forward, grads)
+                check = {"router_logits": self.logits, "topk_gate": self.choice, "expert_mlp": self.mlp}[op]
+                seen = check(forward, grads)
             elif op in bench.products():
                 check_dtype(made, self.dtype)
                 seen = judge({"output": self.product(op, made)}, self.dtype)
@@ -149,6 +161,17 @@ class Check:
                 check_dtype(made, self.dtype)
                 seen = compare([made], [self.moved(op, self._input(op))], ["output"], self.dtype)
         return {f"{op} {part}": pair for part, pair in seen.items()}
+
+    def logits(self, y_TE: Tensor, grads: tuple[Tensor, ...] | None) -> Errors:
+        """Check logits and the weight's gradient to fp32 accuracy, and the gradient of x to that of its dtype."""
+        bench = self.bench
+        check_dtype(y_TE, torch.float32)
+        x_TD, weight_ED, dy_TE = (t.detach().double() for t in (bench.batch.x_TD, bench.router_ED, bench.dlogits_TE))
+        found = compare([y_TE], [x_TD @ weight_ED.T], ["output"], torch.float32)
+        if grads is not None:
+            found |= compare(grads[:1], [dy_TE @ weight_ED], ["gradient of x"], self.dtype)
+            found |= compare(grads[1:], [dy_TE.T @ x_TD], ["gradient of weight"], torch.float32)
+        return found
 
     def choice(self, found: GateOutput, grads: tuple[Tensor, ...] | None) -> Errors:
         dlogits = None if grads is None else grads[0]
