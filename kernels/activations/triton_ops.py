@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on
 
 #: rows, columns and warps of a program: each thread has 32 bytes of every 16-bit tensor
@@ -142,7 +143,7 @@ def _gradient_kernel(
     tl.store(dweights_ptr + m, dw, mask=m < num_rows)
 
 
-@torch.library.custom_op("equimoe::activate", mutates_args=())
+@op("activate")
 def activate_rows(pre_RU: Tensor, weights_SK: Tensor, order_R: Tensor, activation: str, gated: bool) -> Tensor:
     """Return [R, F] w * act(gate) * up, or w * act(pre), w being the weight of sorted row r, ``weights[order[r]]``."""
     num_rows, width = pre_RU.shape[0], pre_RU.shape[1] // (2 if gated else 1)
@@ -171,7 +172,7 @@ def _(pre_RU: Tensor, weights_SK: Tensor, order_R: Tensor, activation: str, gate
     return pre_RU.new_empty(pre_RU.shape[0], pre_RU.shape[1] // (2 if gated else 1))
 
 
-@torch.library.custom_op("equimoe::activate_backward", mutates_args=())
+@op("activate_backward")
 def differentiate_rows(
     dh_RF: Tensor, pre_RU: Tensor, weights_SK: Tensor, order_R: Tensor, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

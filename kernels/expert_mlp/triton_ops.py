@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on
 from ..activations.triton_ops import activate, store_gradients
 from ..grouped_gemm.triton_ops import (
@@ -279,7 +280,7 @@ def _up_grad(
     return h_RF, dpre_RU, dweights_RP
 
 
-@torch.library.custom_op("equimoe::expert_mlp", mutates_args=())
+@op("expert_mlp")
 def _forward(
     x_SD: Tensor,
     weights_SK: Tensor,
@@ -305,7 +306,7 @@ def _(x_SD, weights_SK, gate_up_EFD, down_EDF, order_R, inverse_SK, offsets_E, a
     return x_SD.new_empty(x_SD.shape), x_SD.new_empty(order_R.shape[0] if keep else 0, gate_up_EFD.shape[1])
 
 
-@torch.library.custom_op("equimoe::expert_mlp_backward", mutates_args=("gate_up_main", "down_main"))
+@op("expert_mlp_backward", mutates_args=("gate_up_main", "down_main"))
 def _backward(
     dy_SD: Tensor,
     pre_RU: Tensor,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on, next_power_of_2
 from ..matmul_tiles import MatmulTile, arch_of, shipped_tile
 
@@ -341,22 +342,22 @@ def weight_grad(
     return grad_ENK
 
 
-@torch.library.custom_op("equimoe::grouped_gemm", mutates_args=())
+@op("grouped_gemm")
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:
     return gemm(rows, weight_ENK, offsets_E, index_R)
 
 
-@torch.library.custom_op("equimoe::grouped_gemm_dgrad", mutates_args=())
+@op("grouped_gemm_dgrad")
 def dgrad(dy_RN: Tensor, weight_ENK: Tensor, offsets_E: Tensor) -> Tensor:
     return gemm(dy_RN, weight_ENK, offsets_E, transposed=True)
 
 
-@torch.library.custom_op("equimoe::grouped_gemm_wgrad", mutates_args=())
+@op("grouped_gemm_wgrad")
 def _wgrad(dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None) -> Tensor:
     return weight_grad(dy, rows, offsets_E, dy_index_R, index_R)
 
 
-@torch.library.custom_op("equimoe::grouped_gemm_wgrad_", mutates_args=("out",))
+@op("grouped_gemm_wgrad_", mutates_args=("out",))
 def _wgrad_(
     dy: Tensor, rows: Tensor, offsets_E: Tensor, dy_index_R: Tensor | None, index_R: Tensor | None, out: Tensor
 ) -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on, next_power_of_2
 from ..sort_by_expert import ExpertOrder
 
@@ -70,7 +71,7 @@ def tile_for(element_size: int, hidden: int) -> Tile:
 _ORDER = "Tensor order, Tensor inverse, Tensor offsets"
 
 
-@torch.library.custom_op("equimoe::permute", mutates_args=(), schema=f"(Tensor x, {_ORDER}, SymInt num_rows) -> Tensor")
+@op("permute", schema=f"(Tensor x, {_ORDER}, SymInt num_rows) -> Tensor")
 def _permute(x: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
     hidden, choices = x.shape[1], inverse.shape[1]
     rows = torch.empty(num_rows, hidden, dtype=x.dtype, device=x.device)
@@ -105,7 +106,7 @@ def sum_rows(rows: Tensor, inverse: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("equimoe::combine", mutates_args=(), schema=f"(Tensor rows, {_ORDER}) -> Tensor")
+@op("combine", schema=f"(Tensor rows, {_ORDER}) -> Tensor")
 def _combine(rows: Tensor, order: Tensor, inverse: Tensor, offsets: Tensor) -> Tensor:
     return sum_rows(rows, inverse)
 

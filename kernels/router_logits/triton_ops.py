@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on
 from .tiles import MOST_CHUNKS, STEPS, tile_for
 
@@ -109,7 +110,7 @@ def _product(kernel: Any, a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype, most_c
     return out_CMN[0] if chunks == 1 else out_CMN.sum(0).to(dtype)
 
 
-@torch.library.custom_op("equimoe::router_logits", mutates_args=())
+@op("router_logits")
 def _forward(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return _product(_by_token, x_TD, weight_ED.mT, torch.float32)
 
@@ -119,7 +120,7 @@ def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], weight_ED.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("equimoe::router_logits_backward", mutates_args=())
+@op("router_logits_backward")
 def _backward(dlogits_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and of the weight; empty where ``needs`` is False."""
     dx_TD, dweight_ED = x_TD.new_empty(0), weight_ED.new_empty(0)

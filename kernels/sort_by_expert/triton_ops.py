@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on
 from .types import ExpertOrder
 
@@ -105,9 +106,7 @@ def tile_for(experts: int) -> Tile:
     return next(tile for largest, tile in TILES.items() if experts <= largest)
 
 
-@torch.library.custom_op(
-    "equimoe::sort_by_expert", mutates_args=(), schema="(Tensor ids, int experts) -> (Tensor, Tensor, Tensor)"
-)
+@op("sort_by_expert", schema="(Tensor ids, int experts) -> (Tensor, Tensor, Tensor)")
 def _sort(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, tile = ids.numel(), tile_for(experts)
     blocks, bins = triton.cdiv(rows, tile.block), experts + 1

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._ops import op
 from .._triton import launch_on
 from .tiles import (
     MAX_EXPERTS,
@@ -285,9 +286,8 @@ def gate_backward(
 _OPTIONS = "int k, str score, int groups, int kept_groups, bool normalize, bool after, float scale, SymInt sequences"
 
 
-@torch.library.custom_op(
-    "equimoe::topk_gate",
-    mutates_args=(),
+@op(
+    "topk_gate",
     schema=f"(Tensor logits, Tensor? bias, Tensor? mask, Tensor? given, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -339,9 +339,8 @@ def _fake_gate(
     )
 
 
-@torch.library.custom_op(
-    "equimoe::topk_gate_backward",
-    mutates_args=(),
+@op(
+    "topk_gate_backward",
     schema=f"(Tensor logits, Tensor? mask, Tensor ids, Tensor dweights, Tensor dprob_sums, Tensor dz, {_OPTIONS})"
     " -> Tensor",
 )

@@ -16,13 +16,19 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from equimoe import kernels  # noqa: E402
+from equimoe.kernels._ops import Op  # noqa: E402
 from equimoe.kernels.sort_by_expert import ExpertOrder, sort_by_expert  # noqa: E402
 from tests.helpers.fork import run_ranks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, Triton's interpreter runs the kernels
+OPS: dict[str, Op] = {}
 for path in sorted(Path(kernels.__path__[0]).glob("*/triton_ops.py")):
-    import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers the ops
+    module = import_module(f"equimoe.kernels.{path.parent.name}.triton_ops")  # registers the ops
+    OPS |= {one.name: one for one in vars(module).values() if isinstance(one, Op)}
 import_module("equimoe.kernels.expert_mlp.compiled")
 
 S, K, D, F, E = 5, 2, 8, 6, 3
@@ -239,3 +245,67 @@ def test_every_custom_op_has_cases() -> None:
         print(f"\n{name:20} {len(labels)} cases: {'; '.join(labels)}", end="")
     assert names and all(table.values()), f"without a case: {[name for name, labels in table.items() if not labels]}"
     assert {op for op, _, _ in CASES} == names
+
+
+class Seen(TorchDispatchMode):
+    """Records the names of our ops that torch's dispatcher runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "equimoe":
+            self.names.append(op._schema.name.partition("::")[2])
+        return op(*args, **(kwargs or {}))
+
+
+def run(op: Op, arguments: tuple) -> list[Tensor]:
+    """Return the op's results, its gradients, and its arguments with how often they were written."""
+    found = op(*arguments)
+    results = [t for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
+    leaves = [t for t in arguments if isinstance(t, Tensor) and t.requires_grad]
+    ends = [t for t in results if t.requires_grad]
+    grads = torch.autograd.grad(ends, leaves, [t.detach().cos() for t in ends]) if leaves else ()
+    given = [t for t in arguments if isinstance(t, Tensor)]
+    return [*results, *grads, *given, *(torch.tensor(t._version) for t in given)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [pytest.param(name, case, id=f"{name}-{label}") for name, label, case in CASES if name in OPS],
+)
+def test_eager_code_gets_the_same_without_the_dispatcher(
+    name: str, arguments: Callable[[], tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = OPS[name]
+    torch.manual_seed(0)
+    with Seen() as seen:
+        expected = run(op, arguments())
+    assert name in seen.names
+    for other in OPS.values():
+        monkeypatch.setattr(other, "_op", None)
+    torch.manual_seed(0)
+    found = run(op, arguments())
+    assert len(found) == len(expected)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert [t.requires_grad for t in found] == [t.requires_grad for t in expected]
+
+
+def test_what_has_no_memory_or_is_transformed_is_left_to_the_dispatcher() -> None:
+    permute, found = OPS["permute"], order()
+    meta = permute(torch.empty(S, D, device="meta"), *(t.to("meta") for t in found), S * K)
+    assert meta.is_meta and meta.shape == (S * K, D)
+    with FakeTensorMode() as mode:
+        x_SD, *places = (mode.from_tensor(t) for t in (torch.ones(S, D), *(t.cpu() for t in found)))
+    assert isinstance(permute(x_SD, *places, S * K), FakeTensor)  # outside the mode, too
+    x_SD = randn(S, D)
+    y_RD = torch.func.functionalize(lambda x: permute(x, *found, S * K))(x_SD)
+    assert torch.equal(y_RD, permute(x_SD, *found, S * K))
+
+
+def test_an_op_that_is_differentiable_once_says_so() -> None:
+    x_TD, weight_ED = randn(S, D, grad=True), randn(E, D, grad=True)
+    (grad,) = torch.autograd.grad(OPS["router_logits"](x_TD, weight_ED).square().sum(), x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="router_logits_backward"):
+        grad.sum().backward()
