@@ -1,11 +1,10 @@
 """Which backend ``backend="auto"`` is, by chip, op, dtype and size.
 
 On a CPU it is torch. On a GPU it is what auto.json says, a table that ``make tune`` measures. On a chip that nobody has
-measured, it is Triton for what moves rows and for routers' logits, and for the experts torch's grouped products with
-Triton between them
-("hybrid"; Triton alone for the dtypes and widths that torch's products do not take). Before a backend is used for the
-first time in a process, it is compared with the reference on that device; if it is wrong there, or does not compile,
-torch takes its place, with a warning.
+measured, it is Triton for what moves rows and for routers, and for the experts torch's grouped products with Triton
+between them ("hybrid"; Triton alone for the dtypes and widths that torch's products do not take). Before a backend is
+used for the first time in a process, it is compared with the reference on that device; if it is wrong there, or does
+not compile, torch takes its place, with a warning.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ UNMEASURED = {
     "combine": "triton",
     "expert_mlp": "hybrid",
     "router_logits": "triton",
+    "topk_gate": "triton",
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

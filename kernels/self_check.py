@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from .expert_mlp import expert_mlp
 from .permute import combine, permute
 from .router_logits import router_logits
 from .sort_by_expert import ExpertOrder, sort_by_expert
+from .topk_gate import topk_gate
 
 S, K, D, F, E = 320, 2, 80, 96, 4
+#: of the gate, whose reference chooses token by token
+TOKENS, GATE_EXPERTS = 40, 24
 #: largest relative error: of exact ops, and of sums and products by the dtype of rows
 LARGEST = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 #: the same of a router's logits, which are fp32 for 16-bit rows too. A sum may be rounded to the next 16-bit number.
@@ -81,6 +85,19 @@ def _logits(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.G
     return [y_SE, *torch.autograd.grad(y_SE, (x_SD, weight_ED), dy_SE)]
 
 
+def _gate(backend: str, ids_SK: Tensor, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    mask_T = torch.arange(TOKENS, device=ids_SK.device) % 5 != 2
+    bias_E = torch.linspace(-0.2, 0.2, GATE_EXPERTS, device=ids_SK.device)
+    found: list[Tensor] = []
+    ways: list[dict[str, Any]] = [{}, {"score": "sigmoid", "bias_E": bias_E, "groups": 4, "kept_groups": 2}]
+    for how in ways:
+        logits_TE = _random(generator, ids_SK, dtype, TOKENS, GATE_EXPERTS)
+        gate = topk_gate(logits_TE, K, mask_T=mask_T, sequences=2, backend=backend, **how)
+        ends = (gate.weights_TK, gate.prob_sums_BE, gate.z_sum)
+        found += [*gate, *torch.autograd.grad(ends, logits_TE, [end.detach().cos() for end in ends])]
+    return found
+
+
 _Check = Callable[[str, Tensor, torch.dtype, torch.Generator], list[Tensor]]
 _CHECKS: dict[str, _Check] = {
     "sort_by_expert": _sort,
@@ -88,4 +105,5 @@ _CHECKS: dict[str, _Check] = {
     "combine": _combine,
     "expert_mlp": _mlp,
     "router_logits": _logits,
+    "topk_gate": _gate,
 }

@@ -23,7 +23,7 @@ if not __package__:
 import torch
 
 from benchmarks.shared.options import Parser
-from benchmarks.shared.shapes import Shape, expert_weights, make_batch
+from benchmarks.shared.shapes import Shape, expert_weights, make_batch, spread_logits
 from benchmarks.shared.timing import Timer
 from equimoe.kernels import auto
 from equimoe.kernels.expert_mlp import expert_mlp
@@ -31,6 +31,7 @@ from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS, arch_of
 from equimoe.kernels.permute import combine, permute
 from equimoe.kernels.router_logits import router_logits
 from equimoe.kernels.sort_by_expert import sort_by_expert
+from equimoe.kernels.topk_gate import topk_gate
 from equimoe.launch.env import command
 
 #: with few and with many rows per expert: 64 and 1024
@@ -43,6 +44,7 @@ OPS: dict[str, tuple[tuple[torch.dtype, ...], tuple[str, ...]]] = {
     "combine": (FLOATS, ("triton",)),
     "expert_mlp": (FLOATS, ("hybrid", "triton")),
     "router_logits": (FLOATS, ("triton",)),
+    "topk_gate": ((torch.float32,), ("triton",)),
 }
 #: timed runs, after one that is not timed
 RUNS = 11
@@ -55,7 +57,7 @@ def call(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Cal
     order = sort_by_expert(batch.ids_TK, shape.E, backend="torch")
     gate_up, down = expert_weights(shape, floats, device) if op == "expert_mlp" else (None, None)
     router_ED = torch.randn(shape.E, shape.D, device=device, requires_grad=True)
-    dlogits_TE = torch.randn(shape.T, shape.E, device=device)
+    logits_TE, dlogits_TE = spread_logits(shape, device), torch.randn(shape.T, shape.E, device=device)
     rows_RD = torch.randn(shape.rows, shape.D, device=device).to(floats).requires_grad_()
 
     def run(backend: str) -> object:
@@ -64,6 +66,9 @@ def call(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Cal
         if op == "router_logits":
             y = router_logits(batch.x_TD, router_ED, backend)
             return torch.autograd.grad(y, (batch.x_TD, router_ED), dlogits_TE)
+        if op == "topk_gate":
+            gate = topk_gate(logits_TE, shape.K, backend=backend)
+            return torch.autograd.grad(gate.weights_TK, logits_TE, batch.weights_TK.detach())
         if op == "permute":
             y = permute(batch.x_TD, order, backend=backend)
             return torch.autograd.grad(y, batch.x_TD, rows_RD.detach())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import pick
+from ..auto import automatic
 from ..checks import backend_without_values, check_device, readable
 from . import reference, torch_ops
 from .tiles import MAX_EXPERTS, MAX_K
@@ -77,8 +78,10 @@ def topk_gate(
     if ids_TK is not None:
         _check_ids(ids_TK, logits_TE, k)
     check_device(logits_TE.device, bias_E=bias_E, mask_T=mask_T, ids_TK=ids_TK)
-    if backend == "auto" and (logits_TE.dtype == torch.float64 or logits_TE.shape[1] > MAX_EXPERTS or k > MAX_K):
-        backend = "torch"
+    if backend == "auto":
+        tokens, experts = logits_TE.shape
+        fits = logits_TE.dtype != torch.float64 and experts <= MAX_EXPERTS and k <= MAX_K
+        backend = automatic("topk_gate", logits_TE, tokens * k, experts) if fits else "torch"
     backend = backend_without_values(backend, logits_TE)
     return pick("topk_gate", _BACKENDS, backend)(logits_TE, bias_E, mask_T, ids_TK, options)
 

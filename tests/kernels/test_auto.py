@@ -64,6 +64,8 @@ CHECKED = [
     ("combine", "triton", torch.float32),
     ("expert_mlp", "hybrid", torch.bfloat16),
     ("expert_mlp", "triton", torch.float16),
+    ("router_logits", "triton", torch.bfloat16),
+    ("topk_gate", "triton", torch.float32),
 ]
 
 
@@ -116,5 +118,5 @@ def test_the_table_comes_before_the_default(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen("expert_mlp", torch.bfloat16, True) == "triton"
     assert chosen("expert_mlp", torch.bfloat16, False) == "hybrid"
     assert chosen("expert_mlp", torch.bfloat16, False, fits=False) == "triton"
-    assert chosen("permute", torch.float32, True) == "triton" and chosen("topk_gate", torch.float32, True) == "torch"
+    assert chosen("permute", torch.float32, True) == "triton" and chosen("activate", torch.float32, True) == "torch"
     assert auto.automatic("permute", torch.zeros(3, 2)) == "torch"
