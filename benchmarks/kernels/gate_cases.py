@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from equimoe.kernels.activations.triton_ops import activate_rows, differentiate_rows
+from equimoe.kernels.empty_experts.triton_ops import zero_without_rows
 from equimoe.kernels.expert_mlp import expert_mlp
 from equimoe.kernels.grouped_gemm import grouped_gemm, grouped_gemm_wgrad
 from equimoe.kernels.matmul_tiles import BUCKETS, MANY_ROWS
@@ -98,6 +99,11 @@ def activation(dtype: torch.dtype, size: Size, gated: bool) -> None:
     weights_SK, order_R = torch.zeros(16, size.K), torch.arange(rows)
     activate_rows(pre_RU, weights_SK, order_R, *form)
     differentiate_rows(dh_RF, pre_RU, weights_SK, order_R, *form)
+
+
+def empty(dtype: torch.dtype, size: Size) -> None:
+    """Zero the weight gradients of experts without rows."""
+    zero_without_rows(torch.zeros(size.E, size.F, size.D, dtype=dtype), torch.zeros(size.E + 1, dtype=torch.int64))
 
 
 def gate(experts: int, k: int, dtype: torch.dtype, bias: bool, mask: bool, given: bool, **method: object) -> None:
@@ -188,6 +194,7 @@ def works() -> Iterator[tuple[str, Work]]:
     for size in ("even", "tail", "odd"):
         for gated in (True, False):
             yield f"bf16 {size} silu{' plain' * (not gated)}", partial(activation, torch.bfloat16, SIZES[size], gated)
+        yield f"bf16 {size} empty", partial(empty, torch.bfloat16, SIZES[size])
     for experts, k, dtype, bias, mask, method in GATES:
         for given in (False, True):
             name = f"E{experts} K{k} {dtype} {method.get('score', 'softmax')}{' given' * given}"

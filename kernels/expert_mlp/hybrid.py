@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..activations.triton_ops import activate_rows, differentiate_rows
+from ..empty_experts.triton_ops import zero_without_rows
 from ..grouped_gemm.row_layouts import GroupedLayout
 from ..permute.triton_ops import combine, permute
 from ..sort_by_expert import ExpertOrder
@@ -70,10 +71,17 @@ def backward(
     if needs_weights:
         dweights_SK = dweights_R[inverse_SK.clamp(min=0)].masked_fill_(inverse_SK < 0, 0)
     if needs_down:
-        ddown_EDF = layout.weight_grad(dy_RD, h_RF)
+        ddown_EDF = _weight_grad(layout, dy_RD, h_RF)
     del dy_RD, h_RF
     if needs_gate_up:
-        dgate_up_EFD = layout.weight_grad(dpre_RU, permute(x_SD, order, num_rows))
+        dgate_up_EFD = _weight_grad(layout, dpre_RU, permute(x_SD, order, num_rows))
     if needs_x:
         dx_SD = combine(layout.product(dpre_RU, gate_up_EFD), order)
     return dx_SD, dweights_SK, dgate_up_EFD, ddown_EDF
+
+
+def _weight_grad(layout: GroupedLayout, left_RO: Tensor, right_RI: Tensor) -> Tensor:
+    """[E, O, I] left.T @ right by expert; zero for experts without rows."""
+    grad_EOI = layout.partial_weight_grad(left_RO, right_RI)
+    zero_without_rows(grad_EOI, layout.offsets_E)
+    return grad_EOI

@@ -44,9 +44,12 @@ class GroupedLayout:
 
     def weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
         """[E, O, I] left.T @ right by expert; zero for experts without rows."""
-        grad_EOI = F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
-        empty_E = (self.offsets_E.diff() == 0)[:, None, None]  # the product does not write their gradient
-        return grad_EOI.masked_fill_(empty_E, 0)
+        grad_EOI = self.partial_weight_grad(left_PO, right_PI)
+        return grad_EOI.masked_fill_((self.offsets_E.diff() == 0)[:, None, None], 0)
+
+    def partial_weight_grad(self, left_PO: Tensor, right_PI: Tensor) -> Tensor:
+        """Return :meth:`weight_grad`, but undefined for experts without rows, whose gradient torch does not write."""
+        return F.grouped_mm(left_PO.t(), right_PI, offs=self.ends_E)
 
 
 def _dense(weight_EIO: Tensor) -> Tensor:

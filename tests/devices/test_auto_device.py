@@ -93,7 +93,7 @@ def test_what_each_dtype_and_width_gets() -> None:
 
     found = on_fake_cuda(body)
     sort, triton = {"equimoe.sort_by_expert"}, {"equimoe.expert_mlp", "equimoe.expert_mlp_backward"}
-    parts = {f"equimoe.{name}" for name in ("permute", "combine", "activate", "activate_backward")}
+    parts = {f"equimoe.{name}" for name in ("permute", "combine", "activate", "activate_backward", "zero_without_rows")}
     expected = {f"{name} {width}": sort | triton for name in DTYPES for width in (48, 44)}
     expected["bf16 48"] = sort | parts | {"aten._grouped_mm"}
     expected = {name: ops | {"equimoe.topk_gate", "equimoe.topk_gate_backward"} for name, ops in expected.items()}

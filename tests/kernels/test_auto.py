@@ -18,6 +18,7 @@ from tests.helpers.slow import slow_but
 from .mlp_cases import NAMES, compare, make
 
 pytest.importorskip("triton")
+from equimoe.kernels.empty_experts.triton_ops import zero_without_rows
 from equimoe.kernels.expert_mlp import hybrid
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs under the interpreter, on the CPU")
@@ -37,6 +38,30 @@ def test_hybrid_against_fp64(shape: tuple[int, ...], ids: str) -> None:
 
 def test_hybrid_activates_columns_and_rows_past_one_program() -> None:
     case = make(7, 1, 8, 520, 2).rounded(torch.bfloat16)
+    compare(case.run("hybrid", torch.bfloat16), case.run("reference"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", [5, 2048, 2049])
+def test_only_gradients_of_experts_without_rows_are_zeroed(width: int) -> None:
+    offsets_E = torch.tensor([0, 0, 3, 3, 3, 7, 7])
+    grad_EOI = torch.full((6, 2, width), torch.nan, dtype=torch.bfloat16)
+    zero_without_rows(grad_EOI, offsets_E)
+    for grad, rows in zip(grad_EOI, offsets_E.diff(), strict=True):
+        assert grad.isnan().all() if rows else (grad == 0).all()
+
+
+def test_hybrid_leaves_no_gradient_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, torch's product does not write the gradient of an expert without rows."""
+    right = torch.nn.functional.grouped_mm
+
+    def partial(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        found = right(a, b, offs=offs)
+        if b.dim() == 2:
+            found[torch.diff(offs, prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", partial)
+    case = make(37, 3, 16, 40, 5, ids="one expert").rounded(torch.bfloat16)
     compare(case.run("hybrid", torch.bfloat16), case.run("reference"), torch.bfloat16)
 
 

@@ -1,0 +1,1 @@
+"""The gradients of experts without rows, which a grouped product may leave undefined."""
