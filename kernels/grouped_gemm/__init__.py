@@ -59,9 +59,6 @@ def grouped_gemm(
     The result and the gradients have the dtype of rows, also under autocast; sums accumulate in fp32 (fp64 for fp64).
     Differentiable once in rows and weight.
 
-    Under ``torch.compile`` the torch backend breaks the graph on a CPU, because it reads how many rows each expert has;
-    on accelerators, and with the triton backend, the op compiles as part of one graph.
-
     Raises ValueError if shapes, dtypes or devices do not fit and, on the CPU, for invalid offsets or indices. On other
     devices the values are not checked: the result is then undefined, or torch stops with a device-side assertion, but
     no memory outside the tensors is read or written.

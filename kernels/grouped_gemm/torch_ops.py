@@ -1,4 +1,4 @@
-"""On a CPU, one product per expert; elsewhere grouped products, without waiting for the device."""
+"""On a CPU, one product per expert; elsewhere, and in compiled code, grouped products that wait for no values."""
 
 # R rows sorted by expert, E experts, K in width, N out width.
 
@@ -8,13 +8,13 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..checks import on_host
+from ..checks import readable
 from ..cpu import grouped_gemm as cpu
 from . import accelerator
 
 
 def _path(rows: Tensor) -> ModuleType:
-    return cpu if on_host(rows) else accelerator
+    return cpu if readable(rows) else accelerator
 
 
 def forward(rows: Tensor, weight_ENK: Tensor, offsets_E: Tensor, index_R: Tensor | None) -> Tensor:

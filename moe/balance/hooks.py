@@ -13,6 +13,12 @@ import torch
 #: returns what torch calls for every new Python frame; None if it is not within compiled code
 _compiler_of_frames = torch._C._dynamo.eval_frame.get_eval_frame_callback
 
+#: what the error of ``fullgraph=True`` says
+_UNKNOWN_STEP = (
+    "MoE: the layer cannot find out in a graph where the steps of its training begin and end; drive them, "
+    "step = Step.of(model) and with step.micro_batch(), call model.eval(), or leave out fullgraph=True"
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -27,6 +33,11 @@ def register_while_alive(register: Callable[..., Any], method: Callable[[torch.o
             call(optimizer)
 
     weakref.finalize(method.__self__, register(hook).remove)  # type: ignore[attr-defined]
+
+
+def break_graph(why: str) -> None:
+    """Make torch.compile break the graph that it traces; under ``fullgraph=True`` it raises an error that says why."""
+    torch._dynamo.graph_break(msg=why)
 
 
 def untraced(traced: Callable[..., R] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -50,7 +61,10 @@ def _untraced(traced: Callable[..., R] | None, method: Callable[P, R]) -> Callab
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             result = NotImplemented if traced is None else traced(*args, **kwargs)
-            return outside(*args, **kwargs) if result is NotImplemented else result
+            if result is not NotImplemented:
+                return result
+            break_graph(_UNKNOWN_STEP)
+            return outside(*args, **kwargs)
         # outside of compiled code, there is no compiler that could look into the method
         return method(*args, **kwargs) if _compiler_of_frames() is None else outside(*args, **kwargs)
 

@@ -12,11 +12,19 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Kept, keeping
+from .hooks import break_graph
 from .step import LayerStep, Step
 from .visit import Visit
+
+#: what the error of ``fullgraph=True`` says
+_NO_GRAPH = (
+    "recompute: a graph cannot repeat routing decisions; do not recompute (recompute_blocks=False), as the compiler "
+    "decides by itself what to keep for the backward, or leave out fullgraph=True"
+)
 
 
 class _Region:
@@ -52,13 +60,25 @@ def recompute(function: Callable[..., Any], *args: Any, keep_exchanges: bool = F
     ``keep_exchanges`` also keeps the rows received from other ranks, so that recomputation needs no communication. It
     saves a third of the layer's exchanges, at a cost of about 2 K rows of memory per token (DeepSpeed-TED, arXiv
     2303.06318).
-    """
 
+    ``torch.compile`` breaks the graph here, and leaves out what the function computes.
+    """
+    if torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return function(*args)
+        break_graph(_NO_GRAPH)
+    return _checkpointed(function, args, keep_exchanges)
+
+
+def _checkpointed_eagerly(function: Callable[..., Any], args: tuple[Any, ...], keep_exchanges: bool) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         region = _Region(keep_exchanges)
         return region, region
 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+_checkpointed = torch._disable_dynamo(_checkpointed_eagerly)
 
 
 def visit_being_recomputed(step: Step, layer: LayerStep) -> tuple[Visit | None, bool]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..checkpoint import box_of
-from ..parallel.grad_norm import local_part, square_norms
+from ..parallel.grad_norm import gradient_of, local_part, square_norms
 
 #: coefficients of the odd polynomial of degree 5 that Newton-Schulz iterates, and the number of iterations (K. Jordan,
 #: Muon, 2024): singular values between 0 and 1 end between about 0.7 and 1.2
@@ -142,11 +142,9 @@ def _orthogonal_direction(weight: Tensor, state: dict[str, Any], group: dict[str
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    """Return the gradient of this rank's part of a weight. Tensor parallelism has an embedding's whole."""
-    grad = weight.grad
+    """Return the gradient of this rank's part of a weight."""
+    grad = gradient_of(weight)
     assert grad is not None
-    if isinstance(grad, DTensor) and isinstance(weight, DTensor) and grad.placements != weight.placements:
-        grad = grad.redistribute(placements=weight.placements)
     return local_part(grad)
 
 

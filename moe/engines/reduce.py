@@ -21,7 +21,7 @@ from ..collectives import Axis
 from ..layer import MoE
 from ..model import HeadNorm
 from ..parallel import Mesh
-from ..parallel.grad_norm import local_part
+from ..parallel.grad_norm import gradient_of, local_part
 from ..parallel.mesh import EXPERT_GRID
 
 
@@ -171,6 +171,8 @@ class _Bucket:
         The gradients become views of the flat tensor, which frees their old memory. FSDP allocates all gradients of a
         block together, so moving them would free nothing: they keep their memory, and the sums are copied back.
         """
+        for p in self.parameters:
+            p.grad = gradient_of(p)  # a rank that lacks a gradient sends as many numbers as the weight has
         parts = [local_part(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.parameters]
         flat = torch.cat([part.flatten() for part in parts])
         pieces = [

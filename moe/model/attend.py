@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from .documents import Documents
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSW: Tensor, documents: Documents | None = None) -> Tensor:
     """Softmax attention in which each position attends to itself and to earlier ones, of its own document if given.
@@ -110,9 +112,9 @@ WITHIN: dict[str, Callable[[Tensor, Tensor, Tensor, Documents, int | None], Tens
 def _way(q: Tensor, v: Tensor) -> str:
     """Choose a way: on a CPU, where lengths can be read without waiting, documents one by one are the fastest."""
     if not q.is_cuda:
-        return "one_by_one"
+        return "mask" if torch.compiler.is_compiling() else "one_by_one"  # no graph can read lengths
     fits = min(q.shape[-1], v.shape[-1]) >= 16 and q.dtype != torch.float64  # as the kernels of FlexAttention need it
-    return "blocks" if fits and importlib.util.find_spec("triton") is not None else "mask"
+    return "blocks" if fits and _HAS_TRITON else "mask"
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

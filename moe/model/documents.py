@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,9 +70,9 @@ def _seen(starts_BS: Tensor, window: int | None) -> Tensor:
 def _block_mask(starts_BS: Tensor, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask  # imported late: it imports torch's compiler
 
-    def seen(starts_BS: Tensor, b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def seen(b: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         found = (key >= starts_BS[b, query]) & (key <= query)
         return found if window is None else found & (query - key < window)
 
     count, length = starts_BS.shape
-    return create_block_mask(partial(seen, starts_BS), count, None, length, length, device=starts_BS.device)
+    return create_block_mask(seen, count, None, length, length, device=starts_BS.device)

@@ -23,7 +23,8 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if readable(x) and all(type(t) in _PLAIN for t in (x, self.weight)):
+        plain = self.eps is not None and len(self.normalized_shape) == 1
+        if plain and readable(x) and all(type(t) in _PLAIN for t in (x, self.weight)):
             return cast(Tensor, _Normalize.apply(x, self.weight, self.eps))
         return super().forward(x)
 

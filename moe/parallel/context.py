@@ -75,20 +75,29 @@ class ContextAttention:
         Query head n uses key head n // (N / M). v may differ from k in width. Accumulates in fp32 (fp64 for fp64).
         ``documents`` are those of this rank's positions; their starts are positions of the whole sequence.
         """
-        self._check(q_BNSH, k_BMSH, v_BMSH)
+        q_BNSH, k_BMSH, v_BMSH = (autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
+        # before anything is sent: peers would take what is under way for the next call's
+        self._check(q_BNSH, k_BMSH, v_BMSH, documents)
         if self.axis.size == 1:
             return causal_attention(q_BNSH, k_BMSH, v_BMSH, documents)
-        q_BNSH, k_BMSH, v_BMSH = (autocast(t) for t in (q_BNSH, k_BMSH, v_BMSH))
         starts_BS = None if documents is None else documents.starts_BS
         return _ContextAttention.apply(q_BNSH, k_BMSH, v_BMSH, starts_BS, self.axis, KV_EXCHANGES[self.exchange])
 
-    def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> None:
+    def _check(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, documents: Documents | None) -> None:
         shapes = [tuple(t.shape) for t in (q_BNSH, k_BMSH, v_BMSH)]
         q, k, v = shapes
         heads_fit = len(q) == len(k) == len(v) == 4 and k[1] > 0 and q[1] % k[1] == 0
         if not heads_fit or k[:3] != v[:3] or (q[0], *q[2:]) != (k[0], *k[2:]):
             raise ValueError(
                 f"q, k, v have shapes {shapes}: must be [B, N, S, H], [B, M, S, H], [B, M, S, any]; M must divide N"
+            )
+        dtypes = [t.dtype for t in (q_BNSH, k_BMSH, v_BMSH)]
+        if len(set(dtypes)) > 1:
+            raise ValueError(f"q, k, v have dtypes {dtypes}: must have the same one; cast them")
+        if documents is not None and documents.starts_BS.shape != (q[0], q[2]):
+            raise ValueError(
+                f"documents.starts_BS={list(documents.starts_BS.shape)}: must be [B, S]={[q[0], q[2]]}, those of the "
+                "positions that this rank holds; split them with shard_sequence"
             )
         chunks = len(_held(0, self.axis.size))
         if q[2] == 0 or q[2] % chunks:

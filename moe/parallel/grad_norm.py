@@ -107,3 +107,14 @@ def _splitting_groups(tensor: Tensor, inside: bool = False) -> tuple:
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """Return a weight's gradient, split over ranks as the weight is.
+
+    Under tensor parallelism, autograd computes the whole gradient of an embedding on each rank.
+    """
+    grad = weight.grad
+    if isinstance(grad, DTensor) and isinstance(weight, DTensor) and grad.placements != weight.placements:
+        return grad.redistribute(placements=weight.placements)
+    return grad

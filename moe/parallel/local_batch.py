@@ -50,7 +50,8 @@ def take_local_batch(
 ) -> LocalBatch:
     """Take this rank's part of a micro-batch. All context- and tensor-parallel peers must pass the same sequences.
 
-    Raises ValueError for a sequence length that the degrees do not divide, and for ``documents`` of another shape.
+    Raises ValueError for a sequence length that the degrees do not divide, for ``documents`` of another shape, and for
+    a micro-batch without sequences under tensor parallelism.
     """
     starts_BS = None if documents_BS is None else _starts(documents_BS, inputs_BS)
     if mask_BS is not None and not labels_BS.is_floating_point():
@@ -62,6 +63,11 @@ def take_local_batch(
     if inputs_BS.shape[1] % (cp.size * pieces):
         degrees = f"parallel.cp * parallel.tp = {cp.size} * {pieces}"
         raise ValueError(f"data.seq_len={inputs_BS.shape[1]}: must be a multiple of {degrees}; change one of them")
+    if tp.size > 1 and len(inputs_BS) == 0:  # a DTensor without rows makes torch 2.13 loop without end
+        raise ValueError(
+            "batch.inputs: has no sequence, which tensor parallelism cannot compute; give it one with mask=False "
+            f"everywhere, or set parallel.tp={tp.size} to 1"
+        )
     if cp.size > 1:
         inputs_BS, labels_BS = (shard_sequence(t, 1, cp.size, cp.rank) for t in (inputs_BS, labels_BS))
         mask_BS, starts_BS, codes_BS = (

@@ -124,7 +124,8 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         rows = ceil(weight.rows / over)
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
-    # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP or the optimizer shards it
+    # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP, its reduction or the
+    # optimizer shards it
     tp = part.degrees.tp
     unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if part.first else 0
     sharded = part.degrees.data_parallel == "fsdp"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...kernels.checks import has_values
 from .select import top_k
 
 #: updates of :func:`sinkhorn`, so many that the loads rarely change any more; a test for it would wait for the device
@@ -45,16 +44,26 @@ def balanced(logits_TE: Tensor, wanted_TE: Tensor, mask_T: Tensor | None, sequen
 
     Computed on the host, which waits for the logits once per layer.
     """
-    ids_T1 = top_k(logits_TE, 1)
-    if not has_values(logits_TE):  # in a dry run, which assumes a balanced load
-        return ids_T1
-    scores_TE = logits_TE.double()
+    scores_TE = logits_TE.detach().double()
     if mask_T is not None:
         scores_TE = scores_TE.masked_fill(~mask_T[:, None], float("nan"))
-    scores_TE = scores_TE.cpu()
-    valid_T = scores_TE.isfinite().all(1)  # tokens that are not finite would bid without end
-    ids_T1[valid_T.to(ids_T1.device)] = auction(scores_TE[valid_T])[:, None].to(ids_T1.device)
-    return ids_T1
+    return torch.where(scores_TE.isfinite().all(1), assign(scores_TE), top_k(logits_TE, 1)[:, 0])[:, None]
+
+
+@torch.library.custom_op("equimoe_routing::assign", mutates_args=())
+def assign(scores_TE: Tensor) -> Tensor:
+    """Return :func:`auction`'s expert for each token, int64 [T], on the device of the scores, and 0 for tokens whose
+    scores are not finite. It is an op, because a graph cannot hold a loop that depends on values."""
+    on_host_TE = scores_TE.cpu()
+    expert_T = on_host_TE.new_zeros(len(on_host_TE), dtype=torch.int64)
+    valid_T = on_host_TE.isfinite().all(1)  # the others would bid without end
+    expert_T[valid_T] = auction(on_host_TE[valid_T])
+    return expert_T.to(scores_TE.device)
+
+
+@assign.register_fake
+def _(scores_TE: Tensor) -> Tensor:
+    return scores_TE.new_empty(len(scores_TE), dtype=torch.int64)
 
 
 def auction(scores_TE: Tensor) -> Tensor:

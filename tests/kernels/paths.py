@@ -22,11 +22,10 @@ def on(path: str) -> Iterator[str]:
     """Enable a path, and give the backend to pass to the op."""
     with pytest.MonkeyPatch.context() as patch:
         if path == "accelerator":
-            for module in (permute_ops, sort_ops, gate_ops):
+            for module in (permute_ops, sort_ops, gate_ops, gemm_ops):
                 patch.setattr(module, "readable", lambda t: False)
             patch.setattr(gate_ops, "_ONE_BY_ONE", 0)
-            for module in (gemm_ops, mlp_ops):
-                patch.setattr(module, "on_host", lambda t: False)
+            patch.setattr(mlp_ops, "on_host", lambda t: False)
         yield "torch" if path == "accelerator" else path
 
 

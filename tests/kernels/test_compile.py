@@ -1,4 +1,4 @@
-"""The torch backend of the matrix ops under torch.compile: one graph, but grouped_gemm breaks it on a CPU.
+"""The torch backend of the matrix ops under torch.compile: one graph.
 
 S source rows, K choices per row, D hidden, F expert width, E experts.
 """
@@ -69,18 +69,9 @@ def test_one_graph_on_an_accelerator(make: Callable[..., tuple[Op, list[Tensor]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [expert_op, plain_expert_op])
-def test_experts_on_a_cpu_are_one_graph(make: Callable[..., tuple[Op, list[Tensor]]], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("make", [expert_op, plain_expert_op, gemm_op])
+def test_one_graph_on_a_cpu(make: Callable[..., tuple[Op, list[Tensor]]], dtype: torch.dtype) -> None:
     op, leaves = make("torch", dtype)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     for a, b in zip(outputs(compiled, leaves), outputs(op, leaves), strict=True):
         torch.testing.assert_close(a, b)  # a few rows are multiplied in another order outside a graph
-
-
-def test_grouped_gemm_breaks_the_graph_on_a_cpu() -> None:
-    op, leaves = gemm_op("torch", torch.float32)
-    explained = torch._dynamo.explain(op)(*leaves)
-    assert explained.graph_break_count >= 1
-    compiled = torch.compile(op, backend="eager")
-    for a, b in zip(outputs(compiled, leaves), outputs(op, leaves), strict=True):
-        torch.testing.assert_close(a, b)

@@ -9,6 +9,7 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +26,11 @@ from equimoe.moe import (
     RouterConfig,
     Step,
     ZeroComputationConfig,
+    recompute,
 )
-from equimoe.moe.model import Decoder
+from equimoe.moe.experts import LoRAExperts, ShardedLoRAExperts, SwiGLU
+from equimoe.moe.model import Decoder, attend
+from equimoe.moe.model.documents import Documents, document_starts
 from tests.helpers.slow import slow_but
 
 Call = Callable[..., Tensor]
@@ -54,6 +58,12 @@ CASES: dict[str, MoEConfig] = {
     "expert choice": replace(
         BASE,
         router=RouterConfig(select="expert_choice", normalize_weights=False),
+        balance=BalanceConfig(coefficient=0.0),
+    ),
+    "assigned on the host": replace(
+        BASE,
+        top_k=1,
+        router=RouterConfig(select="base", score="sigmoid", normalize_weights=False),
         balance=BalanceConfig(coefficient=0.0),
     ),
 }
@@ -124,9 +134,18 @@ def test_evaluation_is_one_graph(name: str) -> None:
     assert other.balancer.visits == []
 
 
-@pytest.mark.parametrize("name", slow_but(FAST, list(CASES)))
+@pytest.mark.parametrize("name", slow_but([*FAST, "assigned on the host"], list(CASES)))
 def test_training_with_a_step_is_one_graph(name: str) -> None:
     plain, other = twins(CASES[name])
+    assert_same(train(other, compiled(other)), train(plain, plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [LoRAExperts, ShardedLoRAExperts])
+def test_experts_of_low_rank_are_one_graph(kind: type[LoRAExperts]) -> None:
+    plain = MoE(BASE)
+    plain.experts = kind(SwiGLU(D, 24, 0.1), 8, rank=4, alpha=8.0)
+    other = copy.deepcopy(plain)
     assert_same(train(other, compiled(other)), train(plain, plain))
 
 
@@ -187,25 +206,72 @@ def test_recomputation_counts_once() -> None:
     assert_same(train(other, again(compiled(other))), train(plain, again(plain)))
 
 
-@pytest.mark.parametrize("training", slow_but([False], [False, True]))
-def test_a_decoder_is_one_graph(training: bool) -> None:
+def decoder(**how: Any) -> Decoder:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "seq_len": S, "num_layers": 3, "num_heads": 2, "intermediate_size": 24}
-    plain = Decoder(**sizes, moe=CASES["all together"], dense_layers=1)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"vocab_size": 20, "seq_len": S, "num_heads": 2, "intermediate_size": 24}
+    return Decoder(**sizes | {"num_layers": 3, "moe": CASES["all together"], "dense_layers": 1} | how)
+
+
+@pytest.mark.parametrize(
+    ("training", "packed"), slow_but([(False, True)], [(False, False), (False, True), (True, False), (True, True)])
+)
+def test_a_decoder_is_one_graph(training: bool, packed: bool) -> None:
+    plain = decoder()
     other = copy.deepcopy(plain)
     ids, mask = torch.randint(20, (B, S)), batches()[1]
+    starts = document_starts(ids // 8) if packed else None
     found = []
     for model, call in ((plain, plain), (other, compiled(other))):
         model.train(training)
         if not training:
             with torch.no_grad():
-                found.append([call(ids, mask)])
+                found.append([call(ids, mask, starts)])
             continue
         step = Step.of(model)
         step.begin(1, int(mask.sum()))
         with step.micro_batch():
-            y = call(ids, mask)
+            y = call(ids, mask, starts)
             y.square().mean().backward()
         step.end()
+        found.append([y.detach(), *(p.grad for p in model.parameters())])
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_a_mask_by_blocks_is_made_in_a_graph() -> None:
+    """On a CPU, FlexAttention itself has no backward."""
+    q, k, v = torch.randn(3, B, 2, S, 16).unbind(0)
+    starts = document_starts(torch.randint(3, (B, S)))
+
+    def blocks(*qkv: Tensor) -> Tensor:
+        return attend.by_blocks(*qkv, Documents(starts), window=4)
+
+    found = torch.compile(blocks, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert_same([found], [attend.reference(q, k, v, Documents(starts), 4)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("recomputes", "remedy"),
+    [(False, r"step = Step\.of\(model\)"), (True, "do not recompute .* or leave out fullgraph=True")],
+)
+def test_what_cannot_be_in_a_graph_names_the_remedy(recomputes: bool, remedy: str) -> None:
+    layer = MoE(BASE)
+    call = partial(recompute, layer) if recomputes else layer
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=remedy):
+        torch.compile(call, fullgraph=True, backend="eager")(batches()[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_otherwise_the_graph_breaks_there(recomputes: bool) -> None:
+    """In evaluation, a decoder recomputes nothing and is one graph."""
+    plain = decoder(num_layers=1, dense_layers=0, moe=BASE, recompute_blocks=recomputes)
+    other, ids, found = copy.deepcopy(plain), torch.randint(20, (B, S)), []
+    with torch.no_grad():
+        assert_same([compiled(other.eval())(ids)], [plain.eval()(ids)])
+    for model, call in ((plain, plain), (other, torch.compile(other, backend="aot_eager"))):
+        model.train()
+        y = call(ids)
+        y.square().mean().backward()
         found.append([y.detach(), *(p.grad for p in model.parameters())])
     assert_same(found[1], found[0])

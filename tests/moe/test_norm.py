@@ -108,3 +108,10 @@ def test_rotations_compile_and_overwrite_nothing(tables: tuple[Tensor, Tensor]) 
     with torch.no_grad():
         poison_(dy)
     assert torch.equal(torch.autograd.grad(y, [x], torch.ones(2, 5, 6))[0], expected[1])
+
+
+def test_the_norm_takes_what_torchs_takes() -> None:
+    """Several dimensions, and torch's own epsilon."""
+    for shape, how in (((2, 4), {"eps": 1e-5}), ((4,), {}), ((2, 4), {"elementwise_affine": False})):
+        x, norm = torch.randn(3, 2, 4), RMSNorm(shape, **how)
+        assert torch.equal(norm(x), F.rms_norm(x, shape, norm.weight, norm.eps))

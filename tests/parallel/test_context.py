@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from equimoe.moe.collectives import Axis, axis_of, world_axis
+from equimoe.moe.model.documents import Documents
 from equimoe.moe.parallel import context, pair_attention
 from equimoe.moe.parallel.context import KV_EXCHANGES, ContextAttention, positions, shard_sequence
 from equimoe.moe.parallel.pair_attention import PAIR_ATTENTION, PairAttention
@@ -403,3 +404,15 @@ def test_refuses_keys_that_do_not_fit(bad: tuple[int, ...]) -> None:
     q = torch.zeros(1, 4, 4, 4)
     with pytest.raises(ValueError, match="q, k, v have shapes .* must be"):
         ContextAttention(Axis("cp", size=2))(q, torch.zeros(bad), torch.zeros(bad))
+
+
+def test_refuses_dtypes_and_documents_that_do_not_fit_before_it_sends() -> None:
+    def script(rank: int, world: int) -> Tensor:
+        attention, qkv = ContextAttention(world_axis()), list(torch.ones(3, 1, 2, 4, 8))
+        with pytest.raises(ValueError, match=r"dtypes \[torch.float32, torch.bfloat16, .* same one; cast them"):
+            attention(qkv[0], *(t.bfloat16() for t in qkv[1:]))
+        with pytest.raises(ValueError, match=r"starts_BS=\[1, 8\]: must be \[B, S\]=\[1, 4\], .* shard_sequence"):
+            attention(*qkv, Documents(torch.zeros(1, 8, dtype=torch.int64)))
+        return attention(*qkv)
+
+    assert all(out.allclose(torch.ones(())) for out in run_ranks(script, 2))

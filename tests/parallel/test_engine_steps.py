@@ -244,3 +244,17 @@ def test_tokens_that_a_mask_hides_have_no_loss() -> None:
     x, y = torch.randint(7, (2, 4, 5), generator=torch.Generator().manual_seed(0))
     alone = make()
     assert_masked(make, x, y, nn.functional.cross_entropy(alone(x)[MASK], y[MASK]), alone)
+
+
+def test_tensor_parallelism_refuses_a_micro_batch_without_sequences() -> None:
+    """torch would compute it without end."""
+
+    def script(rank: int, world: int) -> None:
+        mesh = build_mesh(ParallelConfig(tp=2))
+        engine, empty = engine_of(make(), mesh), torch.zeros(0, 8, dtype=torch.int64)
+        for run in (lambda b: engine.step(b, lr=0.1), engine.evaluate):
+            with pytest.raises(ValueError, match=r"batch.inputs: has no sequence, .* mask=False .* parallel.tp=2 to 1"):
+                run([*batches(mesh), Batch(empty, empty)])
+        engine.step(batches(mesh), lr=0.1)
+
+    run_ranks(script, 2)
