@@ -124,8 +124,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
         rows = ceil(weight.rows / over)
         padded += rows * weight.width
         own += min(max(weight.rows - number * rows, 0), rows) * weight.width
-    # under TP the embedding's gradient covers the whole vocabulary on each rank, until FSDP, its reduction or the
-    # optimizer shards it
+    # under TP the embedding's gradient covers the whole vocabulary on each rank, until its reduction over replicas
     tp = part.degrees.tp
     unsplit = 4 * (vocabulary - ceil(vocabulary / tp)) * config.moe.hidden_size if part.first else 0
     sharded = part.degrees.data_parallel == "fsdp"
@@ -135,7 +134,7 @@ def memory(config: TrainConfig, world: int, rank: int, vocab_size: int | None = 
     arriving = 0 if part.last else 2 * activations.hidden
     return Memory(
         parameters=4 * padded,
-        gradients=4 * padded + (0 if sharded else unsplit),
+        gradients=4 * padded + (0 if sharded or part.degrees.dp * part.degrees.cp > 1 else unsplit),
         whole_gradients=4 * sum(w.rows * w.width for w in weights) + unsplit if accumulates else 0,
         optimizer_state=8 * own + 4 * len(weights),
         gathered_weights=_gathered(config, part, vocabulary) * activations.c if sharded else 0,

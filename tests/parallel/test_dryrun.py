@@ -61,6 +61,7 @@ MAPPINGS = {
     "fsdp_twice": replace(SMALL, parallel=ParallelConfig(ep=2, dp_replicate=2, data_parallel="fsdp")),
     "pp": replace(SMALL, parallel=ParallelConfig(pp=2, ep=2, data_parallel="fsdp"), attention=LATENT),
     "tp_ddp": replace(SMALL, parallel=ParallelConfig(tp=2, ep=2)),
+    "tp_pp": replace(SMALL, parallel=ParallelConfig(tp=2, pp=2, ep=2)),
     "biases": replace(
         SMALL,
         model=replace(MODEL, tie_embeddings=True),
