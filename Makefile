@@ -56,7 +56,7 @@ train: $(VENV)/.stamp-train
 		exit 1; fi
 	$(PY) -m equimoe.launch.train --processes $(NPROC) --recipe quickstart --run-dir "$(RUN_DIR)" $(ARGS)
 
-# the whole suite runs as six processes, a selection as one
+# the whole suite runs as seven processes, a selection as one
 PYTEST = $(PY) $(if $(strip $(ARGS)),-m pytest,tests/side_by_side.py)
 
 test: $(VENV)/.stamp-dev

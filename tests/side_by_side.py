@@ -1,4 +1,4 @@
-"""Runs the whole suite as six pytest processes at once, which keeps both cores of a small machine busy.
+"""Runs the whole suite as seven pytest processes at once, which keeps both cores of a small machine busy.
 
 From the root of the repository: ``python tests/side_by_side.py -m "not slow"``; all get the arguments. Ranks wait for
 each other much of the time, and then the other processes have the cores.
@@ -21,10 +21,8 @@ TESTS = {
     "parallelism": ["tests/parallel"],
     "kernels": ["tests/kernels", "tests/devices"],
     "library and training": ["tests/moe"],
-    "commands": [
-        *(f"tests/test_{name}.py" for name in ("dockerfile", "documents", "watching_page", "gpu_benchmark")),
-        "tests/interop/test_weights_page.py",
-    ],
+    "commands": ["tests/test_dockerfile.py", "tests/test_gpu_benchmark.py", "tests/interop/test_weights_page.py"],
+    "pages": [f"tests/test_{name}.py" for name in ("documents", "watching_page", "data_page")],
     "all else": ["tests"],
 }
 #: name -> arguments of pytest

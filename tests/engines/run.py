@@ -1,4 +1,4 @@
-"""Runs the tests with other packages as three pytest processes at once: ``make engines``.
+"""Runs the tests with other packages as four pytest processes at once: ``make engines``.
 
 Arguments may select tests, which then run in one process.
 """
@@ -13,11 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.side_by_side import run  # noqa: E402
 
 FOLDERS = ["tests/engines", "tests/interop"]
-MEGATRON = sorted(str(path) for path in Path("tests/engines").glob("test_megatron*.py"))
+MEGATRON, DEEPSPEED = (
+    sorted(str(path) for path in Path("tests/engines").glob(f"test_{name}*.py")) for name in ("megatron", "deepspeed")
+)
 #: name -> which tests
 PARTS = {
     "Megatron-Core": MEGATRON,
-    "DeepSpeed and others": [FOLDERS[0], *(f"--ignore={file}" for file in MEGATRON)],
+    "DeepSpeed": DEEPSPEED,
+    "others": [FOLDERS[0], *(f"--ignore={file}" for file in (*MEGATRON, *DEEPSPEED))],
     "Transformers": FOLDERS[1:],
 }
 

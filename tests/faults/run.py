@@ -26,6 +26,7 @@ LONG = {
     "jobs on nodes": ["tests/faults/test_nodes.py"],
     "other jobs": [f"tests/faults/test_{name}.py" for name in ("cluster", "kill", "resume")],
     "soak and meshes": [f"tests/faults/test_{name}.py" for name in ("soak", "reshard")],
+    "ends of runs": [f"tests/faults/test_{name}.py" for name in ("processes", "endings", "start")],
 }
 OTHERS = sorted({function for functions in ELSEWHERE.values() for function in functions})
 PARTS = LONG | {
