@@ -77,7 +77,8 @@ DEFENCES = [
             "end_agent(self.process, code, tells=speaks)",
             "pass"),
     Defence("6", "launch/signals.py",
-            "test_endings.py::test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted[setup-one-by-one]",
+            "test_endings.py::test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted"
+            "[setup-one-by-one-without-restarts]",
             "        self.stay()",
             "        pass"),
     Defence("7", "moe/health/heartbeat.py",

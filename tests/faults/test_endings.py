@@ -189,30 +189,32 @@ def all_ranks(ranks: int, place: str) -> str:
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("nodes", "processes", "faults"),
+    ("nodes", "processes", "restarts", "faults"),
     [
-        (1, 1, all_ranks(1, "phase=setup")),
-        (1, 2, all_ranks(2, "phase=setup")),
-        (1, 2, "term@rank=0,phase=setup;sleep@rank=1,phase=setup,seconds=0.4;term@rank=1,phase=setup"),
-        (1, 1, all_ranks(1, "step=5,phase=data")),
-        (1, 2, all_ranks(2, "step=5,phase=data")),
-        (2, 1, "term@rank=0,step=5,phase=data"),
+        (1, 1, 3, all_ranks(1, "phase=setup")),
+        (1, 2, 3, all_ranks(2, "phase=setup")),
+        (1, 2, 3, "term@rank=0,phase=setup;sleep@rank=1,phase=setup,seconds=0.4;term@rank=1,phase=setup"),
+        (1, 2, 0, "term@rank=0,phase=setup;sleep@rank=1,phase=setup,seconds=0.4;term@rank=1,phase=setup"),
+        (1, 1, 3, all_ranks(1, "step=5,phase=data")),
+        (1, 2, 3, all_ranks(2, "step=5,phase=data")),
+        (2, 1, 3, "term@rank=0,step=5,phase=data"),
     ],
     ids=[
         "setup-one-rank",
         "setup-two-ranks",
         "setup-one-by-one",
+        "setup-one-by-one-without-restarts",
         "one-rank",
         "two-ranks",
         "a-rank-of-two-nodes",
     ],
 )
 def test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted(
-    options: list[str], tmp_path: Path, nodes: int, processes: int, faults: str
+    options: list[str], tmp_path: Path, nodes: int, processes: int, restarts: int, faults: str
 ) -> None:
     """The user, or a node's monitor, has signalled every rank of a node."""
     code = tmp_path / "code"
-    own = {"nodes": nodes, "processes": processes, "replacements": 0}
+    own = {"nodes": nodes, "processes": processes, "restarts": restarts, "replacements": 0}
     options = [*options, "--parallel.ep", str(nodes * processes)]
     job = Job(tmp_path / "run", options, faults=faults, environment={"EQUIMOE_EXIT_FILE": str(code)}, **own)
     assert not job.supervise(60)
