@@ -248,13 +248,22 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     sys.exit(0)
 
 
-def stop(process: Process, code: int, message: str, printer: int = 0) -> NoReturn:
-    """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this."""
+def stop(
+    process: Process, code: int, message: str, printer: int = 0, meet: Callable[[], object] | None = None
+) -> NoReturn:
+    """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this.
+
+    ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits.
+    Without it, ranks that print nothing wait a moment.
+    """
     message = printable(message)
     if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    elif process.world > 1:
-        time.sleep(0.3)  # torchrun ends all ranks when the first one exits, and the printer must come before that
+    if meet is not None and process.world > 1:
+        with suppress(RuntimeError):  # of a rank that has left already, after the line was printed
+            meet()
+    elif process.rank != printer and process.world > 1:
+        time.sleep(0.3)
     leave(process, code, message)
 
 

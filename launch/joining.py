@@ -18,10 +18,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ T = TypeVar("T")
 POLL_S = 0.02
 #: seconds in which ranks may still join after one has reported an error
 ERROR_GRACE_S = 20.0
+#: seconds for which ranks wait until one of them has printed why all end
+PRINT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Refusal:
     code: int
     message: str
     printer: int = 0
+    #: the name under which all ranks have got it from rank 0; empty if they have not
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def joined(process: Process, own: Introduction, limit_s: float, timeout_s: float
     except dist.DistError as problem:  # rank 0 has gone, or its machine
         found = Refusal(HANG, f"rank 0 cannot be reached any more: {_first_line(problem)}", process.rank)
     if isinstance(found, Refusal):
-        stop(process, found.code, found.message, found.printer)
+        meet = partial(_meet, store, process, found) if found.name else None
+        stop(process, found.code, found.message, found.printer, meet)
     own_store = dist.PrefixStore(found["name"], store)
     backend = "gloo" if own.gpu is None else "cpu:gloo,cuda:nccl"
     timeout = timedelta(seconds=timeout_s)
@@ -123,6 +129,15 @@ def joined(process: Process, own: Introduction, limit_s: float, timeout_s: float
         yield Meeting(places, tuple(found["agents"]), found["restarted"], own_store, second, holder)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, process: Process, refusal: Refusal) -> None:
+    """Wait until the rank that prints this refusal has done so, which it tells the others by calling this."""
+    key = f"{refusal.name}/printed"
+    if process.rank == refusal.printer:
+        store.set(key, "")
+    else:
+        store.wait([key], timedelta(seconds=PRINT_S))
 
 
 def _torchrun_holds() -> bool:
@@ -200,7 +215,7 @@ def _chair(store: dist.Store, process: Process, own: Introduction, limit_s: floa
                     answered[rank] = token
             if len(heard) == len(tokens) or (refusal is not None and waited > limit_s):
                 store.set(f"{name}/complete", "")
-                return json.loads(answer) if refusal is None else refusal
+                return json.loads(answer) if refusal is None else replace(refusal, name=name)
         time.sleep(POLL_S)
 
 
@@ -299,7 +314,7 @@ def _attend(store: dist.Store, process: Process, own: Introduction, limit_s: flo
             answer = json.loads(store.get(f"answer/{token}"))
             store.set(f"{answer['name']}/heard/{token}", "")
             if "refusal" in answer:
-                return Refusal(*answer["refusal"])
+                return replace(Refusal(*answer["refusal"]), name=answer["name"])
             if store.check([f"{answer['name']}/complete"]):
                 return answer
         time.sleep(POLL_S)
@@ -354,11 +369,16 @@ def together(
     if failed:
         rank, text = failed[0]
         everywhere = len(failed) == process.world and len({text for _, text in failed}) == 1
-        stop(process, code, text if everywhere else f"rank {rank}: {text}", printer=rank)
+        stop_all(process, code, text if everywhere else f"rank {rank}: {text}", printer=rank)
     refusal = disagreement({rank: {what: seen} for rank, (_, seen) in enumerate(reports)})
     if refusal is not None:
-        stop(process, refusal.code, refusal.message)
+        stop_all(process, refusal.code, refusal.message)
     return result  # type: ignore[return-value]
+
+
+def stop_all(process: Process, code: int, message: str, printer: int = 0) -> NoReturn:
+    """Print one line on rank ``printer`` and exit with ``code``, on every rank at the same point of the program."""
+    stop(process, code, message, printer, meet=lambda: gathered(process, None))
 
 
 def gathered(process: Process, value: T) -> list[T]:

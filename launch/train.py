@@ -203,7 +203,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     try:
         checkpoint.probe(run_dir / "checkpoints")
     except OSError as error:
-        env.stop(process, env.CANNOT_WRITE, str(error))
+        joining.stop_all(process, env.CANNOT_WRITE, str(error))
     metrics = together(process, env.CANNOT_WRITE, lambda: _open_metrics(trainer, launch, process))
     failure.layers = trainer.layers
     progress = Progress(config.steps, trainer.step, devices=process.world) if process.rank == 0 else None
@@ -214,7 +214,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     except tuple(ENDS) as error:
         if isinstance(error, checkpoint.LostFolderError):  # the folder of that name belongs to somebody else
             process = replace(process, exit_files=process.exit_files[:-1])
-        env.stop(process, ENDS[type(error)], f"after step {trainer.step}: {error}")
+        joining.stop_all(process, ENDS[type(error)], f"after step {trainer.step}: {error}")
     except Stopped as request:
         stopped = request.signal
     finally:
@@ -302,9 +302,9 @@ def _find_checkpoint(launch: Launch, process: env.Process, again: bool) -> tuple
         try:
             choice = checkpoint.choose(root)
         except checkpoint.ViewError as error:
-            env.stop(process, env.DISAGREEMENT, str(error))
+            joining.stop_all(process, env.DISAGREEMENT, str(error))
         except checkpoint.CheckpointError as error:
-            env.stop(process, env.CHECKPOINT, str(error))
+            joining.stop_all(process, env.CHECKPOINT, str(error))
         note = "" if choice is None else checkpoint.describe(choice)
     why_new = together(process, env.CHECKPOINT, lambda: earlier.check(launch, resuming, again, choice is not None))
     note = note or why_new

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.gpu import parts, run
 from benchmarks.gpu.run import Part
 from equimoe.kernels.matmul_tiles import MatmulTile
+from tests.helpers.fork import PATIENCE
 
 CHILD = "import subprocess, sys, time; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
 
@@ -87,5 +88,8 @@ def test_the_parts_run_files_that_exist() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_rehearsal_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rehearsal_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "REHEARSAL", run.REHEARSAL * PATIENCE)
     assert run.main(["gate", "why", "--out", str(tmp_path)]) == 0, capsys.readouterr().out

@@ -100,7 +100,7 @@ def test_a_script_measures_its_own_checkout(name: str, installed: Path) -> None:
 def test_another_equimoe_that_is_imported_already_is_refused(installed: Path) -> None:
     code = f"import sys, types; m = types.ModuleType('equimoe'); m.__path__ = [{str(installed)!r}]; "
     code += f"sys.modules['equimoe'] = m; sys.path.insert(0, {str(BENCHMARKS)!r}); import checkout"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1 and str(installed) in line and str(ROOT) in line
 

@@ -37,7 +37,7 @@ print(getattr(equimoe, "__file__", None))
 
 def pip(*arguments: object) -> None:
     command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -108,7 +108,7 @@ def test_the_source_distribution_holds_all_that_is_tracked(tmp_path: Path) -> No
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = tmp_path.glob("equimoe-*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -428,7 +428,7 @@ def test_the_processes_run_every_test_once(tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests" / "side_by_side.py", tmp_path / "tests")
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "tests/side_by_side.py", "-q"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     expected = [f"{len(paths)} passed" for paths in side_by_side.TESTS.values()]
     assert [line.split(" in ")[0] for line in lines if " in " in line] == expected

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from equimoe.launch.env import AGENT_SETTINGS
 from equimoe.moe.observe.metrics import read_records
+from tests.helpers.fork import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,7 +70,7 @@ class Job:
 
     def supervise(self, limit_s: float) -> bool:
         """Start all nodes, and replace those that fail; return whether the run ended well."""
-        deadline, left = time.monotonic() + limit_s, self.replacements
+        deadline, left = time.monotonic() + limit_s * PATIENCE, self.replacements
         for node in range(self.nodes):
             self.start(node)
         try:

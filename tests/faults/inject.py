@@ -15,7 +15,8 @@ Phases: ``start`` (before main), ``setup`` (the model is built), ``data``, ``for
 Fields: ``rank``, ``step`` (counted from 1) and ``phase``, all optional: what is left out matches everything.
 ``times`` (default 1; 0: no limit) limits how often a fault fires in one run folder, over all restarts. ``seconds`` is
 for ``sleep``; ``name`` selects the parameter that ``nan``, ``flip`` and ``scale`` change, by a part of its name, and
-``bit`` the bit. ``whom=agent`` sends a signal to the parent process instead.
+``bit`` the bit. ``whom=agent`` sends a signal to the parent process instead. ``saved`` is the step of a checkpoint
+that has to be complete before the fault fires; the rank waits for it.
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ class Fault:
     name: str = ""
     bit: int = 30
     whom: str = "rank"
+    saved: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Fault:
         kind, _, rest = text.strip().partition("@")
         given = dict(part.split("=", 1) for part in rest.split(",") if part)
-        types = {"rank": int, "step": int, "times": int, "bit": int, "seconds": float}
+        types = {"rank": int, "step": int, "times": int, "bit": int, "saved": int, "seconds": float}
         fault = cls(kind, **{name: types.get(name, str)(value) for name, value in given.items()})
         if kind not in KINDS or fault.phase not in (None, *PHASES) or fault.whom not in ("rank", "agent"):
             raise ValueError(f"MOE_FAULT={text!r}: no such kind or phase; use {KINDS} and {PHASES}")
@@ -104,6 +106,8 @@ class Injector:
         return False
 
     def _fire(self, fault: Fault, phase: str, tensor: Tensor | None) -> None:
+        while fault.saved and not self._complete(fault.saved):
+            time.sleep(0.02)
         if fault.kind in SIGNALS:
             os.kill(os.getppid() if fault.whom == "agent" else os.getpid(), SIGNALS[fault.kind])
             # another thread may be the one that is stopped or killed first
@@ -116,6 +120,10 @@ class Injector:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
         else:
             self._change(fault, tensor)
+
+    def _complete(self, step: int) -> bool:
+        """Return whether a checkpoint has its final name. A save runs in the background, on disks that may be busy."""
+        return (self.folder.with_suffix("") / "checkpoints" / f"step-{step:08d}").exists()
 
     @torch.no_grad()
     def _change(self, fault: Fault, tensor: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from equimoe.moe import checkpoint
 from tests.faults.agents import ROOT, Job, clean_environment, free_port, losses
 from tests.faults.table import report
 from tests.helpers.command import launch
+from tests.helpers.fork import PATIENCE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400)]
 
@@ -91,7 +92,7 @@ def own_group(command: list[str], log: Path, **variables: str) -> Iterator[subpr
 
 def ended(process: subprocess.Popen[bytes], limit_s: float, log: Path) -> int:
     try:
-        return process.wait(limit_s)
+        return process.wait(limit_s * PATIENCE)
     except subprocess.TimeoutExpired:
         raise AssertionError(log.read_text()[-4000:]) from None
 
@@ -146,7 +147,7 @@ def test_the_kubernetes_command_as_two_processes_with_a_restart_policy(
         "RDZV_PORT": str(free_port()), "RUN_DIR": str(run_dir), "CORES": "1", "TMPDIR": str(tmp_path),
         "MOE_FAULT": "kill@rank=1,step=7,phase=dispatch,whom=agent",
     }  # fmt: skip
-    starts, deadline = [0, 0], time.monotonic() + 250
+    starts, deadline = [0, 0], time.monotonic() + 250 * PATIENCE
     pods: dict[int, subprocess.Popen[bytes]] = {}
     try:
         while time.monotonic() < deadline:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -157,6 +158,28 @@ def test_ranks_stay_until_torchrun_was_told(tmp_path: Path, monkeypatch: pytest.
     waits.join(5.0)
     assert not waits.is_alive() and signals == [signal.SIGTERM]
     assert env.agent_told(env.Process()) and not env.agent_told(env.Process(restarts=1))
+
+
+@pytest.mark.parametrize("wrong", ["--optim.lr=-1", "--data.path=/nowhere"])
+def test_nobody_leaves_before_the_line_is_printed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """torchrun ends all ranks when the first one exits, and the one that prints may be slow."""
+
+    def slowly(text: str) -> str:
+        if os.environ["RANK"] == "0":
+            time.sleep(1.5)
+            (tmp_path / "printing").touch()
+        return text
+
+    def leave(process: env.Process, code: int, message: str) -> None:
+        assert (tmp_path / "printing").exists()
+        sys.exit(code)
+
+    monkeypatch.setattr(env, "leave", leave)
+    monkeypatch.setattr(env, "printable", slowly)
+    ended = run(wrong)
+    assert len(set(ended.codes)) == 1 and ended.codes[0] in (env.CONFIG, env.DATA) and len(ended.errors) == 1, ended
 
 
 def test_torchruns_signal_after_it_was_told_is_quiet(run: Run, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,8 +378,7 @@ def test_a_users_exit_file_may_be_that_of_the_run_folder(
 
 @pytest.mark.faults
 def test_a_killed_rank_and_a_refused_restart_are_recorded(run: Run, tmp_path: Path) -> None:
-    saved = "sleep@step=6,phase=data,seconds=0.5"
-    assert run(faults=f"{saved};kill@rank=1,step=6,phase=dispatch").codes == [1, -signal.SIGKILL]
+    assert run(faults="kill@rank=1,step=6,phase=dispatch,saved=4").codes == [1, -signal.SIGKILL]
     assert exit_code(tmp_path / "run") == 1
     assert run("--resume", "--seed", "7").codes == [env.CONFIG] * 2 and exit_code(tmp_path / "run") == env.CONFIG
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_a_fault_fires_once_in_a_run_folder(tmp_path: Path) -> None:
                 injector.reach("dispatch")
         injector.reach("dispatch")
     inject.Injector([fault], 0, tmp_path / "other.faults").reach("dispatch", 5)
+
+
+def test_a_fault_waits_for_a_checkpoint(tmp_path: Path) -> None:
+    begun = tmp_path / "run" / "checkpoints" / "step-00000004.tmp"
+    begun.mkdir(parents=True)
+    injector = inject.Injector([inject.Fault.parse("nan@step=5,saved=4")], 0, tmp_path / "run.faults")
+    x = torch.ones(4)
+    waits = threading.Thread(target=injector.reach, args=("optim", 5, x))
+    waits.start()
+    waits.join(0.3)
+    assert waits.is_alive() and not x.isnan().any()
+    begun.rename(begun.with_suffix(""))
+    waits.join(10.0)
+    assert not waits.is_alive() and x.isnan().all()
 
 
 def test_values_are_changed(tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ def terminal(*command: str) -> tuple[int, list[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=90,
     )
     return done.returncode, done.stdout.splitlines()
 
@@ -215,7 +214,6 @@ def test_a_command_whose_reader_has_gone_ends_quietly() -> None:
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (env.UNREAD, "")

@@ -162,7 +162,7 @@ def test_a_kill_while_experts_move_loses_nothing(run: Run, tmp_path: Path) -> No
     """The checkpoint before the move is whole, and the resumed run ends in the same bits as an uninterrupted one."""
     options = ["--parallel.ep=1", "--parallel.experts=fssdp", "--placement.reshard_every=1", "--placement.window=1"]
     options += ["--placement.overlap=0"]
-    ended = run(*options, faults="kill@rank=1,step=6,phase=move")
+    ended = run(*options, faults="kill@rank=1,step=6,phase=move,saved=4")
     assert -signal.SIGKILL in ended.codes, ended
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000004"
     assert run(*options, "--resume").codes == [0, 0]
@@ -256,7 +256,10 @@ def test_a_refused_start_does_not_become_a_takeover(run: Run, tmp_path: Path, mo
 
 @pytest.mark.timeout(180)
 def test_a_requeued_job_starts_and_resumes(run: Run, tmp_path: Path) -> None:
-    for fault, said in (("kill@rank=0,step=2,phase=optim", ""), ("kill@rank=1,step=6,phase=optim", "starting again")):
+    for fault, said in (
+        ("kill@rank=0,step=2,phase=optim", ""),
+        ("kill@rank=1,step=6,phase=optim,saved=4", "starting again"),
+    ):
         ended = run("--requeue", faults=fault, folder="run")
         assert -signal.SIGKILL in ended.codes and said in ended.err[0], ended
     ended = run("--requeue")

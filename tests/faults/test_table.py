@@ -57,7 +57,7 @@ def test_outcomes_are_read_from_what_pytest_writes(tmp_path: Path) -> None:
         "import pytest\n@pytest.fixture\ndef f(): assert False\ndef test_four(f): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "--junitxml=out.xml"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
     passed, failed = outcomes(tmp_path / "out.xml")
     assert passed == ["tests/test_some.py::test_one[1]", "tests/test_some.py::test_one[2]"]
     assert failed == {"tests/test_bad.py", "tests/test_worse.py"}

@@ -15,7 +15,7 @@ def python(code: str, cwd: Path, path: Path | None = None) -> list[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     if path is not None:
         env["PYTHONPATH"] = str(path)
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=110)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

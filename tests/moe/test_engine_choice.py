@@ -64,5 +64,5 @@ def test_the_core_imports_no_foreign_engine_and_nothing_slow_that_few_runs_need(
     unwanted = {"deepspeed", "megatron", "transformers", "matplotlib", "torch.distributed.pipelining", "torch._dynamo"}
     code = "import sys; import equimoe.launch.train, equimoe.launch.generate; "
     code += f"sys.exit(str(sorted({unwanted} & sys.modules.keys())) if {unwanted} & sys.modules.keys() else 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
