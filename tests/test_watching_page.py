@@ -1,4 +1,4 @@
-"""Every command and every script of docs/watching.md runs as it stands.
+"""Every command and every script of docs/watching.md runs as it stands, with a smaller model.
 
 tests/engines/test_trackers_offline.py runs the one that needs further packages.
 """
@@ -26,6 +26,9 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 TRAIN, WRITE, WATCH, SECOND, COMPARE, TRACK, PROFILE = COMMANDS
 COUNT, READ, OWN = SCRIPTS
 
+#: what makes a run short: options after those of the page
+SHORT = "--model.num_layers 1 --moe.hidden_size 48 --data.seq_len 64 --log.eval_sequences 16"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
@@ -34,6 +37,7 @@ def start(command: str, cwd: Path) -> subprocess.Popen[str]:
     given = dict(word.split("=", 1) for word in words[: words.index("python")])
     env = os.environ | given | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
     argv = [sys.executable, *words[words.index("python") + 1 :]]
+    argv += SHORT.split() if "equimoe.launch.train" in argv else []
     return subprocess.Popen(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
