@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def sharded_modules(parts: Iterable[nn.Module]) -> Iterator[FSDPModule]:
     """Return the modules that FSDP2 gathers, each with its own weights."""
-    return (module for part in parts for module in part.modules() if isinstance(module, FSDPModule))
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded before it is imported, which takes a second
+    if fsdp is None:
+        return iter(())
+    return (module for part in parts for module in part.modules() if isinstance(module, fsdp.FSDPModule))
 
 
 def sharded_weights(parts: Iterable[nn.Module]) -> Iterator[Any]:

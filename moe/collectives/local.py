@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor, whose import takes a second that a run of one process does not need."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def local_rows(weight: Tensor) -> Tensor:
     """Return this rank's part of a weight, differentiable. Ranks may hold different numbers of rows."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return weight
     even = weight._local_tensor.shape[0] * weight.device_mesh.size(0) == weight.shape[0]
     return weight.to_local() if even or not weight.requires_grad else _Uneven.apply(weight)
@@ -20,7 +31,7 @@ def local_rows(weight: Tensor) -> Tensor:
 
 def first_row(weight: Tensor) -> int:
     """Return the first row that this rank holds of a weight that ranks hold equally many rows of."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return 0
     return weight.device_mesh.get_local_rank(0) * weight._local_tensor.shape[0]
 
@@ -40,6 +51,8 @@ class _Uneven(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> None:
+        from torch.distributed.tensor import DTensor
+
         weight: DTensor = ctx.weight
         if weight.grad is not None:
             cast(DTensor, weight.grad)._local_tensor.add_(grad)

@@ -60,9 +60,18 @@ def test_options_of_another_engine_are_refused(options: dict[str, Any], message:
         TrainConfig(**options)
 
 
-def test_the_core_imports_no_foreign_engine_and_nothing_slow_that_few_runs_need() -> None:
-    unwanted = {"deepspeed", "megatron", "transformers", "matplotlib", "torch.distributed.pipelining", "torch._dynamo"}
-    code = "import sys; import equimoe.launch.train, equimoe.launch.generate; "
+FOREIGN = {"deepspeed", "megatron", "transformers", "matplotlib", "torch.distributed.pipelining", "torch._dynamo"}
+OF_RANKS = {"torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [("equimoe.launch.train, equimoe.launch.generate", FOREIGN), ("equimoe.moe", FOREIGN | OF_RANKS | {"triton"})],
+)
+def test_the_core_imports_no_foreign_engine_and_nothing_slow_that_few_runs_need(
+    modules: str, unwanted: set[str]
+) -> None:
+    code = f"import sys; import {modules}; "
     code += f"sys.exit(str(sorted({unwanted} & sys.modules.keys())) if {unwanted} & sys.modules.keys() else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
