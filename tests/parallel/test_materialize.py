@@ -56,7 +56,13 @@ DEGREES: list[dict] = [
 ]
 
 
-@pytest.mark.parametrize(("block", "kinds"), [(1 << 20, DEGREES), (40, DEGREES[2:5])], ids=["whole", "three rows"])
+@pytest.mark.parametrize(
+    ("block", "kinds"),
+    [
+        pytest.param(1 << 20, DEGREES, marks=pytest.mark.slow, id="whole"),
+        pytest.param(40, DEGREES[2:5], id="three rows"),
+    ],
+)
 def test_each_rank_gets_its_part_of_the_whole_models_weights(
     block: int, kinds: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:

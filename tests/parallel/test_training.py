@@ -51,6 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BALANCE = BalanceConfig(coefficient=0.05, estimator="exact")
 
 
+@pytest.mark.slow
 def test_expert_parallel_2_and_expert_data_parallel(texts: Path) -> None:
     config = small.on(texts, balance=BALANCE, router=RouterConfig(z_loss=1e-3))
     want = alone(config)
