@@ -32,7 +32,7 @@ INSTALL = $(PY) -m pip install -q --no-build-isolation -c $(VENV)/constraints.tx
 help:
 	@echo "make train   train the quickstart model on $(NPROC) processes   [ARGS=... RUN_DIR=$(RUN_DIR) NPROC=$(NPROC)]"
 	@echo "make test    run the fast tests, at most 7 minutes    [ARGS=\"-k routing\"]"
-	@echo "make test-slow run the slow tests, about 15 minutes   [ARGS=\"-k routing\"]"
+	@echo "make test-slow run the slow tests, about 20 minutes   [ARGS=\"-k routing\"]"
 	@echo "make faults  inject every fault of the fault table, and print it; about 15 minutes   [ARGS=\"-k save\"]"
 	@echo "make defences switch off the defence against each fault, and see that a test fails; 15 minutes   [ARGS=\"-k 13\"]"
 	@echo "make engines run the tests with DeepSpeed, Transformers and others, about 8 minutes   [ARGS=\"-k zero\"]"
