@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from .env import Process, agent_told, end_agent, is_launcher, may_restart, record_exit, under_torchrun
+from .env import Process, end_agent, is_ending, is_launcher, may_restart, record_exit, under_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
@@ -33,8 +33,8 @@ class Signals:
 
     def __init__(self, process: Process) -> None:
         self.process, self.graceful = process, False
-        #: returns whether this rank is the one to report that the run ends at once, given the exit code
-        self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
+        #: says that the run ends at once, with an exit code and a line; returns whether this rank is the one that does
+        self.say: Callable[[int, str], bool] = self._say_alone
         #: waits until the other ranks have read why the run ends
         self.stay: Callable[[], None] = lambda: None
         #: returns whether torchrun may have sent the signal because it restarts the run
@@ -89,9 +89,9 @@ class Signals:
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGTERM and self._parent and agent_told(self.process):
+        if number == signal.SIGTERM and self._parent and is_ending(self.process):
             if not self.graceful:
-                os._exit(128 + number)  # the rank that told torchrun to end has said why
+                os._exit(128 + number)  # another rank has said why
             return  # the next collective fails
         killed = self.killed() if number == signal.SIGTERM and self._parent else []
         if killed and not self.graceful:
@@ -107,20 +107,25 @@ class Signals:
                     text = f"{name}: saving after this step, then stopping; send it again to end at once{limit}"
                     print(text, file=sys.stderr, flush=True)
             else:
-                self._end(number, f"error: stopped by {name} before the first step; nothing is lost")
+                self._end(number, f"stopped by {name} before the first step; nothing is lost")
         elif time.monotonic() - self._since > REPEATED_S:
-            self._end(number, f"error: ended at once by a second {name}; the newest checkpoint is the last one saved")
+            self._end(number, f"ended at once by a second {name}; the newest checkpoint is the last one saved")
 
     def _end(self, number: int, text: str) -> None:
         code = 128 + number
-        speaks = self.speaks(code)
-        if speaks:
-            print(text, file=sys.stderr, flush=True)
-            record_exit(self.process, code)
+        speaks = self.say(code, text)
         if may_restart(self.process, code) and not self.restarting():
             end_agent(self.process, code, tells=speaks)
         self.stay()
         os._exit(code)
+
+    def _say_alone(self, code: int, text: str) -> bool:
+        """Say why the run ends before the ranks know each other."""
+        if self.process.rank > 0:
+            return False
+        record_exit(self.process, code)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return True
 
 
 def _bind_to_parent() -> int:

@@ -182,6 +182,79 @@ def test_nobody_leaves_before_the_line_is_printed(
     assert len(set(ended.codes)) == 1 and ended.codes[0] in (env.CONFIG, env.DATA) and len(ended.errors) == 1, ended
 
 
+@pytest.mark.parametrize("faults", ["", "oom@phase=setup"])
+def test_a_rank_that_says_why_it_ends_is_not_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, faults: str
+) -> None:
+    """torchrun asks it to end as soon as another one has, although it may be slow."""
+
+    def slowly(text: str) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return text
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr("equimoe.launch.signals.is_launcher", lambda _: True)
+    for module in ("env", "failing"):
+        monkeypatch.setattr(f"equimoe.launch.{module}.printable", slowly)
+    ended = run(*([] if faults else ["--data.path=/nowhere"]), faults=faults)
+    code = env.MEMORY if faults else env.DATA
+    assert ended.codes == [code] * 2 and len(ended.errors) == 1 and "SIGTERM" not in ended.errors[0], ended
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_end_with_the_error_of_one_before_the_first_step(run: Run, rank: int) -> None:
+    """The others wait in a collective, which does not fail before the rank has gone; rank 0 holds the store."""
+    ended = run(faults=f"oom@rank={rank},phase=setup")
+    assert ended.codes == [env.MEMORY] * 2 and len(ended.errors) == 1, ended
+    assert ended.errors[0].startswith(f"error: rank {rank}, step 0, phase setup: out of memory"), ended
+
+
+def test_the_reason_of_a_hang_is_said_before_torchrun_can_see_that_a_rank_has_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("os.kill", lambda *_: said.append(capsys.readouterr().err))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        failure_of(1, store=dist.HashStore()).hang("rank 1 is silent", [1])
+    assert ended.value.code == env.HANG and said == ["error: rank 1 is silent\n"]
+
+
+def test_a_rank_of_the_same_node_tells_why_it_ended_without_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store may have gone with the rank that held it, and there may be no run folder yet."""
+    for rank in (0, 1):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
+        if not rank:
+            (tmp_path / "attempt_0").mkdir()
+            assert failure_of()._written() is None and not env.is_ending(env.Process())
+            env.record_exit(env.Process(), env.MEMORY)
+    assert failure_of()._written() == (None, env.MEMORY) and env.is_ending(env.Process())
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert failure_of()._written() is None
+
+
+def test_no_rank_leaves_a_stopped_run_before_the_first_one_has_said_how_to_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would kill it while it writes the report."""
+
+    def slowly(*_: object) -> None:
+        time.sleep(1.5)
+        (tmp_path / "said").touch()
+
+    def leave(process: env.Process, code: int, message: str) -> None:
+        assert (tmp_path / "said").exists()
+        sys.exit(code)
+
+    monkeypatch.setattr("equimoe.launch.train.conclude_early", slowly)
+    monkeypatch.setattr(env, "leave", leave)
+    ended = run(faults="term@step=3,phase=data")
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
+
+
 def test_torchruns_signal_after_it_was_told_is_quiet(run: Run, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank that told it may have ended since; nobody killed it."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
