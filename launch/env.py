@@ -34,6 +34,8 @@ EXIT_FILES = ("EQUIMOE_EXIT_FILE", "EQUIMOE_START_EXIT_FILE")
 #: exit code that shells use if nobody reads the output: 128 + SIGPIPE
 UNREAD = 141
 
+#: exit code of a rank that ends with a traceback
+FAILED = 1
 #: exit codes, following sysexits.h, of processes that have said why they end, or need not
 CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, HANG, MEMORY = 64, 65, 66, 67, 70, 73, 75, 77
 #: exit codes after a signal, as shells use them: 128 + its number
@@ -272,16 +274,16 @@ def stop(
 ) -> NoReturn:
     """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this.
 
-    ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits.
-    Without it, ranks that print nothing wait a moment.
+    ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits. If
+    it returns False, another rank prints the line. Without it, ranks that print nothing wait a moment.
     """
     ignore_torchrun(process)
     message = printable(message)
     if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if meet is not None and process.world > 1:
-        with suppress(RuntimeError):  # of a rank that has left already, after the line was printed
-            meet()
+        if not meet() and process.rank == (0 if printer else 1):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     elif process.rank != printer and process.world > 1:
         time.sleep(0.3)
     leave(process, code, message)

@@ -30,6 +30,7 @@ from ..moe.train.decisions import RecordError
 from .env import (
     CANNOT_WRITE,
     DATA,
+    FAILED,
     HANG,
     MEMORY,
     Process,
@@ -67,8 +68,6 @@ SAME_SIGNAL_S = 0.5
 HOLDER_STAYS_S = 1.5
 #: seconds between looks whether another rank has said why the run ends
 LISTEN_S = 0.5
-#: exit code of a rank that ends with a traceback
-FAILED = 1
 
 
 def classify(problem: Exception, layers: Mapping[int, MoE]) -> tuple[int, str]:

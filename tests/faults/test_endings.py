@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from equimoe.launch import env
+from equimoe.launch import env, joining, signals
 from equimoe.launch.failing import Failure
 from equimoe.launch.joining import Meeting
 from equimoe.moe import checkpoint
@@ -234,6 +234,69 @@ def test_a_rank_of_the_same_node_tells_why_it_ended_without_the_store(
     assert failure_of()._written() == (None, env.MEMORY) and env.is_ending(env.Process())
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
     assert failure_of()._written() is None
+
+
+@pytest.mark.parametrize(("rank", "met"), [(0, False), (1, False), (1, True)])
+def test_a_line_is_not_lost_with_the_rank_that_was_to_print_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: int, met: bool
+) -> None:
+    """Another one prints it; once they know each other's process, they name the one that was killed instead."""
+    introduce = joining.introduce
+
+    def is_here() -> bool:
+        return os.environ["RANK"] == str(rank)
+
+    def refused(process: env.Process, facts: dict[str, str], _: object) -> joining.Introduction:
+        return introduce(process, facts, (env.CONFIG, "steps=x: is wrong") if is_here() and not met else None)
+
+    def exists(_: Path) -> bool:
+        if is_here():
+            raise ValueError("run_dir='x': cannot be used")
+        return False
+
+    def killed(text: str) -> str:
+        if is_here():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return text
+
+    monkeypatch.setattr(joining, "PRINT_S", 0.5)
+    monkeypatch.setattr(joining, "introduce", refused)
+    monkeypatch.setattr("equimoe.launch.earlier.exists", exists)
+    monkeypatch.setattr(env, "printable", killed)
+    ended = run()
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == (1 if met else env.CONFIG), ended
+    (line,) = ended.errors
+    assert f"rank {rank} (process " in line if met else line == f"error: rank {rank}: steps=x: is wrong", line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_end_of_a_rank_before_all_had_joined_is_not_the_users_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """torchrun asks the others to stop, who do not know each other yet: the oldest one that is left says it."""
+    watcher = signals.Signals(env.Process(rank, 3, rank, 3))
+    monkeypatch.setattr(watcher, "_parent", 1)
+    monkeypatch.setattr(signals, "_children", lambda _: [os.getpid(), os.getpid() - rank])
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        watcher._receive(signal.SIGTERM)
+    assert ended.value.code == 1
+    said = f"error: rank {rank}: another rank of this node has ended before all had joined\n"
+    assert capsys.readouterr().err == ("" if rank else said)
+
+
+def test_only_processes_that_run_count_as_ranks_of_this_node() -> None:
+    before = signals._children(os.getpid())
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    running = signals._children(os.getpid())
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    after = signals._children(os.getpid())
+    os.waitpid(child, 0)
+    assert {*running} - {*before} == {child} and child not in after
 
 
 def test_no_rank_leaves_a_stopped_run_before_the_first_one_has_said_how_to_go_on(
