@@ -206,7 +206,8 @@ class Failure:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
         self._saying.acquire()  # for good: one thread ends this rank
         if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
-            told = rank is not None and self.meeting.places[rank][0] == socket.gethostname()
+            per_node = self.process.local_world
+            told = rank is not None and rank // per_node == self.process.rank // per_node
             end_agent(self.process, code, tells=self.process.local_rank == 0 and not told)
         self._kill_silent()
         _end(code)

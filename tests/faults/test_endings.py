@@ -299,6 +299,19 @@ def test_only_processes_that_run_count_as_ranks_of_this_node() -> None:
     assert {*running} - {*before} == {child} and child not in after
 
 
+def test_the_first_rank_tells_its_torchrun_unless_the_rank_with_the_cause_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two torchruns may run on machines of the same name, or on one."""
+    told: list[bool] = []
+    monkeypatch.setattr("equimoe.launch.failing.end_agent", lambda *_, tells: told.append(tells))
+    monkeypatch.setattr("os._exit", sys.exit)
+    for local_world in (1, 2):
+        failure = failure_of(1)
+        failure.process = env.Process(0, 2, 0, local_world, 0, 3)
+        with pytest.raises(SystemExit):
+            failure._follow(1, env.MEMORY)
+    assert told == [True, False]
+
+
 def test_no_rank_leaves_a_stopped_run_before_the_first_one_has_said_how_to_go_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
