@@ -116,10 +116,10 @@ def main(argv: list[str] | None = None) -> None:
         rank = _number(own, "rank", 0, world - 1)
         config = parse(rest).config
         if own["json"]:
-            check_file(env.Process(), "--json", Path(own["json"]))
+            check_file("--json", Path(own["json"]))
         found = dry_run(config, world, rank, node)
     except ValueError as error:
-        env.stop(env.Process(), env.CONFIG, " ".join(str(error).split()))
+        env.stop(env.Process(), env.code_of(error), " ".join(str(error).split()))
     print(describe(found, config))
     if own["json"]:
         try:

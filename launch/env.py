@@ -29,9 +29,13 @@ T = TypeVar("T")
 
 #: file of the run folder with the exit code of a failed run, because torchrun always exits with 1
 EXIT_FILE = "exit_code"
+#: variables that name files for it: the user's, and the one of ``start``
+EXIT_FILES = ("EQUIMOE_EXIT_FILE", "EQUIMOE_START_EXIT_FILE")
 #: exit code that shells use if nobody reads the output: 128 + SIGPIPE
 UNREAD = 141
 
+#: exit code of a rank that ends with a traceback
+FAILED = 1
 #: exit codes, following sysexits.h, of processes that have said why they end, or need not
 CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, HANG, MEMORY = 64, 65, 66, 67, 70, 73, 75, 77
 #: exit codes after a signal, as shells use them: 128 + its number
@@ -41,6 +45,19 @@ TOLD_S = 10.0
 #: after these, the same command would fail again or was asked to end, so torchrun must not restart the run
 FINAL = (CONFIG, DISAGREEMENT, DATA, CHECKPOINT, NON_FINITE, CANNOT_WRITE, MEMORY, *STOPPED)
 OWN = (*FINAL, HANG, UNREAD)
+
+
+class Refused(ValueError):
+    """An error whose exit code is not that of a wrong option."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def code_of(error: ValueError) -> int:
+    """Return the exit code of an error: ``CONFIG``, unless it knows another one."""
+    return error.code if isinstance(error, Refused) else CONFIG
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
@@ -127,7 +144,7 @@ def this_process() -> Process:
 
     Raises ValueError if they are incomplete or contradict each other, as those of an earlier session do.
     """
-    files = tuple(Path(file) for file in [os.environ.get("EQUIMOE_EXIT_FILE")] if file)
+    files = tuple(Path(file) for file in map(os.environ.get, EXIT_FILES) if file)
     given = [name for name in PLACE[:3] if name in os.environ]
     if not given:
         return Process(exit_files=files)
@@ -231,20 +248,24 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     for name, value in (CPU_SETTINGS | AGENT_SETTINGS).items():
         os.environ.setdefault(name, value)
     logging.disable(logging.ERROR)  # torchrun's failure log would follow the rank's own error line
-    try:
-        torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
-    except ChildFailedError as error:
-        # torchrun kills the other ranks with a signal, so only our own exit codes identify the cause
-        for code in [failure.exitcode for failure in error.failures.values() if failure.exitcode in OWN]:
-            sys.exit(code)
-        rank, failure = error.get_first_failure()
-        how = f"ended with exit code {failure.exitcode}; its traceback is above"
-        if failure.exitcode < 0:
-            how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-        print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)  # the ranks have said how to go on
+    with tempfile.TemporaryDirectory(prefix="equimoe-") as folder:
+        said = Path(folder, EXIT_FILE)
+        os.environ[EXIT_FILES[1]] = str(said)
+        try:
+            torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
+        except ChildFailedError as error:
+            # torchrun may have seen only a rank that was killed as a consequence, by itself or by another rank
+            codes = [code_in(said), *(failure.exitcode for failure in error.failures.values())]
+            for code in [code for code in codes if code in OWN]:
+                sys.exit(code)
+            rank, failure = error.get_first_failure()
+            how = f"ended with exit code {failure.exitcode}; its traceback is above"
+            if failure.exitcode < 0:
+                how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+            print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
+            sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        except SignalException as error:
+            sys.exit(128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
 
 
@@ -253,15 +274,16 @@ def stop(
 ) -> NoReturn:
     """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this.
 
-    ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits.
-    Without it, ranks that print nothing wait a moment.
+    ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits. If
+    it returns False, another rank prints the line. Without it, ranks that print nothing wait a moment.
     """
+    ignore_torchrun(process)
     message = printable(message)
     if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if meet is not None and process.world > 1:
-        with suppress(RuntimeError):  # of a rank that has left already, after the line was printed
-            meet()
+        if not meet() and process.rank == (0 if printer else 1):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     elif process.rank != printer and process.world > 1:
         time.sleep(0.3)
     leave(process, code, message)
@@ -273,9 +295,8 @@ def leave(process: Process, code: int, message: str, alone: bool = False) -> NoR
     torchrun is told not to restart the run if that would not help: by the first rank of each node, or by this one if it
     is ``alone`` in leaving.
     """
+    ignore_torchrun(process)
     record_exit(process, code)
-    if process.world > 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another rank has ended already
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun shows this message at the end of its report
         report = {"message": f"error: {message} (exit code {code})", "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -286,14 +307,34 @@ def leave(process: Process, code: int, message: str, alone: bool = False) -> NoR
     sys.exit(code)
 
 
+def ignore_torchrun(process: Process) -> None:
+    """Go on when torchrun asks this rank to end, as it does when another one has ended: this one is about to."""
+    if (process.world > 1 or under_torchrun()) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def record_exit(process: Process, code: int) -> None:
-    """Write the exit code to the files that were asked for."""
-    for file in process.exit_files:
+    """Write the exit code to the files that were asked for, and to one for the other ranks of this node."""
+    shared = [_shared(process, "exit")] if "TORCHELASTIC_ERROR_FILE" in os.environ else []
+    for file in (*process.exit_files, *shared):
         with suppress(OSError):  # nothing may hide the error itself
             if file.name != EXIT_FILE and (file.is_symlink() or (file.exists() and not file.is_file())):
                 file.write_text(f"{code}\n")  # a user's pipe, device or link, such as /dev/stdout
             else:
                 write_atomically(file, f"{code}\n".encode())
+
+
+def recorded_exit(process: Process) -> int | None:
+    """Return the exit code that a rank of this node has recorded in this attempt; None if none has."""
+    return code_in(_shared(process, "exit")) if "TORCHELASTIC_ERROR_FILE" in os.environ else None
+
+
+def code_in(file: Path) -> int | None:
+    """Return the exit code that a file holds; None if it holds none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def may_restart(process: Process, code: int) -> bool:
@@ -312,7 +353,7 @@ def end_agent(process: Process, code: int, tells: bool) -> None:
     if tells:
         os.kill(agent, code - 128 if code in STOPPED else signal.SIGTERM)
         with suppress(OSError):  # a full disk: the others wait as long as they may
-            _mark(process).touch()
+            _shared(process, "end").touch()
         return
     deadline = time.monotonic() + TOLD_S
     while not agent_told(process) and time.monotonic() < deadline:
@@ -321,15 +362,20 @@ def end_agent(process: Process, code: int, tells: bool) -> None:
 
 def agent_told(process: Process) -> bool:
     """Return whether a rank has told this node's torchrun to end."""
-    return _mark(process).exists()
+    return _shared(process, "end").exists()
 
 
-def _mark(process: Process) -> Path:
-    """Return the file with which a rank tells the others of this node that torchrun has been told to end."""
+def is_ending(process: Process) -> bool:
+    """Return whether a rank of this node has said why the run ends, so that torchrun asks all ranks to."""
+    return agent_told(process) or recorded_exit(process) is not None
+
+
+def _shared(process: Process, what: str) -> Path:
+    """Return a file of this attempt for the ranks of this node, which outlives the rank that writes it."""
     reports = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder of this rank, below that of the attempt
     folder = Path(reports).parents[1] if reports else Path(tempfile.gettempdir())
     agent = os.getppid()
-    return folder / f"equimoe-end-{agent}-{start_time(agent)}-{process.restarts}"
+    return folder / f"equimoe-{what}-{agent}-{start_time(agent)}-{process.restarts}"
 
 
 def start_time(pid: int) -> str:

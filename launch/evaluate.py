@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         for name, least in {"batch": 1, "limit": 1, "samples": 1, "seq_len": 1, "seed": 0}.items():
             if (value := getattr(arguments, name)) is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least {least}")
-        if arguments.json is not None:
-            check_file(process, "--json", arguments.json)
+        if arguments.json is not None and process.rank == 0:
+            check_file("--json", arguments.json)
         source = loaded.find(arguments.run_dir)
         tokenizer = loaded.tokenizer_of(source, arguments.tokenizer, arguments.end_of_document)
         seq_len = arguments.seq_len or source.seq_len
-        documents = _documents(arguments, source, tokenizer, process)
+        documents = _documents(arguments, source, tokenizer)
         experts = source.weights.architecture.moe.num_experts
         with loaded.ranks(process, arguments, experts, "equimoe.launch.evaluate", given) as mesh:
             model = loaded.build(source, mesh, process.device, seq_len, loaded.DTYPES[arguments.dtype])
@@ -73,9 +73,7 @@ def main(argv: list[str] | None = None) -> None:
                     write_atomically(arguments.json, json.dumps(content, indent=1).encode())
 
 
-def _documents(
-    arguments: argparse.Namespace, source: loaded.Source, tokenizer: Tokenizer, process: env.Process
-) -> dict[str, list[Text]]:
+def _documents(arguments: argparse.Namespace, source: loaded.Source, tokenizer: Tokenizer) -> dict[str, list[Text]]:
     """Return the documents of every domain."""
     known = {field.name for field in fields(DataConfig)}
     settings: dict[str, Any] = {name: value for name, value in source.data.items() if name in known}
@@ -96,12 +94,13 @@ def _documents(
             found = {domain: [(ids, corpus.heldout_masks.get(domain))] for domain, ids in corpus.heldout.items()}
     except ValueError as error:
         own = {"path": "--data"} if arguments.data is not None else {}
-        env.stop(process, env.DATA, in_options(error, FIELDS, own))
+        raise env.Refused(env.DATA, in_options(error, FIELDS, own)) from None
     end = tokenizer.end_of_document
     texts = {domain: [t for ids, mask in found[domain] for t in _texts(ids, mask, end)] for domain in found}
     texts = {domain: of_domain[: arguments.limit] for domain, of_domain in texts.items() if of_domain}
     if not texts:
-        env.stop(process, env.DATA, f"--data={arguments.data}: has no text; give UTF-8 text, .jsonl or token files")
+        how = "has no text; give UTF-8 text, .jsonl or token files"
+        raise env.Refused(env.DATA, f"--data={arguments.data}: {how}")
     return texts
 
 

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -26,7 +27,21 @@ from ..moe.health import Heartbeat
 from ..moe.observe.printable import printable
 from ..moe.train.data import DataError
 from ..moe.train.decisions import RecordError
-from .env import CANNOT_WRITE, DATA, HANG, MEMORY, Process, end_agent, leave, may_restart, record_exit
+from .env import (
+    CANNOT_WRITE,
+    DATA,
+    FAILED,
+    HANG,
+    MEMORY,
+    Process,
+    code_in,
+    end_agent,
+    ignore_torchrun,
+    leave,
+    may_restart,
+    record_exit,
+    recorded_exit,
+)
 from .joining import Meeting
 from .memory import is_out_of_memory, out_of_memory_line
 
@@ -50,9 +65,9 @@ PATIENCE_S = 2.0
 #: seconds in which all ranks of a node get a signal that torchrun sends
 SAME_SIGNAL_S = 0.5
 #: seconds for which the rank that holds the store stays, so that others find that the end was reported
-HOLDER_STAYS_S = 1.0
-#: exit code of a rank that ends with a traceback
-FAILED = 1
+HOLDER_STAYS_S = 1.5
+#: seconds between looks whether another rank has said why the run ends
+LISTEN_S = 0.5
 
 
 def classify(problem: Exception, layers: Mapping[int, MoE]) -> tuple[int, str]:
@@ -66,10 +81,15 @@ def classify(problem: Exception, layers: Mapping[int, MoE]) -> tuple[int, str]:
 
 
 class Failure:
-    """What happens on this rank when the run fails. ``heartbeat`` knows the step and the phase."""
+    """What happens on this rank when the run fails. ``heartbeat`` knows the step and the phase.
 
-    def __init__(self, process: Process, meeting: Meeting) -> None:
-        self.process, self.meeting = process, meeting
+    ``known`` returns the exit code of an error that this class does not know, and what to say about it.
+    """
+
+    def __init__(
+        self, process: Process, meeting: Meeting, known: Callable[[Exception], tuple[int, str] | None] = lambda _: None
+    ) -> None:
+        self.process, self.meeting, self.known = process, meeting, known
         self.heartbeat: Heartbeat | None = None
         #: this rank's MoE layers by block number, once they exist
         self.layers: Mapping[int, MoE] = {}
@@ -77,41 +97,73 @@ class Failure:
         self.verdict: Path | None = None
         #: whether this rank has reported the cause
         self._claimed = False
+        #: held while a thread of this rank says why the run ends, or ends the rank because another one has
+        self._saying = threading.Lock()
+        #: ranks that keep the others waiting
+        self._silent: list[int] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block, end this rank soon after another one has said why the run ends.
+
+        Its collective need not fail before the store has gone, in which the reason is.
+        """
+        store, done = self.meeting.second, threading.Event()
+
+        def listen(store: dist.Store) -> None:
+            try:
+                while not store.check(["cause"]):
+                    if done.wait(LISTEN_S):
+                        return
+                rank, code = json.loads(store.get("cause"))
+            except RuntimeError:  # the store has gone
+                return
+            if rank != self.process.rank and not done.wait(LISTEN_S):  # the main thread may notice by itself
+                self._follow(rank, code)
+
+        if store is not None:
+            threading.Thread(target=listen, args=(store,), name="cause", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def hang(self, line: str, silent: list[int]) -> None:
         """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""
-        self._kill(silent)
+        self._silent = silent
         first = min(rank for rank in range(self.process.world) if rank not in silent)
         if self.process.rank != first:  # it knows best; torchrun ends all ranks when the first one exits
             self._wait_for_cause()
         self._report(HANG, line, self.process.rank == first)
+        self._kill_silent()
         _end(HANG)
 
     def error(self, problem: Exception) -> NoReturn:
         """End this rank after an exception."""
+        ignore_torchrun(self.process)
         text = " ".join(str(problem).split())
         if _is_lost(problem):
             self._lost(text)
-        code, what = classify(problem, self.layers)
-        first = self._claim(code)
-        if first is not None:
-            self._follow(*first)
-        record_exit(self.process, code)
+        code, what = self.known(problem) or classify(problem, self.layers)
         line = printable(f"rank {self.process.rank}{self._place()}: {what}")
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        if code == FAILED:
-            traceback.print_exception(problem, file=sys.stderr)
+        self._report(code, line, True, problem if code == FAILED else None)
         self.stay()
         _end(code, self.process, line)
+
+    def quietly(self, code: int) -> None:
+        """Let all ranks end with ``code`` without a word."""
+        if self._claim(code) is None:
+            record_exit(self.process, code)
+            self.stay()
 
     def stay(self) -> None:
         """Wait a moment if this rank holds the store, in which the others look for the reason why the run ends."""
         if self.process.world > 1 and self.process.rank == self.meeting.holder:
             time.sleep(HOLDER_STAYS_S)
 
-    def speaks(self, code: int) -> bool:
-        """Return whether this rank is the one to say that the run ends with ``code``: the first that asks."""
-        return self._claim(code) is None and (self._claimed or self.process.rank == 0)
+    def say(self, code: int, line: str) -> bool:
+        """Say that the run ends with ``code``, unless another rank has; return whether this one does."""
+        return self._say(code, line, self.process.rank == 0) is None and (self._claimed or self.process.rank == 0)
 
     def restarting(self) -> bool:
         """Return whether torchrun may have sent this rank a signal because it restarts the run.
@@ -152,9 +204,12 @@ class Failure:
 
     def _follow(self, rank: int | None, code: int) -> NoReturn:
         """End this rank, because ``rank`` has said why the run ends (None: an unknown one)."""
+        self._saying.acquire()  # for good: one thread ends this rank
         if may_restart(self.process, code):  # the rank with the cause tells its own torchrun
-            told = rank is not None and self.meeting.places[rank][0] == socket.gethostname()
+            per_node = self.process.local_world
+            told = rank is not None and rank // per_node == self.process.rank // per_node
             end_agent(self.process, code, tells=self.process.local_rank == 0 and not told)
+        self._kill_silent()
         _end(code)
 
     def _lost(self, text: str) -> NoReturn:
@@ -180,15 +235,34 @@ class Failure:
             time.sleep(0.1)
         return gone
 
-    def _report(self, code: int, line: str, speaks: bool) -> None:
-        """Say why the run ends, unless another rank has. Without the store, the rank that ``speaks`` does."""
-        if self._claim(code) is None and (self._claimed or speaks):
-            print(f"error: {line}", file=sys.stderr, flush=True)
-            record_exit(self.process, code)
+    def _report(self, code: int, line: str, speaks: bool, problem: Exception | None = None) -> None:
+        """Say why the run ends, or end this rank if another one has. ``problem`` is shown with its traceback."""
+        first = self._say(code, line, speaks, problem)
+        if first is not None:
+            self._follow(*first)
 
-    def _kill(self, silent: list[int]) -> None:
-        """Kill the ranks of this machine that do not react, for which torchrun would wait half a minute."""
-        for rank in silent:
+    def _say(
+        self, code: int, line: str, speaks: bool, problem: Exception | None = None
+    ) -> tuple[int | None, int] | None:
+        """Say why the run ends, unless another rank has: return its number and exit code.
+
+        Without the store, the rank that ``speaks`` does. The threads of a rank take turns.
+        """
+        with self._saying:
+            first = self._claim(code)
+            if first is None and (self._claimed or speaks):
+                record_exit(self.process, code)
+                print(f"error: {line}", file=sys.stderr, flush=True)
+                if problem is not None:
+                    traceback.print_exception(problem, file=sys.stderr)
+            return first
+
+    def _kill_silent(self) -> None:
+        """Kill the ranks of this machine that do not react, for which torchrun would wait half a minute.
+
+        It must not see that they have ended before the reason is said.
+        """
+        for rank in self._silent:
             host, pid = self.meeting.places[rank]
             if host == socket.gethostname() and rank != self.process.rank:
                 with contextlib.suppress(OSError):
@@ -218,13 +292,11 @@ class Failure:
         return self._written() if found is None else json.loads(found)
 
     def _written(self) -> tuple[None, int] | None:
-        """Return the exit code that another rank has left in the run folder, if it is one."""
-        if self.verdict is None:
-            return None
-        try:
-            return None, int(self.verdict.read_text())
-        except (OSError, ValueError):
-            return None
+        """Return the exit code that another rank has left on this node, or in the run folder."""
+        found = recorded_exit(self.process)
+        if found is None and self.verdict is not None:
+            found = code_in(self.verdict)
+        return None if found is None else (None, found)
 
 
 def _end(code: int, process: Process | None = None, line: str = "") -> NoReturn:

@@ -81,7 +81,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[str]:
             raise ValueError(f"--prompts={file}: is not UTF-8 text; convert it") from None
         except OSError as error:
             text = f"--prompts={file}: cannot be read ({error.strerror}); give a file of text"
-            env.stop(env.this_process(), env.DATA, text)
+            raise env.Refused(env.DATA, text) from None
         for number, line in enumerate(lines, 1):
             if line.strip():
                 prompts.append(_prompt(line, file, number) if file.suffix == ".jsonl" else line)

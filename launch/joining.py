@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from .env import CONFIG, DISAGREEMENT, HANG, Process, start_time, stop, too_many
+from .env import CONFIG, DISAGREEMENT, HANG, Process, recorded_exit, start_time, stop, too_many
 
 T = TypeVar("T")
 
@@ -131,13 +131,20 @@ def joined(process: Process, own: Introduction, limit_s: float, timeout_s: float
         dist.destroy_process_group()
 
 
-def _meet(store: dist.Store, process: Process, refusal: Refusal) -> None:
-    """Wait until the rank that prints this refusal has done so, which it tells the others by calling this."""
+def _meet(store: dist.Store, process: Process, refusal: Refusal) -> bool:
+    """Wait until the rank that prints this refusal has done so, which it tells the others by calling this.
+
+    Return False if it has gone without having done so, as far as this rank can tell.
+    """
     key = f"{refusal.name}/printed"
-    if process.rank == refusal.printer:
-        store.set(key, "")
-    else:
-        store.wait([key], timedelta(seconds=PRINT_S))
+    try:
+        if process.rank == refusal.printer:
+            store.set(key, "")
+        else:
+            store.wait([key], timedelta(seconds=PRINT_S))
+        return True
+    except RuntimeError:  # a time limit, or rank 0 has gone: it may have left already
+        return recorded_exit(process) is not None
 
 
 def _torchrun_holds() -> bool:

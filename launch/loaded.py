@@ -22,6 +22,7 @@ from ..moe.parallel import Mesh, ParallelConfig, build_mesh, parallelize
 from ..moe.parallel.tied import allocate
 from ..moe.train.data import HuggingFaceTokenizer, Tokenizer, load_tokenizer, special_token
 from . import env, joining
+from .failing import Failure
 from .memory import is_out_of_memory
 from .usage import a_path
 
@@ -178,35 +179,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def this_rank() -> Iterator[env.Process]:
-    """Within the block, this process's place is known, and errors end it with one line. All ranks must fail alike."""
+    """Within the block, this process's place is known, and errors end it with one line instead of a traceback."""
     process = env.Process()
-    with one_line(process):
+    try:
         process = env.this_process()
-    with one_line(process):
         torch.set_num_threads(env.threads(process))
         yield process
-
-
-@contextmanager
-def one_line(process: env.Process) -> Iterator[None]:
-    """Within the block, end with one line and an exit code instead of a traceback. All ranks must fail alike."""
-    try:
-        yield
-    except checkpoint.CheckpointError as error:
-        env.stop(process, env.CHECKPOINT, str(error))
-    except ValueError as error:
-        env.stop(process, env.CONFIG, str(error))
-    except BrokenPipeError:
-        raise  # nobody reads the output any more
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        known = classify(error)
+        if known is None:
             raise
+        if process.world > 1:  # this rank has met nobody yet, and the others may have no error
+            with joining.joined(process, joining.introduce(process, {}, known), JOIN_S, COLLECTIVE_S):
+                pass
+        env.stop(process, *known)
+
+
+def classify(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code for an error, and what to say about it; None if it needs its traceback."""
+    if isinstance(error, checkpoint.CheckpointError):
+        return env.CHECKPOINT, str(error)
+    if isinstance(error, ValueError):
+        return env.code_of(error), str(error)
+    if is_out_of_memory(error):
         why = "the model, or the cache of such long texts, does not fit into this machine's memory"
         said = str(error).splitlines()[0] if str(error) else "out of memory"
         remedy = "lower --batch or the length of the texts, or split the model over ranks with --ep and --tp"
-        env.stop(process, env.MEMORY, f"{why} ({said}); {remedy}")
-    except OSError as error:
-        env.stop(process, env.DATA, f"{error.filename}: cannot be read or written ({error.strerror})")
+        return env.MEMORY, f"{why} ({said}); {remedy}"
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # with that, nobody reads the output
+        return env.DATA, f"{error.filename}: cannot be read or written ({error.strerror})"
+    return None
 
 
 @contextmanager
@@ -234,8 +236,16 @@ def ranks(
         return
     facts = {name: str(value) for name, value in vars(arguments).items()}
     own = joining.introduce(process, facts | joining.versions())
-    with joining.joined(process, own, JOIN_S, COLLECTIVE_S):
-        yield build_mesh(degrees, process.device.type)
+    with joining.joined(process, own, JOIN_S, COLLECTIVE_S) as meeting:
+        failure = Failure(process, meeting, classify)
+        try:
+            with failure.listening():
+                yield build_mesh(degrees, process.device.type)
+        except BrokenPipeError:
+            failure.quietly(env.UNREAD)
+            raise
+        except Exception as problem:
+            failure.error(problem)
 
 
 def readers(mesh: Mesh | None) -> Axis:

@@ -80,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         return _watch(folders, arguments.port)
     several = len(folders) > 1
     if arguments.out is not None:
-        check_file(env.Process(), "--out", arguments.out)
+        try:
+            check_file("--out", arguments.out)
+        except env.Refused as error:
+            env.stop(env.Process(), error.code, str(error))
     path = arguments.out or (Path(COMPARISON_FILE) if several else folders[0] / REPORT_FILE)
     try:
         print(f"report: {printable(str(write_page(folders, path)))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -10,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from .env import Process, agent_told, end_agent, is_launcher, may_restart, record_exit, under_torchrun
+from .env import FAILED, Process, end_agent, is_ending, is_launcher, may_restart, record_exit, under_torchrun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: seconds in which a repeated signal is the same request: schedulers signal ranks and torchrun, which forwards it
@@ -33,16 +35,16 @@ class Signals:
 
     def __init__(self, process: Process) -> None:
         self.process, self.graceful = process, False
-        #: returns whether this rank is the one to report that the run ends at once, given the exit code
-        self.speaks: Callable[[int], bool] = lambda _: process.rank == 0
+        #: says that the run ends at once, with an exit code and a line; returns whether this rank is the one that does
+        self.say: Callable[[int, str], bool] = self._say_alone
         #: waits until the other ranks have read why the run ends
         self.stay: Callable[[], None] = lambda: None
         #: returns whether torchrun may have sent the signal because it restarts the run
         self.restarting: Callable[[], bool] = lambda: True
         #: returns the other ranks that have ended, after which torchrun asks those that are left to stop
-        self.killed: Callable[[], list[int]] = lambda: []
+        self.killed: Callable[[], list[int]] = self._missing
         #: ends this rank after others were killed
-        self.end_after: Callable[[list[int]], NoReturn]
+        self.end_after: Callable[[list[int]], NoReturn] = self._end_after_missing
         #: the signal that asked this rank to stop; 0: none
         self.number = 0
         self._since = 0.0
@@ -89,9 +91,9 @@ class Signals:
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGTERM and self._parent and agent_told(self.process):
+        if number == signal.SIGTERM and self._parent and is_ending(self.process):
             if not self.graceful:
-                os._exit(128 + number)  # the rank that told torchrun to end has said why
+                os._exit(128 + number)  # another rank has said why
             return  # the next collective fails
         killed = self.killed() if number == signal.SIGTERM and self._parent else []
         if killed and not self.graceful:
@@ -107,20 +109,47 @@ class Signals:
                     text = f"{name}: saving after this step, then stopping; send it again to end at once{limit}"
                     print(text, file=sys.stderr, flush=True)
             else:
-                self._end(number, f"error: stopped by {name} before the first step; nothing is lost")
+                self._end(number, f"stopped by {name} before the first step; nothing is lost")
         elif time.monotonic() - self._since > REPEATED_S:
-            self._end(number, f"error: ended at once by a second {name}; the newest checkpoint is the last one saved")
+            self._end(number, f"ended at once by a second {name}; the newest checkpoint is the last one saved")
 
     def _end(self, number: int, text: str) -> None:
         code = 128 + number
-        speaks = self.speaks(code)
-        if speaks:
-            print(text, file=sys.stderr, flush=True)
-            record_exit(self.process, code)
+        speaks = self.say(code, text)
         if may_restart(self.process, code) and not self.restarting():
             end_agent(self.process, code, tells=speaks)
         self.stay()
         os._exit(code)
+
+    def _missing(self) -> list[int]:
+        """Return -1 for each rank of this node that has ended: which ones is unknown before all have joined."""
+        return [-1] * (self.process.local_world - len(_children(self._parent)))
+
+    def _end_after_missing(self, _: list[int]) -> NoReturn:
+        if os.getpid() == min(_children(self._parent)):
+            record_exit(self.process, FAILED)
+            why = "another rank of this node has ended before all had joined"
+            print(f"error: rank {self.process.rank}: {why}", file=sys.stderr, flush=True)
+        os._exit(FAILED)
+
+    def _say_alone(self, code: int, text: str) -> bool:
+        """Say why the run ends before the ranks know each other."""
+        if self.process.rank > 0:
+            return False
+        record_exit(self.process, code)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return True
+
+
+def _children(pid: int) -> list[int]:
+    """Return the running child processes of a process."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, parent = file.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found.append(int(file.parent.name))
+    return found
 
 
 def _bind_to_parent() -> int:

@@ -144,11 +144,12 @@ def _train(attempt: Attempt) -> None:
     failure, timeout_s = Failure(process, meeting), attempt.launch.config.parallel.timeout_s
     store, holder = meeting.second, meeting.holder
     signals = attempt.signals
-    signals.speaks, signals.restarting = failure.speaks, failure.restarting
+    signals.say, signals.restarting = failure.say, failure.restarting
     signals.killed, signals.end_after, signals.stay = failure.killed, failure.end_after, failure.stay
     try:
         with (
             Heartbeat(process.rank, process.world, store, timeout_s, failure.hang, holder) as failure.heartbeat,
+            failure.listening(),
             ExitStack() as held,
         ):
             _run(attempt, failure, failure.heartbeat, held)
@@ -229,7 +230,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         else:
             conclude(trainer, launch, result, attempt.arguments)
     if stopped:
-        # all ranks leave together, because torchrun ends the others when the first one exits
+        gathered(process, None)  # torchrun ends all ranks when the first one exits
         held.close()
         message = f"stopped by {signal.Signals(stopped).name} after step {trainer.step}"
         env.leave(process, 128 + stopped, message)

@@ -51,12 +51,12 @@ def a_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def check_file(process: env.Process, option: str, file: Path) -> None:
-    """End with one line, before anything starts, if ``file`` cannot be written because of its place."""
+def check_file(option: str, file: Path) -> None:
+    """Raise ValueError, before anything starts, if ``file`` cannot be written because of its place."""
     if file.is_dir():
-        env.stop(process, env.CANNOT_WRITE, f"{option}={file}: is a folder; name a file in it")
+        raise env.Refused(env.CANNOT_WRITE, f"{option}={file}: is a folder; name a file in it")
     if not file.absolute().parent.is_dir():
-        env.stop(process, env.CANNOT_WRITE, f"{option}={file}: its folder does not exist; create it")
+        raise env.Refused(env.CANNOT_WRITE, f"{option}={file}: its folder does not exist; create it")
 
 
 def run_on_files(run: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:

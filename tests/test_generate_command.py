@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from equimoe.launch import env, evaluate, generate, loaded
 from equimoe.launch.options import to_yaml
+from equimoe.moe import checkpoint
 from tests.helpers import small
-from tests.helpers.command import Ended, launch, one_line
+from tests.helpers.command import Ended, Within, launch, one_line
 from tests.helpers.slow import slow_but
 
 
@@ -27,8 +32,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``texts``, and a finished run in ``run``."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "small.yaml").write_text(to_yaml(small.on(small.write_texts(folder / "texts"), steps=30)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("equimoe.launch.page.PLOTS", ())  # they take time
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("equimoe.launch.page.PLOTS", ())  # they take time
         ended = launch(["--config", "small.yaml", "--run-dir", "run"], cwd=folder)
     assert ended.codes == [0], ended
     assert re.search(r"^generate: +\S+ -m equimoe.launch.generate --run-dir run --prompt 'The '$", ended.out[0], re.M)
@@ -157,6 +162,54 @@ def test_mistakes_of_generate_end_with_one_line(trained: Path, options: list[str
     (trained / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (trained / "latin.txt").write_bytes(b"\xe9\xff")
     one_line(run(trained, generate, *options), code, *words)
+
+
+def only_on(rank: int, owner: object, name: str, error: Exception) -> Within:
+    """Return a context in which a function fails on one rank."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    def within() -> AbstractContextManager[object]:
+        return patch.object(owner, name, fail) if os.environ["RANK"] == str(rank) else nullcontext()
+
+    return within
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "error", "code"),
+    [
+        ("find", checkpoint.CheckpointError("step-00000030: is damaged"), env.CHECKPOINT),
+        ("tokenizer_of", ValueError("--tokenizer=x: is not a file"), env.CONFIG),
+        ("build", checkpoint.CheckpointError("step-00000030: is damaged"), env.CHECKPOINT),
+        ("readers", MemoryError("one byte too many"), env.MEMORY),
+    ],
+    ids=["before the ranks meet", "an option", "afterwards", "memory"],
+)
+def test_an_error_of_one_rank_is_its_line_and_everyones_exit_code(
+    trained: Path, name: str, error: Exception, code: int, rank: int
+) -> None:
+    """As when the disk of one node is damaged; the other rank would wait for minutes, or end with a traceback."""
+    options = ["--run-dir", "run", "--prompt", "a", "--max-tokens", "2"]
+    ended = launch(options, 2, cwd=trained, main=generate.main, within=only_on(rank, loaded, name, error))
+    one_line(ended, code, f"error: rank {rank}: ", str(error))
+
+
+def test_text_that_one_rank_cannot_read_is_one_line(trained: Path) -> None:
+    within = only_on(1, evaluate, "read_labelled", ValueError("data.path='texts': is empty"))
+    ended = launch(["--run-dir", "run", "--data", "texts"], 2, cwd=trained, main=evaluate.main, within=within)
+    one_line(ended, env.DATA, "error: rank 1: --data='texts': is empty")
+
+
+def test_several_ranks_end_quietly_when_nobody_reads(trained: Path) -> None:
+    def within() -> AbstractContextManager[object]:
+        return patch.object(generate.Stream, "add", mock.Mock(side_effect=BrokenPipeError))
+
+    argv = ["--run-dir", "run", "--prompt", "a", "--max-tokens", "4"]
+    with patch.object(env, "_is_unread", lambda: True):
+        ended = launch(argv, 2, cwd=trained, main=generate.main, within=within)
+    assert ended.codes == [env.UNREAD] * 2 and ended.errors == [], ended
 
 
 def test_the_commands_of_the_page_run_as_they_stand(trained: Path) -> None:

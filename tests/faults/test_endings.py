@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from equimoe.launch import env
+from equimoe.launch import env, joining, signals
 from equimoe.launch.failing import Failure
 from equimoe.launch.joining import Meeting
 from equimoe.moe import checkpoint
@@ -180,6 +180,155 @@ def test_nobody_leaves_before_the_line_is_printed(
     monkeypatch.setattr(env, "printable", slowly)
     ended = run(wrong)
     assert len(set(ended.codes)) == 1 and ended.codes[0] in (env.CONFIG, env.DATA) and len(ended.errors) == 1, ended
+
+
+@pytest.mark.parametrize("faults", ["", "oom@phase=setup"])
+def test_a_rank_that_says_why_it_ends_is_not_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch, faults: str
+) -> None:
+    """torchrun asks it to end as soon as another one has, although it may be slow."""
+
+    def slowly(text: str) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return text
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr("equimoe.launch.signals.is_launcher", lambda _: True)
+    for module in ("env", "failing"):
+        monkeypatch.setattr(f"equimoe.launch.{module}.printable", slowly)
+    ended = run(*([] if faults else ["--data.path=/nowhere"]), faults=faults)
+    code = env.MEMORY if faults else env.DATA
+    assert ended.codes == [code] * 2 and len(ended.errors) == 1 and "SIGTERM" not in ended.errors[0], ended
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_end_with_the_error_of_one_before_the_first_step(run: Run, rank: int) -> None:
+    """The others wait in a collective, which does not fail before the rank has gone; rank 0 holds the store."""
+    ended = run(faults=f"oom@rank={rank},phase=setup")
+    assert ended.codes == [env.MEMORY] * 2 and len(ended.errors) == 1, ended
+    assert ended.errors[0].startswith(f"error: rank {rank}, step 0, phase setup: out of memory"), ended
+
+
+def test_the_reason_of_a_hang_is_said_before_torchrun_can_see_that_a_rank_has_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("os.kill", lambda *_: said.append(capsys.readouterr().err))
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        failure_of(1, store=dist.HashStore()).hang("rank 1 is silent", [1])
+    assert ended.value.code == env.HANG and said == ["error: rank 1 is silent\n"]
+
+
+def test_a_rank_of_the_same_node_tells_why_it_ended_without_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store may have gone with the rank that held it, and there may be no run folder yet."""
+    for rank in (0, 1):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / str(rank) / "error.json"))
+        if not rank:
+            (tmp_path / "attempt_0").mkdir()
+            assert failure_of()._written() is None and not env.is_ending(env.Process())
+            env.record_exit(env.Process(), env.MEMORY)
+    assert failure_of()._written() == (None, env.MEMORY) and env.is_ending(env.Process())
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")
+    assert failure_of()._written() is None
+
+
+@pytest.mark.parametrize(("rank", "met"), [(0, False), (1, False), (1, True)])
+def test_a_line_is_not_lost_with_the_rank_that_was_to_print_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: int, met: bool
+) -> None:
+    """Another one prints it; once they know each other's process, they name the one that was killed instead."""
+    introduce = joining.introduce
+
+    def is_here() -> bool:
+        return os.environ["RANK"] == str(rank)
+
+    def refused(process: env.Process, facts: dict[str, str], _: object) -> joining.Introduction:
+        return introduce(process, facts, (env.CONFIG, "steps=x: is wrong") if is_here() and not met else None)
+
+    def exists(_: Path) -> bool:
+        if is_here():
+            raise ValueError("run_dir='x': cannot be used")
+        return False
+
+    def killed(text: str) -> str:
+        if is_here():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return text
+
+    monkeypatch.setattr(joining, "PRINT_S", 0.5)
+    monkeypatch.setattr(joining, "introduce", refused)
+    monkeypatch.setattr("equimoe.launch.earlier.exists", exists)
+    monkeypatch.setattr(env, "printable", killed)
+    ended = run()
+    assert ended.codes[rank] == -signal.SIGKILL and ended.codes[1 - rank] == (1 if met else env.CONFIG), ended
+    (line,) = ended.errors
+    assert f"rank {rank} (process " in line if met else line == f"error: rank {rank}: steps=x: is wrong", line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_end_of_a_rank_before_all_had_joined_is_not_the_users_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    """torchrun asks the others to stop, who do not know each other yet: the oldest one that is left says it."""
+    watcher = signals.Signals(env.Process(rank, 3, rank, 3))
+    monkeypatch.setattr(watcher, "_parent", 1)
+    monkeypatch.setattr(signals, "_children", lambda _: [os.getpid(), os.getpid() - rank])
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        watcher._receive(signal.SIGTERM)
+    assert ended.value.code == 1
+    said = f"error: rank {rank}: another rank of this node has ended before all had joined\n"
+    assert capsys.readouterr().err == ("" if rank else said)
+
+
+def test_only_processes_that_run_count_as_ranks_of_this_node() -> None:
+    before = signals._children(os.getpid())
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    running = signals._children(os.getpid())
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    after = signals._children(os.getpid())
+    os.waitpid(child, 0)
+    assert {*running} - {*before} == {child} and child not in after
+
+
+def test_the_first_rank_tells_its_torchrun_unless_the_rank_with_the_cause_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two torchruns may run on machines of the same name, or on one."""
+    told: list[bool] = []
+    monkeypatch.setattr("equimoe.launch.failing.end_agent", lambda *_, tells: told.append(tells))
+    monkeypatch.setattr("os._exit", sys.exit)
+    for local_world in (1, 2):
+        failure = failure_of(1)
+        failure.process = env.Process(0, 2, 0, local_world, 0, 3)
+        with pytest.raises(SystemExit):
+            failure._follow(1, env.MEMORY)
+    assert told == [True, False]
+
+
+def test_no_rank_leaves_a_stopped_run_before_the_first_one_has_said_how_to_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun would kill it while it writes the report."""
+
+    def slowly(*_: object) -> None:
+        time.sleep(1.5)
+        (tmp_path / "said").touch()
+
+    def leave(process: env.Process, code: int, message: str) -> None:
+        assert (tmp_path / "said").exists()
+        sys.exit(code)
+
+    monkeypatch.setattr("equimoe.launch.train.conclude_early", slowly)
+    monkeypatch.setattr(env, "leave", leave)
+    ended = run(faults="term@step=3,phase=data")
+    assert ended.codes == [128 + signal.SIGTERM] * 2, ended
 
 
 def test_torchruns_signal_after_it_was_told_is_quiet(run: Run, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,17 +64,19 @@ def test_torchrun_itself_ends_with_the_line(base: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("failures", "expected", "said"),
+    ("failures", "recorded", "expected", "said"),
     [
-        ({0: -15, 1: env.DATA}, env.DATA, ""),
-        ({1: -9}, 137, "error: rank 1 was killed by SIGKILL\n"),
-        ({1: 1}, 1, "error: rank 1 ended with exit code 1; its traceback is above\n"),
-        ({}, 0, ""),
+        ({0: -15, 1: env.DATA}, "", env.DATA, ""),
+        ({1: -9}, str(env.HANG), env.HANG, ""),
+        ({1: -9}, "1", 137, "error: rank 1 was killed by SIGKILL\n"),
+        ({1: 1}, "", 1, "error: rank 1 ended with exit code 1; its traceback is above\n"),
+        ({}, "0", 0, ""),
     ],
-    ids=["a mistake", "killed", "a bug", "success"],
+    ids=["a mistake", "a hang", "killed", "a bug", "success"],
 )
 def test_the_exit_code_is_that_of_the_rank_that_failed(
     failures: dict[int, int],
+    recorded: str,
     expected: int,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -85,6 +87,7 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
     def torchrun(arguments: list[str]) -> None:
         assert arguments == ["--standalone", "--nproc-per-node=2", "-m", "some.module", "--steps", "3"]
         assert os.environ["OMP_WAIT_POLICY"] == "active" and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+        assert env.this_process().exit_files[-1].write_text(recorded) == len(recorded)
         found = {rank: ProcessFailure(rank, 1, code, "<N/A>") for rank, code in failures.items()}
         if found:
             raise ChildFailedError("some.module", found)
