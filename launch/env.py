@@ -270,19 +270,20 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
 
 
 def stop(
-    process: Process, code: int, message: str, printer: int = 0, meet: Callable[[], object] | None = None
+    process: Process, code: int, message: str, printer: int = 0, meet: Callable[[], bool] | None = None
 ) -> NoReturn:
     """Print one line to stderr on rank ``printer`` and exit with ``code``. Every rank must call this.
 
     ``meet`` returns once the line has been printed, on all ranks: torchrun ends them all when the first one exits. If
-    it returns False, another rank prints the line. Without it, ranks that print nothing wait a moment.
+    it returns False, the first of the other ranks prints the line. Without it, ranks that print nothing wait a moment.
     """
     ignore_torchrun(process)
     message = printable(message)
     if process.rank == printer:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if meet is not None and process.world > 1:
-        if not meet() and process.rank == (0 if printer else 1):
+        first_other = 1 if printer == 0 else 0
+        if not meet() and process.rank == first_other:
             print(f"error: {message}", file=sys.stderr, flush=True)
     elif process.rank != printer and process.world > 1:
         time.sleep(0.3)

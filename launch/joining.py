@@ -385,7 +385,7 @@ def together(
 
 def stop_all(process: Process, code: int, message: str, printer: int = 0) -> NoReturn:
     """Print one line on rank ``printer`` and exit with ``code``, on every rank at the same point of the program."""
-    stop(process, code, message, printer, meet=lambda: gathered(process, None))
+    stop(process, code, message, printer, meet=lambda: all(gathered(process, True)))
 
 
 def gathered(process: Process, value: T) -> list[T]:
