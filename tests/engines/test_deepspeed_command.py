@@ -54,7 +54,7 @@ def test_one_process_needs_no_launcher(run: Run, tmp_path: Path) -> None:
 
     for folder, engine in (("torch", "torch"), ("alone", "deepspeed")):
         options = ["--engine", engine, "--parallel.ep", "1"]
-        assert (ended := run(folder, *options, world=1, within=alone)).codes == [0], ended
+        assert (ended := run(folder, *options, world=1, within=alone)).codes == [0], "\n".join(ended.err)
     for ours, theirs in zip(losses(tmp_path / "torch"), losses(tmp_path / "alone"), strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5)
 
@@ -66,9 +66,11 @@ def test_the_same_run_under_both_engines_and_on_from_one_to_the_other(run: Run, 
         ("zero 2", ["--engine", "deepspeed", "--deepspeed.zero_stage", "2"]),
         ("zero 3", ["--engine", "deepspeed", "--deepspeed.zero_stage", "3", "--deepspeed.config", "whole.json"]),
     ):
-        assert (ended := run(folder, "--dtype", dtype, *options)).codes == [0, 0], ended
-    assert (ended := run("both", "--dtype", dtype, "--engine", "deepspeed", "--steps", "2")).codes == [0, 0], ended
-    assert (ended := run("both", "--dtype", dtype, "--resume")).codes == [0, 0], ended
+        assert (ended := run(folder, "--dtype", dtype, *options)).codes == [0, 0], "\n".join(ended.err)
+    assert (ended := run("both", "--dtype", dtype, "--engine", "deepspeed", "--steps", "2")).codes == [0, 0], "\n".join(
+        ended.err
+    )
+    assert (ended := run("both", "--dtype", dtype, "--resume")).codes == [0, 0], "\n".join(ended.err)
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     expected = losses(tmp_path / "torch")
     assert [step for step, *_ in expected] == [1, 2, 3, 4]
