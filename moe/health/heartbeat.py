@@ -12,9 +12,12 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, chain, repeat, starmap, takewhile
+from operator import attrgetter, is_not, methodcaller
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
 #: phase -> how many times as long as a step it may last
@@ -31,6 +34,8 @@ LEAST_LOOKS = 100
 #: heartbeats in the timeout of a step, and the most seconds between two
 BEATS, MOST_S = 8, 5.0
 
+#: what of a frame makes a :class:`Call`
+_DESCRIBE = attrgetter("f_code", "f_lasti", "f_lineno")
 _HERE = Path(__file__).resolve().parents[2]
 
 
@@ -126,10 +131,10 @@ class Heartbeat:
             looked, last = time.monotonic(), looked
             if looked - last > STOPPED_S:  # the whole process was stopped, as by Ctrl-Z
                 self._moved += looked - last
-            frame = sys._current_frames().get(self._thread_id)
-            if frame is None:
+            calls = calls_of(self._thread_id)
+            if not calls:
                 return
-            self._look = look(frame)
+            self._look = look(calls)
             if self.phase.endswith("step"):
                 self._looks += 1
                 self._waits += self._look.waiting
@@ -211,16 +216,33 @@ def _where(beat: dict[str, Any]) -> str:
     return f"{step}at {beat.get('place') or 'an unknown place'}"
 
 
-def look(frame: FrameType) -> Look:
-    """Describe where a thread is, from its innermost frame."""
-    waiting, place, position = _waits(frame.f_code), "", []
-    current: FrameType | None = frame
-    while current is not None:
-        position += [id(current.f_code), current.f_lasti]
-        if not place and (name := _own(current.f_code)):
-            place = f"{name}:{current.f_lineno} ({current.f_code.co_name})"
-        current = current.f_back
-    return Look(waiting, place, tuple(position))
+class Call(NamedTuple):
+    """A call that a thread is in."""
+
+    code: CodeType
+    #: the last bytecode instruction that it has run, and that one's line
+    instruction: int
+    line: int | None
+
+
+def calls_of(thread_id: int) -> list[Call]:
+    """Return the calls that a thread is in, the innermost first; none if the thread has ended.
+
+    A frame that is held here while the other thread leaves it keeps that function's variables alive, and they end in
+    this thread. Memory would be freed late, and torch has guards that are variables and restore the state of their own
+    thread when they end. So the frames live only within one call into C, during which no other thread runs Python.
+    """
+    innermost = map(methodcaller("get", thread_id), starmap(sys._current_frames, [()]))
+    frames = accumulate(chain(innermost, repeat("f_back")), getattr)
+    return [Call(*of) for of in tuple(map(_DESCRIBE, takewhile(partial(is_not, None), frames)))]
+
+
+def look(calls: Sequence[Call]) -> Look:
+    """Describe where a thread is, from the calls that it is in."""
+    position = tuple(number for call in calls for number in (id(call.code), call.instruction))
+    own = next((call for call in calls if _own(call.code)), None)
+    place = "" if own is None else f"{_own(own.code)}:{own.line} ({own.code.co_name})"
+    return Look(_waits(calls[0].code), place, position)
 
 
 def _waits(code: CodeType) -> bool:
