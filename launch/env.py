@@ -254,16 +254,21 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
         try:
             torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
         except ChildFailedError as error:
-            # torchrun may have seen only a rank that was killed as a consequence, by itself or by another rank
-            codes = [code_in(said), *(failure.exitcode for failure in error.failures.values())]
-            for code in [code for code in codes if code in OWN]:
-                sys.exit(code)
-            rank, failure = error.get_first_failure()
-            how = f"ended with exit code {failure.exitcode}; its traceback is above"
-            if failure.exitcode < 0:
-                how = f"was killed by {signal.Signals(-failure.exitcode).name}"
+            # torchrun then ends the others, and may have seen only those, or a rank that another one has killed
+            failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            causes = {rank: code for rank, code in failures.items() if abs(code) % 128 != signal.SIGTERM}
+            rank, code = min((causes or failures).items(), key=lambda item: item[1])  # those that were killed first
+            recorded = code_in(said)
+            known = [one for one in (recorded, *causes.values()) if one in OWN]
+            if recorded and (code > 0 or not causes):
+                known.append(recorded)
+            if known:
+                sys.exit(known[0])
+            how = f"ended with exit code {code}; its traceback is above"
+            if code < 0:
+                how = f"was killed by {signal.Signals(-code).name}"
             print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
-            sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+            sys.exit(code if code > 0 else 128 - code)
         except SignalException as error:
             sys.exit(128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
