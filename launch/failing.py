@@ -66,6 +66,8 @@ PATIENCE_S = 2.0
 SAME_SIGNAL_S = 0.5
 #: seconds for which the rank that holds the store stays, so that others find that the end was reported
 HOLDER_STAYS_S = 1.5
+#: seconds for a rank whose part of the setup has failed to find out that all ranks' parts have
+ALONE_S = 3.0
 #: seconds between looks whether another rank has said why the run ends
 LISTEN_S = 0.5
 
@@ -127,6 +129,26 @@ class Failure:
             yield
         finally:
             done.set()
+
+    def alone(self, code: int, text: str) -> None:
+        """End the run with this rank's error, unless all ranks report one within a moment.
+
+        Otherwise, the others would wait for this one in a collective that it never reaches.
+        """
+        store, world = self.meeting.store, self.process.world
+        if world == 1 or store is None:
+            return
+        _within(PATIENCE_S, lambda: store.set(f"failed/{self.process.rank}", ""))
+        deadline = time.monotonic() + ALONE_S
+        while time.monotonic() < deadline:
+            if _within(PATIENCE_S, lambda: store.check([f"failed/{rank}" for rank in range(world)])):
+                return
+            time.sleep(0.05)
+        ignore_torchrun(self.process)
+        line = printable(f"rank {self.process.rank}: {text}")
+        self._report(code, line, True)
+        self.stay()
+        _end(code, self.process, line)
 
     def hang(self, line: str, silent: list[int]) -> None:
         """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""

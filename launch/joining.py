@@ -359,17 +359,22 @@ def together(
     work: Callable[[], T],
     what: str = "result",
     fingerprint: Callable[[T], str] = lambda _: "",
+    failed_alone: Callable[[int, str], None] = lambda *_: None,
 ) -> T:
     """Run ``work`` on every rank; return its result if it succeeded everywhere with the same fingerprint.
 
     A ValueError or OSError on any rank makes all ranks exit with ``code``; the first rank that has one prints it.
     Different fingerprints make them exit with ``DISAGREEMENT``, and a line that begins with ``what``.
+
+    If ``work`` has collectives, a rank in which it fails must not meet the others in another one: it calls
+    ``failed_alone`` with the code and the error, which returns if it has failed on all ranks.
     """
     error, result = "", None
     try:
         result = work()
     except (ValueError, OSError) as problem:
         error = " ".join(str(problem).split()) or type(problem).__name__
+        failed_alone(code, error)
     mine = (error, "" if error else fingerprint(result))  # type: ignore[arg-type]
     reports = gathered(process, mine)
     failed = [(rank, text) for rank, (text, _) in enumerate(reports) if text]

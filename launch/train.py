@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +185,12 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
         return
     patient = replace(attempt.degrees, timeout_s=COLLECTIVE * config.parallel.timeout_s)
     mesh = build_mesh(patient, process.device.type) if process.world > 1 else None
-    trainer = together(process, env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
+    jointly = partial(together, process, failed_alone=failure.alone)  # these have collectives
+    trainer = jointly(env.CONFIG, lambda: Trainer(config, corpus, mesh, process.device))
     if found is not None:
-        together(process, env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
+        jointly(env.CHECKPOINT, lambda: trainer.resume(*found, DATA in launch.allow_change))
     elif (init := launch.init) is not None:
-        together(process, env.CHECKPOINT, lambda: initial.begin(trainer, init))
+        jointly(env.CHECKPOINT, lambda: initial.begin(trainer, init))
     if process.rank == 0:
         introduce(trainer, launch, notes)
     if launch.dry_run:

@@ -98,6 +98,15 @@ DEFENCES = [
             "if may_restart(self.process, code):  # the rank with the cause",
             'print("error: lost a rank", file=sys.stderr)\n'
             "        if may_restart(self.process, code):  # the rank with the cause"),
+    Defence("9", "launch/train.py",
+            "test_endings.py::test_a_mistake_that_only_one_rank_finds_while_it_builds_the_model_ends_all[rank 1]",
+            "partial(together, process, failed_alone=failure.alone)",
+            "partial(together, process)",
+            hang=True),
+    Defence("9", "launch/env.py",
+            "test_launcher.py::test_the_exit_code_is_that_of_the_rank_that_failed[a bug, and torchrun ended the other]",
+            "if abs(code) % 128 != signal.SIGTERM}",
+            "}"),
     # checkpoints
     Defence("10", "moe/checkpoint/writer.py",
             "test_save_faults.py::test_free_space_is_checked_before_anything_is_written[2400-False]",

@@ -210,6 +210,14 @@ def test_all_ranks_end_with_the_error_of_one_before_the_first_step(run: Run, ran
     assert ended.errors[0].startswith(f"error: rank {rank}, step 0, phase setup: out of memory"), ended
 
 
+@pytest.mark.parametrize(("where", "rank"), [(",rank=0", 0), (",rank=1", 1), ("", 0)], ids=["rank 0", "rank 1", "all"])
+def test_a_mistake_that_only_one_rank_finds_while_it_builds_the_model_ends_all(run: Run, where: str, rank: int) -> None:
+    """The other goes on to a collective, which must not meet another one of this rank, nor wait for the time limit."""
+    ended = run(faults=f"raise@phase=setup{where}")
+    assert ended.codes == [env.CONFIG] * 2 and ended.seconds < 30, ended
+    assert ended.errors == [f"error: rank {rank}: injected on rank {rank} in phase setup"], ended
+
+
 def test_the_reason_of_a_hang_is_said_before_torchrun_can_see_that_a_rank_has_ended(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
