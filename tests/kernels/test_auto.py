@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ from tests.helpers.slow import slow_but
 from .mlp_cases import NAMES, compare, make
 
 pytest.importorskip("triton")
+from triton.runtime import interpreter
+
+from equimoe.kernels._interpreter import BUILDER, correct_interpreter
 from equimoe.kernels.empty_experts.triton_ops import zero_without_rows
 from equimoe.kernels.expert_mlp import hybrid
 
@@ -100,6 +104,57 @@ def test_a_right_backend_is_used_without_a_warning(op: str, backend: str, dtype:
         warnings.simplefilter("error", UserWarning)
         assert auto._works(op, backend, dtype, CPU)
     assert list(auto._known.values()) == [True]
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype"), slow_but([CHECKED[1], CHECKED[6]], CHECKED))
+def test_defaults_of_torch_do_not_make_a_right_backend_wrong(
+    op: str, backend: str, dtype: torch.dtype, fresh: None
+) -> None:
+    wanted = self_check.error_of(op, backend, dtype, CPU)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert auto._works(op, backend, dtype, CPU)
+            assert self_check.error_of(op, backend, dtype, CPU) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_gate_that_rounds_differently_is_right(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = self_check.topk_gate
+
+    def gate(logits_TE, k, **how):  # noqa: ANN001, ANN003, ANN202
+        found = right(logits_TE, k, **how)
+        return found if how["backend"] == "reference" else found._replace(z_sum=found.z_sum * (1 + 2e-6))
+
+    monkeypatch.setattr(self_check, "topk_gate", gate)
+    error, largest = self_check.error_of("topk_gate", "triton", torch.float32, CPU)
+    assert error < largest / 10
+
+
+def test_tf32_is_right_where_the_user_permits_it(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies as TF32 does: it leaves out the last 13 bits of both factors."""
+    correct_interpreter()
+    plain = BUILDER.create_dot
+
+    def cut(handle):  # noqa: ANN001, ANN202
+        data = (handle.data.view(np.uint32) & 0xFFFFE000).view(np.float32)
+        return interpreter.TensorHandle(data, handle.dtype)
+
+    def create_dot(self, a, b, d, precision, imprecise):  # noqa: ANN001, ANN202
+        a, b = (a, b) if "TF32" not in str(precision) else (cut(a), cut(b))
+        return plain(self, a, b, d, precision, imprecise)
+
+    create_dot.widens_bfloat16 = True
+    monkeypatch.setattr(BUILDER, "create_dot", create_dot)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        error, largest = self_check.error_of("expert_mlp", "triton", torch.float32, CPU)
+    finally:
+        matmul.fp32_precision = before
+    assert 2e-4 < error < largest
 
 
 def test_the_comparison_keeps_the_random_state(fresh: None) -> None:
