@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import parts, run
 from benchmarks.gpu.run import Part
@@ -71,12 +77,51 @@ def test_a_stage_ends_in_time(
     assert "why: right: ran longer than the 0 s that it had" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_part_ends_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "benchmarks/gpu/run.py", "gate", "--out", str(tmp_path)]
+    environment, printed = {**os.environ, "PYTHONPATH": str(run.ROOT)}, tmp_path / "gate_facts.txt"
+    with subprocess.Popen(command, cwd=run.ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not (printed.exists() and printed.read_text()):
+                assert process.poll() is None
+                time.sleep(0.05)
+            child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+            process.send_signal(number)
+            assert process.wait(20 * PATIENCE) != 0
+        finally:
+            process.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
 def test_the_best_tiles_are_a_change_of_the_table() -> None:
     tiles = {"gemm": MatmulTile(1, 2, 3, 4, 5), "wgrad": MatmulTile(6, 7, 8, 9, 10)}
     before = parts.TABLE.read_text()
     lines = zip(before.splitlines(), parts.with_tiles(before, "sm_90", tiles).splitlines(), strict=True)
     changed = [new.strip() for old, new in lines if new != old]
     assert changed == ['"gemm": MatmulTile(1, 2, 3, 4, 5),', '"wgrad": MatmulTile(6, 7, 8, 9, 10),']
+
+
+def test_the_best_tile_is_right_on_all_shapes() -> None:
+    a, b, c = (MatmulTile(*numbers) for numbers in parts.CANDIDATES["gemm"][:3])
+    assert parts.fastest([{a: 1.0, b: 3.0}, {a: 5.0, b: 1.0}]) == b
+    assert parts.fastest([{a: 1.0, b: 2.0}, {b: 2.0, c: 1.0}]) == b
+    assert parts.fastest([{a: 1.0}, {}]) is None
+
+
+def test_wrong_tiles_are_no_change_of_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    found = iter([torch.ones(2)])  # then NaN
+    monkeypatch.setattr(parts, "SHAPES", parts.SHAPES[:1])
+    monkeypatch.setattr(parts, "expert_path", lambda shape: lambda: (next(found, torch.full((2,), torch.nan)),))
+    monkeypatch.setattr(parts, "seconds", lambda *_: 1.0)
+    parts.sweep()
+    printed = capsys.readouterr().out
+    assert "gemm | WRONG" in printed and "best, gemm | none is right on all shapes" in printed
+    assert "MatmulTile" not in printed
 
 
 def test_the_parts_run_files_that_exist() -> None:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -270,12 +271,13 @@ def sweep() -> None:
     from equimoe.kernels.grouped_gemm import triton_ops as gemm
 
     shipped = gemm.shipped_tile
-    best: dict[str, tuple[float, MatmulTile]] = {}
+    #: kind of tile -> for each shape, the times of the tiles that are right there
+    times: dict[str, list[dict[MatmulTile, float]]] = {kind: [] for kind in CANDIDATES}
     for shape in SHAPES:
         run = expert_path(shape)
         wanted = run()
         for kind, candidates in CANDIDATES.items():
-            times = {}
+            times[kind].append({})
             for numbers in candidates if ON_GPU else SMALL:
                 tile = MatmulTile(*numbers)
                 try:
@@ -285,26 +287,34 @@ def sweep() -> None:
                     right = all(
                         errors(a, b)[0] < TOLERANCE[torch.bfloat16][0] for a, b in zip(run(), wanted, strict=True)
                     )
-                    times[tile] = seconds(run, 5) if right else float("inf")
-                    say(f"{shape.name}, {kind}", f"{1e6 * times[tile]:.0f} us" if right else "WRONG", numbers)
+                    if right:
+                        times[kind][-1][tile] = seconds(run, 5)
+                    said = f"{1e6 * times[kind][-1][tile]:.0f} us" if right else "WRONG"
+                    say(f"{shape.name}, {kind}", said, numbers)
                 except Exception as error:  # a tile that does not fit the chip
                     say(f"{shape.name}, {kind}", "refused", f"{numbers} {brief(error)}")
                 finally:
                     gemm.shipped_tile = shipped
-            if times:
-                tile = min(times, key=times.__getitem__)
-                relative = times[tile] / median(times.values())
-                if kind not in best or relative < best[kind][0]:
-                    best[kind] = relative, tile
-    arch, tiles = arch_of(DEVICE), {kind: tile for kind, (_, tile) in best.items()}
-    for kind, tile in tiles.items():
-        say(f"best, {kind}", tuple_of(tile))
+        show_best(times)  # after each shape: there may be no time for the others
+
+
+def show_best(times: Mapping[str, Sequence[Mapping[MatmulTile, float]]]) -> None:
+    """Print the best tile of every kind so far, and all of them as a change of the table."""
+    tiles = {kind: tile for kind, by_shape in times.items() if (tile := fastest(by_shape))}
+    for kind in times:
+        say(f"best, {kind}", tuple_of(tiles[kind]) if kind in tiles else "none is right on all shapes")
     before = TABLE.read_text()
     # in the rehearsal, the table has no tiles of the interpreter
-    after = with_tiles(before, arch if ON_GPU else "sm_90", tiles)
+    after = with_tiles(before, arch_of(DEVICE) if ON_GPU else "sm_90", tiles)
     name = str(TABLE.relative_to(ROOT))
     print("\nto apply with git apply:\n")
     print("".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{name}", f"b/{name}")))
+
+
+def fastest(times: Sequence[Mapping[MatmulTile, float]]) -> MatmulTile | None:
+    """Return the tile that is fastest in the geometric mean, of those that every shape has; None if there is none."""
+    everywhere = [tile for tile in times[0] if all(tile in one for one in times)]
+    return min(everywhere, key=lambda tile: prod(one[tile] for one in times), default=None)
 
 
 def tuple_of(tile: MatmulTile) -> str:

@@ -157,6 +157,11 @@ def _last_line(file: Path) -> str:
     return next((line.strip()[:160] for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
+def _stop(number: int, frame: object) -> None:
+    """End as after Ctrl-C, so that the part that is running ends too: it is in a session of its own."""
+    sys.exit(128 + number)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
@@ -179,4 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     sys.exit(main())
