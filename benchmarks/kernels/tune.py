@@ -2,8 +2,9 @@
 
     python benchmarks/kernels/tune.py [--out PATH]
 
-Each case is an op, a dtype, and few or many rows per expert. A backend that differs from the reference here is left
-out. Forward and backward count together. Other architectures in the file stay as they are.
+Each case is an op, a dtype, and few or many rows per expert. A backend that differs from the reference here, or fails,
+is left out. Forward and backward count together. The file is written after each case; other architectures in it stay as
+they are.
 """
 
 # T tokens, D hidden, F expert width, E experts, K top-k.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,7 @@ if not __package__:
 
 import torch
 
+from benchmarks.shared.agreement import brief
 from benchmarks.shared.options import Parser
 from benchmarks.shared.shapes import Shape, expert_weights, make_batch, spread_logits
 from benchmarks.shared.timing import Timer
@@ -92,9 +94,9 @@ def seconds(run: Callable[[str], object], backend: str, timer: Timer) -> float:
     return median(part[0] for part in timer.sample(step, RUNS))
 
 
-def measure(device: torch.device) -> dict[str, str]:
-    """Print the times of every case, and return the fastest backend of each by its key."""
-    timer, best = Timer(device), {}
+def measure(device: torch.device) -> Iterator[tuple[str, str]]:
+    """Print the times of every case, and yield its key and its fastest backend."""
+    timer = Timer(device)
     for shape in SHAPES:
         many = shape.rows >= MANY_ROWS * shape.E
         assert BUCKETS[many] == shape.name
@@ -102,13 +104,16 @@ def measure(device: torch.device) -> dict[str, str]:
             for dtype in dtypes:
                 right = [name for name in others if name != "hybrid" or dtype == torch.bfloat16]
                 right = ["torch", *(name for name in right if auto._works(op, name, dtype, device))]
-                run = call(op, shape, dtype, device)
-                times = {name: seconds(run, name, timer) for name in right}
-                key = auto.key(op, dtype, many)
-                best[key] = min(times, key=times.__getitem__)
+                key, run, times = auto.key(op, dtype, many), call(op, shape, dtype, device), {}
+                for name in right:
+                    try:
+                        times[name] = seconds(run, name, timer)
+                    except Exception as error:  # it does not compile for this size, or there is no memory
+                        print(f"{key:32} {name} fails: {brief(error)}", flush=True)
                 print(f"{key:32}", *(f"{name} {time * 1e3:.3f} ms" for name, time in times.items()), flush=True)
                 timer.release()
-    return best
+                if times:
+                    yield key, min(times, key=times.__getitem__)
 
 
 @command
@@ -120,9 +125,13 @@ def main(argv: list[str] | None = None) -> int:
         print("There is no GPU here, so there is nothing to measure; kernels/auto.json stays as it is.")
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    found = measure(device)
     tables = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    out.write_text(json.dumps({**tables, arch_of(device): found}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial = out.with_name(f"{out.name}.partial")
+    tables[arch_of(device)] = found = {}
+    for key, backend in measure(device):
+        found[key] = backend
+        partial.write_text(json.dumps(tables, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(out)
     print(f"wrote {out}: {arch_of(device)}")
     return 0
 
