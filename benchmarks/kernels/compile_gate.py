@@ -5,8 +5,8 @@
 The compiler accepts tiles that no GPU can launch, and tiles that spill registers to memory. This command prints what
 each kernel needs and compares it with the table compiled.tsv. It exits with 1 if a kernel spills registers, uses a
 stack, needs more shared memory than the chip has, holds fewer steps in its pipeline than its tile asks for, multiplies
-16-bit matrices without the chip's best matrix instruction, or with a narrower one or fewer steps than in the table, or
-is missing in the table. --update writes the table. It does not measure speed.
+16-bit matrices without the chip's best matrix instruction, or with a narrower one or fewer steps than in the table, is
+missing in the table, or is not compiled any more. --update writes the table. It does not measure speed.
 """
 
 from __future__ import annotations
@@ -119,13 +119,15 @@ def gate_all(chips: Sequence[str], only: str, jobs: int, update: bool) -> bool:
     print(COLUMNS.format(*HEADINGS, "fault, or (what the table says)"), flush=True)
     done = faulty = 0
     rows = {} if not TABLE.exists() else table()
-    missing = []
+    missing, gone = [], []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for name, results in zip(chips, pool.map(examine, chips, [only] * len(chips)), strict=True):
             print("\n".join(result.line for result in results), flush=True)
             done, faulty = done + len(results), faulty + sum(result.faulty for result in results)
             found = {row[:2]: row for row in (result.row for result in results) if row}
             missing += [label for label in found if label not in rows]
+            if all(result.row for result in results):
+                gone += [label for label in rows if label[0] == name and label not in found]
             if update and not only:  # rows of kernels that are gone
                 rows = {key: row for key, row in rows.items() if key[0] != name}
             if update:
@@ -136,6 +138,9 @@ def gate_all(chips: Sequence[str], only: str, jobs: int, update: bool) -> bool:
     elif missing and not only:  # with --only, a binary can appear under the name of a later case
         print(f"{len(missing)} are missing in {TABLE.name}, first {' '.join(missing[0])!r}: add them with --update")
         faulty += len(missing)
+    if gone and not update and not only:  # nothing would say so if an op no longer launched its kernel
+        print(f"{len(gone)} of {TABLE.name} are not compiled, first {' '.join(gone[0])!r}: remove them with --update")
+        faulty += len(gone)
     if not done:
         print(f"--only={only}: no kernel's label contains this; leave it out to compile all")
     print(f"{done} compiled, {faulty} at fault")

@@ -140,6 +140,34 @@ def test_the_table_covers_every_chip() -> None:
     assert all(not row.binary.stack and not row.binary.spills for row in rows.values())
 
 
+#: the kernels of the table without one of them, as if its op no longer launched it
+GONE = """
+import sys
+from benchmarks.kernels import compile_gate
+from benchmarks.kernels.compile_gate import Result, gate_all, table
+
+class Pool:
+    def __init__(self, *_, **__): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    map = staticmethod(lambda run, *arguments: map(run, *arguments))
+
+def examine(name, only):
+    rows = [row for row in table().values() if row.chip == name]
+    return [Result(row, row.label, False) for row in rows if row.label != "sort_place E513"]
+
+compile_gate.ProcessPoolExecutor, compile_gate.examine = Pool, examine
+sys.exit(int(not gate_all(["sm_90"], sys.argv[1], 1, False)))
+"""
+
+
+def test_a_kernel_that_is_not_compiled_any_more_is_a_fault() -> None:
+    done = python("-c", GONE, "")
+    assert done.returncode == 1 and done.stdout.endswith(", 1 at fault\n"), done.stdout + done.stderr
+    assert "1 of compiled.tsv are not compiled, first 'sm_90 sort_place E513'" in done.stdout
+    assert python("-c", GONE, "silu").returncode == 0
+
+
 @pytest.mark.slow
 def test_nothing_to_compile_is_a_failure() -> None:
     done = python("benchmarks/kernels/compile_gate.py", "--chips", "sm_90", "--only", "no such kernel")
