@@ -20,6 +20,11 @@ LOW = -40.0
 FLOOR = math.exp(-60.0)
 
 
+def floor() -> float:
+    """Return FLOOR. Under torch.compile, a global number may become an input, which several layers cannot share."""
+    return math.exp(-60.0)
+
+
 class GateOutput(NamedTuple):
     """The result of :func:`topk_gate`: each token's experts and weights, and the sums that balance losses need.
 

@@ -150,6 +150,25 @@ def test_experts_of_low_rank_are_one_graph(kind: type[LoRAExperts]) -> None:
 
 
 @pytest.mark.slow
+def test_layers_with_dynamic_shapes_are_one_graph() -> None:
+    config = replace(BASE, router=RouterConfig(score="sigmoid"))
+    plain = nn.Sequential(MoE(config), MoE(config))
+    other, found = copy.deepcopy(plain), []
+    for model, call in (
+        (plain, plain),
+        (other, torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=True)),
+    ):
+        torch.manual_seed(1)
+        step = Step.of(model)
+        for length in (S, 7):
+            with step.micro_batch():
+                call(torch.randn(B, length, D)).square().sum().backward()
+        step.end()
+        found.append([p.grad for p in model.parameters()])
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.slow
 def test_autocast() -> None:
     plain, other = twins(BASE)
 
