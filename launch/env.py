@@ -232,20 +232,23 @@ def check_launcher(processes: int | None) -> None:
 #: for the ranks of a CPU: threads that wait give their core to others, and large tensors use huge pages
 CPU_SETTINGS = {"OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
-#: for torchrun: every attempt gets a store of its own, and ranks get this many seconds to save after a signal
-AGENT_SETTINGS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+#: for torchrun: ranks get this many seconds to save after a signal
+SHUTDOWN_SETTINGS = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+#: for a torchrun that restarts ranks: every attempt gets a store of its own, too
+AGENT_SETTINGS = SHUTDOWN_SETTINGS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
     """Run a module on ``processes`` local ranks with torchrun, and exit with the code of the rank that failed first.
 
-    torchrun itself always exits with 1, and buries a rank's one-line error under some forty lines of its own.
+    torchrun itself always exits with 1, and buries a rank's one-line error under some forty lines of its own. It never
+    restarts the ranks here, so they use its store: the port of another one could be taken before rank 0 opens it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    for name, value in (CPU_SETTINGS | AGENT_SETTINGS).items():
+    for name, value in (CPU_SETTINGS | SHUTDOWN_SETTINGS).items():
         os.environ.setdefault(name, value)
     logging.disable(logging.ERROR)  # torchrun's failure log would follow the rank's own error line
     with tempfile.TemporaryDirectory(prefix="equimoe-") as folder:
@@ -270,7 +273,8 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
             print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
             sys.exit(code if code > 0 else 128 - code)
         except SignalException as error:
-            sys.exit(128 + error.sigval)  # the ranks have said how to go on
+            finished = code_in(said) == 0
+            sys.exit(0 if finished else 128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
 
 

@@ -35,6 +35,8 @@ class Signals:
 
     def __init__(self, process: Process) -> None:
         self.process, self.graceful = process, False
+        #: whether all steps have been trained, so that nothing is left to stop
+        self.finished = False
         #: says that the run ends at once, with an exit code and a line; returns whether this rank is the one that does
         self.say: Callable[[int, str], bool] = self._say_alone
         #: waits until the other ranks have read why the run ends
@@ -102,6 +104,8 @@ class Signals:
             return  # the next collective fails, and the rank says why
         if not self.number:
             self.number, self._since = number, time.monotonic()
+            if self.finished:
+                return  # the rank ends in a moment
             if self.graceful:
                 grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # --shutdown-timeout is not visible here
                 limit = f"; torchrun ends ranks after {grace} s" if self._parent else ""

@@ -214,6 +214,7 @@ def _run(attempt: Attempt, failure: Failure, heartbeat: Heartbeat, held: ExitSta
     stopped, result = 0, {}
     try:
         result = run(trainer, run_dir, metrics, progress, heartbeat, lambda: attempt.signals.number)
+        attempt.signals.finished = True
     except tuple(ENDS) as error:
         if isinstance(error, checkpoint.LostFolderError):  # the folder of that name belongs to somebody else
             process = replace(process, exit_files=process.exit_files[:-1])

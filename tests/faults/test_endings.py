@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from equimoe.launch import env, joining, signals
+from equimoe.launch import env, joining, signals, train
 from equimoe.launch.failing import Failure
 from equimoe.launch.joining import Meeting
 from equimoe.moe import checkpoint
@@ -122,6 +123,31 @@ def test_a_signal_that_also_ends_the_reader_loses_no_step(run: Run, tmp_path: Pa
     assert ended.codes == [128 + signal.SIGINT], ended
     assert exit_code(tmp_path / "run") == 128 + signal.SIGINT
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name > "step-00000004"
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_after_the_last_step_does_not_stop_what_is_finished(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int
+) -> None:
+    """If that hangs, a second one ends the rank."""
+    conclude = train.conclude
+
+    def interrupted(*arguments: Any) -> None:
+        for _ in range(signals):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.2)
+        if signals == 2:
+            time.sleep(60)
+        conclude(*arguments)
+
+    monkeypatch.setattr(train, "conclude", interrupted)
+    ended = run()
+    said = [line for line in "\n".join(ended.err).splitlines() if "SIGTERM" in line]
+    if signals == 1:
+        assert ended.codes == [0, 0] and not said, ended
+    else:
+        assert 128 + signal.SIGTERM in ended.codes and "by a second SIGTERM" in said[0] and len(said) == 1, ended
+    assert exit_code(tmp_path / "run") == (0 if signals == 1 else 128 + signal.SIGTERM)
 
 
 @pytest.fixture

@@ -121,12 +121,14 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(
     assert stop.value.code == expected and capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(("recorded", "expected"), [("", 143), ("143", 143), ("0", 0)], ids=["", "stopped", "finished"])
 def test_nothing_follows_what_the_ranks_say_after_a_signal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recorded: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     def torchrun(_: list[str]) -> None:
+        env.this_process().exit_files[-1].write_text(recorded)
         raise SignalException("stopped", signal.SIGTERM)
 
     monkeypatch.setattr("os.environ", {**os.environ})
@@ -134,7 +136,7 @@ def test_nothing_follows_what_the_ranks_say_after_a_signal(
     monkeypatch.setattr("logging.disable", lambda level: None)
     with pytest.raises(SystemExit) as stop:
         env.start(2, "some.module", [])
-    assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr() == ("", "")
+    assert stop.value.code == expected and capsys.readouterr() == ("", "")
 
 
 def test_ctrl_c_during_the_imports_prints_nothing() -> None:
