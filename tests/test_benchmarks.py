@@ -224,7 +224,7 @@ def test_a_wrong_peer_is_left_out_and_a_wrong_layer_stops(
 
 
 def test_the_host_time_of_a_tiny_layer_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert host_time.main(["--rounds", "3", "--out", str(tmp_path)]) == 0
+    assert host_time.main(["--rounds", "1", "--out", str(tmp_path)]) == 0, "one round is raised to two, for quartiles"
     (path,) = tmp_path.glob("*.json")
     assert path.with_suffix(".md").read_text() in capsys.readouterr().out
     for figures in json.loads(path.read_text())["figures"].values():
@@ -232,6 +232,14 @@ def test_the_host_time_of_a_tiny_layer_is_measured(tmp_path: Path, capsys: pytes
             assert all(0 < low <= middle <= high for low, middle, high in parts.values())
         assert figures["microseconds"].keys() == {"equimoe", *figures["ratios"]}
         assert figures["ratios"].keys() | figures["missing"].keys() == host_time.PEERS.keys()
+
+
+@pytest.mark.parametrize("script", [bench_layer, host_time])
+def test_more_experts_per_token_than_experts_are_one_line(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        script.main(["-E", "2", "-K", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith("error: -K=3: give at most the number of experts, -E=2\n")
 
 
 STEPS = ["--rounds", "2", "--threads", "1", "--sizes", "tiny"]

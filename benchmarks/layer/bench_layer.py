@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, (default, meaning) in SIZES.items():
         parser.add_argument(f"-{name}", type=positive, default=default, help=f"{meaning} (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.K > args.E:
+        parser.error(f"-K={args.K}: give at most the number of experts, -E={args.E}")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
     sizes = {name: getattr(args, name) for name in SIZES}

@@ -114,19 +114,22 @@ def main(argv: list[str] | None = None) -> int:
     for name, (default, meaning) in SIZES.items():
         parser.add_argument(f"-{name}", type=positive, default=default, help=f"{meaning} (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.K > args.E:
+        parser.error(f"-K={args.K}: give at most the number of experts, -E={args.E}")
+    rounds = max(args.rounds, 2)  # quartiles need two
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     begin, before = time.perf_counter(), load_averages()
     sizes = {name: getattr(args, name) for name in SIZES}
     try:
-        figures = {name: measure(Shape("tiny", **sizes), dtype, args.rounds) for name, dtype in DTYPES.items()}
+        figures = {name: measure(Shape("tiny", **sizes), dtype, rounds) for name, dtype in DTYPES.items()}
     except WrongResult as error:
         print(f"WRONG: {error}; no measurements are shown", file=sys.stderr)
         return 1
     result: dict[str, Any] = {
         "facts": facts("transformers"),
         "command": " ".join(["python benchmarks/layer/host_time.py", *(sys.argv[1:] if argv is None else argv)]),
-        "settings": sizes | {"rounds": args.rounds},
+        "settings": sizes | {"rounds": rounds},
         "figures": figures,
         **spent(begin, before),
     }
