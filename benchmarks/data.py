@@ -26,6 +26,7 @@ if not __package__:
 import numpy as np
 import torch
 
+from benchmarks.shared.options import positive
 from benchmarks.shared.records import facts_line
 from equimoe.launch.env import command
 from equimoe.moe import MoEConfig
@@ -129,7 +130,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--mb", type=int, default=4000, help="size of the long text; default 4000")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=positive, default=20, help="at least two, for quartiles; default 20")
     parser.add_argument("--steps", type=int, default=10, help="steps per block")
     parser.add_argument("--folder", type=Path, help="where to make the texts; default a temporary folder")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
@@ -141,7 +142,7 @@ def main() -> None:
         print(json.dumps(start(args.start, args.cache, args.steps)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        lines = report(Path(folder), args.mb, args.rounds, args.steps)
+        lines = report(Path(folder), args.mb, max(args.rounds, 2), args.steps)
     print("\n".join(lines))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")

@@ -226,7 +226,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def sizes(text: str) -> list[str]:
     """Parse names of sizes."""
-    chosen = text.split(",")
+    chosen = list(dict.fromkeys(text.split(",")))
     if unknown := set(chosen) - SIZES.keys():
         raise ValueError(f"{','.join(sorted(unknown))}: choose from {', '.join(SIZES)}")
     return chosen
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_out()
     args = parser.parse_args(argv)
     try:
-        chosen = sizes(args.sizes) if args.sizes else [name for name in SIZES if name != TINY]
+        chosen = [name for name in SIZES if name != TINY] if args.sizes is None else sizes(args.sizes)
     except ValueError as error:
         parser.error(f"--sizes={error}")
     warnings.filterwarnings("ignore")

@@ -25,6 +25,7 @@ if not __package__:
 
 import torch
 
+from benchmarks.shared.options import positive
 from equimoe.launch.env import command
 from equimoe.launch.recipes.quickstart import quickstart
 from equimoe.moe.collectives import sum_over, world_axis
@@ -67,7 +68,7 @@ def measure(
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=positive, default=20, help="at least two, for quartiles; default 20")
     parser.add_argument("--steps", type=int, default=3, help="steps per block")
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
     config = replace(config, parallel=replace(config.degrees(args.ranks), timeout_s=600))
     corpus = load_corpus(config.data, load_tokenizer("bytes"))
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        ranks = run_ranks(measure, args.ranks, config, corpus, folder, args.rounds, args.steps, timeout=3600)
+        ranks = run_ranks(measure, args.ranks, config, corpus, folder, max(args.rounds, 2), args.steps, timeout=3600)
         size = sum(file.stat().st_size for file in Path(folder).glob("step-*/*")) // len(list(Path(folder).glob("*")))
     blocks = {kind: list(zip(*(of_rank[kind] for of_rank in ranks), strict=True)) for kind in ranks[0]}
     slowest = {kind: [max(seconds for seconds, *_ in block) for block in of] for kind, of in blocks.items()}
