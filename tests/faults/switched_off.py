@@ -76,11 +76,6 @@ DEFENCES = [
             "test_endings.py::test_a_signal_before_the_first_step_is_not_restarted",
             "end_agent(self.process, code, tells=speaks)",
             "pass"),
-    Defence("6", "launch/signals.py",
-            "test_endings.py::test_ranks_that_get_a_signal_without_their_torchrun_are_not_restarted"
-            "[setup-one-by-one]",
-            "if number == signal.SIGTERM and self._parent and is_ending(self.process):",
-            "if False:"),
     Defence("7", "moe/health/heartbeat.py",
             "test_processes.py::test_a_stopped_rank_is_named_and_killed",
             "if stalled > max(self.limit(phase) for phase in (self.phase, *self._phases())):",
