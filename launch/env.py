@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -257,25 +257,33 @@ def start(processes: int, module: str, arguments: list[str]) -> NoReturn:
         try:
             torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
         except ChildFailedError as error:
-            # torchrun then ends the others, and may have seen only those, or a rank that another one has killed
             failures = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            causes = {rank: code for rank, code in failures.items() if abs(code) % 128 != signal.SIGTERM}
-            rank, code = min((causes or failures).items(), key=lambda item: item[1])  # those that were killed first
-            recorded = code_in(said)
-            known = [one for one in (recorded, *causes.values()) if one in OWN]
-            if recorded and (code > 0 or not causes):
-                known.append(recorded)
-            if known:
-                sys.exit(known[0])
-            how = f"ended with exit code {code}; its traceback is above"
-            if code < 0:
-                how = f"was killed by {signal.Signals(-code).name}"
-            print(f"error: rank {rank} {how}", file=sys.stderr, flush=True)
-            sys.exit(code if code > 0 else 128 - code)
+            code, line = verdict(failures, code_in(said))
+            if line:
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            sys.exit(code)
         except SignalException as error:
             finished = code_in(said) == 0
             sys.exit(0 if finished else 128 + error.sigval)  # the ranks have said how to go on
     sys.exit(0)
+
+
+def verdict(failures: Mapping[int, int], recorded: int | None) -> tuple[int, str]:
+    """Return the exit code of a run, and a line that says why it ended; empty if a rank has said it.
+
+    ``failures`` maps ranks to their exit codes, as far as torchrun has seen them. It ends the others after the first
+    one, and may have seen only those, or a rank that another one has killed. ``recorded`` is what a rank has recorded.
+    """
+    causes = {rank: code for rank, code in failures.items() if abs(code) % 128 != signal.SIGTERM}
+    rank, code = min((causes or failures).items(), key=lambda item: item[1])  # those that were killed first
+    for known in (recorded, *causes.values()):
+        if known in OWN:
+            return known, ""
+    if recorded and (code > 0 or not causes):
+        return recorded, ""
+    if code < 0:
+        return 128 - code, f"rank {rank} was killed by {signal.Signals(-code).name}"
+    return code, f"rank {rank} ended with exit code {code}; its traceback is above"
 
 
 def stop(

@@ -145,10 +145,7 @@ class Failure:
                 return
             time.sleep(0.05)
         ignore_torchrun(self.process)
-        line = printable(f"rank {self.process.rank}: {text}")
-        self._report(code, line, True)
-        self.stay()
-        _end(code, self.process, line)
+        self._fail(code, printable(f"rank {self.process.rank}: {text}"))
 
     def hang(self, line: str, silent: list[int]) -> None:
         """End this rank, because nothing moves. Called by a thread; the main thread waits in a collective."""
@@ -168,9 +165,7 @@ class Failure:
             self._lost(text)
         code, what = self.known(problem) or classify(problem, self.layers)
         line = printable(f"rank {self.process.rank}{self._place()}: {what}")
-        self._report(code, line, True, problem if code == FAILED else None)
-        self.stay()
-        _end(code, self.process, line)
+        self._fail(code, line, problem if code == FAILED else None)
 
     def quietly(self, code: int) -> None:
         """Let all ranks end with ``code`` without a word."""
@@ -256,6 +251,12 @@ class Failure:
             gone = [rank for rank, (host, pid) in enumerate(self.meeting.places) if _has_ended(host, pid)]
             time.sleep(0.1)
         return gone
+
+    def _fail(self, code: int, line: str, problem: Exception | None = None) -> NoReturn:
+        """Say that this rank's error ends the run, and end it."""
+        self._report(code, line, True, problem)
+        self.stay()
+        _end(code, self.process, line)
 
     def _report(self, code: int, line: str, speaks: bool, problem: Exception | None = None) -> None:
         """Say why the run ends, or end this rank if another one has. ``problem`` is shown with its traceback."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import readable
-from .types import LOW, GateOptions, GateOutput, floor, lowest_bias
+from .types import LOW, GateOptions, GateOutput, least_sum, lowest_bias
 
 #: up to this many choices, repeated argmax is faster than sorting on a CPU; on accelerators each launch costs time
 _ONE_BY_ONE = 16
@@ -173,7 +173,7 @@ def _shares(
     if not options.normalize:
         return chosen_TK if scale_T1 is None else chosen_TK * scale_T1
     sum_T1 = chosen_TK.sum(dim=-1, keepdim=True)
-    low_T1 = sum_T1 < floor()
+    low_T1 = sum_T1 < least_sum()
     if readable(low_T1) and not low_T1.any():
         return chosen_TK / sum_T1
     return torch.where(low_T1, logits_TE.gather(1, ids_TK).softmax(dim=-1), chosen_TK / sum_T1)

@@ -28,11 +28,11 @@ from .tiles import (
     forward_warps,
     tile_for,
 )
-from .types import FLOOR, LOW, GateOptions, GateOutput, lowest_bias
+from .types import LOW, GateOptions, GateOutput, least_sum, lowest_bias
 
 _NONE = tl.constexpr(-(2**63))  # this and the next are below the key of every number
 _TAKEN = tl.constexpr(-(2**63) + 1)
-_LOW, _FLOOR = tl.constexpr(LOW), tl.constexpr(FLOOR)
+_LOW, _LEAST_SUM = tl.constexpr(LOW), tl.constexpr(least_sum())
 _LOWEST_BIAS = tl.constexpr(lowest_bias(torch.float32))
 _RUNTIME = ["length", "chunks", "scale"]  # so that a new number of tokens does not compile again
 
@@ -110,7 +110,7 @@ def _weigh(logits_TK, peak_T, total_T, valid_TK, SIGMOID: tl.constexpr, NORMALIZ
     else:
         parts_TK = tl.exp(logits_TK - peak_T[:, None]) / total_T[:, None]
     sum_T = tl.sum(parts_TK, 1)
-    low_T = sum_T < _FLOOR
+    low_T = sum_T < _LEAST_SUM
     if NORMALIZE and not AFTER:
         parts_TK = tl.where(low_T[:, None], tl.exp(logits_TK - tl.max(logits_TK, 1)[:, None]), parts_TK)
         sum_T = tl.sum(parts_TK, 1)

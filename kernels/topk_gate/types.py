@@ -14,14 +14,15 @@ FUSED_SCORES: tuple[str, ...] = get_args(Score)
 
 #: for a logit below LOW, sigmoid equals exp to rounding, even in fp64
 LOW = -40.0
-#: If the chosen scores sum to less than FLOOR, they are proportional to the exponentials of their logits. Normalising
-#: them is then a softmax of these logits, which cannot underflow. FLOOR is far above the smallest fp32 number, and far
-#: below a sum that contains a score of exp(LOW).
-FLOOR = math.exp(-60.0)
 
 
-def floor() -> float:
-    """Return FLOOR. Under torch.compile, a global number may become an input, which several layers cannot share."""
+def least_sum() -> float:
+    """Return the sum of the chosen scores below which they are proportional to the exponentials of their logits.
+
+    Normalising them is then a softmax of these logits, which cannot underflow. It is far above the smallest fp32
+    number, and far below a sum that contains a score of exp(LOW). It is a function because torch.compile may make a
+    global number an input, which several layers cannot share.
+    """
     return math.exp(-60.0)
 
 
